@@ -1,0 +1,38 @@
+# Every target creates the environment first if it is missing or out of date.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CODE   := msft_store trainer tests bench examples
+
+.PHONY: help demo test check format lint types clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)   ## fine-tune the bundled example with MSFT and with plain SFT, print the comparison
+	$(BIN)/msft-train demo
+
+test: $(STAMP)   ## run the tests
+	$(BIN)/python -m pytest
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+lint: $(STAMP)   ## check format and lint rules
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+types: $(STAMP)  ## check types
+	$(BIN)/mypy
+
+check: lint types test ## all of format, lint, types and tests
+
+clean:           ## remove the environment and what runs have written
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

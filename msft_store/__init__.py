@@ -1,0 +1,1 @@
+"""A content-addressed delta store for model checkpoints."""

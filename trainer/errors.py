@@ -1,0 +1,23 @@
+"""The trainer's exceptions.
+
+TrainerError
+├── ConfigError     the configuration is wrong: unknown key, value out of range, missing file
+├── DataError       a data file or a line in it is wrong
+└── RunError        a run directory is in use, incomplete, or of another version
+"""
+
+
+class TrainerError(Exception):
+    """The root of everything that this package raises on purpose."""
+
+
+class ConfigError(TrainerError):
+    """The configuration is wrong."""
+
+
+class DataError(TrainerError):
+    """A data file, or a line in one, is wrong."""
+
+
+class RunError(TrainerError):
+    """A run directory cannot be used as asked."""

@@ -1,0 +1,116 @@
+"""What a training method sees and what it may decide.
+
+A :class:`Strategy` is told about evaluations and answers with one decision out of a closed set. It
+imports neither torch nor accelerate and does no I/O, so that every method can be tested on recorded
+curves, and a run can be resumed by telling a fresh strategy the recorded evaluations again.
+
+Example::
+
+    strategy = Msft(...)
+    stage = strategy.first_stage()
+    decision = strategy.on_evaluation(Evaluation(...))
+    if isinstance(decision, RollBack):
+        stage = decision.stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+OVERALL = "overall"
+"""The name under which the metric of the whole mixture is recorded; no sub-dataset may have it."""
+
+Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One roll-out: what is trained on, and for how long."""
+
+    number: int
+    """Counts from 1."""
+    active: tuple[str, ...]
+    """The sub-datasets that are trained on, sorted by name."""
+    epochs: float
+    """Compute budget C: epochs of the active mixture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All sub-datasets evaluated at one optimizer step."""
+
+    stage: int
+    index: int
+    """0 at the start of the stage (its root), then 1, 2, … every ``eval_every`` epochs."""
+    epoch: float
+    """Epochs of the active mixture since the stage began."""
+    step: int
+    """Optimizer steps since the run began; never goes back."""
+    checkpoint: str
+    """Id of the checkpoint that holds these weights."""
+    metrics: Mapping[str, float]
+    """Sub-dataset → metric, excluded ones too, and ``OVERALL``."""
+    last: bool
+    """Whether the stage's budget is used up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue:
+    """Train on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollBack:
+    """Restore ``checkpoint``, exclude sub-datasets, and begin ``stage`` from there.
+
+    Where no sub-dataset peaked, ``checkpoint`` is the end of the roll-out and ``exclude`` is empty.
+    """
+
+    checkpoint: str
+    exclude: tuple[str, ...]
+    stage: Stage
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """The run is over; ``checkpoint`` is its result."""
+
+    checkpoint: str
+    exclude: tuple[str, ...] = ()
+    reason: str
+
+
+Decision = Continue | RollBack | Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Which checkpoints a strategy may still ask for; the loop turns it into a retention policy."""
+
+    champions: tuple[str, ...] = ()
+    """Sub-datasets whose first best checkpoint of the current stage is needed."""
+    peak_window: int | None = None
+    """Evaluations after which an unbeaten champion's peak has passed; ``None``: never."""
+    best: tuple[str, ...] = field(default=(OVERALL,))
+    """Metrics whose best checkpoint of the whole run is needed."""
+
+
+class Strategy(Protocol):
+    """A training method."""
+
+    mode: Mode
+    """The direction in which the metric improves."""
+
+    def first_stage(self) -> Stage:
+        """Return what the run begins with."""
+
+    def needs(self) -> Needs:
+        """Return what must be kept now; it may change with every decision."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+        """Decide what follows an evaluation; ``Continue`` never follows one that is ``last``."""
