@@ -100,7 +100,7 @@ class MsftConfig:
     compute_budget: float = 3.0
     """C: epochs of the active mixture in one roll-out."""
     peak_window: int | None = None
-    """End a roll-out when the earliest champion is this many evaluations old; ``None``: the paper."""
+    """W: end a roll-out when the earliest champion is W evaluations old; ``None``: the paper."""
     max_stages: int | None = None
     """``None``: twice the number of sub-datasets."""
 

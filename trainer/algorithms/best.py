@@ -1,0 +1,47 @@
+"""What the strategies share: the best overall checkpoint, and a check of what they are told."""
+
+from __future__ import annotations
+
+from trainer.peaks import is_better
+from trainer.strategy import OVERALL, Evaluation, Mode, Stage
+
+
+class BestOverall:
+    """The first best overall evaluation of all that were added."""
+
+    def __init__(self, mode: Mode) -> None:
+        """Begin with none."""
+        self._mode: Mode = mode
+        self._best: Evaluation | None = None
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Take an evaluation into account."""
+        best = None if self._best is None else self._best.metrics[OVERALL]
+        if is_better(evaluation.metrics[OVERALL], best, self._mode):
+            self._best = evaluation
+
+    def result(self, *, otherwise: Evaluation) -> tuple[str, str]:
+        """Return a checkpoint and why: the best, or ``otherwise`` where no overall was finite."""
+        best = self._best
+        if best is None:
+            return (
+                otherwise.checkpoint,
+                "no evaluation of the run has a finite overall metric, so the result is where the "
+                f"run stands, stage {otherwise.stage}, epoch {otherwise.epoch:g}",
+            )
+        return (
+            best.checkpoint,
+            f"the result is the best overall, {best.metrics[OVERALL]:.4g} at stage {best.stage}, "
+            f"epoch {best.epoch:g}",
+        )
+
+
+def check_order(evaluation: Evaluation, *, stage: Stage, index: int, over: bool) -> None:
+    """Raise ``ValueError`` where an evaluation does not follow the one before."""
+    if over:
+        raise ValueError("the run is over, no evaluation can follow")
+    if (evaluation.stage, evaluation.index) != (stage.number, index):
+        raise ValueError(
+            f"expected evaluation {index} of stage {stage.number}, "
+            f"got evaluation {evaluation.index} of stage {evaluation.stage}"
+        )

@@ -1,0 +1,47 @@
+"""Plain supervised fine-tuning: one stage on the whole mixture, whose best overall is the result.
+
+Example::
+
+    strategy = Sft(sub_datasets=["arith", "dates"], mode="max", compute_budget=3.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trainer.algorithms.best import BestOverall, check_order
+from trainer.strategy import Continue, Decision, Evaluation, Mode, Needs, Stage, Stop
+
+
+class Sft:
+    """The plain SFT strategy."""
+
+    def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
+        """Begin a run over ``sub_datasets`` for ``compute_budget`` epochs."""
+        names = tuple(sorted(sub_datasets))
+        if not names:
+            raise ValueError("no sub-dataset to train on")
+        self.mode: Mode = mode
+        self._stage = Stage(number=1, active=names, epochs=compute_budget)
+        self._count = 0
+        self._best = BestOverall(mode)
+        self._over = False
+
+    def first_stage(self) -> Stage:
+        """Return the only roll-out."""
+        return self._stage
+
+    def needs(self) -> Needs:
+        """Return the best overall: nothing else is ever gone back to."""
+        return Needs()
+
+    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+        """Continue to the end of the budget, then stop with the best overall."""
+        check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
+        self._count += 1
+        self._best.add(evaluation)
+        if not evaluation.last:
+            return Continue(reason="within the compute budget")
+        self._over = True
+        result, words = self._best.result(otherwise=evaluation)
+        return Stop(checkpoint=result, reason=f"the compute budget is used up; {words}")

@@ -1,0 +1,217 @@
+"""The journal of a run: one JSON object a line, only ever appended to.
+
+It is what resume, report and tables are derived from. Each record has ``seq`` (0, 1, 2, …),
+``time`` (seconds since 1970), ``event``, and where they apply ``step`` (optimizer steps since the
+run began, never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns once
+the line is on disk. Only the last line can be torn, by a crash while it was written; readers ignore
+it and the next writer removes it. JSON knows no NaN: a number that is not finite is written as ``null``, and
+``read`` gives NaN back wherever a number belongs.
+
+================== ==============================================================================
+event              fields
+================== ==============================================================================
+``run_started``    version, method, config, model {path, parameters, layers, hidden, dtype}, mode,
+                   metric, sub_datasets {name: {train, validation, test, too_long}},
+                   full_checkpoint_bytes, base_bytes, base_id
+``stage_started``  stage, root (checkpoint id), active [names], epochs, steps (planned), examples
+``trained``        step, stage, epoch, loss (mean token loss), lr, grad_norm or null, tokens,
+                   attention_tokens, target_tokens, padded_tokens, seconds: all since the last such
+                   record. One is also written before each evaluation, so that none reaches across
+                   an evaluation, a roll-back or the end of a stage.
+``evaluated``      step, stage, epoch, index, split, checkpoint, metrics {name…, overall},
+                   losses {name…} or null, last, reused (known already, nothing computed), tokens,
+                   attention_tokens, padded_tokens, generated_tokens, generated_attention_tokens,
+                   seconds
+``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
+                   eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
+``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint,
+                   exclude [names], reason; written before it is acted on
+``resume_point``   step, stage, bytes
+``resumed``        after (seq of the last earlier record that still counts), from
+``tested``         checkpoint, what (``base``, ``result``), split, metrics {name…, overall}, and the
+                   token counts of ``evaluated``, seconds
+``finished``       checkpoint (the result), model_dir, seconds
+``interrupted``    step, signal
+================== ==============================================================================
+
+Token counts are what :mod:`trainer.flops` needs: ``tokens`` are real tokens in forward passes,
+prompts of generations included; ``attention_tokens`` is the sum over the sequences in these passes
+of length², ``generated_tokens`` counts tokens that were generated one at a time,
+``generated_attention_tokens`` is the sum over these of the tokens they looked back on, and
+``padded_tokens`` counts padding. Order at an evaluation: ``trained``, ``committed``,
+``evaluated``, ``decided``.
+
+Example::
+
+    with Journal.open(run / "journal.jsonl") as journal:
+        journal.append("stage_started", stage=1, root=root, active=["arith"], epochs=3.0)
+    records = effective(read(run / "journal.jsonl"))
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.errors import RunError
+
+Record = dict[str, Any]
+
+_NUMBERS = ("metrics", "losses")
+
+
+class Journal:
+    """A journal that is open for appending."""
+
+    def __init__(self, file: FileIO, path: Path, *, next_seq: int, sound_bytes: int) -> None:
+        """Use :meth:`open`."""
+        self._file = file
+        self.path = path
+        self.next_seq = next_seq
+        self._sound_bytes = sound_bytes
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Journal:
+        """Open a journal for appending, beginning a new one if there is none.
+
+        A torn last line is removed first. Raises :class:`RunError` if any other line is damaged.
+        """
+        path = Path(path)
+        records, sound_bytes = _parse(path, path.read_bytes()) if path.exists() else ([], 0)
+        file = path.open("ab", buffering=0)
+        file.truncate(sound_bytes)
+        os.fsync(file.fileno())
+        _sync_directory(path.parent)
+        return cls(file, path, next_seq=len(records), sound_bytes=sound_bytes)
+
+    def append(self, event: str, **fields: Any) -> Record:
+        """Write one record and return it once it is on disk.
+
+        Raises :class:`RunError` if that fails; the journal then ends with the record before.
+        """
+        record: Record = {"seq": self.next_seq, "time": time.time(), "event": event, **fields}
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes written")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._sound_bytes)
+            raise RunError(
+                f"cannot write the {event!r} record to {self.path}: {error}; "
+                "free some space and resume the run"
+            ) from error
+        self._sound_bytes += len(line)
+        self.next_seq += 1
+        return record
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        """Return the journal itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[Record]:
+    """Return all records, void ones too, without a torn last line.
+
+    Raises :class:`RunError` if there is no journal or a line before the last one is damaged.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"no journal at {path}: is this the directory of a run?") from None
+    records, _ = _parse(path, content)
+    return records
+
+
+def effective(records: Iterable[Record]) -> list[Record]:
+    """Return the records that count: ``resumed`` voids those between its ``after`` and itself."""
+    counted: list[Record] = []
+    for record in records:
+        if record["event"] == "resumed":
+            counted = [earlier for earlier in counted if earlier["seq"] <= record["after"]]
+        counted.append(record)
+    return counted
+
+
+def _parse(path: Path, content: bytes) -> tuple[list[Record], int]:
+    """Return the records and the length in bytes of the lines that they stand in."""
+    lines = content.split(b"\n")
+    tail = lines.pop()
+    records: list[Record] = []
+    sound_bytes = 0
+    for number, line in enumerate(lines, start=1):
+        record = _parse_line(line)
+        if record is None and number == len(lines) and not tail:
+            break
+        if record is None or record["seq"] != len(records):
+            found = "is not a record" if record is None else f"has seq {record['seq']}"
+            raise RunError(
+                f"{path}, line {number} {found}, record {len(records)} was expected: the journal "
+                "was damaged or edited; restore it, or begin the run again in another output_dir"
+            )
+        records.append(record)
+        sound_bytes += len(line) + 1
+    return records, sound_bytes
+
+
+def _parse_line(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("seq")) is not int:
+        return None
+    if not isinstance(record.get("event"), str):
+        return None
+    for key in _NUMBERS:
+        if isinstance(values := record.get(key), dict):
+            record[key] = {name: _number(value) for name, value in values.items()}
+    if record["event"] == "trained":
+        record["loss"] = _number(record.get("loss"))
+    return record
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with ``None`` for every float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
