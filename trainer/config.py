@@ -10,9 +10,21 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import ConfigError
+from trainer.strategy import OVERALL
+from trainer.typed import build
+from trainer.yamlfile import override, read_yaml, write_yaml
+
+_TRAIN = ".train.jsonl"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +57,11 @@ class SubDatasetConfig:
 class DataConfig:
     """The mixture (``data:``)."""
 
-    sub_datasets: Mapping[str, SubDatasetConfig]
+    sub_datasets: Mapping[str, SubDatasetConfig] = field(default_factory=dict)
     """Name → files."""
+    directory: str | None = None
+    """Instead of ``sub_datasets``: a directory in which every ``NAME.train.jsonl`` with its
+    ``NAME.validation.jsonl`` and optional ``NAME.test.jsonl`` is one; loading spells it out."""
     max_length: int = 512
     """Tokens; a longer example is dropped, counted and reported."""
 
@@ -124,3 +139,164 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     msft: MsftConfig = MsftConfig()
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("seed", lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
+    ("threads", lambda n: n >= 1, "at least 1"),
+    ("resume_every", lambda n: n >= 1, "at least 1"),
+    ("log_every", lambda n: n >= 1, "at least 1"),
+    ("data.max_length", lambda n: n >= 2, "at least 2"),
+    ("train.lr", lambda x: x > 0, "above 0"),
+    ("train.betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
+    ("train.eps", lambda x: x > 0, "above 0"),
+    ("train.weight_decay", lambda x: x >= 0, "0 or above"),
+    ("train.warmup_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("train.batch_size", lambda n: n >= 1, "at least 1"),
+    ("train.micro_batch_size", lambda n: n >= 1, "at least 1"),
+    ("train.max_grad_norm", lambda x: x > 0, "above 0, or null for no clipping"),
+    ("evaluation.eval_every", lambda x: x > 0, "above 0"),
+    ("evaluation.max_new_tokens", lambda n: n >= 1, "at least 1"),
+    ("evaluation.batch_size", lambda n: n >= 1, "at least 1"),
+    ("evaluation.max_examples", lambda n: n >= 1, "at least 1, or null for all"),
+    ("msft.compute_budget", lambda x: x > 0, "above 0"),
+    ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
+    ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),
+)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read, complete and check a configuration.
+
+    ``overrides`` are ``dotted.key=value`` with values in YAML; the paths in them follow the same
+    rule as those in the file. All paths of the result are absolute. Raises :class:`ConfigError`
+    with the file, the dotted key and what to do.
+    """
+    path = Path(path)
+    try:
+        tree = read_yaml(path)
+        for assignment in overrides:
+            override(tree, assignment)
+        config = _resolve(build(Config, tree), path.absolute().parent)
+        _check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON values."""
+    tree: dict[str, Any] = asdict(config)
+    tree["train"]["betas"] = list(config.train.betas)
+    return tree
+
+
+def dump(config: Config) -> str:
+    """Return the configuration as YAML that :func:`load_config` reads to the same again."""
+    return write_yaml(to_dict(config))
+
+
+def _resolve(config: Config, folder: Path) -> Config:
+    """Make paths absolute and spell out ``data.directory``."""
+    data = config.data
+    if data.directory is not None and data.sub_datasets:
+        raise ConfigError("data.directory and data.sub_datasets exclude each other: remove one")
+    if data.directory is not None:
+        sub_datasets = _scan(folder / data.directory)
+    else:
+        sub_datasets = {
+            name: SubDatasetConfig(
+                train=str(folder / files.train),
+                validation=str(folder / files.validation),
+                test=None if files.test is None else str(folder / files.test),
+            )
+            for name, files in data.sub_datasets.items()
+        }
+    return replace(
+        config,
+        output_dir=str(Path(config.output_dir).absolute()),
+        model=replace(config.model, path=_model_path(config.model.path, folder)),
+        data=replace(data, sub_datasets=sub_datasets, directory=None),
+    )
+
+
+def _scan(directory: Path) -> dict[str, SubDatasetConfig]:
+    """Return the sub-datasets of a directory by their file names, sorted."""
+    if not directory.is_dir():
+        raise ConfigError(f"data.directory: there is no directory {directory}")
+    found = {}
+    for train in sorted(directory.glob(f"*{_TRAIN}")):
+        name = train.name[: -len(_TRAIN)]
+        test = directory / f"{name}.test.jsonl"
+        found[name] = SubDatasetConfig(
+            train=str(train),
+            validation=str(directory / f"{name}.validation.jsonl"),
+            test=str(test) if test.is_file() else None,
+        )
+    if not found:
+        raise ConfigError(f"data.directory: no file in {directory} is named NAME{_TRAIN}")
+    return found
+
+
+def _model_path(path: str, folder: Path) -> str:
+    """Return an absolute path where ``path`` is a directory, and a hub id as it stands."""
+    if (folder / path).exists():
+        return str(folder / path)
+    if not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"model.path: there is no directory {folder / path}")
+    return path
+
+
+def _check(config: Config) -> None:
+    """Raise :class:`ConfigError` for the first value that cannot work."""
+    for key, sound, words in _RANGES:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None and not sound(value):
+            raise ConfigError(f"{key} must be {words}, got {value!r}")
+    _check_sub_datasets(config.data.sub_datasets)
+    train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
+    if train.batch_size > train.micro_batch_size and train.batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "
+            f"({train.micro_batch_size}), or not larger"
+        )
+    if budget < evaluation.eval_every:
+        raise ConfigError(
+            f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
+            f"or lower evaluation.eval_every ({evaluation.eval_every:g} epochs)"
+        )
+    if evaluation.answer_pattern is not None:
+        _check_pattern(evaluation.answer_pattern)
+
+
+def _check_sub_datasets(sub_datasets: Mapping[str, SubDatasetConfig]) -> None:
+    if not sub_datasets:
+        raise ConfigError("data.sub_datasets is empty: name at least one sub-dataset and its files")
+    for name, files in sub_datasets.items():
+        at = f"data.sub_datasets.{name}"
+        if name == OVERALL:
+            raise ConfigError(f"{at}: {OVERALL!r} names the metric of the whole mixture; rename it")
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{at}: a name begins with a letter or digit, and consists of letters, digits, "
+                "'_' and '-', at most 64 of them; rename it"
+            )
+        for part in ("train", "validation", "test"):
+            file = getattr(files, part)
+            if file is not None and not Path(file).is_file():
+                raise ConfigError(f"{at}.{part}: there is no file {file}")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ConfigError(
+            f"evaluation.answer_pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
+    if groups == 0:
+        raise ConfigError(
+            f"evaluation.answer_pattern {pattern!r} has no group: put the answer into parentheses"
+        )

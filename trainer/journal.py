@@ -2,10 +2,10 @@
 
 It is what resume, report and tables are derived from. Each record has ``seq`` (0, 1, 2, …),
 ``time`` (seconds since 1970), ``event``, and where they apply ``step`` (optimizer steps since the
-run began, never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns once
-the line is on disk. Only the last line can be torn, by a crash while it was written; readers ignore
-it and the next writer removes it. JSON knows no NaN: a number that is not finite is written as ``null``, and
-``read`` gives NaN back wherever a number belongs.
+run began, never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns
+once the line is on disk. Only the last line can be torn, by a crash while it was written; readers
+ignore it and the next writer removes it. JSON knows no NaN: a number that is not finite is written
+as ``null``, and ``read`` gives NaN back wherever a number belongs.
 
 ================== ==============================================================================
 event              fields

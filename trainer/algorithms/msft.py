@@ -89,7 +89,7 @@ class Msft:
             return self._stop(
                 target=end,
                 exclude=(),
-                why="no active sub-dataset has a finite metric in this stage: there is no peak to find",
+                why="no active sub-dataset has a finite metric in this stage, so nobody peaked",
             )
         if champion.index == end.index:
             return self._next(

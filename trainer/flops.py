@@ -1,0 +1,187 @@
+"""Model FLOPs and tokens of a run, from its journal.
+
+The usual count: with N parameters, L layers of width d and a sequence of T tokens, a forward pass
+costs 2 N + 4 L d T a token and training, with its backward pass, three times that: 6 N + 12 L d T.
+Over the sequences of a batch the second term is proportional to the sum of their T², which the
+journal records as ``attention_tokens``. A token that is generated one at a time costs a forward
+pass in which it looks back on all tokens before it (``generated_attention_tokens``). N counts
+all parameters, tied ones once. Work that gradient checkpointing repeats is not counted.
+
+Where the work went, in rows that add up to all of it:
+
+- *kept*: training on the path from the base to the result. The path enters a stage at the stage's
+  root and leaves it at the evaluation whose checkpoint is the next stage's root, in the last stage at the
+  evaluation whose checkpoint is the result. A run without a result yet has its last step in that place.
+- *rolled back*: all other training, so also what plain SFT trains after its best checkpoint.
+- *padding*: the padding of all of it, training and evaluation; its weights' term only.
+- *evaluation*: forward passes of evaluations and final tests over prompts and completions.
+- *generation*: tokens generated one at a time in these.
+- *repeated*: whatever was void after a resume, and so was done twice; no row above holds it.
+
+Example::
+
+    account = Account.from_journal(read(run / "journal.jsonl"))
+    account.kept.flops / account.trained.flops
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.journal import Record, effective
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """What the formula knows of a model."""
+
+    parameters: int
+    """N, tied ones counted once."""
+    layers: int
+    """L."""
+    hidden: int
+    """d, the width of the residual stream."""
+
+    def forward(self, tokens: int, attention_tokens: int) -> int:
+        """Return the FLOPs of a forward pass; ``attention_tokens`` is the sum of lengths squared."""
+        return 2 * self.parameters * tokens + 4 * self.layers * self.hidden * attention_tokens
+
+    def training(self, tokens: int, attention_tokens: int) -> int:
+        """Return the FLOPs of a forward and a backward pass."""
+        return 3 * self.forward(tokens, attention_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Tokens and the FLOPs that they cost."""
+
+    tokens: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        """Add tokens and FLOPs."""
+        return Work(tokens=self.tokens + other.tokens, flops=self.flops + other.flops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Where the work of a run went."""
+
+    kept: Work
+    rolled_back: Work
+    padding: Work
+    evaluation: Work
+    generation: Work
+    repeated: Work
+
+    @property
+    def trained(self) -> Work:
+        """All training that counts."""
+        return self.kept + self.rolled_back
+
+    @classmethod
+    def from_journal(cls, records: Sequence[Record]) -> Account:
+        """Account for all records of a journal, void ones too."""
+        counted = effective(records)
+        seqs = {record["seq"] for record in counted}
+        size = model_size(records)
+        path = path_ends(counted)
+        kept, rolled_back = Work(), Work()
+        for record in counted:
+            if record["event"] != "trained":
+                continue
+            if record["step"] <= path.get(record["stage"], -1):
+                kept += _training(record, size)
+            else:
+                rolled_back += _training(record, size)
+        return cls(
+            kept=kept,
+            rolled_back=rolled_back,
+            padding=_sum(_padding(record, size) for record in counted),
+            evaluation=_sum(_forward(record, size) for record in counted),
+            generation=_sum(_generation(record, size) for record in counted),
+            repeated=_sum(_all(record, size) for record in records if record["seq"] not in seqs),
+        )
+
+
+def model_size(records: Iterable[Record]) -> ModelSize:
+    """Return the size of the model that a journal is about."""
+    model = next(record["model"] for record in records if record["event"] == "run_started")
+    return ModelSize(parameters=model["parameters"], layers=model["layers"], hidden=model["hidden"])
+
+
+def path_ends(counted: Sequence[Record]) -> dict[int, int]:
+    """Return for each stage on the path to the result the last step of it that was kept.
+
+    A stage that the path does not touch is absent. ``counted`` are effective records.
+    """
+    roots = {r["stage"]: r["root"] for r in counted if r["event"] == "stage_started"}
+    target = _result(counted)
+    if target is None:
+        stage = max(roots, default=0)
+        ends = {stage: max((r["step"] for r in _of(counted, "trained", stage)), default=-1)}
+    else:
+        found = next(r for r in counted if r["event"] == "evaluated" and r["checkpoint"] == target)
+        stage = found["stage"]
+        ends = {stage: found["step"]}
+    while stage > 1:
+        root, stage = roots[stage], stage - 1
+        ends[stage] = next(
+            r["step"] for r in _of(counted, "evaluated", stage) if r["checkpoint"] == root
+        )
+    return ends
+
+
+def _result(counted: Sequence[Record]) -> str | None:
+    for record in reversed(counted):
+        if record["event"] == "finished" or record.get("decision") == "stop":
+            checkpoint: str = record["checkpoint"]
+            return checkpoint
+    return None
+
+
+def _of(counted: Sequence[Record], event: str, stage: int) -> Iterable[Record]:
+    return (r for r in counted if r["event"] == event and r["stage"] == stage)
+
+
+def _count(record: Mapping[str, Any], key: str) -> int:
+    return int(record.get(key) or 0)
+
+
+def _training(record: Record, size: ModelSize) -> Work:
+    tokens = _count(record, "tokens")
+    flops = size.training(tokens, _count(record, "attention_tokens"))
+    return Work(tokens=tokens, flops=flops)
+
+
+def _forward(record: Record, size: ModelSize) -> Work:
+    if record["event"] not in ("evaluated", "tested"):
+        return Work()
+    tokens = _count(record, "tokens")
+    return Work(tokens=tokens, flops=size.forward(tokens, _count(record, "attention_tokens")))
+
+
+def _generation(record: Record, size: ModelSize) -> Work:
+    tokens = _count(record, "generated_tokens")
+    attention_tokens = _count(record, "generated_attention_tokens")
+    return Work(tokens=tokens, flops=size.forward(tokens, attention_tokens))
+
+
+def _padding(record: Record, size: ModelSize) -> Work:
+    tokens = _count(record, "padded_tokens")
+    trained = record["event"] == "trained"
+    return Work(
+        tokens=tokens, flops=size.training(tokens, 0) if trained else size.forward(tokens, 0)
+    )
+
+
+def _all(record: Record, size: ModelSize) -> Work:
+    trained = _training(record, size) if record["event"] == "trained" else Work()
+    forward = _forward(record, size) + _generation(record, size)
+    return trained + forward + _padding(record, size)
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    return sum(works, start=Work())
