@@ -9,9 +9,9 @@ all parameters, tied ones once. Work that gradient checkpointing repeats is not 
 
 Where the work went, in rows that add up to all of it:
 
-- *kept*: training on the path from the base to the result. The path enters a stage at the stage's
-  root and leaves it at the evaluation whose checkpoint is the next stage's root, in the last stage at the
-  evaluation whose checkpoint is the result. A run without a result yet has its last step in that place.
+- *kept*: training on the path from the base to the result. The path enters a stage at its root and
+  leaves it at the evaluation whose checkpoint is the next stage's root, in its last stage at the
+  evaluation whose checkpoint is the result. While there is no result, it ends at the last step.
 - *rolled back*: all other training, so also what plain SFT trains after its best checkpoint.
 - *padding*: the padding of all of it, training and evaluation; its weights' term only.
 - *evaluation*: forward passes of evaluations and final tests over prompts and completions.
@@ -45,7 +45,7 @@ class ModelSize:
     """d, the width of the residual stream."""
 
     def forward(self, tokens: int, attention_tokens: int) -> int:
-        """Return the FLOPs of a forward pass; ``attention_tokens`` is the sum of lengths squared."""
+        """Return the FLOPs of a forward pass; ``attention_tokens`` sums lengths squared."""
         return 2 * self.parameters * tokens + 4 * self.layers * self.hidden * attention_tokens
 
     def training(self, tokens: int, attention_tokens: int) -> int:

@@ -1,0 +1,199 @@
+"""What a run takes at most, known before it begins: steps, evaluations, tokens, FLOPs and disk.
+
+Two courses of an MSFT run are worked out. *At most*: nobody ever peaks, so the whole mixture is
+trained on in every one of ``max_stages`` stages. *One peak a stage*: each stage excludes a
+sub-dataset at its end, the smallest first, so that the mixture shrinks as slowly as it can. A plain
+SFT run has one course. The final tests come on top. What a store holds depends on how much of the
+weights changes, which is unknown beforehand; so disk is bounded by full copies, as if no checkpoint
+resembled another.
+
+Example::
+
+    print(plan(config, counts, size, full_checkpoint_bytes).to_text())
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.config import Config
+from trainer.flops import ModelSize
+from trainer.schedule import stage_schedule
+from trainer.tables import Table, bytes_text, count_text, flops_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one sub-dataset holds, in examples and tokens as the model sees them."""
+
+    train: int
+    """Training examples."""
+    train_tokens: int
+    train_attention_tokens: int
+    """Sum of the training examples' lengths squared."""
+    validation: int
+    """Validation examples that are evaluated."""
+    validation_tokens: int
+    """Prompts where the metric is generated, whole examples where it is the loss."""
+    validation_attention_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One course of a run, in whole numbers."""
+
+    stages: int
+    steps: int
+    evaluations: int
+    trained_tokens: int
+    """Real tokens in training."""
+    trained_flops: int
+    evaluated_tokens: int
+    """Real tokens in evaluations on validation data, the longest possible generations included."""
+    evaluated_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes at most."""
+
+    method: str
+    rule: str
+    """When a roll-out ends."""
+    at_most: Bound
+    one_peak_a_stage: Bound | None
+    """``None`` for a method that excludes nothing."""
+    checkpoints: int
+    """Rollback points alive at once, the newest one before eviction included, the base left out."""
+    checkpoint_bytes: int
+    """One full checkpoint in the dtype of the run."""
+    resume_bytes: int
+    """The resume point: weights and two optimizer moments; 0 without one."""
+
+    @property
+    def rollback_bytes(self) -> int:
+        """Upper bound of the rollback points, were each a full copy."""
+        return self.checkpoints * self.checkpoint_bytes
+
+    def to_text(self) -> str:
+        """Return the plan for the terminal."""
+        courses = [("at most", self.at_most)]
+        if self.one_peak_a_stage is not None:
+            courses.append(("one peak a stage", self.one_peak_a_stage))
+        rows: list[Sequence[str]] = [
+            ("stages", *(count_text(bound.stages) for _, bound in courses)),
+            ("optimizer steps", *(count_text(bound.steps) for _, bound in courses)),
+            ("evaluations", *(count_text(bound.evaluations) for _, bound in courses)),
+            ("training tokens", *(count_text(bound.trained_tokens) for _, bound in courses)),
+            ("training FLOPs", *(flops_text(bound.trained_flops) for _, bound in courses)),
+            ("evaluation tokens", *(count_text(bound.evaluated_tokens) for _, bound in courses)),
+            ("evaluation FLOPs", *(flops_text(bound.evaluated_flops) for _, bound in courses)),
+        ]
+        table = Table(header=(f"{self.method}, {self.rule}", *(n for n, _ in courses)), rows=rows)
+        full = bytes_text(self.checkpoint_bytes)
+        lines = [
+            table.to_text(),
+            "",
+            f"rollback points: at most {self.checkpoints} at once, so at most "
+            f"{bytes_text(self.rollback_bytes)} if each were a full copy ({full}).",
+            "The store keeps differences; how small they are depends on how many weights change, "
+            "which is unknown before the run.",
+            f"besides: the result, {full}"
+            + (f"; one resume point, {bytes_text(self.resume_bytes)}" if self.resume_bytes else "")
+            + "; the base stays where it is.",
+        ]
+        return "\n".join(lines)
+
+
+def plan(
+    config: Config,
+    counts: Mapping[str, Counts],
+    size: ModelSize,
+    checkpoint_bytes: int,
+) -> Plan:
+    """Work out what a run of ``config`` takes at most; ``counts`` are by sub-dataset."""
+    stage_limit, one_peak = 1, None
+    if config.method != "sft":
+        names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))
+        stage_limit = config.msft.max_stages or 2 * len(names)
+        shrinking = [names[i:] for i in range(min(len(names), stage_limit))]
+        one_peak = _bound(config, counts, size, shrinking)
+    return Plan(
+        method=config.method,
+        rule=rule_text(config.method, config.msft.peak_window),
+        at_most=_bound(config, counts, size, [list(counts)] * stage_limit),
+        one_peak_a_stage=one_peak,
+        checkpoints=_alive(config, len(counts)),
+        checkpoint_bytes=checkpoint_bytes,
+        resume_bytes=0 if config.resume_every is None else 3 * checkpoint_bytes,
+    )
+
+
+def rule_text(method: str, peak_window: int | None) -> str:
+    """Say when a roll-out ends."""
+    if method == "sft":
+        return "one stage"
+    if peak_window is None:
+        return "the paper's rule"
+    return f"peak window {peak_window}"
+
+
+def _bound(
+    config: Config,
+    counts: Mapping[str, Counts],
+    size: ModelSize,
+    stages: Sequence[Sequence[str]],
+) -> Bound:
+    budget = config.msft.compute_budget
+    schedules = [
+        stage_schedule(
+            examples=sum(counts[name].train for name in active),
+            batch_size=config.train.batch_size,
+            eval_every=config.evaluation.eval_every,
+            epochs=budget,
+        )
+        for active in stages
+    ]
+    evaluations = 1 + sum(len(schedule.evaluations) for schedule in schedules)
+    trained = attended = 0.0
+    for active, schedule in zip(stages, schedules, strict=True):
+        epochs = schedule.steps / schedule.steps_per_epoch
+        trained += epochs * sum(counts[name].train_tokens for name in active)
+        attended += epochs * sum(counts[name].train_attention_tokens for name in active)
+    tokens, attention_tokens = _evaluation(config, counts)
+    return Bound(
+        stages=len(stages),
+        steps=sum(schedule.steps for schedule in schedules),
+        evaluations=evaluations,
+        trained_tokens=math.ceil(trained),
+        trained_flops=size.training(math.ceil(trained), math.ceil(attended)),
+        evaluated_tokens=evaluations * tokens,
+        evaluated_flops=evaluations * size.forward(tokens, attention_tokens),
+    )
+
+
+def _evaluation(config: Config, counts: Mapping[str, Counts]) -> tuple[int, int]:
+    """Return tokens and attended tokens of one evaluation, generations at their longest."""
+    tokens = sum(part.validation_tokens for part in counts.values())
+    attention_tokens = sum(part.validation_attention_tokens for part in counts.values())
+    if config.evaluation.metric == "loss":
+        return tokens, attention_tokens
+    new = config.evaluation.max_new_tokens
+    examples = sum(part.validation for part in counts.values())
+    looked_back = new * tokens + examples * new * (new + 1) // 2
+    return tokens + examples * new, attention_tokens + looked_back
+
+
+def _alive(config: Config, sub_datasets: int) -> int:
+    """Return how many rollback points are alive at most.
+
+    The newest and the best overall; for MSFT also the champions and the root. Within a peak window
+    W all champions are among the last W evaluations.
+    """
+    if config.method == "sft":
+        return 2
+    window = config.msft.peak_window
+    champions = sub_datasets if window is None else min(sub_datasets, window)
+    return champions + 3

@@ -1,0 +1,75 @@
+"""Tables and numbers as text: aligned columns for the terminal, Markdown for files.
+
+Example::
+
+    print(Table(header=("sub-dataset", "test"), rows=[("arith", "0.412")]).to_text())
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Text in rows and columns; the first column is aligned left, the others right."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_text(self) -> str:
+        """Return the table with aligned columns."""
+        widths = self._widths()
+        lines = [_line(self.header, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+        return "\n".join(lines + [_line(row, widths) for row in self.rows])
+
+    def to_markdown(self) -> str:
+        """Return the table as Markdown."""
+        widths = [max(3, width) for width in self._widths()]
+        rules = [f"{'-' * width}" for width in widths[:1]]
+        rules += [f"{'-' * (width - 1)}:" for width in widths[1:]]
+        rows = [_cells(row, widths) for row in (self.header, rules, *self.rows)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+
+
+def metric_text(value: float | None) -> str:
+    """Return a metric with three decimals, a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def count_text(value: int) -> str:
+    """Return a whole number with separators."""
+    return f"{value:,}"
+
+
+def bytes_text(value: float) -> str:
+    """Return bytes in a decimal unit, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def flops_text(value: int) -> str:
+    """Return FLOPs in a unit that leaves few digits before the point."""
+    scaled = float(value)
+    for unit in ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"):
+        if scaled < 1000:
+            return f"{scaled:.0f} {unit}" if unit == "FLOPs" else f"{scaled:.2f} {unit}"
+        scaled /= 1000
+    return f"{scaled:.2f} EFLOPs"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(_cells(row, widths)).rstrip()
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first = [row[0].ljust(widths[0])]
+    return first + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
