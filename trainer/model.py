@@ -1,0 +1,181 @@
+"""Loading a causal language model with its tokenizer, and writing one.
+
+A model comes from a directory or from the Hugging Face hub; the latter is downloaded to a directory
+first, so that its safetensors files can serve as a store's base.
+
+Example::
+
+    loaded = load_model(ModelConfig(path="examples/stdlib_tasks/base"))
+    loaded.model, loaded.tokenizer, loaded.parameters
+    save_model(loaded, "runs/demo/model")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from trainer.config import ModelConfig
+from trainer.errors import ConfigError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model, its tokenizer and what is counted of it."""
+
+    model: Any
+    """A transformers ``PreTrainedModel``."""
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path
+    """Where its files are."""
+    parameters: int
+    """N: all parameters, tied ones once."""
+    layers: int
+    """L."""
+    hidden: int
+    """d."""
+    full_bytes: int
+    """Bytes of one full checkpoint in the dtype of training: parameters and saved buffers."""
+    base_bytes: int
+    """Bytes of the safetensors files in ``directory``."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the token that fills batches; nothing depends on which one it is."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return token
+        return 0
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Load the model for training and its tokenizer.
+
+    Raises :class:`ConfigError` where there is no model, no safetensors file in it, or where weights
+    of the architecture are missing from the files.
+    """
+    directory = _locate(config.path)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"model.path {directory} has no .safetensors file; convert the model once, for example "
+            "with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+        )
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(
+            directory,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes on a file it cannot use
+        raise ConfigError(
+            f"model.path {directory} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(
+            f"model.path {directory} lacks {len(info['missing_keys'])} of the architecture's "
+            f"weights ({missing}, …), which would be random; is it a model of another kind?"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer in {directory} has no EOS token, so no completion could ever end"
+        )
+    text_config = model.config.get_text_config()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        directory=directory,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=int(text_config.num_hidden_layers),
+        hidden=int(text_config.hidden_size),
+        full_bytes=sum(tensor.nbytes for tensor in unique_state(model).values()),
+        base_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def max_positions(model: Any) -> int | None:
+    """Return the longest sequence that the model has positions for, where it says so."""
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def unique_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict with tied tensors once, under the first of their names."""
+    seen: set[tuple[Any, ...]] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = tensor
+    return state
+
+
+def save_model(loaded: LoadedModel, directory: str | Path) -> None:
+    """Write an ordinary Hugging Face directory with weights, configuration and tokenizer.
+
+    It appears under its name only when it is whole; one that is there already is replaced.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f"{directory.name}.partial")
+    old = directory.with_name(f"{directory.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    loaded.model.save_pretrained(partial)
+    loaded.tokenizer.save_pretrained(partial)
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Return once a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locate(path: str) -> Path:
+    directory = Path(path)
+    if directory.is_dir():
+        return directory.resolve()
+    if directory.exists() or not _HUB_ID.fullmatch(path):
+        raise ConfigError(
+            f"model.path {path} is no directory; name a directory with a model, or a hub id such "
+            "as Qwen/Qwen2.5-0.5B"
+        )
+    try:
+        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+    except Exception as error:  # no such model, no access, no network: each has its own class
+        raise ConfigError(
+            f"model.path {path} is no directory here, and it cannot be had from the Hugging Face "
+            f"hub: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
