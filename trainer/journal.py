@@ -62,6 +62,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.errors import RunError
+from trainer.files import sync_directory
 
 Record = dict[str, Any]
 
@@ -89,7 +90,7 @@ class Journal:
         file = path.open("ab", buffering=0)
         file.truncate(sound_bytes)
         os.fsync(file.fileno())
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return cls(file, path, next_seq=len(records), sound_bytes=sound_bytes)
 
     def append(self, event: str, **fields: Any) -> Record:
@@ -207,11 +208,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ class Schedule:
 
 
 def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs: float) -> Schedule:
-    """Lay out a stage over ``examples`` of ``epochs`` epochs, evaluated every ``eval_every`` epochs.
+    """Lay out a stage of ``epochs`` epochs, evaluated every ``eval_every`` epochs.
 
     Step k is at epoch k / ``steps_per_epoch``. Evaluations fall on the nearest step; where an epoch
     has too few steps for all of them, those that fall on the same step are one.

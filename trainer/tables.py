@@ -14,24 +14,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text in rows and columns; the first column is aligned left, the others right."""
+    """Text in rows and columns; the first column is aligned left, numbers right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    numeric: bool = True
+    """Whether the columns after the first hold numbers."""
 
     def to_text(self) -> str:
         """Return the table with aligned columns."""
         widths = self._widths()
-        lines = [_line(self.header, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
-        return "\n".join(lines + [_line(row, widths) for row in self.rows])
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        header, *rows = ["  ".join(cells).rstrip() for cells in self._cells(widths)]
+        return "\n".join([header, rule, *rows])
 
     def to_markdown(self) -> str:
         """Return the table as Markdown."""
         widths = [max(3, width) for width in self._widths()]
-        rules = [f"{'-' * width}" for width in widths[:1]]
-        rules += [f"{'-' * (width - 1)}:" for width in widths[1:]]
-        rows = [_cells(row, widths) for row in (self.header, rules, *self.rows)]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        end = ":" if self.numeric else "-"
+        rules = ["-" * widths[0], *("-" * (width - 1) + end for width in widths[1:])]
+        header, *rows = self._cells(widths)
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rules, *rows))
+
+    def _cells(self, widths: Sequence[int]) -> list[list[str]]:
+        """Return header and rows, padded."""
+        align = str.rjust if self.numeric else str.ljust
+        return [
+            [row[0].ljust(widths[0]), *map(align, row[1:], widths[1:])]
+            for row in (self.header, *self.rows)
+        ]
 
     def _widths(self) -> list[int]:
         return [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
@@ -64,12 +75,3 @@ def flops_text(value: int) -> str:
             return f"{scaled:.0f} {unit}" if unit == "FLOPs" else f"{scaled:.2f} {unit}"
         scaled /= 1000
     return f"{scaled:.2f} EFLOPs"
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(_cells(row, widths)).rstrip()
-
-
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first = [row[0].ljust(widths[0])]
-    return first + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]

@@ -1,0 +1,194 @@
+"""The report of a run, and the comparison of runs, from their journals alone.
+
+``write_report`` writes ``report.md``, ``plots/*.png`` and ``result.json`` beside the journal.
+
+Example::
+
+    msft, sft = write_report(run / "msft"), write_report(run / "sft")
+    print(compare_table({"SFT": sft, "MSFT": msft}))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainer.files import write_atomic
+from trainer.flops import Work
+from trainer.journal import Record, effective, read
+from trainer.plots import draw_curves, draw_disk, draw_loss
+from trainer.strategy import OVERALL
+from trainer.summary import Disk, Peak, Scores, Summary, summarize
+from trainer.tables import Table, bytes_text, count_text, flops_text, metric_text
+
+_DRAWINGS = (
+    ("curves", "Validation curves", draw_curves),
+    ("loss", "Training loss", draw_loss),
+    ("disk", "Disk of the rollback points", draw_disk),
+)
+
+
+def write_report(run: str | os.PathLike[str]) -> Summary:
+    """Write the report of the run in a directory, finished or not, and return its summary."""
+    run = Path(run)
+    records = read(run / "journal.jsonl")
+    summary = summarize(records)
+    counted = effective(records)
+    plots = run / "plots"
+    plots.mkdir(exist_ok=True)
+    for name, _, draw in _DRAWINGS:
+        write_atomic(plots / f"{name}.png", draw(counted))
+    write_atomic(run / "report.md", report_markdown(summary, counted).encode())
+    result = json.dumps(summary.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(run / "result.json", f"{result}\n".encode())
+    return summary
+
+
+def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
+    """Return ``report.md``; the plots are referred to by their relative paths."""
+    parts = [
+        f"# {summary.method.upper()} run",
+        _facts(summary),
+        "## Result",
+        _result_text(summary),
+        _score_table({summary.method.upper(): summary}).to_markdown(),
+        "## Decisions",
+        _decision_table(counted).to_markdown(),
+        "## Disk",
+        "Not known before the first commit." if summary.disk is None else disk_line(summary),
+        "## Work",
+        _work_table({summary.method.upper(): summary}).to_markdown(),
+        "## Plots",
+        *(f"![{title}](plots/{name}.png)" for name, title, _ in _DRAWINGS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -> str:
+    """Return runs of one mixture side by side: metrics, disk, work; for the terminal, or Markdown.
+
+    ``summaries`` are by label. The base's metrics are those of the first run.
+    """
+    first = next(iter(summaries.values()))
+    tables = [_score_table(summaries), _work_table(summaries)]
+    scores, work = [table.to_markdown() if markdown else table.to_text() for table in tables]
+    disks = [
+        f"{label}: {disk_line(summary)}"
+        for label, summary in summaries.items()
+        if summary.disk is not None and summary.method != "sft"
+    ]
+    rules = ", ".join(f"{label}: {summary.rule}" for label, summary in summaries.items())
+    direction = "higher" if first.mode == "max" else "lower"
+    head = (
+        f"{first.metric.replace('_', ' ')} ({direction} is better), "
+        f"peaks found on validation data; {rules}"
+    )
+    return "\n\n".join([head, scores, *disks, work])
+
+
+def disk_line(summary: Summary) -> str:
+    """Return the disk overhead of a run in words; the run must have committed something."""
+    disk = summary.disk
+    if disk is None:
+        raise ValueError("nothing was committed, so there is no disk to speak of")
+    return (
+        f"rollback points on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} full checkpoints "
+        f"({bytes_text(disk.peak_bytes)} and {bytes_text(disk.mean_bytes)} of "
+        f"{bytes_text(disk.checkpoint_bytes)}, lr {summary.lr:g}, {summary.dtype}); the paper's "
+        f"disk-managed policy on this run: peak {disk.paper_peak_copies:.2f}, "
+        f"mean {disk.paper_mean_copies:.2f}. {_besides(disk)}"
+    )
+
+
+def _besides(disk: Disk) -> str:
+    resume = f"resume point {bytes_text(disk.resume_bytes)}" if disk.resume_bytes else None
+    base = f"base {bytes_text(disk.base_bytes)}"
+    return f"Besides: {', '.join(filter(None, (resume, base)))}."
+
+
+def _facts(summary: Summary) -> str:
+    return (
+        f"{summary.rule.capitalize()}; {summary.metric.replace('_', ' ')} ({summary.mode}), peaks "
+        "found on validation data, test data used once, at the end; "
+        f"lr {summary.lr:g}, {summary.dtype}, seed {summary.seed}. {summary.stages} stages, "
+        f"{summary.roll_backs} roll-backs, {count_text(summary.steps)} steps, "
+        f"{summary.evaluations} evaluations, {summary.seconds:.0f} s."
+    )
+
+
+def _result_text(summary: Summary) -> str:
+    result = summary.result
+    if result is None:
+        return "The run is not over."
+    return f"Checkpoint `{result.checkpoint}`, from stage {result.stage}, epoch {result.epoch:.2f}."
+
+
+def _score_table(summaries: Mapping[str, Summary]) -> Table:
+    first = next(iter(summaries.values()))
+    peaked = {label: s for label, s in summaries.items() if s.method != "sft"} or summaries
+    header = ["sub-dataset", *(f"{label} peak" for label in peaked), "base val", "base test"]
+    header += [f"{label} {part}" for label in summaries for part in ("val", "test")]
+    rows = []
+    for name in [*first.scores, OVERALL]:
+        scores = [_of(summary, name) for summary in summaries.values()]
+        peaks = ["" if name == OVERALL else _peak_text(s, name) for s in peaked.values()]
+        values = [scores[0].base_validation, scores[0].base_test]
+        values += [value for one in scores for value in (one.validation, one.test)]
+        rows.append([name, *peaks, *map(metric_text, values)])
+    return Table(header=header, rows=rows)
+
+
+def _of(summary: Summary, name: str) -> Scores:
+    return summary.overall if name == OVERALL else summary.scores[name]
+
+
+def _peak_text(summary: Summary, name: str) -> str:
+    peak: Peak | None = summary.peaks.get(name)
+    if peak is None or (summary.method != "sft" and not peak.excluded):
+        return "none"
+    return f"stage {peak.stage}, epoch {peak.epoch:.2f}"
+
+
+def _decision_table(counted: Sequence[Record]) -> Table:
+    """Return all decisions but those to train on."""
+    epochs = {(r["stage"], r["index"]): r["epoch"] for r in counted if r["event"] == "evaluated"}
+    rows = [
+        [
+            r["decision"].replace("_", " "),
+            str(r["stage"]),
+            f"{epochs[r['stage'], r['index']]:.2f}",
+            count_text(r["step"]),
+            ", ".join(r["exclude"]) or "-",
+            r["reason"],
+        ]
+        for r in counted
+        if r["event"] == "decided" and r["decision"] != "continue"
+    ]
+    return Table(
+        header=("decision", "stage", "epoch", "step", "excludes", "reason"),
+        rows=rows,
+        numeric=False,
+    )
+
+
+def _work_table(summaries: Mapping[str, Summary]) -> Table:
+    rows = []
+    for label, summary in summaries.items():
+        account = summary.account
+        thrown = "after its result" if summary.method == "sft" else "rolled back"
+        works: list[tuple[str, Work]] = [
+            ("training, kept", account.kept),
+            (f"training, {thrown}", account.rolled_back),
+            ("padding", account.padding),
+            ("evaluation", account.evaluation),
+            ("generation", account.generation),
+        ]
+        if account.repeated.tokens:
+            works.append(("repeated after a resume", account.repeated))
+        rows += [
+            [f"{label} {name}", count_text(work.tokens), flops_text(work.flops)]
+            for name, work in works
+        ]
+    return Table(header=("work", "tokens", "model FLOPs"), rows=rows)
