@@ -110,7 +110,7 @@ class Msft:
                 target=target, exclude=exclude, why=f"{why}; every sub-dataset is excluded"
             )
         if stage.number >= self.max_stages:
-            why = f"{why}; all {self.max_stages} stages are used up"
+            why = f"{why}; stage {stage.number} of at most {self.max_stages} is over"
             return self._stop(target=target, exclude=exclude, why=why)
         self._stage = Stage(number=stage.number + 1, active=active, epochs=stage.epochs)
         self._seen = []
