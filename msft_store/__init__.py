@@ -1,1 +1,81 @@
-"""A content-addressed delta store for model checkpoints."""
+"""A content-addressed delta store for model checkpoints.
+
+A checkpoint costs only what changed: chunks that are equal to the base model or to another
+checkpoint cost nothing, the others are kept as compressed differences, and every restore is
+bit-exact and verified. Every error that this package raises on purpose is a :class:`StoreError`.
+
+Example::
+
+    from msft_store import KeepBest, Store, Timeline
+
+    store = Store.create("run/store")
+    base = store.add_base("Qwen2.5-0.5B")
+    timeline = Timeline(store, base, retention=KeepBest("overall", 3))
+    ckpt = timeline.commit(model.state_dict(), step=10, metrics={"overall": 0.41})
+    timeline.rollback(ckpt, into=model)
+"""
+
+from msft_store.bases import Base
+from msft_store.check import Finding
+from msft_store.errors import (
+    BaseError,
+    BusyError,
+    CorruptedError,
+    InvalidInputError,
+    MismatchError,
+    NotAStoreError,
+    OutOfSpaceError,
+    OverBudgetError,
+    PinnedError,
+    StorageError,
+    StoreError,
+    UnknownCheckpointError,
+    VersionError,
+)
+from msft_store.gc import GcPlan, GcResult
+from msft_store.manifest import Checkpoint
+from msft_store.retention import (
+    Candidate,
+    Champions,
+    DiskBudget,
+    KeepBest,
+    KeepLast,
+    PeakWindow,
+    Policy,
+    Reason,
+)
+from msft_store.store import Stats, Store
+from msft_store.timeline import Commit, Timeline
+
+__all__ = [
+    "Base",
+    "BaseError",
+    "BusyError",
+    "Candidate",
+    "Champions",
+    "Checkpoint",
+    "Commit",
+    "CorruptedError",
+    "DiskBudget",
+    "Finding",
+    "GcPlan",
+    "GcResult",
+    "InvalidInputError",
+    "KeepBest",
+    "KeepLast",
+    "MismatchError",
+    "NotAStoreError",
+    "OutOfSpaceError",
+    "OverBudgetError",
+    "PeakWindow",
+    "PinnedError",
+    "Policy",
+    "Reason",
+    "Stats",
+    "StorageError",
+    "Store",
+    "StoreError",
+    "Timeline",
+    "UnknownCheckpointError",
+    "VersionError",
+]

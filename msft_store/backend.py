@@ -1,0 +1,262 @@
+"""All input and output of a store, behind one small protocol.
+
+Invariants: a published file is complete and durable or not there at all (temporary name, fsync,
+rename, fsync of the directory); a failed fsync fails the operation and is never retried; every
+failure is a :class:`StoreError`. Files are read at positions, never mapped, because a truncated
+mapping kills the interpreter.
+
+Example::
+
+    backend = LocalBackend(Path("store"))
+    with backend.lock(shared=True, purpose="save"), backend.writer() as writer:
+        writer.write(b"...")
+        writer.publish("packs/00ff.pack")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from msft_store.errors import BusyError, OutOfSpaceError, StorageError
+
+TEMPORARY = "tmp"
+_LOCK = "lock"
+_LOCK_POLL_SECONDS = 0.05
+_LOCK_TIMEOUT_SECONDS = 600.0
+
+
+class Writer(Protocol):
+    """A file under way; leaving its context without :meth:`publish` discards it."""
+
+    position: int
+    """Bytes written so far."""
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+
+    def publish(self, path: str) -> None:
+        """Make the file durable and visible under ``path``, replacing what was there."""
+
+
+class Backend(Protocol):
+    """Files by relative path, with ``/`` between the parts."""
+
+    def describe(self, path: str) -> str:
+        """Return a path as a person would look for it."""
+
+    def exists(self, path: str) -> bool:
+        """Return whether a file is there."""
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return ``length`` bytes from ``offset``; fewer only at the end of the file."""
+
+    def size(self, path: str) -> int:
+        """Return a file's size in bytes."""
+
+    def list(self, folder: str) -> list[str]:
+        """Return the paths of all files below a folder, sorted; none if it does not exist."""
+
+    def writer(self) -> contextlib.AbstractContextManager[Writer]:
+        """Begin a file."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file, durably; one that is not there is no error."""
+
+    def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the store's lock: shared with other shared holders, or alone."""
+
+
+def publish(backend: Backend, path: str, data: bytes) -> None:
+    """Write a whole small file atomically."""
+    with backend.writer() as writer:
+        writer.write(data)
+        writer.publish(path)
+
+
+def disk_bytes(backend: Backend) -> int:
+    """Return the bytes of all files, temporary ones included."""
+    return sum(backend.size(path) for path in backend.list(""))
+
+
+@contextlib.contextmanager
+def _translated(action: str, path: object) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpaceError(f"no space left to {action} {path}") from error
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def read_file(path: Path, offset: int, length: int) -> bytes:
+    """Return ``length`` bytes at ``offset`` of any file; fewer only at its end."""
+    with _translated("read", path), path.open("rb", buffering=0) as file:
+        parts = []
+        while length > 0:
+            part = os.pread(file.fileno(), min(length, 1 << 30), offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _LocalWriter:
+    def __init__(self, root: Path) -> None:
+        self.position = 0
+        self._root = root
+        self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
+        with _translated("create", self._path):
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("xb")
+
+    def write(self, data: bytes) -> None:
+        with _translated(f"write {len(data)} more bytes to", self._path):
+            self._file.write(data)
+        self.position += len(data)
+
+    def publish(self, path: str) -> None:
+        target = self._root / path
+        with _translated(f"write the {self.position} bytes of", target):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._path, target)
+            _sync_folder(target.parent)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder, durably, to a place where there is none or an empty one."""
+    with _translated("write", target):
+        os.replace(source, target)
+        _sync_folder(target.absolute().parent)
+
+
+class LocalBackend:
+    """A folder of a local file system."""
+
+    def __init__(self, root: Path, *, lock_timeout: float = _LOCK_TIMEOUT_SECONDS) -> None:
+        self.root = root
+        self._lock_timeout = lock_timeout
+
+    def make_root(self) -> None:
+        """Create the folder itself."""
+        with _translated("create", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def describe(self, path: str) -> str:
+        return str(self.root / path)
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path).is_file()
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        if length is None:
+            length = self.size(path) - offset
+        return read_file(self.root / path, offset, length)
+
+    def size(self, path: str) -> int:
+        with _translated("read", self.root / path):
+            return (self.root / path).stat().st_size
+
+    def list(self, folder: str) -> list[str]:
+        with _translated("list", self.root / folder):
+            return sorted(
+                os.path.relpath(os.path.join(parent, name), self.root).replace(os.sep, "/")
+                for parent, _, names in os.walk(self.root / folder)
+                for name in names
+            )
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[Writer]:
+        writer = _LocalWriter(self.root)
+        try:
+            yield writer
+        finally:
+            writer.discard()
+
+    def delete(self, path: str) -> None:
+        target = self.root / path
+        with _translated("delete", target):
+            target.unlink(missing_ok=True)
+            if target.parent.is_dir():
+                _sync_folder(target.parent)
+
+    def clear_temporary(self) -> None:
+        """Remove the folder of unpublished files; nothing may be under way."""
+        with _translated("delete", self.root / TEMPORARY):
+            shutil.rmtree(self.root / TEMPORARY)
+
+    @contextlib.contextmanager
+    def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
+        path = self.root / _LOCK
+        with _translated("lock", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._acquire(descriptor, shared=shared, purpose=purpose)
+            if not shared:
+                _sign(descriptor, purpose)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _acquire(self, descriptor: int, *, shared: bool, purpose: str) -> None:
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"{purpose} waited {self._lock_timeout:g} s for the lock of {self.root}; "
+                        f"last exclusive owner: {_owner(descriptor)}. Try again when it is done"
+                    ) from None
+                time.sleep(_LOCK_POLL_SECONDS)
+            except OSError as error:
+                raise StorageError(f"cannot lock {self.root}: {error.strerror}") from error
+            else:
+                return
+
+
+def _sign(descriptor: int, purpose: str) -> None:
+    # For a person who meets the lock; the kernel frees it when its owner ends, whatever the cause.
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "purpose": purpose}
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({**owner, "since": time.time()}).encode(), 0)
+
+
+def _owner(descriptor: int) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        age = time.time() - owner["since"]
+        return f"{owner['purpose']} by process {owner['pid']} on {owner['host']}, {age:.0f} s ago"
+    return "unknown"

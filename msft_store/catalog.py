@@ -1,0 +1,166 @@
+"""What a store directory holds, without any policy: checkpoints, refs, bases, chunks.
+
+The rooms above (gc, check, export, the store itself) share one catalog. It caches what cannot
+change and reads the rest again on :meth:`Catalog.refresh`.
+
+Example::
+
+    catalog = Catalog(LocalBackend(path))
+    catalog.refresh()
+    catalog.resolve("3fa9").step
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from msft_store.backend import Backend
+from msft_store.bases import Base
+from msft_store.errors import CorruptedError, NotAStoreError, StoreError, UnknownCheckpointError
+from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
+from msft_store.manifest import (
+    Checkpoint,
+    TensorEntry,
+    list_manifests,
+    read_checkpoint,
+    read_tensors,
+)
+from msft_store.objects import Objects
+from msft_store.refs import Ref, read_refs
+
+CONFIG = "store.json"
+_SHORTEST_PREFIX = 4
+
+
+def write_config() -> bytes:
+    """Return the content of a new store's ``store.json``."""
+    return seal({"format": "msft-store", "version": VERSION, "chunk_bytes": CHUNK_BYTES})
+
+
+class Catalog:
+    """Everything in one store directory."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.objects = Objects(backend)
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._damaged: dict[str, StoreError] = {}
+        if not backend.exists(CONFIG):
+            raise NotAStoreError(
+                f"no store at {backend.describe('')}; create one with: msft-store init"
+            )
+        unseal(backend.read(CONFIG), backend.describe(CONFIG), "msft-store")
+
+    def refresh(self) -> None:
+        """Read what other processes added or removed since."""
+        identities = set(list_manifests(self.backend))
+        for gone in self._checkpoints.keys() - identities:
+            del self._checkpoints[gone]
+        self._damaged = {}
+        for identity in identities - self._checkpoints.keys():
+            try:
+                self._checkpoints[identity] = read_checkpoint(self.backend, identity)
+            except StoreError as error:
+                self._damaged[identity] = error
+        self.objects.refresh()
+
+    @property
+    def damaged(self) -> dict[str, StoreError]:
+        """Manifests that cannot be read, by id; they are left out of :meth:`checkpoints`."""
+        return self._damaged
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first."""
+        return sorted(self._checkpoints.values(), key=lambda ckpt: (ckpt.created, ckpt.id))
+
+    def get(self, identity: str) -> Checkpoint | None:
+        """Return the checkpoint of an exact id."""
+        return self._checkpoints.get(identity)
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint known that was just written."""
+        self._checkpoints[checkpoint.id] = checkpoint
+
+    def remove(self, identity: str) -> None:
+        """Make known that a checkpoint is one no more."""
+        self._checkpoints.pop(identity, None)
+
+    def resolve(self, name: str | Checkpoint) -> Checkpoint:
+        """Return a checkpoint by id, unique prefix of an id, or name of a ref.
+
+        :class:`UnknownCheckpointError` names the nearest one.
+        """
+        if isinstance(name, Checkpoint):
+            name = name.id
+        found = self._checkpoints.get(name)
+        if found is not None:
+            return found
+        if name in self._damaged:
+            raise self._damaged[name]
+        refs = self.refs()
+        if name in refs:
+            target = self._checkpoints.get(refs[name].checkpoint)
+            if target is None:
+                raise CorruptedError(f"the ref {name!r} points to a checkpoint that is not there")
+            return target
+        matches = [c for c in self.checkpoints() if c.id.startswith(name)]
+        if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
+            return matches[0]
+        if matches and name:
+            raise UnknownCheckpointError(
+                f"{name!r} stands for {len(matches)} checkpoints; give at least "
+                f"{_SHORTEST_PREFIX} characters, and as many as it takes to tell them apart"
+            )
+        raise UnknownCheckpointError(self._no_such(name, refs))
+
+    def resolve_base(self, name: str | Base) -> Base | None:
+        """Return a base by id or unique prefix; ``None`` if there is none."""
+        if isinstance(name, Base):
+            name = name.id
+        bases = self.objects.bases()
+        matches = [base for base in bases.values() if base.id.startswith(name)]
+        exact = bases.get(name)
+        if exact is not None or len(matches) != 1 or len(name) < _SHORTEST_PREFIX:
+            return exact
+        return matches[0]
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+        """Return a checkpoint's tensor table."""
+        return read_tensors(self.backend, checkpoint)
+
+    def keys(self, checkpoint: Checkpoint) -> set[bytes]:
+        """Return the keys of all chunks that a checkpoint names."""
+        entries = self.tensors(checkpoint).values()
+        return {key for entry in entries for piece in entry.pieces for key in piece.keys}
+
+    def stored_bytes(self, checkpoint: Checkpoint) -> int:
+        """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
+        found = (self.objects.find(key, checkpoint.base) for key in self._packed(checkpoint))
+        return sum(stored.record.length for stored in found if stored is not None)
+
+    def refs(self) -> dict[str, Ref]:
+        """Return all refs by name."""
+        return read_refs(self.backend)
+
+    def protected(self) -> dict[str, str]:
+        """Return the ids of checkpoints that refs point to, and why they stay."""
+        reasons: dict[str, list[str]] = {}
+        for name, ref in sorted(self.refs().items()):
+            notes = ref.note.get("reasons")
+            why = f" ({', '.join(notes)})" if notes else ""
+            reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
+        return {identity: "; ".join(texts) for identity, texts in reasons.items()}
+
+    def _packed(self, checkpoint: Checkpoint) -> set[bytes]:
+        base = checkpoint.base
+        return {k for k in self.keys(checkpoint) if self.objects.in_base(k, base) is None}
+
+    def _no_such(self, name: str, refs: dict[str, Ref]) -> str:
+        where = self.backend.describe("")
+        if not self._checkpoints:
+            return f"no checkpoint {name!r} in {where}: it holds none yet"
+        near = difflib.get_close_matches(name, [*self._checkpoints, *refs], n=1, cutoff=0.0)
+        ckpt = self._checkpoints.get(near[0]) if near else None
+        step = f" (step {ckpt.step})" if ckpt is not None and ckpt.step is not None else ""
+        hint = f"; the nearest is {near[0]}{step}" if near else ""
+        return f"no checkpoint {name!r} in {where}{hint}"

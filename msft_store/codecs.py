@@ -1,0 +1,259 @@
+"""The codecs: ways to represent one chunk, with or without a reference.
+
+Each codec is a small frozen dataclass with a stable code (``docs/FORMAT.md``, section 5). All are
+lossless and deterministic: equal input gives equal bytes, whatever the number of threads.
+:func:`encode` picks the smallest representation.
+
+Example::
+
+    code, payload = encode(chunk, reference, dtype)
+    assert (decode(code, payload, chunk.size, reference, dtype) == chunk).all()
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import zstandard
+
+from msft_store.dtypes import DType
+from msft_store.errors import VersionError
+from msft_store.format import inflate
+from msft_store.kernels import (
+    Bytes,
+    Codes,
+    difference,
+    gaps_of,
+    join_planes,
+    lanes,
+    positions_of,
+    restore,
+    split_planes,
+)
+
+_DELTA_LEVEL = 1
+_PLAIN_LEVEL = 3
+_SPARSE_BELOW = 0.4
+"""Share of changed elements from which gaps cost more than the zeros that they skip."""
+_DENSE_FROM = 0.1
+_PLAIN_FROM = 0.6
+"""Share of a chunk's size from which a delta may lose against no reference at all."""
+
+
+class Codec(Protocol):
+    """Turns a chunk into a payload and back."""
+
+    @property
+    def code(self) -> int:
+        """Its number in the byte format."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it codes a change."""
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        """Return the payload of a chunk."""
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        """Return the ``size`` bytes of a chunk; :class:`ValueError` if the payload is damaged."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The bytes themselves."""
+
+    code: int = 0
+    name: str = "raw"
+    needs_reference: bool = False
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        return chunk.tobytes()
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        if len(payload) != size:
+            raise ValueError("a raw chunk has the wrong length")
+        return np.frombuffer(payload, np.uint8)
+
+
+@dataclass(frozen=True)
+class Zstd:
+    """zstd over the bytes in their order."""
+
+    code: int = 1
+    name: str = "zstd"
+    needs_reference: bool = False
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        return _deflate(chunk, _PLAIN_LEVEL)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        return _inflate(payload, size)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """zstd over byte planes: all lowest bytes first, then the next ones."""
+
+    code: int = 2
+    name: str = "planes"
+    needs_reference: bool = False
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        codes = lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
+        return _deflate(split_planes(codes), _PLAIN_LEVEL)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        return join_planes(_inflate(payload, size), dtype.lane).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Same:
+    """Equal to the reference: no payload."""
+
+    code: int = 3
+    name: str = "same"
+    needs_reference: bool = True
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        return b""
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        return _required(reference, size)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """zstd over the byte planes of every element's change."""
+
+    code: int = 4
+    name: str = "delta"
+    needs_reference: bool = True
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        return _deflate(split_planes(_change(chunk, reference, dtype)), _DELTA_LEVEL)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        old = lanes(_required(reference, size), dtype.lane)
+        change = join_planes(_inflate(payload, size), dtype.lane)
+        return restore(change, old, floating=dtype.floating).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """zstd over the gaps between changed elements, then over their changes, as byte planes each.
+
+    The payload begins with the number of changed elements (u32).
+    """
+
+    code: int = 5
+    name: str = "sparse"
+    needs_reference: bool = True
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        change = _change(chunk, reference, dtype)
+        positions = np.flatnonzero(change)
+        streams = np.concatenate(
+            [split_planes(gaps_of(positions)), split_planes(change[positions])]
+        )
+        return struct.pack("<I", positions.size) + _deflate(streams, _DELTA_LEVEL)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        old = lanes(_required(reference, size), dtype.lane)
+        if len(payload) < 4:
+            raise ValueError("a sparse chunk has no count")
+        (count,) = struct.unpack_from("<I", payload)
+        if count > old.size:
+            raise ValueError("a sparse chunk changes more elements than it has")
+        streams = _inflate(payload[4:], count * (4 + dtype.lane))
+        positions = positions_of(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
+        if count and positions[-1] >= old.size:
+            raise ValueError("a sparse chunk changes elements beyond its end")
+        new = old.copy()
+        codes = join_planes(streams[4 * count :], dtype.lane)
+        new[positions] = restore(codes, old[positions], floating=dtype.floating)
+        return new.view(np.uint8)
+
+
+RAW: Codec = Raw()
+ZSTD: Codec = Zstd()
+PLANES: Codec = Planes()
+SAME: Codec = Same()
+DELTA: Codec = Delta()
+SPARSE: Codec = Sparse()
+_BY_CODE: dict[int, Codec] = {
+    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE)
+}
+
+
+def by_code(code: int) -> Codec:
+    """Return the codec of a format code; :class:`VersionError` if there is none."""
+    try:
+        return _BY_CODE[code]
+    except KeyError:
+        raise VersionError(f"unknown codec {code}; a newer msft-store may read it") from None
+
+
+def encode(chunk: Bytes, reference: Bytes | None, dtype: DType) -> tuple[Codec, bytes]:
+    """Return the smallest representation of a chunk; ties go to the one that is tried first."""
+    best: tuple[Codec, bytes] | None = None
+    if reference is not None:
+        best = _smallest(_with_reference(chunk, reference, dtype), chunk, reference, dtype)
+        if len(best[1]) < _PLAIN_FROM * chunk.size:
+            return best
+    plain = _smallest(_PLAIN if dtype.lane > 1 else (ZSTD,), chunk, None, dtype)
+    if best is None or len(plain[1]) < len(best[1]):
+        best = plain
+    return best if len(best[1]) < chunk.size else (RAW, RAW.encode(chunk, None, dtype))
+
+
+_PLAIN: tuple[Codec, ...] = (PLANES, ZSTD)
+
+
+def _with_reference(chunk: Bytes, reference: Bytes, dtype: DType) -> tuple[Codec, ...]:
+    changed = float(np.mean(lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)))
+    if changed == 0:
+        return (SAME,)
+    if changed < _DENSE_FROM:
+        return (SPARSE,)
+    return (SPARSE, DELTA) if changed < _SPARSE_BELOW else (DELTA,)
+
+
+def _smallest(
+    codecs: tuple[Codec, ...], chunk: Bytes, reference: Bytes | None, dtype: DType
+) -> tuple[Codec, bytes]:
+    tried = [(codec, codec.encode(chunk, reference, dtype)) for codec in codecs]
+    return min(tried, key=lambda pair: len(pair[1]))
+
+
+def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+    """Return the ``size`` bytes of a chunk.
+
+    :class:`ValueError` if the payload is damaged, :class:`VersionError` for an unknown codec.
+    """
+    return by_code(code).decode(payload, size, reference, dtype)
+
+
+def _change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
+    old = lanes(_required(reference, chunk.size), dtype.lane)
+    return difference(lanes(chunk, dtype.lane), old, floating=dtype.floating)
+
+
+def _required(reference: Bytes | None, size: int) -> Bytes:
+    if reference is None or reference.size != size:
+        raise ValueError("the reference has the wrong length")
+    return reference
+
+
+def _deflate(data: Bytes, level: int) -> bytes:
+    return zstandard.ZstdCompressor(level=level).compress(data.data)
+
+
+def _inflate(payload: bytes, size: int) -> Bytes:
+    return np.frombuffer(inflate(payload, size), np.uint8)

@@ -1,0 +1,70 @@
+"""The store's exceptions, grouped by what a handler would do.
+
+StoreError
+├── NotAStoreError          no store there, or one is there already
+├── VersionError            written by a version that this one does not know
+├── UnknownCheckpointError  no checkpoint, base or ref of that name
+├── InvalidInputError       an argument that the store cannot keep or does not understand
+├── MismatchError           tensors and checkpoint differ in names, shapes or dtypes
+├── PinnedError             a ref protects what should go
+├── BaseError               a base's file moved or changed
+├── CorruptedError          stored bytes are not what was written
+├── BusyError               somebody else holds the store's lock
+├── OutOfSpaceError         the disk is full
+├── OverBudgetError         what must be kept exceeds a disk budget
+└── StorageError            any other failure of the file system
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """The root of everything that this package raises on purpose."""
+
+
+class NotAStoreError(StoreError):
+    """There is no store at a path, or one is there already."""
+
+
+class VersionError(StoreError):
+    """The data was written in a format version that this release does not know."""
+
+
+class UnknownCheckpointError(StoreError):
+    """No checkpoint, base or ref has the given name."""
+
+
+class InvalidInputError(StoreError):
+    """An argument that the store cannot keep or does not understand."""
+
+
+class MismatchError(StoreError):
+    """A module and a checkpoint differ in tensor names, shapes or dtypes."""
+
+
+class PinnedError(StoreError):
+    """A ref protects the checkpoint that should go."""
+
+
+class BaseError(StoreError):
+    """A base's file moved or changed since it was added."""
+
+
+class CorruptedError(StoreError):
+    """Stored bytes are not the bytes that were written."""
+
+
+class BusyError(StoreError):
+    """Another process holds the store's lock."""
+
+
+class OutOfSpaceError(StoreError):
+    """The disk, or the quota on it, is full."""
+
+
+class OverBudgetError(StoreError):
+    """What must be kept does not fit into the disk budget."""
+
+
+class StorageError(StoreError):
+    """The file system refused an operation."""

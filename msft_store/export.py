@@ -1,0 +1,111 @@
+"""Out of the store: a checkpoint as an ordinary directory of safetensors.
+
+Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
+the result loads with ``from_pretrained``. The directory appears whole or not at all.
+
+Example::
+
+    export(catalog, checkpoint, Path("my-model"))
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+
+from msft_store.backend import LocalBackend, move_folder, publish, read_file
+from msft_store.catalog import Catalog
+from msft_store.errors import InvalidInputError, StorageError
+from msft_store.format import canonical
+from msft_store.manifest import Checkpoint, TensorEntry
+from msft_store.pipeline import decode_state, empty_like
+from msft_store.safetensors_file import INDEX
+
+_SINGLE = "model.safetensors"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
+_LARGEST_COPIED_FILE = 1 << 30
+
+
+def export(
+    catalog: Catalog, checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = 2 << 30
+) -> list[Path]:
+    """Write a checkpoint to a new directory; return its files.
+
+    ``shard_bytes`` bounds each safetensors file, and the memory that is taken, about twofold.
+    :class:`InvalidInputError` if the directory has something in it, or a dtype is not safetensors'.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInputError(f"{folder} is not empty; export to a new directory")
+    tensors = catalog.tensors(checkpoint)
+    for name, entry in tensors.items():
+        if entry.dtype.safetensors is None:
+            raise InvalidInputError(
+                f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
+                "load the checkpoint and convert it"
+            )
+    partial = folder.absolute().parent / f".{folder.name}-{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"cannot create {partial}: {error.strerror}") from error
+    try:
+        backend = LocalBackend(partial)
+        _write_shards(catalog, checkpoint, tensors, backend, shard_bytes)
+        _copy_companions(catalog, checkpoint, backend)
+        backend.clear_temporary()
+        move_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def _write_shards(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    tensors: dict[str, TensorEntry],
+    backend: LocalBackend,
+    shard_bytes: int,
+) -> None:
+    shards = list(_shards(tensors, shard_bytes))
+    index = {}
+    for number, names in enumerate(shards, 1):
+        file = _SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        part = {name: tensors[name] for name in names}
+        state = {name: empty_like(entry) for name, entry in part.items()}
+        decode_state(catalog.objects, part, state, base=checkpoint.base)
+        publish(backend, file, safetensors.torch.save(state, metadata={"format": "pt"}))
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = {"total_size": checkpoint.logical_bytes}
+        publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
+
+
+def _shards(tensors: dict[str, TensorEntry], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, entry in tensors.items():
+        if names and size + entry.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += entry.nbytes
+    yield names
+
+
+def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBackend) -> None:
+    if checkpoint.base is None:
+        return
+    source = Path(catalog.objects.base(checkpoint.base).base.path)
+    if not source.is_dir():
+        return
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith("."):
+            size = file.stat().st_size
+            if size <= _LARGEST_COPIED_FILE:
+                publish(backend, file.name, read_file(file, 0, size))

@@ -1,0 +1,230 @@
+"""Freeing space: a plan that can be printed first, and its execution.
+
+Invariants: nothing that a checkpoint needs, directly or as a reference, is ever deleted; manifests
+go before the packs that they name, and rewritten packs are durable before the old ones go, so that
+a crash at any point leaves every remaining checkpoint whole. Deleting excludes saves.
+
+Example::
+
+    plan = plan_gc(catalog, KeepBest("overall", 3))
+    print(plan)
+    plan.execute()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from msft_store.backend import TEMPORARY, disk_bytes
+from msft_store.catalog import Catalog
+from msft_store.errors import CorruptedError
+from msft_store.format import Record
+from msft_store.manifest import Checkpoint, path_of
+from msft_store.objects import PackWriter, Stored, closure
+from msft_store.render import human
+from msft_store.retention import Candidate, Policy
+
+_REWRITE_FROM = 0.2
+"""Dead share of a pack from which rewriting it pays for the copying."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What happens to a checkpoint, and why."""
+
+    checkpoint: Checkpoint
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackWaste:
+    """A pack with bytes that no checkpoint needs."""
+
+    path: str
+    size: int
+    dead_bytes: int
+    live: tuple[Record, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcResult:
+    """What an executed plan did, in bytes on disk."""
+
+    freed_bytes: int
+    bytes: int
+    """All bytes of the store afterwards."""
+    peak_bytes: int
+    """All bytes of the store at the worst moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcPlan:
+    """What a gc would do; nothing happens before :meth:`execute`."""
+
+    kept: tuple[Verdict, ...]
+    dropped: tuple[Verdict, ...]
+    delete: tuple[PackWaste, ...]
+    rewrite: tuple[PackWaste, ...]
+    leftovers: tuple[tuple[str, int], ...]
+    """Files of saves that never ended, and their sizes in bytes."""
+    held_bytes: int
+    """Bytes that no checkpoint names but that others are differences of."""
+    _catalog: Catalog = field(repr=False, compare=False)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that executing frees, footers aside."""
+        return (
+            sum(waste.size for waste in self.delete)
+            + sum(waste.dead_bytes for waste in self.rewrite)
+            + sum(size for _, size in self.leftovers)
+        )
+
+    def __str__(self) -> str:
+        lines = [f"would free {human(self.freed_bytes)}"]
+        lines += [
+            f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
+            for verdict in self.dropped
+        ]
+        lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        lines += [
+            f"  rewrite  {waste.path} ({human(waste.dead_bytes)} of {human(waste.size)} is dead)"
+            for waste in self.rewrite
+        ]
+        lines += [f"  leftover {path} ({human(size)})" for path, size in self.leftovers]
+        if self.kept:
+            lines.append("keeps")
+        lines += [
+            f"  {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}" for verdict in self.kept
+        ]
+        if self.held_bytes:
+            lines.append(
+                f"  {human(self.held_bytes)} of forgotten checkpoints, "
+                "because others are stored as differences of them"
+            )
+        return "\n".join(lines)
+
+    def execute(self) -> GcResult:
+        """Carry the plan out; what was pinned or came to be needed since stays."""
+        return _execute(self._catalog, [verdict.checkpoint.id for verdict in self.dropped])
+
+
+def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
+    """Return what could go: without a policy, only bytes that no checkpoint needs."""
+    catalog.refresh()
+    _refuse_damage(catalog)
+    checkpoints, protected = catalog.checkpoints(), catalog.protected()
+    kept: dict[str, tuple[str, ...]] = {
+        checkpoint.id: (protected.get(checkpoint.id, "a checkpoint; no policy was given"),)
+        for checkpoint in checkpoints
+    }
+    if policy is not None:
+        decided = policy.decide(candidates(checkpoints, protected))
+        kept = {
+            identity: tuple(reason.text for reason in reasons)
+            for identity, reasons in decided.items()
+        }
+    keep = [checkpoint for checkpoint in checkpoints if checkpoint.id in kept]
+    delete, rewrite, held = _waste(catalog, keep)
+    return GcPlan(
+        kept=tuple(Verdict(checkpoint=c, reasons=kept[c.id]) for c in keep),
+        dropped=tuple(
+            Verdict(checkpoint=c, reasons=("no rule of the policy keeps it",))
+            for c in checkpoints
+            if c.id not in kept
+        ),
+        delete=delete,
+        rewrite=rewrite,
+        leftovers=_leftovers(catalog),
+        held_bytes=held,
+        _catalog=catalog,
+    )
+
+
+def candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:
+    """Return what a policy sees of checkpoints that belong to no timeline."""
+    return [
+        Candidate(
+            id=checkpoint.id,
+            metrics=checkpoint.metrics,
+            stored_bytes=checkpoint.stored_bytes,
+            index=index,
+            pinned=protected.get(checkpoint.id),
+        )
+        for index, checkpoint in enumerate(checkpoints)
+    ]
+
+
+def _execute(catalog: Catalog, drop: Sequence[str]) -> GcResult:
+    backend = catalog.backend
+    with backend.lock(shared=False, purpose="gc"):
+        before = peak = disk_bytes(backend)
+        catalog.refresh()
+        _refuse_damage(catalog)
+        protected = catalog.protected()
+        for identity in drop:
+            if identity not in protected:
+                backend.delete(path_of(identity))
+                catalog.remove(identity)
+        delete, rewrite, _ = _waste(catalog, catalog.checkpoints())
+        for path, _ in _leftovers(catalog):
+            backend.delete(path)
+        for waste in delete:
+            backend.delete(waste.path)
+        for waste in rewrite:
+            _rewrite(catalog, waste)
+            peak = max(peak, disk_bytes(backend))
+            backend.delete(waste.path)
+        catalog.refresh()
+        after = disk_bytes(backend)
+        return GcResult(freed_bytes=before - after, bytes=after, peak_bytes=peak)
+
+
+def _rewrite(catalog: Catalog, waste: PackWaste) -> None:
+    with catalog.backend.writer() as writer:
+        pack = PackWriter(writer)
+        for record in waste.live:
+            payload = catalog.backend.read(waste.path, record.offset, record.length)
+            pack.append(replace(record, offset=pack.position), payload)
+        pack.publish()
+
+
+def _waste(
+    catalog: Catalog, keep: Sequence[Checkpoint]
+) -> tuple[tuple[PackWaste, ...], tuple[PackWaste, ...], int]:
+    live: set[Stored] = set()
+    named: set[bytes] = set()
+    for checkpoint in keep:
+        keys = catalog.keys(checkpoint)
+        named |= keys
+        live |= closure(catalog.objects, keys, checkpoint.base)[0]
+    delete, rewrite = [], []
+    for path, records in catalog.objects.packs.items():
+        alive = tuple(r for r in records if Stored(pack=path, record=r) in live)
+        size = catalog.backend.size(path)
+        dead = sum(r.length for r in records) - sum(r.length for r in alive)
+        waste = PackWaste(path=path, size=size, dead_bytes=dead, live=alive)
+        if not alive:
+            delete.append(waste)
+        elif dead >= _REWRITE_FROM * size:
+            rewrite.append(waste)
+    held = sum(stored.record.length for stored in live if stored.record.key not in named)
+    return tuple(delete), tuple(rewrite), held
+
+
+def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
+    paths = catalog.backend.list(TEMPORARY)
+    return tuple((path, catalog.backend.size(path)) for path in paths)
+
+
+def _refuse_damage(catalog: Catalog) -> None:
+    for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
+        raise CorruptedError(
+            f"gc deletes nothing from a damaged store: {error}. See msft-store check"
+        )
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    step = "" if checkpoint.step is None else f" step {checkpoint.step}"
+    return f"{checkpoint.id[:12]}{step}"

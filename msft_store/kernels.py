@@ -1,0 +1,98 @@
+"""Inner loops of the codecs, on NumPy arrays.
+
+NumPy, because it releases the GIL and never starts threads of its own, so that the pipeline alone
+decides how many cores work. All functions are pure and bijective where a codec needs them to be.
+
+A chunk is seen as *lanes*: signed integers as wide as one element. Floats are ordered first: sign
+and magnitude become two's complement, so that neighbouring floats are neighbouring integers and a
+small update is a small difference, whatever the exponent.
+
+Example::
+
+    change = difference(new_lanes, old_lanes, floating=True)      # zigzag, unsigned
+    assert (restore(change, old_lanes, floating=True) == new_lanes).all()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Lanes = NDArray[np.signedinteger]
+Codes = NDArray[np.unsignedinteger]
+
+_SIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<i1"),
+    2: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    8: np.dtype("<i8"),
+}
+_UNSIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+
+
+def lanes(data: Bytes, width: int) -> Lanes:
+    """View little-endian bytes, shape ``(n * width,)``, as signed integers of ``width`` bytes."""
+    viewed: Lanes = data.view(_SIGNED[width])
+    return viewed
+
+
+def _ordered(bits: Lanes) -> Lanes:
+    # Its own inverse: the sign bit, which decides what is flipped, is never flipped itself.
+    width = bits.dtype.itemsize
+    flip = bits.dtype.type((1 << (8 * width - 1)) - 1)
+    ordered: Lanes = bits ^ ((bits >> (8 * width - 1)) & flip)
+    return ordered
+
+
+def difference(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
+    """Return the change from ``old`` to ``new`` in steps of the format, zigzag-coded.
+
+    0 is no change, 1 one step down, 2 one step up, and so on, modulo 2^bits.
+    """
+    change = _ordered(new) - _ordered(old) if floating else new - old
+    bits = 8 * change.dtype.itemsize
+    zigzag = (change << 1) ^ (change >> (bits - 1))
+    codes: Codes = zigzag.view(_UNSIGNED[change.dtype.itemsize])
+    return codes
+
+
+def restore(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
+    """Undo :func:`difference`."""
+    change = (codes >> 1).view(old.dtype) ^ -((codes & 1).view(old.dtype))
+    if floating:
+        return _ordered(_ordered(old) + change)
+    restored: Lanes = old + change
+    return restored
+
+
+def split_planes(values: Codes) -> Bytes:
+    """Return all lowest bytes, then all next ones, and so on; shape ``(n * width,)``."""
+    width = values.dtype.itemsize
+    planes: Bytes = values.view(np.uint8).reshape(-1, width).T.reshape(-1)
+    return planes
+
+
+def join_planes(planes: Bytes, width: int) -> Codes:
+    """Undo :func:`split_planes`."""
+    joined = np.ascontiguousarray(planes.reshape(width, -1).T).reshape(-1)
+    values: Codes = joined.view(_UNSIGNED[width])
+    return values
+
+
+def gaps_of(positions: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return how many unchanged elements stand before each changed one; positions ascend."""
+    return (np.diff(positions, prepend=-1) - 1).astype(np.uint32)
+
+
+def positions_of(gaps: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Undo :func:`gaps_of`."""
+    positions: NDArray[np.int64] = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    return positions

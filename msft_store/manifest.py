@@ -1,0 +1,305 @@
+"""Manifests: a checkpoint exists if and only if its manifest file does.
+
+``manifests/<id>.json`` has two lines. The first, sealed, is what a listing needs; the second is
+the tensor table, whose digest the first holds. The id is the digest of the canonical content:
+tensor keys and metadata, never encodings, sizes on disk, places or times. So saving equal content
+again gives the same checkpoint, and repacking never changes an id.
+
+Example::
+
+    manifest = read_manifest(backend, id)
+    manifest.tensors()["lm_head.weight"].pieces[0].keys
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from msft_store.backend import Backend, publish
+from msft_store.dtypes import DType, by_name
+from msft_store.errors import CorruptedError, InvalidInputError, StoreError
+from msft_store.format import CHUNK_BYTES, KEY_BYTES, VERSION, canonical, digest, seal, unseal
+
+_FOLDER = "manifests"
+_SUFFIX = ".json"
+_FIRST_READ = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a tensor: the part that one process held."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    """The chunks of its row-major little-endian bytes, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A named tensor: pieces that cover it without overlap."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An immutable set of named tensors with metadata."""
+
+    id: str
+    parent: str | None
+    """Id of the checkpoint, or of the base, that it descends from."""
+    base: str | None
+    """Id of the base that its lineage began with."""
+    step: int | None
+    metrics: Mapping[str, float]
+    tags: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    logical_bytes: int
+    """Bytes of its tensors."""
+    stored_bytes: int
+    """Encoded bytes of the chunks that it names; a chunk shared by several counts for each."""
+    unreferenced_bytes: int
+    """Bytes that were encoded anew without any reference to take a difference against."""
+    created: int
+    """Nanoseconds since 1970; not part of the content."""
+    tensor_digest: str = field(repr=False)
+
+
+def checkpoint_content(
+    *,
+    parent: str | None,
+    base: str | None,
+    step: int | None,
+    metrics: Mapping[str, float],
+    tags: Sequence[str],
+    metadata: Mapping[str, Any],
+    tensors: bytes,
+    logical_bytes: int,
+) -> dict[str, Any]:
+    """Return the canonical content of a checkpoint, of which its id is the digest.
+
+    ``tensors`` is :func:`tensor_table`'s. Metrics that JSON has no number for become the strings
+    ``NaN``, ``Infinity`` and ``-Infinity``. :class:`InvalidInputError` for anything not storable.
+    """
+    if step is not None and (type(step) is not int or step < 0):
+        raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
+    if any(not isinstance(tag, str) for tag in tags):
+        raise InvalidInputError(f"tags must be strings, not {list(tags)!r}")
+    if not all(isinstance(name, str) for name in metadata):
+        raise InvalidInputError("the keys of metadata must be strings")
+    content = {
+        "parent": parent,
+        "base": base,
+        "step": step,
+        "metrics": {_metric_name(name): _metric_to_json(metrics[name]) for name in metrics},
+        "tags": list(tags),
+        "metadata": dict(metadata),
+        "tensors": digest(tensors),
+        "logical_bytes": logical_bytes,
+    }
+    canonical(content)
+    return content
+
+
+def _metric_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise InvalidInputError(f"the name of a metric must be a string, not {name!r}")
+    return name
+
+
+def _metric_to_json(value: Any) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"a metric must be a number, not {value!r}") from None
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return number
+
+
+def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
+    """Return the second line of a manifest."""
+    return canonical(
+        {
+            name: {
+                "dtype": entry.dtype.name,
+                "shape": list(entry.shape),
+                "pieces": [
+                    {
+                        "offset": list(piece.offset),
+                        "shape": list(piece.shape),
+                        "chunks": b"".join(piece.keys).hex(),
+                    }
+                    for piece in entry.pieces
+                ],
+            }
+            for name, entry in tensors.items()
+        }
+    )
+
+
+def write_manifest(
+    backend: Backend,
+    content: Mapping[str, Any],
+    tensors: bytes,
+    *,
+    created: int,
+    stored_bytes: int,
+    unreferenced_bytes: int,
+) -> Checkpoint:
+    """Publish a manifest: from here on the checkpoint exists."""
+    identity = digest(canonical(content))
+    head = {
+        "format": "msft-manifest",
+        "version": VERSION,
+        "id": identity,
+        "content": content,
+        "created": created,
+        "stored_bytes": stored_bytes,
+        "unreferenced_bytes": unreferenced_bytes,
+    }
+    publish(backend, path_of(identity), seal(head) + b"\n" + tensors + b"\n")
+    return _checkpoint(head)
+
+
+def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
+    """Record how many bytes a checkpoint's chunks take now; its id does not depend on it."""
+    data = backend.read(path_of(checkpoint.id))
+    line, _, tensors = data.partition(b"\n")
+    head = unseal(line, backend.describe(path_of(checkpoint.id)), "msft-manifest")
+    head["stored_bytes"] = stored_bytes
+    publish(backend, path_of(checkpoint.id), seal(head) + b"\n" + tensors)
+    return _checkpoint(head)
+
+
+def path_of(identity: str) -> str:
+    """Return where the manifest of a checkpoint stands."""
+    return f"{_FOLDER}/{identity}{_SUFFIX}"
+
+
+def list_manifests(backend: Backend) -> list[str]:
+    """Return the ids of all checkpoints."""
+    skip = len(_FOLDER) + 1
+    return [path[skip : -len(_SUFFIX)] for path in backend.list(_FOLDER) if path.endswith(_SUFFIX)]
+
+
+def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
+    """Read the first line of a manifest."""
+    path = path_of(identity)
+    data = backend.read(path, 0, _FIRST_READ)
+    while b"\n" not in data:
+        more = backend.read(path, len(data), len(data))
+        if not more:
+            raise CorruptedError(f"{backend.describe(path)} is truncated")
+        data += more
+    return _parse_head(data[: data.index(b"\n")], identity, backend.describe(path))
+
+
+def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """Read the tensor table of a checkpoint, sorted by name."""
+    path = path_of(checkpoint.id)
+    data = backend.read(path)
+    table = data[data.find(b"\n") + 1 : -1]
+    what = backend.describe(path)
+    if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
+        raise CorruptedError(f"the tensor table in {what} does not match its digest")
+    try:
+        entries = {str(name): _entry(value) for name, value in json.loads(table).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptedError(f"the tensor table in {what} cannot be read: {error}") from None
+    if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
+        raise CorruptedError(f"the tensor table in {what} does not have the size that it states")
+    return entries
+
+
+def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
+    """Yield the decoded size of each chunk of a piece: full ones, then the rest."""
+    rest = math.prod(piece.shape) * dtype.size
+    while rest > 0:
+        yield min(rest, CHUNK_BYTES)
+        rest -= CHUNK_BYTES
+
+
+def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
+    head = unseal(line, what, "msft-manifest")
+    try:
+        if digest(canonical(head["content"])) != head["id"] or head["id"] != identity:
+            raise CorruptedError(f"{what} does not hold the checkpoint that its name says")
+        return _checkpoint(head)
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptedError(f"{what} cannot be read: {error!r}") from None
+
+
+def _checkpoint(head: Mapping[str, Any]) -> Checkpoint:
+    content = head["content"]
+    return Checkpoint(
+        id=head["id"],
+        parent=content["parent"],
+        base=content["base"],
+        step=content["step"],
+        metrics={name: float(value) for name, value in content["metrics"].items()},
+        tags=tuple(content["tags"]),
+        metadata=content["metadata"],
+        logical_bytes=content["logical_bytes"],
+        stored_bytes=head["stored_bytes"],
+        unreferenced_bytes=head["unreferenced_bytes"],
+        created=head["created"],
+        tensor_digest=content["tensors"],
+    )
+
+
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
+    dtype, shape = by_name(value["dtype"]), _shape(value["shape"])
+    pieces = tuple(_piece(piece, shape, dtype) for piece in value["pieces"])
+    _check_cover(pieces, shape)
+    return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
+
+
+def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
+    keys = bytes.fromhex(value["chunks"])
+    piece = Piece(
+        offset=_shape(value["offset"]),
+        shape=_shape(value["shape"]),
+        keys=tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)),
+    )
+    nbytes = math.prod(piece.shape) * dtype.size
+    if len(keys) != KEY_BYTES * -(-nbytes // CHUNK_BYTES):
+        raise ValueError("a piece has the wrong number of chunks")
+    inside = (o + n <= s for o, n, s in zip(piece.offset, piece.shape, whole, strict=True))
+    if not all(inside):
+        raise ValueError("a piece lies outside its tensor")
+    return piece
+
+
+def _check_cover(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
+    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
+        raise ValueError("the pieces do not cover their tensor")
+    for at, one in enumerate(pieces):
+        for other in pieces[:at]:
+            if math.prod(shape) and all(
+                a < b + m and b < a + n
+                for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+            ):
+                raise ValueError("two pieces of a tensor overlap")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
+        raise ValueError(f"{value!r} is not a shape")
+    return tuple(value)

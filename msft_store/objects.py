@@ -1,0 +1,284 @@
+"""Chunks by key: packs, their records, and the bases that records refer to.
+
+A key may have several representations. A checkpoint of base B may use those that need no base or B
+itself, so that no checkpoint ever depends on a base that is not its own. References only point to
+what is less deep (``Record.depth``), so they are acyclic, and restoring takes at most
+``MAX_DEPTH + 1`` decodings a chunk.
+
+Example::
+
+    objects = Objects(backend)
+    data = objects.read(key, size, dtype, base_id)        # verified against the key
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from msft_store import codecs
+from msft_store.backend import Backend, Writer
+from msft_store.bases import Base, BaseReader, list_bases, read_base
+from msft_store.dtypes import DType, by_code
+from msft_store.errors import (
+    BaseError,
+    CorruptedError,
+    StorageError,
+    StoreError,
+    UnknownCheckpointError,
+)
+from msft_store.format import (
+    KEY_BYTES,
+    PACK_HEADER,
+    PACK_TRAILER,
+    BaseSpan,
+    ChunkSpan,
+    Record,
+    chunk_key,
+    decode_footer,
+    decode_trailer,
+    encode_footer,
+    pack_header,
+)
+from msft_store.kernels import Bytes
+
+FOLDER = "packs"
+_SUFFIX = ".pack"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A record and the pack that it stands in."""
+
+    pack: str
+    """Path of the pack."""
+    record: Record
+
+
+class PackWriter:
+    """Collects encoded chunks into one pack, which exists once :meth:`publish` returns."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.records: list[Record] = []
+        self._writer = writer
+        writer.write(pack_header())
+
+    @property
+    def position(self) -> int:
+        """Where the next payload will begin."""
+        return self._writer.position
+
+    def append(self, record: Record, payload: bytes) -> None:
+        """Add a chunk; the record's ``offset`` must be :attr:`position`."""
+        self._writer.write(payload)
+        self.records.append(record)
+
+    def publish(self) -> str:
+        """Make the pack durable; return its path."""
+        footer, identity = encode_footer(self.records, self.position)
+        path = f"{FOLDER}/{identity}{_SUFFIX}"
+        self._writer.write(footer)
+        self._writer.publish(path)
+        return path
+
+
+def read_pack(backend: Backend, path: str) -> list[Record]:
+    """Return the records of a pack."""
+    what, size = backend.describe(path), backend.size(path)
+    tail = max(size - PACK_TRAILER.size, 0)
+    trailer = decode_trailer(backend.read(path, tail, PACK_TRAILER.size), size, what)
+    offset, length, decoded, count, check = trailer
+    if backend.read(path, 0, PACK_HEADER.size) != pack_header():
+        raise CorruptedError(f"{what} does not begin like a pack of this version")
+    records = decode_footer(backend.read(path, offset, length), decoded, count, check, what)
+    if any(record.offset + record.length > offset for record in records):
+        raise CorruptedError(f"the footer of {what} points beyond its payloads")
+    return records
+
+
+class Objects:
+    """All chunks of a store, read and verified by key."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._packs: dict[str, list[Record]] = {}
+        self._damaged: dict[str, StoreError] = {}
+        self._index: dict[bytes, list[Stored]] = {}
+        self._readers: dict[str, BaseReader] = {}
+        self._refreshing = threading.Lock()
+
+    @property
+    def packs(self) -> Mapping[str, list[Record]]:
+        """The records of each pack, by its path."""
+        return self._packs
+
+    @property
+    def damaged(self) -> Mapping[str, StoreError]:
+        """Packs whose records cannot be read, by path; they are left out of everything else."""
+        return self._damaged
+
+    def refresh(self) -> None:
+        """Read what other processes added or removed since."""
+        with self._refreshing:
+            paths = set(self._backend.list(FOLDER))
+            if self._packs.keys() - paths:
+                self._packs = {path: self._packs[path] for path in self._packs if path in paths}
+                self._damaged = {
+                    path: self._damaged[path] for path in self._damaged if path in paths
+                }
+                self._index = {}
+                for path in self._packs:
+                    self._enter(path)
+            for path in sorted(paths - self._packs.keys()):
+                try:
+                    self._packs[path] = read_pack(self._backend, path)
+                except StoreError as error:
+                    # One that a gc removed since it was listed is no loss.
+                    if self._backend.exists(path):
+                        self._packs[path] = []
+                        self._damaged[path] = error
+                    continue
+                self._enter(path)
+            for identity in list_bases(self._backend):
+                if identity not in self._readers:
+                    self.add_base(read_base(self._backend, identity))
+
+    def _enter(self, path: str) -> None:
+        for record in self._packs[path]:
+            self._index.setdefault(record.key, []).append(Stored(pack=path, record=record))
+
+    def add_base(self, base: Base) -> None:
+        """Make a base known that was just recorded, or recorded anew in another place."""
+        self._readers[base.id] = BaseReader(self._backend, base)
+
+    def bases(self) -> dict[str, Base]:
+        """Return all bases by id."""
+        return {identity: reader.base for identity, reader in self._readers.items()}
+
+    def base(self, identity: str) -> BaseReader:
+        """Return the reader of a base."""
+        try:
+            return self._readers[identity]
+        except KeyError:
+            raise UnknownCheckpointError(
+                f"this store has no base {identity[:12]}; add it with add-base"
+            ) from None
+
+    def in_base(self, key: bytes, base: str | None) -> BaseSpan | None:
+        """Return where a chunk stands unchanged in a base."""
+        return None if base is None else self.base(base).chunks.get(key)
+
+    def find(self, key: bytes, base: str | None) -> Stored | None:
+        """Return the representation to decode a key with: the shallowest, then the smallest."""
+        usable = [s for s in self._index.get(key, ()) if s.record.base in (None, base)]
+        return min(usable, key=lambda s: (s.record.depth, s.record.length, s.pack), default=None)
+
+    def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
+        """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
+        span = self.in_base(key, base)
+        if span is not None and base is not None:
+            data = self.base(base).read_span(span, size // dtype.size, dtype)
+            if chunk_key(data.data, dtype) != key:
+                raise BaseError(
+                    f"{self.base(base).where(span)} changed since it was added as base "
+                    f"{base[:12]} (tensor {span.tensor!r}); put the original file back"
+                )
+            return data
+        stored = self.find(key, base)
+        if stored is None:
+            self.refresh()
+            stored = self.find(key, base)
+        if stored is None:
+            hint = "".join(f"; {error}" for error in self._damaged.values())
+            raise CorruptedError(
+                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
+            )
+        return self._decode(stored, size, dtype, base)
+
+    def reference(self, record: Record, base: str | None) -> Bytes | None:
+        """Return the bytes that a record is a change of."""
+        if record.reference is None and record.ref_key == bytes(KEY_BYTES):
+            return None
+        dtype = by_code(record.dtype)
+        if isinstance(record.reference, BaseSpan):
+            if record.base is None:
+                raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
+            reader = self.base(record.base)
+            return reader.read_span(record.reference, record.size // dtype.size, dtype)
+        whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
+        spans = record.reference or whole
+        parts = [self._read_part(span, record, dtype, base) for span in spans]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_part(self, span: ChunkSpan, record: Record, dtype: DType, base: str | None) -> Bytes:
+        located, stored = self.in_base(span.key, base), self.find(span.key, base)
+        if located is not None and base is not None:
+            size = self.base(base).chunk_bytes(located)
+        elif stored is None:
+            raise CorruptedError(f"chunk {span.key.hex()}, a reference, is in no pack")
+        elif stored.record.depth >= record.depth:
+            raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
+        else:
+            size = stored.record.size
+        return self.read(span.key, size, dtype, base)[span.start : span.start + span.length]
+
+    def _decode(self, stored: Stored, size: int, dtype: DType, base: str | None) -> Bytes:
+        record, what = stored.record, self._backend.describe(stored.pack)
+        if record.size != size or record.dtype != dtype.code:
+            raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
+        reference = self.reference(record, base)
+        try:
+            payload = self._backend.read(stored.pack, record.offset, record.length)
+            data = codecs.decode(record.codec, payload, size, reference, dtype)
+        except ValueError as error:
+            data, reason = None, str(error)
+        except StorageError:
+            # A gc may have rewritten the pack since it was indexed.
+            if self._backend.exists(stored.pack):
+                raise
+            self.refresh()
+            return self.read(record.key, size, dtype, base)
+        else:
+            reason = "its content does not match its key"
+        if data is not None and chunk_key(data.data, dtype) == record.key:
+            return data
+        if reference is not None and chunk_key(reference.data, dtype) != record.ref_key:
+            self._blame_reference(record, base)
+        raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
+
+    def _blame_reference(self, record: Record, base: str | None) -> None:
+        if isinstance(record.reference, BaseSpan) and base is not None:
+            raise BaseError(
+                f"{self.base(base).where(record.reference)} changed since it was added as base "
+                f"{base[:12]} (tensor {record.reference.tensor!r}); put the original file back"
+            )
+        raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")
+
+
+def closure(
+    objects: Objects, keys: Iterable[bytes], base: str | None
+) -> tuple[set[Stored], set[bytes]]:
+    """Return what restoring chunks needs: the records in packs, and the keys that are nowhere."""
+    live: set[Stored] = set()
+    missing: set[bytes] = set()
+    seen: set[bytes] = set()
+    pending = list(keys)
+    while pending:
+        key = pending.pop()
+        if key in seen or objects.in_base(key, base) is not None:
+            continue
+        seen.add(key)
+        stored = objects.find(key, base)
+        if stored is None:
+            missing.add(key)
+            continue
+        live.add(stored)
+        record = stored.record
+        if isinstance(record.reference, tuple):
+            pending.extend(span.key for span in record.reference)
+        elif record.reference is None and record.ref_key != bytes(KEY_BYTES):
+            pending.append(record.ref_key)
+    return live, missing

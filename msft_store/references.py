@@ -1,0 +1,87 @@
+"""What a chunk is compared with: the parent's chunk in the same place, or the base's elements.
+
+Example::
+
+    planner = Planner(objects, base.id, parent_tensors)
+    planner.match({"lm_head.weight": (512, 192)})
+    planner.references("lm_head.weight", entry, piece=0, chunk=0)      # the preferred one first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from msft_store.bases import match_names
+from msft_store.format import CHUNK_BYTES, KEY_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
+from msft_store.manifest import TensorEntry, chunk_sizes
+from msft_store.objects import Objects
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a chunk is compared with."""
+
+    base: str | None
+    depth: int
+    """Of a record that uses it."""
+    span: BaseSpan | ChunkSpan
+
+
+class Planner:
+    """Chooses references: the parent's chunk in the same place, or the base's elements.
+
+    A parent's chunk serves if decoding it needs nothing deeper than the base; if it is itself a
+    change of another chunk, that one serves. So no chunk is ever more than ``MAX_DEPTH`` deep.
+    """
+
+    def __init__(
+        self, objects: Objects, base: str | None, parent: Mapping[str, TensorEntry] | None
+    ) -> None:
+        self._objects = objects
+        self._base = base
+        self._parent = parent or {}
+        self._names: dict[str, str] = {}
+
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the base's tensors that tensors of these names and shapes are compared with."""
+        if self._base is not None:
+            theirs = self._objects.base(self._base).base.tensors
+            self._names = match_names(shapes, {name: t.shape for name, t in theirs.items()})
+
+    def references(
+        self, name: str, entry: TensorEntry, piece: int, chunk: int
+    ) -> tuple[Reference, ...]:
+        """Return the candidates for one chunk, the preferred one first."""
+        box = entry.pieces[piece]
+        found = []
+        theirs = self._parent.get(name)
+        if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
+            for other in theirs.pieces:
+                if (other.offset, other.shape) == (box.offset, box.shape):
+                    size = list(chunk_sizes(other, entry.dtype))[chunk]
+                    found.append(self._chunk(other.keys[chunk], size))
+        if self._base is not None and name in self._names:
+            whole = box.shape == entry.shape
+            span = BaseSpan(
+                tensor=self._names[name],
+                start=chunk * CHUNK_BYTES // entry.dtype.size,
+                box=None if whole else (box.offset, box.shape),
+            )
+            found.append(Reference(base=self._base, depth=1, span=span))
+        return tuple(reference for reference in found if reference is not None)
+
+    def _chunk(self, key: bytes, size: int) -> Reference | None:
+        located = self._objects.in_base(key, self._base)
+        if located is not None:
+            return Reference(base=self._base, depth=1, span=located)
+        stored = self._objects.find(key, self._base)
+        if stored is None:
+            return None
+        record = stored.record
+        if record.depth < MAX_DEPTH:
+            span = ChunkSpan(key=key, start=0, length=size)
+            return Reference(base=record.base, depth=record.depth + 1, span=span)
+        if record.reference is None and record.ref_key != bytes(KEY_BYTES):
+            return self._chunk(record.ref_key, size)
+        return None

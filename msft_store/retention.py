@@ -1,0 +1,259 @@
+"""Retention policies: pure functions from checkpoints to what is kept, and why.
+
+Composition follows one rule. Keep rules are united; then a budget drops what is not protected,
+least valuable first, and raises if what is protected does not fit. Policies are combined with
+``|``. Protected are pins, champions, and the very best by a metric.
+
+Example::
+
+    policy = Champions({"arith": "max", "dates": "max"}) | KeepBest("overall") | DiskBudget(10**9)
+    kept = policy.decide(candidates)         # id → reasons
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from msft_store.errors import InvalidInputError, OverBudgetError
+
+Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What a policy sees of a checkpoint."""
+
+    id: str
+    metrics: Mapping[str, float]
+    stored_bytes: int = 0
+    branch: int = 0
+    """How many roll-backs came before it."""
+    index: int = 0
+    """How many commits came before it on its branch, evicted ones included."""
+    pinned: str | None = None
+    """Why it must stay whatever the policy says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """Why a checkpoint is kept."""
+
+    text: str
+    protected: bool
+    """Whether a budget may not drop it."""
+    rank: int = 0
+    """The larger, the less valuable."""
+
+
+Kept = dict[str, tuple[Reason, ...]]
+
+
+class Policy(ABC):
+    """A retention policy; candidates come oldest first."""
+
+    @abstractmethod
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        """Yield what this rule keeps."""
+
+    @property
+    def budget(self) -> int | None:
+        """The bytes that all kept checkpoints may take; ``None``: no limit."""
+        return None
+
+    def __or__(self, other: Policy) -> Policy:
+        return Union(parts=(*_parts(self), *_parts(other)))
+
+    def decide(self, candidates: Sequence[Candidate]) -> Kept:
+        """Return what is kept, by id, with reasons; what is absent may go.
+
+        :class:`OverBudgetError` if what is protected exceeds the budget.
+        """
+        kept: dict[str, list[Reason]] = {}
+        for candidate in candidates:
+            if candidate.pinned is not None:
+                reason = Reason(text=candidate.pinned, protected=True)
+                kept.setdefault(candidate.id, []).append(reason)
+        for candidate, reason in self.keep(candidates):
+            kept.setdefault(candidate.id, []).append(reason)
+        if self.budget is not None:
+            kept = _fit(kept, candidates, self.budget)
+        return {identity: tuple(reasons) for identity, reasons in kept.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union(Policy):
+    """Several policies at once."""
+
+    parts: tuple[Policy, ...]
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        keepers = [part for part in self.parts if not isinstance(part, DiskBudget)]
+        # A cap alone says nothing about what to keep, so everything stays that fits.
+        for part in keepers or [KeepLast(len(candidates) or 1)]:
+            yield from part.keep(candidates)
+
+    @property
+    def budget(self) -> int | None:
+        limits = [part.budget for part in self.parts if part.budget is not None]
+        return min(limits, default=None)
+
+
+@dataclass(frozen=True)
+class KeepLast(Policy):
+    """Keep the ``n`` newest."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count("KeepLast", self.n)
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        for rank, candidate in enumerate(reversed(candidates[-self.n :])):
+            yield candidate, Reason(text=f"one of the last {self.n}", protected=False, rank=rank)
+
+
+@dataclass(frozen=True)
+class KeepBest(Policy):
+    """Keep the ``k`` best by a metric, over all branches; earlier ones win ties."""
+
+    metric: str
+    k: int = 1
+    mode: Mode = "max"
+
+    def __post_init__(self) -> None:
+        _check_count("KeepBest", self.k)
+        _check_mode(self.mode)
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        for rank, candidate in enumerate(_ranked(candidates, self.metric, self.mode)[: self.k]):
+            what = f"best {self.metric}" if rank == 0 else f"number {rank + 1} by {self.metric}"
+            text = f"{what} ({candidate.metrics[self.metric]:.6g})"
+            yield candidate, Reason(text=text, protected=rank == 0, rank=rank)
+
+
+@dataclass(frozen=True)
+class Champions(Policy):
+    """Keep, for each metric, the first best checkpoint of the current branch."""
+
+    metrics: Mapping[str, Mode]
+
+    def __post_init__(self) -> None:
+        for mode in self.metrics.values():
+            _check_mode(mode)
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        for metric, champion in _champions(candidates, self.metrics):
+            text = f"champion of {metric} ({champion.metrics[metric]:.6g})"
+            yield champion, Reason(text=text, protected=True)
+
+
+@dataclass(frozen=True)
+class PeakWindow(Policy):
+    """Keep champions whose peak window is open, and the one that is rolled back to next.
+
+    A champion's peak has passed once ``w`` evaluations brought nothing better. Of those whose peak
+    has passed the earliest is kept, for its roll-back is to be decided; the others are superseded
+    by that decision. So at most ``w + 1`` checkpoints are kept.
+    """
+
+    metrics: Mapping[str, Mode]
+    w: int
+
+    def __post_init__(self) -> None:
+        _check_count("PeakWindow", self.w)
+        for mode in self.metrics.values():
+            _check_mode(mode)
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        champions = list(_champions(candidates, self.metrics))
+        now = max((candidate.index for candidate in _current(candidates)), default=0)
+        first = min(
+            (champion.index for _, champion in champions if now - champion.index >= self.w),
+            default=None,
+        )
+        for metric, champion in champions:
+            age = now - champion.index
+            if age < self.w:
+                state = f"peak window open, {age} of {self.w} evaluations"
+            elif champion.index == first:
+                state = "peak window passed, its roll-back is next"
+            else:
+                continue
+            text = f"champion of {metric} ({champion.metrics[metric]:.6g}); {state}"
+            yield champion, Reason(text=text, protected=True)
+
+
+@dataclass(frozen=True)
+class DiskBudget(Policy):
+    """Cap the stored bytes of what other policies keep; alone, keep the newest that fit."""
+
+    max_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_count("DiskBudget", self.max_bytes)
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        yield from KeepLast(len(candidates) or 1).keep(candidates)
+
+    @property
+    def budget(self) -> int | None:
+        return self.max_bytes
+
+
+def _parts(policy: Policy) -> tuple[Policy, ...]:
+    return policy.parts if isinstance(policy, Union) else (policy,)
+
+
+def _current(candidates: Sequence[Candidate]) -> list[Candidate]:
+    branch = max((candidate.branch for candidate in candidates), default=0)
+    return [candidate for candidate in candidates if candidate.branch == branch]
+
+
+def _ranked(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
+    sign = -1.0 if mode == "max" else 1.0
+    able = [c for c in candidates if math.isfinite(c.metrics.get(metric, math.nan))]
+    return sorted(able, key=lambda candidate: sign * candidate.metrics[metric])
+
+
+def _champions(
+    candidates: Sequence[Candidate], metrics: Mapping[str, Mode]
+) -> Iterator[tuple[str, Candidate]]:
+    current = _current(candidates)
+    for metric in sorted(metrics):
+        ranked = _ranked(current, metric, metrics[metric])
+        if ranked:
+            yield metric, ranked[0]
+
+
+def _fit(
+    kept: dict[str, list[Reason]], candidates: Sequence[Candidate], budget: int
+) -> dict[str, list[Reason]]:
+    sizes = {candidate.id: candidate.stored_bytes for candidate in candidates}
+    age = {candidate.id: number for number, candidate in enumerate(reversed(candidates))}
+    free = [identity for identity in kept if not any(r.protected for r in kept[identity])]
+    free.sort(key=lambda identity: (min(r.rank for r in kept[identity]), age[identity]))
+    total = sum(sizes[identity] for identity in kept)
+    while total > budget and free:
+        total -= sizes[free[-1]]
+        del kept[free.pop()]
+    if total > budget:
+        raise OverBudgetError(
+            f"{len(kept)} protected checkpoints take {total} bytes, "
+            f"{total - budget} more than the disk budget of {budget}; "
+            "raise the budget or unpin some of them"
+        )
+    return kept
+
+
+def _check_count(what: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidInputError(f"{what} takes a whole number from 1 up, not {value!r}")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("max", "min"):
+        raise InvalidInputError(f"the direction of a metric is 'max' or 'min', not {mode!r}")

@@ -1,0 +1,422 @@
+"""The store: what a program calls.
+
+Invariants: ``save`` never deletes; a checkpoint exists once ``save`` returns, durably, and not
+before; whatever ``load`` returns is bit-exact, because every chunk is compared with its key.
+
+Example::
+
+    store = Store.create("run/store")
+    base = store.add_base("Qwen2.5-0.5B")
+    ckpt = store.save(model.state_dict(), parent=base, step=10, metrics={"arith": 0.41})
+    store.load_into(model, ckpt)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msft_store.backend import Backend, LocalBackend, disk_bytes, publish
+from msft_store.bases import Base, add_base, relocate
+from msft_store.catalog import CONFIG, Catalog, write_config
+from msft_store.check import Finding, check
+from msft_store.dtypes import by_torch
+from msft_store.errors import (
+    InvalidInputError,
+    MismatchError,
+    NotAStoreError,
+    OutOfSpaceError,
+    PinnedError,
+    UnknownCheckpointError,
+)
+from msft_store.export import export
+from msft_store.format import canonical, digest
+from msft_store.gc import GcPlan, plan_gc
+from msft_store.manifest import (
+    Checkpoint,
+    TensorEntry,
+    checkpoint_content,
+    path_of,
+    rewrite_manifest,
+    tensor_table,
+    write_manifest,
+)
+from msft_store.objects import PackWriter
+from msft_store.pipeline import decode_state, empty_like, encode_anchor, encode_state
+from msft_store.refs import Ref, check_name, delete_ref, write_ref
+from msft_store.render import human
+from msft_store.retention import Policy
+from msft_store.tensors import check_tensors
+
+_NAMES_SHOWN = 5
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a store holds, in bytes and counts."""
+
+    checkpoints: int
+    logical_bytes: int
+    """Of all checkpoints, as if each were a full copy."""
+    stored_bytes: int
+    """Encoded bytes of all chunks in packs."""
+    on_disk_bytes: int
+    """All files of the store, temporary ones included; bases are elsewhere."""
+    base_bytes: int
+    """Of the bases that it refers to."""
+    chunks: int
+    """Distinct chunks that checkpoints name."""
+    shared_chunks: int
+    """Those that more than one checkpoint names, or that stand in a base."""
+
+
+class Store:
+    """A content-addressed store of checkpoints in one directory."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._catalog = Catalog(backend)
+        self._catalog.refresh()
+
+    @classmethod
+    def create(cls, path: PathLike) -> Store:
+        """Create a store in a new or empty directory and open it.
+
+        :class:`NotAStoreError` if there is one already, or something else.
+        """
+        root = Path(path)
+        backend = LocalBackend(root)
+        if backend.exists(CONFIG):
+            raise NotAStoreError(f"there is a store at {root} already; open it, or choose another")
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
+        backend.make_root()
+        publish(backend, CONFIG, write_config())
+        return cls(backend)
+
+    @classmethod
+    def open(cls, path: PathLike) -> Store:
+        """Open a store; :class:`NotAStoreError` if there is none."""
+        return cls(LocalBackend(Path(path)))
+
+    @property
+    def path(self) -> str:
+        """Where the store is."""
+        return self._backend.describe("").rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Store({self.path!r})"
+
+    def add_base(self, path: PathLike) -> Base:
+        """Record a safetensors file, or a directory of them, by content; nothing is copied."""
+        with self._backend.lock(shared=True, purpose="add-base"):
+            base = add_base(self._backend, Path(path))
+        self._catalog.objects.add_base(base)
+        return base
+
+    def relocate(self, base: Base | str, path: PathLike) -> Base:
+        """Tell where a base's files are now; :class:`BaseError` if they hold another model."""
+        known = self.base(base)
+        with self._backend.lock(shared=True, purpose="relocate"):
+            moved = relocate(self._backend, known, Path(path))
+        self._catalog.objects.add_base(moved)
+        return moved
+
+    def bases(self) -> list[Base]:
+        """Return all bases."""
+        return list(self._catalog.objects.bases().values())
+
+    def base(self, base: Base | str) -> Base:
+        """Return a base by id or unique prefix."""
+        found = self._catalog.resolve_base(base)
+        if found is None:
+            raise UnknownCheckpointError(f"no base {base!r} in {self.path}; add it with add-base")
+        return found
+
+    def save(
+        self,
+        tensors: Mapping[str, torch.Tensor] | torch.nn.Module,
+        *,
+        parent: Base | Checkpoint | str | None = None,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Store tensors as a checkpoint, durably; only what the store has not yet costs space.
+
+        ``parent`` is the lineage: a base, a checkpoint, or ``None``. Saving equal content with
+        equal metadata again returns the checkpoint that is there.
+        """
+        state = check_tensors(tensors)
+        with self._backend.lock(shared=True, purpose="save"):
+            self._catalog.refresh()
+            parent_id, base, parent_tensors = self._lineage(parent)
+            table, stored_bytes, unreferenced_bytes = self._encode(state, base, parent_tensors)
+            line = tensor_table(table)
+            content = checkpoint_content(
+                parent=parent_id,
+                base=base,
+                step=step,
+                metrics=metrics or {},
+                tags=tags,
+                metadata=metadata or {},
+                tensors=line,
+                logical_bytes=sum(entry.nbytes for entry in table.values()),
+            )
+            known = self._catalog.get(digest(canonical(content)))
+            if known is not None:
+                return known
+            checkpoint = write_manifest(
+                self._backend,
+                content,
+                line,
+                created=self._next_time(),
+                stored_bytes=stored_bytes,
+                unreferenced_bytes=unreferenced_bytes,
+            )
+            self._catalog.add(checkpoint)
+            self._catalog.objects.refresh()
+        return checkpoint
+
+    def load(
+        self,
+        checkpoint: Checkpoint | str,
+        names: Iterable[str] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, torch.Tensor]:
+        """Return a checkpoint's tensors, all or those named, bit-exact and verified."""
+        found, tensors = self._entries(checkpoint)
+        if names is not None:
+            wanted = list(names)
+            absent = sorted(set(wanted) - tensors.keys())
+            if absent:
+                raise MismatchError(f"checkpoint {found.id[:12]} has no {_listed(absent)}")
+            tensors = {name: tensors[name] for name in wanted}
+        state = {name: empty_like(entry).to(device) for name, entry in tensors.items()}
+        decode_state(self._catalog.objects, tensors, state, base=found.base)
+        return state
+
+    def load_into(self, module: torch.nn.Module, checkpoint: Checkpoint | str) -> None:
+        """Restore a checkpoint into a module, in place; names, shapes and dtypes must be equal.
+
+        :class:`MismatchError` names what differs, and then nothing was changed.
+        """
+        found, tensors = self._entries(checkpoint)
+        state = {name: t for name, t in module.state_dict().items() if torch.is_tensor(t)}
+        _check_match(found, tensors, state)
+        decode_state(self._catalog.objects, tensors, state, base=found.base)
+
+    def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
+        """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
+        try:
+            return self._catalog.resolve(checkpoint)
+        except UnknownCheckpointError:
+            self._catalog.refresh()
+            return self._catalog.resolve(checkpoint)
+
+    def log(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first."""
+        self._catalog.refresh()
+        return self._catalog.checkpoints()
+
+    def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
+        """Return names, dtypes, shapes and chunk keys of a checkpoint's tensors."""
+        return self._entries(checkpoint)[1]
+
+    def pin(
+        self, checkpoint: Checkpoint | str, name: str, *, note: Mapping[str, Any] | None = None
+    ) -> None:
+        """Point a ref to a checkpoint, which is not evicted while it does; an old ref moves."""
+        check_name(name)
+        with self._backend.lock(shared=True, purpose="pin"):
+            self._catalog.refresh()
+            found = self._catalog.resolve(checkpoint)
+            write_ref(self._backend, Ref(name=name, checkpoint=found.id, note=note or {}))
+
+    def unpin(self, name: str) -> None:
+        """Remove a ref."""
+        if name not in self._catalog.refs():
+            raise UnknownCheckpointError(f"no ref {name!r} in {self.path}")
+        delete_ref(self._backend, name)
+
+    def refs(self) -> dict[str, str]:
+        """Return the checkpoint id that each ref points to."""
+        return {name: ref.checkpoint for name, ref in self._catalog.refs().items()}
+
+    def notes(self) -> dict[str, Mapping[str, Any]]:
+        """Return what each ref carries besides its checkpoint."""
+        return {name: ref.note for name, ref in self._catalog.refs().items()}
+
+    def forget(self, checkpoint: Checkpoint | str) -> None:
+        """Make a checkpoint one no more; gc frees its space.
+
+        :class:`PinnedError` if a ref is on it.
+        """
+        with self._backend.lock(shared=False, purpose="forget"):
+            self._catalog.refresh()
+            found = self._catalog.resolve(checkpoint)
+            reason = self._catalog.protected().get(found.id)
+            if reason is not None:
+                raise PinnedError(f"checkpoint {found.id[:12]} is {reason}; unpin it first")
+            self._backend.delete(path_of(found.id))
+            self._catalog.remove(found.id)
+
+    def anchor(self, checkpoint: Checkpoint | str) -> Checkpoint:
+        """Re-encode a checkpoint so that restoring it needs nothing but the base.
+
+        Others may then be differences of it. Its id stays; what it needed before, gc may free.
+        """
+        with self._backend.lock(shared=True, purpose="anchor"):
+            self._catalog.refresh()
+            found = self._catalog.resolve(checkpoint)
+            tensors = self._catalog.tensors(found)
+            with contextlib.ExitStack() as stack:
+                packs: list[PackWriter] = []
+                encode_anchor(
+                    self._catalog.objects,
+                    tensors,
+                    lambda: self._begin_pack(stack, packs),
+                    base=found.base,
+                )
+                for pack in packs:
+                    pack.publish()
+            self._catalog.refresh()
+            if packs:
+                stored_bytes = self._catalog.stored_bytes(found)
+                found = rewrite_manifest(self._backend, found, stored_bytes=stored_bytes)
+                self._catalog.add(found)
+        return found
+
+    def plan_gc(self, policy: Policy | None = None) -> GcPlan:
+        """Return what could be freed; ``print`` it, then ``execute`` it.
+
+        Without a policy, only bytes that no checkpoint needs; with one, also the checkpoints that
+        it does not keep and no ref protects.
+        """
+        return plan_gc(self._catalog, policy)
+
+    def check(self, read_data: bool = True) -> list[Finding]:
+        """Return what is wrong with the store, an empty list if nothing is."""
+        return check(self._catalog, read_data=read_data)
+
+    def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
+        """Write a checkpoint as an ordinary directory of safetensors; return its files."""
+        return export(self._catalog, self.get(checkpoint), Path(folder))
+
+    def stats(self) -> Stats:
+        """Return what the store holds, counted now."""
+        self._catalog.refresh()
+        checkpoints, objects = self._catalog.checkpoints(), self._catalog.objects
+        uses: dict[bytes, int] = {}
+        for checkpoint in checkpoints:
+            for key in self._catalog.keys(checkpoint):
+                in_base = objects.in_base(key, checkpoint.base) is not None
+                uses[key] = uses.get(key, 0) + (2 if in_base else 1)
+        records = (record for pack in objects.packs.values() for record in pack)
+        return Stats(
+            checkpoints=len(checkpoints),
+            logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
+            stored_bytes=sum(record.length for record in records),
+            on_disk_bytes=disk_bytes(self._backend),
+            base_bytes=sum(base.logical_bytes for base in self.bases()),
+            chunks=len(uses),
+            shared_chunks=sum(count > 1 for count in uses.values()),
+        )
+
+    def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
+        found = self.get(checkpoint)
+        return found, self._catalog.tensors(found)
+
+    def _lineage(
+        self, parent: Base | Checkpoint | str | None
+    ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
+        if parent is None:
+            return None, None, None
+        base = None if isinstance(parent, Checkpoint) else self._catalog.resolve_base(parent)
+        if base is not None:
+            return base.id, base.id, None
+        if isinstance(parent, Base):
+            raise UnknownCheckpointError(
+                f"base {parent.id[:12]} is not one of {self.path}; add it with add_base"
+            )
+        if not isinstance(parent, Checkpoint | str):
+            raise InvalidInputError(f"a parent is a base or a checkpoint, not {parent!r}")
+        found = self._catalog.resolve(parent)
+        return found.id, found.base, self._catalog.tensors(found)
+
+    def _encode(
+        self,
+        state: Mapping[str, torch.Tensor],
+        base: str | None,
+        parent: Mapping[str, TensorEntry] | None,
+    ) -> tuple[dict[str, TensorEntry], int, int]:
+        packs: list[PackWriter] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                table, totals = encode_state(
+                    self._catalog.objects,
+                    state,
+                    lambda: self._begin_pack(stack, packs),
+                    base=base,
+                    parent=parent,
+                )
+                for pack in packs:
+                    pack.publish()
+        except OutOfSpaceError as error:
+            whole = sum(tensor.nbytes for tensor in state.values())
+            written = sum(pack.position for pack in packs)
+            raise OutOfSpaceError(
+                f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
+                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost: free "
+                "space or run msft-store gc"
+            ) from error
+        return table, totals.stored_bytes, totals.unreferenced_bytes
+
+    def _begin_pack(self, stack: contextlib.ExitStack, packs: list[PackWriter]) -> PackWriter:
+        packs.append(PackWriter(stack.enter_context(self._backend.writer())))
+        return packs[-1]
+
+    def _next_time(self) -> int:
+        # Later than every other, so that the log is in order even where a clock goes back.
+        known = self._catalog.checkpoints()
+        return max(time.time_ns(), known[-1].created + 1 if known else 0)
+
+
+def _check_match(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    problems = []
+    missing = sorted(state.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - state.keys())
+    if missing:
+        problems.append(f"the checkpoint lacks {_listed(missing)}")
+    if extra:
+        problems.append(f"the module lacks {_listed(extra)}")
+    for name in sorted(state.keys() & tensors.keys()):
+        have, want = state[name], tensors[name]
+        if tuple(have.shape) != want.shape:
+            problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
+        elif by_torch(have.dtype) != want.dtype:
+            problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
+    if problems:
+        more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
+        raise MismatchError(
+            f"the module does not match checkpoint {checkpoint.id[:12]}: "
+            f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
+    return ", ".join(names[:_NAMES_SHOWN]) + more

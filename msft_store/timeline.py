@@ -1,0 +1,267 @@
+"""A rollback algorithm's view of a store: commit, roll back, evict under a policy.
+
+A timeline is a line of commits on branches. The first branch starts from the base; every roll-back
+starts another one from the checkpoint that it restores, the branch's *root*. What must stay (the
+root, and what the policy keeps) is protected by refs ``timelines/<name>/…`` while the timeline
+lives, so that a gc of another process cannot hurt it; everything else is evicted at once.
+
+Invariants: a new checkpoint is durable and protected before an old one is given up, and a roll-back
+is restored and verified before anything is. A timeline that was killed is taken up again under its
+name, and what it had not protected yet is removed.
+
+Example::
+
+    timeline = Timeline(store, base, retention=Champions({"arith": "max"}) | KeepBest("overall"))
+    ckpt = timeline.commit(model.state_dict(), step=10, metrics={"arith": 0.4, "overall": 0.4})
+    timeline.rollback(ckpt, into=model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from msft_store.bases import Base
+from msft_store.errors import InvalidInputError
+from msft_store.gc import GcResult
+from msft_store.manifest import Checkpoint
+from msft_store.refs import check_name
+from msft_store.retention import Candidate, Policy, Reason
+from msft_store.store import Store
+
+_KEY = "timeline"
+_ROOT = "root"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What a commit or a roll-back did."""
+
+    checkpoint: Checkpoint
+    kept: Mapping[str, tuple[str, ...]]
+    """What stays, by id, with reasons."""
+    dropped: tuple[str, ...]
+    """Ids of what was evicted."""
+    peak_bytes: int
+    """Bytes of the whole store, temporary files included, at the worst moment."""
+    bytes: int
+    """Bytes of the whole store after eviction."""
+
+
+class Timeline:
+    """Commits, roll-backs and eviction for one run."""
+
+    def __init__(
+        self,
+        store: Store,
+        base: Base | Checkpoint | None,
+        *,
+        retention: Policy,
+        name: str = "main",
+    ) -> None:
+        check_name(name)
+        if "/" in name:
+            raise InvalidInputError(f"the name of a timeline has no '/': {name!r}")
+        self.retention = retention
+        self.name = name
+        self.last_commit: Commit | None = None
+        self._store = store
+        self._start = base
+        self._alive: dict[str, Checkpoint] = {}
+        self._root: Checkpoint | None = None
+        self._branch = 0
+        self._adopt()
+        if self._root is None and isinstance(base, Checkpoint):
+            self._set_root(base)
+        self._next = 1 + max((self._index(c) for c in self._current()), default=-1)
+
+    @property
+    def root(self) -> Base | Checkpoint | None:
+        """What the current branch started from."""
+        return self._root if self._root is not None else self._start
+
+    @property
+    def branch(self) -> int:
+        """How many roll-backs there were."""
+        return self._branch
+
+    def commit(
+        self,
+        tensors: Mapping[str, torch.Tensor] | torch.nn.Module,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Save a checkpoint, protect what the policy keeps and evict the rest.
+
+        Its parent is the branch's root. It may be evicted at once, if no rule keeps it.
+        """
+        place = {"name": self.name, "branch": self._branch, "index": self._next}
+        checkpoint = self._store.save(
+            tensors,
+            parent=self.root,
+            step=step,
+            metrics=metrics,
+            metadata={**(metadata or {}), _KEY: place},
+        )
+        self._alive[checkpoint.id] = checkpoint
+        self._next += 1
+        self.last_commit = self._evict(checkpoint)
+        return checkpoint
+
+    def rollback(
+        self, checkpoint: Checkpoint | str, *, into: torch.nn.Module | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Restore a checkpoint and start a new branch from it.
+
+        The tensors are restored into a module, or returned (an empty dictionary with ``into``).
+        Restored and verified first; then the checkpoint becomes the root, encoded so that it needs
+        nothing but the base, and what the new branch does not need is evicted.
+        """
+        target = self._store.get(checkpoint)
+        tensors: dict[str, torch.Tensor] = {}
+        if into is None:
+            tensors = self._store.load(target)
+        else:
+            self._store.load_into(into, target)
+        self._branch += 1
+        self._set_root(target)
+        self._next = 1
+        self.last_commit = self._evict(target)
+        return tensors
+
+    def rewind(self, index: int) -> None:
+        """Make the next commit the one of number ``index`` on its branch; later ones are evicted.
+
+        For a run that takes up an earlier position after it was killed: commits that are repeated
+        with equal content get their ids again.
+        """
+        if index < 0:
+            raise InvalidInputError(f"a commit's number is 0 or more, not {index}")
+        later = (c for c in self._current() if self._index(c) >= index)
+        self._give_up(tuple(c.id for c in later if c.id != self._root_id()))
+        self._next = index
+
+    def kept(self) -> dict[str, tuple[str, ...]]:
+        """Return what is alive, by id, with the reasons as of the last commit."""
+        return dict(self.last_commit.kept) if self.last_commit else self._decide()
+
+    def close(self) -> None:
+        """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``."""
+        for name in self._store.refs():
+            if name.startswith(self._ref("")):
+                self._store.unpin(name)
+
+    def __enter__(self) -> Timeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error the refs stay: the run may be taken up again.
+        if kind is None:
+            self.close()
+
+    def _set_root(self, checkpoint: Checkpoint) -> None:
+        checkpoint = self._store.anchor(checkpoint)
+        self._store.pin(checkpoint, self._ref(_ROOT), note={"branch": self._branch})
+        self._root = self._alive[checkpoint.id] = checkpoint
+
+    def _adopt(self) -> None:
+        """Take up what an earlier timeline of this name protected, remove what it did not."""
+        refs, notes = self._store.refs(), self._store.notes()
+        protected = {refs[name] for name in refs if name.startswith(self._ref(""))}
+        root = self._ref(_ROOT)
+        if root in refs:
+            self._root = self._store.get(refs[root])
+            self._alive[self._root.id] = self._root
+            self._branch = int(notes[root]["branch"])
+        strays = []
+        for checkpoint in self._store.log():
+            if checkpoint.metadata.get(_KEY, {}).get("name") == self.name:
+                if checkpoint.id in protected:
+                    self._alive[checkpoint.id] = checkpoint
+                else:
+                    strays.append(checkpoint.id)
+        if strays:
+            self._give_up(tuple(strays))
+
+    def _ref(self, part: str) -> str:
+        return f"timelines/{self.name}/{part}"
+
+    def _root_id(self) -> str | None:
+        return None if self._root is None else self._root.id
+
+    def _index(self, checkpoint: Checkpoint) -> int:
+        on_branch = checkpoint.id != self._root_id()
+        return int(checkpoint.metadata[_KEY]["index"]) if on_branch else 0
+
+    def _branch_of(self, checkpoint: Checkpoint) -> int:
+        place = checkpoint.metadata.get(_KEY, {})
+        return self._branch if checkpoint.id == self._root_id() else int(place["branch"])
+
+    def _current(self) -> list[Checkpoint]:
+        return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
+
+    def _decide(self) -> dict[str, tuple[str, ...]]:
+        alive = sorted(self._alive.values(), key=lambda c: (c.created, c.id))
+        candidates = [
+            Candidate(
+                id=checkpoint.id,
+                metrics=checkpoint.metrics,
+                stored_bytes=checkpoint.stored_bytes,
+                branch=self._branch_of(checkpoint),
+                index=self._index(checkpoint),
+                pinned="root of the branch" if checkpoint.id == self._root_id() else None,
+            )
+            for checkpoint in alive
+        ]
+        decided = self.retention.decide(candidates)
+        return {
+            identity: tuple(reason.text for reason in reasons)
+            for identity, reasons in decided.items()
+        }
+
+    def _evict(self, checkpoint: Checkpoint) -> Commit:
+        kept = self._decide()
+        notes = self._store.notes()
+        for identity, reasons in kept.items():
+            name, note = self._ref(identity), {"reasons": list(reasons)}
+            if notes.get(name) != note:
+                self._store.pin(identity, name, note=note)
+        dropped = tuple(identity for identity in self._alive if identity not in kept)
+        result = self._give_up(dropped)
+        return Commit(
+            checkpoint=checkpoint,
+            kept=kept,
+            dropped=dropped,
+            peak_bytes=result.peak_bytes,
+            bytes=result.bytes,
+        )
+
+    def _give_up(self, identities: tuple[str, ...]) -> GcResult:
+        names = self._store.refs()
+        for identity in identities:
+            if self._ref(identity) in names:
+                self._store.unpin(self._ref(identity))
+            self._alive.pop(identity, None)
+        return self._store.plan_gc(_AllBut(frozenset(identities))).execute()
+
+
+@dataclass(frozen=True)
+class _AllBut(Policy):
+    """Keep everything except what a timeline gives up."""
+
+    given_up: frozenset[str]
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        for candidate in candidates:
+            if candidate.id not in self.given_up:
+                yield candidate, Reason(text="a checkpoint", protected=False)
