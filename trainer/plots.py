@@ -25,7 +25,6 @@ from trainer.strategy import OVERALL
 from trainer.summary import goes_back, stop_decision, sub_dataset_peaks
 
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
-_COLUMNS = 3
 
 
 def draw_curves(counted: Sequence[Record]) -> bytes:
@@ -36,15 +35,15 @@ def draw_curves(counted: Sequence[Record]) -> bytes:
     """
     start = _first(counted, "run_started")
     names = [*sorted(start["sub_datasets"]), OVERALL]
-    columns = min(_COLUMNS, len(names))
+    columns = min(len(names), min((3, 4), key=lambda columns: -len(names) % columns))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.9 * columns, 2.3 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
+    figure = Figure(figsize=(3.6 * columns, 2.3 * rows + 0.8), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         _draw_curve(axis, name, counted)
-    for axis in list(axes)[len(names) :]:
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
-    for axis in list(axes)[max(0, len(names) - columns) : len(names)]:
+    for axis in axes[max(0, len(names) - columns) : len(names)]:
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("optimizer step")
     direction = "higher" if start["mode"] == "max" else "lower"
@@ -68,7 +67,7 @@ def draw_loss(counted: Sequence[Record]) -> bytes:
     _frame(axis, title="Training loss", y="mean token loss", x="optimizer step")
     handles = [
         Line2D([], [], color=_BLUE, label="on the path to the result"),
-        Line2D([], [], color=_PALE, label="rolled back"),
+        Line2D([], [], color=_PALE, label="not on it: rolled back, or after the result"),
         _roll_back_handle(),
     ]
     axis.legend(handles=handles, frameon=False, fontsize="small")

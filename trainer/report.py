@@ -20,7 +20,7 @@ from trainer.flops import Work
 from trainer.journal import Record, effective, read
 from trainer.plots import draw_curves, draw_disk, draw_loss
 from trainer.strategy import OVERALL
-from trainer.summary import Disk, Peak, Scores, Summary, summarize
+from trainer.summary import Peak, Scores, Summary, summarize
 from trainer.tables import Table, bytes_text, count_text, flops_text, metric_text
 
 _DRAWINGS = (
@@ -57,7 +57,9 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         "## Decisions",
         _decision_table(counted).to_markdown(),
         "## Disk",
-        "Not known before the first commit." if summary.disk is None else disk_line(summary),
+        "Not known before the first commit."
+        if summary.disk is None
+        else _markdown_lines(disk_text(summary)),
         "## Work",
         _work_table({summary.method.upper(): summary}).to_markdown(),
         "## Plots",
@@ -75,7 +77,7 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
     tables = [_score_table(summaries), _work_table(summaries)]
     scores, work = [table.to_markdown() if markdown else table.to_text() for table in tables]
     disks = [
-        f"{label}: {disk_line(summary)}"
+        f"{label} {disk_text(summary)}"
         for label, summary in summaries.items()
         if summary.disk is not None and summary.method != "sft"
     ]
@@ -85,27 +87,31 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
         f"{first.metric.replace('_', ' ')} ({direction} is better), "
         f"peaks found on validation data; {rules}"
     )
+    if markdown:
+        disks = [_markdown_lines(text) for text in disks]
     return "\n\n".join([head, scores, *disks, work])
 
 
-def disk_line(summary: Summary) -> str:
-    """Return the disk overhead of a run in words; the run must have committed something."""
+def disk_text(summary: Summary) -> str:
+    """Return the disk overhead of a run in three lines; the run must have committed something."""
     disk = summary.disk
     if disk is None:
         raise ValueError("nothing was committed, so there is no disk to speak of")
+    besides = f"base {bytes_text(disk.base_bytes)}"
+    if disk.resume_bytes:
+        besides += f", resume point {bytes_text(disk.resume_bytes)}"
     return (
-        f"rollback points on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} full checkpoints "
-        f"({bytes_text(disk.peak_bytes)} and {bytes_text(disk.mean_bytes)} of "
-        f"{bytes_text(disk.checkpoint_bytes)}, lr {summary.lr:g}, {summary.dtype}); the paper's "
-        f"disk-managed policy on this run: peak {disk.paper_peak_copies:.2f}, "
-        f"mean {disk.paper_mean_copies:.2f}. {_besides(disk)}"
+        f"rollback points on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
+        f"checkpoint ({bytes_text(disk.peak_bytes)}, {bytes_text(disk.mean_bytes)} of "
+        f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype})\n"
+        f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "
+        f"mean {disk.paper_mean_copies:.2f} (a full copy per distinct champion and best overall)\n"
+        f"besides: {besides}"
     )
 
 
-def _besides(disk: Disk) -> str:
-    resume = f"resume point {bytes_text(disk.resume_bytes)}" if disk.resume_bytes else None
-    base = f"base {bytes_text(disk.base_bytes)}"
-    return f"Besides: {', '.join(filter(None, (resume, base)))}."
+def _markdown_lines(text: str) -> str:
+    return "\n".join(f"- {line}" for line in text.splitlines())
 
 
 def _facts(summary: Summary) -> str:
