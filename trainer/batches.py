@@ -16,7 +16,6 @@ Example::
         seed=0, stage=1, epoch=0, lengths=lengths, batch_size=64, micro_batch_size=16
     )
     steps[0]                    # ((17, 4, …), (…), …): micro-batches of positions in ``lengths``
-    evaluation_steps(steps_per_epoch=10, epochs=3.0, eval_every=0.25)     # (2, 5, 8, 10, …, 30)
 """
 
 from __future__ import annotations
@@ -30,16 +29,6 @@ MicroBatch = tuple[int, ...]
 """Positions of examples in the mixture, longest first."""
 Step = tuple[MicroBatch, ...]
 """The micro-batches of one optimizer step."""
-
-
-def steps_in_epoch(examples: int, batch_size: int) -> int:
-    """Return the optimizer steps of one epoch; the last one may be smaller than the others."""
-    return -(-examples // batch_size)
-
-
-def steps_in_stage(examples: int, batch_size: int, epochs: float) -> int:
-    """Return the optimizer steps of ``epochs`` (which may be a fraction), at least one."""
-    return max(1, round(epochs * steps_in_epoch(examples, batch_size)))
 
 
 def epoch_plan(
@@ -76,19 +65,3 @@ def micro_batches(
     sizes = [len(order) // count + (i < len(order) % count) for i in range(count)]
     cuts = np.cumsum([0, *sizes]).tolist()
     return tuple(tuple(order[a:b]) for a, b in itertools.pairwise(cuts))
-
-
-def evaluation_steps(*, steps_per_epoch: int, epochs: float, eval_every: float) -> tuple[int, ...]:
-    """Return after which optimizer steps of a stage it is evaluated, besides step 0.
-
-    Multiples of ``eval_every`` epochs, rounded to optimizer steps, at least one step apart; the
-    last one is the end of the stage.
-    """
-    total = max(1, round(epochs * steps_per_epoch))
-    steps: list[int] = []
-    count = 1
-    while (step := round(count * eval_every * steps_per_epoch)) < total:
-        if step > (steps[-1] if steps else 0):
-            steps.append(step)
-        count += 1
-    return (*steps, total)

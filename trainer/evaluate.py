@@ -71,6 +71,10 @@ class Result:
     cost: Cost
     seconds: float
 
+    def costs(self) -> dict[str, float]:
+        """Return what a journal record says of the cost."""
+        return {**vars(self.cost), "seconds": self.seconds}
+
 
 class Evaluator:
     """Evaluates a model on sub-datasets."""
@@ -80,7 +84,7 @@ class Evaluator:
         config: EvalConfig,
         loaded: LoadedModel,
         accelerator: Accelerator,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Prepare; ``check`` is called between batches and may raise to end an evaluation early."""
         self._config = config
@@ -228,7 +232,8 @@ class Evaluator:
     def _mine(self, batches: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Yield this process's share."""
         for batch in batches[self._accelerator.process_index :: self._accelerator.num_processes]:
-            self._check()
+            if self._check is not None:
+                self._check()
             yield batch
 
     def _sum(self, values: Sequence[float]) -> list[float]:

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trainer.config import Config, load_config
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}"
     "{{ eos_token }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 MAX_LENGTH = 24
 
 
@@ -89,3 +93,31 @@ def write_mixture(directory: Path) -> Path:
         write_lines(directory / f"{name}.validation.jsonl", lines[len(lines) * 2 // 3 :][:6])
         write_lines(directory / f"{name}.test.jsonl", lines[-4:])
     return directory
+
+
+def make_config(directory: Path, **changes: Any) -> Config:
+    """Write model and mixture below ``directory`` once; return a run's configuration.
+
+    ``changes`` have dotted keys with ``__`` for the dot, as in ``train__lr=0.01``.
+    """
+    if not (directory / "base").exists():
+        write_mixture(directory / "data")
+        write_model(directory / "base")
+    tree: dict[str, Any] = {
+        "output_dir": str(directory / "run"),
+        "log_every": 2,
+        "model": {"path": "base", "dtype": "float32"},
+        "data": {"directory": "data", "max_length": MAX_LENGTH},
+        "train": {"lr": 0.01, "batch_size": 16, "micro_batch_size": 8},
+        "evaluation": {"eval_every": 0.5, "metric": "loss", "max_new_tokens": 4},
+        "msft": {"compute_budget": 2.0, "max_stages": 3},
+    }
+    for key, value in changes.items():
+        *parents, name = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return load_config(path)

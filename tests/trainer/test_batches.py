@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from trainer.batches import (
-    epoch_plan,
-    evaluation_steps,
-    micro_batches,
-    steps_in_epoch,
-    steps_in_stage,
-)
+from trainer.batches import epoch_plan, micro_batches
 
 LENGTHS = np.random.default_rng(1).integers(3, 60, size=203).tolist()
 
@@ -32,7 +25,6 @@ def test_an_epoch_holds_every_example_once():
     steps = plan()
     assert sorted(i for step in steps for micro in step for i in micro) == list(range(203))
     assert [sum(map(len, step)) for step in steps] == [32] * 6 + [11]
-    assert len(steps) == steps_in_epoch(203, 32)
     assert all(len(micro) <= 8 for step in steps for micro in step)
 
 
@@ -63,27 +55,3 @@ def test_sorting_into_micro_batches_saves_padding():
 def test_micro_batches_are_even_and_longest_first():
     batches = micro_batches(range(7), [1, 9, 3, 9, 5, 2, 8], 3)
     assert batches == ((1, 3, 6), (4, 2), (5, 0))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((10, 1.0, 0.25), (2, 5, 8, 10)),
-        ((4, 2.0, 0.5), (2, 4, 6, 8)),
-        ((3, 1.0, 0.1), (1, 2, 3)),
-        ((10, 0.5, 1.0), (5,)),
-        ((10, 1.25, 0.5), (5, 10, 12)),
-        ((1, 0.3, 0.1), (1,)),
-    ],
-)
-def test_evaluations_are_at_optimizer_steps_and_at_the_end(arguments, expected):
-    per_epoch, epochs, every = arguments
-    found = evaluation_steps(steps_per_epoch=per_epoch, epochs=epochs, eval_every=every)
-    assert found == expected
-
-
-def test_the_last_evaluation_is_the_last_step_of_a_stage():
-    for examples, batch_size, epochs in [(203, 32, 1.5), (5, 64, 3.0), (64, 64, 0.1)]:
-        per_epoch = steps_in_epoch(examples, batch_size)
-        steps = evaluation_steps(steps_per_epoch=per_epoch, epochs=epochs, eval_every=0.25)
-        assert steps[-1] == steps_in_stage(examples, batch_size, epochs)

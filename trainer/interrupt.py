@@ -1,0 +1,63 @@
+"""A clean end on SIGTERM and SIGINT.
+
+Example::
+
+    with Interrupts() as interrupts:
+        ...                         # work that calls interrupts.check() where it may end
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user or the scheduler asked for it
+    """A run was ended by a signal."""
+
+    def __init__(self, number: int) -> None:
+        """Remember the signal's number."""
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Interrupts:
+    """Notes the first signal; a second one ends the process at once, as if this were not here."""
+
+    def __init__(self) -> None:
+        """Begin without a signal."""
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal has come."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def __enter__(self) -> Interrupts:
+        """Take over the signals; Python allows that in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {n: signal.signal(n, self._note) for n in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,354 @@
+"""The one training loop: it acts on what a strategy decides.
+
+A stage trains the active sub-datasets from its root with a fresh optimizer and schedule. At the
+root, every ``eval_every`` epochs and at the end all sub-datasets are evaluated, the weights are
+committed to the timeline, and the strategy is asked; its answer is written to the journal and then
+acted on. Everything in between follows from the seed and the position, so a run that is continued
+from a position does what it would have done.
+
+Example::
+
+    with open_workspace(config) as work, Interrupts() as interrupts:
+        stop = Loop(work, strategy, interrupts).run(standing)
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from tqdm import tqdm
+
+from msft_store import Champions, KeepBest, PeakWindow, Policy
+from trainer.errors import RunError
+from trainer.evaluate import Evaluator, Result
+from trainer.interrupt import Interrupted, Interrupts
+from trainer.optim import reset
+from trainer.resume import (
+    Known,
+    Point,
+    Position,
+    Standing,
+    describe,
+    load_point,
+    rng_state,
+    save_point,
+    set_rng_state,
+)
+from trainer.schedule import Schedule, stage_schedule
+from trainer.steps import StageSteps, check_loss
+from trainer.strategy import (
+    OVERALL,
+    Continue,
+    Decision,
+    Evaluation,
+    Mode,
+    Needs,
+    RollBack,
+    Stage,
+    Stop,
+    Strategy,
+)
+from trainer.workspace import RESUME, Workspace
+
+Say = Callable[[str], None]
+"""Gets a line for people now and then."""
+
+
+class Loop:
+    """Trains stage after stage until the strategy stops."""
+
+    def __init__(
+        self,
+        work: Workspace,
+        strategy: Strategy,
+        interrupts: Interrupts,
+        *,
+        say: Say = lambda line: None,
+        progress: bool = False,
+    ) -> None:
+        """Prepare; ``progress`` shows a bar on stderr if that is a terminal."""
+        self._work = work
+        self._strategy = strategy
+        self._interrupts = interrupts
+        self._say = say
+        self._progress = progress
+        # A process that ends alone would leave the others waiting for its share.
+        check = interrupts.check if work.accelerator.num_processes == 1 else None
+        self._evaluator = Evaluator(
+            work.config.evaluation, work.loaded, work.accelerator, check=check
+        )
+        self._known: dict[str, Known] = {}
+        self._global_step = 0
+        self._position: Position | None = None
+
+    def run(self, standing: Standing, position: Position | None = None) -> Stop:
+        """Train from where the run stands, in the middle of its stage if there is a ``position``.
+
+        The model has the weights of the stage's root, or those of the resume point. Raises
+        :class:`Interrupted` on a signal, with a resume point written wherever a stage has begun.
+        """
+        self._known = dict(standing.known)
+        self._global_step = standing.global_step
+        stage, root = standing.stage, standing.root
+        try:
+            while True:
+                decision = self._train_stage(stage, root, position)
+                if isinstance(decision, Stop):
+                    return decision
+                self._position = position = None
+                stage, root = decision.stage, decision.checkpoint
+                policy = retention(self._strategy.needs(), self._strategy.mode)
+                self._work.begin_stage(stage.number, root, policy)
+        except Interrupted:
+            if self._position is not None:
+                self._save_point(self._position)
+            raise
+
+    def _train_stage(
+        self, stage: Stage, root: str | None, position: Position | None
+    ) -> RollBack | Stop:
+        """Train one stage, from its root or from a position in it, and return how it ends."""
+        config = self._work.config
+        train = self._work.split("train")
+        schedule = stage_schedule(
+            examples=sum(len(train[name]) for name in stage.active),
+            batch_size=config.train.batch_size,
+            eval_every=config.evaluation.eval_every,
+            epochs=stage.epochs,
+        )
+        steps = StageSteps(self._work, stage, schedule)
+        if position is None:
+            decision = self._begin(stage, root, schedule)
+            if not isinstance(decision, Continue):
+                return decision
+            position = Position(
+                stage=stage.number, step=0, global_step=self._global_step, evaluations=1
+            )
+        steps.restart_clock()
+        self._position = position
+        with self._bar(position, schedule) as bar:
+            while True:
+                if schedule.evaluations[position.evaluations - 1] == position.step:
+                    self._record_totals(steps, position, schedule)
+                    decision = self._evaluate(stage, position, schedule)
+                    if not isinstance(decision, Continue):
+                        return decision
+                    position = replace(position, evaluations=position.evaluations + 1)
+                    self._position = position
+                    steps.restart_clock()
+                steps.train(position.step)
+                self._global_step += 1
+                position = replace(position, step=position.step + 1, global_step=self._global_step)
+                self._position = position
+                bar.update()
+                self._after_step(steps, position, schedule)
+
+    def _begin(self, stage: Stage, root: str | None, schedule: Schedule) -> Decision:
+        """Start a stage from fresh state and decide on its root.
+
+        The base, where the first stage begins, is evaluated and committed; any other root is known.
+        """
+        words = np.random.SeedSequence([self._work.config.seed, stage.number]).generate_state(1)
+        set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
+        reset(self._work.optimizer)
+        result = self._measure() if root is None else None
+        committed = self._commit(stage, 0.0, result) if result else {}
+        checkpoint = committed.get("checkpoint", root)
+        self._work.record(
+            "stage_started",
+            step=self._global_step,
+            stage=stage.number,
+            root=checkpoint,
+            active=list(stage.active),
+            epochs=stage.epochs,
+            steps=schedule.steps,
+            examples=sum(len(self._work.split("train")[name]) for name in stage.active),
+        )
+        self._say(f"stage {stage.number} trains {', '.join(stage.active)}")
+        if committed:
+            self._work.record("committed", **committed)
+        return self._decide(stage, 0, 0.0, checkpoint, result, last=False)
+
+    def _evaluate(self, stage: Stage, position: Position, schedule: Schedule) -> Decision:
+        """Evaluate all sub-datasets, commit the weights, and decide."""
+        result = self._measure()
+        epoch = position.step / schedule.steps_per_epoch
+        committed = self._commit(stage, epoch, result)
+        self._work.record("committed", **committed)
+        index = position.evaluations
+        last = index == len(schedule.evaluations)
+        return self._decide(stage, index, epoch, committed.get("checkpoint"), result, last=last)
+
+    def _measure(self) -> Result:
+        return self._evaluator(self._work.model, self._work.split("validation"))
+
+    def _commit(self, stage: Stage, epoch: float, result: Result) -> dict[str, Any]:
+        """Commit the weights with their metrics; return the fields of the ``committed`` record."""
+        timeline = self._work.timeline
+        if timeline is None:
+            return {}
+        began = time.monotonic()
+        timeline.retention = retention(self._strategy.needs(), self._strategy.mode)
+        checkpoint = timeline.commit(
+            self._work.accelerator.unwrap_model(self._work.model).state_dict(),
+            step=self._global_step,
+            metrics=result.metrics,
+            metadata={"stage": stage.number, "epoch": epoch},
+        )
+        commit = timeline.last_commit
+        if commit is None:
+            raise RunError("the store has not said what it did with the commit")
+        return {
+            "step": self._global_step,
+            "stage": stage.number,
+            "checkpoint": checkpoint.id,
+            "logical_bytes": checkpoint.logical_bytes,
+            "stored_bytes": checkpoint.stored_bytes,
+            "disk_peak_bytes": commit.peak_bytes,
+            "disk_bytes": commit.bytes,
+            "kept": {identity: list(reasons) for identity, reasons in commit.kept.items()},
+            "dropped": list(commit.dropped),
+            "seconds": time.monotonic() - began,
+        }
+
+    def _decide(
+        self,
+        stage: Stage,
+        index: int,
+        epoch: float,
+        checkpoint: str | None,
+        result: Result | None,
+        *,
+        last: bool,
+    ) -> Decision:
+        """Journal an evaluation, ask the strategy, journal its answer, and tell all processes.
+
+        Without a ``result`` the checkpoint's metrics are known from an earlier evaluation.
+        """
+        if not self._work.accelerator.is_main_process or checkpoint is None:
+            return self._shared(None)
+        if result is not None:
+            self._known[checkpoint] = Known(metrics=result.metrics, losses=result.losses)
+        known = self._known[checkpoint]
+        evaluation = Evaluation(
+            stage=stage.number,
+            index=index,
+            epoch=epoch,
+            step=self._global_step,
+            checkpoint=checkpoint,
+            metrics=known.metrics,
+            last=last,
+        )
+        self._work.record(
+            "evaluated",
+            **vars(evaluation),
+            split="validation",
+            losses=known.losses,
+            reused=result is None,
+            **(result.costs() if result else {}),
+        )
+        decision = self._strategy.on_evaluation(evaluation)
+        self._work.record(
+            "decided",
+            step=self._global_step,
+            stage=stage.number,
+            index=index,
+            **describe(decision),
+            reason=decision.reason,
+        )
+        text = f"stage {stage.number}, epoch {epoch:.2f}: {OVERALL} {known.metrics[OVERALL]:.4f}"
+        self._say(text if isinstance(decision, Continue) else f"{text}; {decision.reason}")
+        return self._shared(decision)
+
+    def _shared(self, decision: Decision | None) -> Decision:
+        """Return the main process's decision in every process."""
+        shared = [decision]
+        if self._work.accelerator.num_processes > 1:
+            broadcast_object_list(shared)
+        if shared[0] is None:
+            raise RunError("the main process has decided nothing")
+        return shared[0]
+
+    def _after_step(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
+        """Journal the loss, write a resume point, or end on a signal, where it is time."""
+        config = self._work.config
+        due = config.resume_every is not None and position.step % config.resume_every == 0
+        signalled = self._signalled()
+        if due or signalled or position.step % config.log_every == 0:
+            self._record_totals(steps, position, schedule)
+        if signalled:
+            raise Interrupted(self._interrupts.number or signal.SIGTERM)
+        if due:
+            self._save_point(position)
+
+    def _signalled(self) -> bool:
+        """Return whether any process has got a signal, the same in all of them."""
+        signalled = self._interrupts.number is not None
+        if self._work.accelerator.num_processes == 1:
+            return signalled
+        flag = torch.tensor(float(signalled), device=self._work.accelerator.device)
+        return bool(self._work.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _record_totals(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
+        epoch = position.step / schedule.steps_per_epoch
+        totals = steps.take_totals()
+        if totals is not None:
+            place = {"step": position.global_step, "stage": position.stage, "epoch": epoch}
+            self._work.record("trained", **place, **totals)
+            check_loss(totals["loss"], stage=position.stage, epoch=epoch)
+
+    def _save_point(self, position: Position) -> None:
+        """Replace the resume point; every process adds its random number generators."""
+        work = self._work
+        states = {name: state[None] for name, state in rng_state(work.accelerator.device).items()}
+        if work.accelerator.num_processes > 1:
+            device = work.accelerator.device
+            states = {n: work.accelerator.gather(s.to(device)).cpu() for n, s in states.items()}
+        if work.journal is None:
+            return
+        point = Point(position=position, seq=work.journal.next_seq - 1)
+        model = work.accelerator.unwrap_model(work.model)
+        size = save_point(work.directory / RESUME, point, model, work.optimizer, states)
+        place = {"step": position.global_step, "stage": position.stage}
+        work.record("resume_point", **place, bytes=size)
+
+    def _bar(self, position: Position, schedule: Schedule) -> Any:
+        shown = self._progress and self._work.accelerator.is_main_process and sys.stderr.isatty()
+        return tqdm(
+            desc=f"stage {position.stage}",
+            initial=position.step,
+            total=schedule.steps,
+            unit="step",
+            leave=False,
+            disable=not shown,
+        )
+
+
+def load_resume_point(work: Workspace) -> None:
+    """Restore weights, optimizer and generators from the resume point, in every process."""
+    model = work.accelerator.unwrap_model(work.model)
+    states = load_point(work.directory / RESUME, model, work.optimizer)
+    mine = {name: rows[work.accelerator.process_index] for name, rows in states.items()}
+    set_rng_state(mine, work.accelerator.device)
+
+
+def retention(needs: Needs, mode: Mode) -> Policy:
+    """Return the policy that keeps what a strategy may still ask for."""
+    policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
+    champions = dict.fromkeys(needs.champions, mode)
+    if champions and needs.peak_window is not None:
+        policies.append(PeakWindow(champions, needs.peak_window))
+    elif champions:
+        policies.append(Champions(champions))
+    policy = policies[0]
+    for other in policies[1:]:
+        policy = policy | other
+    return policy

@@ -1,0 +1,232 @@
+"""Where a killed run stands: its journal replayed, and the one resume point.
+
+A resume point is a safetensors file with the full state after an optimizer step: weights, optimizer
+and random number generators as tensors, the position as JSON in its metadata. It is replaced
+atomically. It belongs to the journal up to record ``seq``; what was written after that record
+is done again, so a run that was killed ends as if it had not been.
+
+Example::
+
+    point = read_position(run / "resume.safetensors")
+    after, origin = where_to_resume(records, point)
+    standing = replay([record for record in records if record["seq"] <= after], strategy)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trainer.errors import RunError
+from trainer.files import sync_directory
+from trainer.journal import Record
+from trainer.model import unique_state
+from trainer.strategy import Continue, Decision, Evaluation, RollBack, Stage, Stop, Strategy
+
+Origin = Literal["resume_point", "stage_root", "end"]
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run has come."""
+
+    stage: int
+    step: int
+    """Optimizer steps in the stage."""
+    global_step: int
+    """Optimizer steps since the run began."""
+    evaluations: int
+    """Evaluations of the stage that were decided on, that of the root included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The position of a resume point."""
+
+    position: Position
+    seq: int
+    """The journal's last record when it was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What an evaluation found."""
+
+    metrics: Mapping[str, float]
+    losses: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a run stands by its journal."""
+
+    stage: Stage
+    """The stage that runs, or is to begin."""
+    root: str | None
+    """The checkpoint that it begins from; ``None``: the base."""
+    global_step: int
+    known: Mapping[str, Known]
+    """Checkpoint id → its evaluation."""
+    stop: Stop | None
+    """The decision that ended training."""
+
+
+def where_to_resume(counted: Sequence[Record], point: Point | None) -> tuple[int, Origin]:
+    """Return the ``seq`` of the last record that still counts, and what training continues from.
+
+    ``counted`` are the journal's effective records, which begin with ``run_started``.
+    """
+    for i in range(len(counted) - 1, 0, -1):
+        record = counted[i]
+        if record["event"] == "decided" and record["decision"] != "continue":
+            return record["seq"], "end" if record["decision"] == "stop" else "stage_root"
+        if record["event"] == "stage_started":
+            inside = {later["seq"] for later in counted[i:]}
+            if point and point.seq in inside and point.position.stage == record["stage"]:
+                return point.seq, "resume_point"
+            return counted[i - 1]["seq"], "stage_root"
+    return counted[0]["seq"], "stage_root"
+
+
+def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
+    """Tell a fresh strategy the recorded evaluations, and return where the run stands.
+
+    Raises :class:`RunError` if it decides otherwise than the journal says.
+    """
+    stage, root, stop = strategy.first_stage(), None, None
+    global_step = 0
+    known: dict[str, Known] = {}
+    decision: Decision | None = None
+    for record in counted:
+        if "step" in record:
+            global_step = record["step"]
+        if record["event"] == "evaluated":
+            known[record["checkpoint"]] = Known(metrics=record["metrics"], losses=record["losses"])
+            decision = strategy.on_evaluation(_evaluation(record))
+        elif record["event"] == "decided":
+            decided = {} if decision is None else describe(decision)
+            if not decided or any(record[key] != value for key, value in decided.items()):
+                raise RunError(
+                    f"journal record {record['seq']} decided {record['decision']!r}, but the same "
+                    "evaluations now lead to another decision: the run was made by another version "
+                    "or its configuration was edited; begin it again in another output_dir"
+                )
+            if isinstance(decision, RollBack):
+                stage, root = decision.stage, decision.checkpoint
+            stop = decision if isinstance(decision, Stop) else None
+    return Standing(stage=stage, root=root, global_step=global_step, known=known, stop=stop)
+
+
+def describe(decision: Decision) -> dict[str, Any]:
+    """Return the fields of a ``decided`` record that say what was decided."""
+    if isinstance(decision, Continue):
+        return {"decision": "continue", "checkpoint": None, "exclude": []}
+    kind = "roll_back" if isinstance(decision, RollBack) else "stop"
+    exclude = list(decision.exclude)
+    return {"decision": kind, "checkpoint": decision.checkpoint, "exclude": exclude}
+
+
+def save_point(
+    path: Path, point: Point, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
+) -> int:
+    """Replace the resume point and return its size in bytes; ``rng`` is from :func:`rng_state`."""
+    tensors = {f"model.{name}": tensor for name, tensor in unique_state(model).items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    tensors |= {f"rng.{name}": tensor for name, tensor in rng.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
+    content |= {"python": _python_rng()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"msft": json.dumps(content)})
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_directory(path.parent)
+    return path.stat().st_size
+
+
+def read_position(path: Path) -> Point | None:
+    """Return the position of a resume point; ``None`` if there is none that can be used."""
+    try:
+        content = _content(path)
+        position = Position(**content["position"])
+        return (
+            Point(position=position, seq=content["seq"]) if content["version"] == _VERSION else None
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_point(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Restore weights and optimizer in place, and Python's and NumPy's generators.
+
+    Returns torch's generator states of all processes, for :func:`set_rng_state`.
+    """
+    state, groups = model.state_dict(), optimizer.state_dict()["param_groups"]
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    rng: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for full_name in file.keys():  # noqa: SIM118 - not a mapping
+            kind, name = full_name.split(".", 1)
+            tensor = file.get_tensor(full_name)
+            if kind == "model":
+                state[name].copy_(tensor)
+            elif kind == "optimizer":
+                index, key = name.split(".", 1)
+                moments.setdefault(int(index), {})[key] = tensor
+            else:
+                rng[name] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    python = _content(path)["python"]
+    version, words, gauss = python["random"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(python["numpy"])
+    return rng
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return this process's states of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what :func:`rng_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _content(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["msft"])
+
+
+def _python_rng() -> dict[str, Any]:
+    kind, words, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "random": random.getstate(),
+        "numpy": [kind, np.asarray(words).tolist(), position, has_gauss, gauss],
+    }
+
+
+def _evaluation(record: Record) -> Evaluation:
+    names = ("stage", "index", "epoch", "step", "checkpoint", "metrics", "last")
+    return Evaluation(**{name: record[name] for name in names})

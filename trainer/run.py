@@ -1,0 +1,189 @@
+"""A run from beginning to end: start or continue it, train, test, write the result.
+
+Example::
+
+    summary = start(load_config("config.yaml"))
+    summary = resume("runs/demo")                   # after a kill, or to see that it is finished
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from trainer.algorithms import make_strategy
+from trainer.config import Config, load_config
+from trainer.errors import RunError
+from trainer.evaluate import Evaluator
+from trainer.interrupt import Interrupted, Interrupts
+from trainer.journal import effective, read
+from trainer.loop import Loop, Say, load_resume_point, retention
+from trainer.model import load_model, save_model
+from trainer.report import write_report
+from trainer.resume import Position, Standing, read_position, replay, where_to_resume
+from trainer.strategy import Stop, Strategy
+from trainer.summary import Summary
+from trainer.workspace import (
+    CONFIG,
+    JOURNAL,
+    MODEL,
+    RESUME,
+    Workspace,
+    create_directory,
+    open_workspace,
+    start_record,
+)
+
+
+def start(config: Config, *, say: Say = lambda line: None, progress: bool = False) -> Summary:
+    """Begin a run in ``config.output_dir`` and return what it came to.
+
+    Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal.
+    """
+    create_directory(config)
+    return _run(config, say=say, progress=progress)
+
+
+def resume(
+    directory: str | os.PathLike[str],
+    *,
+    say: Say = lambda line: None,
+    progress: bool = False,
+) -> Summary:
+    """Continue the run in ``directory`` and return what it came to; a finished one stays."""
+    directory = Path(directory).absolute()
+    if not (directory / CONFIG).is_file():
+        raise RunError(f"there is no run in {directory}: it has no {CONFIG}")
+    if is_finished(directory):
+        say(f"the run in {directory} is finished, there is nothing to resume")
+        return write_report(directory)
+    config = replace(load_config(directory / CONFIG), output_dir=str(directory))
+    return _run(config, say=say, progress=progress)
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether a run has ended by itself."""
+    if not (directory / JOURNAL).exists():
+        return False
+    return any(record["event"] == "finished" for record in effective(read(directory / JOURNAL)))
+
+
+def _run(config: Config, *, say: Say, progress: bool) -> Summary:
+    with open_workspace(config) as work, Interrupts() as interrupts:
+        try:
+            strategy = make_strategy(config)
+            standing, position = _stand(work, strategy, say)
+            stop = standing.stop
+            if stop is None:
+                loop = Loop(work, strategy, interrupts, say=say, progress=progress)
+                stop = loop.run(standing, position)
+            _finish(work, stop, interrupts, say)
+        except Interrupted as interrupted:
+            work.record("interrupted", step=_last_step(work), signal=interrupted.number)
+            raise
+        work.accelerator.wait_for_everyone()
+    return write_report(config.output_dir)
+
+
+def _stand(work: Workspace, strategy: Strategy, say: Say) -> tuple[Standing, Position | None]:
+    """Return where the run stands, with the model's weights and the timeline in that state."""
+    shared: list[Any] = [None, None]
+    if work.journal is not None:
+        shared = [*_continue_journal(work, strategy, say)]
+    if work.accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    standing: Standing = shared[0]
+    position: Position | None = shared[1]
+    if position is not None:
+        load_resume_point(work)
+        if work.timeline is not None:
+            work.timeline.rewind(position.evaluations)
+    elif standing.stop is None:
+        policy = retention(strategy.needs(), strategy.mode)
+        work.begin_stage(standing.stage.number, standing.root, policy)
+    return standing, position
+
+
+def _continue_journal(
+    work: Workspace, strategy: Strategy, say: Say
+) -> tuple[Standing, Position | None]:
+    """Begin the journal, or write where it is continued from; the main process does."""
+    records = effective(read(work.directory / JOURNAL))
+    if not records:
+        work.record("run_started", **start_record(work))
+        return replay([], strategy), None
+    started = records[0]["base_id"]
+    if work.base is not None and work.base.id != started:
+        raise RunError(
+            f"the model in {work.loaded.directory} is not the one that the run began with (its id "
+            f"was {started}, now it is {work.base.id}): restore it, or begin a new run"
+        )
+    point = read_position(work.directory / RESUME)
+    after, origin = where_to_resume(records, point)
+    standing = replay([record for record in records if record["seq"] <= after], strategy)
+    work.record("resumed", after=after, **{"from": origin})
+    say(f"resumed stage {standing.stage.number} from its {origin.replace('_', ' ')}")
+    return standing, point.position if point and origin == "resume_point" else None
+
+
+def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> None:
+    """Test the result and the base once, write the result, and close the run."""
+    if work.store is not None:
+        work.store.pin(work.store.get(stop.checkpoint), "result")
+    work.load(stop.checkpoint)
+    check = interrupts.check if work.accelerator.num_processes == 1 else None
+    evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
+    _test(work, evaluator, "result", stop.checkpoint)
+    if work.accelerator.is_main_process:
+        save_model(work.loaded, work.directory / MODEL)
+    _load_base(work)
+    _test(work, evaluator, "base", work.base.id if work.base else None)
+    say(f"the result is in {work.directory / MODEL}")
+    if work.journal is not None:
+        started = read(work.directory / JOURNAL)[0]["time"]
+        work.record(
+            "finished",
+            checkpoint=stop.checkpoint,
+            model_dir=str(work.directory / MODEL),
+            seconds=time.time() - started,
+        )
+        (work.directory / RESUME).unlink(missing_ok=True)
+    if work.timeline is not None:
+        work.timeline.close()
+
+
+def _test(work: Workspace, evaluator: Evaluator, what: str, checkpoint: str | None) -> None:
+    examples = work.split("test")
+    if not examples:
+        return
+    result = evaluator(work.model, examples)
+    work.record(
+        "tested",
+        checkpoint=checkpoint,
+        what=what,
+        split="test",
+        metrics=result.metrics,
+        losses=result.losses,
+        **result.costs(),
+    )
+
+
+def _load_base(work: Workspace) -> None:
+    """Load the base's weights from its directory, in every process."""
+    fresh = load_model(work.config.model).model.state_dict()
+    with torch.no_grad():
+        for name, tensor in work.accelerator.unwrap_model(work.model).state_dict().items():
+            tensor.copy_(fresh[name])
+
+
+def _last_step(work: Workspace) -> int:
+    if work.journal is None:
+        return 0
+    steps = [record["step"] for record in effective(read(work.journal.path)) if "step" in record]
+    return steps[-1] if steps else 0

@@ -1,0 +1,265 @@
+"""What a run works with: its directory, model, data, journal and store, put together.
+
+Every process of a run has the model and the data. The main process alone writes: the others have no
+journal and no timeline, and get decisions and restored weights from it.
+
+Example::
+
+    create_directory(config)
+    with open_workspace(config) as work:
+        ...
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from msft_store import Base, KeepBest, Policy, Store, Timeline
+from trainer.algorithms import metric_mode
+from trainer.config import Config, dump, to_dict
+from trainer.data import Example, Mixture, load_mixture
+from trainer.errors import ConfigError, RunError
+from trainer.evaluate import check_answers
+from trainer.files import write_atomic
+from trainer.journal import Journal, Record
+from trainer.model import LoadedModel, load_model, max_positions
+from trainer.optim import make_optimizer
+from trainer.schedule import stage_schedule
+from trainer.strategy import OVERALL
+
+CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
+    "config.yaml",
+    "journal.jsonl",
+    "store",
+    "resume.safetensors",
+    "model",
+    "lock",
+)
+
+
+@dataclass(kw_only=True)
+class Workspace:
+    """An open run directory and all that training needs."""
+
+    config: Config
+    directory: Path
+    accelerator: Accelerator
+    loaded: LoadedModel
+    model: Any
+    """The model as Accelerate prepared it."""
+    optimizer: Any
+    mixture: Mixture
+    journal: Journal | None
+    """``None`` in every process but the main one, like ``store``, ``base`` and ``timeline``."""
+    store: Store | None
+    base: Base | None
+    timeline: Timeline | None
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Write to the journal, in the main process."""
+        if self.journal is not None:
+            self.journal.append(event, **fields)
+
+    def split(self, name: str) -> dict[str, Sequence[Example]]:
+        """Return the examples of ``train``, ``validation`` or ``test`` by sub-dataset."""
+        splits = {key: getattr(sub, name) for key, sub in self.mixture.items()}
+        return {key: split.examples for key, split in splits.items() if split is not None}
+
+    def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
+        """Restore the weights that stage ``number`` begins from (``None``: the base's).
+
+        The timeline has a branch for each stage. It rolls back to the root; where that was done
+        before a kill, it forgets what the stage has committed since.
+        """
+        if self.timeline is not None and self.store is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.timeline.retention = policy
+            if root is None:
+                self.timeline.rewind(0)
+            elif self.timeline.branch < number - 1:
+                self.timeline.rollback(root, into=model)
+            else:
+                self.timeline.rewind(1)
+                self.store.load_into(model, root)
+        self._share_weights()
+
+    def load(self, checkpoint: str) -> None:
+        """Load a checkpoint's weights in all processes; the timeline stays where it is."""
+        if self.store is not None:
+            self.store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
+        self._share_weights()
+
+    def _share_weights(self) -> None:
+        """Give the main process's weights to all others."""
+        if self.accelerator.num_processes > 1:
+            for tensor in self.accelerator.unwrap_model(self.model).state_dict().values():
+                broadcast(tensor)
+
+
+@contextmanager
+def open_workspace(config: Config) -> Iterator[Workspace]:
+    """Lock the run directory, which has its ``config.yaml``, and put everything together.
+
+    A journal without a record, or none, is a run that never began: its store is made anew.
+    """
+    directory = Path(config.output_dir)
+    _prepare_process(config)
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    with _locked(directory, accelerator.is_main_process):
+        loaded = load_model(config.model)
+        mixture = load_mixture(
+            config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
+        )
+        _check(config, loaded, mixture)
+        if config.model.gradient_checkpointing:
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = accelerator.prepare(loaded.model)
+        optimizer = accelerator.prepare(make_optimizer(config.train, model))
+        work = Workspace(
+            config=config,
+            directory=directory,
+            accelerator=accelerator,
+            loaded=loaded,
+            model=model,
+            optimizer=getattr(optimizer, "optimizer", optimizer),
+            mixture=mixture,
+            journal=None,
+            store=None,
+            base=None,
+            timeline=None,
+        )
+        if not accelerator.is_main_process:
+            yield work
+            return
+        with Journal.open(directory / JOURNAL) as work.journal:
+            _open_store(work)
+            yield work
+
+
+def create_directory(config: Config) -> None:
+    """Make the run directory and write ``config.yaml`` into it.
+
+    Raises :class:`RunError` if a run is there already.
+    """
+    directory = Path(config.output_dir)
+    if (directory / CONFIG).exists() or (directory / JOURNAL).exists():
+        raise RunError(
+            f"there is a run in {directory} already: continue it with `msft-train resume "
+            f"{directory}`, or choose another output_dir"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / CONFIG, dump(config).encode())
+
+
+def start_record(work: Workspace) -> Record:
+    """Return the fields of ``run_started``."""
+    config, loaded = work.config, work.loaded
+    examples = sum(len(sub.train.examples) for sub in work.mixture.values())
+    schedule = stage_schedule(
+        examples=examples,
+        batch_size=config.train.batch_size,
+        eval_every=config.evaluation.eval_every,
+        epochs=config.msft.compute_budget,
+    )
+    return {
+        "version": version("msft-store"),
+        "method": config.method,
+        "config": to_dict(config),
+        "model": {
+            "path": config.model.path,
+            "parameters": loaded.parameters,
+            "layers": loaded.layers,
+            "hidden": loaded.hidden,
+            "dtype": config.model.dtype,
+        },
+        "mode": metric_mode(config),
+        "metric": config.evaluation.metric,
+        "sub_datasets": {
+            name: {
+                "train": len(sub.train.examples),
+                "validation": len(sub.validation.examples),
+                "test": len(sub.test.examples) if sub.test else 0,
+                "too_long": sub.too_long,
+            }
+            for name, sub in work.mixture.items()
+        },
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "full_checkpoint_bytes": loaded.full_bytes,
+        "base_bytes": loaded.base_bytes,
+        "base_id": work.base.id if work.base else None,
+    }
+
+
+def _open_store(work: Workspace) -> None:
+    path = work.directory / STORE
+    if work.journal is None or work.journal.next_seq == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        work.store = Store.create(path)
+    else:
+        work.store = Store.open(path)
+    work.base = work.store.add_base(work.loaded.directory)
+    # The loop sets what a strategy needs before each commit; nothing is evicted until then.
+    policy = KeepBest(OVERALL, mode=metric_mode(work.config))
+    work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
+
+
+def _check(config: Config, loaded: LoadedModel, mixture: Mapping[str, Any]) -> None:
+    splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
+    if config.evaluation.metric == "exact_match":
+        references = {name: sub.validation.examples for name, sub in mixture.items()}
+        check_answers(references, config.evaluation.answer_pattern)
+    positions = max_positions(loaded.model)
+    if positions is None:
+        return
+    if config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has {positions} positions"
+        )
+    prompt = max(len(example.prompt) for split in splits for example in split.examples)
+    needed = prompt + config.evaluation.max_new_tokens
+    if config.evaluation.metric == "exact_match" and needed > positions:
+        raise ConfigError(
+            f"evaluation.max_new_tokens is {config.evaluation.max_new_tokens} and the longest "
+            f"prompt has {prompt} tokens, but the model has {positions} positions: lower "
+            "max_new_tokens or data.max_length"
+        )
+
+
+def _prepare_process(config: Config) -> None:
+    """Set threads, repeatable kernels, and quiet libraries."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@contextmanager
+def _locked(directory: Path, writes: bool) -> Iterator[None]:
+    """Hold the run directory's lock, so that no second process writes in it."""
+    if not writes:
+        yield
+        return
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is at work in {directory}; wait until it ends"
+            ) from None
+        yield
