@@ -44,7 +44,8 @@ from msft_store.retention import (
     Policy,
     Reason,
 )
-from msft_store.store import Stats, Store
+from msft_store.stats import Stats
+from msft_store.store import Store
 from msft_store.timeline import Commit, Timeline
 
 __all__ = [

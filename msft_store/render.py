@@ -23,15 +23,12 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return aligned columns: the first ``left`` to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
+    """Return aligned columns; ``align`` has ``<`` or ``>`` for each."""
     widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = (
-            cell.ljust(width) if at < left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
+        cells = zip(row, align, widths, strict=True)
+        return "  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip()
 
     return "\n".join(line(row) for row in (header, *rows))

@@ -17,17 +17,15 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from msft_store.backend import Backend, LocalBackend, disk_bytes, publish
+from msft_store.backend import Backend, LocalBackend, publish
 from msft_store.bases import Base, add_base, relocate
 from msft_store.catalog import CONFIG, Catalog, write_config
 from msft_store.check import Finding, check
-from msft_store.dtypes import by_torch
 from msft_store.errors import (
     InvalidInputError,
     MismatchError,
@@ -48,34 +46,17 @@ from msft_store.manifest import (
     tensor_table,
     write_manifest,
 )
+from msft_store.matching import check_match, listed
 from msft_store.objects import PackWriter
 from msft_store.pipeline import decode_state, empty_like, encode_anchor, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.retention import Policy
+from msft_store.sources import TensorSources, sources
+from msft_store.stats import Stats, stats
 from msft_store.tensors import check_tensors
 
-_NAMES_SHOWN = 5
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a store holds, in bytes and counts."""
-
-    checkpoints: int
-    logical_bytes: int
-    """Of all checkpoints, as if each were a full copy."""
-    stored_bytes: int
-    """Encoded bytes of all chunks in packs."""
-    on_disk_bytes: int
-    """All files of the store, temporary ones included; bases are elsewhere."""
-    base_bytes: int
-    """Of the bases that it refers to."""
-    chunks: int
-    """Distinct chunks that checkpoints name."""
-    shared_chunks: int
-    """Those that more than one checkpoint names, or that stand in a base."""
 
 
 class Store:
@@ -92,7 +73,7 @@ class Store:
 
         :class:`NotAStoreError` if there is one already, or something else.
         """
-        root = Path(path)
+        root = Path(path).absolute()
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(f"there is a store at {root} already; open it, or choose another")
@@ -105,7 +86,7 @@ class Store:
     @classmethod
     def open(cls, path: PathLike) -> Store:
         """Open a store; :class:`NotAStoreError` if there is none."""
-        return cls(LocalBackend(Path(path)))
+        return cls(LocalBackend(Path(path).absolute()))
 
     @property
     def path(self) -> str:
@@ -199,7 +180,7 @@ class Store:
             wanted = list(names)
             absent = sorted(set(wanted) - tensors.keys())
             if absent:
-                raise MismatchError(f"checkpoint {found.id[:12]} has no {_listed(absent)}")
+                raise MismatchError(f"checkpoint {found.id[:12]} has no {listed(absent)}")
             tensors = {name: tensors[name] for name in wanted}
         state = {name: empty_like(entry).to(device) for name, entry in tensors.items()}
         decode_state(self._catalog.objects, tensors, state, base=found.base)
@@ -212,7 +193,7 @@ class Store:
         """
         found, tensors = self._entries(checkpoint)
         state = {name: t for name, t in module.state_dict().items() if torch.is_tensor(t)}
-        _check_match(found, tensors, state)
+        check_match(found, tensors, state)
         decode_state(self._catalog.objects, tensors, state, base=found.base)
 
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
@@ -231,6 +212,10 @@ class Store:
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
         """Return names, dtypes, shapes and chunk keys of a checkpoint's tensors."""
         return self._entries(checkpoint)[1]
+
+    def sources(self, checkpoint: Checkpoint | str) -> list[TensorSources]:
+        """Return a checkpoint's tensors and where their bytes come from."""
+        return list(sources(self._catalog, self.get(checkpoint)))
 
     def pin(
         self, checkpoint: Checkpoint | str, name: str, *, note: Mapping[str, Any] | None = None
@@ -314,23 +299,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""
-        self._catalog.refresh()
-        checkpoints, objects = self._catalog.checkpoints(), self._catalog.objects
-        uses: dict[bytes, int] = {}
-        for checkpoint in checkpoints:
-            for key in self._catalog.keys(checkpoint):
-                in_base = objects.in_base(key, checkpoint.base) is not None
-                uses[key] = uses.get(key, 0) + (2 if in_base else 1)
-        records = (record for pack in objects.packs.values() for record in pack)
-        return Stats(
-            checkpoints=len(checkpoints),
-            logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
-            stored_bytes=sum(record.length for record in records),
-            on_disk_bytes=disk_bytes(self._backend),
-            base_bytes=sum(base.logical_bytes for base in self.bases()),
-            chunks=len(uses),
-            shared_chunks=sum(count > 1 for count in uses.values()),
-        )
+        return stats(self._catalog)
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
@@ -389,34 +358,3 @@ class Store:
         # Later than every other, so that the log is in order even where a clock goes back.
         known = self._catalog.checkpoints()
         return max(time.time_ns(), known[-1].created + 1 if known else 0)
-
-
-def _check_match(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorEntry],
-    state: Mapping[str, torch.Tensor],
-) -> None:
-    problems = []
-    missing = sorted(state.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - state.keys())
-    if missing:
-        problems.append(f"the checkpoint lacks {_listed(missing)}")
-    if extra:
-        problems.append(f"the module lacks {_listed(extra)}")
-    for name in sorted(state.keys() & tensors.keys()):
-        have, want = state[name], tensors[name]
-        if tuple(have.shape) != want.shape:
-            problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
-        elif by_torch(have.dtype) != want.dtype:
-            problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
-    if problems:
-        more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
-        raise MismatchError(
-            f"the module does not match checkpoint {checkpoint.id[:12]}: "
-            f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -1,0 +1,349 @@
+"""The ``msft-store`` command.
+
+Exit codes: 0 done, 1 the store refused (one sentence on stderr says why), 2 wrong usage, 3
+``check`` found something wrong. ``--json`` prints one JSON document instead of text, in which a
+metric without a finite value is a string.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msft_store.errors import StoreError
+from msft_store.gc import GcPlan, Verdict
+from msft_store.manifest import Checkpoint
+from msft_store.render import human, percent, table
+from msft_store.retention import KeepBest, KeepLast, Policy
+from msft_store.store import Store
+from msft_store.tree import lineage, metrics_text
+
+_EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found something wrong"
+_STORE = "MSFT_STORE"
+
+Output = tuple[Any, str]
+"""What a command has to say: for ``--json``, and for people."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], Output] = options.command
+    try:
+        document, text = command(options)
+        if getattr(options, "json", False):
+            print(json.dumps(document, indent=2, default=_plain))
+        elif text:
+            print(text)
+    except StoreError as error:
+        print(f"msft-store: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 3 if options.name == "check" and document else 0
+
+
+def _open(options: argparse.Namespace) -> Store:
+    return Store.open(_path(options))
+
+
+def _path(options: argparse.Namespace) -> str:
+    return str(getattr(options, "store", None) or os.environ.get(_STORE) or ".")
+
+
+def _init(options: argparse.Namespace) -> Output:
+    store = Store.create(options.path or _path(options))
+    return {"store": store.path}, f"created a store at {store.path}"
+
+
+def _add_base(options: argparse.Namespace) -> Output:
+    base = _open(options).add_base(options.path)
+    text = f"base {base.id[:12]}: {len(base.tensors)} tensors, {human(base.logical_bytes)}"
+    return {"id": base.id, "path": base.path, "logical_bytes": base.logical_bytes}, text
+
+
+def _relocate(options: argparse.Namespace) -> Output:
+    base = _open(options).relocate(options.base, options.path)
+    return {"id": base.id, "path": base.path}, f"base {base.id[:12]} is now at {base.path}"
+
+
+def _log(options: argparse.Namespace) -> Output:
+    store = _open(options)
+    checkpoints = store.log()
+    pinned = set(store.refs().values())
+    rows = [
+        (
+            f"{checkpoint.id[:12]}{'*' if checkpoint.id in pinned else ''}",
+            "" if checkpoint.step is None else str(checkpoint.step),
+            human(checkpoint.logical_bytes),
+            human(checkpoint.stored_bytes),
+            metrics_text(checkpoint.metrics),
+            " ".join(checkpoint.tags),
+        )
+        for checkpoint in checkpoints
+    ]
+    header = ("checkpoint", "step", "logical", "stored", "metrics", "tags")
+    text = table(header, rows, align="<>>><<") if rows else "no checkpoints yet"
+    return [_summary(checkpoint) for checkpoint in checkpoints], text
+
+
+def _inspect(options: argparse.Namespace) -> Output:
+    store = _open(options)
+    if options.checkpoint is None:
+        checkpoints, refs = store.log(), store.refs()
+        bases = [
+            {"id": base.id, "path": base.path, "logical_bytes": base.logical_bytes}
+            for base in store.bases()
+        ]
+        listed = [_summary(checkpoint) for checkpoint in checkpoints]
+        document = {"bases": bases, "checkpoints": listed, "refs": refs}
+        return document, lineage(checkpoints, store.bases(), refs) or "the store is empty"
+    checkpoint = store.get(options.checkpoint)
+    tensors = store.sources(checkpoint)
+    rows = [
+        (
+            source.tensor,
+            source.dtype,
+            "x".join(map(str, source.shape)) or "scalar",
+            human(source.logical_bytes),
+            human(source.stored_bytes),
+            percent(source.stored_bytes, source.logical_bytes),
+            "; ".join(source.how),
+        )
+        for source in tensors
+    ]
+    header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
+    text = f"{_facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
+    return {**_summary(checkpoint), "tensors": tensors}, text
+
+
+def _facts(store: Store, checkpoint: Checkpoint) -> str:
+    notes = store.notes()
+    pins = [name for name, target in store.refs().items() if target == checkpoint.id]
+    reasons = [f"{name}: {', '.join(notes[name].get('reasons', ['pinned']))}" for name in pins]
+    ratio = percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
+    metrics = sorted(checkpoint.metrics.items())
+    facts = {
+        "checkpoint": checkpoint.id,
+        "parent": checkpoint.parent or "none",
+        "base": checkpoint.base or "none",
+        "step": "none" if checkpoint.step is None else str(checkpoint.step),
+        "metrics": " ".join(f"{k}={v:.6g}" for k, v in metrics) or "none",
+        "tags": " ".join(checkpoint.tags) or "none",
+        "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
+        "logical": human(checkpoint.logical_bytes),
+        "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
+        "no reference": human(checkpoint.unreferenced_bytes),
+        "pins": "; ".join(reasons) or "none",
+    }
+    return "\n".join(f"{name:<13} {value}" for name, value in facts.items())
+
+
+def _gc(options: argparse.Namespace) -> Output:
+    plan = _open(options).plan_gc(_policy(options))
+    document = _plan_document(plan)
+    if options.dry_run:
+        return document, f"{plan}\nnothing was changed (--dry-run)"
+    result = plan.execute()
+    return {**document, **dataclasses.asdict(result)}, f"{plan}\nfreed {human(result.freed_bytes)}"
+
+
+def _policy(options: argparse.Namespace) -> Policy | None:
+    policies: list[Policy] = [KeepLast(options.keep_last)] if options.keep_last is not None else []
+    for wanted in options.keep_best:
+        metric, _, mode = wanted.rpartition(":")
+        if mode not in ("max", "min") or not metric:
+            metric, mode = wanted, "max"
+        policies.append(KeepBest(metric, 1, mode="min" if mode == "min" else "max"))
+    policy: Policy | None = None
+    for part in policies:
+        policy = part if policy is None else policy | part
+    return policy
+
+
+def _plan_document(plan: GcPlan) -> dict[str, Any]:
+    def verdicts(which: Sequence[Verdict]) -> list[dict[str, Any]]:
+        return [{"id": v.checkpoint.id, "reasons": v.reasons} for v in which]
+
+    return {
+        "keep": verdicts(plan.kept),
+        "forget": verdicts(plan.dropped),
+        "delete": [{"pack": w.path, "bytes": w.size} for w in plan.delete],
+        "rewrite": [{"pack": w.path, "dead_bytes": w.dead_bytes} for w in plan.rewrite],
+        "leftovers": [{"file": path, "bytes": size} for path, size in plan.leftovers],
+        "held_bytes": plan.held_bytes,
+        "would_free_bytes": plan.freed_bytes,
+    }
+
+
+def _check(options: argparse.Namespace) -> Output:
+    findings = _open(options).check(read_data=options.read_data)
+    how = "all data read" if options.read_data else "structure only; --read-data reads all data"
+    text = "\n".join(map(str, findings)) if findings else f"no errors ({how})"
+    return findings, text
+
+
+def _export(options: argparse.Namespace) -> Output:
+    files = _open(options).export(options.checkpoint, options.directory)
+    return {"files": [str(file) for file in files]}, "\n".join(str(file) for file in files)
+
+
+def _pin(options: argparse.Namespace) -> Output:
+    store = _open(options)
+    checkpoint = store.get(options.checkpoint)
+    store.pin(checkpoint, options.ref)
+    text = f"{options.ref} points to {checkpoint.id[:12]}"
+    return {"ref": options.ref, "checkpoint": checkpoint.id}, text
+
+
+def _unpin(options: argparse.Namespace) -> Output:
+    _open(options).unpin(options.ref)
+    return {"ref": options.ref}, f"{options.ref} is gone; its checkpoint stays until a gc drops it"
+
+
+def _forget(options: argparse.Namespace) -> Output:
+    store = _open(options)
+    checkpoint = store.get(options.checkpoint)
+    store.forget(checkpoint)
+    text = f"forgot {checkpoint.id[:12]}; msft-store gc frees its space"
+    return {"checkpoint": checkpoint.id}, text
+
+
+def _stats(options: argparse.Namespace) -> Output:
+    stats = _open(options).stats()
+    rows = {
+        "checkpoints": str(stats.checkpoints),
+        "logical": f"{human(stats.logical_bytes)} as full copies",
+        "stored": f"{human(stats.stored_bytes)} in packs "
+        f"({percent(stats.stored_bytes, stats.logical_bytes)})",
+        "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
+        "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
+        "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
+    }
+    text = "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+    return dataclasses.asdict(stats), text
+
+
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    document = dataclasses.asdict(checkpoint)
+    del document["tensor_digest"]
+    document["metrics"] = {
+        name: value if math.isfinite(value) else str(value)
+        for name, value in checkpoint.metrics.items()
+    }
+    return document
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{value!r} has no JSON form")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--store",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=f"the store's directory (default: ${_STORE}, else the current directory)",
+    )
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text"
+    )
+    parser = argparse.ArgumentParser(
+        prog="msft-store",
+        description="A content-addressed delta store for model checkpoints.",
+        epilog=f"example: msft-store --store run/store inspect   |   {_EXIT}",
+        parents=[common],
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], Output], summary: str, example: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example: msft-store {example}   |   {_EXIT}",
+            parents=[common],
+        )
+        command.set_defaults(command=run)
+        return command
+
+    init = add("init", _init, "create a store", "init run/store")
+    init.add_argument("path", nargs="?", help="where; the same as --store")
+
+    add_base = add("add-base", _add_base, "record a base model by content", "add-base Qwen2.5-0.5B")
+    add_base.add_argument("path", help="a safetensors file, or a directory of them")
+
+    relocate = add(
+        "relocate", _relocate, "tell where a base's files are now", "relocate 3fa9 /models/qwen"
+    )
+    relocate.add_argument("base", help="id of the base, or a unique prefix")
+    relocate.add_argument("path", help="the same model, in its new place")
+
+    add("log", _log, "list the checkpoints, oldest first; * is pinned", "log --json")
+
+    inspect = add(
+        "inspect",
+        _inspect,
+        "show the lineage as a tree, or one checkpoint's tensors and where their bytes come from",
+        "inspect 3fa9",
+    )
+    _add_checkpoint(inspect, nargs="?")
+
+    gc = add(
+        "gc", _gc, "free what nothing needs", "gc --keep-last 3 --keep-best loss:min --dry-run"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only print the plan")
+    gc.add_argument("--keep-last", type=int, metavar="N", help="forget all but the N newest")
+    gc.add_argument(
+        "--keep-best",
+        action="append",
+        default=[],
+        metavar="METRIC[:min]",
+        help="and the best by a metric; may be repeated. Pinned checkpoints always stay",
+    )
+
+    check = add("check", _check, "look for damage", "check --read-data")
+    check.add_argument("--read-data", action="store_true", help="decode and compare everything")
+
+    export = add(
+        "export", _export, "write a checkpoint as plain safetensors", "export best my-model"
+    )
+    _add_checkpoint(export)
+    export.add_argument("directory", help="a new or empty directory")
+
+    pin = add("pin", _pin, "point a ref to a checkpoint, which then stays", "pin 3fa9 best")
+    _add_checkpoint(pin)
+    pin.add_argument("ref", help="name of the ref")
+
+    unpin = add("unpin", _unpin, "remove a ref", "unpin best")
+    unpin.add_argument("ref", help="name of the ref")
+
+    forget = add("forget", _forget, "make a checkpoint one no more", "forget 3fa9")
+    _add_checkpoint(forget)
+
+    add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
+    return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    text = "id of a checkpoint, a unique prefix of one, or a ref"
+    if nargs is None:
+        command.add_argument("checkpoint", help=text)
+    else:
+        command.add_argument("checkpoint", nargs=nargs, help=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

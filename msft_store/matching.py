@@ -1,0 +1,51 @@
+"""Do a module's tensors and a checkpoint's agree? Strictly: names, shapes and dtypes.
+
+Example::
+
+    check_match(checkpoint, entries, module.state_dict())      # MismatchError names what differs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from msft_store.dtypes import by_torch
+from msft_store.errors import MismatchError
+from msft_store.manifest import Checkpoint, TensorEntry
+
+_NAMES_SHOWN = 5
+
+
+def check_match(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Raise :class:`MismatchError`, which names what differs, unless all tensors agree."""
+    problems = []
+    missing = sorted(state.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - state.keys())
+    if missing:
+        problems.append(f"the checkpoint lacks {listed(missing)}")
+    if extra:
+        problems.append(f"the module lacks {listed(extra)}")
+    for name in sorted(state.keys() & tensors.keys()):
+        have, want = state[name], tensors[name]
+        if tuple(have.shape) != want.shape:
+            problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
+        elif by_torch(have.dtype) != want.dtype:
+            problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
+    if problems:
+        more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
+        raise MismatchError(
+            f"the module does not match checkpoint {checkpoint.id[:12]}: "
+            f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few of many names."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
+    return ", ".join(names[:_NAMES_SHOWN]) + more
