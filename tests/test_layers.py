@@ -21,7 +21,7 @@ backend
 tensors refs manifest safetensors_file bases
 retention
 objects references catalog
-pipeline tree sources
+pipeline tree sources stats matching
 check gc export saver
 store
 timeline
