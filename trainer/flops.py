@@ -10,7 +10,7 @@ all parameters, tied ones once. Work that gradient checkpointing repeats is not 
 Where the work went, in rows that add up to all of it:
 
 - *kept*: training on the path from the base to the result. The path enters a stage at its root and
-  leaves it at the evaluation whose checkpoint is the next stage's root, in its last stage at the
+  leaves it at the evaluation that the next stage on the path began from, in its last stage at the
   evaluation whose checkpoint is the result. While there is no result, it ends at the last step.
 - *rolled back*: all other training, so also what plain SFT trains after its best checkpoint.
 - *padding*: the padding of all of it, training and evaluation; its weights' term only.
@@ -117,20 +117,26 @@ def path_ends(counted: Sequence[Record]) -> dict[int, int]:
 
     A stage that the path does not touch is absent. ``counted`` are effective records.
     """
-    roots = {r["stage"]: r["root"] for r in counted if r["event"] == "stage_started"}
+    roots: dict[int, str] = {}
+    first: dict[str, Record] = {}
+    end = -1
+    for record in counted:
+        match record["event"]:
+            case "stage_started":
+                roots[record["stage"]], end = record["root"], record["step"]
+            case "evaluated":
+                first.setdefault(record["checkpoint"], record)
+            case "trained":
+                end = record["step"]
+    ends: dict[int, int] = {}
     target = _result(counted)
-    if target is None:
-        stage = max(roots, default=0)
-        ends = {stage: max((r["step"] for r in _of(counted, "trained", stage)), default=-1)}
-    else:
-        found = next(r for r in counted if r["event"] == "evaluated" and r["checkpoint"] == target)
-        stage = found["stage"]
-        ends = {stage: found["step"]}
-    while stage > 1:
-        root, stage = roots[stage], stage - 1
-        ends[stage] = next(
-            r["step"] for r in _of(counted, "evaluated", stage) if r["checkpoint"] == root
-        )
+    if target is None and roots:
+        ends[max(roots)] = end
+        target = roots[max(roots)]
+    while target in first and first[target]["stage"] not in ends:
+        stage = first[target]["stage"]
+        ends[stage] = first[target]["step"]
+        target = roots[stage]
     return ends
 
 
@@ -140,10 +146,6 @@ def _result(counted: Sequence[Record]) -> str | None:
             checkpoint: str = record["checkpoint"]
             return checkpoint
     return None
-
-
-def _of(counted: Sequence[Record], event: str, stage: int) -> Iterable[Record]:
-    return (r for r in counted if r["event"] == event and r["stage"] == stage)
 
 
 def _count(record: Mapping[str, Any], key: str) -> int:

@@ -54,6 +54,8 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         "## Result",
         _result_text(summary),
         _score_table({summary.method.upper(): summary}).to_markdown(),
+        "## Data",
+        _data_table(counted).to_markdown(),
         "## Decisions",
         _decision_table(counted).to_markdown(),
         "## Disk",
@@ -155,6 +157,17 @@ def _peak_text(summary: Summary, name: str) -> str:
     if peak is None or (summary.method != "sft" and not peak.excluded):
         return "none"
     return f"stage {peak.stage}, epoch {peak.epoch:.2f}"
+
+
+def _data_table(counted: Sequence[Record]) -> Table:
+    """Return examples per sub-dataset, and how many were dropped for their length."""
+    start = next(r for r in counted if r["event"] == "run_started")
+    parts = ("train", "validation", "test", "too_long")
+    rows = [
+        [name, *(count_text(sizes[part]) for part in parts)]
+        for name, sizes in sorted(start["sub_datasets"].items())
+    ]
+    return Table(header=("sub-dataset", "train", "validation", "test", "too long"), rows=rows)
 
 
 def _decision_table(counted: Sequence[Record]) -> Table:

@@ -84,12 +84,13 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     *parents, last = keys
     for depth, key in enumerate(parents, start=1):
         child = tree.get(key)
-        if child is None:
-            child = tree[key] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, (dict, type(None))):
             above = ".".join(keys[:depth])
             raise ConfigError(f"override {assignment!r}: {above} is a value, it has no keys")
-        tree = child
+        # A copy: where the YAML names one mapping twice by an alias, only this one is changed.
+        copy: dict[str, Any] = dict(child or {})
+        tree[key] = copy
+        tree = copy
     tree[last] = value
 
 

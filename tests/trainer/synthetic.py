@@ -31,13 +31,13 @@ def write_run(path: Path, curve: Mapping[str, Any], *, method: str = "msft") -> 
     with Journal.open(path) as journal:
         _start(journal, curve, names, method)
         stage, root = player.first_stage(), "s1e0"
-        _stage_started(journal, stage, root)
+        _stage_started(journal, stage, root, step=0)
         committed: set[str] = set()
         for one in told:
             _evaluation(journal, one, committed)
             if isinstance(one.decision, RollBack):
                 stage, root = one.decision.stage, one.decision.checkpoint
-                _stage_started(journal, stage, root)
+                _stage_started(journal, stage, root, step=one.evaluation.step)
         _end(journal, told, names)
 
 
@@ -54,16 +54,17 @@ def _start(journal: Journal, curve: Mapping[str, Any], names: list[str], method:
         model={"path": "m", "parameters": 100, "layers": 2, "hidden": 5, "dtype": "bfloat16"},
         mode=curve["mode"],
         metric="exact_match" if curve["mode"] == "max" else "loss",
-        sub_datasets={n: {"train": 9, "validation": 4, "test": 4, "too_long": 0} for n in names},
+        sub_datasets={n: {"train": 9, "validation": 4, "test": 4, "too_long": 2} for n in names},
         full_checkpoint_bytes=FULL,
         base_bytes=FULL,
         base_id="base",
     )
 
 
-def _stage_started(journal: Journal, stage: Stage, root: str) -> None:
+def _stage_started(journal: Journal, stage: Stage, root: str, step: int) -> None:
     journal.append(
         "stage_started",
+        step=step,
         stage=stage.number,
         root=root,
         active=list(stage.active),

@@ -280,3 +280,19 @@ def test_a_file_that_is_no_mapping_is_refused(folder: Path, text: str, words: st
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_config(tmp_path / "nope.yaml")
+
+
+def test_an_override_changes_only_the_one_of_two_mappings_that_share_an_anchor(
+    folder: Path,
+) -> None:
+    text = """\
+output_dir: a
+model: {path: m}
+data:
+  sub_datasets:
+    arith: &files {train: arith.train.jsonl, validation: arith.validation.jsonl}
+    dates: *files
+"""
+    config = load(folder, text, "data.sub_datasets.dates.train=dates.train.jsonl")
+    assert config.data.sub_datasets["dates"].train == str(folder / "dates.train.jsonl")
+    assert config.data.sub_datasets["arith"].train == str(folder / "arith.train.jsonl")

@@ -130,6 +130,7 @@ def test_the_report_is_written_with_plots_that_are_pictures(run: Path) -> None:
     assert report.startswith("# MSFT run\n")
     assert "a peaked first, at epoch 0.5 of stage 1" in report
     assert "Checkpoint `s2e2`, from stage 2, epoch 0.50." in report
+    assert "| a           |     9 |          4 |    4 |        2 |" in report.splitlines()
     for name in PLOTS:
         assert f"(plots/{name}.png)" in report
         content = (run / "plots" / f"{name}.png").read_bytes()
