@@ -1,0 +1,229 @@
+"""The msft-store command: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from msft_store import Champions, KeepBest, Store, Timeline
+from msft_store.cli import main
+
+
+@pytest.fixture
+def run_store(tmp_path: Path) -> Store:
+    """Return a store with a base, a root, and a commit on top of it."""
+    torch.manual_seed(0)
+    state = {f"layer{n}.weight": (torch.randn(64, 50) * 0.02).bfloat16() for n in range(2)}
+    (tmp_path / "model").mkdir()
+    safetensors.torch.save_file(state, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    store = Store.create(tmp_path / "store")
+    base = store.add_base(tmp_path / "model")
+    timeline = Timeline(
+        store, base, retention=Champions({"arith": "max"}) | KeepBest("overall"), name="msft"
+    )
+    state["layer0.weight"] = state["layer0.weight"] * 1.01
+    first = timeline.commit(state, 10, {"arith": 0.5, "overall": 0.4, "odd": float("nan")})
+    timeline.rollback(first)
+    state["layer1.weight"] = state["layer1.weight"] * 1.01
+    timeline.commit(state, 20, {"arith": 0.6, "overall": 0.6})
+    return store
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command; return exit code, stdout and stderr."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """Run a command with ``--json``; return what it printed, strictly parsed."""
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_store_from_nothing(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
+    path = Path(run_store.path).parent / "new"
+    assert run(capsys, "init", path)[0] == 0
+    code, out, _ = run(capsys, "--store", path, "add-base", path.parent / "model")
+    assert code == 0
+    assert "2 tensors" in out
+    assert run(capsys, "log", "--store", path)[1] == "no checkpoints yet\n"
+    assert "model" in run(capsys, "inspect", "--store", path)[1]
+    code, _, err = run(capsys, "init", path)
+    assert code == 1
+    assert "already" in err
+
+
+def test_store_is_found_by_environment_and_current_directory(
+    capsys: pytest.CaptureFixture[str], run_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSFT_STORE", run_store.path)
+    assert len(document(capsys, "log")) == 2
+    monkeypatch.delenv("MSFT_STORE")
+    monkeypatch.chdir(run_store.path)
+    assert len(document(capsys, "log")) == 2
+
+
+def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
+    root, tip = run_store.log()
+    code, out, _ = run(capsys, "--store", run_store.path, "inspect")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[1].startswith("base ")
+    assert lines[2].startswith(f"└─ {root.id[:12]}")
+    assert lines[3].startswith(f"   └─ {tip.id[:12]}")
+    assert "arith=0.6" in lines[3]
+    assert "timelines/msft" in lines[3]
+    found = document(capsys, "--store", run_store.path, "inspect")
+    assert [ckpt["step"] for ckpt in found["checkpoints"]] == [10, 20]
+    assert found["checkpoints"][0]["metrics"]["odd"] == "nan"
+
+
+def test_inspect_shows_where_bytes_come_from(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    root, tip = run_store.log()
+    _, out, _ = run(capsys, "inspect", tip.id[:6], "--store", run_store.path)
+    assert "against base" in out
+    assert "champion of arith" in out
+    tensors = document(capsys, "inspect", root.id[:6], "--store", run_store.path)["tensors"]
+    assert tensors[1]["how"] == ["equal to base"]
+    assert tensors[1]["stored_bytes"] == 0
+    assert 0 < tensors[0]["stored_bytes"] < tensors[0]["logical_bytes"]
+
+
+def test_gc_plans_and_frees(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
+    at = ("--store", run_store.path)
+    for name in run_store.refs():
+        assert run(capsys, *at, "unpin", name)[0] == 0
+    code, out, _ = run(capsys, *at, "gc", "--keep-best", "overall", "--dry-run")
+    assert code == 0
+    assert "forget" in out
+    assert "best overall (0.6)" in out
+    assert len(run_store.log()) == 2
+    plan = document(capsys, *at, "gc", "--keep-best", "arith:min", "--dry-run")
+    assert plan["keep"][0]["id"] == run_store.log()[0].id
+    result = document(capsys, *at, "gc", "--keep-last", "1")
+    assert result["freed_bytes"] > 0
+    assert [ckpt.step for ckpt in run_store.log()] == [20]
+    assert run(capsys, *at, "check", "--read-data")[:2] == (0, "no errors (all data read)\n")
+
+
+def test_pins_protect(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
+    at, tip = ("--store", run_store.path), run_store.log()[-1]
+    assert run(capsys, *at, "pin", tip.id[:8], "best")[0] == 0
+    code, _, err = run(capsys, *at, "forget", "best")
+    assert code == 1
+    assert "unpin" in err
+    assert run(capsys, *at, "unpin", "best")[0] == 0
+    code, _, err = run(capsys, *at, "unpin", "best")
+    assert code == 1
+    assert "no ref 'best'" in err
+
+
+def test_export_is_a_plain_model_directory(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    tip = run_store.log()[-1]
+    code, _, _ = run(capsys, "--store", run_store.path, "export", tip.id, tmp_path / "out")
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    exported = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in run_store.load(tip).items():
+        assert torch.equal(exported[name].view(torch.int16), tensor.view(torch.int16))
+    code, _, err = run(capsys, "--store", run_store.path, "export", tip.id, tmp_path / "out")
+    assert code == 1
+    assert "not empty" in err
+
+
+def test_relocate(capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path) -> None:
+    at, base = ("--store", run_store.path), run_store.bases()[0]
+    (tmp_path / "model").rename(tmp_path / "moved")
+    code, _, err = run(capsys, *at, "export", run_store.log()[-1].id, tmp_path / "out")
+    assert code == 1
+    assert "relocate" in err
+    assert run(capsys, *at, "relocate", base.id[:8], tmp_path / "moved")[0] == 0
+    assert run(capsys, *at, "check", "--read-data")[0] == 0
+
+
+def test_check_reports_damage_with_its_own_exit_code(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    pack = next(Path(run_store.path).glob("packs/*.pack"))
+    data = bytearray(pack.read_bytes())
+    data[40] ^= 1
+    pack.write_bytes(data)
+    code, out, _ = run(capsys, "--store", run_store.path, "check", "--read-data")
+    assert code == 3
+    assert "checkpoint" in out
+    assert "tensor" in out
+    assert pack.name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("log",), "no store at"),
+        (("inspect", "abcd"), "no store at"),
+        (("gc",), "no store at"),
+    ],
+)
+def test_no_store_there(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    code, out, err = run(capsys, "--store", tmp_path / "none", *arguments)
+    assert (code, out) == (1, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_unknown_checkpoint_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    tip = run_store.log()[-1]
+    wrong = tip.id[:10] + "x"
+    code, _, err = run(capsys, "--store", run_store.path, "inspect", wrong)
+    assert code == 1
+    assert f"the nearest is {tip.id}" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("gc", "--keep-last", "many")])
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [
+        "init",
+        "add-base",
+        "relocate",
+        "log",
+        "inspect",
+        "gc",
+        "check",
+        "export",
+        "pin",
+        "unpin",
+        "forget",
+        "stats",
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert f"example: msft-store {name}" in " ".join(capsys.readouterr().out.split())
