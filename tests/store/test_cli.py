@@ -13,6 +13,11 @@ import torch
 from msft_store import Champions, KeepBest, Store, Timeline
 from msft_store.cli import main
 
+COMMANDS = (
+    *("init", "add-base", "relocate", "log", "inspect", "gc"),
+    *("check", "export", "pin", "unpin", "forget", "stats"),
+)
+
 
 @pytest.fixture
 def run_store(tmp_path: Path) -> Store:
