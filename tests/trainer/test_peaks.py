@@ -7,6 +7,7 @@ import math
 import pytest
 
 from trainer.peaks import Champion, earliest_champion, first_best, is_better, overall
+from trainer.strategy import Mode
 
 
 @pytest.mark.parametrize(
@@ -21,12 +22,12 @@ from trainer.peaks import Champion, earliest_champion, first_best, is_better, ov
         ([-0.0, 0.0], "max", 0),
     ],
 )
-def test_first_best(values: list[float], mode: str, index: int | None) -> None:
+def test_first_best(values: list[float], mode: Mode, index: int | None) -> None:
     assert first_best(values, mode) == index
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_equal_is_not_better_and_anything_finite_beats_nothing(mode: str) -> None:
+def test_equal_is_not_better_and_anything_finite_beats_nothing(mode: Mode) -> None:
     assert not is_better(0.5, 0.5, mode)
     assert is_better(-3.0, None, mode)
     assert is_better(-3.0, math.nan, mode)

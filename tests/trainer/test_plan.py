@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,8 +28,8 @@ COUNTS = {
 
 
 def config(
-    method: str = "msft",
-    metric: str = "loss",
+    method: Literal["msft", "sft"] = "msft",
+    metric: Literal["exact_match", "loss"] = "loss",
     peak_window: int | None = None,
     max_stages: int | None = None,
     resume_every: int | None = None,
@@ -87,7 +89,7 @@ def test_generations_count_at_their_longest() -> None:
     [("msft", None, 3 + 3), ("msft", 1, 1 + 3), ("msft", 9, 3 + 3), ("sft", None, 2)],
 )
 def test_disk_is_bounded_by_full_copies(
-    method: str, peak_window: int | None, checkpoints: int
+    method: Literal["msft", "sft"], peak_window: int | None, checkpoints: int
 ) -> None:
     made = plan(config(method, peak_window=peak_window, resume_every=5), COUNTS, SIZE, 1000)
     assert made.checkpoints == checkpoints
