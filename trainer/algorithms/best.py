@@ -27,12 +27,12 @@ class BestOverall:
             return (
                 otherwise.checkpoint,
                 "no evaluation of the run has a finite overall metric, so the result is where the "
-                f"run stands, stage {otherwise.stage}, epoch {otherwise.epoch:g}",
+                f"run stands, stage {otherwise.stage}, epoch {otherwise.epoch:.4g}",
             )
         return (
             best.checkpoint,
             f"the result is the best overall, {best.metrics[OVERALL]:.4g} at stage {best.stage}, "
-            f"epoch {best.epoch:g}",
+            f"epoch {best.epoch:.4g}",
         )
 
 

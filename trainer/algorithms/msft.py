@@ -93,11 +93,11 @@ class Msft:
             )
         if champion.index == end.index:
             return self._next(
-                target=end, exclude=(), why=f"nobody peaked before epoch {end.epoch:g}"
+                target=end, exclude=(), why=f"nobody peaked before epoch {end.epoch:.4g}"
             )
         target = self._seen[champion.index]
         age = end.index - champion.index
-        why = f"{champion.name} peaked first, at epoch {target.epoch:g} of stage {stage.number}"
+        why = f"{champion.name} peaked first, at epoch {target.epoch:.4g} of stage {stage.number}"
         if not end.last:
             why += f", and was not beaten in {age} evaluations (peak window {self._peak_window})"
         return self._next(target=target, exclude=(champion.name,), why=why)
@@ -127,9 +127,7 @@ class Msft:
         if champion is None:
             return "no active sub-dataset has a finite metric yet"
         at = self._seen[champion.index].epoch
-        return (
-            f"within the compute budget; the earliest champion is {champion.name}, at epoch {at:g}"
-        )
+        return f"within the compute budget; the earliest champion is {champion.name}, at epoch {at:.4g}"
 
 
 def _earliest(seen: Sequence[Evaluation], active: Sequence[str], mode: Mode) -> Champion | None:
