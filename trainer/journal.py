@@ -24,8 +24,8 @@ event              fields
                    seconds
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
-``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint or null,
-                   exclude [names], reason; written before it is acted on
+``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint
+                   (null with ``continue``), exclude [names], reason; written before it is acted on
 ``resume_point``   step, stage, bytes
 ``resumed``        after (seq of the last earlier record that still counts), from
 ``tested``         checkpoint, what (``base``, ``result``), split, metrics {name…, overall}, and the

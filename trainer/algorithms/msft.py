@@ -127,7 +127,7 @@ class Msft:
         if champion is None:
             return "no active sub-dataset has a finite metric yet"
         at = self._seen[champion.index].epoch
-        return f"within the compute budget; the earliest champion is {champion.name}, at epoch {at:.4g}"
+        return f"within the budget; the earliest champion is {champion.name}, at epoch {at:.4g}"
 
 
 def _earliest(seen: Sequence[Evaluation], active: Sequence[str], mode: Mode) -> Champion | None:
