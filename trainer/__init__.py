@@ -1,5 +1,9 @@
 """Multi-task supervised fine-tuning that goes back in time: MSFT and what it is compared with.
 
-The command is ``msft-train`` (see :mod:`trainer.cli`); the algorithm is :mod:`trainer.algorithms.msft`;
-the loop that acts on its decisions is :mod:`trainer.loop`.
+The command is ``msft-train`` (:mod:`trainer.cli`), the algorithm is :mod:`trainer.algorithms.msft`,
+and the loop that acts on its decisions is :mod:`trainer.loop`.
+
+Example::
+
+    msft-train run examples/stdlib_tasks/demo.yaml
 """
