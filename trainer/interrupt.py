@@ -23,6 +23,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user or the sche
         """Remember the signal's number."""
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
+        self.directory = "RUN"
+        """The run's directory, where it is known."""
 
 
 class Interrupts:

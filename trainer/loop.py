@@ -133,7 +133,7 @@ class Loop:
                 stage=stage.number, step=0, global_step=self._global_step, evaluations=1
             )
         steps.restart_clock()
-        self._position = position
+        self._position, begun = position, position.step
         with self._bar(position, schedule) as bar:
             while True:
                 if schedule.evaluations[position.evaluations - 1] == position.step:
@@ -144,6 +144,9 @@ class Loop:
                     position = replace(position, evaluations=position.evaluations + 1)
                     self._position = position
                     steps.restart_clock()
+                if self._is_point_due(position) and position.step != begun:
+                    self._record_totals(steps, position, schedule)
+                    self._save_point(position)
                 steps.train(position.step)
                 self._global_step += 1
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
@@ -278,16 +281,16 @@ class Loop:
         return shared[0]
 
     def _after_step(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
-        """Journal the loss, write a resume point, or end on a signal, where it is time."""
-        config = self._work.config
-        due = config.resume_every is not None and position.step % config.resume_every == 0
+        """Journal the loss where it is time, and end on a signal."""
         signalled = self._signalled()
-        if due or signalled or position.step % config.log_every == 0:
+        if signalled or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position, schedule)
         if signalled:
             raise Interrupted(self._interrupts.number or signal.SIGTERM)
-        if due:
-            self._save_point(position)
+
+    def _is_point_due(self, position: Position) -> bool:
+        every = self._work.config.resume_every
+        return every is not None and position.step % every == 0
 
     def _signalled(self) -> bool:
         """Return whether any process has got a signal, the same in all of them."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from trainer.algorithms import make_strategy
@@ -28,7 +29,7 @@ from trainer.model import load_model, save_model
 from trainer.report import write_report
 from trainer.resume import Position, Standing, read_position, replay, where_to_resume
 from trainer.strategy import Stop, Strategy
-from trainer.summary import Summary
+from trainer.summary import Summary, summarize
 from trainer.workspace import (
     CONFIG,
     JOURNAL,
@@ -41,7 +42,11 @@ from trainer.workspace import (
 )
 
 
-def start(config: Config, *, say: Say = lambda line: None, progress: bool = False) -> Summary:
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def start(config: Config, *, say: Say = _silent, progress: bool = False) -> Summary:
     """Begin a run in ``config.output_dir`` and return what it came to.
 
     Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal.
@@ -53,7 +58,7 @@ def start(config: Config, *, say: Say = lambda line: None, progress: bool = Fals
 def resume(
     directory: str | os.PathLike[str],
     *,
-    say: Say = lambda line: None,
+    say: Say = _silent,
     progress: bool = False,
 ) -> Summary:
     """Continue the run in ``directory`` and return what it came to; a finished one stays."""
@@ -76,6 +81,8 @@ def is_finished(directory: Path) -> bool:
 
 def _run(config: Config, *, say: Say, progress: bool) -> Summary:
     with open_workspace(config) as work, Interrupts() as interrupts:
+        if not work.accelerator.is_main_process:
+            say = _silent
         try:
             strategy = make_strategy(config)
             standing, position = _stand(work, strategy, say)
@@ -86,9 +93,13 @@ def _run(config: Config, *, say: Say, progress: bool) -> Summary:
             _finish(work, stop, interrupts, say)
         except Interrupted as interrupted:
             work.record("interrupted", step=_last_step(work), signal=interrupted.number)
+            interrupted.directory = str(work.directory)
             raise
-        work.accelerator.wait_for_everyone()
-    return write_report(config.output_dir)
+        main = work.accelerator.is_main_process
+    if main:
+        write_report(config.output_dir)
+    PartialState().wait_for_everyone()
+    return summarize(read(work.directory / JOURNAL))
 
 
 def _stand(work: Workspace, strategy: Strategy, say: Say) -> tuple[Standing, Position | None]:

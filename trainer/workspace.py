@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
 from msft_store import Base, KeepBest, Policy, Store, Timeline
@@ -150,11 +151,15 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
 
 
 def create_directory(config: Config) -> None:
-    """Make the run directory and write ``config.yaml`` into it.
+    """Make the run directory and write ``config.yaml`` into it, in the main process.
 
     Raises :class:`RunError` if a run is there already.
     """
     directory = Path(config.output_dir)
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        return
     if (directory / CONFIG).exists() or (directory / JOURNAL).exists():
         raise RunError(
             f"there is a run in {directory} already: continue it with `msft-train resume "
@@ -162,6 +167,7 @@ def create_directory(config: Config) -> None:
         )
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / CONFIG, dump(config).encode())
+    state.wait_for_everyone()
 
 
 def start_record(work: Workspace) -> Record:
@@ -239,14 +245,19 @@ def _check(config: Config, loaded: LoadedModel, mixture: Mapping[str, Any]) -> N
 
 
 def _prepare_process(config: Config) -> None:
-    """Set threads, repeatable kernels, and quiet libraries."""
+    """Set threads and repeatable kernels."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def quiet_libraries() -> None:
+    """Let libraries print errors only: their advice is for programmers, not for users of a run."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore")
 
 
 @contextmanager

@@ -1,0 +1,8 @@
+"""``python -m trainer`` is ``msft-train``."""
+
+import sys
+
+from trainer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

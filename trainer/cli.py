@@ -1,0 +1,208 @@
+"""The ``msft-train`` command.
+
+Results go to stdout (``--json``: as JSON), progress and errors to stderr. Errors that a user can
+act on are one sentence, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from msft_store import StoreError
+from trainer.compare import compare
+from trainer.config import Config, load_config
+from trainer.data import Example, load_mixture
+from trainer.errors import TrainerError
+from trainer.flops import ModelSize
+from trainer.interrupt import Interrupted
+from trainer.model import load_model
+from trainer.plan import Counts, Plan, plan
+from trainer.report import compare_table, write_report
+from trainer.run import resume, start
+from trainer.summary import Summary
+from trainer.workspace import quiet_libraries
+
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    an error; one sentence on stderr says what to do
+  2    the command line is wrong
+  130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    quiet_libraries()
+    try:
+        options.command(options)
+    except Interrupted as interrupted:
+        _complain(f"{interrupted}; continue with `msft-train resume {interrupted.directory}`")
+        return 128 + interrupted.number
+    except KeyboardInterrupt:
+        _complain("interrupted at once; continue with `msft-train resume RUN`")
+        return 128 + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        _complain(f"{_sentence(error)}; lower train.micro_batch_size or evaluation.batch_size")
+    except (TrainerError, StoreError, SafetensorError, OSError) as error:
+        _complain(_sentence(error))
+    else:
+        return 0
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="msft-train",
+        description="Multi-task supervised fine-tuning that rolls back to where sub-datasets peak.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add(commands, "run", _run, "begin a run", "msft-train run config.yaml train.lr=2e-5 seed=1")
+    _add(commands, "resume", _resume, "continue a run after a kill", "msft-train resume runs/demo")
+    _add(
+        commands,
+        "plan",
+        _plan,
+        "say what a run takes at most: steps, FLOPs, disk",
+        "msft-train plan config.yaml msft.compute_budget=5",
+    )
+    _add(
+        commands,
+        "report",
+        _report,
+        "write report, plots and result.json of a run again",
+        "msft-train report runs/demo",
+    )
+    comparing = _add(
+        commands,
+        "compare",
+        _compare,
+        "run several methods and set them side by side",
+        "msft-train compare config.yaml --methods sft,msft",
+    )
+    comparing.add_argument(
+        "--methods",
+        default="sft,msft",
+        metavar="NAMES",
+        help="methods, separated by commas (default: %(default)s)",
+    )
+    return parser
+
+
+def _add(
+    commands: Any, name: str, command: Any, text: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    if name in ("resume", "report"):
+        parser.add_argument("run", metavar="RUN", help="the directory of a run")
+    else:
+        parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+        parser.add_argument(
+            "overrides", metavar="KEY=VALUE", nargs="*", help="overrides, as in train.lr=2e-5"
+        )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    _print_summary(options, start(config, **_progress(options)))
+
+
+def _resume(options: argparse.Namespace) -> None:
+    _print_summary(options, resume(options.run, **_progress(options)))
+
+
+def _report(options: argparse.Namespace) -> None:
+    _print_summary(options, write_report(options.run))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    summaries = compare(config, options.methods.split(","), **_progress(options))
+    tree = {label: summary.to_dict() for label, summary in summaries.items()}
+    _print(tree if options.json else compare_table(summaries))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    found = plan_of(load_config(options.config, options.overrides))
+    tree = {**asdict(found), "rollback_bytes": found.rollback_bytes}
+    _print(tree if options.json else found.to_text())
+
+
+def plan_of(config: Config) -> Plan:
+    """Count a configuration's data and model, and work out what its run takes at most."""
+    loaded = load_model(config.model)
+    mixture = load_mixture(
+        config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
+    )
+    generates = config.evaluation.metric == "exact_match"
+    counts = {}
+    for name, sub in mixture.items():
+        passes = _lengths(sub.validation.examples)
+        if generates:
+            passes += [len(example.prompt) for example in sub.validation.examples]
+        counts[name] = Counts(
+            train=len(sub.train.examples),
+            train_tokens=sum(_lengths(sub.train.examples)),
+            train_attention_tokens=sum(n * n for n in _lengths(sub.train.examples)),
+            validation=len(sub.validation.examples),
+            validation_tokens=sum(passes),
+            validation_attention_tokens=sum(n * n for n in passes),
+        )
+    size = ModelSize(parameters=loaded.parameters, layers=loaded.layers, hidden=loaded.hidden)
+    return plan(config, counts, size, loaded.full_bytes)
+
+
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    return [len(example) for example in examples]
+
+
+def _progress(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quiet:
+        return {}
+    return {"say": lambda line: tqdm.write(line, file=sys.stderr), "progress": True}
+
+
+def _print_summary(options: argparse.Namespace, summary: Summary) -> None:
+    _print(summary.to_dict() if options.json else compare_table({summary.method.upper(): summary}))
+
+
+def _print(result: Any) -> None:
+    if PartialState().is_main_process:
+        text = result if isinstance(result, str) else json.dumps(result, indent=2)
+        print(text, flush=True)
+
+
+def _complain(sentence: str) -> None:
+    print(f"msft-train: {sentence}", file=sys.stderr)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return an error's first line; of a system error what and where."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
