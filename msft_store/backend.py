@@ -84,13 +84,27 @@ def publish(backend: Backend, path: str, data: bytes) -> None:
         writer.publish(path)
 
 
+def sizes(backend: Backend, folder: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a folder, by path."""
+    found = {}
+    for path in backend.list(folder):
+        try:
+            found[path] = backend.size(path)
+        except StorageError:
+            # A file may go between the listing and the look at it.
+            if backend.exists(path):
+                raise
+    return found
+
+
 def disk_bytes(backend: Backend) -> int:
     """Return the bytes of all files, temporary ones included."""
-    return sum(backend.size(path) for path in backend.list(""))
+    return sum(sizes(backend, "").values())
 
 
 @contextlib.contextmanager
-def _translated(action: str, path: object) -> Iterator[None]:
+def translated(action: str, path: object) -> Iterator[None]:
+    """Turn what the operating system says into a :class:`StoreError`."""
     try:
         yield
     except OSError as error:
@@ -101,7 +115,7 @@ def _translated(action: str, path: object) -> Iterator[None]:
 
 def read_file(path: Path, offset: int, length: int) -> bytes:
     """Return ``length`` bytes at ``offset`` of any file; fewer only at its end."""
-    with _translated("read", path), path.open("rb", buffering=0) as file:
+    with translated("read", path), path.open("rb", buffering=0) as file:
         parts = []
         while length > 0:
             part = os.pread(file.fileno(), min(length, 1 << 30), offset)
@@ -118,22 +132,22 @@ class _LocalWriter:
         self.position = 0
         self._root = root
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
-        with _translated("create", self._path):
+        with translated("create", self._path):
             self._path.parent.mkdir(exist_ok=True)
             self._file = self._path.open("xb")
 
     def write(self, data: bytes) -> None:
-        with _translated(f"write {len(data)} more bytes to", self._path):
+        with translated(f"write {len(data)} more bytes to", self._path):
             self._file.write(data)
         self.position += len(data)
 
     def publish(self, path: str) -> None:
         target = self._root / path
-        with _translated(f"write the {self.position} bytes of", target):
+        with translated(f"write the {self.position} bytes of", target):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             os.replace(self._path, target)
             _sync_folder(target.parent)
 
@@ -142,6 +156,13 @@ class _LocalWriter:
             self._file.close()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -154,7 +175,7 @@ def _sync_folder(folder: Path) -> None:
 
 def move_folder(source: Path, target: Path) -> None:
     """Rename a folder, durably, to a place where there is none or an empty one."""
-    with _translated("write", target):
+    with translated("write", target):
         os.replace(source, target)
         _sync_folder(target.absolute().parent)
 
@@ -168,14 +189,15 @@ class LocalBackend:
 
     def make_root(self) -> None:
         """Create the folder itself."""
-        with _translated("create", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+        with translated("create", self.root):
+            _make_folder(self.root.absolute())
 
     def describe(self, path: str) -> str:
         return str(self.root / path)
 
     def exists(self, path: str) -> bool:
-        return (self.root / path).is_file()
+        with translated("look at", self.root / path):
+            return (self.root / path).is_file()
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         if length is None:
@@ -183,14 +205,14 @@ class LocalBackend:
         return read_file(self.root / path, offset, length)
 
     def size(self, path: str) -> int:
-        with _translated("read", self.root / path):
+        with translated("read", self.root / path):
             return (self.root / path).stat().st_size
 
     def list(self, folder: str) -> list[str]:
-        with _translated("list", self.root / folder):
+        with translated("list", self.root / folder):
             return sorted(
                 os.path.relpath(os.path.join(parent, name), self.root).replace(os.sep, "/")
-                for parent, _, names in os.walk(self.root / folder)
+                for parent, _, names in os.walk(self.root / folder, onerror=_unless_absent)
                 for name in names
             )
 
@@ -204,20 +226,20 @@ class LocalBackend:
 
     def delete(self, path: str) -> None:
         target = self.root / path
-        with _translated("delete", target):
+        with translated("delete", target):
             target.unlink(missing_ok=True)
             if target.parent.is_dir():
                 _sync_folder(target.parent)
 
     def clear_temporary(self) -> None:
         """Remove the folder of unpublished files; nothing may be under way."""
-        with _translated("delete", self.root / TEMPORARY):
+        with translated("delete", self.root / TEMPORARY):
             shutil.rmtree(self.root / TEMPORARY)
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
         path = self.root / _LOCK
-        with _translated("lock", path):
+        with translated("lock", path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._acquire(descriptor, shared=shared, purpose=purpose)
@@ -244,6 +266,12 @@ class LocalBackend:
                 raise StorageError(f"cannot lock {self.root}: {error.strerror}") from error
             else:
                 return
+
+
+def _unless_absent(error: OSError) -> None:
+    # A folder that cannot be listed is not an empty one: gc would believe it.
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sign(descriptor: int, purpose: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msft_store.backend import Backend, publish, read_file
+from msft_store.backend import Backend, publish, read_file, translated
 from msft_store.dtypes import DType, by_name
 from msft_store.errors import BaseError, CorruptedError, MismatchError
 from msft_store.format import (
@@ -80,7 +80,27 @@ class Base:
 
 def add_base(backend: Backend, path: Path) -> Base:
     """Read a safetensors file, or a directory of them, once and record it by content."""
-    path = path.absolute()
+    with translated("read", path):
+        base = _scan(path.absolute())
+    _publish(backend, base)
+    return base
+
+
+def relocate(backend: Backend, base: Base, path: Path) -> Base:
+    """Record that a base's files moved; :class:`BaseError` if the content there is another."""
+    with translated("read", path):
+        found = _scan(path.absolute())
+    if found.id != base.id:
+        raise BaseError(f"{path} holds base {found.id[:12]}, not {base.id[:12]}: wrong model")
+    _publish(backend, found)
+    return found
+
+
+def _publish(backend: Backend, base: Base) -> None:
+    publish(backend, path_of_base(base.id), _to_json(base))
+
+
+def _scan(path: Path) -> Base:
     files = find_files(path)
     places: dict[str, tuple[int, TensorPlace]] = {}
     for number, file in enumerate(files):
@@ -99,23 +119,17 @@ def add_base(backend: Backend, path: Path) -> Base:
             )
             for name, (number, place) in sorted(places.items())
         }
-    base = Base(
+    return Base(
         id=digest(canonical(_content(tensors))),
         path=str(path),
         files=tuple((str(file), file.stat().st_size) for file in files),
         tensors=tensors,
     )
-    publish(backend, f"{_FOLDER}/{base.id}{_SUFFIX}", _to_json(base))
-    return base
 
 
-def relocate(backend: Backend, base: Base, path: Path) -> Base:
-    """Record that a base's files moved; :class:`BaseError` if the content there is another."""
-    scratch = add_base(backend, path)
-    if scratch.id != base.id:
-        backend.delete(f"{_FOLDER}/{scratch.id}{_SUFFIX}")
-        raise BaseError(f"{path} holds base {scratch.id[:12]}, not {base.id[:12]}: wrong model")
-    return scratch
+def path_of_base(identity: str) -> str:
+    """Return where the record of a base stands."""
+    return f"{_FOLDER}/{identity}{_SUFFIX}"
 
 
 def list_bases(backend: Backend) -> list[str]:
@@ -126,7 +140,7 @@ def list_bases(backend: Backend) -> list[str]:
 
 def read_base(backend: Backend, identity: str) -> Base:
     """Read the record of a base."""
-    return _from_json(backend, f"{_FOLDER}/{identity}{_SUFFIX}")
+    return _from_json(backend, path_of_base(identity))
 
 
 def match_names(
@@ -177,7 +191,7 @@ class BaseReader:
             for name, tensor in base.tensors.items()
             for number, key in enumerate(tensor.keys)
         }
-        self._record = backend.describe(f"{_FOLDER}/{base.id}{_SUFFIX}")
+        self._record = backend.describe(path_of_base(base.id))
 
     def where(self, span: BaseSpan) -> str:
         """Return the file that holds a span."""
@@ -187,6 +201,31 @@ class BaseReader:
         """Return the size of the chunk that begins where a span does."""
         tensor = self._tensor(span.tensor)
         return min(CHUNK_BYTES, tensor.nbytes - span.start * tensor.dtype.size)
+
+    def verify_span(self, span: BaseSpan, count: int) -> None:
+        """Compare what a span touches with its keys; :class:`BaseError` if it changed.
+
+        For who is about to take a difference against it: a base that changed unnoticed would make
+        checkpoints that need what is not recorded anywhere.
+        """
+        tensor = self._tensor(span.tensor)
+        offset, shape = span.box or ((0,) * len(tensor.shape), tensor.shape)
+        step = CHUNK_BYTES // tensor.dtype.size
+        touched: set[int] = set()
+        for start, length in box_runs(tensor.shape, offset, shape, span.start, count):
+            touched.update(range(start // step, -(-(start + length) // step)))
+        for number in sorted(touched):
+            whole = BaseSpan(tensor=span.tensor, start=number * step)
+            size = self.chunk_bytes(whole) // tensor.dtype.size
+            self.verify(whole, self.read_span(whole, size, tensor.dtype), tensor.keys[number])
+
+    def verify(self, span: BaseSpan, data: Bytes, key: bytes) -> None:
+        """Compare with its key what was read of a chunk; :class:`BaseError` if it changed."""
+        if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
+            raise BaseError(
+                f"{self.where(span)} changed since it was added as base {self.base.id[:12]} "
+                f"(tensor {span.tensor!r}); put the original file back"
+            )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
         """Return ``count`` elements, rounded to ``dtype`` if the base has another."""
@@ -253,13 +292,26 @@ def box_runs(
         start += length
 
 
+def convertible(have: DType, want: DType) -> bool:
+    """Return whether a base's elements of one type serve as references for another."""
+    return have == want or (_rounds(have) and _rounds(want))
+
+
+def _rounds(dtype: DType) -> bool:
+    return dtype.floating and dtype.size == dtype.lane > 1
+
+
 def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
     if have == want:
         return data
-    if have.torch is None or want.torch is None:
-        raise MismatchError(f"this torch cannot convert {have.name} to {want.name}")
+    if have.torch is None or want.torch is None or not convertible(have, want):
+        raise MismatchError(f"{have.name} is not converted to {want.name}")
     source = torch.from_numpy(data.copy()).view(have.torch)
     converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()
+    nan = source.isnan()
+    if nan.any():
+        # Which NaN a conversion gives depends on the processor and the position.
+        converted.reshape(-1, want.size)[nan.numpy()] = 0
     return converted
 
 

@@ -16,12 +16,19 @@ import difflib
 
 from msft_store.backend import Backend
 from msft_store.bases import Base
-from msft_store.errors import CorruptedError, NotAStoreError, StoreError, UnknownCheckpointError
+from msft_store.errors import (
+    CorruptedError,
+    InvalidInputError,
+    NotAStoreError,
+    StoreError,
+    UnknownCheckpointError,
+)
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
     list_manifests,
+    path_of,
     read_checkpoint,
     read_tensors,
 )
@@ -54,14 +61,16 @@ class Catalog:
     def refresh(self) -> None:
         """Read what other processes added or removed since."""
         identities = set(list_manifests(self.backend))
-        for gone in self._checkpoints.keys() - identities:
-            del self._checkpoints[gone]
-        self._damaged = {}
-        for identity in identities - self._checkpoints.keys():
+        known, damaged = self._checkpoints, {}
+        checkpoints = {identity: known[identity] for identity in known if identity in identities}
+        for identity in sorted(identities - checkpoints.keys()):
             try:
-                self._checkpoints[identity] = read_checkpoint(self.backend, identity)
+                checkpoints[identity] = read_checkpoint(self.backend, identity)
             except StoreError as error:
-                self._damaged[identity] = error
+                # One that was forgotten since it was listed is no damage.
+                if self.backend.exists(path_of(identity)):
+                    damaged[identity] = error
+        self._checkpoints, self._damaged = checkpoints, damaged
         self.objects.refresh()
 
     @property
@@ -92,6 +101,8 @@ class Catalog:
         """
         if isinstance(name, Checkpoint):
             name = name.id
+        if not isinstance(name, str):
+            raise InvalidInputError(f"a checkpoint, an id or the name of a ref, not {name!r}")
         found = self._checkpoints.get(name)
         if found is not None:
             return found
@@ -117,6 +128,8 @@ class Catalog:
         """Return a base by id or unique prefix; ``None`` if there is none."""
         if isinstance(name, Base):
             name = name.id
+        if not isinstance(name, str):
+            raise InvalidInputError(f"a base or the id of one, not {name!r}")
         bases = self.objects.bases()
         matches = [base for base in bases.values() if base.id.startswith(name)]
         exact = bases.get(name)
@@ -126,6 +139,12 @@ class Catalog:
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
+        if not self.backend.exists(path_of(checkpoint.id)):
+            self.remove(checkpoint.id)
+            raise UnknownCheckpointError(
+                f"checkpoint {checkpoint.id} is no longer in {self.backend.describe('')}: "
+                "it was forgotten"
+            )
         return read_tensors(self.backend, checkpoint)
 
     def keys(self, checkpoint: Checkpoint) -> set[bytes]:

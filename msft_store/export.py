@@ -78,7 +78,13 @@ def _write_shards(
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         part = {name: tensors[name] for name in names}
         state = {name: empty_like(entry) for name, entry in part.items()}
-        decode_state(catalog.objects, part, state, base=checkpoint.base)
+        decode_state(
+            catalog.objects,
+            part,
+            state,
+            base=checkpoint.base,
+            what=f"checkpoint {checkpoint.id[:12]}",
+        )
         publish(backend, file, safetensors.torch.save(state, metadata={"format": "pt"}))
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:

@@ -95,6 +95,13 @@ class Record:
     """Digest of the reference's bytes as the codec uses them; zeros without a reference."""
     reference: BaseSpan | tuple[ChunkSpan, ...] | None = None
 
+    @property
+    def refers_to_chunk(self) -> bool:
+        """Whether decoding needs another chunk, not only the base."""
+        if self.reference is None:
+            return self.ref_key != bytes(KEY_BYTES)
+        return not isinstance(self.reference, BaseSpan)
+
 
 def canonical(value: Any) -> bytes:
     """Return the canonical JSON of a value: sorted keys, no spaces, ASCII, no NaN.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from msft_store.backend import TEMPORARY, disk_bytes
+from msft_store.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.catalog import Catalog
 from msft_store.errors import CorruptedError
 from msft_store.format import Record
@@ -186,6 +186,8 @@ def _rewrite(catalog: Catalog, waste: PackWaste) -> None:
         pack = PackWriter(writer)
         for record in waste.live:
             payload = catalog.backend.read(waste.path, record.offset, record.length)
+            if len(payload) != record.length:
+                raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
             pack.append(replace(record, offset=pack.position), payload)
         pack.publish()
 
@@ -198,7 +200,10 @@ def _waste(
     for checkpoint in keep:
         keys = catalog.keys(checkpoint)
         named |= keys
-        live |= closure(catalog.objects, keys, checkpoint.base)[0]
+        needed, missing = closure(catalog.objects, keys, checkpoint.base)
+        if missing:
+            raise _damaged(f"{len(missing)} chunks of {_label(checkpoint)} are in no pack")
+        live |= needed
     delete, rewrite = [], []
     for path, records in catalog.objects.packs.items():
         alive = tuple(r for r in records if Stored(pack=path, record=r) in live)
@@ -214,15 +219,16 @@ def _waste(
 
 
 def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
-    paths = catalog.backend.list(TEMPORARY)
-    return tuple((path, catalog.backend.size(path)) for path in paths)
+    return tuple(sizes(catalog.backend, TEMPORARY).items())
 
 
 def _refuse_damage(catalog: Catalog) -> None:
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
-        raise CorruptedError(
-            f"gc deletes nothing from a damaged store: {error}. See msft-store check"
-        )
+        raise _damaged(error)
+
+
+def _damaged(what: object) -> CorruptedError:
+    return CorruptedError(f"gc deletes nothing from a damaged store: {what}. See msft-store check")
 
 
 def _label(checkpoint: Checkpoint) -> str:

@@ -95,10 +95,12 @@ def checkpoint_content(
     """
     if step is not None and (type(step) is not int or step < 0):
         raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
-    if any(not isinstance(tag, str) for tag in tags):
-        raise InvalidInputError(f"tags must be strings, not {list(tags)!r}")
-    if not all(isinstance(name, str) for name in metadata):
-        raise InvalidInputError("the keys of metadata must be strings")
+    if isinstance(tags, str) or any(not isinstance(tag, str) for tag in tags):
+        raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")
+    if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
+        raise InvalidInputError("metadata must be an object of JSON with strings as keys")
     content = {
         "parent": parent,
         "base": base,
@@ -109,8 +111,9 @@ def checkpoint_content(
         "tensors": digest(tensors),
         "logical_bytes": logical_bytes,
     }
-    canonical(content)
-    return content
+    # What the caller changes later, and what JSON has no word for, stays out of the checkpoint.
+    normal: dict[str, Any] = json.loads(canonical(content))
+    return normal
 
 
 def _metric_name(name: object) -> str:
@@ -122,7 +125,7 @@ def _metric_name(name: object) -> str:
 def _metric_to_json(value: Any) -> float | str:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InvalidInputError(f"a metric must be a number, not {value!r}") from None
     if math.isnan(number):
         return "NaN"

@@ -7,7 +7,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -37,12 +37,27 @@ def check_match(
             problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
         elif by_torch(have.dtype) != want.dtype:
             problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
+    problems += _torn(tensors, state) if not problems else []
     if problems:
         more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
         raise MismatchError(
             f"the module does not match checkpoint {checkpoint.id[:12]}: "
             f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
         )
+
+
+def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    # Tied tensors share memory: only one content can be restored into it.
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        first = seen.setdefault(place, name)
+        if tensor.numel() and _content(tensors[name]) != _content(tensors[first]):
+            yield f"{first} and {name} are one tensor, in the checkpoint they differ"
+
+
+def _content(entry: TensorEntry) -> list[tuple[object, ...]]:
+    return [(piece.offset, piece.shape, piece.keys) for piece in entry.pieces]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -21,12 +21,10 @@ import numpy as np
 
 from msft_store import codecs
 from msft_store.backend import Backend, Writer
-from msft_store.bases import Base, BaseReader, list_bases, read_base
+from msft_store.bases import Base, BaseReader, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
 from msft_store.errors import (
-    BaseError,
     CorruptedError,
-    StorageError,
     StoreError,
     UnknownCheckpointError,
 )
@@ -117,38 +115,36 @@ class Objects:
 
     @property
     def damaged(self) -> Mapping[str, StoreError]:
-        """Packs whose records cannot be read, by path; they are left out of everything else."""
+        """Packs and bases that cannot be read, by path; they are left out of everything else."""
         return self._damaged
 
     def refresh(self) -> None:
         """Read what other processes added or removed since."""
         with self._refreshing:
-            paths = set(self._backend.list(FOLDER))
-            if self._packs.keys() - paths:
-                self._packs = {path: self._packs[path] for path in self._packs if path in paths}
-                self._damaged = {
-                    path: self._damaged[path] for path in self._damaged if path in paths
-                }
-                self._index = {}
-                for path in self._packs:
-                    self._enter(path)
-            for path in sorted(paths - self._packs.keys()):
+            paths = {p for p in self._backend.list(FOLDER) if p.endswith(_SUFFIX)}
+            packs = {path: self._packs[path] for path in self._packs if path in paths}
+            damaged: dict[str, StoreError] = {}
+            for path in sorted(paths - packs.keys()):
                 try:
-                    self._packs[path] = read_pack(self._backend, path)
+                    packs[path] = read_pack(self._backend, path)
                 except StoreError as error:
                     # One that a gc removed since it was listed is no loss.
                     if self._backend.exists(path):
-                        self._packs[path] = []
-                        self._damaged[path] = error
-                    continue
-                self._enter(path)
+                        damaged[path] = error
             for identity in list_bases(self._backend):
                 if identity not in self._readers:
-                    self.add_base(read_base(self._backend, identity))
-
-    def _enter(self, path: str) -> None:
-        for record in self._packs[path]:
-            self._index.setdefault(record.key, []).append(Stored(pack=path, record=record))
+                    try:
+                        self.add_base(read_base(self._backend, identity))
+                    except StoreError as error:
+                        damaged[path_of_base(identity)] = error
+            if packs.keys() != self._packs.keys():
+                # Replaced whole, for other threads read it at the same time.
+                index: dict[bytes, list[Stored]] = {}
+                for path, records in packs.items():
+                    for record in records:
+                        index.setdefault(record.key, []).append(Stored(pack=path, record=record))
+                self._index = index
+            self._packs, self._damaged = packs, damaged
 
     def add_base(self, base: Base) -> None:
         """Make a base known that was just recorded, or recorded anew in another place."""
@@ -163,6 +159,9 @@ class Objects:
         try:
             return self._readers[identity]
         except KeyError:
+            damage = self._damaged.get(path_of_base(identity))
+            if damage is not None:
+                raise damage from None
             raise UnknownCheckpointError(
                 f"this store has no base {identity[:12]}; add it with add-base"
             ) from None
@@ -172,23 +171,32 @@ class Objects:
         return None if base is None else self.base(base).chunks.get(key)
 
     def find(self, key: bytes, base: str | None) -> Stored | None:
-        """Return the representation to decode a key with: the shallowest, then the smallest."""
+        """Return the representation to decode a key with.
+
+        The shallowest; of those, one that needs no other chunk; of those, the smallest.
+        """
         usable = [s for s in self._index.get(key, ()) if s.record.base in (None, base)]
-        return min(usable, key=lambda s: (s.record.depth, s.record.length, s.pack), default=None)
+        return min(usable, key=_preference, default=None)
 
     def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
         """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
         span = self.in_base(key, base)
         if span is not None and base is not None:
             data = self.base(base).read_span(span, size // dtype.size, dtype)
-            if chunk_key(data.data, dtype) != key:
-                raise BaseError(
-                    f"{self.base(base).where(span)} changed since it was added as base "
-                    f"{base[:12]} (tensor {span.tensor!r}); put the original file back"
-                )
+            self.base(base).verify(span, data, key)
             return data
         stored = self.find(key, base)
-        if stored is None:
+        if stored is not None:
+            try:
+                return self._decode(stored, size, dtype, base)
+            except StoreError:
+                # A gc may have moved the chunk, or what it refers to, since it was indexed.
+                self.refresh()
+                again = self.find(key, base)
+                if again in (None, stored):
+                    raise
+                stored = again
+        else:
             self.refresh()
             stored = self.find(key, base)
         if stored is None:
@@ -235,12 +243,6 @@ class Objects:
             data = codecs.decode(record.codec, payload, size, reference, dtype)
         except ValueError as error:
             data, reason = None, str(error)
-        except StorageError:
-            # A gc may have rewritten the pack since it was indexed.
-            if self._backend.exists(stored.pack):
-                raise
-            self.refresh()
-            return self.read(record.key, size, dtype, base)
         else:
             reason = "its content does not match its key"
         if data is not None and chunk_key(data.data, dtype) == record.key:
@@ -251,11 +253,14 @@ class Objects:
 
     def _blame_reference(self, record: Record, base: str | None) -> None:
         if isinstance(record.reference, BaseSpan) and base is not None:
-            raise BaseError(
-                f"{self.base(base).where(record.reference)} changed since it was added as base "
-                f"{base[:12]} (tensor {record.reference.tensor!r}); put the original file back"
-            )
+            count = record.size // by_code(record.dtype).size
+            self.base(base).verify_span(record.reference, count)
         raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")
+
+
+def _preference(stored: Stored) -> tuple[int, bool, int, str]:
+    record = stored.record
+    return record.depth, record.refers_to_chunk, record.length, stored.pack
 
 
 def closure(
@@ -279,6 +284,6 @@ def closure(
         record = stored.record
         if isinstance(record.reference, tuple):
             pending.extend(span.key for span in record.reference)
-        elif record.reference is None and record.ref_key != bytes(KEY_BYTES):
+        elif record.refers_to_chunk:
             pending.append(record.ref_key)
     return live, missing

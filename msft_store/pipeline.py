@@ -7,7 +7,7 @@ time; every encoded chunk is decoded again and compared before it is written.
 Example::
 
     table, totals = encode_state(objects, tensors, begin_pack, base=base.id, parent=None)
-    decode_state(objects, table, outs, base=base.id)
+    decode_state(objects, table, outs, base=base.id, what="checkpoint 3fa9")
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -25,7 +26,7 @@ import torch
 
 from msft_store import codecs
 from msft_store.dtypes import DType, by_torch
-from msft_store.errors import CorruptedError
+from msft_store.errors import CorruptedError, StorageError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
@@ -108,10 +109,11 @@ def in_order(
 class Encoder:
     """Encodes chunks against the references that a planner chose."""
 
-    def __init__(self, objects: Objects, base: str | None, *, max_depth: int = MAX_DEPTH) -> None:
+    def __init__(self, objects: Objects, base: str | None, *, alone: bool = False) -> None:
+        """``alone``: also encode what is stored already, but as a change of another chunk."""
         self._objects = objects
         self._base = base
-        self._max_depth = max_depth
+        self._alone = alone
 
     def encode(self, work: Work) -> Encoded:
         """Return a chunk in the smallest representation, or as one that the store has."""
@@ -119,7 +121,7 @@ class Encoder:
         if self._objects.in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored = self._objects.find(key, self._base)
-        if stored is not None and stored.record.depth <= self._max_depth:
+        if stored is not None and not (self._alone and stored.record.refers_to_chunk):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
         reference, data = self._first_readable(work)
         codec, payload = codecs.encode(work.data, data, work.dtype)
@@ -149,15 +151,15 @@ class Encoder:
 
     def _first_readable(self, work: Work) -> tuple[Reference | None, Bytes | None]:
         for reference in work.references:
-            if reference.depth > self._max_depth:
+            if reference.depth > MAX_DEPTH:
                 continue
             span, count = reference.span, work.data.size // work.dtype.size
             if isinstance(span, BaseSpan):
                 if reference.base is None:
                     continue
-                return reference, self._objects.base(reference.base).read_span(
-                    span, count, work.dtype
-                )
+                reader = self._objects.base(reference.base)
+                reader.verify_span(span, count)
+                return reference, reader.read_span(span, count, work.dtype)
             return reference, self._objects.read(span.key, span.length, work.dtype, self._base)
         return None, None
 
@@ -230,13 +232,12 @@ def encode_state(
                 )
 
     writer = ChunkWriter(begin)
-    results = in_order(Encoder(objects, base).encode, work())
     table = {}
-    for name in order:
-        count = -(-_whole(tensors[name], ()).nbytes // CHUNK_BYTES)
-        keys = tuple(writer.put(next(results)) for _ in range(count))
-        table[name] = _whole(tensors[name], keys)
-    results.close()
+    with closing(in_order(Encoder(objects, base).encode, work())) as results:
+        for name in order:
+            count = -(-_whole(tensors[name], ()).nbytes // CHUNK_BYTES)
+            keys = tuple(writer.put(next(results)) for _ in range(count))
+            table[name] = _whole(tensors[name], keys)
     return table, writer.totals
 
 
@@ -246,7 +247,7 @@ def encode_anchor(
     begin: Callable[[], Sink],
     *,
     base: str | None,
-) -> Totals:
+) -> None:
     """Store stored chunks once more, each without any reference but the base.
 
     Chunks that need none but the base already are left as they are.
@@ -259,6 +260,11 @@ def encode_anchor(
             for at, piece in enumerate(entry.pieces):
                 sizes = chunk_sizes(piece, entry.dtype)
                 for number, (key, size) in enumerate(zip(piece.keys, sizes, strict=True)):
+                    stored = objects.find(key, base)
+                    if objects.in_base(key, base) is not None or (
+                        stored is not None and not stored.record.refers_to_chunk
+                    ):
+                        continue
                     yield Work(
                         data=objects.read(key, size, entry.dtype, base),
                         dtype=entry.dtype,
@@ -266,13 +272,14 @@ def encode_anchor(
                     )
 
     writer = ChunkWriter(begin)
-    for encoded in in_order(Encoder(objects, base, max_depth=1).encode, work()):
-        writer.put(encoded)
-    return writer.totals
+    with closing(in_order(Encoder(objects, base, alone=True).encode, work())) as results:
+        for encoded in results:
+            writer.put(encoded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
+    tensor: str
     key: bytes
     dtype: DType
     target: Bytes
@@ -285,29 +292,41 @@ def decode_state(
     outs: Mapping[str, torch.Tensor],
     *,
     base: str | None,
+    what: str,
 ) -> None:
     """Restore tensors into existing ones of the same shape and dtype, on any device.
 
-    Every chunk is verified; :class:`StoreError` at the first that is damaged, and then ``outs`` are
-    partly overwritten.
+    Every chunk is verified; :class:`StoreError` at the first that is damaged, which names ``what``
+    and the tensor, and then ``outs`` are partly overwritten.
     """
 
     def read(job: _Read) -> _Read:
-        job.target[:] = objects.read(job.key, job.target.size, job.dtype, base)
+        try:
+            job.target[:] = objects.read(job.key, job.target.size, job.dtype, base)
+        except StoreError as error:
+            raise type(error)(f"{what}, tensor {job.tensor!r}: {error}") from error
         return job
 
-    jobs = (job for name in tensors for job in _reads(tensors[name], outs[name].detach()))
-    for job in in_order(read, jobs):
-        for finish in job.finish:
-            finish()
+    jobs = (job for name in tensors for job in _reads(name, tensors[name], outs[name].detach()))
+    with closing(in_order(read, jobs)) as done:
+        for job in done:
+            for finish in job.finish:
+                finish()
 
 
-def empty_like(entry: TensorEntry) -> torch.Tensor:
-    """Return an uninitialised CPU tensor for an entry."""
-    return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Return an uninitialised tensor for an entry."""
+    dtype = torch_dtype(entry.dtype)
+    try:
+        return torch.empty(entry.shape, dtype=dtype, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StorageError(
+            f"no memory on {device} for a tensor of {entry.nbytes} bytes: {reason}"
+        ) from error
 
 
-def _reads(entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
+def _reads(name: str, entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
     direct = out.device.type == "cpu" and out.is_contiguous()
     buffer = out if direct else empty_like(entry)
     for piece in entry.pieces:
@@ -326,7 +345,9 @@ def _reads(entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
                 if not direct:
                     finish.append(partial(out.copy_, buffer))
             target = data[position : position + size]
-            yield _Read(key=key, dtype=entry.dtype, target=target, finish=tuple(finish))
+            yield _Read(
+                tensor=name, key=key, dtype=entry.dtype, target=target, finish=tuple(finish)
+            )
             position += size
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from msft_store.bases import match_names
-from msft_store.format import CHUNK_BYTES, KEY_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
+from msft_store.bases import BaseTensor, convertible, match_names
+from msft_store.format import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
 from msft_store.manifest import TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 
@@ -41,13 +41,15 @@ class Planner:
         self._objects = objects
         self._base = base
         self._parent = parent or {}
+        self._theirs: Mapping[str, BaseTensor] = {}
         self._names: dict[str, str] = {}
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find the base's tensors that tensors of these names and shapes are compared with."""
         if self._base is not None:
-            theirs = self._objects.base(self._base).base.tensors
-            self._names = match_names(shapes, {name: t.shape for name, t in theirs.items()})
+            self._theirs = self._objects.base(self._base).base.tensors
+            theirs = {name: tensor.shape for name, tensor in self._theirs.items()}
+            self._names = match_names(shapes, theirs)
 
     def references(
         self, name: str, entry: TensorEntry, piece: int, chunk: int
@@ -61,10 +63,11 @@ class Planner:
                 if (other.offset, other.shape) == (box.offset, box.shape):
                     size = list(chunk_sizes(other, entry.dtype))[chunk]
                     found.append(self._chunk(other.keys[chunk], size))
-        if self._base is not None and name in self._names:
+        match = self._names.get(name)
+        if match is not None and convertible(self._theirs[match].dtype, entry.dtype):
             whole = box.shape == entry.shape
             span = BaseSpan(
-                tensor=self._names[name],
+                tensor=match,
                 start=chunk * CHUNK_BYTES // entry.dtype.size,
                 box=None if whole else (box.offset, box.shape),
             )
@@ -82,6 +85,6 @@ class Planner:
         if record.depth < MAX_DEPTH:
             span = ChunkSpan(key=key, start=0, length=size)
             return Reference(base=record.base, depth=record.depth + 1, span=span)
-        if record.reference is None and record.ref_key != bytes(KEY_BYTES):
+        if record.reference is None and record.refers_to_chunk:
             return self._chunk(record.ref_key, size)
         return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msft_store.backend import Backend, publish
-from msft_store.errors import CorruptedError, InvalidInputError
+from msft_store.errors import CorruptedError, InvalidInputError, StorageError
 from msft_store.format import VERSION, seal, unseal
 
 _FOLDER = "refs"
@@ -50,11 +50,19 @@ def read_refs(backend: Backend) -> dict[str, Ref]:
     for path in backend.list(_FOLDER):
         if not path.endswith(_SUFFIX):
             continue
-        content = unseal(backend.read(path), backend.describe(path), "msft-ref")
+        try:
+            data = backend.read(path)
+        except StorageError:
+            # A ref may go between the listing and the look at it.
+            if backend.exists(path):
+                raise
+            continue
+        content = unseal(data, backend.describe(path), "msft-ref")
         name = path[len(_FOLDER) + 1 : -len(_SUFFIX)]
-        if content.get("name") != name:
-            raise CorruptedError(f"{backend.describe(path)} holds the ref {content.get('name')!r}")
-        refs[name] = Ref(name=name, checkpoint=content["checkpoint"], note=content["note"])
+        target, note = content.get("checkpoint"), content.get("note")
+        if content.get("name") != name or not isinstance(target, str) or not isinstance(note, dict):
+            raise CorruptedError(f"{backend.describe(path)} does not hold the ref {name!r}")
+        refs[name] = Ref(name=name, checkpoint=target, note=note)
     return refs
 
 

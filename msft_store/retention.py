@@ -142,8 +142,7 @@ class Champions(Policy):
     metrics: Mapping[str, Mode]
 
     def __post_init__(self) -> None:
-        for mode in self.metrics.values():
-            _check_mode(mode)
+        _check_metrics("Champions", self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for metric, champion in _champions(candidates, self.metrics):
@@ -165,8 +164,7 @@ class PeakWindow(Policy):
 
     def __post_init__(self) -> None:
         _check_count("PeakWindow", self.w)
-        for mode in self.metrics.values():
-            _check_mode(mode)
+        _check_metrics("PeakWindow", self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         champions = list(_champions(candidates, self.metrics))
@@ -252,6 +250,13 @@ def _fit(
 def _check_count(what: str, value: int) -> None:
     if type(value) is not int or value < 1:
         raise InvalidInputError(f"{what} takes a whole number from 1 up, not {value!r}")
+
+
+def _check_metrics(what: str, metrics: Mapping[str, Mode]) -> None:
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"{what} takes a mapping from metrics to directions")
+    for mode in metrics.values():
+        _check_mode(mode)
 
 
 def _check_mode(mode: str) -> None:

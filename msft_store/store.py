@@ -182,8 +182,8 @@ class Store:
             if absent:
                 raise MismatchError(f"checkpoint {found.id[:12]} has no {listed(absent)}")
             tensors = {name: tensors[name] for name in wanted}
-        state = {name: empty_like(entry).to(device) for name, entry in tensors.items()}
-        decode_state(self._catalog.objects, tensors, state, base=found.base)
+        state = {name: empty_like(entry, device) for name, entry in tensors.items()}
+        self._decode(found, tensors, state)
         return state
 
     def load_into(self, module: torch.nn.Module, checkpoint: Checkpoint | str) -> None:
@@ -194,7 +194,7 @@ class Store:
         found, tensors = self._entries(checkpoint)
         state = {name: t for name, t in module.state_dict().items() if torch.is_tensor(t)}
         check_match(found, tensors, state)
-        decode_state(self._catalog.objects, tensors, state, base=found.base)
+        self._decode(found, tensors, state)
 
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
@@ -226,6 +226,10 @@ class Store:
             self._catalog.refresh()
             found = self._catalog.resolve(checkpoint)
             write_ref(self._backend, Ref(name=name, checkpoint=found.id, note=note or {}))
+
+    def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
+        return self._backend.lock(shared=True, purpose=purpose)
 
     def unpin(self, name: str) -> None:
         """Remove a ref."""
@@ -291,7 +295,8 @@ class Store:
 
     def check(self, read_data: bool = True) -> list[Finding]:
         """Return what is wrong with the store, an empty list if nothing is."""
-        return check(self._catalog, read_data=read_data)
+        # A catalog of its own, for what was read earlier may be damaged since.
+        return check(Catalog(self._backend), read_data=read_data)
 
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""
@@ -304,6 +309,15 @@ class Store:
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
         return found, self._catalog.tensors(found)
+
+    def _decode(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorEntry],
+        outs: Mapping[str, torch.Tensor],
+    ) -> None:
+        what = f"checkpoint {checkpoint.id[:12]}"
+        decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
 
     def _lineage(
         self, parent: Base | Checkpoint | str | None

@@ -37,8 +37,15 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
             raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise InvalidInputError(f"{name!r} has no plain memory (sparse, meta or quantized)")
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+            or tensor.is_nested
+        ):
+            raise InvalidInputError(
+                f"{name!r} has no plain memory (sparse, meta, quantized or nested)"
+            )
         if hasattr(tensor, "placements"):
             raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
         by_torch(tensor.dtype)

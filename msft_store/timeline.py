@@ -74,9 +74,11 @@ class Timeline:
         self._alive: dict[str, Checkpoint] = {}
         self._root: Checkpoint | None = None
         self._branch = 0
+        self._since = 0
+        """Nothing that was created by then is this timeline's to remove (ns since 1970)."""
         self._adopt()
         if self._root is None and isinstance(base, Checkpoint):
-            self._set_root(base)
+            self._set_root(base, self._branch)
         self._next = 1 + max((self._index(c) for c in self._current()), default=-1)
 
     @property
@@ -100,17 +102,23 @@ class Timeline:
 
         Its parent is the branch's root. It may be evicted at once, if no rule keeps it.
         """
+        if metadata is not None and _KEY in metadata:
+            raise InvalidInputError(f"the key {_KEY!r} of metadata is the timeline's own")
         place = {"name": self.name, "branch": self._branch, "index": self._next}
-        checkpoint = self._store.save(
-            tensors,
-            parent=self.root,
-            step=step,
-            metrics=metrics,
-            metadata={**(metadata or {}), _KEY: place},
-        )
-        self._alive[checkpoint.id] = checkpoint
+        # One lock over both, so that no gc comes between a checkpoint and its protection.
+        with self._store.protecting("commit"):
+            checkpoint = self._store.save(
+                tensors,
+                parent=self.root,
+                step=step,
+                metrics=metrics,
+                metadata={**(metadata or {}), _KEY: place},
+            )
+            self._alive[checkpoint.id] = checkpoint
+            kept = self._protect()
+        self.last_commit = self._evict(checkpoint, kept)
+        # Last, so that a commit that failed gives the same checkpoint when it is repeated.
         self._next += 1
-        self.last_commit = self._evict(checkpoint)
         return checkpoint
 
     def rollback(
@@ -128,10 +136,9 @@ class Timeline:
             tensors = self._store.load(target)
         else:
             self._store.load_into(into, target)
-        self._branch += 1
-        self._set_root(target)
+        self._set_root(target, self._branch + 1)
         self._next = 1
-        self.last_commit = self._evict(target)
+        self.last_commit = self._evict(target, self._protect())
         return tensors
 
     def rewind(self, index: int) -> None:
@@ -145,6 +152,7 @@ class Timeline:
         later = (c for c in self._current() if self._index(c) >= index)
         self._give_up(tuple(c.id for c in later if c.id != self._root_id()))
         self._next = index
+        self.last_commit = None
 
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Return what is alive, by id, with the reasons as of the last commit."""
@@ -169,26 +177,36 @@ class Timeline:
         if kind is None:
             self.close()
 
-    def _set_root(self, checkpoint: Checkpoint) -> None:
-        checkpoint = self._store.anchor(checkpoint)
-        self._store.pin(checkpoint, self._ref(_ROOT), note={"branch": self._branch})
+    def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
+        with self._store.protecting("rollback"):
+            checkpoint = self._store.anchor(checkpoint)
+            note = {"branch": branch, "since": self._since}
+            self._store.pin(checkpoint, self._ref(_ROOT), note=note)
         self._root = self._alive[checkpoint.id] = checkpoint
+        self._branch = branch
 
     def _adopt(self) -> None:
-        """Take up what an earlier timeline of this name protected, remove what it did not."""
+        """Take up what an earlier timeline of this name protected, remove what it did not.
+
+        One that was closed is left alone: its checkpoints are older than ``since``.
+        """
+        log = self._store.log()
         refs, notes = self._store.refs(), self._store.notes()
-        protected = {refs[name] for name in refs if name.startswith(self._ref(""))}
+        mine = [name for name in refs if name.startswith(self._ref(""))]
+        newest = max((checkpoint.created for checkpoint in log), default=0)
+        self._since = min((notes[name].get("since", 0) for name in mine), default=newest)
         root = self._ref(_ROOT)
         if root in refs:
             self._root = self._store.get(refs[root])
             self._alive[self._root.id] = self._root
-            self._branch = int(notes[root]["branch"])
+            self._branch = int(notes[root].get("branch", 0))
+        protected = {refs[name] for name in mine}
         strays = []
-        for checkpoint in self._store.log():
-            if checkpoint.metadata.get(_KEY, {}).get("name") == self.name:
+        for checkpoint in log:
+            if _place(checkpoint).get("name") == self.name:
                 if checkpoint.id in protected:
                     self._alive[checkpoint.id] = checkpoint
-                else:
+                elif checkpoint.created > self._since:
                     strays.append(checkpoint.id)
         if strays:
             self._give_up(tuple(strays))
@@ -201,11 +219,11 @@ class Timeline:
 
     def _index(self, checkpoint: Checkpoint) -> int:
         on_branch = checkpoint.id != self._root_id()
-        return int(checkpoint.metadata[_KEY]["index"]) if on_branch else 0
+        return int(_place(checkpoint)["index"]) if on_branch else 0
 
     def _branch_of(self, checkpoint: Checkpoint) -> int:
-        place = checkpoint.metadata.get(_KEY, {})
-        return self._branch if checkpoint.id == self._root_id() else int(place["branch"])
+        at_root = checkpoint.id == self._root_id()
+        return self._branch if at_root else int(_place(checkpoint)["branch"])
 
     def _current(self) -> list[Checkpoint]:
         return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
@@ -229,13 +247,16 @@ class Timeline:
             for identity, reasons in decided.items()
         }
 
-    def _evict(self, checkpoint: Checkpoint) -> Commit:
+    def _protect(self) -> dict[str, tuple[str, ...]]:
         kept = self._decide()
         notes = self._store.notes()
         for identity, reasons in kept.items():
-            name, note = self._ref(identity), {"reasons": list(reasons)}
+            name, note = self._ref(identity), {"reasons": list(reasons), "since": self._since}
             if notes.get(name) != note:
                 self._store.pin(identity, name, note=note)
+        return kept
+
+    def _evict(self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]]) -> Commit:
         dropped = tuple(identity for identity in self._alive if identity not in kept)
         result = self._give_up(dropped)
         return Commit(
@@ -251,8 +272,15 @@ class Timeline:
         for identity in identities:
             if self._ref(identity) in names:
                 self._store.unpin(self._ref(identity))
+        result = self._store.plan_gc(_AllBut(frozenset(identities))).execute()
+        for identity in identities:
             self._alive.pop(identity, None)
-        return self._store.plan_gc(_AllBut(frozenset(identities))).execute()
+        return result
+
+
+def _place(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    place = checkpoint.metadata.get(_KEY)
+    return place if isinstance(place, Mapping) else {}
 
 
 @dataclass(frozen=True)
