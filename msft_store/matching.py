@@ -14,6 +14,7 @@ import torch
 from msft_store.dtypes import by_torch
 from msft_store.errors import MismatchError
 from msft_store.manifest import Checkpoint, TensorEntry
+from msft_store.tensors import memory_of
 
 _NAMES_SHOWN = 5
 
@@ -35,6 +36,8 @@ def check_match(
         have, want = state[name], tensors[name]
         if tuple(have.shape) != want.shape:
             problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
+        elif have.is_meta:
+            problems.append(f"{name} is on the meta device and has no memory")
         elif by_torch(have.dtype) != want.dtype:
             problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
     problems += _torn(tensors, state) if not problems else []
@@ -50,8 +53,7 @@ def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor])
     # Tied tensors share memory: only one content can be restored into it.
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        first = seen.setdefault(place, name)
+        first = seen.setdefault(memory_of(tensor), name)
         if tensor.numel() and _content(tensors[name]) != _content(tensors[first]):
             yield f"{first} and {name} are one tensor, in the checkpoint they differ"
 

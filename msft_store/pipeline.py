@@ -1,6 +1,6 @@
 """A state dict through the codecs and back: in parallel, in order, in bounded memory.
 
-Invariants: chunks are worked on by threads but written in the order of names, so the same bytes
+Invariants: chunks are worked on by threads but written in one order, so the same bytes
 come out whatever the number of threads; no more than a few chunks per thread are in memory at a
 time; every encoded chunk is decoded again and compared before it is written.
 
@@ -40,7 +40,7 @@ from msft_store.kernels import Bytes
 from msft_store.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.references import Planner, Reference
-from msft_store.tensors import to_bytes, torch_dtype, view_bytes
+from msft_store.tensors import memory_of, to_bytes, torch_dtype, view_bytes
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -83,7 +83,6 @@ class Encoded:
 class Totals:
     """What a save amounted to, in bytes."""
 
-    logical_bytes: int
     stored_bytes: int
     unreferenced_bytes: int
 
@@ -178,21 +177,18 @@ class ChunkWriter:
         self._begin = begin
         self._sink: Sink | None = None
         self._stored: dict[bytes, int] = {}
-        self._logical = 0
         self._unreferenced = 0
 
     @property
     def totals(self) -> Totals:
         """What was put so far."""
         return Totals(
-            logical_bytes=self._logical,
             stored_bytes=sum(self._stored.values()),
             unreferenced_bytes=self._unreferenced,
         )
 
     def put(self, encoded: Encoded) -> bytes:
         """Write a chunk unless it is stored already; return its key."""
-        self._logical += encoded.size
         if encoded.key in self._stored:
             return encoded.key
         self._stored[encoded.key] = encoded.stored_bytes
@@ -219,10 +215,13 @@ def encode_state(
     """
     planner = Planner(objects, base, parent)
     planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    order = sorted(tensors)
+    # A tied tensor may stand under one of its names only in the base: that name goes first.
+    order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
+    places: dict[tuple[object, ...], str] = {}
+    first = {name: places.setdefault(memory_of(tensors[name]), name) for name in order}
 
     def work() -> Iterator[Work]:
-        for name in order:
+        for name in places.values():
             entry, data = _whole(tensors[name], ()), to_bytes(tensors[name])
             for number, start in enumerate(range(0, data.size, CHUNK_BYTES)):
                 yield Work(
@@ -234,10 +233,11 @@ def encode_state(
     writer = ChunkWriter(begin)
     table = {}
     with closing(in_order(Encoder(objects, base).encode, work())) as results:
-        for name in order:
+        for name in places.values():
             count = -(-_whole(tensors[name], ()).nbytes // CHUNK_BYTES)
             keys = tuple(writer.put(next(results)) for _ in range(count))
             table[name] = _whole(tensors[name], keys)
+    table |= {name: table[first[name]] for name in order}
     return table, writer.totals
 
 

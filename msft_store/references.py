@@ -51,6 +51,10 @@ class Planner:
             theirs = {name: tensor.shape for name, tensor in self._theirs.items()}
             self._names = match_names(shapes, theirs)
 
+    def knows(self, name: str) -> bool:
+        """Return whether a tensor may have references."""
+        return name in self._parent or name in self._names
+
     def references(
         self, name: str, entry: TensorEntry, piece: int, chunk: int
     ) -> tuple[Reference, ...]:

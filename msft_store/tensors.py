@@ -37,19 +37,20 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
             raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-        if (
-            tensor.layout != torch.strided
-            or tensor.is_meta
-            or tensor.is_quantized
-            or tensor.is_nested
-        ):
-            raise InvalidInputError(
-                f"{name!r} has no plain memory (sparse, meta, quantized or nested)"
-            )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            raise InvalidInputError(f"{name!r} has no plain memory (sparse, meta or nested)")
+        if tensor.is_quantized:
+            raise InvalidInputError(f"{name!r} is quantized; save its integers and scales")
         if hasattr(tensor, "placements"):
             raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
         by_torch(tensor.dtype)
     return dict(tensors)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what is equal for tied tensors only: the place and its interpretation."""
+    place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+    return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
 
 
 def to_bytes(tensor: torch.Tensor) -> Bytes:

@@ -1,0 +1,25 @@
+"""A store with a base, as most tests need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from states import State, make_state, write_base
+
+from msft_store import Base, Store
+
+
+@pytest.fixture
+def state() -> State:
+    return make_state()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+@pytest.fixture
+def base(tmp_path: Path, store: Store, state: State) -> Base:
+    return store.add_base(write_base(tmp_path / "base.safetensors", state))

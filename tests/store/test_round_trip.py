@@ -1,0 +1,281 @@
+"""What is saved comes back to the last bit; what cannot come back is refused beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from states import State, bits_of, make_state, same_bits, train_step, write_base
+
+from msft_store import Base, InvalidInputError, MismatchError, StorageError, Store, StoreError
+from msft_store.dtypes import _TABLE
+
+TORCH_DTYPES = [dtype.torch for dtype in _TABLE if dtype.torch is not None]
+SHAPES = st.lists(st.integers(0, 5), max_size=4)
+
+
+def random_bits(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Return a tensor of arbitrary bit patterns: NaN payloads, subnormals, both zeros."""
+    size = dtype.itemsize
+    count = size * torch.Size(shape).numel()
+    generator = torch.Generator().manual_seed(seed)
+    high = 2 if dtype == torch.bool else 256
+    data = torch.randint(0, high, (count,), generator=generator, dtype=torch.uint8)
+    return data.view(dtype).reshape(shape)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+def test_every_dtype_and_shape_comes_back_bit_for_bit(store: Store, dtype: torch.dtype) -> None:
+    shapes = [(), (0,), (3, 0, 2), (1,), (7,), (5, 6), (2, 3, 4, 5)]
+    state = {str(shape): random_bits(dtype, shape, 7) for shape in shapes}
+    first = store.save(state)
+    second = store.save({n: random_bits(dtype, t.shape, 8) for n, t in state.items()}, parent=first)
+    assert same_bits(store.load(first), state)
+    assert store.load(second)["(5, 6)"].dtype == dtype
+    assert store.check() == []
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda name: "\0" not in name),
+        st.tuples(
+            st.sampled_from(TORCH_DTYPES),
+            st.lists(st.integers(0, 5), max_size=4),
+            st.integers(0, 99),
+        ),
+        max_size=5,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_any_state_dict_comes_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    tensors: dict[str, tuple[torch.dtype, list[int], int]],
+) -> None:
+    store = Store.create(tmp_path_factory.mktemp("any") / "store")
+    state = {n: random_bits(d, tuple(shape), seed) for n, (d, shape, seed) in tensors.items()}
+    ckpt = store.save(state)
+    assert same_bits(Store.open(store.path).load(ckpt.id), state)
+
+
+def test_tensors_of_any_layout_come_back_row_major(store: Store) -> None:
+    plain = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    state = {
+        "transposed": plain.t(),
+        "strided": plain[::2, 1::3],
+        "expanded": plain[:1].expand(5, 6),
+        "offset": plain.reshape(-1)[5:9],
+        "flipped": plain.flip(0),
+        "conjugate": torch.complex(plain, -plain).conj(),
+        "negative": torch.complex(plain, plain).conj().imag,
+        "channels last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(plain),
+    }
+    loaded = store.load(store.save(state))
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor.resolve_conj().resolve_neg())
+        assert loaded[name].is_contiguous()
+        assert not loaded[name].requires_grad
+
+
+def test_a_tensor_larger_than_a_chunk_comes_back_after_small_changes(
+    tmp_path: Path, store: Store
+) -> None:
+    state = make_state(big=True)
+    base = store.add_base(write_base(tmp_path / "big.safetensors", state))
+    changed = train_step(state, 0.02, 1)
+    first = store.save(changed, parent=base)
+    again = train_step(changed, 0.02, 2)
+    second = store.save(again, parent=first)
+    assert same_bits(store.load(second), again)
+    assert same_bits(store.load(first), changed)
+    assert second.stored_bytes < 0.05 * second.logical_bytes
+
+
+def test_names_select_tensors(store: Store, base: Base, state: State) -> None:
+    ckpt = store.save(train_step(state, 0.1, 1), parent=base)
+    wanted = ["model.scale", "lm_head.weight"]
+    assert list(store.load(ckpt, names=wanted)) == wanted
+    assert store.load(ckpt, names=[]) == {}
+    with pytest.raises(MismatchError, match=r"no model\.scales"):
+        store.load(ckpt, names=["model.scales"])
+
+
+def test_an_empty_state_is_a_checkpoint(store: Store) -> None:
+    ckpt = store.save({})
+    assert store.load(ckpt) == {}
+    assert ckpt.logical_bytes == 0
+    assert store.stats().checkpoints == 1
+
+
+def test_metadata_comes_back_as_json_has_it(store: Store, state: State) -> None:
+    nested = {"list": [1, 2], "text": "é\ud800", "none": None}
+    metrics = {"a": 0.1, "nan": float("nan"), "inf": float("inf"), "tensor": torch.tensor(2.5)}
+    ckpt = store.save(
+        state,
+        step=3,
+        metrics=metrics,  # type: ignore[arg-type]
+        tags=["x", "y"],
+        metadata={"tuple": (1, 2), "nested": nested},
+    )
+    nested["list"] = "changed by the caller afterwards"
+    again = Store.open(store.path).get(ckpt.id)
+    for one in (ckpt, again):
+        assert one.metadata["tuple"] == [1, 2]
+        assert one.metadata["nested"]["list"] == [1, 2]
+        assert one.metadata["nested"]["text"] == "é\ud800"
+        assert (one.step, one.tags) == (3, ("x", "y"))
+        assert one.metrics["a"] == 0.1
+        assert one.metrics["nan"] != one.metrics["nan"]
+        assert (one.metrics["inf"], one.metrics["tensor"]) == (float("inf"), 2.5)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, seed: int = 0, *, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(12, 8)
+        self.head = torch.nn.Linear(8, 12, bias=False)
+        self.norm = torch.nn.BatchNorm1d(8)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def test_a_module_is_saved_and_restored_in_place(store: Store) -> None:
+    source, target = Tied(1), Tied(2)
+    ckpt = store.save(source)
+    place = target.embed.weight.data_ptr()
+    store.load_into(target, ckpt)
+    assert same_bits(dict(target.state_dict()), dict(source.state_dict()))
+    assert target.head.weight is target.embed.weight
+    assert target.embed.weight.data_ptr() == place
+    assert target.embed.weight.requires_grad
+
+
+def test_restoring_reaches_parameters_that_are_not_contiguous(store: Store) -> None:
+    source, target = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
+    target.weight = torch.nn.Parameter(torch.zeros(4, 6).t())
+    store.load_into(target, store.save(source))
+    assert bits_of(target.weight) == bits_of(source.weight)
+
+
+def test_a_tied_module_is_not_restored_from_weights_that_differ(store: Store) -> None:
+    ckpt = store.save(Tied(1, tied=False))
+    target = Tied(2)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(MismatchError, match="one tensor"):
+        store.load_into(target, ckpt)
+    assert same_bits(dict(target.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("weight"), "the checkpoint lacks weight"),
+        (lambda s: s.update(more=torch.zeros(1)), "the module lacks more"),
+        (lambda s: s.update(weight=torch.zeros(3, 2)), r"weight is \(2, 3\).*\(3, 2\)"),
+        (lambda s: s.update(weight=torch.zeros(2, 3).double()), "float32.*float64"),
+    ],
+    ids=["missing", "extra", "shape", "dtype"],
+)
+def test_what_does_not_match_is_named_and_nothing_changes(
+    store: Store, change: object, message: str
+) -> None:
+    state = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    change(state)  # type: ignore[operator]
+    module = torch.nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(MismatchError, match=message):
+        store.load_into(module, store.save(state))
+    assert same_bits(dict(module.state_dict()), before)
+
+
+def test_a_module_without_memory_is_not_restored(store: Store) -> None:
+    ckpt = store.save(torch.nn.Linear(2, 2))
+    with torch.device("meta"):
+        module = torch.nn.Linear(2, 2)
+    with pytest.raises(MismatchError, match="meta"):
+        store.load_into(module, ckpt)
+
+
+class Sharded(torch.Tensor):
+    placements = ("Shard(0)",)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0, 2.0], "'x' is a list"),
+        (1.0, "'x' is a float"),
+        (torch.empty(2, device="meta"), "no plain memory"),
+        (torch.eye(3).to_sparse(), "no plain memory"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "no plain memory"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        (torch.ones(2).as_subclass(Sharded), "sharded"),
+    ],
+    ids=["list", "float", "meta", "sparse", "nested", "quantized", "sharded"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_has_no_plain_memory_is_refused(store: Store, value: object, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        store.save({"x": value() if callable(value) else value})
+    assert store.log() == []
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, 3, None])
+def test_what_cannot_name_a_tensor_is_refused(store: Store, name: object) -> None:
+    with pytest.raises(InvalidInputError, match="name of a tensor"):
+        store.save({name: torch.ones(1)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"step": -1},
+        {"step": 1.5},
+        {"step": True},
+        {"metrics": {"a": "high"}},
+        {"metrics": {"a": 10**400}},
+        {"metrics": {"a": torch.ones(2)}},
+        {"metrics": {1: 0.5}},
+        {"metrics": [("a", 1.0)]},
+        {"tags": "best"},
+        {"tags": [1]},
+        {"metadata": {"a": object()}},
+        {"metadata": {"a": float("nan")}},
+        {"metadata": {1: "a"}},
+        {"metadata": ["a"]},
+        {"parent": 3},
+        {"parent": SimpleNamespace(id="x")},
+    ],
+    ids=repr,
+)
+def test_arguments_that_cannot_be_kept_are_refused(
+    store: Store, arguments: dict[str, object]
+) -> None:
+    with pytest.raises(InvalidInputError):
+        store.save({"x": torch.ones(1)}, **arguments)  # type: ignore[arg-type]
+    assert store.log() == []
+
+
+@pytest.mark.parametrize("tensors", [None, [torch.ones(1)], "path"])
+def test_only_mappings_and_modules_are_saved(store: Store, tensors: object) -> None:
+    with pytest.raises(InvalidInputError, match="mapping"):
+        store.save(tensors)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_is_not_there_is_a_store_error(store: Store, device: str) -> None:
+    with pytest.raises(StorageError, match=device):
+        store.load(store.save({"x": torch.ones(1)}), device=device)
+
+
+@pytest.mark.parametrize("wrong", [3, None, 1.5, ["a"]])
+def test_what_names_no_checkpoint_is_a_store_error(store: Store, wrong: object) -> None:
+    for call in (store.load, store.get, store.forget, store.tensors, store.anchor, store.base):
+        with pytest.raises(StoreError):
+            call(wrong)  # type: ignore[operator]
