@@ -107,7 +107,7 @@ class GcPlan:
 
     def execute(self) -> GcResult:
         """Carry the plan out; what was pinned or came to be needed since stays."""
-        return _execute(self._catalog, [verdict.checkpoint.id for verdict in self.dropped])
+        return evict(self._catalog, [verdict.checkpoint.id for verdict in self.dropped])
 
 
 def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
@@ -156,7 +156,8 @@ def candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) 
     ]
 
 
-def _execute(catalog: Catalog, drop: Sequence[str]) -> GcResult:
+def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
+    """Forget checkpoints, but those that a ref protects, and free what no other needs."""
     backend = catalog.backend
     with backend.lock(shared=False, purpose="gc"):
         before = peak = disk_bytes(backend)

@@ -36,7 +36,7 @@ from msft_store.errors import (
 )
 from msft_store.export import export
 from msft_store.format import canonical, digest
-from msft_store.gc import GcPlan, plan_gc
+from msft_store.gc import GcPlan, GcResult, evict, plan_gc
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
@@ -292,6 +292,10 @@ class Store:
         it does not keep and no ref protects.
         """
         return plan_gc(self._catalog, policy)
+
+    def evict(self, checkpoints: Iterable[str]) -> GcResult:
+        """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
+        return evict(self._catalog, list(checkpoints))
 
     def check(self, read_data: bool = True) -> list[Finding]:
         """Return what is wrong with the store, an empty list if nothing is."""

@@ -18,7 +18,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from msft_store.errors import InvalidInputError
 from msft_store.gc import GcResult
 from msft_store.manifest import Checkpoint
 from msft_store.refs import check_name
-from msft_store.retention import Candidate, Policy, Reason
+from msft_store.retention import Candidate, Policy
 from msft_store.store import Store
 
 _KEY = "timeline"
@@ -272,7 +272,7 @@ class Timeline:
         for identity in identities:
             if self._ref(identity) in names:
                 self._store.unpin(self._ref(identity))
-        result = self._store.plan_gc(_AllBut(frozenset(identities))).execute()
+        result = self._store.evict(identities)
         for identity in identities:
             self._alive.pop(identity, None)
         return result
@@ -281,15 +281,3 @@ class Timeline:
 def _place(checkpoint: Checkpoint) -> Mapping[str, Any]:
     place = checkpoint.metadata.get(_KEY)
     return place if isinstance(place, Mapping) else {}
-
-
-@dataclass(frozen=True)
-class _AllBut(Policy):
-    """Keep everything except what a timeline gives up."""
-
-    given_up: frozenset[str]
-
-    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        for candidate in candidates:
-            if candidate.id not in self.given_up:
-                yield candidate, Reason(text="a checkpoint", protected=False)
