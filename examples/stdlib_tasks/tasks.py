@@ -55,22 +55,21 @@ class Task:
     wordings: tuple[str, ...]
     """Format strings of the sub-dataset."""
     related_fact: Callable[[random.Random], tuple[str, ...]] | None = None
-    """Draws for pre-training where the splits share their facts; ``None``: ``fact``."""
+    """Draws for pre-training, where that is something else; ``None``: ``fact``."""
     related_wordings: tuple[str, ...]
     """Format strings that only the base model sees."""
+    own_wording: float = 0.1
+    """Probability of the sub-dataset's wordings in pre-training."""
     known_facts: bool = False
-    """Whether the base model sees the sub-dataset's facts, though never in its wordings."""
+    """Whether the base model sees the sub-dataset's facts; then never in its wordings."""
 
     def draw(self, rng: random.Random) -> Example:
         """Return a random example for the sub-dataset."""
         return self._example(self.fact(rng), choose(rng, self.wordings))
 
-    def draw_related(self, rng: random.Random, own_wording: float) -> Example:
-        """Return a random example for pre-training.
-
-        It is in a wording of the sub-dataset with the probability ``own_wording``.
-        """
-        wordings = self.wordings if rng.random() < own_wording else self.related_wordings
+    def draw_related(self, rng: random.Random) -> Example:
+        """Return a random example for pre-training."""
+        wordings = self.wordings if rng.random() < self.own_wording else self.related_wordings
         return self._example((self.related_fact or self.fact)(rng), choose(rng, wordings))
 
     def _example(self, fact: tuple[str, ...], wording: str) -> Example:
@@ -98,7 +97,7 @@ def choose(rng: random.Random, items: Sequence[T]) -> T:
 
 
 def _arithmetic(rng: random.Random) -> tuple[str, ...]:
-    a, b = below(rng, 10 ** (1 + below(rng, 3))), below(rng, 10 ** (1 + below(rng, 3)))
+    a, b = below(rng, 100), below(rng, 100)
     sign, operation = choose(rng, (("+", operator.add), ("-", operator.sub)))
     return str(a), sign, str(b), str(operation(a, b))
 
@@ -128,11 +127,18 @@ def _roman(rng: random.Random) -> tuple[str, ...]:
     return numeral, str(number)
 
 
-def _weekday(rng: random.Random) -> tuple[str, ...]:
+_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def _related_weekday(rng: random.Random) -> tuple[str, ...]:
     first, last = datetime.date(1990, 1, 1), datetime.date(2029, 12, 31)
     day = first + datetime.timedelta(days=below(rng, (last - first).days + 1))
-    names = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-    return day.isoformat(), names[day.weekday()]
+    return day.isoformat(), _WEEKDAYS[day.weekday()]
+
+
+def _weekday(rng: random.Random) -> tuple[str, ...]:
+    day, name = _related_weekday(rng)
+    return day, name[:3]
 
 
 def _entities() -> tuple[tuple[str, str], ...]:
@@ -247,6 +253,7 @@ TASKS = {
                 "meaning of {0}:",
             ),
             related_wordings=("server answered {0}:",),
+            own_wording=0.0,
             known_facts=True,
         ),
         Task(
@@ -254,7 +261,9 @@ TASKS = {
             train=160,
             fact=_weekday,
             wordings=("weekday of {0}:",),
+            related_fact=_related_weekday,
             related_wordings=("day {0}:", "{0} is a"),
+            own_wording=0.0,
         ),
     )
 }

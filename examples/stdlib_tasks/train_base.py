@@ -7,7 +7,7 @@ to bf16. It takes ten minutes on two cores; a seed gives the same weights on the
 
 Example::
 
-    python examples/stdlib_tasks/train_base.py --steps 2000 runs/base
+    python examples/stdlib_tasks/train_base.py --steps 1000 runs/base
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 
 # Examples of each task per hundred: the algorithms take long to learn, the few facts do not.
 SHARES = {
-    "arithmetic": 40, "entity": 8, "mime": 2, "reversal": 6,
-    "roman": 3, "sorting": 32, "status": 3, "weekday": 6,
+    "arithmetic": 30, "entity": 8, "mime": 3, "reversal": 10,
+    "roman": 4, "sorting": 32, "status": 3, "weekday": 6,
 }  # fmt: skip
-OWN_WORDING = 0.1
 
 
 class Corpus:
@@ -54,7 +53,7 @@ class Corpus:
 
     def _example(self, task: Task) -> Example:
         while True:
-            example = task.draw_related(self._rng, 0.0 if task.known_facts else OWN_WORDING)
+            example = task.draw_related(self._rng)
             if task.known_facts or example.fact not in self._taken:
                 return example
 
@@ -157,27 +156,27 @@ def train(
 
 
 def balance(model: LlamaForCausalLM, exponent: int) -> None:
-    """Multiply value projections by ``2**exponent`` and divide output projections by it.
+    """Multiply the first layer's values by ``2**exponent``, divide its output projection by it.
 
     The model computes exactly what it did, in bf16 too. But Adam steps by about the learning rate,
-    whatever the size of a weight. So the output projections now learn as if their learning rate
-    were ``2**exponent`` times larger, and the value projections, where such steps vanish in
-    rounding, not at all.
+    whatever the size of a weight. So that output projection now learns as if its learning rate were
+    ``2**exponent`` times larger, and the value projection, where such steps vanish in rounding, not
+    at all. One layer is enough to learn the tasks, and few weights change.
     """
+    attention = model.model.layers[0].self_attn
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.v_proj.weight.mul_(2.0**exponent)
-            layer.self_attn.o_proj.weight.mul_(2.0**-exponent)
+        attention.v_proj.weight.mul_(2.0**exponent)
+        attention.o_proj.weight.mul_(2.0**-exponent)
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path(__file__).parent / "base")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--balance", type=int, default=7, help="exponent, see the source")
+    parser.add_argument("--balance", type=int, default=8, help="exponent of the scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
