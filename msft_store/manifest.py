@@ -27,6 +27,7 @@ from msft_store.format import CHUNK_BYTES, KEY_BYTES, VERSION, canonical, digest
 _FOLDER = "manifests"
 _SUFFIX = ".json"
 _FIRST_READ = 1 << 14
+_MAX_LENGTH = 1 << 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +304,8 @@ def _check_cover(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
+    if not isinstance(value, list) or any(
+        type(n) is not int or not 0 <= n < _MAX_LENGTH for n in value
+    ):
         raise ValueError(f"{value!r} is not a shape")
     return tuple(value)

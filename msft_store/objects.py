@@ -193,7 +193,7 @@ class Objects:
                 # A gc may have moved the chunk, or what it refers to, since it was indexed.
                 self.refresh()
                 again = self.find(key, base)
-                if again in (None, stored):
+                if again == stored:
                     raise
                 stored = again
         else:

@@ -1,0 +1,325 @@
+"""Commit, roll back, evict: a rollback algorithm's view, on recorded metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from states import State, bits_of, make_state, same_bits, train_step, write_base
+
+from msft_store import (
+    Base,
+    Champions,
+    Checkpoint,
+    DiskBudget,
+    InvalidInputError,
+    KeepBest,
+    KeepLast,
+    OverBudgetError,
+    PeakWindow,
+    PinnedError,
+    Policy,
+    Store,
+    Timeline,
+)
+from msft_store.backend import LocalBackend
+from msft_store.objects import Objects
+
+
+def commit_all(
+    line: Timeline, state: State, *scores: float, metric: str = "m", seed: int = 0
+) -> list[tuple[Checkpoint, State]]:
+    """Commit one checkpoint a score; return them with their states."""
+    done = []
+    for number, score in enumerate(scores):
+        state = train_step(state, 0.02, seed + number)
+        ckpt = line.commit(state, step=seed + number, metrics={metric: score})
+        done.append((ckpt, state))
+    return done
+
+
+def alive(store: Store) -> set[str]:
+    return {ckpt.id for ckpt in store.log()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "scores", "expected"),
+    [
+        (KeepLast(2), (1, 2, 3, 4), {2, 3}),
+        (Champions({"m": "max"}), (1, 5, 2, 5), {1}),
+        (Champions({"m": "min"}) | KeepLast(1), (3, 1, 2), {1, 2}),
+        (KeepBest("m", 2), (1, 4, 2, 3), {1, 3}),
+        (KeepBest("m", 2) | DiskBudget(1 << 20), (1, 4, 2, 3), {1, 3}),
+        (PeakWindow({"m": "max"}, 2), (1, 5, 2, 1), {1}),
+    ],
+)
+def test_what_no_rule_keeps_is_gone_at_once(
+    *,
+    store: Store,
+    base: Base,
+    state: State,
+    policy: Policy,
+    scores: tuple[float, ...],
+    expected: set[int],
+) -> None:
+    line = Timeline(store, base, retention=policy)
+    done = commit_all(line, state, *scores)
+    want = {done[i][0].id for i in expected}
+    assert alive(store) == want == set(line.kept())
+    assert all(line.kept().values())
+    for i in expected:
+        assert same_bits(store.load(done[i][0]), done[i][1])
+    assert store.check() == []
+
+
+def test_a_peak_window_keeps_few_besides_root_and_best(store: Store, base: Base) -> None:
+    window, names = 2, "abcdef"
+    modes = dict.fromkeys(names, "max")
+    state = make_state()
+    line = Timeline(store, base, retention=PeakWindow(modes, window) | KeepBest("all"))
+    for step in range(10):
+        state = train_step(state, 0.01, step)
+        metrics = {n: -abs(step - 1 - i) + 0.0 for i, n in enumerate(names)}
+        ckpt = line.commit(state, step=step, metrics={**metrics, "all": float(step == 3)})
+        best = {i for i, reasons in line.kept().items() if any("all" in r for r in reasons)}
+        assert len(set(line.kept()) - best) <= window + 1
+    assert line.last_commit is not None
+    assert line.last_commit.checkpoint == ckpt
+    assert any("roll-back is next" in r for reasons in line.kept().values() for r in reasons)
+
+
+def test_a_rollback_restores_exactly_and_begins_a_branch(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=Champions({"m": "max"}) | KeepBest("m"))
+    assert (line.root, line.branch) == (base, 0)
+    done = commit_all(line, state, 1, 9, 3)
+    best, expected = done[1]
+    assert same_bits(line.rollback(best), expected)
+    assert line.root == store.get(best.id)
+    assert line.branch == 1
+    assert alive(store) == {best.id}
+    assert "root of the branch" in line.kept()[best.id]
+    later = commit_all(line, expected, 2, 4, seed=10)
+    assert later[0][0].parent == best.id
+    # The root is a candidate of its branch, and still its champion.
+    assert alive(store) == {best.id}
+    new = commit_all(line, expected, 10, seed=20)[0][0]
+    assert alive(store) == {best.id, new.id}
+    line.rollback(new)
+    assert alive(store) == {new.id}
+    assert store.check() == []
+
+
+def test_a_rollback_fills_a_module_in_place(store: Store) -> None:
+    module = torch.nn.Linear(6, 4)
+    line = Timeline(store, None, retention=KeepLast(3))
+    ckpt = line.commit(module, step=1)
+    before, place = bits_of(module.weight), module.weight.data_ptr()
+    with torch.no_grad():
+        module.weight.add_(1)
+    assert line.rollback(ckpt, into=module) == {}
+    assert (bits_of(module.weight), module.weight.data_ptr()) == (before, place)
+
+
+def test_the_best_of_all_branches_survives_roll_backs(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=Champions({"m": "max"}) | KeepBest("overall"))
+    first = line.commit(train_step(state, 0.1, 1), metrics={"m": 1.0, "overall": 9.0})
+    second = line.commit(train_step(state, 0.1, 2), metrics={"m": 5.0, "overall": 1.0})
+    line.rollback(second)
+    line.commit(train_step(state, 0.1, 3), metrics={"m": 6.0, "overall": 2.0})
+    assert {first.id, second.id} < alive(store)
+    assert line.kept()[first.id] == ("best overall (9)",)
+
+
+def test_a_root_is_an_anchor(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(1))
+    for _ in range(3):
+        done = commit_all(line, state, 1, 2)
+        line.rollback(done[-1][0])
+        state = done[-1][1]
+    root = line.root
+    assert isinstance(root, Checkpoint)
+    objects = Objects(LocalBackend(Path(store.path)))
+    objects.refresh()
+    keys = [k for e in store.tensors(root).values() for p in e.pieces for k in p.keys]
+    found = [objects.find(key, root.base) for key in keys]
+    assert max(stored.record.depth for stored in found if stored is not None) <= 1
+    assert store.plan_gc(KeepLast(1)).held_bytes == 0
+
+
+def test_a_rollback_to_nothing_known_changes_nothing(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=KeepLast(2))
+    done = commit_all(line, state, 1, 2)
+    with pytest.raises(Exception, match="no checkpoint"):
+        line.rollback("feedfeedfeed")
+    with pytest.raises(Exception, match="does not match"):
+        line.rollback(done[0][0], into=torch.nn.Linear(2, 2))
+    assert (line.root, line.branch) == (base, 0)
+    assert alive(store) == {ckpt.id for ckpt, _ in done}
+
+
+def test_what_a_timeline_needs_survives_a_gc_of_somebody_else(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=KeepBest("m", 2))
+    done = commit_all(line, state, 5, 4, 1)
+    other = Store.open(store.path)
+    last = other.save(train_step(state, 0.1, 99), parent=base)
+    plan = other.plan_gc(KeepLast(1))
+    assert "best m (5)" in str(plan)
+    plan.execute()
+    assert alive(store) == {done[0][0].id, done[1][0].id, last.id}
+    with pytest.raises(PinnedError, match="timelines/main"):
+        other.forget(done[0][0].id)
+    commit_all(line, state, 9, seed=50)
+    assert last.id in alive(store)
+
+
+def test_a_gc_between_saving_and_protecting_waits(
+    store: Store, base: Base, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Timeline(store, base, retention=KeepLast(2))
+    other = Store(LocalBackend(Path(store.path), lock_timeout=0.0))
+    refused = []
+    save = store.save
+
+    def save_and_collect(*args: object, **kwargs: object) -> Checkpoint:
+        ckpt = save(*args, **kwargs)  # type: ignore[arg-type]
+        with pytest.raises(Exception, match="waited 0 s for the lock"):
+            other.plan_gc(KeepBest("nothing")).execute()
+        refused.append(ckpt.id)
+        return ckpt
+
+    monkeypatch.setattr(store, "save", save_and_collect)
+    done = commit_all(line, state, 1, 2)
+    assert refused == [ckpt.id for ckpt, _ in done]
+    assert alive(store) == set(refused)
+
+
+def test_a_killed_timeline_is_taken_up_again(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(2), name="run")
+    done = commit_all(line, state, 1, 2)
+    line.rollback(done[1][0])
+    branch = commit_all(line, done[1][1], 3, 4, seed=10)
+    # Killed between saving and protecting.
+    stray = store.save(
+        train_step(state, 0.2, 77),
+        parent=done[1][0],
+        metadata={"timeline": {"name": "run", "branch": 1, "index": 3}},
+    )
+    foreign = store.save(state, parent=base, metadata={"timeline": "of another program"})
+    again = Timeline(Store.open(store.path), base, retention=KeepLast(2), name="run")
+    assert stray.id not in alive(store)
+    assert foreign.id in alive(store)
+    assert (again.branch, again.root) == (1, store.get(done[1][0].id))
+    expected = commit_all(line, branch[-1][1], 5, seed=20)[0][0].id
+    store.unpin(f"timelines/run/{expected}")
+    store.forget(expected)
+    assert commit_all(again, branch[-1][1], 5, seed=20)[0][0].id == expected
+
+
+def test_another_name_is_another_timeline(store: Store, base: Base, state: State) -> None:
+    one = Timeline(store, base, retention=KeepLast(1), name="one")
+    kept = commit_all(one, state, 1, 2)[-1][0]
+    other = Timeline(store, base, retention=KeepLast(1), name="other")
+    commit_all(other, state, 3, 4, seed=10)
+    assert other.branch == 0
+    assert kept.id in alive(store)
+    assert len(alive(store)) == 2
+
+
+def test_rewinding_repeats_ids(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(9))
+    done = commit_all(line, state, 1, 2, 3)
+    line.rewind(1)
+    assert alive(store) == {done[0][0].id} == set(line.kept())
+    again = train_step(done[0][1], 0.02, 1)
+    assert line.commit(again, step=1, metrics={"m": 2}).id == done[1][0].id
+    line.rollback(done[0][0])
+    line.rewind(0)
+    assert done[0][0].id in alive(store)
+    with pytest.raises(InvalidInputError):
+        line.rewind(-1)
+
+
+def test_closing_drops_the_refs_and_keeps_the_checkpoints(
+    store: Store, base: Base, state: State
+) -> None:
+    with Timeline(store, base, retention=KeepLast(2), name="run") as line:
+        done = commit_all(line, state, 1, 2)
+        assert store.refs() != {}
+    assert store.refs() == {}
+    assert alive(store) == {ckpt.id for ckpt, _ in done}
+    # A new one of that name is not the heir of one that ended in good order.
+    new = Timeline(store, base, retention=KeepLast(1), name="run")
+    commit_all(new, state, 3, 4, seed=30)
+    Timeline(store, base, retention=KeepLast(1), name="run")
+    assert {ckpt.id for ckpt, _ in done} < alive(store)
+
+
+def test_after_an_error_the_refs_stay(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(1))
+    commit_all(line, state, 1)
+    with pytest.raises(KeyError), line:
+        raise KeyError
+    assert len(store.refs()) == 1
+
+
+def test_a_budget_that_does_not_fit_says_so_and_loses_nothing(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=KeepBest("m") | DiskBudget(1))
+    with pytest.raises(OverBudgetError, match="more than the disk budget of 1"):
+        commit_all(line, state, 1)
+    (left,) = store.log()
+    line.retention = KeepBest("m")
+    assert commit_all(line, state, 1)[0][0].id == left.id
+    assert set(line.kept()) == {left.id}
+
+
+def test_bytes_are_those_on_disk(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(1))
+    for number in range(4):
+        commit_all(line, state, 1, seed=number)
+        assert line.last_commit is not None
+        assert line.last_commit.bytes == store.stats().on_disk_bytes
+        assert line.last_commit.peak_bytes >= line.last_commit.bytes
+    assert len(line.last_commit.dropped) == 1
+    assert line.last_commit.peak_bytes > line.last_commit.bytes
+
+
+def test_a_checkpoint_may_be_the_start(store: Store, base: Base, state: State) -> None:
+    start = store.save(train_step(state, 0.1, 1), parent=base)
+    line = Timeline(store, start, retention=KeepLast(1))
+    done = commit_all(line, state, 1, 2)
+    assert done[0][0].parent == start.id
+    assert alive(store) == {start.id, done[1][0].id}
+
+
+def test_the_key_of_the_timeline_is_reserved(store: Store, base: Base, state: State) -> None:
+    line = Timeline(store, base, retention=KeepLast(1))
+    ckpt = line.commit(state, metadata={"note": [1]})
+    assert ckpt.metadata["note"] == [1]
+    with pytest.raises(InvalidInputError, match="own"):
+        line.commit(state, metadata={"timeline": 1})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 201, 3])
+def test_names_that_cannot_be_refs_are_refused(store: Store, base: Base, name: object) -> None:
+    with pytest.raises(InvalidInputError):
+        Timeline(store, base, retention=KeepLast(1), name=name)  # type: ignore[arg-type]
+
+
+def test_tied_weights_cost_one_delta_on_a_timeline(tmp_path: Path, store: Store) -> None:
+    state = make_state(big=True)
+    base = store.add_base(write_base(tmp_path / "big.safetensors", state))
+    line = Timeline(store, base, retention=KeepLast(1))
+    ckpt = line.commit(train_step(state, 0.02, 1))
+    assert ckpt.unreferenced_bytes == 0
+    assert ckpt.stored_bytes < 0.03 * ckpt.logical_bytes
