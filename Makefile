@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)   ## fine-tune the bundled example with MSFT and with plain SFT, print the comparison
-	$(BIN)/msft-train demo
+	$(BIN)/msft-train compare examples/stdlib_tasks/demo.yaml
 
 test: $(STAMP)   ## run the tests
 	$(BIN)/python -m pytest
