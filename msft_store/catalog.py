@@ -52,6 +52,7 @@ class Catalog:
         self.objects = Objects(backend)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
+        self._keys: dict[str, frozenset[bytes]] = {}
         if not backend.exists(CONFIG):
             raise NotAStoreError(
                 f"no store at {backend.describe('')}; create one with: msft-store init"
@@ -71,6 +72,7 @@ class Catalog:
                 if self.backend.exists(path_of(identity)):
                     damaged[identity] = error
         self._checkpoints, self._damaged = checkpoints, damaged
+        self._keys = {identity: k for identity, k in self._keys.items() if identity in checkpoints}
         self.objects.refresh()
 
     @property
@@ -147,10 +149,14 @@ class Catalog:
             )
         return read_tensors(self.backend, checkpoint)
 
-    def keys(self, checkpoint: Checkpoint) -> set[bytes]:
+    def keys(self, checkpoint: Checkpoint) -> frozenset[bytes]:
         """Return the keys of all chunks that a checkpoint names."""
-        entries = self.tensors(checkpoint).values()
-        return {key for entry in entries for piece in entry.pieces for key in piece.keys}
+        found = self._keys.get(checkpoint.id)
+        if found is None:
+            entries = self.tensors(checkpoint).values()
+            found = frozenset(k for entry in entries for piece in entry.pieces for k in piece.keys)
+            self._keys[checkpoint.id] = found
+        return found
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the encoded bytes of the chunks that a checkpoint names, as of now."""

@@ -317,16 +317,14 @@ def test_a_flipped_bit_anywhere_is_an_error_never_other_numbers(
     noticed = 0
     for offset in sampled(path):
         changed_at(path, offset)
-        findings = []
         try:
-            again = Store.open(store.path)
-            findings = again.check(read_data=True)
-            loaded = again.load("only")
+            loaded = Store.open(store.path).load("only")
         except StoreError:
             noticed += 1
+            assert Store.open(store.path).check(read_data=True)
         else:
+            # Where nothing is kept: padding, or bits that a frame's header does not use.
             assert same_bits(loaded, expected)
-        assert noticed or findings or what == "packs"
         path.write_bytes(whole)
     assert noticed > 10
     assert Store.open(store.path).check() == []

@@ -174,8 +174,8 @@ def test_every_operation_may_fail(
     error, kinds = FAILURES[failure]
     verified = set()
     pristine, root = snapshot(prepared.root / "store"), tmp_path / "store"
-    # Where reads may fail too there are hundreds of operations; of the later ones every fifth.
-    for n in itertools.chain(range(40), itertools.count(40, 5)):
+    # Where reads may fail too there are hundreds of operations; of the later ones every 11th.
+    for n in itertools.chain(range(30), itertools.count(30, 11)):
         if not root.exists():
             shutil.copytree(prepared.root / "store", root)
         backend = FaultyBackend(LocalBackend(root), error=error, kinds=kinds)

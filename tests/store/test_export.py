@@ -1,0 +1,74 @@
+"""A checkpoint as an ordinary model directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from faults import CHANGES, FaultyBackend
+from states import make_state, same_bits, train_step, write_base
+
+from msft_store import InvalidInputError, Store
+from msft_store.backend import LocalBackend
+from msft_store.catalog import Catalog
+from msft_store.export import export
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_base(folder / "model.safetensors", make_state())
+    for name in ("config.json", "tokenizer.json", "pytorch_model.bin", ".gitattributes"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_weights_and_companions_make_a_model_directory(
+    tmp_path: Path, store: Store, model: Path
+) -> None:
+    state = train_step(make_state(), 0.1, 1)
+    ckpt = store.save(state, parent=store.add_base(model))
+    files = store.export(ckpt, tmp_path / "new" / "out")
+    assert [path.name for path in files] == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert same_bits(safetensors.torch.load_file(files[1]), state)
+    # It is a base like any other, and the checkpoint costs nothing against it.
+    again = store.save(state, parent=store.add_base(tmp_path / "new" / "out"))
+    assert again.stored_bytes == 0
+
+
+def test_large_models_are_sharded_with_an_index(tmp_path: Path, store: Store) -> None:
+    state = make_state()
+    ckpt = store.save(state)
+    out = tmp_path / "out"
+    shards = export(Catalog(LocalBackend(Path(store.path))), ckpt, out, shard_bytes=40_000)
+    assert len(shards) > 2
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == state.keys()
+    loaded = {
+        name: tensor
+        for path in out.glob("*.safetensors")
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    assert same_bits(loaded, state)
+    assert store.save(state, parent=store.add_base(out)).stored_bytes == 0
+
+
+def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path, store: Store) -> None:
+    ckpt = store.save({"w": torch.ones(2, dtype=torch.complex128)})
+    with pytest.raises(InvalidInputError, match="complex128"):
+        store.export(ckpt, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, store: Store, model: Path) -> None:
+    ckpt = store.save(train_step(make_state(), 0.1, 1), parent=store.add_base(model))
+    backend = FaultyBackend(LocalBackend(Path(store.path)), kinds=frozenset({"read"}) | CHANGES)
+    broken = Store(backend)
+    backend.arm(1)
+    with pytest.raises(Exception, match="injected"):
+        broken.export(ckpt, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]
