@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from states import State, make_state, write_base
 
 from msft_store import Base, Store
+from tests.store.states import State, make_state, write_base
 
 
 @pytest.fixture

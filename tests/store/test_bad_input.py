@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from faults import FaultyBackend
-from states import State, make_state, same_bits, train_step, write_base
 
 from msft_store import (
     Base,
@@ -29,6 +27,8 @@ from msft_store import (
 from msft_store.backend import LocalBackend
 from msft_store.format import canonical, digest, seal
 from msft_store.manifest import checkpoint_content
+from tests.store.faults import FaultyBackend
+from tests.store.states import State, make_state, same_bits, train_step, write_base
 
 EMPTY = checkpoint_content(
     parent=None,

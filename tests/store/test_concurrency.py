@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from states import State, same_bits, train_step
 
 from msft_store import Base, BusyError, KeepLast, Store, Timeline
 from msft_store.backend import LocalBackend
+from tests.store.states import State, same_bits, train_step
 
 
 def test_stores_in_several_threads_save_and_collect_at_once(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
-from states import State, same_bits, train_step, write_base
 
 from msft_store import KeepBest, KeepLast, OutOfSpaceError, StorageError, Store, Timeline
 from msft_store.backend import LocalBackend
+from tests.store.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
+from tests.store.states import State, same_bits, train_step, write_base
 
 RETENTION = KeepLast(1) | KeepBest("score", 1)
 

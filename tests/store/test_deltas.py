@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from states import State, logical_bytes, make_state, same_bits, train_step, write_base
 
 from msft_store import Base, Checkpoint, KeepLast, Store, pipeline
 from msft_store.backend import LocalBackend
@@ -25,6 +24,7 @@ from msft_store.manifest import (
 )
 from msft_store.objects import Objects, PackWriter
 from msft_store.tensors import to_bytes
+from tests.store.states import State, logical_bytes, make_state, same_bits, train_step, write_base
 
 BF16 = by_name("bfloat16")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from faults import CHANGES, FaultyBackend
-from states import make_state, same_bits, train_step, write_base
 
 from msft_store import InvalidInputError, Store
 from msft_store.backend import LocalBackend
 from msft_store.catalog import Catalog
 from msft_store.export import export
+from tests.store.faults import CHANGES, FaultyBackend
+from tests.store.states import make_state, same_bits, train_step, write_base
 
 
 @pytest.fixture

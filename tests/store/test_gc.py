@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import State, same_bits, train_step
 
 from msft_store import (
     Base,
@@ -20,6 +19,7 @@ from msft_store import (
     StoreError,
 )
 from msft_store.backend import LocalBackend
+from tests.store.states import State, same_bits, train_step
 
 
 def files(store: Store) -> dict[str, int]:

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
-from states import State, same_bits, train_step, write_base
 
 from msft_store import Champions, DiskBudget, KeepBest, KeepLast, PinnedError, Policy, Store
+from tests.store.states import State, same_bits, train_step, write_base
 
 SEEDS = st.integers(0, 1 << 20)
 SHARES = st.floats(0, 1)

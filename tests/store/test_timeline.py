@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import State, bits_of, make_state, same_bits, train_step, write_base
 
 from msft_store import (
     Base,
@@ -25,6 +24,7 @@ from msft_store import (
 )
 from msft_store.backend import LocalBackend
 from msft_store.objects import Objects
+from tests.store.states import State, bits_of, make_state, same_bits, train_step, write_base
 
 
 def commit_all(
