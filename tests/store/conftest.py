@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from msft_store import Base, Store
-from tests.store.states import State, make_state, write_base
+from msft_store import Base, Checkpoint, Store
+from tests.store.states import State, make_state, train_step, write_base
 
 
 @pytest.fixture
@@ -23,3 +23,8 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def base(tmp_path: Path, store: Store, state: State) -> Base:
     return store.add_base(write_base(tmp_path / "base.safetensors", state))
+
+
+@pytest.fixture
+def ckpt(store: Store, base: Base, state: State) -> Checkpoint:
+    return store.save(train_step(state, 0.05, 1), parent=base, step=7)

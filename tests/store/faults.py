@@ -1,10 +1,11 @@
-"""A backend that fails, or stops as if the process were killed, at its n-th operation."""
+"""A backend that fails, or stops as if killed, at its n-th operation; damage to files."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from msft_store import StorageError
 from msft_store.backend import Backend, Writer
@@ -135,3 +136,10 @@ class FaultyWriter:
         if self._backend.strikes("publish"):
             self._backend.fail("publish")
         self._inner.publish(path)
+
+
+def changed_at(path: Path, offset: int) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)

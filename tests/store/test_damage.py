@@ -1,0 +1,147 @@
+"""Whatever bytes change: an error, never wrong numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msft_store import Checkpoint, CorruptedError, Store, StoreError
+from msft_store.format import digest, seal
+from tests.store.faults import changed_at
+from tests.store.states import State, same_bits, train_step
+
+
+def sampled(path: Path, count: int = 24) -> list[int]:
+    size = path.stat().st_size
+    return sorted({size * i // count for i in range(count)} | {size - 1})
+
+
+@pytest.mark.parametrize("what", ["packs", "manifests", "refs", "bases"])
+def test_a_flipped_bit_anywhere_is_an_error_never_other_numbers(
+    store: Store, ckpt: Checkpoint, state: State, what: str
+) -> None:
+    store.pin(ckpt, "only")
+    expected = train_step(state, 0.05, 1)
+    (path,) = Path(store.path, what).iterdir()
+    whole = path.read_bytes()
+    noticed = 0
+    for offset in sampled(path):
+        changed_at(path, offset)
+        try:
+            loaded = Store.open(store.path).load("only")
+        except StoreError:
+            noticed += 1
+            assert Store.open(store.path).check(read_data=True)
+        else:
+            # Where nothing is kept: padding, or bits that a frame's header does not use.
+            assert same_bits(loaded, expected)
+        path.write_bytes(whole)
+    assert noticed > 10
+    assert Store.open(store.path).check() == []
+
+
+def test_a_damaged_chunk_is_reported_with_checkpoint_and_tensor(
+    store: Store, ckpt: Checkpoint
+) -> None:
+    (pack,) = Path(store.path, "packs").iterdir()
+    changed_at(pack, 40)
+    with pytest.raises(CorruptedError, match=rf"checkpoint {ckpt.id[:12]}, tensor '"):
+        store.load(ckpt)
+    findings = store.check()
+    # The first chunk in the pack is that of the tied tensor.
+    assert [finding.where for finding in findings] == [
+        f"checkpoint {ckpt.id[:12]}, tensor {name}"
+        for name in ("lm_head.weight", "model.embed.weight")
+    ]
+    assert all(str(pack) in finding.what for finding in findings)
+    assert store.check(read_data=False) == []
+
+
+def test_damage_since_a_store_was_opened_is_found(store: Store, ckpt: Checkpoint) -> None:
+    assert store.check() == []
+    changed_at(Path(store.path, "manifests", f"{ckpt.id}.json"), 30)
+    assert [finding.where for finding in store.check()] == [f"checkpoint {ckpt.id[:12]}"]
+
+
+def test_a_lost_pack_is_reported(store: Store, ckpt: Checkpoint) -> None:
+    (pack,) = Path(store.path, "packs").iterdir()
+    pack.unlink()
+    again = Store.open(store.path)
+    assert again.check(read_data=False)
+    for one in (store, again):
+        with pytest.raises(CorruptedError, match="in no pack"):
+            one.load(ckpt.id)
+
+
+def test_a_ref_to_nothing_is_reported(store: Store, ckpt: Checkpoint) -> None:
+    store.pin(ckpt, "best")
+    Path(store.path, "manifests", f"{ckpt.id}.json").unlink()
+    (finding,) = Store.open(store.path).check()
+    assert finding.where == "ref best"
+    with pytest.raises(CorruptedError, match="points to a checkpoint that is not there"):
+        Store.open(store.path).load("best")
+
+
+def forged(store: Store, ckpt: Checkpoint, change: Callable[[dict[str, Any]], None]) -> str:
+    """Write a manifest with consistent digests and a changed tensor table; return its id."""
+    head, table = Path(store.path, "manifests", f"{ckpt.id}.json").read_bytes().split(b"\n")[:2]
+    tensors, first = json.loads(table), json.loads(head)
+    change(tensors)
+    line = json.dumps(tensors, sort_keys=True, separators=(",", ":")).encode()
+    del first["digest"]
+    first["content"]["tensors"] = digest(line)
+    content = json.dumps(first["content"], sort_keys=True, separators=(",", ":")).encode()
+    first["id"] = digest(content)
+    path = Path(store.path, "manifests", f"{first['id']}.json")
+    path.write_bytes(seal(first) + b"\n" + line + b"\n")
+    return str(first["id"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["model.scale"].update(shape=[2**40, 2**40]),
+        lambda t: t["model.scale"].update(shape=[-1]),
+        lambda t: t["model.scale"].update(shape="x"),
+        lambda t: t["model.scale"].update(dtype="float7"),
+        lambda t: t["model.scale"].update(dtype=["bool"]),
+        lambda t: t["model.scale"].update(pieces=[]),
+        lambda t: t["model.scale"].update(pieces=3),
+        lambda t: t["model.scale"]["pieces"][0].update(chunks="zz"),
+        lambda t: t["model.scale"]["pieces"][0].update(chunks=""),
+        lambda t: t["model.scale"]["pieces"][0].update(chunks="00" * 16),
+        lambda t: t["model.scale"]["pieces"][0].update(offset=[1]),
+        lambda t: t["model.empty"].update(shape=[0, 2**80]),
+        lambda t: t["model.empty"]["pieces"][0].update(shape=[0, 2**80]),
+        lambda t: t.clear(),
+        lambda t: t.update(more=t["model.scale"]),
+        lambda t: t.update({"../../outside": t.pop("model.scale")}),
+    ],
+    ids=range(16),
+)
+def test_forged_manifests_are_store_errors(
+    store: Store, ckpt: Checkpoint, change: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    identity = forged(store, ckpt, change)
+    again = Store.open(store.path)
+    try:
+        loaded = again.load(identity)
+        again.export(identity, tmp_path / "out")
+    except StoreError:
+        assert again.check(read_data=False)
+    else:
+        assert "../../outside" in loaded
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert again.load(ckpt.id).keys() == store.load(ckpt).keys()
+
+
+def test_strange_files_among_packs_are_no_packs(store: Store, ckpt: Checkpoint) -> None:
+    Path(store.path, "packs", ".nfs000012").write_bytes(b"still open somewhere")
+    again = Store.open(store.path)
+    assert again.check() == []
+    again.plan_gc().execute()
+    assert again.load(ckpt.id)
