@@ -3,7 +3,7 @@
 The text has the formats of the sub-datasets, mostly in other wordings, and contains no prompt of
 theirs; see :class:`Corpus`. Training is in fp32 at a constant learning rate and ends while the
 model is still learning. The weights are then balanced for small steps (:func:`balance`) and rounded
-to bf16. It takes ten minutes on two cores; a seed gives the same weights on the same machine.
+to bf16. It takes some minutes on two cores; a seed gives the same weights on the same machine.
 
 Example::
 
