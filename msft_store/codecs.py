@@ -25,6 +25,7 @@ from msft_store.format import inflate
 from msft_store.kernels import (
     Bytes,
     Codes,
+    Lanes,
     difference,
     gaps_of,
     join_planes,
@@ -175,10 +176,11 @@ class Sparse:
         positions = positions_of(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
         if count and positions[-1] >= old.size:
             raise ValueError("a sparse chunk changes elements beyond its end")
-        new = old.copy()
+        new: Lanes = old.copy()
         codes = join_planes(streams[4 * count :], dtype.lane)
         new[positions] = restore(codes, old[positions], floating=dtype.floating)
-        return new.view(np.uint8)
+        data: Bytes = new.view(np.uint8)
+        return data
 
 
 RAW: Codec = Raw()

@@ -99,16 +99,14 @@ def disk_text(summary: Summary) -> str:
     disk = summary.disk
     if disk is None:
         raise ValueError("nothing was committed, so there is no disk to speak of")
-    besides = f"base {bytes_text(disk.base_bytes)}"
-    if disk.resume_bytes:
-        besides += f", resume point {bytes_text(disk.resume_bytes)}"
+    point = bytes_text(disk.resume_bytes) if disk.resume_bytes else "none (resume_every is not set)"
     return (
         f"rollback points on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
         f"checkpoint ({bytes_text(disk.peak_bytes)}, {bytes_text(disk.mean_bytes)} of "
         f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype})\n"
         f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "
         f"mean {disk.paper_mean_copies:.2f} (a full copy per distinct champion and best overall)\n"
-        f"besides: {besides}"
+        f"besides: base {bytes_text(disk.base_bytes)}, resume point {point}"
     )
 
 
