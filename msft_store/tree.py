@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from msft_store.bases import Base
 from msft_store.manifest import Checkpoint
-from msft_store.render import human, percent, table
+from msft_store.render import human, percent, short_path, table
 
 _HEADER = ("checkpoint", "step", "metrics", "logical", "stored", "ratio", "kept by")
 _METRICS_SHOWN = 4
@@ -36,7 +36,8 @@ def lineage(
         names.setdefault(identity, []).append(name)
     rows: list[tuple[str, ...]] = []
     for base in bases:
-        rows.append((f"base {base.id[:12]}", "", "", human(base.logical_bytes), "", "", base.path))
+        size, path = human(base.logical_bytes), short_path(base.path)
+        rows.append((f"base {base.id[:12]}", "", "", size, "", "", path))
         rows += _rows(children.get(base.id, []), children, names, "")
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))

@@ -173,7 +173,7 @@ def _decision_table(counted: Sequence[Record]) -> Table:
     epochs = {(r["stage"], r["index"]): r["epoch"] for r in counted if r["event"] == "evaluated"}
     rows = [
         [
-            r["decision"].replace("_", " "),
+            _decision_text(r),
             str(r["stage"]),
             f"{epochs[r['stage'], r['index']]:.2f}",
             count_text(r["step"]),
@@ -188,6 +188,13 @@ def _decision_table(counted: Sequence[Record]) -> Table:
         rows=rows,
         numeric=False,
     )
+
+
+def _decision_text(record: Record) -> str:
+    """Return what a decision is called: where nobody peaked, nothing is rolled back."""
+    if record["decision"] == "roll_back" and not record["exclude"]:
+        return "next stage"
+    return str(record["decision"]).replace("_", " ")
 
 
 def _work_table(summaries: Mapping[str, Summary]) -> Table:
