@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CODE   := msft_store trainer tests bench examples
 
-.PHONY: help demo test check format lint types clean
+.PHONY: help demo test check format lint types bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -33,6 +33,11 @@ types: $(STAMP)  ## check types
 	$(BIN)/mypy
 
 check: lint types test ## all of format, lint, types and tests
+
+bench: $(STAMP)  ## measure codecs on checkpoints from real training
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev,bench]'
+	$(BIN)/python -m bench.trajectories
+	$(BIN)/python -m bench.codec
 
 clean:           ## remove the environment and what runs have written
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
