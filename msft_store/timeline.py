@@ -18,7 +18,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -72,6 +72,8 @@ class Timeline:
         self._store = store
         self._start = base
         self._alive: dict[str, Checkpoint] = {}
+        self._foreign: set[str] = set()
+        """Ids of roots that this timeline did not commit; it never evicts them."""
         self._root: Checkpoint | None = None
         self._branch = 0
         self._since = 0
@@ -150,7 +152,7 @@ class Timeline:
         if index < 0:
             raise InvalidInputError(f"a commit's number is 0 or more, not {index}")
         later = (c for c in self._current() if self._index(c) >= index)
-        self._give_up(tuple(c.id for c in later if c.id != self._root_id()))
+        self._give_up([c for c in later if c.id != self._root_id()])
         self._next = index
         self.last_commit = None
 
@@ -182,6 +184,8 @@ class Timeline:
             checkpoint = self._store.anchor(checkpoint)
             note = {"branch": branch, "since": self._since}
             self._store.pin(checkpoint, self._ref(_ROOT), note=note)
+        if checkpoint.id not in self._alive:
+            self._foreign.add(checkpoint.id)
         self._root = self._alive[checkpoint.id] = checkpoint
         self._branch = branch
 
@@ -203,13 +207,15 @@ class Timeline:
         protected = {refs[name] for name in mine}
         strays = []
         for checkpoint in log:
-            if _place(checkpoint).get("name") == self.name:
-                if checkpoint.id in protected:
-                    self._alive[checkpoint.id] = checkpoint
-                elif checkpoint.created > self._since:
-                    strays.append(checkpoint.id)
+            named, old = self._is_named(checkpoint), checkpoint.created <= self._since
+            if checkpoint.id in protected:
+                self._alive[checkpoint.id] = checkpoint
+                if not named or (old and checkpoint.id == self._root_id()):
+                    self._foreign.add(checkpoint.id)
+            elif named and not old:
+                strays.append(checkpoint)
         if strays:
-            self._give_up(tuple(strays))
+            self._give_up(strays)
 
     def _ref(self, part: str) -> str:
         return f"timelines/{self.name}/{part}"
@@ -218,12 +224,13 @@ class Timeline:
         return None if self._root is None else self._root.id
 
     def _index(self, checkpoint: Checkpoint) -> int:
-        on_branch = checkpoint.id != self._root_id()
+        on_branch = checkpoint.id not in self._foreign | {self._root_id()}
         return int(_place(checkpoint)["index"]) if on_branch else 0
 
     def _branch_of(self, checkpoint: Checkpoint) -> int:
-        at_root = checkpoint.id == self._root_id()
-        return self._branch if at_root else int(_place(checkpoint)["branch"])
+        if checkpoint.id == self._root_id():
+            return self._branch
+        return -1 if checkpoint.id in self._foreign else int(_place(checkpoint)["branch"])
 
     def _current(self) -> list[Checkpoint]:
         return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
@@ -257,8 +264,9 @@ class Timeline:
         return kept
 
     def _evict(self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]]) -> Commit:
-        dropped = tuple(identity for identity in self._alive if identity not in kept)
-        result = self._give_up(dropped)
+        superfluous = [c for c in self._alive.values() if c.id not in kept]
+        dropped = tuple(c.id for c in superfluous if c.id not in self._foreign)
+        result = self._give_up(superfluous)
         return Commit(
             checkpoint=checkpoint,
             kept=kept,
@@ -267,15 +275,19 @@ class Timeline:
             bytes=result.bytes,
         )
 
-    def _give_up(self, identities: tuple[str, ...]) -> GcResult:
+    def _give_up(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
+        """Protect checkpoints no longer, and evict those that are this timeline's own."""
         names = self._store.refs()
-        for identity in identities:
-            if self._ref(identity) in names:
-                self._store.unpin(self._ref(identity))
-        result = self._store.evict(identities)
-        for identity in identities:
-            self._alive.pop(identity, None)
+        for checkpoint in checkpoints:
+            if self._ref(checkpoint.id) in names:
+                self._store.unpin(self._ref(checkpoint.id))
+        result = self._store.evict(c.id for c in checkpoints if c.id not in self._foreign)
+        for checkpoint in checkpoints:
+            self._alive.pop(checkpoint.id, None)
         return result
+
+    def _is_named(self, checkpoint: Checkpoint) -> bool:
+        return _place(checkpoint).get("name") == self.name
 
 
 def _place(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -302,6 +302,33 @@ def test_a_checkpoint_may_be_the_start(store: Store, base: Base, state: State) -
     assert alive(store) == {start.id, done[1][0].id}
 
 
+@pytest.mark.parametrize("name", ["main", "earlier"])
+def test_a_checkpoint_that_was_the_start_is_never_evicted(
+    store: Store, base: Base, state: State, name: str
+) -> None:
+    with Timeline(store, base, retention=KeepLast(3), name="earlier") as earlier:
+        (_, _), (peak, old), (_, _) = commit_all(earlier, state, 1, 3, 2)
+        earlier.rollback(peak)
+        ((start, start_state),) = commit_all(earlier, old, 2, seed=10)
+    line = Timeline(store, start, retention=Champions({"m": "max"}), name=name)
+    commit_all(line, start_state, 1, 2, seed=20)
+
+    ((_, _), (peak, state)) = commit_all(line, start_state, 3, 5, seed=30)
+    line.rollback(peak)
+
+    assert peak.id in line.kept()
+    assert start.id in alive(store)
+    assert start.id not in line.kept()
+    assert line.last_commit is not None
+    assert start.id not in line.last_commit.dropped
+    assert start.id not in {store.refs()[ref] for ref in store.refs() if f"/{name}/" in ref}
+    ((best, _), (_, _)) = commit_all(line, state, 9, 8, seed=40)
+    assert set(line.kept()) == {peak.id, best.id}
+    assert set(Timeline(store, base, retention=line.retention, name=name).kept()) == set(
+        line.kept()
+    )
+
+
 def test_the_key_of_the_timeline_is_reserved(store: Store, base: Base, state: State) -> None:
     line = Timeline(store, base, retention=KeepLast(1))
     ckpt = line.commit(state, metadata={"note": [1]})
