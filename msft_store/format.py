@@ -128,6 +128,19 @@ def chunk_key(data: Any, dtype: DType) -> bytes:
     return state.digest()
 
 
+def join_keys(keys: Sequence[bytes]) -> str:
+    """Return the keys of a piece's chunks as JSON holds them."""
+    return b"".join(keys).hex()
+
+
+def split_keys(text: str, nbytes: int) -> tuple[bytes, ...]:
+    """Undo :func:`join_keys` for a piece of ``nbytes``; :class:`ValueError` for another number."""
+    keys = bytes.fromhex(text)
+    if len(keys) != KEY_BYTES * -(-nbytes // CHUNK_BYTES):
+        raise ValueError(f"{nbytes} bytes have another number of chunks")
+    return tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
+
+
 def seal(content: Mapping[str, Any]) -> bytes:
     """Return one line of JSON that carries its own digest."""
     return canonical({**content, "digest": digest(canonical(content))})
@@ -151,10 +164,10 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
         )
     stated = content.pop("digest", None)
     try:
-        actual = digest(canonical(content))
+        sound = stated == digest(canonical(content))
     except InvalidInputError:
-        actual = None
-    if stated != actual:
+        sound = False
+    if not sound:
         raise CorruptedError(f"{what} does not match its digest; restore it from a copy")
     return content
 

@@ -7,8 +7,8 @@ again gives the same checkpoint, and repacking never changes an id.
 
 Example::
 
-    manifest = read_manifest(backend, id)
-    manifest.tensors()["lm_head.weight"].pieces[0].keys
+    checkpoint = read_checkpoint(backend, identity)
+    read_tensors(backend, checkpoint)["lm_head.weight"].pieces[0].keys
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from typing import Any
 from msft_store.backend import Backend, publish
 from msft_store.dtypes import DType, by_name
 from msft_store.errors import CorruptedError, InvalidInputError, StoreError
-from msft_store.format import CHUNK_BYTES, KEY_BYTES, VERSION, canonical, digest, seal, unseal
+from msft_store.format import (
+    CHUNK_BYTES,
+    VERSION,
+    canonical,
+    digest,
+    join_keys,
+    seal,
+    split_keys,
+    unseal,
+)
 
 _FOLDER = "manifests"
 _SUFFIX = ".json"
@@ -146,7 +155,7 @@ def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
                     {
                         "offset": list(piece.offset),
                         "shape": list(piece.shape),
-                        "chunks": b"".join(piece.keys).hex(),
+                        "chunks": join_keys(piece.keys),
                     }
                     for piece in entry.pieces
                 ],
@@ -230,6 +239,15 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     return entries
 
 
+def parse_shape(value: Any) -> tuple[int, ...]:
+    """Return a shape or an offset out of JSON; :class:`ValueError` if it is none."""
+    if not isinstance(value, list) or any(
+        type(n) is not int or not 0 <= n < _MAX_LENGTH for n in value
+    ):
+        raise ValueError(f"{value!r} is not a shape")
+    return tuple(value)
+
+
 def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
     """Yield the decoded size of each chunk of a piece: full ones, then the rest."""
     rest = math.prod(piece.shape) * dtype.size
@@ -269,26 +287,18 @@ def _checkpoint(head: Mapping[str, Any]) -> Checkpoint:
 
 
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
-    dtype, shape = by_name(value["dtype"]), _shape(value["shape"])
+    dtype, shape = by_name(value["dtype"]), parse_shape(value["shape"])
     pieces = tuple(_piece(piece, shape, dtype) for piece in value["pieces"])
     _check_cover(pieces, shape)
     return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
 
 
 def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
-    keys = bytes.fromhex(value["chunks"])
-    piece = Piece(
-        offset=_shape(value["offset"]),
-        shape=_shape(value["shape"]),
-        keys=tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)),
-    )
-    nbytes = math.prod(piece.shape) * dtype.size
-    if len(keys) != KEY_BYTES * -(-nbytes // CHUNK_BYTES):
-        raise ValueError("a piece has the wrong number of chunks")
-    inside = (o + n <= s for o, n, s in zip(piece.offset, piece.shape, whole, strict=True))
-    if not all(inside):
+    offset, shape = parse_shape(value["offset"]), parse_shape(value["shape"])
+    if not all(o + n <= s for o, n, s in zip(offset, shape, whole, strict=True)):
         raise ValueError("a piece lies outside its tensor")
-    return piece
+    keys = split_keys(value["chunks"], math.prod(shape) * dtype.size)
+    return Piece(offset=offset, shape=shape, keys=keys)
 
 
 def _check_cover(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
@@ -301,11 +311,3 @@ def _check_cover(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
                 for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
             ):
                 raise ValueError("two pieces of a tensor overlap")
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(
-        type(n) is not int or not 0 <= n < _MAX_LENGTH for n in value
-    ):
-        raise ValueError(f"{value!r} is not a shape")
-    return tuple(value)

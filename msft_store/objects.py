@@ -21,7 +21,8 @@ import numpy as np
 
 from msft_store import codecs
 from msft_store.backend import Backend, Writer
-from msft_store.bases import Base, BaseReader, list_bases, path_of_base, read_base
+from msft_store.base_reader import BaseReader
+from msft_store.bases import Base, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
 from msft_store.errors import (
     CorruptedError,
@@ -138,7 +139,6 @@ class Objects:
                     except StoreError as error:
                         damaged[path_of_base(identity)] = error
             if packs.keys() != self._packs.keys():
-                # Replaced whole, for other threads read it at the same time.
                 index: dict[bytes, list[Stored]] = {}
                 for path, records in packs.items():
                     for record in records:
@@ -148,7 +148,8 @@ class Objects:
 
     def add_base(self, base: Base) -> None:
         """Make a base known that was just recorded, or recorded anew in another place."""
-        self._readers[base.id] = BaseReader(self._backend, base)
+        # Replaced whole, for other threads read it at the same time.
+        self._readers = {**self._readers, base.id: BaseReader(self._backend, base)}
 
     def bases(self) -> dict[str, Base]:
         """Return all bases by id."""

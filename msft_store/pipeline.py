@@ -26,11 +26,10 @@ import torch
 
 from msft_store import codecs
 from msft_store.dtypes import DType, by_torch
-from msft_store.errors import CorruptedError, StorageError, StoreError
+from msft_store.errors import CorruptedError, InvalidInputError, StorageError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
-    MAX_DEPTH,
     BaseSpan,
     ChunkSpan,
     Record,
@@ -64,8 +63,8 @@ class Work:
 
     data: Bytes
     dtype: DType
-    references: tuple[Reference, ...]
-    """Candidates, the preferred one first; the first that can be read is used."""
+    reference: Reference | None
+    """What it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ def in_order(
 
 
 class Encoder:
-    """Encodes chunks against the references that a planner chose."""
+    """Encodes chunks, each against the reference that a planner chose for it."""
 
     def __init__(self, objects: Objects, base: str | None, *, alone: bool = False) -> None:
         """``alone``: also encode what is stored already, but as a change of another chunk."""
@@ -122,7 +121,7 @@ class Encoder:
         stored = self._objects.find(key, self._base)
         if stored is not None and not (self._alone and stored.record.refers_to_chunk):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
-        reference, data = self._first_readable(work)
+        reference, data = work.reference, self._read(work)
         codec, payload = codecs.encode(work.data, data, work.dtype)
         if not codec.needs_reference:
             reference, data = None, None
@@ -148,19 +147,19 @@ class Encoder:
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
 
-    def _first_readable(self, work: Work) -> tuple[Reference | None, Bytes | None]:
-        for reference in work.references:
-            if reference.depth > MAX_DEPTH:
-                continue
-            span, count = reference.span, work.data.size // work.dtype.size
-            if isinstance(span, BaseSpan):
-                if reference.base is None:
-                    continue
-                reader = self._objects.base(reference.base)
-                reader.verify_span(span, count)
-                return reference, reader.read_span(span, count, work.dtype)
-            return reference, self._objects.read(span.key, span.length, work.dtype, self._base)
-        return None, None
+    def _read(self, work: Work) -> Bytes | None:
+        """Return the bytes of the reference; those of the base only if they are what was added."""
+        if work.reference is None:
+            return None
+        span, base = work.reference.span, work.reference.base
+        if isinstance(span, ChunkSpan):
+            return self._objects.read(span.key, span.length, work.dtype, self._base)
+        if base is None:
+            raise InvalidInputError("a reference in a base must name the base")
+        count = work.data.size // work.dtype.size
+        reader = self._objects.base(base)
+        reader.verify_span(span, count)
+        return reader.read_span(span, count, work.dtype)
 
 
 def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] | None:
@@ -227,7 +226,7 @@ def encode_state(
                 yield Work(
                     data=data[start : start + CHUNK_BYTES],
                     dtype=entry.dtype,
-                    references=planner.references(name, entry, 0, number),
+                    reference=planner.reference(name, entry, 0, number),
                 )
 
     writer = ChunkWriter(begin)
@@ -268,7 +267,7 @@ def encode_anchor(
                     yield Work(
                         data=objects.read(key, size, entry.dtype, base),
                         dtype=entry.dtype,
-                        references=planner.references(name, entry, at, number),
+                        reference=planner.reference(name, entry, at, number),
                     )
 
     writer = ChunkWriter(begin)

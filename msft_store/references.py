@@ -4,7 +4,7 @@ Example::
 
     planner = Planner(objects, base.id, parent_tensors)
     planner.match({"lm_head.weight": (512, 192)})
-    planner.references("lm_head.weight", entry, piece=0, chunk=0)      # the preferred one first
+    planner.reference("lm_head.weight", entry, piece=0, chunk=0)
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from msft_store.bases import BaseTensor, convertible, match_names
+from msft_store.base_reader import convertible
+from msft_store.bases import BaseTensor
 from msft_store.format import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
 from msft_store.manifest import TensorEntry, chunk_sizes
 from msft_store.objects import Objects
@@ -55,28 +56,26 @@ class Planner:
         """Return whether a tensor may have references."""
         return name in self._parent or name in self._names
 
-    def references(
-        self, name: str, entry: TensorEntry, piece: int, chunk: int
-    ) -> tuple[Reference, ...]:
-        """Return the candidates for one chunk, the preferred one first."""
+    def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
+        """Return what one chunk is compared with; ``None`` if there is nothing like it."""
         box = entry.pieces[piece]
-        found = []
         theirs = self._parent.get(name)
         if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
             for other in theirs.pieces:
                 if (other.offset, other.shape) == (box.offset, box.shape):
                     size = list(chunk_sizes(other, entry.dtype))[chunk]
-                    found.append(self._chunk(other.keys[chunk], size))
+                    found = self._chunk(other.keys[chunk], size)
+                    if found is not None:
+                        return found
         match = self._names.get(name)
-        if match is not None and convertible(self._theirs[match].dtype, entry.dtype):
-            whole = box.shape == entry.shape
-            span = BaseSpan(
-                tensor=match,
-                start=chunk * CHUNK_BYTES // entry.dtype.size,
-                box=None if whole else (box.offset, box.shape),
-            )
-            found.append(Reference(base=self._base, depth=1, span=span))
-        return tuple(reference for reference in found if reference is not None)
+        if match is None or not convertible(self._theirs[match].dtype, entry.dtype):
+            return None
+        span = BaseSpan(
+            tensor=match,
+            start=chunk * CHUNK_BYTES // entry.dtype.size,
+            box=None if box.shape == entry.shape else (box.offset, box.shape),
+        )
+        return Reference(base=self._base, depth=1, span=span)
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
         located = self._objects.in_base(key, self._base)
@@ -92,3 +91,41 @@ class Planner:
         if record.reference is None and record.refers_to_chunk:
             return self._chunk(record.ref_key, size)
         return None
+
+
+def match_names(
+    shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Return which tensor of a base each tensor is compared with: name → base name.
+
+    Equal names first; then, where one side carries a prefix such as ``model.`` or ``module.``, the
+    prefix that matches most names. Shapes must agree.
+    """
+    matches = {name: name for name, shape in shapes.items() if base.get(name) == shape}
+    rest = [name for name in shapes if name not in matches]
+    votes: dict[tuple[str, str], int] = {}
+    by_tail: dict[str, list[str]] = {}
+    for other in base:
+        by_tail.setdefault(other.rsplit(".", 1)[-1], []).append(other)
+    for name in rest:
+        for other in by_tail.get(name.rsplit(".", 1)[-1], ()):
+            if base[other] == shapes[name]:
+                prefixes = _prefixes(name, other)
+                if prefixes is not None:
+                    votes[prefixes] = votes.get(prefixes, 0) + 1
+    for added, removed in sorted(votes, key=lambda prefixes: (-votes[prefixes], prefixes)):
+        for name in rest:
+            if name in matches or not name.startswith(added):
+                continue
+            other = removed + name[len(added) :]
+            if base.get(other) == shapes[name]:
+                matches[name] = other
+    return matches
+
+
+def _prefixes(name: str, other: str) -> tuple[str, str] | None:
+    if name.endswith("." + other):
+        return name[: -len(other)], ""
+    if other.endswith("." + name):
+        return "", other[: -len(name)]
+    return None

@@ -18,7 +18,7 @@ STORE = """
 errors render
 kernels dtypes format codecs
 backend
-tensors refs manifest safetensors_file bases
+tensors refs manifest safetensors_file bases base_reader
 retention
 objects references catalog
 pipeline tree sources stats matching

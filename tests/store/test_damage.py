@@ -145,3 +145,22 @@ def test_strange_files_among_packs_are_no_packs(store: Store, ckpt: Checkpoint) 
     assert again.check() == []
     again.plan_gc().execute()
     assert again.load(ckpt.id)
+
+
+def test_a_sealed_file_without_its_digest_is_refused(store: Store, ckpt: Checkpoint) -> None:
+    store.pin(ckpt, "only")
+    (path,) = Path(store.path, "refs").iterdir()
+    content = json.loads(path.read_bytes())
+    del content["digest"]
+    path.write_text(json.dumps({**content, "note": {"score": float("nan")}}))
+    with pytest.raises(CorruptedError, match="digest"):
+        store.refs()
+
+
+def test_a_base_under_another_name_is_refused(store: Store, ckpt: Checkpoint) -> None:
+    (path,) = Path(store.path, "bases").iterdir()
+    path.rename(path.with_name(f"{'0' * 32}.json"))
+    (finding, *_) = Store.open(store.path).check()
+    assert "does not hold the base that its name says" in str(finding)
+    with pytest.raises(StoreError):
+        Store.open(store.path).load(ckpt.id)

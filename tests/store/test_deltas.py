@@ -11,7 +11,7 @@ import torch
 
 from msft_store import Base, Checkpoint, KeepLast, Store, pipeline
 from msft_store.backend import LocalBackend
-from msft_store.bases import BaseReader, box_runs
+from msft_store.base_reader import BaseReader, box_runs
 from msft_store.codecs import DELTA
 from msft_store.dtypes import by_name
 from msft_store.format import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, chunk_key

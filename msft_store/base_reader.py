@@ -1,0 +1,161 @@
+"""Reading a base by span: elements of one of its tensors, or of a box of it.
+
+Elements of a base in another dtype are rounded to the one that is asked for, so that a float32
+model on disk serves a bfloat16 run. The base is somebody else's file: it may have moved or changed,
+which is a :class:`BaseError` that says so, never wrong bytes.
+
+Example::
+
+    reader = BaseReader(backend, base)
+    reader.read_span(BaseSpan(tensor="lm_head.weight", start=0), 4096, by_name("bfloat16"))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from msft_store.backend import Backend, read_file
+from msft_store.bases import Base, BaseTensor, path_of_base
+from msft_store.dtypes import DType
+from msft_store.errors import BaseError, CorruptedError, MismatchError
+from msft_store.format import CHUNK_BYTES, BaseSpan, chunk_key
+from msft_store.kernels import Bytes
+
+
+class BaseReader:
+    """Reads a base's bytes by span; who decodes checks them, the file may have changed."""
+
+    def __init__(self, backend: Backend, base: Base) -> None:
+        self.base = base
+        self.chunks = {
+            key: BaseSpan(tensor=name, start=number * CHUNK_BYTES // tensor.dtype.size)
+            for name, tensor in base.tensors.items()
+            for number, key in enumerate(tensor.keys)
+        }
+        self._record = backend.describe(path_of_base(base.id))
+
+    def where(self, span: BaseSpan) -> str:
+        """Return the file that holds a span."""
+        return self.base.files[self._tensor(span.tensor).file][0]
+
+    def chunk_bytes(self, span: BaseSpan) -> int:
+        """Return the size of the chunk that begins where a span does."""
+        tensor = self._tensor(span.tensor)
+        return min(CHUNK_BYTES, tensor.nbytes - span.start * tensor.dtype.size)
+
+    def verify_span(self, span: BaseSpan, count: int) -> None:
+        """Compare what a span touches with its keys; :class:`BaseError` if it changed.
+
+        For who is about to take a difference against it: a base that changed unnoticed would make
+        checkpoints that need what is not recorded anywhere.
+        """
+        tensor = self._tensor(span.tensor)
+        offset, shape = span.box or ((0,) * len(tensor.shape), tensor.shape)
+        step = CHUNK_BYTES // tensor.dtype.size
+        touched: set[int] = set()
+        for start, length in box_runs(tensor.shape, offset, shape, span.start, count):
+            touched.update(range(start // step, -(-(start + length) // step)))
+        for number in sorted(touched):
+            whole = BaseSpan(tensor=span.tensor, start=number * step)
+            size = self.chunk_bytes(whole) // tensor.dtype.size
+            self.verify(whole, self.read_span(whole, size, tensor.dtype), tensor.keys[number])
+
+    def verify(self, span: BaseSpan, data: Bytes, key: bytes) -> None:
+        """Compare with its key what was read of a chunk; :class:`BaseError` if it changed."""
+        if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
+            raise BaseError(
+                f"{self.where(span)} changed since it was added as base {self.base.id[:12]} "
+                f"(tensor {span.tensor!r}); put the original file back"
+            )
+
+    def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
+        """Return ``count`` elements, rounded to ``dtype`` if the base has another."""
+        tensor = self._tensor(span.tensor)
+        offset, shape = span.box or ((0,) * len(tensor.shape), tensor.shape)
+        runs = box_runs(tensor.shape, offset, shape, span.start, count)
+        parts = [self._read(tensor, start, length) for start, length in runs]
+        raw = parts[0] if len(parts) == 1 else b"".join(parts)
+        if len(raw) != count * tensor.dtype.size:
+            raise BaseError(
+                f"{self.where(span)} is shorter than when it was added as base "
+                f"{self.base.id[:12]}; put the original file back or use relocate"
+            )
+        return _convert(np.frombuffer(raw, np.uint8), tensor.dtype, dtype)
+
+    def _read(self, tensor: BaseTensor, start: int, count: int) -> bytes:
+        path, _ = self.base.files[tensor.file]
+        file = Path(path)
+        if not file.is_file():
+            raise BaseError(
+                f"base {self.base.id[:12]} is no longer at {path}; "
+                f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH"
+            )
+        width = tensor.dtype.size
+        return read_file(file, tensor.offset + start * width, count * width)
+
+    def _tensor(self, name: str) -> BaseTensor:
+        try:
+            return self.base.tensors[name]
+        except KeyError:
+            raise CorruptedError(f"{self._record} has no tensor {name!r}") from None
+
+
+def box_runs(
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    box: tuple[int, ...],
+    start: int,
+    count: int,
+) -> Iterator[tuple[int, int]]:
+    """Yield (first element, elements) runs of a row-major tensor that make up part of a box.
+
+    The part is ``count`` elements from element ``start`` of the box.
+    """
+    if len(offset) != len(shape) or any(
+        o + n > s for o, n, s in zip(offset, box, shape, strict=True)
+    ):
+        raise MismatchError(f"the box {offset} + {box} lies outside the shape {shape}")
+    split = len(shape)
+    while split > 0 and box[split:] == shape[split:]:
+        split -= 1
+    # Dimensions from `split` on are contiguous in the tensor.
+    run = math.prod(box[split:])
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    end = min(start + count, math.prod(box))
+    while start < end:
+        row, within = divmod(start, run)
+        length = min(run - within, end - start)
+        position = within + sum(o * s for o, s in zip(offset, strides, strict=True))
+        for axis in reversed(range(split)):
+            row, index = divmod(row, box[axis])
+            position += index * strides[axis]
+        yield position, length
+        start += length
+
+
+def convertible(have: DType, want: DType) -> bool:
+    """Return whether a base's elements of one type serve as references for another."""
+    return have == want or (_rounds(have) and _rounds(want))
+
+
+def _rounds(dtype: DType) -> bool:
+    return dtype.floating and dtype.size == dtype.lane > 1
+
+
+def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
+    if have == want:
+        return data
+    if have.torch is None or want.torch is None or not convertible(have, want):
+        raise MismatchError(f"{have.name} is not converted to {want.name}")
+    source = torch.from_numpy(data.copy()).view(have.torch)
+    converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()
+    nan = source.isnan()
+    if nan.any():
+        # Which NaN a conversion gives depends on the processor and the position.
+        converted.reshape(-1, want.size)[nan.numpy()] = 0
+    return converted
