@@ -62,7 +62,8 @@ class Catalog:
     def refresh(self) -> None:
         """Read what other processes added or removed since."""
         identities = set(list_manifests(self.backend))
-        known, damaged = self._checkpoints, {}
+        # A copy, for other threads add to it at the same time.
+        known, damaged = dict(self._checkpoints), {}
         checkpoints = {identity: known[identity] for identity in known if identity in identities}
         for identity in sorted(identities - checkpoints.keys()):
             try:
@@ -72,7 +73,8 @@ class Catalog:
                 if self.backend.exists(path_of(identity)):
                     damaged[identity] = error
         self._checkpoints, self._damaged = checkpoints, damaged
-        self._keys = {identity: k for identity, k in self._keys.items() if identity in checkpoints}
+        keys = dict(self._keys)
+        self._keys = {identity: keys[identity] for identity in keys if identity in checkpoints}
         self.objects.refresh()
 
     @property

@@ -3,6 +3,10 @@
 Exit codes: 0 done, 1 the store refused (one sentence on stderr says why), 2 wrong usage, 3
 ``check`` found something wrong. ``--json`` prints one JSON document instead of text, in which a
 metric without a finite value is a string.
+
+Example::
+
+    msft-store --store run/store inspect
 """
 
 from __future__ import annotations

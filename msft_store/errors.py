@@ -7,7 +7,7 @@ StoreError
 ├── InvalidInputError       an argument that the store cannot keep or does not understand
 ├── MismatchError           tensors and checkpoint differ in names, shapes or dtypes
 ├── PinnedError             a ref protects what should go
-├── BaseError               a base's file moved or changed
+├── BaseError               a base's files are missing, changed, or not safetensors
 ├── CorruptedError          stored bytes are not what was written
 ├── BusyError               somebody else holds the store's lock
 ├── OutOfSpaceError         the disk is full
@@ -47,7 +47,7 @@ class PinnedError(StoreError):
 
 
 class BaseError(StoreError):
-    """A base's file moved or changed since it was added."""
+    """A base's files are missing, not sound safetensors, or not what was added."""
 
 
 class CorruptedError(StoreError):

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import safetensors.torch
 
-from msft_store.backend import LocalBackend, move_folder, publish, read_file
+from msft_store.backend import LocalBackend, move_folder, publish, read_file, translated
 from msft_store.catalog import Catalog
-from msft_store.errors import InvalidInputError, StorageError
+from msft_store.errors import InvalidInputError
 from msft_store.format import canonical
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.pipeline import decode_state, empty_like
@@ -38,8 +38,9 @@ def export(
     ``shard_bytes`` bounds each safetensors file, and the memory that is taken, about twofold.
     :class:`InvalidInputError` if the directory has something in it, or a dtype is not safetensors'.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInputError(f"{folder} is not empty; export to a new directory")
+    with translated("read", folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     tensors = catalog.tensors(checkpoint)
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
@@ -48,10 +49,8 @@ def export(
                 "load the checkpoint and convert it"
             )
     partial = folder.absolute().parent / f".{folder.name}-{uuid.uuid4().hex}"
-    try:
+    with translated("create", partial):
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"cannot create {partial}: {error.strerror}") from error
     try:
         backend = LocalBackend(partial)
         _write_shards(catalog, checkpoint, tensors, backend, shard_bytes)
@@ -110,7 +109,9 @@ def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBac
     source = Path(catalog.objects.base(checkpoint.base).base.path)
     if not source.is_dir():
         return
-    for file in sorted(source.iterdir()):
+    with translated("read", source):
+        files = sorted(source.iterdir())
+    for file in files:
         if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith("."):
             size = file.stat().st_size
             if size <= _LARGEST_COPIED_FILE:

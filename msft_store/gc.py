@@ -120,7 +120,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         for checkpoint in checkpoints
     }
     if policy is not None:
-        decided = policy.decide(candidates(checkpoints, protected))
+        decided = policy.decide(_candidates(checkpoints, protected))
         kept = {
             identity: tuple(reason.text for reason in reasons)
             for identity, reasons in decided.items()
@@ -142,8 +142,8 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
     )
 
 
-def candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:
-    """Return what a policy sees of checkpoints that belong to no timeline."""
+def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:
+    # To a policy of the whole store, timelines and their branches are one line of checkpoints.
     return [
         Candidate(
             id=checkpoint.id,
@@ -165,7 +165,7 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         _refuse_damage(catalog)
         protected = catalog.protected()
         for identity in drop:
-            if identity not in protected:
+            if identity not in protected and catalog.get(identity) is not None:
                 backend.delete(path_of(identity))
                 catalog.remove(identity)
         delete, rewrite, _ = _waste(catalog, catalog.checkpoints())

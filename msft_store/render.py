@@ -1,11 +1,17 @@
-"""How numbers and tables are shown to people."""
+"""How numbers and tables are shown to people.
+
+Example::
+
+    human(1_900_000)                        # "1.9 MB"
+    table(("name", "bytes"), [("w", human(512))], align="<>")
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+_UNITS = ("B", "kB", "MB", "GB")
 _STEP = 1000
 
 
@@ -13,10 +19,10 @@ def human(size: int) -> str:
     """Return a number of bytes with a unit, powers of 1000."""
     value = float(size)
     for unit in _UNITS:
-        if abs(value) < _STEP or unit == _UNITS[-1]:
+        if abs(value) < _STEP:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= _STEP
-    raise AssertionError(size)
+    return f"{value:.1f} TB"
 
 
 def short_path(path: str) -> str:

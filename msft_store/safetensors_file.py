@@ -3,6 +3,11 @@
 The library's own reader maps files into memory, which kills the interpreter when a file is
 truncated under it; a base is somebody else's file, so only the header is parsed here and the data
 is read by position. Format: 8 bytes of header length, a JSON header, then the data.
+
+Example::
+
+    for file in find_files(Path("Qwen2.5-0.5B")):
+        read_header(file)["lm_head.weight"].offset
 """
 
 from __future__ import annotations

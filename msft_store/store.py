@@ -16,13 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from msft_store.backend import Backend, LocalBackend, publish
+from msft_store.backend import Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
 from msft_store.catalog import CONFIG, Catalog, write_config
 from msft_store.check import Finding, check
@@ -48,7 +48,7 @@ from msft_store.manifest import (
 )
 from msft_store.matching import check_match, listed
 from msft_store.objects import PackWriter
-from msft_store.pipeline import decode_state, empty_like, encode_anchor, encode_state
+from msft_store.pipeline import Totals, decode_state, empty_like, encode_anchor, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.retention import Policy
@@ -77,8 +77,9 @@ class Store:
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(f"there is a store at {root} already; open it, or choose another")
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
+        with translated("read", root):
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
         publish(backend, CONFIG, write_config())
         return cls(backend)
@@ -141,7 +142,7 @@ class Store:
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
             parent_id, base, parent_tensors = self._lineage(parent)
-            table, stored_bytes, unreferenced_bytes = self._encode(state, base, parent_tensors)
+            table, totals = self._encode(state, base, parent_tensors)
             line = tensor_table(table)
             content = checkpoint_content(
                 parent=parent_id,
@@ -161,8 +162,8 @@ class Store:
                 content,
                 line,
                 created=self._next_time(),
-                stored_bytes=stored_bytes,
-                unreferenced_bytes=unreferenced_bytes,
+                stored_bytes=totals.stored_bytes,
+                unreferenced_bytes=totals.unreferenced_bytes,
             )
             self._catalog.add(checkpoint)
             self._catalog.objects.refresh()
@@ -268,16 +269,9 @@ class Store:
             self._catalog.refresh()
             found = self._catalog.resolve(checkpoint)
             tensors = self._catalog.tensors(found)
-            with contextlib.ExitStack() as stack:
-                packs: list[PackWriter] = []
-                encode_anchor(
-                    self._catalog.objects,
-                    tensors,
-                    lambda: self._begin_pack(stack, packs),
-                    base=found.base,
-                )
-                for pack in packs:
-                    pack.publish()
+            packs: list[PackWriter] = []
+            with self._packing(packs) as begin:
+                encode_anchor(self._catalog.objects, tensors, begin, base=found.base)
             self._catalog.refresh()
             if packs:
                 stored_bytes = self._catalog.stored_bytes(found)
@@ -345,19 +339,13 @@ class Store:
         state: Mapping[str, torch.Tensor],
         base: str | None,
         parent: Mapping[str, TensorEntry] | None,
-    ) -> tuple[dict[str, TensorEntry], int, int]:
+    ) -> tuple[dict[str, TensorEntry], Totals]:
         packs: list[PackWriter] = []
         try:
-            with contextlib.ExitStack() as stack:
+            with self._packing(packs) as begin:
                 table, totals = encode_state(
-                    self._catalog.objects,
-                    state,
-                    lambda: self._begin_pack(stack, packs),
-                    base=base,
-                    parent=parent,
+                    self._catalog.objects, state, begin, base=base, parent=parent
                 )
-                for pack in packs:
-                    pack.publish()
         except OutOfSpaceError as error:
             whole = sum(tensor.nbytes for tensor in state.values())
             written = sum(pack.position for pack in packs)
@@ -366,11 +354,20 @@ class Store:
                 f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost: free "
                 "space or run msft-store gc"
             ) from error
-        return table, totals.stored_bytes, totals.unreferenced_bytes
+        return table, totals
 
-    def _begin_pack(self, stack: contextlib.ExitStack, packs: list[PackWriter]) -> PackWriter:
-        packs.append(PackWriter(stack.enter_context(self._backend.writer())))
-        return packs[-1]
+    @contextlib.contextmanager
+    def _packing(self, packs: list[PackWriter]) -> Iterator[Callable[[], PackWriter]]:
+        """Give what begins a pack, added to ``packs``; all are published at the end."""
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> PackWriter:
+                packs.append(PackWriter(stack.enter_context(self._backend.writer())))
+                return packs[-1]
+
+            yield begin
+            for pack in packs:
+                pack.publish()
 
     def _next_time(self) -> int:
         # Later than every other, so that the log is in order even where a clock goes back.

@@ -24,7 +24,7 @@ def lineage(
 ) -> str:
     """Return one line a checkpoint, each below the one that it descends from.
 
-    A checkpoint whose parent was forgotten stands below its base.
+    A checkpoint whose parent was forgotten stands below its base. An empty store gives no text.
     """
     known = {checkpoint.id for checkpoint in checkpoints}
     children: dict[str | None, list[Checkpoint]] = {}
@@ -42,7 +42,7 @@ def lineage(
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))
         rows += _rows(children[None], children, names, "")
-    return table(_HEADER, rows, align="<><>>><")
+    return table(_HEADER, rows, align="<><>>><") if rows else ""
 
 
 def _rows(

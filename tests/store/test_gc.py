@@ -225,3 +225,10 @@ def test_a_policy_sees_checkpoints_of_a_store_as_one_branch(
     line = save_line(store, base, state, 3)
     plan = store.plan_gc(Champions({"m": "max"}))
     assert [verdict.checkpoint.id for verdict in plan.kept] == [line[1][0]]
+
+
+def test_evicting_what_is_no_checkpoint_deletes_nothing(store: Store) -> None:
+    outside = Path(store.path, "..", "mine.json")
+    outside.write_text("{}")
+    store.evict(["../../mine", "0" * 32])
+    assert outside.exists()

@@ -77,6 +77,10 @@ def test_store_is_found_by_environment_and_current_directory(
     assert len(document(capsys, "log")) == 2
 
 
+def test_an_empty_store_says_so(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+    assert run(capsys, "--store", store.path, "inspect")[1] == "the store is empty\n"
+
+
 def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
     root, tip = run_store.log()
     code, out, _ = run(capsys, "--store", run_store.path, "inspect")
