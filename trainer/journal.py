@@ -12,7 +12,8 @@ event              fields
 ================== ==============================================================================
 ``run_started``    version, method, config, model {path, parameters, layers, hidden, dtype}, mode,
                    metric, sub_datasets {name: {train, validation, test, too_long}},
-                   full_checkpoint_bytes, base_bytes, base_id
+                   steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
+                   base_id
 ``stage_started``  stage, root (checkpoint id), active [names], epochs, steps (planned), examples
 ``trained``        step, stage, epoch, loss (mean token loss), lr, grad_norm or null, tokens,
                    attention_tokens, target_tokens, padded_tokens, seconds: all since the last such
@@ -28,8 +29,9 @@ event              fields
                    (null with ``continue``), exclude [names], reason; written before it is acted on
 ``resume_point``   step, stage, bytes
 ``resumed``        after (seq of the last earlier record that still counts), from
-``tested``         checkpoint, what (``base``, ``result``), split, metrics {name…, overall}, and the
-                   token counts of ``evaluated``, seconds
+                   (``resume_point``, ``stage_root``, ``end``)
+``tested``         checkpoint, what (``base``, ``result``), split, metrics {name…, overall},
+                   losses {name…}, and the token counts of ``evaluated``, seconds
 ``finished``       checkpoint (the result), model_dir, seconds
 ``interrupted``    step, signal
 ================== ==============================================================================

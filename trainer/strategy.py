@@ -16,7 +16,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 OVERALL = "overall"
@@ -96,7 +96,7 @@ class Needs:
     """Sub-datasets whose first best checkpoint of the current stage is needed."""
     peak_window: int | None = None
     """Evaluations after which an unbeaten champion's peak has passed; ``None``: never."""
-    best: tuple[str, ...] = field(default=(OVERALL,))
+    best: tuple[str, ...] = (OVERALL,)
     """Metrics whose best checkpoint of the whole run is needed."""
 
 

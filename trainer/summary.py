@@ -23,6 +23,9 @@ from trainer.peaks import first_best
 from trainer.plan import rule_text
 from trainer.strategy import OVERALL, Mode
 
+_TIMED = ("trained", "evaluated", "committed", "tested")
+"""Events whose ``seconds`` do not overlap."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
@@ -152,9 +155,6 @@ def summarize(records: Sequence[Record]) -> Summary:
         disk=_disk(counted, start),
         account=Account.from_journal(records),
     )
-
-
-_TIMED = ("trained", "evaluated", "committed", "tested")
 
 
 def goes_back(decided: Record, evaluated: Sequence[Record]) -> bool:

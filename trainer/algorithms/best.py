@@ -1,4 +1,11 @@
-"""What the strategies share: the best overall checkpoint, and a check of what they are told."""
+"""What the strategies share: the best overall checkpoint, and a check of what they are told.
+
+Example::
+
+    best = BestOverall("max")
+    best.add(evaluation)
+    checkpoint, why = best.result(otherwise=evaluation)
+"""
 
 from __future__ import annotations
 
