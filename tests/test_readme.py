@@ -1,0 +1,59 @@
+"""The README: its code runs as it stands, and its map names every file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_block() -> str:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def mapped() -> list[Path]:
+    """Return the paths of the file map; in a row, later names may leave out the first folder."""
+    (section,) = re.findall(r"^## Where things are\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    paths = []
+    for cell in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE):
+        names = re.findall(r"`([^`]+)`", cell)
+        top = names[0].partition("/")[0]
+        paths += [Path(names[0]), *(Path(top, name) for name in names[1:])]
+    return paths
+
+
+def test_the_code_runs_and_the_store_is_sound_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, "-c", python_block()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "runs" / "readme-model" / "model.safetensors").is_file()
+
+
+def test_everything_on_the_map_is_there() -> None:
+    paths = mapped()
+    assert len(paths) == len(set(paths)) > 20
+    assert [str(path) for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("package", ["msft_store", "trainer"])
+def test_every_module_is_on_the_map(package: str) -> None:
+    modules = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+    named = {path for path in modules if not path.name.startswith("__")}
+    assert sorted(map(str, named - set(mapped()))) == []
