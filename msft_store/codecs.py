@@ -158,11 +158,10 @@ class Sparse:
     needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        change = _change(chunk, reference, dtype)
-        positions = np.flatnonzero(change)
-        streams = np.concatenate(
-            [split_planes(gaps_of(positions)), split_planes(change[positions])]
-        )
+        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
+        positions = np.flatnonzero(new != old)
+        change = difference(new[positions], old[positions], floating=dtype.floating)
+        streams = np.concatenate([split_planes(gaps_of(positions)), split_planes(change)])
         return struct.pack("<I", positions.size) + _deflate(streams, _DELTA_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
@@ -219,7 +218,8 @@ _PLAIN: tuple[Codec, ...] = (PLANES, ZSTD)
 
 
 def _with_reference(chunk: Bytes, reference: Bytes, dtype: DType) -> tuple[Codec, ...]:
-    changed = float(np.mean(lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)))
+    differs = lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)
+    changed = np.count_nonzero(differs) / differs.size
     if changed == 0:
         return (SAME,)
     if changed < _DENSE_FROM:
