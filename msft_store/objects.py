@@ -1,9 +1,10 @@
 """Chunks by key: packs, their records, and the bases that records refer to.
 
 A key may have several representations. A checkpoint of base B may use those that need no base or B
-itself, so that no checkpoint ever depends on a base that is not its own. References only point to
-what is less deep (``Record.depth``), so they are acyclic, and restoring takes at most
-``MAX_DEPTH + 1`` decodings a chunk.
+itself, so that no checkpoint ever depends on a base that is not its own. What a record refers to is
+looked up with the record's base, not the checkpoint's: a record that needs no base serves every
+checkpoint. References only point to what is less deep (``Record.depth``), so they are acyclic, and
+restoring takes at most ``MAX_DEPTH + 1`` decodings a chunk.
 
 Example::
 
@@ -189,7 +190,7 @@ class Objects:
         stored = self.find(key, base)
         if stored is not None:
             try:
-                return self._decode(stored, size, dtype, base)
+                return self._decode(stored, size, dtype)
             except StoreError:
                 # A gc may have moved the chunk, or what it refers to, since it was indexed.
                 self.refresh()
@@ -205,10 +206,9 @@ class Objects:
             raise CorruptedError(
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
             )
-        return self._decode(stored, size, dtype, base)
+        return self._decode(stored, size, dtype)
 
-    def reference(self, record: Record, base: str | None) -> Bytes | None:
-        """Return the bytes that a record is a change of."""
+    def _reference(self, record: Record) -> Bytes | None:
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
             return None
         dtype = by_code(record.dtype)
@@ -219,10 +219,11 @@ class Objects:
             return reader.read_span(record.reference, record.size // dtype.size, dtype)
         whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
         spans = record.reference or whole
-        parts = [self._read_part(span, record, dtype, base) for span in spans]
+        parts = [self._read_part(span, record, dtype) for span in spans]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_part(self, span: ChunkSpan, record: Record, dtype: DType, base: str | None) -> Bytes:
+    def _read_part(self, span: ChunkSpan, record: Record, dtype: DType) -> Bytes:
+        base = record.base
         located, stored = self.in_base(span.key, base), self.find(span.key, base)
         if located is not None and base is not None:
             size = self.base(base).chunk_bytes(located)
@@ -234,11 +235,11 @@ class Objects:
             size = stored.record.size
         return self.read(span.key, size, dtype, base)[span.start : span.start + span.length]
 
-    def _decode(self, stored: Stored, size: int, dtype: DType, base: str | None) -> Bytes:
+    def _decode(self, stored: Stored, size: int, dtype: DType) -> Bytes:
         record, what = stored.record, self._backend.describe(stored.pack)
         if record.size != size or record.dtype != dtype.code:
             raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
-        reference = self.reference(record, base)
+        reference = self._reference(record)
         try:
             payload = self._backend.read(stored.pack, record.offset, record.length)
             data = codecs.decode(record.codec, payload, size, reference, dtype)
@@ -249,13 +250,13 @@ class Objects:
         if data is not None and chunk_key(data.data, dtype) == record.key:
             return data
         if reference is not None and chunk_key(reference.data, dtype) != record.ref_key:
-            self._blame_reference(record, base)
+            self._blame_reference(record)
         raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
 
-    def _blame_reference(self, record: Record, base: str | None) -> None:
-        if isinstance(record.reference, BaseSpan) and base is not None:
+    def _blame_reference(self, record: Record) -> None:
+        if isinstance(record.reference, BaseSpan) and record.base is not None:
             count = record.size // by_code(record.dtype).size
-            self.base(base).verify_span(record.reference, count)
+            self.base(record.base).verify_span(record.reference, count)
         raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")
 
 
@@ -270,13 +271,13 @@ def closure(
     """Return what restoring chunks needs: the records in packs, and the keys that are nowhere."""
     live: set[Stored] = set()
     missing: set[bytes] = set()
-    seen: set[bytes] = set()
-    pending = list(keys)
+    seen: set[tuple[bytes, str | None]] = set()
+    pending = [(key, base) for key in keys]
     while pending:
-        key = pending.pop()
-        if key in seen or objects.in_base(key, base) is not None:
+        key, base = pending.pop()
+        if (key, base) in seen or objects.in_base(key, base) is not None:
             continue
-        seen.add(key)
+        seen.add((key, base))
         stored = objects.find(key, base)
         if stored is None:
             missing.add(key)
@@ -284,7 +285,7 @@ def closure(
         live.add(stored)
         record = stored.record
         if isinstance(record.reference, tuple):
-            pending.extend(span.key for span in record.reference)
+            pending.extend((span.key, record.base) for span in record.reference)
         elif record.refers_to_chunk:
-            pending.append(record.ref_key)
+            pending.append((record.ref_key, record.base))
     return live, missing

@@ -19,7 +19,7 @@ from msft_store import (
     StoreError,
 )
 from msft_store.backend import LocalBackend
-from tests.store.states import State, same_bits, train_step
+from tests.store.states import State, same_bits, train_step, write_base
 
 
 def files(store: Store) -> dict[str, int]:
@@ -232,3 +232,22 @@ def test_evicting_what_is_no_checkpoint_deletes_nothing(store: Store) -> None:
     outside.write_text("{}")
     store.evict(["../../mine", "0" * 32])
     assert outside.exists()
+
+
+def test_what_needs_no_base_stays_whole_where_a_base_has_its_reference(
+    tmp_path: Path, store: Store, state: State
+) -> None:
+    changed = train_step(state, 0.05, 1)
+    first = store.save(state, step=0)
+    second = store.save(changed, step=1, parent=first)
+    base = store.add_base(write_base(tmp_path / "same.safetensors", state))
+    third = store.save(changed, step=2, parent=base)
+    for ckpt in (first, second):
+        store.forget(ckpt)
+    store.plan_gc().execute()
+
+    fourth = store.save(changed, step=3)
+
+    for ckpt in (third, fourth):
+        assert same_bits(store.load(ckpt), changed)
+    assert store.check() == []
