@@ -14,6 +14,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -189,18 +190,11 @@ class Objects:
             return data
         stored = self.find(key, base)
         if stored is not None:
-            try:
+            with contextlib.suppress(StoreError):
                 return self._decode(stored, size, dtype)
-            except StoreError:
-                # A gc may have moved the chunk, or what it refers to, since it was indexed.
-                self.refresh()
-                again = self.find(key, base)
-                if again == stored:
-                    raise
-                stored = again
-        else:
-            self.refresh()
-            stored = self.find(key, base)
+        # A gc may have moved the chunk, or what it refers to, since it was indexed.
+        self.refresh()
+        stored = self.find(key, base)
         if stored is None:
             hint = "".join(f"; {error}" for error in self._damaged.values())
             raise CorruptedError(

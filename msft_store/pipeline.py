@@ -2,7 +2,8 @@
 
 Invariants: chunks are worked on by threads but written in one order, so the same bytes
 come out whatever the number of threads; no more than a few chunks per thread are in memory at a
-time; every encoded chunk is decoded again and compared before it is written.
+time, and a copy of the tensor at hand where it is on another device or not contiguous; every
+encoded chunk is decoded again and compared before it is written.
 
 Example::
 

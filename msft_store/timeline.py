@@ -7,7 +7,8 @@ lives, so that a gc of another process cannot hurt it; everything else is evicte
 
 Invariants: a new checkpoint is durable and protected before an old one is given up, and a roll-back
 is restored and verified before anything is. A timeline that was killed is taken up again under its
-name, and what it had not protected yet is removed.
+name, and what it had not protected yet is removed. A checkpoint that a timeline did not commit
+itself, but was given as a start or to roll back to, is never evicted by it.
 
 Example::
 
