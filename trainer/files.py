@@ -1,28 +1,62 @@
-"""Files that are either there in full or not at all.
+"""Files that are either there in full or not at all, and what to say when the disk is full.
 
 Example::
 
     write_atomic(run / "report.md", text.encode())
+    with enough_space("the resume point", path, needed_bytes=3 * full_bytes):
+        ...
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from trainer.errors import RunError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, rename it, sync the directory."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with enough_space("the file", path, needed_bytes=len(content)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+@contextmanager
+def enough_space(what: str, path: Path, *, needed_bytes: int) -> Iterator[None]:
+    """Raise :class:`RunError` with the bytes that are needed where the disk has not enough."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(
+            f"no space left on the disk to write {what} {path}: it needs {needed_bytes:,} "
+            f"bytes and {free:,} are free. Nothing that was written before is lost: make room and "
+            "resume the run"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    # safetensors gives the system's error number only in words.
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(f"os error {number})" in str(error) for number in _FULL)
 
 
 def sync_directory(path: Path) -> None:

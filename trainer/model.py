@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.files import enough_space
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -138,10 +139,15 @@ def save_model(loaded: LoadedModel, directory: str | Path) -> None:
     old = directory.with_name(f"{directory.name}.old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    loaded.model.save_pretrained(partial)
-    loaded.tokenizer.save_pretrained(partial)
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
+    with enough_space("the model", directory, needed_bytes=loaded.full_bytes):
+        try:
+            loaded.model.save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if directory.exists():
         directory.rename(old)
     partial.rename(directory)

@@ -15,7 +15,6 @@ Example::
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trainer.errors import RunError
-from trainer.files import sync_directory
+from trainer.files import enough_space, sync_directory
 from trainer.journal import Record
-from trainer.model import unique_state
+from trainer.model import sync, unique_state
 from trainer.strategy import Continue, Decision, Evaluation, RollBack, Stage, Stop, Strategy
 
 Origin = Literal["resume_point", "stage_root", "end"]
@@ -149,14 +148,15 @@ def save_point(
     content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
     content |= {"python": _python_rng()}
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"msft": json.dumps(content)})
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
-    sync_directory(path.parent)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with enough_space("the resume point", path, needed_bytes=needed):
+        try:
+            save_file(tensors, temporary, metadata={"msft": json.dumps(content)})
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
     return path.stat().st_size
 
 

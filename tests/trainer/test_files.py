@@ -6,8 +6,10 @@ import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from trainer.files import write_atomic
+from trainer.errors import RunError
+from trainer.files import enough_space, write_atomic
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -27,7 +29,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "a.txt"
     write_atomic(path, b"one")
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"no space left on the disk .*a\.txt: it needs 3 bytes and"):
         write_atomic(path, b"two")
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_in_bytes_whoever_notices_it(tmp_path: Path) -> None:
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(RunError, match=r"the model .*: it needs 5,000 bytes and [\d,]+ are free"),
+        enough_space("the model", tmp_path / "model", needed_bytes=5000),
+    ):
+        raise SafetensorError(words)
+    with (
+        pytest.raises(SafetensorError, match="header"),
+        enough_space("the model", tmp_path / "model", needed_bytes=5000),
+    ):
+        raise SafetensorError("invalid header")
