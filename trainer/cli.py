@@ -31,7 +31,7 @@ from trainer.plan import Counts, Plan, plan
 from trainer.report import compare_table, write_report
 from trainer.run import resume, start
 from trainer.summary import Summary
-from trainer.workspace import quiet_libraries
+from trainer.workspace import check, quiet_libraries
 
 _EXIT_CODES = """\
 exit codes:
@@ -44,7 +44,13 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more overrides once an option stood between them.
+    if any(argument.startswith("-") for argument in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     quiet_libraries()
     try:
         options.command(options)
@@ -158,6 +164,7 @@ def plan_of(config: Config) -> Plan:
     mixture = load_mixture(
         config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
     )
+    check(config, loaded, mixture)
     generates = config.evaluation.metric == "exact_match"
     counts = {}
     for name, sub in mixture.items():
@@ -171,6 +178,7 @@ def plan_of(config: Config) -> Plan:
             validation=len(sub.validation.examples),
             validation_tokens=sum(passes),
             validation_attention_tokens=sum(n * n for n in passes),
+            too_long=sub.too_long,
         )
     size = ModelSize(parameters=loaded.parameters, layers=loaded.layers, hidden=loaded.hidden)
     return plan(config, counts, size, loaded.full_bytes)

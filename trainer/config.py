@@ -143,7 +143,7 @@ class Config:
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
-    ("threads", lambda n: n >= 1, "at least 1"),
+    ("threads", lambda n: 1 <= n <= 1024, "from 1 to 1024, or null for torch's default"),
     ("resume_every", lambda n: n >= 1, "at least 1"),
     ("log_every", lambda n: n >= 1, "at least 1"),
     ("data.max_length", lambda n: n >= 2, "at least 2"),

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from trainer.config import Config
 from trainer.flops import ModelSize
 from trainer.schedule import stage_schedule
-from trainer.tables import Table, bytes_text, count_text, flops_text
+from trainer.tables import Table, bytes_text, count_text, flops_text, too_long_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Counts:
     validation_tokens: int
     """Prompts where the metric is generated, whole examples where it is the loss."""
     validation_attention_tokens: int
+    too_long: int = 0
+    """Examples of all splits that are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,9 @@ class Plan:
     """One full checkpoint in the dtype of the run."""
     resume_bytes: int
     """The resume point: weights and two optimizer moments; 0 without one."""
+    too_long: Mapping[str, int]
+    """Sub-dataset → examples longer than ``max_length``, which are dropped; none with 0."""
+    max_length: int
 
     @property
     def rollback_bytes(self) -> int:
@@ -103,6 +108,7 @@ class Plan:
             f"besides: the result, {full}"
             + (f"; one resume point, {bytes_text(self.resume_bytes)}" if self.resume_bytes else "")
             + "; the base stays where it is.",
+            *(too_long_text(name, n, self.max_length) for name, n in self.too_long.items()),
         ]
         return "\n".join(lines)
 
@@ -128,6 +134,8 @@ def plan(
         checkpoints=_alive(config, len(counts)),
         checkpoint_bytes=checkpoint_bytes,
         resume_bytes=0 if config.resume_every is None else 3 * checkpoint_bytes,
+        too_long={name: part.too_long for name, part in counts.items() if part.too_long},
+        max_length=config.data.max_length,
     )
 
 

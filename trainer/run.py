@@ -18,18 +18,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from msft_store import StoreError
 from trainer.algorithms import make_strategy
 from trainer.config import Config, load_config
-from trainer.errors import RunError
+from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluate import Evaluator
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
 from trainer.loop import Loop, Say, load_resume_point, retention
 from trainer.model import load_model, save_model
+from trainer.optim import reset
 from trainer.report import write_report
 from trainer.resume import Position, Standing, read_position, replay, where_to_resume
 from trainer.strategy import Stop, Strategy
 from trainer.summary import Summary, summarize
+from trainer.tables import too_long_text
 from trainer.workspace import (
     CONFIG,
     JOURNAL,
@@ -39,6 +42,7 @@ from trainer.workspace import (
     create_directory,
     open_workspace,
     start_record,
+    withdraw_directory,
 )
 
 
@@ -52,7 +56,11 @@ def start(config: Config, *, say: Say = _silent, progress: bool = False) -> Summ
     Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal.
     """
     create_directory(config)
-    return _run(config, say=say, progress=progress)
+    try:
+        return _run(config, say=say, progress=progress)
+    except (ConfigError, DataError, StoreError):
+        withdraw_directory(config)
+        raise
 
 
 def resume(
@@ -128,6 +136,9 @@ def _continue_journal(
     records = effective(read(work.directory / JOURNAL))
     if not records:
         work.record("run_started", **start_record(work))
+        for name, sub in work.mixture.items():
+            if sub.too_long:
+                say(too_long_text(name, sub.too_long, work.config.data.max_length))
         return replay([], strategy), None
     started = records[0]["base_id"]
     if work.base is not None and work.base.id != started:
@@ -148,6 +159,8 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
     if work.store is not None:
         work.store.pin(work.store.get(stop.checkpoint), "result")
     work.load(stop.checkpoint)
+    # Its memory is wanted for a second copy of the weights, when the base is loaded.
+    reset(work.optimizer)
     check = interrupts.check if work.accelerator.num_processes == 1 else None
     evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
     _test(work, evaluator, "result", stop.checkpoint)

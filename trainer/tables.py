@@ -75,3 +75,11 @@ def flops_text(value: int) -> str:
             return f"{scaled:.0f} {unit}" if unit == "FLOPs" else f"{scaled:.2f} {unit}"
         scaled /= 1000
     return f"{scaled:.2f} EFLOPs"
+
+
+def too_long_text(name: str, count: int, max_length: int) -> str:
+    """Say that examples of a sub-dataset were dropped."""
+    examples = "1 example has" if count == 1 else f"{count} examples have"
+    return (
+        f"sub-dataset {name!r}: {examples} more than data.max_length={max_length} tokens, dropped"
+    )

@@ -16,8 +16,8 @@ import fcntl
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
-from msft_store import Base, KeepBest, Policy, Store, Timeline
+from msft_store import Base, KeepBest, NotAStoreError, Policy, Store, Timeline
 from trainer.algorithms import metric_mode
 from trainer.config import Config, dump, to_dict
 from trainer.data import Example, Mixture, load_mixture
@@ -124,7 +124,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
         )
-        _check(config, loaded, mixture)
+        check(config, loaded, mixture)
         if config.model.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         model = accelerator.prepare(loaded.model)
@@ -165,9 +165,31 @@ def create_directory(config: Config) -> None:
             f"there is a run in {directory} already: continue it with `msft-train resume "
             f"{directory}`, or choose another output_dir"
         )
+    for name in (STORE, MODEL):
+        if (directory / name).exists():
+            raise RunError(
+                f"{directory / name} is there already and belongs to no run, which would replace "
+                "it: move it away, or choose another output_dir"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / CONFIG, dump(config).encode())
     state.wait_for_everyone()
+
+
+def withdraw_directory(config: Config) -> None:
+    """Undo :func:`create_directory` where the run never began, in the main process.
+
+    So a mistake in the configuration or the data is corrected, and the same command given again.
+    """
+    directory = Path(config.output_dir)
+    journal = directory / JOURNAL
+    if not PartialState().is_main_process or (journal.exists() and journal.stat().st_size):
+        return
+    shutil.rmtree(directory / STORE, ignore_errors=True)
+    for name in (JOURNAL, LOCK, CONFIG):
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it was there before, with something in it
+        directory.rmdir()
 
 
 def start_record(work: Workspace) -> Record:
@@ -212,8 +234,7 @@ def start_record(work: Workspace) -> Record:
 def _open_store(work: Workspace) -> None:
     path = work.directory / STORE
     if work.journal is None or work.journal.next_seq == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        work.store = Store.create(path)
+        work.store = _new_store(path)
     else:
         work.store = Store.open(path)
     work.base = work.store.add_base(work.loaded.directory)
@@ -222,7 +243,24 @@ def _open_store(work: Workspace) -> None:
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
 
 
-def _check(config: Config, loaded: LoadedModel, mixture: Mapping[str, Any]) -> None:
+def _new_store(path: Path) -> Store:
+    """Create a store where a run that never began may have left one."""
+    if path.exists():
+        try:
+            checkpoints = Store.open(path).log()
+        except NotAStoreError:  # a kill came before it was one
+            checkpoints = []
+        if checkpoints:
+            raise RunError(
+                f"the store {path} has {len(checkpoints)} checkpoints, but the run's {JOURNAL} is "
+                "gone or empty: restore it, or begin a new run in another output_dir"
+            )
+        shutil.rmtree(path)
+    return Store.create(path)
+
+
+def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
+    """Raise :class:`ConfigError` where configuration, model and data do not go together."""
     splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
     if config.evaluation.metric == "exact_match":
         references = {name: sub.validation.examples for name, sub in mixture.items()}

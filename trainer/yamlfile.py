@@ -79,6 +79,7 @@ def override(tree: dict[str, Any], assignment: str) -> None:
         )
     try:
         value = _parse(text)
+        _check_no_comment(text)
     except ConfigError as error:
         raise ConfigError(f"override {assignment!r}: {error}") from None
     *parents, last = keys
@@ -92,6 +93,14 @@ def override(tree: dict[str, Any], assignment: str) -> None:
         tree[key] = copy
         tree = copy
     tree[last] = value
+
+
+def _check_no_comment(text: str) -> None:
+    """Raise :class:`ConfigError` where YAML would drop the end of a one-line value."""
+    node = yaml.compose(text, Loader=_Loader)
+    end = 0 if node is None else node.end_mark.index
+    if len(text.rstrip()) > end:
+        raise ConfigError("YAML reads what follows '#' as a comment; put the value into quotes")
 
 
 def _parse(text: str) -> Any:

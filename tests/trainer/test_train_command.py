@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from msft_store import Store
 from tests.trainer.support import make_config
 from trainer.cli import main
 from trainer.journal import read
@@ -87,6 +88,10 @@ MISTAKES = {
     ),
     "all too long": (["data.max_length=3"], "no usable example: all"),
     "no such directory": (["data.directory=gone"], "gone"),
+    "a comment for a value": (
+        ["evaluation.answer_pattern=#### (.*)"],
+        "YAML reads what follows '#' as a comment",
+    ),
 }
 
 
@@ -117,6 +122,61 @@ def test_a_missing_configuration_and_a_missing_run_are_named(capsys, tmp_path):
         assert code == 1
         assert str(tmp_path) in err
         assert err.count("\n") == 1
+
+
+def test_a_mistake_leaves_no_run_behind_that_would_be_in_the_way(capsys, directory):
+    path = directory / "data/sum.train.jsonl"
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(f"{sound}{{oops\n", encoding="utf-8")
+    assert call(capsys, "run", directory / "config.yaml", "--quiet")[0] == 1
+    assert not (directory / "run").exists()
+    path.write_text(sound, encoding="utf-8")
+    assert call(capsys, "run", directory / "config.yaml", "--quiet")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["store", "model"])
+def test_what_belongs_to_no_run_is_not_replaced(capsys, directory, name):
+    mine = directory / "run" / name / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious", encoding="utf-8")
+    code, _, err = call(capsys, "run", directory / "config.yaml", "--quiet")
+    assert code == 1
+    assert "belongs to no run" in err
+    assert mine.read_text(encoding="utf-8") == "precious"
+
+
+def test_a_run_whose_journal_is_gone_keeps_its_store(capsys, directory):
+    assert call(capsys, "run", directory / "config.yaml", "--quiet")[0] == 0
+    (directory / "run/journal.jsonl").unlink()
+    before = Store.open(directory / "run/store").log()
+    code, _, err = call(capsys, "resume", directory / "run", "--quiet")
+    assert code == 1
+    assert "journal.jsonl is gone or empty" in err
+    assert Store.open(directory / "run/store").log() == before != []
+
+
+def test_overrides_may_follow_options(capsys, directory):
+    config = directory / "config.yaml"
+    code, out, _ = call(capsys, "plan", config, "seed=1", "--json", "method=sft")
+    assert code == 0
+    assert json.loads(out)["method"] == "sft"
+    assert call(capsys, "plan", config, "--jsn", "method=sft")[0] == 2
+    assert call(capsys, "report", directory / "run", "method=sft")[0] == 2
+
+
+def test_plan_refuses_what_a_run_would_refuse(capsys, directory):
+    code, _, err = call(capsys, "plan", directory / "config.yaml", "data.max_length=4096")
+    assert code == 1
+    assert "the model has 128 positions" in err
+
+
+def test_examples_that_are_too_long_are_told(capsys, directory):
+    long = {"prompt": "a" * 40, "completion": "b"}
+    with (directory / "data/sum.train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(long)}\n")
+    told = "sub-dataset 'sum': 1 example has more than data.max_length=24 tokens, dropped"
+    assert told in call(capsys, "plan", directory / "config.yaml")[1]
+    assert told in call(capsys, "run", directory / "config.yaml")[2]
 
 
 def test_a_run_is_not_begun_twice(capsys, directory):
