@@ -54,8 +54,10 @@ class Catalog:
         self._damaged: dict[str, StoreError] = {}
         self._keys: dict[str, frozenset[bytes]] = {}
         if not backend.exists(CONFIG):
+            inside = backend.exists(f"store/{CONFIG}")
+            hint = "there is one in store/" if inside else "create one with: msft-store init"
             raise NotAStoreError(
-                f"no store at {backend.describe('')}; create one with: msft-store init"
+                f"no store at {backend.describe('')}; {hint}, or give --store PATH"
             )
         unseal(backend.read(CONFIG), backend.describe(CONFIG), "msft-store")
 
@@ -121,10 +123,13 @@ class Catalog:
         matches = [c for c in self.checkpoints() if c.id.startswith(name)]
         if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
             return matches[0]
+        if len(matches) > 1 and name:
+            raise UnknownCheckpointError(
+                f"{name!r} stands for {len(matches)} checkpoints; give more characters"
+            )
         if matches and name:
             raise UnknownCheckpointError(
-                f"{name!r} stands for {len(matches)} checkpoints; give at least "
-                f"{_SHORTEST_PREFIX} characters, and as many as it takes to tell them apart"
+                f"{name!r} is too short; give at least {_SHORTEST_PREFIX} characters"
             )
         raise UnknownCheckpointError(self._no_such(name, refs))
 

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from msft_store.errors import StoreError
@@ -107,8 +108,12 @@ def _inspect(options: argparse.Namespace) -> Output:
             for base in store.bases()
         ]
         listed = [_summary(checkpoint) for checkpoint in checkpoints]
-        document = {"bases": bases, "checkpoints": listed, "refs": refs}
-        return document, lineage(checkpoints, store.bases(), refs) or "the store is empty"
+        held = store.stats().held_bytes
+        document = {"bases": bases, "checkpoints": listed, "refs": refs, "held_bytes": held}
+        text = lineage(checkpoints, store.bases(), refs) or "the store is empty"
+        if held:
+            text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
+        return document, text
     checkpoint = store.get(options.checkpoint)
     tensors = store.sources(checkpoint)
     rows = [
@@ -144,7 +149,7 @@ def _facts(store: Store, checkpoint: Checkpoint) -> str:
         "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
         "logical": human(checkpoint.logical_bytes),
         "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
-        "no reference": human(checkpoint.unreferenced_bytes),
+        "unreferenced": human(checkpoint.unreferenced_bytes),
         "pins": "; ".join(reasons) or "none",
     }
     return "\n".join(f"{name:<13} {value}" for name, value in facts.items())
@@ -227,6 +232,7 @@ def _stats(options: argparse.Namespace) -> Output:
         "logical": f"{human(stats.logical_bytes)} as full copies",
         "stored": f"{human(stats.stored_bytes)} in packs "
         f"({percent(stats.stored_bytes, stats.logical_bytes)})",
+        "held": f"{human(stats.held_bytes)} of them for others that are changes of it",
         "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
         "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
         "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
@@ -265,9 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="msft-store",
         description="A content-addressed delta store for model checkpoints.",
-        epilog=f"example: msft-store --store run/store inspect   |   {_EXIT}",
+        epilog=f"example: msft-store --store run/store inspect\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common],
     )
+    parser.add_argument("--version", action="version", version=version("msft-store"))
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def add(
@@ -277,7 +285,8 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example: msft-store {example}   |   {_EXIT}",
+            epilog=f"example: msft-store {example}\n{_EXIT}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[common],
         )
         command.set_defaults(command=run)

@@ -31,11 +31,11 @@ _LARGEST_COPIED_FILE = 1 << 30
 
 
 def export(
-    catalog: Catalog, checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = 2 << 30
+    catalog: Catalog, checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = 1 << 30
 ) -> list[Path]:
     """Write a checkpoint to a new directory; return its files.
 
-    ``shard_bytes`` bounds each safetensors file, and the memory that is taken, about twofold.
+    ``shard_bytes`` bounds each safetensors file; the memory that is taken is about three times it.
     :class:`InvalidInputError` if the directory has something in it, or a dtype is not safetensors'.
     """
     with translated("read", folder):

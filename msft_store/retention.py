@@ -64,6 +64,11 @@ class Policy(ABC):
         """The bytes that all kept checkpoints may take; ``None``: no limit."""
         return None
 
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        """The metrics that decide what is kept."""
+        return ()
+
     def __or__(self, other: Policy) -> Policy:
         return Union(parts=(*_parts(self), *_parts(other)))
 
@@ -97,6 +102,10 @@ class Union(Policy):
             yield from part.keep(candidates)
 
     @property
+    def ranked_by(self) -> tuple[str, ...]:
+        return tuple(metric for part in self.parts for metric in part.ranked_by)
+
+    @property
     def budget(self) -> int | None:
         limits = [part.budget for part in self.parts if part.budget is not None]
         return min(limits, default=None)
@@ -125,8 +134,16 @@ class KeepBest(Policy):
     mode: Mode = "max"
 
     def __post_init__(self) -> None:
+        if isinstance(self.k, str):
+            raise InvalidInputError(
+                f"k comes before mode: KeepBest({self.metric!r}, 1, {self.k!r})"
+            )
         _check_count("KeepBest", self.k)
         _check_mode(self.mode)
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        return (self.metric,)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for rank, candidate in enumerate(_ranked(candidates, self.metric, self.mode)[: self.k]):
@@ -143,6 +160,10 @@ class Champions(Policy):
 
     def __post_init__(self) -> None:
         _check_metrics("Champions", self.metrics)
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        return tuple(self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for metric, champion in _champions(candidates, self.metrics):
@@ -165,6 +186,10 @@ class PeakWindow(Policy):
     def __post_init__(self) -> None:
         _check_count("PeakWindow", self.w)
         _check_metrics("PeakWindow", self.metrics)
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        return tuple(self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         champions = list(_champions(candidates, self.metrics))

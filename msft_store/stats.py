@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from msft_store.backend import disk_bytes
 from msft_store.catalog import Catalog
+from msft_store.objects import Stored, closure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Stats:
     """Of all checkpoints, as if each were a full copy."""
     stored_bytes: int
     """Encoded bytes of all chunks in packs."""
+    held_bytes: int
+    """Those of chunks that no checkpoint names but that others are changes of."""
     on_disk_bytes: int
     """All files of the store, temporary ones included; bases are elsewhere."""
     base_bytes: int
@@ -37,7 +40,9 @@ def stats(catalog: Catalog) -> Stats:
     catalog.refresh()
     checkpoints, objects = catalog.checkpoints(), catalog.objects
     uses: dict[bytes, int] = {}
+    live: set[Stored] = set()
     for checkpoint in checkpoints:
+        live |= closure(objects, catalog.keys(checkpoint), checkpoint.base)[0]
         for key in catalog.keys(checkpoint):
             in_base = objects.in_base(key, checkpoint.base) is not None
             uses[key] = uses.get(key, 0) + (2 if in_base else 1)
@@ -46,6 +51,7 @@ def stats(catalog: Catalog) -> Stats:
         checkpoints=len(checkpoints),
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
         stored_bytes=sum(record.length for record in records),
+        held_bytes=sum(s.record.length for s in live if s.record.key not in uses),
         on_disk_bytes=disk_bytes(catalog.backend),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
         chunks=len(uses),

@@ -76,7 +76,9 @@ class Store:
         root = Path(path).absolute()
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
-            raise NotAStoreError(f"there is a store at {root} already; open it, or choose another")
+            raise NotAStoreError(
+                f"there is a store at {root} already: use Store.open, or another path"
+            )
         with translated("read", root):
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
                 raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")

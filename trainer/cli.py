@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=version("msft-store"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add(commands, "run", _run, "begin a run", "msft-train run config.yaml train.lr=2e-5 seed=1")
     _add(commands, "resume", _resume, "continue a run after a kill", "msft-train resume runs/demo")

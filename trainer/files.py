@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -59,8 +59,16 @@ def _is_full(error: Exception) -> bool:
     return any(f"os error {number})" in str(error) for number in _FULL)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
+def make_readable(path: Path) -> None:
+    """Give a file the permissions of any new file; safetensors lets its owner alone read it."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+
+
+def sync(path: Path) -> None:
+    """Return once a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,6 +27,8 @@ event              fields
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
 ``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint
                    (null with ``continue``), exclude [names], reason; written before it is acted on
+``rolled_back``    checkpoint, disk_peak_bytes, disk_bytes; also at the end of a run, when
+                   the result becomes the last root
 ``resume_point``   step, stage, bytes
 ``resumed``        after (seq of the last earlier record that still counts), from
                    (``resume_point``, ``stage_root``, ``end``)
@@ -64,7 +66,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.errors import RunError
-from trainer.files import sync_directory
+from trainer.files import sync
 
 Record = dict[str, Any]
 
@@ -92,7 +94,7 @@ class Journal:
         file = path.open("ab", buffering=0)
         file.truncate(sound_bytes)
         os.fsync(file.fileno())
-        sync_directory(path.parent)
+        sync(path.parent)
         return cls(file, path, next_seq=len(records), sound_bytes=sound_bytes)
 
     def append(self, event: str, **fields: Any) -> Record:

@@ -12,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
-from trainer.files import enough_space
+from trainer.files import enough_space, make_readable, sync
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -144,6 +143,7 @@ def save_model(loaded: LoadedModel, directory: str | Path) -> None:
             loaded.model.save_pretrained(partial)
             loaded.tokenizer.save_pretrained(partial)
             for path in (*partial.rglob("*"), partial):
+                make_readable(path)
                 sync(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -153,15 +153,6 @@ def save_model(loaded: LoadedModel, directory: str | Path) -> None:
     partial.rename(directory)
     sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return once a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locate(path: str) -> Path:

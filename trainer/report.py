@@ -118,7 +118,8 @@ def _facts(summary: Summary) -> str:
     return (
         f"{summary.rule.capitalize()}; {summary.metric.replace('_', ' ')} ({summary.mode}), peaks "
         "found on validation data, test data used once, at the end; "
-        f"lr {summary.lr:g}, {summary.dtype}, seed {summary.seed}. {summary.stages} stages, "
+        f"lr {summary.lr:g}, {summary.dtype}, seed {summary.seed}. "
+        f"{summary.stages} stage{'s' * (summary.stages != 1)}, "
         f"{summary.roll_backs} roll-backs, {count_text(summary.steps)} steps, "
         f"{summary.evaluations} evaluations, {summary.seconds:.0f} s."
     )

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trainer.errors import RunError
-from trainer.files import enough_space, sync_directory
+from trainer.files import enough_space, sync
 from trainer.journal import Record
-from trainer.model import sync, unique_state
+from trainer.model import unique_state
 from trainer.strategy import Continue, Decision, Evaluation, RollBack, Stage, Stop, Strategy
 
 Origin = Literal["resume_point", "stage_root", "end"]
@@ -156,7 +156,7 @@ def save_point(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        sync(path.parent)
     return path.stat().st_size
 
 

@@ -156,9 +156,7 @@ def _continue_journal(
 
 def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> None:
     """Test the result and the base once, write the result, and close the run."""
-    if work.store is not None:
-        work.store.pin(work.store.get(stop.checkpoint), "result")
-    work.load(stop.checkpoint)
+    work.end_at(stop.checkpoint)
     # Its memory is wanted for a second copy of the weights, when the base is loaded.
     reset(work.optimizer)
     check = interrupts.check if work.accelerator.num_processes == 1 else None

@@ -221,7 +221,7 @@ def _disk(counted: Sequence[Record], start: Record) -> Disk | None:
         return None
     return Disk(
         checkpoint_bytes=start["full_checkpoint_bytes"],
-        peak_bytes=max(point.peak_bytes for point in points),
+        peak_bytes=max(r["disk_peak_bytes"] for r in counted if "disk_peak_bytes" in r),
         mean_bytes=math.fsum(point.bytes for point in points) / len(points),
         paper_peak_copies=max(point.paper_copies for point in points),
         paper_mean_copies=math.fsum(point.paper_copies for point in points) / len(points),

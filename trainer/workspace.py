@@ -51,6 +51,10 @@ CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
 )
 
 
+RESULT = "result"
+"""The ref that points to a finished run's result."""
+
+
 @dataclass(kw_only=True)
 class Workspace:
     """An open run directory and all that training needs."""
@@ -86,22 +90,32 @@ class Workspace:
         before a kill, it forgets what the stage has committed since.
         """
         if self.timeline is not None and self.store is not None:
-            model = self.accelerator.unwrap_model(self.model)
             self.timeline.retention = policy
             if root is None:
                 self.timeline.rewind(0)
             elif self.timeline.branch < number - 1:
-                self.timeline.rollback(root, into=model)
+                self._roll_back(self.timeline, root)
             else:
                 self.timeline.rewind(1)
-                self.store.load_into(model, root)
+                self.store.load_into(self.accelerator.unwrap_model(self.model), root)
         self._share_weights()
 
-    def load(self, checkpoint: str) -> None:
-        """Load a checkpoint's weights in all processes; the timeline stays where it is."""
-        if self.store is not None:
-            self.store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
+    def end_at(self, checkpoint: str) -> None:
+        """Restore the result in all processes; nothing else is kept in the store.
+
+        It becomes the last root, so that restoring it needs nothing but the base.
+        """
+        if self.timeline is not None and self.store is not None:
+            self.store.pin(checkpoint, RESULT)
+            self._roll_back(self.timeline, checkpoint)
         self._share_weights()
+
+    def _roll_back(self, timeline: Timeline, checkpoint: str) -> None:
+        timeline.rollback(checkpoint, into=self.accelerator.unwrap_model(self.model))
+        done = timeline.last_commit
+        if done is not None:
+            sizes = {"disk_peak_bytes": done.peak_bytes, "disk_bytes": done.bytes}
+            self.record("rolled_back", checkpoint=checkpoint, **sizes)
 
     def _share_weights(self) -> None:
         """Give the main process's weights to all others."""

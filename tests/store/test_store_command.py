@@ -126,6 +126,17 @@ def test_gc_plans_and_frees(capsys: pytest.CaptureFixture[str], run_store: Store
     assert run(capsys, *at, "check", "--read-data")[:2] == (0, "no errors (all data read)\n")
 
 
+def test_gc_refuses_a_metric_that_nobody_has(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    for name in run_store.refs():
+        run_store.unpin(name)
+    code, _, err = run(capsys, "--store", run_store.path, "gc", "--keep-best", "overal:min")
+    assert code == 1
+    assert "no checkpoint has a metric 'overal'; the nearest is 'overall'" in err
+    assert len(run_store.log()) == 2
+
+
 def test_pins_protect(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
     at, tip = ("--store", run_store.path), run_store.log()[-1]
     assert run(capsys, *at, "pin", tip.id[:8], "best")[0] == 0
