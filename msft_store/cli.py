@@ -232,7 +232,7 @@ def _stats(options: argparse.Namespace) -> Output:
         "logical": f"{human(stats.logical_bytes)} as full copies",
         "stored": f"{human(stats.stored_bytes)} in packs "
         f"({percent(stats.stored_bytes, stats.logical_bytes)})",
-        "held": f"{human(stats.held_bytes)} of them for others that are changes of it",
+        "held": f"{human(stats.held_bytes)}, of forgotten checkpoints that others are changes of",
         "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
         "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
         "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",

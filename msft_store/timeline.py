@@ -20,7 +20,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -82,6 +82,7 @@ class Timeline:
         self._adopt()
         if self._root is None and isinstance(base, Checkpoint):
             self._set_root(base, self._branch)
+            self._anchor_root()
         self._next = 1 + max((self._index(c) for c in self._current()), default=-1)
 
     @property
@@ -130,8 +131,8 @@ class Timeline:
         """Restore a checkpoint and start a new branch from it.
 
         The tensors are restored into a module, or returned (an empty dictionary with ``into``).
-        Restored and verified first; then the checkpoint becomes the root, encoded so that it needs
-        nothing but the base, and what the new branch does not need is evicted.
+        Restored and verified first; then the checkpoint becomes the root, what the new branch does
+        not need is evicted, and the root is encoded so that it needs nothing but the base.
         """
         target = self._store.get(checkpoint)
         tensors: dict[str, torch.Tensor] = {}
@@ -141,7 +142,16 @@ class Timeline:
             self._store.load_into(into, target)
         self._set_root(target, self._branch + 1)
         self._next = 1
-        self.last_commit = self._evict(target, self._protect())
+        before = self._evict(target, self._protect())
+        # Only now, when what is not needed has gone: another representation takes room.
+        self._anchor_root()
+        after = self._give_up([])
+        self.last_commit = replace(
+            before,
+            checkpoint=self._alive[target.id],
+            peak_bytes=max(before.peak_bytes, after.peak_bytes),
+            bytes=after.bytes,
+        )
         return tensors
 
     def rewind(self, index: int) -> None:
@@ -182,13 +192,17 @@ class Timeline:
 
     def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
         with self._store.protecting("rollback"):
-            checkpoint = self._store.anchor(checkpoint)
             note = {"branch": branch, "since": self._since}
             self._store.pin(checkpoint, self._ref(_ROOT), note=note)
         if checkpoint.id not in self._alive:
             self._foreign.add(checkpoint.id)
         self._root = self._alive[checkpoint.id] = checkpoint
         self._branch = branch
+
+    def _anchor_root(self) -> None:
+        if self._root is not None:
+            root = self._store.anchor(self._root)
+            self._root = self._alive[root.id] = root
 
     def _adopt(self) -> None:
         """Take up what an earlier timeline of this name protected, remove what it did not.

@@ -192,7 +192,7 @@ def test_a_gc_between_saving_and_protecting_waits(
     def save_and_collect(*args: object, **kwargs: object) -> Checkpoint:
         ckpt = save(*args, **kwargs)  # type: ignore[arg-type]
         with pytest.raises(Exception, match="waited 0 s for the lock"):
-            other.plan_gc(KeepBest("nothing")).execute()
+            other.evict([ckpt.id])
         refused.append(ckpt.id)
         return ckpt
 
