@@ -71,10 +71,15 @@ class TrainConfig:
     """Optimization (``train:``)."""
 
     optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam (the paper's) or AdamW, with moments in the dtype of the weights."""
     lr: float = 1e-5
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of gradient and squared gradient."""
     eps: float = 1e-8
+    """Added to the denominator of an update."""
     weight_decay: float = 0.0
+    """Of matrices alone. Added to the gradient with Adam, taken off the weights with AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over a stage, after warm-up."""
     warmup_ratio: float = 0.0
@@ -100,6 +105,7 @@ class EvalConfig:
     """Regular expression; its first group is the answer in generations and references alike
     (the last match counts). ``None``: the whole completion, stripped."""
     max_new_tokens: int = 64
+    """Tokens after which a generation ends, whether or not it has an answer."""
     batch_size: int = 64
     """Examples per forward pass in evaluation."""
     max_examples: int | None = None
@@ -128,6 +134,7 @@ class Config:
     output_dir: str
     """The run directory: store, journal, report, result."""
     seed: int = 0
+    """Of the order of examples and of all random number generators."""
     threads: int | None = None
     """CPU threads for torch; ``None`` leaves torch's default."""
     resume_every: int | None = None
