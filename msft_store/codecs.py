@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import zstandard
@@ -42,6 +42,11 @@ _SPARSE_BELOW = 0.4
 _DENSE_FROM = 0.1
 _PLAIN_FROM = 0.6
 """Share of a chunk's size from which a delta may lose against no reference at all."""
+
+
+Level = Literal["fast", "small"]
+"""What an encoder aims for."""
+LEVELS: tuple[Level, ...] = ("fast", "small")
 
 
 class Codec(Protocol):
@@ -201,7 +206,9 @@ def by_code(code: int) -> Codec:
         raise VersionError(f"unknown codec {code}; a newer msft-store may read it") from None
 
 
-def encode(chunk: Bytes, reference: Bytes | None, dtype: DType) -> tuple[Codec, bytes]:
+def encode(
+    chunk: Bytes, reference: Bytes | None, dtype: DType, *, level: Level = "fast"
+) -> tuple[Codec, bytes]:
     """Return the smallest representation of a chunk; ties go to the one that is tried first."""
     best: tuple[Codec, bytes] | None = None
     if reference is not None:
