@@ -13,15 +13,18 @@ Example::
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from msft_store.backend import Backend
 from msft_store.bases import Base
+from msft_store.codecs import LEVELS, Level
 from msft_store.errors import (
     CorruptedError,
     InvalidInputError,
     NotAStoreError,
     StoreError,
     UnknownCheckpointError,
+    VersionError,
 )
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.manifest import (
@@ -39,9 +42,28 @@ CONFIG = "store.json"
 _SHORTEST_PREFIX = 4
 
 
-def write_config() -> bytes:
+def write_config(level: Level) -> bytes:
     """Return the content of a new store's ``store.json``."""
-    return seal({"format": "msft-store", "version": VERSION, "chunk_bytes": CHUNK_BYTES})
+    config = {"format": "msft-store", "version": VERSION, "chunk_bytes": CHUNK_BYTES}
+    return seal({**config, "level": check_level(level)})
+
+
+def check_level(level: Any) -> Level:
+    """Return what an encoder may aim for; :class:`InvalidInputError` for anything else."""
+    if level not in LEVELS:
+        raise InvalidInputError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
+    found: Level = level
+    return found
+
+
+def _read_level(backend: Backend) -> Level:
+    """Return the level of ``store.json``; a store that states none is fast."""
+    what = backend.describe(CONFIG)
+    level = unseal(backend.read(CONFIG), what, "msft-store").get("level", LEVELS[0])
+    try:
+        return check_level(level)
+    except InvalidInputError as error:
+        raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
 
 
 class Catalog:
@@ -59,7 +81,7 @@ class Catalog:
             raise NotAStoreError(
                 f"no store at {backend.describe('')}; {hint}, or give --store PATH"
             )
-        unseal(backend.read(CONFIG), backend.describe(CONFIG), "msft-store")
+        self.level = _read_level(backend)
 
     def refresh(self) -> None:
         """Read what other processes added or removed since."""

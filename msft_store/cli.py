@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from msft_store.codecs import LEVELS
 from msft_store.errors import StoreError
 from msft_store.gc import GcPlan, Verdict
 from msft_store.manifest import Checkpoint
@@ -64,8 +65,9 @@ def _path(options: argparse.Namespace) -> str:
 
 
 def _init(options: argparse.Namespace) -> Output:
-    store = Store.create(options.path or _path(options))
-    return {"store": store.path}, f"created a store at {store.path}"
+    store = Store.create(options.path or _path(options), level=options.level)
+    document = {"store": store.path, "level": store.level}
+    return document, f"created a store at {store.path}"
 
 
 def _add_base(options: argparse.Namespace) -> Output:
@@ -109,8 +111,15 @@ def _inspect(options: argparse.Namespace) -> Output:
         ]
         listed = [_summary(checkpoint) for checkpoint in checkpoints]
         held = store.stats().held_bytes
-        document = {"bases": bases, "checkpoints": listed, "refs": refs, "held_bytes": held}
+        document = {
+            "level": store.level,
+            "bases": bases,
+            "checkpoints": listed,
+            "refs": refs,
+            "held_bytes": held,
+        }
         text = lineage(checkpoints, store.bases(), refs) or "the store is empty"
+        text += f"\nlevel {store.level}"
         if held:
             text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
         return document, text
@@ -294,6 +303,12 @@ def _parser() -> argparse.ArgumentParser:
 
     init = add("init", _init, "create a store", "init run/store")
     init.add_argument("path", nargs="?", help="where; the same as --store")
+    init.add_argument(
+        "--level",
+        choices=LEVELS,
+        default=LEVELS[0],
+        help="what saves aim for: little time (fast, the default) or little space (small)",
+    )
 
     add_base = add("add-base", _add_base, "record a base model by content", "add-base Qwen2.5-0.5B")
     add_base.add_argument("path", help="a safetensors file, or a directory of them")

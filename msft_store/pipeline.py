@@ -108,10 +108,13 @@ def in_order(
 class Encoder:
     """Encodes chunks, each against the reference that a planner chose for it."""
 
-    def __init__(self, objects: Objects, base: str | None, *, alone: bool = False) -> None:
+    def __init__(
+        self, objects: Objects, base: str | None, level: codecs.Level, *, alone: bool = False
+    ) -> None:
         """``alone``: also encode what is stored already, but as a change of another chunk."""
         self._objects = objects
         self._base = base
+        self._level = level
         self._alone = alone
 
     def encode(self, work: Work) -> Encoded:
@@ -123,7 +126,7 @@ class Encoder:
         if stored is not None and not (self._alone and stored.record.refers_to_chunk):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
         reference, data = work.reference, self._read(work)
-        codec, payload = codecs.encode(work.data, data, work.dtype)
+        codec, payload = codecs.encode(work.data, data, work.dtype, level=self._level)
         if not codec.needs_reference:
             reference, data = None, None
         again = codecs.decode(codec.code, payload, size, data, work.dtype)
@@ -208,6 +211,7 @@ def encode_state(
     *,
     base: str | None,
     parent: Mapping[str, TensorEntry] | None,
+    level: codecs.Level,
 ) -> tuple[dict[str, TensorEntry], Totals]:
     """Store the chunks of a state dict; return its tensor table and what it took.
 
@@ -232,7 +236,7 @@ def encode_state(
 
     writer = ChunkWriter(begin)
     table = {}
-    with closing(in_order(Encoder(objects, base).encode, work())) as results:
+    with closing(in_order(Encoder(objects, base, level).encode, work())) as results:
         for name in places.values():
             count = -(-_whole(tensors[name], ()).nbytes // CHUNK_BYTES)
             keys = tuple(writer.put(next(results)) for _ in range(count))
@@ -247,6 +251,7 @@ def encode_anchor(
     begin: Callable[[], Sink],
     *,
     base: str | None,
+    level: codecs.Level,
 ) -> None:
     """Store stored chunks once more, each without any reference but the base.
 
@@ -272,7 +277,7 @@ def encode_anchor(
                     )
 
     writer = ChunkWriter(begin)
-    with closing(in_order(Encoder(objects, base, alone=True).encode, work())) as results:
+    with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)
 

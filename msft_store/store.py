@@ -24,8 +24,9 @@ import torch
 
 from msft_store.backend import Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
-from msft_store.catalog import CONFIG, Catalog, write_config
+from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, check
+from msft_store.codecs import Level
 from msft_store.errors import (
     InvalidInputError,
     MismatchError,
@@ -68,11 +69,13 @@ class Store:
         self._catalog.refresh()
 
     @classmethod
-    def create(cls, path: PathLike) -> Store:
+    def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
         """Create a store in a new or empty directory and open it.
 
-        :class:`NotAStoreError` if there is one already, or something else.
+        ``level`` is what its saves aim for unless they say otherwise: ``fast`` or ``small``.
+        :class:`NotAStoreError` if there is a store already, or something else.
         """
+        config = write_config(level)
         root = Path(path).absolute()
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
@@ -83,7 +86,7 @@ class Store:
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
                 raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
-        publish(backend, CONFIG, write_config())
+        publish(backend, CONFIG, config)
         return cls(backend)
 
     @classmethod
@@ -95,6 +98,11 @@ class Store:
     def path(self) -> str:
         """Where the store is."""
         return self._backend.describe("").rstrip("/")
+
+    @property
+    def level(self) -> Level:
+        """What a save aims for unless it says otherwise."""
+        return self._catalog.level
 
     def __repr__(self) -> str:
         return f"Store({self.path!r})"
@@ -134,17 +142,20 @@ class Store:
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        level: Level | None = None,
     ) -> Checkpoint:
         """Store tensors as a checkpoint, durably; only what the store has not yet costs space.
 
-        ``parent`` is the lineage: a base, a checkpoint, or ``None``. Saving equal content with
-        equal metadata again returns the checkpoint that is there.
+        ``parent`` is the lineage: a base, a checkpoint, or ``None``. ``level`` is what encoding
+        aims for, ``fast`` or ``small``; by default the store's. Saving equal content with equal
+        metadata again returns the checkpoint that is there.
         """
         state = check_tensors(tensors)
+        level = self.level if level is None else check_level(level)
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
             parent_id, base, parent_tensors = self._lineage(parent)
-            table, totals = self._encode(state, base, parent_tensors)
+            table, totals = self._encode(state, base, parent_tensors, level)
             line = tensor_table(table)
             content = checkpoint_content(
                 parent=parent_id,
@@ -273,7 +284,9 @@ class Store:
             tensors = self._catalog.tensors(found)
             packs: list[PackWriter] = []
             with self._packing(packs) as begin:
-                encode_anchor(self._catalog.objects, tensors, begin, base=found.base)
+                encode_anchor(
+                    self._catalog.objects, tensors, begin, base=found.base, level=self.level
+                )
             self._catalog.refresh()
             if packs:
                 stored_bytes = self._catalog.stored_bytes(found)
@@ -341,12 +354,13 @@ class Store:
         state: Mapping[str, torch.Tensor],
         base: str | None,
         parent: Mapping[str, TensorEntry] | None,
+        level: Level,
     ) -> tuple[dict[str, TensorEntry], Totals]:
         packs: list[PackWriter] = []
         try:
             with self._packing(packs) as begin:
                 table, totals = encode_state(
-                    self._catalog.objects, state, begin, base=base, parent=parent
+                    self._catalog.objects, state, begin, base=base, parent=parent, level=level
                 )
         except OutOfSpaceError as error:
             whole = sum(tensor.nbytes for tensor in state.values())
