@@ -1,0 +1,263 @@
+"""Codec 6: changes given the class of the reference, range-coded (``docs/FORMAT.md``, section 5).
+
+Invariant: the payload is the same with and without compiled loops, and on whatever device the
+changes were found. A damaged payload is a :class:`ValueError`, never an access out of bounds.
+
+Example::
+
+    fast = loops()                                    # the compiled loops, or None
+    payload = pack(find(new, old, layout, fast), fast)
+    assert (unpack(payload, old, layout, fast) == new).all()
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+
+from msft_store import changes, rans, tables
+from msft_store.changes import EXTRA_BITS, FIRST_CLASS, LEAST, TOKENS, Found, Layout
+from msft_store.format import inflate
+from msft_store.kernels import Lanes
+from msft_store.tables import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
+
+Array = NDArray[Any]
+
+_HEADER = struct.Struct("<IIIIIBBH")
+"""Listed, gaps, runs, bytes of the tables, words of low bits, lowest and highest class, busy."""
+_ALL_BLOCKS = 1 << 15
+_TABLE_LEVEL = 3
+_KNOWN_TOKENS = changes.tokens_of(torch.arange(256)).numpy().astype(np.uint8)
+
+
+def find(new: Lanes, old: Lanes, layout: Layout, fast: Any) -> Found:
+    """Return what changed; ``fast``: the compiled loops, ``None`` for PyTorch."""
+    if fast is None:
+        return changes.find(torch.from_numpy(new), torch.from_numpy(old), layout)
+    unsigned = f"<u{new.itemsize}"
+    now, was = _frozen(new.view(unsigned)), _frozen(old.view(unsigned))
+    whole = new.size // BLOCK * BLOCK
+    step = tables.sampling(-(-new.size // BLOCK))
+    words = [lanes[:whole].view(np.uint64) for lanes in (now, was)]
+    blocks, counts, runs = fast.survey(now, was, *words, layout.shift, layout.mask, step)
+    use, busy, low, high = fast.plan(counts, runs, step)
+    coded = blocks if use else np.ones_like(blocks)
+    limit = busy << layout.shift
+    positions = fast.listing(now, was, coded, limit, layout.mask)
+    first = _contexts(low, high) << np.uint16(8)
+    symbols, distances = fast.describe(
+        now, was, positions, layout.shift, layout.mask, first, _KNOWN_TOKENS
+    )
+    return Found(
+        busy=busy,
+        low=low,
+        high=high,
+        runs=changes.run_lengths(blocks) if use else None,
+        gaps=fast.gaps(was, coded, positions, limit, layout.mask),
+        symbols=symbols,
+        distances=distances,
+    )
+
+
+def pack(found: Found, fast: Any) -> bytes:
+    """Return the payload."""
+    runs = np.zeros(0, np.int64) if found.runs is None else found.runs
+    plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
+    symbols = np.concatenate([_plain_symbols(runs.size, plain), found.symbols])
+    distances = np.concatenate([plain, found.distances])
+    contexts = FIRST_CLASS + found.high - found.low + 1
+    if fast is None:
+        histogram, words = _gather(symbols, distances, contexts)
+        levels = tables.levels_of(histogram)
+        packed = tables.frequencies(levels)
+    else:
+        histogram, words = fast.gather(symbols, distances, contexts, EXTRA_BITS)
+        levels = fast.levels_of(histogram)
+        packed = fast.frequencies(levels)
+    table = _pack_levels(levels)
+    busy = found.busy | (_ALL_BLOCKS if found.runs is None else 0)
+    sizes = (found.symbols.size, found.gaps.size, runs.size, len(table), words.size)
+    parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table, words.tobytes()]
+    for part in (symbols[: plain.size], symbols[plain.size :]):
+        coded = (
+            rans.encode(part, packed)
+            if fast is None
+            else fast.encode(part, packed, rans.lanes_for(part.size))
+        )
+        parts.append(coded.tobytes())
+    return b"".join(parts)
+
+
+def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
+    """Return the lanes that :func:`find` saw; :class:`ValueError` if the payload is damaged."""
+    if len(payload) < _HEADER.size:
+        raise ValueError("a chunk of classes has no header")
+    listed, gaps, runs, table_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
+    whole, busy = bool(busy & _ALL_BLOCKS), busy & (_ALL_BLOCKS - 1)
+    blocks = -(-old.size // BLOCK)
+    at = _HEADER.size + table_bytes
+    end = at + 4 * word_count
+    if max(listed, gaps) > old.size or runs > blocks or end > len(payload) or (len(payload) - end) % 2:
+        raise ValueError("a chunk of classes has the wrong length")
+    if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
+        raise ValueError("a chunk of classes has impossible classes")
+    levels = _unpack_levels(payload[_HEADER.size : at], FIRST_CLASS + high - low + 1)
+    reader = _Reader(
+        words=np.frombuffer(payload, "<u4", word_count, at),
+        coded=np.frombuffer(payload[end:], "<u2"),
+        levels=levels,
+        fast=fast,
+    )
+    plain_contexts = np.repeat(np.array([0, 1], np.uint8), [runs, gaps])
+    plain = reader.distances(reader.symbols(plain_contexts))
+    coded = np.ones(blocks, bool) if whole else changes.blocks_of(plain[:runs], blocks)
+    quiet = changes.positions_of(plain[runs:])
+    limit, classes = busy << layout.shift, _contexts(low, high)
+    new = old.copy()
+    if fast is None:
+        was = torch.from_numpy(new)
+        marked, places = torch.from_numpy(coded), torch.from_numpy(quiet)
+        positions = changes.place(was, layout, marked, limit, places).numpy()
+        contexts = classes[(old[positions].astype(np.int64) & layout.mask) >> layout.shift]
+    else:
+        if quiet.size and quiet[-1] >= blocks * BLOCK:
+            raise ValueError("a chunk changes elements beyond its end")
+        was = _frozen(old.view(f"<u{old.itemsize}"))
+        positions = fast.placing(was, coded, limit, layout.mask, quiet.astype(np.uint32))
+        first = classes << np.uint16(8)
+        contexts = fast.contexts_of(was, positions, layout.shift, layout.mask, first)
+    if positions.size != listed:
+        raise ValueError("a chunk of classes lists another number of elements")
+    symbols = reader.symbols(contexts.astype(np.uint8, copy=False))
+    reader.change(new, positions, symbols, layout)
+    reader.finish()
+    return new
+
+
+class _Reader:
+    """Reads symbols and low bits of a payload in turn, never beyond what is there."""
+
+    def __init__(self, *, words: Array, coded: Array, levels: Array, fast: Any) -> None:
+        self._words = np.append(words, np.zeros(2, np.uint32))
+        self._bits, self._end = 0, 32 * words.size
+        self._coded = coded
+        self._fast = fast
+        make = tables if fast is None else fast
+        self._packed = make.frequencies(levels)
+        self._slots = make.slots_of(self._packed)
+
+    def symbols(self, contexts: Array) -> Array:
+        lanes = rans.lanes_for(contexts.size)
+        # Whatever is damaged, decoding takes no more words than this.
+        longest = 2 * lanes + contexts.size + 1
+        coded = self._coded[:longest]
+        padded = np.concatenate([coded, np.zeros(longest - coded.size, np.uint16)])
+        if self._fast is None:
+            symbols, used = rans.decode(padded, contexts, self._packed, self._slots)
+        else:
+            symbols, used = self._fast.decode(padded, contexts, self._packed, self._slots, lanes)
+        if used > self._coded.size:
+            raise ValueError("a chunk of classes ends too early")
+        self._coded = self._coded[used:]
+        found: Array = symbols
+        return found
+
+    def distances(self, symbols: Array) -> Array:
+        start = self._take(symbols)
+        if self._fast is not None:
+            found: Array = self._fast.distances_of(symbols, self._words, start, EXTRA_BITS, LEAST)
+            return found
+        token = symbols >> 2
+        bits = EXTRA_BITS[token].astype(np.uint64)
+        at = np.uint64(start) + np.cumsum(bits) - bits
+        word = (at >> np.uint64(5)).astype(np.int64)
+        two = self._words[word] | self._words[word + 1].astype(np.uint64) << np.uint64(32)
+        extra = two >> (at & np.uint64(31)) & ((np.uint64(1) << bits) - np.uint64(1))
+        distances: Array = (LEAST[token] + extra).astype(np.uint32)
+        return distances
+
+    def change(self, new: Lanes, positions: Array, symbols: Array, layout: Layout) -> None:
+        lanes = new.view(f"<u{new.itemsize}")
+        if self._fast is not None:
+            start = self._take(symbols)
+            self._fast.apply(
+                lanes, positions, symbols, self._words, start, layout.sign, EXTRA_BITS, LEAST
+            )
+            return
+        distances = self.distances(symbols).astype(lanes.dtype)
+        flipped = (symbols & 1).astype(lanes.dtype) * lanes.dtype.type(layout.sign)
+        was = lanes[positions] ^ flipped
+        lanes[positions] = np.where(symbols & 2, was - distances, was + distances)
+
+    def finish(self) -> None:
+        if self._coded.size or self._end - self._bits >= 32:
+            raise ValueError("a chunk of classes goes on after its end")
+
+    def _take(self, symbols: Array) -> int:
+        start = self._bits
+        self._bits += int(EXTRA_BITS[symbols >> 2].sum(dtype=np.int64))
+        if self._bits > self._end:
+            raise ValueError("a chunk of classes ends too early")
+        return start
+
+
+def _frozen(lanes: Array) -> Array:
+    # One kind of array for the compiled loops, or they would be compiled for two.
+    view = lanes.view()
+    view.flags.writeable = False
+    return view
+
+
+def _contexts(low: int, high: int) -> Array:
+    """Return the context of each exponent, uint16."""
+    exponents = np.arange(EXPONENTS).clip(low, high) - low + FIRST_CLASS
+    return exponents.astype(np.uint16)
+
+
+def _plain_symbols(runs: int, values: Array) -> Array:
+    tokens = changes.tokens_of(torch.from_numpy(values.astype(np.int64))).numpy() << 2
+    tokens[runs:] |= changes.GAP_CONTEXT << 8
+    symbols: Array = tokens.astype(np.uint16)
+    return symbols
+
+
+def _gather(symbols: Array, distances: Array, contexts: int) -> tuple[Array, Array]:
+    histogram = np.bincount(symbols, minlength=contexts * SYMBOLS).astype(np.int64)
+    bits = EXTRA_BITS[symbols >> 2 & TOKENS - 1].astype(np.uint64)
+    ends = np.cumsum(bits)
+    at = ends - bits
+    low = (distances & ((np.uint64(1) << bits) - np.uint64(1))) << (at & np.uint64(31))
+    count = -(-int(ends[-1]) // 32) if ends.size else 0
+    words, index = np.zeros(count + 1, np.uint32), (at >> np.uint64(5)).astype(np.int64)
+    np.bitwise_or.at(words, index, low.astype(np.uint32))
+    carried = low >> np.uint64(32) != 0
+    np.bitwise_or.at(words, index[carried] + 1, (low[carried] >> np.uint64(32)).astype(np.uint32))
+    return histogram, words[:count]
+
+
+def _pack_levels(levels: Array) -> bytes:
+    table = levels.reshape(-1, SYMBOLS)
+    used = 1 + max(np.flatnonzero(table.any(axis=0)), default=0)
+    rows = table[:, :used]
+    steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
+    return zstandard.ZstdCompressor(level=_TABLE_LEVEL).compress(steps.tobytes())
+
+
+def _unpack_levels(data: bytes, contexts: int) -> Array:
+    try:
+        size = zstandard.frame_content_size(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if not 0 < size <= contexts * SYMBOLS or size % contexts:
+        raise ValueError("a chunk of classes has tables of the wrong length")
+    steps = np.frombuffer(inflate(data, size), np.uint8).reshape(contexts, -1)
+    levels = np.zeros((contexts, SYMBOLS), np.uint8)
+    levels[:, : steps.shape[1]] = np.cumsum(steps, axis=0, dtype=np.uint8)
+    if levels.max() > tables.LEVELS.size:
+        raise ValueError("a chunk of classes has impossible tables")
+    return levels.reshape(-1)

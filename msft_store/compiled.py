@@ -1,0 +1,30 @@
+"""Whether compiled loops are there: Numba is asked for when they are needed first, not on import.
+
+Without Numba, or with ``MSFT_STORE_NUMBA=0`` in the environment, everything works and gives the
+same bytes, more slowly.
+
+Example::
+
+    fast = loops()
+    words = rans.encode(symbols, packed) if fast is None else fast.encode(symbols, packed, lanes)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+VARIABLE = "MSFT_STORE_NUMBA"
+
+
+@functools.cache
+def loops() -> Any:
+    """Return :mod:`msft_store.loops`, or ``None``."""
+    if os.environ.get(VARIABLE) == "0":
+        return None
+    try:
+        return importlib.import_module("msft_store.loops")
+    except ImportError:
+        return None

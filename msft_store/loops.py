@@ -1,0 +1,320 @@
+"""The class codec's loops, compiled by Numba; importing this takes it, and half a second.
+
+They give what :mod:`msft_store.changes` and :mod:`msft_store.rans` give, at many times the speed,
+release the GIL, and are compiled once a machine. Indices are unsigned where Numba would otherwise
+test each for being negative. Nothing here checks bounds: callers check sizes before.
+
+Example::
+
+    from msft_store.compiled import loops
+    fast = loops()                    # this module, or None without Numba
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import int64, njit, uint16, uint32, uint64
+
+from msft_store import tables
+from msft_store.rans import LOWEST
+from msft_store.tables import BLOCK, PROBABILITY_BITS
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+_INVERSE_SLACK = 1 + 2.0**-50
+"""So that a product with an inverse is never below the quotient of a multiple."""
+_KNOWN_DISTANCES = 256
+
+
+def _compiled(function: _F) -> _F:
+    try:
+        compiled: _F = njit(function, cache=True, **_OPTIONS)
+    except RuntimeError:
+        # Nowhere to write a cache: compiled anew in each process.
+        compiled = njit(function, **_OPTIONS)
+    return compiled
+
+
+plan = _compiled(tables.plan)
+levels_of = _compiled(tables.levels_of)
+frequencies = _compiled(tables.frequencies)
+slots_of = _compiled(tables.slots_of)
+
+
+@_compiled
+def survey(
+    new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
+) -> Any:
+    """See :func:`msft_store.changes.survey`; words are the whole blocks as uint64."""
+    blocks = -(-new.size // BLOCK)
+    whole = new.size // BLOCK
+    changed = np.zeros(blocks, np.bool_)
+    counts = np.zeros((3, tables.EXPONENTS), np.int64)
+    width = new_words.size // whole if whole > 0 else 0
+    for block in range(whole):
+        differs = uint64(0)
+        for i in range(block * width, block * width + width):
+            differs |= new_words[i] ^ old_words[i]
+        changed[block] = differs != 0
+    for i in range(whole * BLOCK, new.size):
+        changed[blocks - 1] |= new[i] != old[i]
+    for block in range(0, blocks, step):
+        first, end = block * BLOCK, min(block * BLOCK + BLOCK, new.size)
+        if changed[block]:
+            for i in range(first, end):
+                e = (uint64(old[i]) & mask) >> shift
+                counts[1, e] += 1
+                counts[2, e] += new[i] != old[i]
+        else:
+            for i in range(first, end):
+                counts[0, (uint64(old[i]) & mask) >> shift] += 1
+    runs = 0
+    before = False
+    for block in range(blocks):
+        runs += changed[block] != before
+        before = changed[block]
+    return changed, counts, runs
+
+
+@_compiled
+def listing(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
+    """Return positions, uint32, of changed or busy elements of the blocks that are marked."""
+    positions = np.empty(new.size + 1, np.uint32)
+    marks = np.zeros(BLOCK, np.uint8)
+    eights = marks.view(np.uint64)
+    count = uint64(0)
+    for block in range(blocks.size):
+        if not blocks[block]:
+            continue
+        first = block * BLOCK
+        length = min(BLOCK, new.size - first)
+        for i in range(length):
+            reference = old[first + i]
+            marks[i] = (new[first + i] != reference) | ((reference & mask) < limit)
+        marks[length:] = 0
+        for eight in range(eights.size):
+            if eights[eight] != 0:
+                for i in range(8 * eight, 8 * eight + 8):
+                    positions[count] = first + i
+                    count += uint64(marks[i])
+    return positions[:count]
+
+
+@_compiled
+def gaps(old: Any, blocks: Any, positions: Any, limit: Any, mask: Any) -> Any:
+    """Return the gaps between quiet positions, counted in the marked blocks only; int64."""
+    ranks = np.cumsum(blocks) - 1
+    found = np.empty(positions.size, np.int64)
+    count, before = 0, -1
+    for k in range(positions.size):
+        position = int64(positions[k])
+        if (old[position] & mask) >= limit:
+            at = ranks[position // BLOCK] * BLOCK + position % BLOCK
+            found[count] = at - before - 1
+            before = at
+            count += 1
+    return found[:count]
+
+
+@_compiled
+def placing(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
+    """Return positions of busy elements and of the ``quiet`` ones, in the blocks marked.
+
+    ``quiet`` ascends, counted in those blocks only. Empty, if it goes beyond them.
+    """
+    positions = np.empty(old.size + 1, np.uint32)
+    marks = np.zeros(BLOCK, np.uint8)
+    eights = marks.view(np.uint64)
+    count = uint64(0)
+    reached = uint64(0)
+    start = uint64(0)
+    for block in range(blocks.size):
+        if not blocks[block]:
+            continue
+        first = block * BLOCK
+        length = min(BLOCK, old.size - first)
+        for i in range(length):
+            marks[i] = (old[first + i] & mask) < limit
+        marks[length:] = 0
+        while reached < quiet.size and quiet[reached] < start + uint64(length):
+            marks[quiet[reached] - start] = 1
+            reached += uint64(1)
+        start += uint64(BLOCK)
+        for eight in range(eights.size):
+            if eights[eight] != 0:
+                for i in range(8 * eight, 8 * eight + 8):
+                    positions[count] = first + i
+                    count += uint64(marks[i])
+    return positions[: count if reached == quiet.size else 0]
+
+
+@_compiled
+def describe(
+    new: Any, old: Any, positions: Any, shift: Any, mask: Any, first: Any, tokens: Any
+) -> Any:
+    """See :func:`msft_store.changes.describe`; ``first`` is each exponent's context << 8."""
+    symbols = np.empty(positions.size, np.uint16)
+    distances = np.empty(positions.size, np.uint32)
+    sign = mask + 1
+    for k in range(positions.size):
+        i = positions[k]
+        was, now = int64(old[i]), int64(new[i])
+        change = (now & mask) - (was & mask)
+        negative = change >> 63
+        distance = (change ^ negative) - negative
+        if distance < _KNOWN_DISTANCES:
+            token = int64(tokens[uint64(distance)])
+        else:
+            token = int64(np.float64(distance).view(np.int64) >> 51) - 2046
+        flipped = int64(((was ^ now) & sign) != 0)
+        context = int64(first[uint64(was & mask) >> uint64(shift)])
+        symbols[k] = context | token << 2 | (negative & 2) | flipped
+        distances[k] = distance
+    return symbols, distances
+
+
+@_compiled
+def gather(symbols: Any, distances: Any, contexts: Any, extra_bits: Any) -> Any:
+    """Return the histogram of symbols, and the low bits of distances as uint32 words."""
+    histogram = np.zeros(contexts << 8, np.int64)
+    other = np.zeros(contexts << 8, np.int64)
+    words = np.empty(symbols.size + 1, np.uint32)
+    hold, have, used, one = uint64(0), uint64(0), uint64(0), uint64(1)
+    for k in range(symbols.size):
+        symbol = symbols[k]
+        # Two histograms, as equal neighbours would wait for each other.
+        if k & 1:
+            histogram[symbol] += 1
+        else:
+            other[symbol] += 1
+        bits = uint64(extra_bits[(symbol >> uint16(2)) & uint16(63)])
+        hold |= (uint64(distances[k]) & ((one << bits) - one)) << have
+        have += bits
+        if have >= uint64(32):
+            words[used] = uint32(hold)
+            used += one
+            hold >>= uint64(32)
+            have -= uint64(32)
+    if have > uint64(0):
+        words[used] = uint32(hold)
+        used += one
+    return histogram + other, words[:used]
+
+
+@_compiled
+def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
+    """See :func:`msft_store.rans.encode`."""
+    inverse = np.empty(packed.size, np.float64)
+    for i in range(packed.size):
+        share = packed[i] >> uint32(16)
+        inverse[i] = _INVERSE_SLACK / share if share > 0 else 0.0
+    words = np.empty(symbols.size + 2 * lanes + 1, np.uint16)
+    state = np.full(lanes, LOWEST, np.uint32)
+    at, turn, one = uint64(words.size - 1), uint64(lanes - 1), uint64(1)
+    left = uint64(symbols.size)
+    while left > uint64(0):
+        left -= one
+        symbol = symbols[left]
+        entry = packed[symbol]
+        share, now = uint32(entry >> uint32(16)), state[left & turn]
+        full = uint64((now >> uint32(32 - PROBABILITY_BITS)) >= share)
+        words[at] = uint16(now)
+        at -= full
+        now = uint32(now >> uint32(full << uint64(4)))
+        quotient = uint32(now * inverse[symbol])
+        state[left & turn] = uint32(
+            (quotient << uint32(PROBABILITY_BITS))
+            + (now - quotient * share)
+            + (entry & uint32(0xFFFF))
+        )
+    for lane in range(lanes - 1, -1, -1):
+        words[at] = uint16(state[lane])
+        words[at - one] = uint16(state[lane] >> uint32(16))
+        at -= uint64(2)
+    return words[at + one :]
+
+
+@_compiled
+def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> Any:
+    """See :func:`msft_store.rans.decode`."""
+    symbols = np.empty(contexts.size, np.uint8)
+    state = np.empty(lanes, np.uint32)
+    at, one = uint64(0), uint64(1)
+    for lane in range(lanes):
+        state[lane] = uint32(words[at]) << uint32(16) | uint32(words[at + one])
+        at += uint64(2)
+    turn = uint64(lanes - 1)
+    for i in range(contexts.size):
+        lane = uint64(i) & turn
+        now, context = state[lane], uint64(contexts[i])
+        slot = now & uint32((1 << PROBABILITY_BITS) - 1)
+        symbol = uint64(slots[(context << uint64(PROBABILITY_BITS)) + slot])
+        entry = packed[(context << uint64(8)) + symbol]
+        now = uint32(
+            (entry >> uint32(16)) * (now >> uint32(PROBABILITY_BITS))
+            + slot
+            - (entry & uint32(0xFFFF))
+        )
+        low = now < uint32(LOWEST)
+        refilled = uint32(now << uint32(16) | uint32(words[at]))
+        at += uint64(low)
+        state[lane] = refilled if low else now
+        symbols[i] = symbol
+    return symbols, at
+
+
+@_compiled
+def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
+    """Return the context of each position, uint8."""
+    contexts = np.empty(positions.size, np.uint8)
+    for k in range(positions.size):
+        exponent = (uint64(old[positions[k]]) & uint64(mask)) >> uint64(shift)
+        contexts[k] = first[exponent] >> uint16(8)
+    return contexts
+
+
+@_compiled
+def distances_of(symbols: Any, words: Any, start: Any, extra_bits: Any, least: Any) -> Any:
+    """Return the distances that symbols and low bits from bit ``start`` stand for; uint32."""
+    distances = np.empty(symbols.size, np.uint32)
+    at, one = uint64(start), uint64(1)
+    for k in range(symbols.size):
+        token = symbols[k] >> 2
+        bits = uint64(extra_bits[token])
+        word = at >> uint64(5)
+        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (two >> (at & uint64(31))) & ((one << bits) - one)
+        distances[k] = uint32(least[token]) + uint32(low)
+        at += bits
+    return distances
+
+
+@_compiled
+def apply(
+    new: Any,
+    positions: Any,
+    symbols: Any,
+    words: Any,
+    start: Any,
+    sign: Any,
+    extra_bits: Any,
+    least: Any,
+) -> None:
+    """Change elements of ``new``, which holds the reference, in place."""
+    at, one = uint64(start), uint64(1)
+    for k in range(positions.size):
+        i = positions[k]
+        symbol = uint64(symbols[k])
+        token = symbol >> uint64(2)
+        bits = uint64(extra_bits[token])
+        word = at >> uint64(5)
+        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (two >> (at & uint64(31))) & ((one << bits) - one)
+        distance = uint64(least[token]) + low
+        negative = uint64(0) - ((symbol >> one) & one)
+        change = (distance ^ negative) - negative
+        new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change
+        at += bits
