@@ -44,11 +44,13 @@ from msft_store.retention import (
     Policy,
     Reason,
 )
+from msft_store.saver import AsyncSaver
 from msft_store.stats import Stats
 from msft_store.store import Store
 from msft_store.timeline import Commit, Timeline
 
 __all__ = [
+    "AsyncSaver",
     "Base",
     "BaseError",
     "BusyError",

@@ -10,16 +10,23 @@ is restored and verified before anything is. A timeline that was killed is taken
 name, and what it had not protected yet is removed. A checkpoint that a timeline did not commit
 itself, but was given as a start or to roll back to, is never evicted by it.
 
+``commit_async`` is ``commit`` in the background, on a copy of the tensors: the same checkpoint with
+the same id, under the policy that was set when it was called. One commit is under way at a time.
+Everything else that a timeline does or tells first waits for it, and raises its error unless the
+future was asked for it; only ``root`` and ``branch`` do not, which a commit leaves as they are.
+
 Example::
 
     timeline = Timeline(store, base, retention=Champions({"arith": "max"}) | KeepBest("overall"))
     ckpt = timeline.commit(model.state_dict(), step=10, metrics={"arith": 0.4, "overall": 0.4})
+    future = timeline.commit_async(model, step=20, metrics={"arith": 0.3, "overall": 0.5})
     timeline.rollback(ckpt, into=model)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -32,6 +39,7 @@ from msft_store.gc import GcResult
 from msft_store.manifest import Checkpoint
 from msft_store.refs import check_name
 from msft_store.retention import Candidate, Policy
+from msft_store.saver import Background, State, snapshot
 from msft_store.store import Store
 
 _KEY = "timeline"
@@ -69,7 +77,8 @@ class Timeline:
             raise InvalidInputError(f"the name of a timeline has no '/': {name!r}")
         self.retention = retention
         self.name = name
-        self.last_commit: Commit | None = None
+        self._background = Background()
+        self._last_commit: Commit | None = None
         self._store = store
         self._start = base
         self._alive: dict[str, Checkpoint] = {}
@@ -95,9 +104,15 @@ class Timeline:
         """How many roll-backs there were."""
         return self._branch
 
+    @property
+    def last_commit(self) -> Commit | None:
+        """What the last commit or roll-back did; ``None`` before the first and after a rewind."""
+        self.wait()
+        return self._last_commit
+
     def commit(
         self,
-        tensors: Mapping[str, torch.Tensor] | torch.nn.Module,
+        tensors: State | torch.nn.Module,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -106,24 +121,29 @@ class Timeline:
 
         Its parent is the branch's root. It may be evicted at once, if no rule keeps it.
         """
-        if metadata is not None and _KEY in metadata:
-            raise InvalidInputError(f"the key {_KEY!r} of metadata is the timeline's own")
-        place = {"name": self.name, "branch": self._branch, "index": self._next}
-        # One lock over both, so that no gc comes between a checkpoint and its protection.
-        with self._store.protecting("commit"):
-            checkpoint = self._store.save(
-                tensors,
-                parent=self.root,
-                step=step,
-                metrics=metrics,
-                metadata={**(metadata or {}), _KEY: place},
-            )
-            self._alive[checkpoint.id] = checkpoint
-            kept = self._protect()
-        self.last_commit = self._evict(checkpoint, kept)
-        # Last, so that a commit that failed gives the same checkpoint when it is repeated.
-        self._next += 1
-        return checkpoint
+        facts = _facts(step, metrics, metadata)
+        self.wait()
+        return self._commit(tensors, self.retention, facts)
+
+    def commit_async(
+        self,
+        tensors: State | torch.nn.Module,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Future[Checkpoint]:
+        """Commit the tensors as they are now, in the background; return the checkpoint to come.
+
+        The caller waits for the commit before, if that still runs, and for one copy of the tensors
+        in host memory, which is held until the timeline is closed. The future has its result once
+        all is done that :meth:`commit` does.
+        """
+        facts, policy = _facts(step, metrics, metadata), self.retention
+        return self._background.submit(tensors, lambda state: self._commit(state, policy, facts))
+
+    def wait(self) -> None:
+        """Wait until no commit is under way; raise an error of it that nobody has taken yet."""
+        self._background.wait()
 
     def rollback(
         self, checkpoint: Checkpoint | str, *, into: torch.nn.Module | None = None
@@ -134,6 +154,7 @@ class Timeline:
         Restored and verified first; then the checkpoint becomes the root, what the new branch does
         not need is evicted, and the root is encoded so that it needs nothing but the base.
         """
+        self.wait()
         target = self._store.get(checkpoint)
         tensors: dict[str, torch.Tensor] = {}
         if into is None:
@@ -142,11 +163,11 @@ class Timeline:
             self._store.load_into(into, target)
         self._set_root(target, self._branch + 1)
         self._next = 1
-        before = self._evict(target, self._protect())
+        before = self._evict(target, self._protect(self.retention))
         # Only now, when what is not needed has gone: another representation takes room.
         self._anchor_root()
         after = self._give_up([])
-        self.last_commit = replace(
+        self._last_commit = replace(
             before,
             checkpoint=self._alive[target.id],
             peak_bytes=max(before.peak_bytes, after.peak_bytes),
@@ -162,17 +183,24 @@ class Timeline:
         """
         if index < 0:
             raise InvalidInputError(f"a commit's number is 0 or more, not {index}")
+        self.wait()
         later = (c for c in self._current() if self._index(c) >= index)
         self._give_up([c for c in later if c.id != self._root_id()])
         self._next = index
-        self.last_commit = None
+        self._last_commit = None
 
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Return what is alive, by id, with the reasons as of the last commit."""
-        return dict(self.last_commit.kept) if self.last_commit else self._decide()
+        done = self.last_commit
+        return dict(done.kept) if done else self._decide(self.retention)
 
     def close(self) -> None:
-        """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``."""
+        """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``.
+
+        Where a commit in the background has failed, its error is raised and the refs stay.
+        """
+        self.wait()
+        self._background.release()
         for name in self._store.refs():
             if name.startswith(self._ref("")):
                 self._store.unpin(name)
@@ -189,6 +217,28 @@ class Timeline:
         # After an error the refs stay: the run may be taken up again.
         if kind is None:
             self.close()
+        else:
+            self._background.join()
+
+    def _commit(
+        self, tensors: State | torch.nn.Module, policy: Policy, facts: Mapping[str, Any]
+    ) -> Checkpoint:
+        place = {"name": self.name, "branch": self._branch, "index": self._next}
+        # One lock over both, so that no gc comes between a checkpoint and its protection.
+        with self._store.protecting("commit"):
+            checkpoint = self._store.save(
+                tensors,
+                parent=self.root,
+                step=facts["step"],
+                metrics=facts["metrics"],
+                metadata={**facts["metadata"], _KEY: place},
+            )
+            self._alive[checkpoint.id] = checkpoint
+            kept = self._protect(policy)
+        self._last_commit = self._evict(checkpoint, kept)
+        # Last, so that a commit that failed gives the same checkpoint when it is repeated.
+        self._next += 1
+        return checkpoint
 
     def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
         with self._store.protecting("rollback"):
@@ -250,7 +300,7 @@ class Timeline:
     def _current(self) -> list[Checkpoint]:
         return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
 
-    def _decide(self) -> dict[str, tuple[str, ...]]:
+    def _decide(self, policy: Policy) -> dict[str, tuple[str, ...]]:
         alive = sorted(self._alive.values(), key=lambda c: (c.created, c.id))
         candidates = [
             Candidate(
@@ -263,14 +313,14 @@ class Timeline:
             )
             for checkpoint in alive
         ]
-        decided = self.retention.decide(candidates)
+        decided = policy.decide(candidates)
         return {
             identity: tuple(reason.text for reason in reasons)
             for identity, reasons in decided.items()
         }
 
-    def _protect(self) -> dict[str, tuple[str, ...]]:
-        kept = self._decide()
+    def _protect(self, policy: Policy) -> dict[str, tuple[str, ...]]:
+        kept = self._decide(policy)
         notes = self._store.notes()
         for identity, reasons in kept.items():
             name, note = self._ref(identity), {"reasons": list(reasons), "since": self._since}
@@ -308,3 +358,11 @@ class Timeline:
 def _place(checkpoint: Checkpoint) -> Mapping[str, Any]:
     place = checkpoint.metadata.get(_KEY)
     return place if isinstance(place, Mapping) else {}
+
+
+def _facts(
+    step: int | None, metrics: Mapping[str, float] | None, metadata: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if metadata is not None and _KEY in metadata:
+        raise InvalidInputError(f"the key {_KEY!r} of metadata is the timeline's own")
+    return snapshot(step=step, metrics=metrics, metadata=metadata)

@@ -17,13 +17,15 @@ ROOT = Path(__file__).parent.parent
 STORE = """
 errors render
 kernels dtypes format codecs
+keytable footer
 backend
 tensors refs manifest safetensors_file bases base_reader
 retention
-objects references catalog
-pipeline tree sources stats matching
-check gc export saver
+packs objects references liveness catalog
+pipeline tree sources stats matching staging
+check gc export
 store
+saver
 timeline
 integrations.dcp integrations.hf integrations.remote integrations
 __init__ cli __main__
@@ -32,12 +34,12 @@ __init__ cli __main__
 TRAINER = """
 errors files strategy tables typed yamlfile
 config peaks schedule
-journal flops plan
+journal flops plan outbox
 algorithms.best algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
 interrupt data batches model forward optim evaluate
-resume workspace steps
+resume workspace steps commits
 loop
 run compare demo
 __init__ cli __main__

@@ -1,0 +1,217 @@
+"""Saves in the background: the caller waits for a copy of the tensors, a thread does the rest.
+
+Invariants: one save at a time, and the next call waits for it before it overwrites the copy; the
+thread runs what a synchronous save runs, so ids and durability are the same: no checkpoint is
+visible before it is durable, and a process that dies leaves none or a whole one. Each error is
+raised once: by the future's ``result()`` or ``exception()`` if somebody asks it, otherwise by the
+next call. A call that raises the error of the one before has done nothing itself.
+
+A save that is under way when the interpreter ends fails, and that is printed: close a saver, or use
+``with``. In a forked process, waiting for a save that its parent has begun is an error, not a hang.
+
+Example::
+
+    with AsyncSaver(store) as saver:
+        for step in range(1000):
+            train(model)
+            if step % 100 == 0:
+                future = saver.save(model, parent=base, step=step)      # returns after a copy
+    ckpt = future.result()                                              # durable
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from msft_store.bases import Base
+from msft_store.codecs import Level
+from msft_store.errors import InvalidInputError, StorageError
+from msft_store.manifest import Checkpoint, checkpoint_content
+from msft_store.staging import Staging
+from msft_store.store import Store
+from msft_store.tensors import check_tensors
+
+_T = TypeVar("_T")
+State = Mapping[str, torch.Tensor]
+
+
+class Background:
+    """Runs one thing at a time in a thread, on a copy of the tensors that it needs."""
+
+    def __init__(self) -> None:
+        self._staging = Staging()
+        self._task: _Task[Any] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, tensors: State | torch.nn.Module, work: Callable[[State], _T]) -> Future[_T]:
+        """Wait for what is under way, copy the tensors, and run ``work`` on the copy."""
+        self.wait()
+        state = self._staging.copy(check_tensors(tensors))
+        task: _Task[_T] = _Task()
+        thread = threading.Thread(target=_run, args=(task, work, state), name="msft_store save")
+        thread.start()
+        self._task, self._thread = task, thread
+        return task
+
+    def join(self) -> None:
+        """Wait until nothing is under way, whatever came of it."""
+        # A callback of the future is called in the thread itself.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Wait until nothing is under way, and raise an error that nobody has taken yet."""
+        self.join()
+        task, self._task, self._thread = self._task, None, None
+        if task is not None and not task.taken:
+            task.result()
+
+    def release(self) -> None:
+        """Give the memory of the copy back; the next one takes it again."""
+        self._staging = Staging()
+
+
+class AsyncSaver:
+    """Saves checkpoints of one store in the background; for use by one thread.
+
+    It holds one copy of the tensors in host memory until it is closed, pinned where they are on a
+    CUDA device.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._background = Background()
+        self._closed = False
+
+    def save(
+        self,
+        tensors: State | torch.nn.Module,
+        *,
+        parent: Base | Checkpoint | str | None = None,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+        level: Level | None = None,
+    ) -> Future[Checkpoint]:
+        """Save tensors as they are now, as :meth:`Store.save` does; return its checkpoint to come.
+
+        Waits for the save before, if that still runs, and raises its error unless the future was
+        asked for it; then nothing is saved. What no checkpoint can hold is
+        :class:`InvalidInputError` at once. The future cannot be cancelled.
+        """
+        if self._closed:
+            raise InvalidInputError("this AsyncSaver is closed; make another one of the store")
+        facts = snapshot(step=step, metrics=metrics, tags=tags, metadata=metadata)
+
+        def work(state: State) -> Checkpoint:
+            return self._store.save(state, parent=parent, level=level, **facts)
+
+        return self._background.submit(tensors, work)
+
+    def wait(self) -> None:
+        """Wait until the last save is durable; raise its error unless somebody has taken it."""
+        self._background.wait()
+
+    def close(self) -> None:
+        """Wait as :meth:`wait` does, and give the memory back; later saves are refused."""
+        self._closed = True
+        try:
+            self._background.wait()
+        finally:
+            self._background.release()
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # An error that is on its way says more than one from the background, which the future has.
+        if kind is not None:
+            self._background.join()
+            self._closed = True
+            self._background.release()
+        else:
+            self.close()
+
+
+def snapshot(
+    *,
+    step: int | None,
+    metrics: Mapping[str, float] | None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return a save's keywords as they are now, by name; the caller may change them afterwards.
+
+    :class:`InvalidInputError` for what no checkpoint can hold.
+    """
+    content = checkpoint_content(
+        parent=None,
+        base=None,
+        step=step,
+        metrics=metrics or {},
+        tags=tags,
+        metadata=metadata or {},
+        tensors=b"",
+        logical_bytes=0,
+    )
+    return {
+        "step": step,
+        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+        "tags": tuple(tags),
+        "metadata": content["metadata"],
+    }
+
+
+class _Task(Future[_T]):
+    """What runs in the background; it knows whether somebody has got its error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+        self._process = os.getpid()
+        self.set_running_or_notify_cancel()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the error, or ``None``, once there is an outcome."""
+        if not self.done() and os.getpid() != self._process:
+            raise StorageError(
+                f"process {self._process} was forked while it saved; only there the save goes on, "
+                "and only there it can be waited for"
+            )
+        error = super().exception(timeout)
+        self.taken = self.taken or error is not None
+        return error
+
+    def result(self, timeout: float | None = None) -> _T:
+        """Return the result, or raise the error, once there is an outcome."""
+        self.exception(timeout)
+        return super().result(timeout)
+
+
+def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
+    try:
+        result = work(state)
+    except BaseException as error:
+        # KeyboardInterrupt and SystemExit too: whoever waits would wait forever.
+        task.set_exception(error)
+        if not threading.main_thread().is_alive():
+            # Nobody will ask any more: threading prints it.
+            raise StorageError(
+                "a save in the background failed as the interpreter ended: close an AsyncSaver or "
+                "a Timeline before, or use `with`"
+            ) from error
+    else:
+        task.set_result(result)
