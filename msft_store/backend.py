@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ TEMPORARY = "tmp"
 _LOCK = "lock"
 _LOCK_POLL_SECONDS = 0.05
 _LOCK_TIMEOUT_SECONDS = 600.0
+_MOST_AT_ONCE = 1 << 30
 
 
 class Writer(Protocol):
@@ -113,18 +115,41 @@ def translated(action: str, path: object) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
-def read_file(path: Path, offset: int, length: int) -> bytes:
+def read_file(path: str | Path, offset: int, length: int) -> bytes:
     """Return ``length`` bytes at ``offset`` of any file; fewer only at its end."""
-    with translated("read", path), path.open("rb", buffering=0) as file:
+    with _opened(path) as descriptor:
         parts = []
         while length > 0:
-            part = os.pread(file.fileno(), min(length, 1 << 30), offset)
+            part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
             if not part:
                 break
             parts.append(part)
             offset += len(part)
             length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
+    """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
+    with _opened(path) as descriptor:
+        filled = 0
+        while filled < len(target):
+            part = target[filled : filled + _MOST_AT_ONCE]
+            got = os.preadv(descriptor, [part], offset + filled)
+            if got == 0:
+                break
+            filled += got
+        return filled
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    with translated("read", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 class _LocalWriter:
@@ -185,6 +210,7 @@ class LocalBackend:
 
     def __init__(self, root: Path, *, lock_timeout: float = _LOCK_TIMEOUT_SECONDS) -> None:
         self.root = root
+        self._prefix = f"{root}{os.sep}"
         self._lock_timeout = lock_timeout
 
     def make_root(self) -> None:
@@ -193,26 +219,32 @@ class LocalBackend:
             _make_folder(self.root.absolute())
 
     def describe(self, path: str) -> str:
-        return str(self.root / path)
+        return self._prefix + path
 
     def exists(self, path: str) -> bool:
-        with translated("look at", self.root / path):
-            return (self.root / path).is_file()
+        target = self.describe(path)
+        with translated("look at", target):
+            try:
+                return stat.S_ISREG(os.stat(target).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         if length is None:
             length = self.size(path) - offset
-        return read_file(self.root / path, offset, length)
+        return read_file(self.describe(path), offset, length)
 
     def size(self, path: str) -> int:
-        with translated("read", self.root / path):
-            return (self.root / path).stat().st_size
+        target = self.describe(path)
+        with translated("read", target):
+            return os.stat(target).st_size
 
     def list(self, folder: str) -> list[str]:
-        with translated("list", self.root / folder):
+        top = self.describe(folder).rstrip(os.sep)
+        with translated("list", top):
             return sorted(
-                os.path.relpath(os.path.join(parent, name), self.root).replace(os.sep, "/")
-                for parent, _, names in os.walk(self.root / folder, onerror=_unless_absent)
+                f"{parent}{os.sep}{name}"[len(self._prefix) :].replace(os.sep, "/")
+                for parent, _, names in os.walk(top, onerror=_unless_absent)
                 for name in names
             )
 

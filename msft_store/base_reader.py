@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from msft_store.backend import Backend, read_file
 from msft_store.bases import Base, BaseTensor, path_of_base
@@ -25,6 +27,7 @@ from msft_store.dtypes import DType
 from msft_store.errors import BaseError, CorruptedError, MismatchError
 from msft_store.format import CHUNK_BYTES, BaseSpan, chunk_key
 from msft_store.kernels import Bytes
+from msft_store.keytable import Keys, KeyTable, as_keys
 
 
 class BaseReader:
@@ -38,6 +41,15 @@ class BaseReader:
             for number, key in enumerate(tensor.keys)
         }
         self._record = backend.describe(path_of_base(base.id))
+
+    @cached_property
+    def _table(self) -> KeyTable:
+        keys = as_keys(b"".join(self.chunks))
+        return KeyTable(keys, np.arange(len(keys)))
+
+    def holds(self, keys: Keys) -> NDArray[np.bool_]:
+        """Return which chunks the base holds unchanged."""
+        return self._table.contains(keys)
 
     def where(self, span: BaseSpan) -> str:
         """Return the file that holds a span."""

@@ -78,7 +78,7 @@ def add_base(backend: Backend, path: Path) -> Base:
     """Read a safetensors file, or a directory of them, once and record it by content."""
     with translated("read", path):
         base = _scan(path.absolute())
-    _publish(backend, base)
+    write_base(backend, base)
     return base
 
 
@@ -88,11 +88,12 @@ def relocate(backend: Backend, base: Base, path: Path) -> Base:
         found = _scan(path.absolute())
     if found.id != base.id:
         raise BaseError(f"{path} holds base {found.id[:12]}, not {base.id[:12]}: wrong model")
-    _publish(backend, found)
+    write_base(backend, found)
     return found
 
 
-def _publish(backend: Backend, base: Base) -> None:
+def write_base(backend: Backend, base: Base) -> None:
+    """Make a base durable, in place of an earlier record of it."""
     publish(backend, path_of_base(base.id), _to_json(base))
 
 
@@ -116,7 +117,7 @@ def _scan(path: Path) -> Base:
             for name, (number, place) in sorted(places.items())
         }
     return Base(
-        id=digest(canonical(_content(tensors))),
+        id=base_id(tensors),
         path=str(path),
         files=tuple((str(file), file.stat().st_size) for file in files),
         tensors=tensors,
@@ -146,6 +147,11 @@ def _spans(file: Path, place: TensorPlace) -> Iterator[tuple[Path, int, int, DTy
 
 def _key_at(file: Path, offset: int, length: int, dtype: DType) -> bytes:
     return chunk_key(read_file(file, offset, length), dtype)
+
+
+def base_id(tensors: Mapping[str, BaseTensor]) -> str:
+    """Return the id of a base: the digest of names, dtypes, shapes and keys."""
+    return digest(canonical(_content(tensors)))
 
 
 def _content(tensors: Mapping[str, BaseTensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from msft_store.backend import Backend
@@ -22,17 +23,20 @@ from msft_store.errors import (
     CorruptedError,
     InvalidInputError,
     NotAStoreError,
+    StorageError,
     StoreError,
     UnknownCheckpointError,
     VersionError,
 )
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
+from msft_store.keytable import Keys, as_keys, concatenate, unique
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
     list_manifests,
     path_of,
     read_checkpoint,
+    read_keys,
     read_tensors,
 )
 from msft_store.objects import Objects
@@ -74,7 +78,7 @@ class Catalog:
         self.objects = Objects(backend)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
-        self._keys: dict[str, frozenset[bytes]] = {}
+        self._keys: dict[str, Keys] = {}
         if not backend.exists(CONFIG):
             inside = backend.exists(f"store/{CONFIG}")
             hint = "there is one in store/" if inside else "create one with: msft-store init"
@@ -170,27 +174,33 @@ class Catalog:
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
-        if not self.backend.exists(path_of(checkpoint.id)):
-            self.remove(checkpoint.id)
-            raise UnknownCheckpointError(
-                f"checkpoint {checkpoint.id} is no longer in {self.backend.describe('')}: "
-                "it was forgotten"
-            )
+        self._check_there(checkpoint)
         return read_tensors(self.backend, checkpoint)
 
-    def keys(self, checkpoint: Checkpoint) -> frozenset[bytes]:
-        """Return the keys of all chunks that a checkpoint names."""
+    def keys(self, checkpoint: Checkpoint) -> Keys:
+        """Return the keys of all chunks that a checkpoint names; some stand repeatedly."""
         found = self._keys.get(checkpoint.id)
         if found is None:
-            entries = self.tensors(checkpoint).values()
-            found = frozenset(k for entry in entries for piece in entry.pieces for k in piece.keys)
+            try:
+                found = as_keys(read_keys(self.backend, checkpoint))
+            except StorageError:
+                self._check_there(checkpoint)
+                raise
             self._keys[checkpoint.id] = found
         return found
 
+    def keys_by_base(self, checkpoints: Iterable[Checkpoint]) -> dict[str | None, Keys]:
+        """Return the keys of all chunks that checkpoints name, by the checkpoints' base."""
+        parts: dict[str | None, list[Keys]] = {}
+        for checkpoint in checkpoints:
+            parts.setdefault(checkpoint.base, []).append(self.keys(checkpoint))
+        return {base: concatenate(keys) for base, keys in parts.items()}
+
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
-        found = (self.objects.find(key, checkpoint.base) for key in self._packed(checkpoint))
-        return sum(stored.record.length for stored in found if stored is not None)
+        keys, base, index = unique(self.keys(checkpoint)), checkpoint.base, self.objects.index
+        rows = index.find_all(keys[~self.objects.in_base_all(keys, base)], base)
+        return int(index.lengths[rows[rows >= 0]].sum())
 
     def refs(self) -> dict[str, Ref]:
         """Return all refs by name."""
@@ -205,9 +215,13 @@ class Catalog:
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 
-    def _packed(self, checkpoint: Checkpoint) -> set[bytes]:
-        base = checkpoint.base
-        return {k for k in self.keys(checkpoint) if self.objects.in_base(k, base) is None}
+    def _check_there(self, checkpoint: Checkpoint) -> None:
+        if not self.backend.exists(path_of(checkpoint.id)):
+            self.remove(checkpoint.id)
+            raise UnknownCheckpointError(
+                f"checkpoint {checkpoint.id} is no longer in {self.backend.describe('')}: "
+                "it was forgotten"
+            )
 
     def _no_such(self, name: str, refs: dict[str, Ref]) -> str:
         where = self.backend.describe("")

@@ -8,15 +8,16 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from msft_store.catalog import Catalog
 from msft_store.dtypes import DType, by_code
 from msft_store.errors import StoreError
 from msft_store.format import BaseSpan
+from msft_store.keytable import Keys, as_keys, key_at
+from msft_store.liveness import closure
 from msft_store.manifest import Checkpoint, TensorEntry, chunk_sizes
-from msft_store.objects import closure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,21 @@ def check(catalog: Catalog, *, read_data: bool = True) -> list[Finding]:
     findings += [
         Finding(where=path, what=str(error)) for path, error in catalog.objects.damaged.items()
     ]
+    findings += _check_packs(catalog)
     findings += _check_refs(catalog)
     findings += _check_bases(catalog, read_data=read_data)
     verified: set[tuple[bytes, str | None]] = set()
     for checkpoint in catalog.checkpoints():
         findings += _check_checkpoint(catalog, checkpoint, verified, read_data=read_data)
     return findings
+
+
+def _check_packs(catalog: Catalog) -> Iterator[Finding]:
+    for path, footer in catalog.objects.packs.items():
+        try:
+            list(footer)
+        except StoreError as error:
+            yield Finding(where=path, what=str(error))
 
 
 def _check_refs(catalog: Catalog) -> Iterator[Finding]:
@@ -97,6 +107,9 @@ def _check_checkpoint(
     except StoreError as error:
         yield Finding(where=label, what=str(error))
         return
+    keys = catalog.keys_by_base([checkpoint])
+    if not read_data and _is_whole(catalog, keys, tensors.values()):
+        return
     for name, entry in tensors.items():
         for key, size in _chunks(entry):
             if (key, checkpoint.base) in verified:
@@ -116,10 +129,27 @@ def _chunks(entry: TensorEntry) -> Iterator[tuple[bytes, int]]:
         yield from zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True)
 
 
+def _is_whole(
+    catalog: Catalog, keys: Mapping[str | None, Keys], entries: Iterable[TensorEntry]
+) -> bool:
+    """Return whether nothing is missing, all keys at once; what is, is found one by one."""
+    index = catalog.objects.index
+    if len(closure(catalog.objects, index, keys).missing):
+        return False
+    for entry in entries:
+        named = as_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
+        for base in keys:
+            rows = index.find_all(named, base)
+            if (index.dtypes[rows[rows >= 0]] != entry.dtype.code).any():
+                return False
+    return True
+
+
 def _resolve(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
-    missing = closure(catalog.objects, [key], base)[1]
-    if missing:
-        raise StoreError(f"chunk {next(iter(missing)).hex()} is in no pack")
+    objects = catalog.objects
+    missing = closure(objects, objects.index, {base: as_keys(key)}).missing
+    if len(missing):
+        raise StoreError(f"chunk {key_at(missing, 0).hex()} is in no pack")
     stored = catalog.objects.find(key, base)
     if stored is not None and by_code(stored.record.dtype) != dtype:
         raise StoreError(f"chunk {key.hex()} in {stored.pack} has another dtype")

@@ -12,7 +12,9 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ Array = NDArray[Any]
 
 _HEADER = struct.Struct("<IIIIIBBH")
 """Listed, gaps, runs, bytes of the tables, words of low bits, lowest and highest class, busy."""
+_local = threading.local()
+"""Each thread's compressor: to make one takes longer than to use it."""
 _ALL_BLOCKS = 1 << 15
 _TABLE_LEVEL = 3
 _KNOWN_TOKENS = changes.tokens_of(torch.arange(256)).numpy().astype(np.uint8)
@@ -68,22 +72,21 @@ def pack(found: Found, fast: Any) -> bytes:
     """Return the payload."""
     runs = np.zeros(0, np.int64) if found.runs is None else found.runs
     plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
-    symbols = np.concatenate([_plain_symbols(runs.size, plain), found.symbols])
-    distances = np.concatenate([plain, found.distances])
-    contexts = FIRST_CLASS + found.high - found.low + 1
-    if fast is None:
-        histogram, words = _gather(symbols, distances, contexts)
-        levels = tables.levels_of(histogram)
-        packed = tables.frequencies(levels)
-    else:
-        histogram, words = fast.gather(symbols, distances, contexts, EXTRA_BITS)
-        levels = fast.levels_of(histogram)
-        packed = fast.frequencies(levels)
+    plain_symbols = _plain_symbols(runs.size, plain)
+    histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
+    # No distance has more than 31 low bits.
+    words, bits = np.zeros(plain.size + found.symbols.size + 2, np.uint32), 0
+    gather, make = (_gather, tables) if fast is None else (fast.gather, fast)
+    for part in ((plain_symbols, plain), (found.symbols, found.distances)):
+        bits = gather(*part, EXTRA_BITS, histogram, words, bits)
+    words = words[: -(-bits // 32)]
+    levels = make.levels_of(histogram)
+    packed = make.frequencies(levels)
     table = _pack_levels(levels)
     busy = found.busy | (_ALL_BLOCKS if found.runs is None else 0)
     sizes = (found.symbols.size, found.gaps.size, runs.size, len(table), words.size)
     parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table, words.tobytes()]
-    for part in (symbols[: plain.size], symbols[plain.size :]):
+    for part in (plain_symbols, found.symbols):
         coded = (
             rans.encode(part, packed)
             if fast is None
@@ -168,26 +171,17 @@ class _Reader:
         return found
 
     def distances(self, symbols: Array) -> Array:
-        start = self._take(symbols)
-        if self._fast is not None:
-            found: Array = self._fast.distances_of(symbols, self._words, start, EXTRA_BITS, LEAST)
-            return found
-        token = symbols >> 2
-        bits = EXTRA_BITS[token].astype(np.uint64)
-        at = np.uint64(start) + np.cumsum(bits) - bits
-        word = (at >> np.uint64(5)).astype(np.int64)
-        two = self._words[word] | self._words[word + 1].astype(np.uint64) << np.uint64(32)
-        extra = two >> (at & np.uint64(31)) & ((np.uint64(1) << bits) - np.uint64(1))
-        distances: Array = (LEAST[token] + extra).astype(np.uint32)
-        return distances
+        read = _distances if self._fast is None else self._fast.distances_of
+        distances, at = read(symbols, self._words, self._bits, self._end, EXTRA_BITS, LEAST)
+        self._advance(at)
+        found: Array = distances
+        return found
 
     def change(self, new: Lanes, positions: Array, symbols: Array, layout: Layout) -> None:
         lanes = new.view(f"<u{new.itemsize}")
         if self._fast is not None:
-            start = self._take(symbols)
-            self._fast.apply(
-                lanes, positions, symbols, self._words, start, layout.sign, EXTRA_BITS, LEAST
-            )
+            low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, LEAST)
+            self._advance(self._fast.apply(lanes, positions, symbols, *low_bits))
             return
         distances = self.distances(symbols).astype(lanes.dtype)
         flipped = (symbols & 1).astype(lanes.dtype) * lanes.dtype.type(layout.sign)
@@ -198,12 +192,10 @@ class _Reader:
         if self._coded.size or self._end - self._bits >= 32:
             raise ValueError("a chunk of classes goes on after its end")
 
-    def _take(self, symbols: Array) -> int:
-        start = self._bits
-        self._bits += int(EXTRA_BITS[symbols >> 2].sum(dtype=np.int64))
-        if self._bits > self._end:
+    def _advance(self, at: int) -> None:
+        if at > self._end:
             raise ValueError("a chunk of classes ends too early")
-        return start
+        self._bits = at
 
 
 def _frozen(lanes: Array) -> Array:
@@ -213,6 +205,7 @@ def _frozen(lanes: Array) -> Array:
     return view
 
 
+@functools.lru_cache
 def _contexts(low: int, high: int) -> Array:
     """Return the context of each exponent, uint16."""
     exponents = np.arange(EXPONENTS).clip(low, high) - low + FIRST_CLASS
@@ -220,24 +213,42 @@ def _contexts(low: int, high: int) -> Array:
 
 
 def _plain_symbols(runs: int, values: Array) -> Array:
-    tokens = changes.tokens_of(torch.from_numpy(values.astype(np.int64))).numpy() << 2
+    # As changes.tokens_of, without PyTorch's overhead on so few.
+    halves = (values.astype(np.float64).view(np.int64) >> 51) - 2046
+    tokens = np.where(values < changes.DIRECT, values, halves) << 2
     tokens[runs:] |= changes.GAP_CONTEXT << 8
     symbols: Array = tokens.astype(np.uint16)
     return symbols
 
 
-def _gather(symbols: Array, distances: Array, contexts: int) -> tuple[Array, Array]:
-    histogram = np.bincount(symbols, minlength=contexts * SYMBOLS).astype(np.int64)
-    bits = EXTRA_BITS[symbols >> 2 & TOKENS - 1].astype(np.uint64)
-    ends = np.cumsum(bits)
+def _gather(
+    symbols: Array, distances: Array, extra: Array, histogram: Array, words: Array, start: int
+) -> int:
+    histogram += np.bincount(symbols, minlength=histogram.size)
+    bits = extra[symbols >> 2 & TOKENS - 1].astype(np.uint64)
+    ends = np.uint64(start) + np.cumsum(bits)
     at = ends - bits
     low = (distances & ((np.uint64(1) << bits) - np.uint64(1))) << (at & np.uint64(31))
-    count = -(-int(ends[-1]) // 32) if ends.size else 0
-    words, index = np.zeros(count + 1, np.uint32), (at >> np.uint64(5)).astype(np.int64)
+    index = (at >> np.uint64(5)).astype(np.int64)
     np.bitwise_or.at(words, index, low.astype(np.uint32))
     carried = low >> np.uint64(32) != 0
     np.bitwise_or.at(words, index[carried] + 1, (low[carried] >> np.uint64(32)).astype(np.uint32))
-    return histogram, words[:count]
+    return int(ends[-1]) if ends.size else start
+
+
+def _distances(
+    symbols: Array, words: Array, start: int, end: int, extra: Array, least: Array
+) -> tuple[Array, int]:
+    token = symbols >> 2
+    bits = extra[token].astype(np.uint64)
+    ends = np.uint64(start) + np.cumsum(bits)
+    if ends.size == 0 or ends[-1] > end:
+        return np.zeros(symbols.size, np.uint32), int(ends[-1]) if ends.size else start
+    at = ends - bits
+    word = (at >> np.uint64(5)).astype(np.int64)
+    two = words[word] | words[word + 1].astype(np.uint64) << np.uint64(32)
+    low = two >> (at & np.uint64(31)) & ((np.uint64(1) << bits) - np.uint64(1))
+    return (least[token] + low).astype(np.uint32), int(ends[-1])
 
 
 def _pack_levels(levels: Array) -> bytes:
@@ -245,7 +256,11 @@ def _pack_levels(levels: Array) -> bytes:
     used = 1 + max(np.flatnonzero(table.any(axis=0)), default=0)
     rows = table[:, :used]
     steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
-    return zstandard.ZstdCompressor(level=_TABLE_LEVEL).compress(steps.tobytes())
+    compressor = getattr(_local, "compressor", None)
+    if compressor is None:
+        compressor = _local.compressor = zstandard.ZstdCompressor(level=_TABLE_LEVEL)
+    packed: bytes = compressor.compress(steps.tobytes())
+    return packed
 
 
 def _unpack_levels(data: bytes, contexts: int) -> Array:

@@ -1,23 +1,21 @@
-"""Byte layouts, digests and canonical JSON: ``docs/FORMAT.md`` in code, without any I/O.
+"""Digests, canonical JSON and records: ``docs/FORMAT.md`` in code, without any I/O.
 
 Invariants: everything is little-endian; JSON that is hashed is canonical; whatever is parsed is
 checked for its sizes before memory is taken, and anything unexpected is a :class:`CorruptedError`.
 
 Example::
 
-    footer = encode_footer(records)                 # end of a pack file
     name = digest(canonical({"step": 10}))          # 32 hex digits
+    key = chunk_key(data, by_name("bfloat16"))      # 16 bytes
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import xxhash
 import zstandard
 
@@ -30,28 +28,6 @@ CHUNK_BYTES = 4 << 20
 KEY_BYTES = 16
 MAX_DEPTH = 2
 """How many references lie between a chunk and plain bytes at most."""
-
-PACK_MAGIC = b"msftpack"
-PACK_HEADER = struct.Struct("<8sII")
-PACK_TRAILER = struct.Struct("<QIII4x16s8s")
-_MAX_TABLE_BYTES = 1 << 28
-_NONE = 0xFFFFFFFF
-_RECORD = np.dtype(
-    [
-        ("key", "V16"),
-        ("ref_key", "V16"),
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("size", "<u4"),
-        ("codec", "u1"),
-        ("dtype", "u1"),
-        ("depth", "u1"),
-        ("reserved", "u1"),
-        ("reference", "<u4"),
-        ("base", "<u4"),
-        ("reserved2", "<u4"),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,113 +146,6 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     if not sound:
         raise CorruptedError(f"{what} does not match its digest; restore it from a copy")
     return content
-
-
-def pack_header() -> bytes:
-    """Return the first bytes of a pack file."""
-    return PACK_HEADER.pack(PACK_MAGIC, VERSION, 0)
-
-
-def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, str]:
-    """Return footer and trailer of a pack whose payloads end at ``offset``, and the pack's id."""
-    bases: dict[str, int] = {}
-    references: list[Any] = []
-    array = np.zeros(len(records), _RECORD)
-    for row, record in zip(array, records, strict=True):
-        row["key"] = np.void(record.key)
-        row["ref_key"] = np.void(record.ref_key)
-        for name in ("offset", "length", "size", "codec", "dtype", "depth"):
-            row[name] = getattr(record, name)
-        row["base"] = _NONE if record.base is None else bases.setdefault(record.base, len(bases))
-        row["reference"] = _NONE
-        if record.reference is not None:
-            row["reference"] = len(references)
-            references.append(_reference_to_json(record.reference))
-    table = canonical({"bases": list(bases), "references": references})
-    raw = struct.pack("<I", len(table)) + table + array.tobytes()
-    footer = zstandard.ZstdCompressor(level=3).compress(raw)
-    check = xxhash.xxh3_128_digest(footer)
-    trailer = PACK_TRAILER.pack(offset, len(footer), len(raw), len(records), check, PACK_MAGIC)
-    return footer + trailer, check.hex()
-
-
-def decode_trailer(data: bytes, file_size: int, what: str) -> tuple[int, int, int, int, bytes]:
-    """Return (footer offset, footer length, decoded length, record count, digest) of a pack."""
-    if len(data) != PACK_TRAILER.size:
-        raise CorruptedError(f"{what} is truncated")
-    offset, length, size, count, check, magic = PACK_TRAILER.unpack(data)
-    if magic != PACK_MAGIC or offset + length + PACK_TRAILER.size != file_size:
-        raise CorruptedError(f"{what} is truncated or damaged at its end")
-    if size > _MAX_TABLE_BYTES + count * _RECORD.itemsize or count * KEY_BYTES > length + 64:
-        raise CorruptedError(f"{what} declares a footer that its length rules out")
-    return offset, length, size, count, check
-
-
-def decode_footer(footer: bytes, size: int, count: int, check: bytes, what: str) -> list[Record]:
-    """Parse a pack's footer into its records; ``size`` is its decoded length in bytes."""
-    if xxhash.xxh3_128_digest(footer) != check:
-        raise CorruptedError(f"the footer of {what} does not match its digest")
-    try:
-        raw = inflate(footer, size)
-        (table_length,) = struct.unpack_from("<I", raw)
-        table = json.loads(bytes(raw[4 : 4 + table_length]))
-        array = np.frombuffer(raw, _RECORD, count, 4 + table_length)
-        bases = [str(base) for base in table["bases"]]
-        references = [_reference_from_json(entry) for entry in table["references"]]
-        return [_record(row, bases, references) for row in array.tolist()]
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, RecursionError) as error:
-        raise CorruptedError(f"the footer of {what} cannot be read: {error}") from None
-
-
-def _record(row: tuple[Any, ...], bases: list[str], references: list[Any]) -> Record:
-    key, ref_key, offset, length, size, codec, dtype, depth, _, reference, base, _ = row
-    if size > CHUNK_BYTES or depth > MAX_DEPTH:
-        raise ValueError("a chunk is larger or deeper than the format allows")
-    return Record(
-        key=bytes(key),
-        offset=offset,
-        length=length,
-        size=size,
-        codec=codec,
-        dtype=dtype,
-        depth=depth,
-        base=None if base == _NONE else bases[base],
-        ref_key=bytes(ref_key),
-        reference=None if reference == _NONE else references[reference],
-    )
-
-
-def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
-    if isinstance(reference, BaseSpan):
-        entry: dict[str, Any] = {"tensor": reference.tensor, "start": reference.start}
-        if reference.box is not None:
-            entry["box"] = [list(reference.box[0]), list(reference.box[1])]
-        return entry
-    return {"chunks": [[span.key.hex(), span.start, span.length] for span in reference]}
-
-
-def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
-    if "tensor" in entry:
-        box = entry.get("box")
-        return BaseSpan(
-            tensor=str(entry["tensor"]),
-            start=_natural(entry["start"]),
-            box=None if box is None else (_naturals(box[0]), _naturals(box[1])),
-        )
-    return tuple(
-        ChunkSpan(key=bytes.fromhex(key), start=_natural(start), length=_natural(length))
-        for key, start, length in entry["chunks"]
-    )
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a natural number")
-    return value
-
-
-def _naturals(values: Any) -> tuple[int, ...]:
-    return tuple(_natural(value) for value in values)
 
 
 def inflate(payload: bytes, size: int) -> memoryview:

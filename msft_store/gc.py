@@ -16,13 +16,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+import numpy as np
 
 from msft_store.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.catalog import Catalog
-from msft_store.errors import CorruptedError, InvalidInputError
+from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import Record
+from msft_store.liveness import closure, held_bytes
 from msft_store.manifest import Checkpoint, path_of
-from msft_store.objects import PackWriter, Stored, closure
+from msft_store.packs import PackWriter
 from msft_store.render import human
 from msft_store.retention import Candidate, Policy
 
@@ -208,27 +212,33 @@ def _rewrite(catalog: Catalog, waste: PackWaste) -> None:
 def _waste(
     catalog: Catalog, keep: Sequence[Checkpoint]
 ) -> tuple[tuple[PackWaste, ...], tuple[PackWaste, ...], int]:
-    live: set[Stored] = set()
-    named: set[bytes] = set()
-    for checkpoint in keep:
-        keys = catalog.keys(checkpoint)
-        named |= keys
-        needed, missing = closure(catalog.objects, keys, checkpoint.base)
-        if missing:
-            raise _damaged(f"{len(missing)} chunks of {_label(checkpoint)} are in no pack")
-        live |= needed
+    index = catalog.objects.index
+    keys = catalog.keys_by_base(keep)
+    needs = closure(catalog.objects, index, keys)
+    if len(needs.missing):
+        _name_missing(catalog, keep)
     delete, rewrite = [], []
-    for path, records in catalog.objects.packs.items():
-        alive = tuple(r for r in records if Stored(pack=path, record=r) in live)
-        size = catalog.backend.size(path)
-        dead = sum(r.length for r in records) - sum(r.length for r in alive)
-        waste = PackWaste(path=path, size=size, dead_bytes=dead, live=alive)
-        if not alive:
-            delete.append(waste)
+    for path, rows in index.slices():
+        live, lengths = needs.live[rows], index.lengths[rows]
+        if live.any() and live.all():
+            continue
+        size, dead = catalog.backend.size(path), int(lengths[~live].sum())
+        if not live.any():
+            delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
         elif dead >= _REWRITE_FROM * size:
-            rewrite.append(waste)
-    held = sum(stored.record.length for stored in live if stored.record.key not in named)
-    return tuple(delete), tuple(rewrite), held
+            footer, alive = index.packs[path], np.flatnonzero(live).tolist()
+            records = tuple(footer.record(row) for row in alive)
+            rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
+    return tuple(delete), tuple(rewrite), held_bytes(index, needs, keys.values())
+
+
+def _name_missing(catalog: Catalog, keep: Sequence[Checkpoint]) -> NoReturn:
+    for checkpoint in keep:
+        alone = catalog.keys_by_base([checkpoint])
+        missing = closure(catalog.objects, catalog.objects.index, alone).missing
+        if len(missing):
+            raise _damaged(f"{len(missing)} chunks of {_label(checkpoint)} are in no pack")
+    raise _damaged("chunks are in no pack")
 
 
 def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
@@ -237,11 +247,11 @@ def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
 
 def _refuse_damage(catalog: Catalog) -> None:
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
-        raise _damaged(error)
+        raise _damaged(error, type(error))
 
 
-def _damaged(what: object) -> CorruptedError:
-    return CorruptedError(f"gc deletes nothing from a damaged store: {what}. See msft-store check")
+def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
+    return kind(f"gc deletes nothing from a damaged store: {what}. See msft-store check")
 
 
 def _label(checkpoint: Checkpoint) -> str:

@@ -52,12 +52,15 @@ def survey(
     blocks = -(-new.size // BLOCK)
     whole = new.size // BLOCK
     changed = np.zeros(blocks, np.bool_)
-    counts = np.zeros((3, tables.EXPONENTS), np.int64)
+    same = np.zeros(tables.EXPONENTS, np.int64)
+    seen = np.zeros(tables.EXPONENTS, np.int64)
+    moved = np.zeros(tables.EXPONENTS, np.int64)
+    bits, by = uint64(mask), uint64(shift)
     width = new_words.size // whole if whole > 0 else 0
     for block in range(whole):
-        differs = uint64(0)
-        for i in range(block * width, block * width + width):
-            differs |= new_words[i] ^ old_words[i]
+        differs, start = uint64(0), block * width
+        for i in range(width):
+            differs |= new_words[start + i] ^ old_words[start + i]
         changed[block] = differs != 0
     for i in range(whole * BLOCK, new.size):
         changed[blocks - 1] |= new[i] != old[i]
@@ -65,18 +68,18 @@ def survey(
         first, end = block * BLOCK, min(block * BLOCK + BLOCK, new.size)
         if changed[block]:
             for i in range(first, end):
-                e = (uint64(old[i]) & mask) >> shift
-                counts[1, e] += 1
-                counts[2, e] += new[i] != old[i]
+                e = (uint64(old[i]) & bits) >> by
+                seen[e] += 1
+                moved[e] += int64(new[i] != old[i])
         else:
             for i in range(first, end):
-                counts[0, (uint64(old[i]) & mask) >> shift] += 1
+                same[(uint64(old[i]) & bits) >> by] += 1
     runs = 0
     before = False
     for block in range(blocks):
         runs += changed[block] != before
         before = changed[block]
-    return changed, counts, runs
+    return changed, np.stack((same, seen, moved)), runs
 
 
 @_compiled
@@ -177,12 +180,13 @@ def describe(
 
 
 @_compiled
-def gather(symbols: Any, distances: Any, contexts: Any, extra_bits: Any) -> Any:
-    """Return the histogram of symbols, and the low bits of distances as uint32 words."""
-    histogram = np.zeros(contexts << 8, np.int64)
-    other = np.zeros(contexts << 8, np.int64)
-    words = np.empty(symbols.size + 1, np.uint32)
-    hold, have, used, one = uint64(0), uint64(0), uint64(0), uint64(1)
+def gather(
+    symbols: Any, distances: Any, extra_bits: Any, histogram: Any, words: Any, start: Any
+) -> Any:
+    """Count symbols, write the low bits of distances from bit ``start`` on, return the end."""
+    other = np.zeros(histogram.size, np.int64)
+    used, one = uint64(start >> 5), uint64(1)
+    hold, have = uint64(words[used]), uint64(start & 31)
     for k in range(symbols.size):
         symbol = symbols[k]
         # Two histograms, as equal neighbours would wait for each other.
@@ -198,10 +202,10 @@ def gather(symbols: Any, distances: Any, contexts: Any, extra_bits: Any) -> Any:
             used += one
             hold >>= uint64(32)
             have -= uint64(32)
-    if have > uint64(0):
-        words[used] = uint32(hold)
-        used += one
-    return histogram + other, words[:used]
+    words[used] = uint32(hold)
+    for i in range(other.size):
+        histogram[i] += other[i]
+    return 32 * int64(used) + int64(have)
 
 
 @_compiled
@@ -277,9 +281,14 @@ def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> 
 
 
 @_compiled
-def distances_of(symbols: Any, words: Any, start: Any, extra_bits: Any, least: Any) -> Any:
-    """Return the distances that symbols and low bits from bit ``start`` stand for; uint32."""
-    distances = np.empty(symbols.size, np.uint32)
+def distances_of(
+    symbols: Any, words: Any, start: Any, end: Any, extra_bits: Any, least: Any
+) -> Any:
+    """Return the distances of symbols with low bits from ``start`` on, and where these end.
+
+    Nothing is read beyond bit ``end``; where the low bits end is then beyond it too.
+    """
+    distances = np.zeros(symbols.size, np.uint32)
     at, one = uint64(start), uint64(1)
     for k in range(symbols.size):
         token = symbols[k] >> 2
@@ -289,7 +298,9 @@ def distances_of(symbols: Any, words: Any, start: Any, extra_bits: Any, least: A
         low = (two >> (at & uint64(31))) & ((one << bits) - one)
         distances[k] = uint32(least[token]) + uint32(low)
         at += bits
-    return distances
+        if at > uint64(end):
+            break
+    return distances, int64(at)
 
 
 @_compiled
@@ -299,11 +310,12 @@ def apply(
     symbols: Any,
     words: Any,
     start: Any,
+    end: Any,
     sign: Any,
     extra_bits: Any,
     least: Any,
-) -> None:
-    """Change elements of ``new``, which holds the reference, in place."""
+) -> Any:
+    """Change elements of ``new``, which holds the reference; return as ``distances_of``."""
     at, one = uint64(start), uint64(1)
     for k in range(positions.size):
         i = positions[k]
@@ -318,3 +330,6 @@ def apply(
         change = (distance ^ negative) - negative
         new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change
         at += bits
+        if at > uint64(end):
+            break
+    return int64(at)

@@ -24,6 +24,7 @@ from msft_store.dtypes import DType, by_name
 from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
+    KEY_BYTES,
     VERSION,
     canonical,
     digest,
@@ -37,6 +38,8 @@ _FOLDER = "manifests"
 _SUFFIX = ".json"
 _FIRST_READ = 1 << 14
 _MAX_LENGTH = 1 << 63
+_CHUNKS = b'"chunks"'
+_KEYS = b'"chunks":"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +227,7 @@ def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
 
 def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     """Read the tensor table of a checkpoint, sorted by name."""
-    path = path_of(checkpoint.id)
-    data = backend.read(path)
-    table = data[data.find(b"\n") + 1 : -1]
-    what = backend.describe(path)
-    if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
-        raise CorruptedError(f"the tensor table in {what} does not match its digest")
+    table, what = _table(backend, checkpoint)
     try:
         entries = {str(name): _entry(value) for name, value in json.loads(table).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -237,6 +235,33 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
         raise CorruptedError(f"the tensor table in {what} does not have the size that it states")
     return entries
+
+
+def read_keys(backend: Backend, checkpoint: Checkpoint) -> bytes:
+    """Read the keys of all chunks that a checkpoint names, back to back; some stand repeatedly."""
+    table, what = _table(backend, checkpoint)
+    parts = table.split(_KEYS)
+    if b"\\" in table or len(parts) != len(table.split(_CHUNKS)):
+        # A name that is not plain, or another way of writing JSON.
+        entries = read_tensors(backend, checkpoint).values()
+        return b"".join(key for entry in entries for piece in entry.pieces for key in piece.keys)
+    texts = b"".join([part[: part.find(b'"')] for part in parts[1:]])
+    try:
+        keys = bytes.fromhex(texts.decode())
+    except ValueError:
+        keys = texts
+    if len(keys) % KEY_BYTES or keys is texts:
+        raise CorruptedError(f"the tensor table in {what} holds what are no keys")
+    return keys
+
+
+def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
+    path = path_of(checkpoint.id)
+    data, what = backend.read(path), backend.describe(path)
+    table = data[data.find(b"\n") + 1 : -1]
+    if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
+        raise CorruptedError(f"the tensor table in {what} does not match its digest")
+    return table, what
 
 
 def parse_shape(value: Any) -> tuple[int, ...]:

@@ -16,88 +16,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msft_store import codecs
-from msft_store.backend import Backend, Writer
+from msft_store.backend import Backend
 from msft_store.base_reader import BaseReader
 from msft_store.bases import Base, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
-from msft_store.errors import (
-    CorruptedError,
-    StoreError,
-    UnknownCheckpointError,
-)
-from msft_store.format import (
-    KEY_BYTES,
-    PACK_HEADER,
-    PACK_TRAILER,
-    BaseSpan,
-    ChunkSpan,
-    Record,
-    chunk_key,
-    decode_footer,
-    decode_trailer,
-    encode_footer,
-    pack_header,
-)
+from msft_store.errors import CorruptedError, StoreError, UnknownCheckpointError
+from msft_store.footer import Footer
+from msft_store.format import KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.kernels import Bytes
-
-FOLDER = "packs"
-_SUFFIX = ".pack"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
-    """A record and the pack that it stands in."""
-
-    pack: str
-    """Path of the pack."""
-    record: Record
-
-
-class PackWriter:
-    """Collects encoded chunks into one pack, which exists once :meth:`publish` returns."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.records: list[Record] = []
-        self._writer = writer
-        writer.write(pack_header())
-
-    @property
-    def position(self) -> int:
-        """Where the next payload will begin."""
-        return self._writer.position
-
-    def append(self, record: Record, payload: bytes) -> None:
-        """Add a chunk; the record's ``offset`` must be :attr:`position`."""
-        self._writer.write(payload)
-        self.records.append(record)
-
-    def publish(self) -> str:
-        """Make the pack durable; return its path."""
-        footer, identity = encode_footer(self.records, self.position)
-        path = f"{FOLDER}/{identity}{_SUFFIX}"
-        self._writer.write(footer)
-        self._writer.publish(path)
-        return path
-
-
-def read_pack(backend: Backend, path: str) -> list[Record]:
-    """Return the records of a pack."""
-    what, size = backend.describe(path), backend.size(path)
-    tail = max(size - PACK_TRAILER.size, 0)
-    trailer = decode_trailer(backend.read(path, tail, PACK_TRAILER.size), size, what)
-    offset, length, decoded, count, check = trailer
-    if backend.read(path, 0, PACK_HEADER.size) != pack_header():
-        raise CorruptedError(f"{what} does not begin like a pack of this version")
-    records = decode_footer(backend.read(path, offset, length), decoded, count, check, what)
-    if any(record.offset + record.length > offset for record in records):
-        raise CorruptedError(f"the footer of {what} points beyond its payloads")
-    return records
+from msft_store.keytable import Keys
+from msft_store.packs import Index, Stored, list_packs, read_pack
 
 
 class Objects:
@@ -105,48 +39,71 @@ class Objects:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._packs: dict[str, list[Record]] = {}
-        self._damaged: dict[str, StoreError] = {}
-        self._index: dict[bytes, list[Stored]] = {}
+        self._snapshot = Index({})
+        self._damaged_packs: dict[str, StoreError] = {}
+        self._damaged_bases: dict[str, StoreError] = {}
         self._readers: dict[str, BaseReader] = {}
-        self._refreshing = threading.Lock()
+        # What is read is compared with what was asked for: packs are read when first needed.
+        self._wanted = self._have_packs = self._have_bases = 0
+        self._reading = threading.RLock()
 
     @property
-    def packs(self) -> Mapping[str, list[Record]]:
-        """The records of each pack, by its path."""
-        return self._packs
+    def index(self) -> Index:
+        """What all packs hold, as of the last :meth:`refresh` or later."""
+        if self._have_packs != self._wanted:
+            with self._reading:
+                self._read_packs()
+        return self._snapshot
+
+    @property
+    def packs(self) -> Mapping[str, Footer]:
+        """What each pack holds, by its path."""
+        return self.index.packs
 
     @property
     def damaged(self) -> Mapping[str, StoreError]:
         """Packs and bases that cannot be read, by path; they are left out of everything else."""
-        return self._damaged
+        with self._reading:
+            self._read_packs()
+            self._read_bases()
+        return {**self._damaged_packs, **self._damaged_bases}
 
     def refresh(self) -> None:
-        """Read what other processes added or removed since."""
-        with self._refreshing:
-            paths = {p for p in self._backend.list(FOLDER) if p.endswith(_SUFFIX)}
-            packs = {path: self._packs[path] for path in self._packs if path in paths}
-            damaged: dict[str, StoreError] = {}
-            for path in sorted(paths - packs.keys()):
-                try:
+        """See from here on what other processes added or removed."""
+        with self._reading:
+            self._wanted += 1
+
+    def _read_packs(self) -> None:
+        wanted, known = self._wanted, self._snapshot.packs
+        if self._have_packs == wanted:
+            return
+        paths = list_packs(self._backend)
+        packs = {path: known[path] for path in paths if path in known}
+        damaged: dict[str, StoreError] = {}
+        for path in paths:
+            try:
+                if path not in known:
                     packs[path] = read_pack(self._backend, path)
+            except StoreError as error:
+                # One that a gc removed since it was listed is no loss.
+                if self._backend.exists(path):
+                    damaged[path] = error
+        if packs.keys() != known.keys():
+            self._snapshot = Index(packs)
+        self._damaged_packs, self._have_packs = damaged, wanted
+
+    def _read_bases(self) -> None:
+        wanted = self._wanted
+        if self._have_bases == wanted:
+            return
+        damaged: dict[str, StoreError] = {}
+        for identity in list_bases(self._backend):
+            if identity not in self._readers:
+                try:
+                    self.add_base(read_base(self._backend, identity))
                 except StoreError as error:
-                    # One that a gc removed since it was listed is no loss.
-                    if self._backend.exists(path):
-                        damaged[path] = error
-            for identity in list_bases(self._backend):
-                if identity not in self._readers:
-                    try:
-                        self.add_base(read_base(self._backend, identity))
-                    except StoreError as error:
-                        damaged[path_of_base(identity)] = error
-            if packs.keys() != self._packs.keys():
-                index: dict[bytes, list[Stored]] = {}
-                for path, records in packs.items():
-                    for record in records:
-                        index.setdefault(record.key, []).append(Stored(pack=path, record=record))
-                self._index = index
-            self._packs, self._damaged = packs, damaged
+                    damaged[path_of_base(identity)] = error
+        self._damaged_bases, self._have_bases = damaged, wanted
 
     def add_base(self, base: Base) -> None:
         """Make a base known that was just recorded, or recorded anew in another place."""
@@ -155,14 +112,19 @@ class Objects:
 
     def bases(self) -> dict[str, Base]:
         """Return all bases by id."""
+        if self._have_bases != self._wanted:
+            with self._reading:
+                self._read_bases()
         return {identity: reader.base for identity, reader in self._readers.items()}
 
     def base(self, identity: str) -> BaseReader:
         """Return the reader of a base."""
+        if identity not in self._readers:
+            self.bases()
         try:
             return self._readers[identity]
         except KeyError:
-            damage = self._damaged.get(path_of_base(identity))
+            damage = self._damaged_bases.get(path_of_base(identity))
             if damage is not None:
                 raise damage from None
             raise UnknownCheckpointError(
@@ -173,13 +135,15 @@ class Objects:
         """Return where a chunk stands unchanged in a base."""
         return None if base is None else self.base(base).chunks.get(key)
 
-    def find(self, key: bytes, base: str | None) -> Stored | None:
-        """Return the representation to decode a key with.
+    def in_base_all(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
+        """Return which chunks stand unchanged in a base."""
+        return np.zeros(len(keys), bool) if base is None else self.base(base).holds(keys)
 
-        The shallowest; of those, one that needs no other chunk; of those, the smallest.
-        """
-        usable = [s for s in self._index.get(key, ()) if s.record.base in (None, base)]
-        return min(usable, key=_preference, default=None)
+    def find(self, key: bytes, base: str | None) -> Stored | None:
+        """Return the representation to decode a key with, as :meth:`Index.find_all` chooses it."""
+        index = self.index
+        row = index.find(key, base)
+        return None if row < 0 else index.stored(row)
 
     def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
         """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
@@ -196,7 +160,7 @@ class Objects:
         self.refresh()
         stored = self.find(key, base)
         if stored is None:
-            hint = "".join(f"; {error}" for error in self._damaged.values())
+            hint = "".join(f"; {error}" for error in self.damaged.values())
             raise CorruptedError(
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
             )
@@ -252,34 +216,3 @@ class Objects:
             count = record.size // by_code(record.dtype).size
             self.base(record.base).verify_span(record.reference, count)
         raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")
-
-
-def _preference(stored: Stored) -> tuple[int, bool, int, str]:
-    record = stored.record
-    return record.depth, record.refers_to_chunk, record.length, stored.pack
-
-
-def closure(
-    objects: Objects, keys: Iterable[bytes], base: str | None
-) -> tuple[set[Stored], set[bytes]]:
-    """Return what restoring chunks needs: the records in packs, and the keys that are nowhere."""
-    live: set[Stored] = set()
-    missing: set[bytes] = set()
-    seen: set[tuple[bytes, str | None]] = set()
-    pending = [(key, base) for key in keys]
-    while pending:
-        key, base = pending.pop()
-        if (key, base) in seen or objects.in_base(key, base) is not None:
-            continue
-        seen.add((key, base))
-        stored = objects.find(key, base)
-        if stored is None:
-            missing.add(key)
-            continue
-        live.add(stored)
-        record = stored.record
-        if isinstance(record.reference, tuple):
-            pending.extend((span.key, record.base) for span in record.reference)
-        elif record.refers_to_chunk:
-            pending.append((record.ref_key, record.base))
-    return live, missing

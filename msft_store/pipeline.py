@@ -48,7 +48,7 @@ _WORKERS = min(32, os.cpu_count() or 1)
 
 
 class Sink(Protocol):
-    """Where encoded chunks go; :class:`msft_store.objects.PackWriter` is one."""
+    """Where encoded chunks go; :class:`msft_store.packs.PackWriter` is one."""
 
     @property
     def position(self) -> int:

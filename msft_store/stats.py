@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from msft_store.backend import disk_bytes
 from msft_store.catalog import Catalog
-from msft_store.objects import Stored, closure
+from msft_store.keytable import among, concatenate, counted, unique
+from msft_store.liveness import closure, held_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +40,19 @@ def stats(catalog: Catalog) -> Stats:
     """Return what a store holds, counted now."""
     catalog.refresh()
     checkpoints, objects = catalog.checkpoints(), catalog.objects
-    uses: dict[bytes, int] = {}
-    live: set[Stored] = set()
-    for checkpoint in checkpoints:
-        live |= closure(objects, catalog.keys(checkpoint), checkpoint.base)[0]
-        for key in catalog.keys(checkpoint):
-            in_base = objects.in_base(key, checkpoint.base) is not None
-            uses[key] = uses.get(key, 0) + (2 if in_base else 1)
-    records = (record for pack in objects.packs.values() for record in pack)
+    index, keys = objects.index, catalog.keys_by_base(checkpoints)
+    needs = closure(objects, index, keys)
+    uses = [unique(catalog.keys(checkpoint)) for checkpoint in checkpoints]
+    named, times = counted(concatenate(uses))
+    in_base = [some[objects.in_base_all(some, base)] for base, some in keys.items()]
+    shared = (times > 1) | among(named, concatenate(in_base))
     return Stats(
         checkpoints=len(checkpoints),
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
-        stored_bytes=sum(record.length for record in records),
-        held_bytes=sum(s.record.length for s in live if s.record.key not in uses),
+        stored_bytes=int(index.lengths.sum()),
+        held_bytes=held_bytes(index, needs, keys.values()),
         on_disk_bytes=disk_bytes(catalog.backend),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
-        chunks=len(uses),
-        shared_chunks=sum(count > 1 for count in uses.values()),
+        chunks=len(named),
+        shared_chunks=int(shared.sum()),
     )

@@ -48,7 +48,7 @@ from msft_store.manifest import (
     write_manifest,
 )
 from msft_store.matching import check_match, listed
-from msft_store.objects import PackWriter
+from msft_store.packs import PackWriter
 from msft_store.pipeline import Totals, decode_state, empty_like, encode_anchor, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human

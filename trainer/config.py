@@ -139,6 +139,9 @@ class Config:
     """CPU threads for torch; ``None`` leaves torch's default."""
     resume_every: int | None = None
     """Optimizer steps between resume points; ``None``: none, a killed run repeats its stage."""
+    async_save: bool = True
+    """Commit checkpoints in the background while training goes on, which takes host memory for one
+    copy of the weights; ``false``: train on once each is committed. The results are the same."""
     log_every: int = 10
     """Optimizer steps between ``trained`` records in the journal."""
     model: ModelConfig

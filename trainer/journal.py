@@ -25,8 +25,10 @@ event              fields
                    seconds
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
+                   (that training waited for it); written once the checkpoint is durable
 ``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint
-                   (null with ``continue``), exclude [names], reason; written before it is acted on
+                   (null with ``continue``), exclude [names], reason; written before it is acted on,
+                   but training goes on while what it continues from is committed
 ``rolled_back``    checkpoint, disk_peak_bytes, disk_bytes; also at the end of a run, when
                    the result becomes the last root
 ``resume_point``   step, stage, bytes
@@ -43,7 +45,8 @@ prompts of generations included; ``attention_tokens`` is the sum over the sequen
 of length², ``generated_tokens`` counts tokens that were generated one at a time,
 ``generated_attention_tokens`` is the sum over these of the tokens they looked back on, and
 ``padded_tokens`` counts padding. Order at an evaluation: ``trained``, ``committed``,
-``evaluated``, ``decided``.
+``evaluated``, ``decided``. That order holds where a commit goes on beside the training, too: what
+comes after it waits for it (:mod:`trainer.outbox`).
 
 Example::
 

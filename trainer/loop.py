@@ -3,8 +3,10 @@
 A stage trains the active sub-datasets from its root with a fresh optimizer and schedule. At the
 root, every ``eval_every`` epochs and at the end all sub-datasets are evaluated, the weights are
 committed to the timeline, and the strategy is asked; its answer is written to the journal and then
-acted on. Everything in between follows from the seed and the position, so a run that is continued
-from a position does what it would have done.
+acted on. While it says to continue, training goes on beside the commit, and what was found and
+decided is written once that is durable: before the next commit, a resume point, or an answer that
+leads elsewhere. Everything in between follows from the seed and the position, so a run that is
+continued from a position does what it would have done.
 
 Example::
 
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,11 +27,12 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
-from msft_store import Champions, KeepBest, PeakWindow, Policy
+from trainer.commits import Committing, begin_commit, retention
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.optim import reset
+from trainer.outbox import Line
 from trainer.resume import (
     Known,
     Point,
@@ -49,8 +51,7 @@ from trainer.strategy import (
     Continue,
     Decision,
     Evaluation,
-    Mode,
-    Needs,
+    Names,
     RollBack,
     Stage,
     Stop,
@@ -86,6 +87,7 @@ class Loop:
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
         self._known: dict[str, Known] = {}
+        self._names = Names()
         self._global_step = 0
         self._position: Position | None = None
 
@@ -95,7 +97,7 @@ class Loop:
         The model has the weights of the stage's root, or those of the resume point. Raises
         :class:`Interrupted` on a signal, with a resume point written wherever a stage has begun.
         """
-        self._known = dict(standing.known)
+        self._known, self._names = dict(standing.known), standing.names
         self._global_step = standing.global_step
         stage, root = standing.stage, standing.root
         try:
@@ -147,6 +149,7 @@ class Loop:
                 if self._is_point_due(position) and position.step != begun:
                     self._record_totals(steps, position, schedule)
                     self._save_point(position)
+                    steps.restart_clock()
                 steps.train(position.step)
                 self._global_step += 1
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
@@ -163,7 +166,9 @@ class Loop:
         set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
         reset(self._work.optimizer)
         result = self._measure() if root is None else None
-        committed = self._commit(stage, 0.0, result) if result else {}
+        commit = self._commit(stage, 0.0, result) if result else None
+        # The stage is told by its root, so there is nothing to do beside this commit.
+        committed = commit.record() if commit else {}
         checkpoint = committed.get("checkpoint", root)
         self._work.record(
             "stage_started",
@@ -178,98 +183,89 @@ class Loop:
         self._say(f"stage {stage.number} trains {', '.join(stage.active)}")
         if committed:
             self._work.record("committed", **committed)
-        return self._decide(stage, 0, 0.0, checkpoint, result, last=False)
+        return self._decide(stage, 0, 0.0, result, checkpoint, last=False)
 
     def _evaluate(self, stage: Stage, position: Position, schedule: Schedule) -> Decision:
         """Evaluate all sub-datasets, commit the weights, and decide."""
         result = self._measure()
+        self._work.outbox.settle()
         epoch = position.step / schedule.steps_per_epoch
-        committed = self._commit(stage, epoch, result)
-        self._work.record("committed", **committed)
+        commit = self._commit(stage, epoch, result)
         index = position.evaluations
         last = index == len(schedule.evaluations)
-        return self._decide(stage, index, epoch, committed.get("checkpoint"), result, last=last)
+        return self._decide(stage, index, epoch, result, commit, last=last)
 
     def _measure(self) -> Result:
         return self._evaluator(self._work.model, self._work.split("validation"))
 
-    def _commit(self, stage: Stage, epoch: float, result: Result) -> dict[str, Any]:
-        """Commit the weights with their metrics; return the fields of the ``committed`` record."""
-        timeline = self._work.timeline
-        if timeline is None:
-            return {}
-        began = time.monotonic()
-        timeline.retention = retention(self._strategy.needs(), self._strategy.mode)
-        checkpoint = timeline.commit(
-            self._work.accelerator.unwrap_model(self._work.model).state_dict(),
-            step=self._global_step,
-            metrics=result.metrics,
-            metadata={"stage": stage.number, "epoch": epoch},
-        )
-        commit = timeline.last_commit
-        if commit is None:
-            raise RunError("the store has not said what it did with the commit")
-        return {
-            "step": self._global_step,
-            "stage": stage.number,
-            "checkpoint": checkpoint.id,
-            "logical_bytes": checkpoint.logical_bytes,
-            "stored_bytes": checkpoint.stored_bytes,
-            "disk_peak_bytes": commit.peak_bytes,
-            "disk_bytes": commit.bytes,
-            "kept": {identity: list(reasons) for identity, reasons in commit.kept.items()},
-            "dropped": list(commit.dropped),
-            "seconds": time.monotonic() - began,
-        }
+    def _commit(self, stage: Stage, epoch: float, result: Result) -> Committing | None:
+        """Commit the weights with their metrics, in the main process."""
+        if self._work.timeline is not None:
+            needs, mode = self._strategy.needs(), self._strategy.mode
+            self._work.timeline.retention = retention(needs, mode)
+        step, metrics = self._global_step, result.metrics
+        return begin_commit(self._work, stage=stage.number, step=step, epoch=epoch, metrics=metrics)
 
     def _decide(
         self,
         stage: Stage,
         index: int,
         epoch: float,
-        checkpoint: str | None,
         result: Result | None,
+        checkpoint: Committing | str | None,
         *,
         last: bool,
     ) -> Decision:
-        """Journal an evaluation, ask the strategy, journal its answer, and tell all processes.
+        """Ask the strategy about an evaluation, journal both, and tell all processes the answer.
 
-        Without a ``result`` the checkpoint's metrics are known from an earlier evaluation.
+        ``checkpoint`` is the commit, or the id of one that is durable. Without a ``result`` its
+        metrics are known from an earlier evaluation.
         """
         if not self._work.accelerator.is_main_process or checkpoint is None:
             return self._shared(None)
-        if result is not None:
-            self._known[checkpoint] = Known(metrics=result.metrics, losses=result.losses)
-        known = self._known[checkpoint]
+        commit = checkpoint if isinstance(checkpoint, Committing) else None
+        durable = checkpoint if isinstance(checkpoint, str) else ""
+        known = self._known[durable] if result is None else _known(result)
         evaluation = Evaluation(
             stage=stage.number,
             index=index,
             epoch=epoch,
             step=self._global_step,
-            checkpoint=checkpoint,
+            checkpoint=self._names.name(durable, stage=stage.number, index=index),
             metrics=known.metrics,
             last=last,
         )
-        self._work.record(
-            "evaluated",
-            **vars(evaluation),
-            split="validation",
-            losses=known.losses,
-            reused=result is None,
-            **(result.costs() if result else {}),
-        )
         decision = self._strategy.on_evaluation(evaluation)
-        self._work.record(
-            "decided",
-            step=self._global_step,
-            stage=stage.number,
-            index=index,
-            **describe(decision),
-            reason=decision.reason,
-        )
+
+        def lines() -> list[Line]:
+            committed = commit.record() if commit else {}
+            identity = committed.get("checkpoint", durable)
+            self._names.add(evaluation.checkpoint, identity)
+            self._known[identity] = known
+            evaluated = {
+                **vars(evaluation),
+                "checkpoint": identity,
+                "split": "validation",
+                "losses": known.losses,
+                "reused": result is None,
+                **(result.costs() if result else {}),
+            }
+            decided = {
+                "step": evaluation.step,
+                "stage": stage.number,
+                "index": index,
+                **describe(self._names.resolve(decision)),
+                "reason": decision.reason,
+            }
+            written = [("evaluated", evaluated), ("decided", decided)]
+            return [("committed", committed), *written] if committed else written
+
+        self._work.outbox.add_later(commit.future if commit else None, lines)
+        if not isinstance(decision, Continue):
+            self._work.outbox.settle()
         text = f"stage {stage.number}, epoch {epoch:.2f}: {OVERALL} {known.metrics[OVERALL]:.4f}"
         self._say(text if isinstance(decision, Continue) else f"{text}; {decision.reason}")
-        return self._shared(decision)
+        return self._shared(self._names.resolve(decision))
 
     def _shared(self, decision: Decision | None) -> Decision:
         """Return the main process's decision in every process."""
@@ -281,7 +277,8 @@ class Loop:
         return shared[0]
 
     def _after_step(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
-        """Journal the loss where it is time, and end on a signal."""
+        """Journal what is due, and end on a signal."""
+        self._work.outbox.write_ready()
         signalled = self._signalled()
         if signalled or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position, schedule)
@@ -317,6 +314,7 @@ class Loop:
             states = {n: work.accelerator.gather(s.to(device)).cpu() for n, s in states.items()}
         if work.journal is None:
             return
+        work.outbox.settle()
         point = Point(position=position, seq=work.journal.next_seq - 1)
         model = work.accelerator.unwrap_model(work.model)
         size = save_point(work.directory / RESUME, point, model, work.optimizer, states)
@@ -335,23 +333,13 @@ class Loop:
         )
 
 
+def _known(result: Result) -> Known:
+    return Known(metrics=result.metrics, losses=result.losses)
+
+
 def load_resume_point(work: Workspace) -> None:
     """Restore weights, optimizer and generators from the resume point, in every process."""
     model = work.accelerator.unwrap_model(work.model)
     states = load_point(work.directory / RESUME, model, work.optimizer)
     mine = {name: rows[work.accelerator.process_index] for name, rows in states.items()}
     set_rng_state(mine, work.accelerator.device)
-
-
-def retention(needs: Needs, mode: Mode) -> Policy:
-    """Return the policy that keeps what a strategy may still ask for."""
-    policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
-    champions = dict.fromkeys(needs.champions, mode)
-    if champions and needs.peak_window is not None:
-        policies.append(PeakWindow(champions, needs.peak_window))
-    elif champions:
-        policies.append(Champions(champions))
-    policy = policies[0]
-    for other in policies[1:]:
-        policy = policy | other
-    return policy

@@ -30,7 +30,16 @@ from trainer.errors import RunError
 from trainer.files import enough_space, sync
 from trainer.journal import Record
 from trainer.model import unique_state
-from trainer.strategy import Continue, Decision, Evaluation, RollBack, Stage, Stop, Strategy
+from trainer.strategy import (
+    Continue,
+    Decision,
+    Evaluation,
+    Names,
+    RollBack,
+    Stage,
+    Stop,
+    Strategy,
+)
 
 Origin = Literal["resume_point", "stage_root", "end"]
 _VERSION = 1
@@ -77,6 +86,8 @@ class Standing:
     global_step: int
     known: Mapping[str, Known]
     """Checkpoint id → its evaluation."""
+    names: Names
+    """What the strategy was told for these ids."""
     stop: Stop | None
     """The decision that ended training."""
 
@@ -106,13 +117,16 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
     stage, root, stop = strategy.first_stage(), None, None
     global_step = 0
     known: dict[str, Known] = {}
+    names = Names()
     decision: Decision | None = None
     for record in counted:
         if "step" in record:
             global_step = record["step"]
         if record["event"] == "evaluated":
             known[record["checkpoint"]] = Known(metrics=record["metrics"], losses=record["losses"])
-            decision = strategy.on_evaluation(_evaluation(record))
+            evaluation = _evaluation(record, names)
+            names.add(evaluation.checkpoint, record["checkpoint"])
+            decision = names.resolve(strategy.on_evaluation(evaluation))
         elif record["event"] == "decided":
             decided = {} if decision is None else describe(decision)
             if not decided or any(record[key] != value for key, value in decided.items()):
@@ -124,7 +138,9 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
             if isinstance(decision, RollBack):
                 stage, root = decision.stage, decision.checkpoint
             stop = decision if isinstance(decision, Stop) else None
-    return Standing(stage=stage, root=root, global_step=global_step, known=known, stop=stop)
+    return Standing(
+        stage=stage, root=root, global_step=global_step, known=known, names=names, stop=stop
+    )
 
 
 def describe(decision: Decision) -> dict[str, Any]:
@@ -227,6 +243,7 @@ def _python_rng() -> dict[str, Any]:
     }
 
 
-def _evaluation(record: Record) -> Evaluation:
-    names = ("stage", "index", "epoch", "step", "checkpoint", "metrics", "last")
-    return Evaluation(**{name: record[name] for name in names})
+def _evaluation(record: Record, names: Names) -> Evaluation:
+    fields = ("stage", "index", "epoch", "step", "metrics", "last")
+    checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
+    return Evaluation(checkpoint=checkpoint, **{field: record[field] for field in fields})

@@ -20,12 +20,13 @@ from accelerate.utils import broadcast_object_list
 
 from msft_store import StoreError
 from trainer.algorithms import make_strategy
+from trainer.commits import retention
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluate import Evaluator
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
-from trainer.loop import Loop, Say, load_resume_point, retention
+from trainer.loop import Loop, Say, load_resume_point
 from trainer.model import load_model, save_model
 from trainer.optim import reset
 from trainer.report import write_report

@@ -16,7 +16,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 OVERALL = "overall"
@@ -49,7 +49,7 @@ class Evaluation:
     step: int
     """Optimizer steps since the run began; never goes back."""
     checkpoint: str
-    """Id of the checkpoint that holds these weights."""
+    """What a decision calls the checkpoint that holds these weights; see :class:`Names`."""
     metrics: Mapping[str, float]
     """Sub-dataset → metric, excluded ones too, and ``OVERALL``."""
     last: bool
@@ -86,6 +86,35 @@ class Stop:
 
 
 Decision = Continue | RollBack | Stop
+
+
+class Names:
+    """What strategies call checkpoints.
+
+    The id of a checkpoint follows from its content and is not known while it is still being
+    committed. So a strategy is told a name, always the same for the same checkpoint, and the names
+    in its decisions are turned into ids where they are needed.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._ids: dict[str, str] = {}
+
+    def name(self, checkpoint: str, *, stage: int, index: int) -> str:
+        """Return a checkpoint's name; one whose id is not known is named by its evaluation."""
+        known = (name for name, identity in self._ids.items() if identity == checkpoint)
+        return next(known, f"{stage}.{index}")
+
+    def add(self, name: str, checkpoint: str) -> None:
+        """Say which checkpoint id a name stands for."""
+        self._ids[name] = checkpoint
+
+    def resolve(self, decision: Decision) -> Decision:
+        """Return a decision with the id of the checkpoint that it names."""
+        if isinstance(decision, Continue):
+            return decision
+        name = decision.checkpoint
+        return replace(decision, checkpoint=self._ids.get(name, name))
 
 
 @dataclass(frozen=True, kw_only=True)

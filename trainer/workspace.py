@@ -38,6 +38,7 @@ from trainer.files import write_atomic
 from trainer.journal import Journal, Record
 from trainer.model import LoadedModel, load_model, max_positions
 from trainer.optim import make_optimizer
+from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.strategy import OVERALL
 
@@ -69,14 +70,15 @@ class Workspace:
     mixture: Mixture
     journal: Journal | None
     """``None`` in every process but the main one, like ``store``, ``base`` and ``timeline``."""
+    outbox: Outbox
+    """Through which everything is written to the journal."""
     store: Store | None
     base: Base | None
     timeline: Timeline | None
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write to the journal, in the main process."""
-        if self.journal is not None:
-            self.journal.append(event, **fields)
+        """Write to the journal, in the main process, behind what waits for a commit."""
+        self.outbox.add(event, **fields)
 
     def split(self, name: str) -> dict[str, Sequence[Example]]:
         """Return the examples of ``train``, ``validation`` or ``test`` by sub-dataset."""
@@ -152,6 +154,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             optimizer=getattr(optimizer, "optimizer", optimizer),
             mixture=mixture,
             journal=None,
+            outbox=Outbox(None),
             store=None,
             base=None,
             timeline=None,
@@ -160,8 +163,29 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             yield work
             return
         with Journal.open(directory / JOURNAL) as work.journal:
+            work.outbox = Outbox(work.journal)
             _open_store(work)
-            yield work
+            with _settled(work):
+                yield work
+
+
+@contextmanager
+def _settled(work: Workspace) -> Iterator[None]:
+    """At the end, wait for the commit under way and write what waits for it, after an error too.
+
+    Nothing may go on in the store once the directory's lock is given back.
+    """
+    try:
+        yield
+    except BaseException:
+        # The error that is on its way says more than one that a commit may add.
+        with suppress(Exception):
+            work.outbox.settle()
+        with suppress(Exception):
+            if work.timeline is not None:
+                work.timeline.wait()
+        raise
+    work.outbox.settle()
 
 
 def create_directory(config: Config) -> None:

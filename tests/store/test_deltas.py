@@ -22,7 +22,8 @@ from msft_store.manifest import (
     tensor_table,
     write_manifest,
 )
-from msft_store.objects import Objects, PackWriter
+from msft_store.objects import Objects
+from msft_store.packs import PackWriter
 from msft_store.tensors import to_bytes
 from tests.store.states import State, logical_bytes, make_state, same_bits, train_step, write_base
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msft_store import Champions, KeepBest, PeakWindow, Store
 from tests.trainer.support import make_config
+from trainer.commits import retention
 from trainer.config import TrainConfig
 from trainer.errors import RunError
 from trainer.journal import effective, read
-from trainer.loop import retention
 from trainer.optim import learning_rate
 from trainer.run import start
 from trainer.schedule import stage_schedule

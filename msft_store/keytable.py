@@ -1,0 +1,148 @@
+"""Keys of chunks by the hundred thousand, as NumPy arrays: finding, counting, telling apart.
+
+``Keys`` has a row for each key, its 16 bytes as two integers. A hash table in arrays, because a
+dictionary of so many objects takes longer to fill than all else that a listing does, and sorting
+does too.
+
+Example::
+
+    table = KeyTable(as_keys(b"".join(known)), np.arange(len(known)))
+    table.find(as_keys(wanted))              # the values, -1 for what is not there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.format import KEY_BYTES
+
+Keys = NDArray[np.uint64]
+"""Shape ``(n, 2)``."""
+Numbers = NDArray[np.int64]
+
+_HALF = np.dtype("<u8")
+
+
+def as_keys(data: bytes) -> Keys:
+    """View the keys that stand back to back in ``data``."""
+    return np.frombuffer(data, _HALF).reshape(-1, KEY_BYTES // _HALF.itemsize)
+
+
+def key_at(keys: Keys, row: int) -> bytes:
+    """Return one key as bytes."""
+    key: bytes = keys[row].tobytes()
+    return key
+
+
+def concatenate(parts: Sequence[Keys]) -> Keys:
+    """Return all keys of several arrays."""
+    return np.concatenate([as_keys(b""), *parts])
+
+
+def unique(keys: Keys) -> Keys:
+    """Return each key once, in the order in which they first stand there or nearly so."""
+    owners = _Slots(keys).owners
+    return keys[owners == np.arange(len(keys))]
+
+
+def counted(keys: Keys) -> tuple[Keys, Numbers]:
+    """Return each key once, and how often it stands there."""
+    times = np.bincount(_Slots(keys).owners, minlength=len(keys))
+    return keys[times > 0], times[times > 0]
+
+
+def among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
+    """Return which keys are among others."""
+    return KeyTable(known, np.arange(len(known))).contains(keys)
+
+
+def is_zero(keys: Keys) -> NDArray[np.bool_]:
+    """Return which keys are all zeros: a record's, without a reference."""
+    zero: NDArray[np.bool_] = (keys[:, 0] == 0) & (keys[:, 1] == 0)
+    return zero
+
+
+class KeyTable:
+    """A number for each key."""
+
+    def __init__(
+        self, keys: Keys, values: Numbers, preference: Sequence[NDArray[Any]] = ()
+    ) -> None:
+        """``preference``: of equal keys, the one with the smallest of these counts.
+
+        The most significant comes first, and the value itself last.
+        """
+        self._slots = _Slots(keys)
+        self._values = values.copy()
+        owners = self._slots.owners
+        twice = np.flatnonzero(np.bincount(owners, minlength=len(keys))[owners] > 1)
+        if twice.size:
+            columns = (values[twice], *(part[twice] for part in reversed(preference)))
+            ordered = twice[np.lexsort((*columns, owners[twice]))]
+            found, first = np.unique(owners[ordered], return_index=True)
+            self._values[found] = values[ordered[first]]
+
+    def find(self, keys: Keys) -> Numbers:
+        """Return the number of each key; -1 for one that is not in the table."""
+        rows = self._slots.find(keys)
+        found = np.full(len(keys), -1, np.int64)
+        found[rows >= 0] = self._values[rows[rows >= 0]]
+        return found
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Return which keys are in the table."""
+        inside: NDArray[np.bool_] = self._slots.find(keys) >= 0
+        return inside
+
+
+class _Slots:
+    """A hash table with linear probing, filled and searched for all keys at the same time."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._high, self._low = _halves(keys)
+        # At most half full; keys are digests already, so that their bits spread them.
+        self._mask = (2 << len(keys).bit_length()) - 1
+        self._rows = np.full(self._mask + 1, -1, np.int32)
+        self.owners = np.empty(len(keys), np.int64)
+        """For each key the row of the equal key that stands for it."""
+        pending = np.arange(len(keys))
+        place = self._home(self._low)
+        while pending.size:
+            free = self._rows[place] < 0
+            self._rows[place[free]] = pending[free]
+            held = self._rows[place]
+            same = self._same(held, self._high[pending], self._low[pending])
+            self.owners[pending[same]] = held[same]
+            pending, place = pending[~same], (place[~same] + 1) & self._mask
+
+    def find(self, keys: Keys) -> Numbers:
+        """Return the row that stands for each key; -1 if there is none."""
+        high, low = _halves(keys)
+        found = np.full(len(keys), -1, np.int64)
+        pending = np.arange(len(keys))
+        place = self._home(low)
+        while pending.size:
+            held = self._rows[place]
+            taken = held >= 0
+            pending, place, held = pending[taken], place[taken], held[taken]
+            same = self._same(held, high[pending], low[pending])
+            found[pending[same]] = held[same]
+            pending, place = pending[~same], (place[~same] + 1) & self._mask
+        return found
+
+    def _home(self, low: NDArray[np.uint64]) -> Numbers:
+        return (low & np.uint64(self._mask)).astype(np.int64)
+
+    def _same(
+        self, rows: NDArray[np.int32], high: NDArray[np.uint64], low: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        same: NDArray[np.bool_] = (self._low[rows] == low) & (self._high[rows] == high)
+        return same
+
+
+def _halves(keys: Keys) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    return np.ascontiguousarray(keys[:, 0]), np.ascontiguousarray(keys[:, 1])

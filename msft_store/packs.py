@@ -1,0 +1,183 @@
+"""Packs: files of encoded chunks, and finding a chunk's representations in all of them.
+
+A pack exists once it is published and never changes. An :class:`Index` is a snapshot of the packs
+of a store; its rows are their records, pack by pack, and what asks for many keys at once is
+answered in arrays.
+
+Example::
+
+    index = Index({path: read_pack(backend, path) for path in paths})
+    index.stored(index.find(key, base_id)).record.codec
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.backend import Backend, Writer
+from msft_store.errors import CorruptedError
+from msft_store.footer import (
+    NONE,
+    PACK_HEADER,
+    PACK_TRAILER,
+    Footer,
+    decode_footer,
+    decode_trailer,
+    encode_footer,
+    keys_of,
+    pack_header,
+)
+from msft_store.format import Record
+from msft_store.keytable import Keys, KeyTable, Numbers, as_keys, concatenate
+
+FOLDER = "packs"
+_N = TypeVar("_N", bound=np.generic)
+_SUFFIX = ".pack"
+_TAIL = 1 << 16
+"""Read at once from the end of a pack: the whole footer of most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A record and the pack that it stands in."""
+
+    pack: str
+    """Path of the pack."""
+    record: Record
+
+
+class PackWriter:
+    """Collects encoded chunks into one pack, which exists once :meth:`publish` returns."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.records: list[Record] = []
+        self._writer = writer
+        writer.write(pack_header())
+
+    @property
+    def position(self) -> int:
+        """Where the next payload will begin."""
+        return self._writer.position
+
+    def append(self, record: Record, payload: bytes) -> None:
+        """Add a chunk; the record's ``offset`` must be :attr:`position`."""
+        self._writer.write(payload)
+        self.records.append(record)
+
+    def publish(self) -> str:
+        """Make the pack durable; return its path."""
+        footer, identity = encode_footer(self.records, self.position)
+        path = f"{FOLDER}/{identity}{_SUFFIX}"
+        self._writer.write(footer)
+        self._writer.publish(path)
+        return path
+
+
+def list_packs(backend: Backend) -> list[str]:
+    """Return the paths of all packs."""
+    return [path for path in backend.list(FOLDER) if path.endswith(_SUFFIX)]
+
+
+def read_pack(backend: Backend, path: str) -> Footer:
+    """Return the footer of a pack."""
+    what, size = backend.describe(path), backend.size(path)
+    start = max(size - _TAIL, 0)
+    tail = backend.read(path, start, size - start)
+    trailer = decode_trailer(tail[-PACK_TRAILER.size :], size, what)
+    begin = tail if start == 0 else backend.read(path, 0, PACK_HEADER.size)
+    if begin[: PACK_HEADER.size] != pack_header():
+        raise CorruptedError(f"{what} does not begin like a pack of this version")
+    if trailer.offset >= start:
+        at = trailer.offset - start
+        return decode_footer(tail[at : at + trailer.length], trailer, what)
+    return decode_footer(backend.read(path, trailer.offset, trailer.length), trailer, what)
+
+
+class Index:
+    """What packs hold, by key."""
+
+    def __init__(self, packs: Mapping[str, Footer]) -> None:
+        self.packs = dict(sorted(packs.items()))
+        self._paths = list(self.packs)
+        footers = list(self.packs.values())
+        self._starts = np.cumsum([0, *(len(footer) for footer in footers)])
+        self.keys = concatenate([keys_of(footer.rows) for footer in footers])
+        self.ref_keys: Keys = concatenate([footer.rows["ref_key"] for footer in footers])
+        self.lengths: Numbers = self._column("length", np.int64)
+        self.dtypes: Numbers = self._column("dtype", np.int64)
+        self._depths: Numbers = self._column("depth", np.int64)
+        self._numbers: dict[str, int] = {}
+        numbers = [np.array([self._number(base) for base in f.bases] + [-1]) for f in footers]
+        self.bases: Numbers = _joined(
+            [
+                number[np.minimum(footer.rows["base"], len(footer.bases))]
+                for number, footer in zip(numbers, footers, strict=True)
+            ],
+            np.int64,
+        )
+        """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
+        self.explicit: NDArray[np.bool_] = self._column("reference", np.int64) != NONE
+        """Which rows have a reference that is written out, and is not a whole chunk."""
+        self.refers_to_chunk: NDArray[np.bool_] = _joined(
+            [footer.refers_to_chunk for footer in footers], np.bool_
+        )
+        self._tables: dict[int, KeyTable] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def find(self, key: bytes, base: str | None) -> int:
+        """Return the row to decode a key with; -1 if there is none."""
+        return int(self.find_all(as_keys(key), base)[0])
+
+    def find_all(self, keys: Keys, base: str | None) -> Numbers:
+        """Return the row to decode each key with; -1 where there is none.
+
+        Of the rows that need ``base`` or none, the shallowest; of those, one that needs no other
+        chunk; of those, the smallest; of those, the one whose pack's name sorts first.
+        """
+        number = self._numbers.get(base, -1) if base is not None else -1
+        table = self._tables.get(number)
+        if table is None:
+            table = self._tables[number] = self._table(number)
+        return table.find(keys)
+
+    def stored(self, row: int) -> Stored:
+        """Return the record of a row."""
+        pack = int(np.searchsorted(self._starts, row, side="right")) - 1
+        path = self._paths[pack]
+        return Stored(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """Yield the path of each pack and its rows."""
+        ends = self._starts.tolist()
+        yield from zip(self._paths, map(slice, ends, ends[1:]), strict=True)
+
+    def base_of(self, number: int) -> str | None:
+        """Return the id of a base by its number in :attr:`bases`."""
+        return None if number < 0 else list(self._numbers)[number]
+
+    def explicit_keys(self, row: int) -> list[bytes]:
+        """Return the keys of the chunks that a row's explicit reference names."""
+        reference = self.stored(row).record.reference
+        return [span.key for span in reference] if isinstance(reference, tuple) else []
+
+    def _number(self, base: str) -> int:
+        return self._numbers.setdefault(base, len(self._numbers))
+
+    def _column(self, name: str, dtype: type[_N]) -> NDArray[_N]:
+        return _joined([footer.rows[name] for footer in self.packs.values()], dtype)
+
+    def _table(self, number: int) -> KeyTable:
+        rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
+        preference = (self._depths[rows], self.refers_to_chunk[rows], self.lengths[rows])
+        return KeyTable(self.keys[rows], rows, preference)
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:
+    return np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
