@@ -36,27 +36,24 @@ _local = threading.local()
 """Each thread's compressor: to make one takes longer than to use it."""
 _ALL_BLOCKS = 1 << 15
 _TABLE_LEVEL = 3
-_KNOWN_TOKENS = changes.tokens_of(torch.arange(256)).numpy().astype(np.uint8)
 
 
 def find(new: Lanes, old: Lanes, layout: Layout, fast: Any) -> Found:
     """Return what changed; ``fast``: the compiled loops, ``None`` for PyTorch."""
     if fast is None:
-        return changes.find(torch.from_numpy(new), torch.from_numpy(old), layout)
+        return changes.find(_tensor(new), _tensor(old), layout)
     unsigned = f"<u{new.itemsize}"
     now, was = _frozen(new.view(unsigned)), _frozen(old.view(unsigned))
     whole = new.size // BLOCK * BLOCK
     step = tables.sampling(-(-new.size // BLOCK))
-    words = [lanes[:whole].view(np.uint64) for lanes in (now, was)]
-    blocks, counts, runs = fast.survey(now, was, *words, layout.shift, layout.mask, step)
+    eights = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
+    blocks, counts, runs = fast.survey(now, was, *eights, layout.shift, layout.mask, step)
     use, busy, low, high = fast.plan(counts, runs, step)
     coded = blocks if use else np.ones_like(blocks)
     limit = busy << layout.shift
     positions = fast.listing(now, was, coded, limit, layout.mask)
     first = _contexts(low, high) << np.uint16(8)
-    symbols, distances = fast.describe(
-        now, was, positions, layout.shift, layout.mask, first, _KNOWN_TOKENS
-    )
+    symbols, distances = fast.describe(now, was, positions, layout.shift, layout.mask, first)
     return Found(
         busy=busy,
         low=low,
@@ -77,8 +74,8 @@ def pack(found: Found, fast: Any) -> bytes:
     # No distance has more than 31 low bits.
     words, bits = np.zeros(plain.size + found.symbols.size + 2, np.uint32), 0
     gather, make = (_gather, tables) if fast is None else (fast.gather, fast)
-    for part in ((plain_symbols, plain), (found.symbols, found.distances)):
-        bits = gather(*part, EXTRA_BITS, histogram, words, bits)
+    bits = gather(plain_symbols, plain, histogram, words, bits)
+    bits = gather(found.symbols, found.distances, histogram, words, bits)
     words = words[: -(-bits // 32)]
     levels = make.levels_of(histogram)
     packed = make.frequencies(levels)
@@ -86,14 +83,7 @@ def pack(found: Found, fast: Any) -> bytes:
     busy = found.busy | (_ALL_BLOCKS if found.runs is None else 0)
     sizes = (found.symbols.size, found.gaps.size, runs.size, len(table), words.size)
     parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table, words.tobytes()]
-    for part in (plain_symbols, found.symbols):
-        coded = (
-            rans.encode(part, packed)
-            if fast is None
-            else fast.encode(part, packed, rans.lanes_for(part.size))
-        )
-        parts.append(coded.tobytes())
-    return b"".join(parts)
+    return b"".join(parts + [_code(part, packed, fast) for part in (plain_symbols, found.symbols)])
 
 
 def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
@@ -105,7 +95,12 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     blocks = -(-old.size // BLOCK)
     at = _HEADER.size + table_bytes
     end = at + 4 * word_count
-    if max(listed, gaps) > old.size or runs > blocks or end > len(payload) or (len(payload) - end) % 2:
+    if (
+        max(listed, gaps) > old.size
+        or runs > blocks
+        or end > len(payload)
+        or (len(payload) - end) % 2
+    ):
         raise ValueError("a chunk of classes has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("a chunk of classes has impossible classes")
@@ -121,11 +116,10 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     coded = np.ones(blocks, bool) if whole else changes.blocks_of(plain[:runs], blocks)
     quiet = changes.positions_of(plain[runs:])
     limit, classes = busy << layout.shift, _contexts(low, high)
-    new = old.copy()
+    new: Lanes = old.copy()
     if fast is None:
-        was = torch.from_numpy(new)
         marked, places = torch.from_numpy(coded), torch.from_numpy(quiet)
-        positions = changes.place(was, layout, marked, limit, places).numpy()
+        positions = changes.place(_tensor(new), layout, marked, limit, places).numpy()
         contexts = classes[(old[positions].astype(np.int64) & layout.mask) >> layout.shift]
     else:
         if quiet.size and quiet[-1] >= blocks * BLOCK:
@@ -172,7 +166,7 @@ class _Reader:
 
     def distances(self, symbols: Array) -> Array:
         read = _distances if self._fast is None else self._fast.distances_of
-        distances, at = read(symbols, self._words, self._bits, self._end, EXTRA_BITS, LEAST)
+        distances, at = read(symbols, self._words, self._bits, self._end)
         self._advance(at)
         found: Array = distances
         return found
@@ -180,7 +174,7 @@ class _Reader:
     def change(self, new: Lanes, positions: Array, symbols: Array, layout: Layout) -> None:
         lanes = new.view(f"<u{new.itemsize}")
         if self._fast is not None:
-            low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, LEAST)
+            low_bits = (self._words, self._bits, self._end, layout.sign)
             self._advance(self._fast.apply(lanes, positions, symbols, *low_bits))
             return
         distances = self.distances(symbols).astype(lanes.dtype)
@@ -198,9 +192,20 @@ class _Reader:
         self._bits = at
 
 
+def _code(symbols: Array, packed: Array, fast: Any) -> bytes:
+    if fast is None:
+        return rans.encode(symbols, packed).tobytes()
+    coded: bytes = fast.encode(symbols, packed, rans.lanes_for(symbols.size)).tobytes()
+    return coded
+
+
+def _tensor(lanes: Array) -> torch.Tensor:
+    return torch.from_numpy(lanes if lanes.flags.writeable else lanes.copy())
+
+
 def _frozen(lanes: Array) -> Array:
     # One kind of array for the compiled loops, or they would be compiled for two.
-    view = lanes.view()
+    view: Array = lanes.view()
     view.flags.writeable = False
     return view
 
@@ -209,7 +214,8 @@ def _frozen(lanes: Array) -> Array:
 def _contexts(low: int, high: int) -> Array:
     """Return the context of each exponent, uint16."""
     exponents = np.arange(EXPONENTS).clip(low, high) - low + FIRST_CLASS
-    return exponents.astype(np.uint16)
+    contexts: Array = exponents.astype(np.uint16)
+    return contexts
 
 
 def _plain_symbols(runs: int, values: Array) -> Array:
@@ -221,11 +227,9 @@ def _plain_symbols(runs: int, values: Array) -> Array:
     return symbols
 
 
-def _gather(
-    symbols: Array, distances: Array, extra: Array, histogram: Array, words: Array, start: int
-) -> int:
+def _gather(symbols: Array, distances: Array, histogram: Array, words: Array, start: int) -> int:
     histogram += np.bincount(symbols, minlength=histogram.size)
-    bits = extra[symbols >> 2 & TOKENS - 1].astype(np.uint64)
+    bits = EXTRA_BITS[symbols >> 2 & TOKENS - 1].astype(np.uint64)
     ends = np.uint64(start) + np.cumsum(bits)
     at = ends - bits
     low = (distances & ((np.uint64(1) << bits) - np.uint64(1))) << (at & np.uint64(31))
@@ -236,11 +240,9 @@ def _gather(
     return int(ends[-1]) if ends.size else start
 
 
-def _distances(
-    symbols: Array, words: Array, start: int, end: int, extra: Array, least: Array
-) -> tuple[Array, int]:
+def _distances(symbols: Array, words: Array, start: int, end: int) -> tuple[Array, int]:
     token = symbols >> 2
-    bits = extra[token].astype(np.uint64)
+    bits = EXTRA_BITS[token].astype(np.uint64)
     ends = np.uint64(start) + np.cumsum(bits)
     if ends.size == 0 or ends[-1] > end:
         return np.zeros(symbols.size, np.uint32), int(ends[-1]) if ends.size else start
@@ -248,7 +250,8 @@ def _distances(
     word = (at >> np.uint64(5)).astype(np.int64)
     two = words[word] | words[word + 1].astype(np.uint64) << np.uint64(32)
     low = two >> (at & np.uint64(31)) & ((np.uint64(1) << bits) - np.uint64(1))
-    return (least[token] + low).astype(np.uint32), int(ends[-1])
+    distances: Array = (LEAST[token] + low).astype(np.uint32)
+    return distances, int(ends[-1])
 
 
 def _pack_levels(levels: Array) -> bytes:

@@ -19,6 +19,9 @@ from typing import Literal, Protocol
 import numpy as np
 import zstandard
 
+from msft_store import changes, classes
+from msft_store.changes import Layout
+from msft_store.compiled import loops
 from msft_store.dtypes import DType
 from msft_store.errors import VersionError
 from msft_store.format import inflate
@@ -40,6 +43,8 @@ _PLAIN_LEVEL = 3
 _SPARSE_BELOW = 0.4
 """Share of changed elements from which gaps cost more than the zeros that they skip."""
 _DENSE_FROM = 0.1
+_TABLES_PAY_FROM = 1024
+"""Bytes below which a payload may be smaller without tables."""
 _PLAIN_FROM = 0.6
 """Share of a chunk's size from which a delta may lose against no reference at all."""
 
@@ -187,14 +192,34 @@ class Sparse:
         return data
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Changes given the exponent of the reference, range-coded; floats of 2 or 4 bytes."""
+
+    code: int = 6
+    name: str = "classes"
+    needs_reference: bool = True
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
+        fast = loops()
+        return classes.pack(classes.find(new, old, _layout(dtype), fast), fast)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        old = lanes(_required(reference, size), dtype.lane)
+        data: Bytes = classes.unpack(payload, old, _layout(dtype), loops()).view(np.uint8)
+        return data
+
+
 RAW: Codec = Raw()
 ZSTD: Codec = Zstd()
 PLANES: Codec = Planes()
 SAME: Codec = Same()
 DELTA: Codec = Delta()
 SPARSE: Codec = Sparse()
+CLASSES: Codec = Classes()
 _BY_CODE: dict[int, Codec] = {
-    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE)
+    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES)
 }
 
 
@@ -212,7 +237,9 @@ def encode(
     """Return the smallest representation of a chunk; ties go to the one that is tried first."""
     best: tuple[Codec, bytes] | None = None
     if reference is not None:
-        best = _smallest(_with_reference(chunk, reference, dtype), chunk, reference, dtype)
+        if np.array_equal(chunk, _required(reference, chunk.size)):
+            return SAME, b""
+        best = _changed(chunk, reference, dtype)
         if len(best[1]) < _PLAIN_FROM * chunk.size:
             return best
     plain = _smallest(_PLAIN if dtype.lane > 1 else (ZSTD,), chunk, None, dtype)
@@ -224,14 +251,20 @@ def encode(
 _PLAIN: tuple[Codec, ...] = (PLANES, ZSTD)
 
 
-def _with_reference(chunk: Bytes, reference: Bytes, dtype: DType) -> tuple[Codec, ...]:
+def _changed(chunk: Bytes, reference: Bytes, dtype: DType) -> tuple[Codec, bytes]:
+    if changes.layout_of(dtype) is not None:
+        payload = CLASSES.encode(chunk, reference, dtype)
+        if len(payload) < _TABLES_PAY_FROM:
+            sparse = SPARSE.encode(chunk, reference, dtype)
+            if len(sparse) <= len(payload):
+                return SPARSE, sparse
+        return CLASSES, payload
     differs = lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)
     changed = np.count_nonzero(differs) / differs.size
-    if changed == 0:
-        return (SAME,)
     if changed < _DENSE_FROM:
-        return (SPARSE,)
-    return (SPARSE, DELTA) if changed < _SPARSE_BELOW else (DELTA,)
+        return _smallest((SPARSE,), chunk, reference, dtype)
+    tried = (SPARSE, DELTA) if changed < _SPARSE_BELOW else (DELTA,)
+    return _smallest(tried, chunk, reference, dtype)
 
 
 def _smallest(
@@ -252,6 +285,13 @@ def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype:
 def _change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
     old = lanes(_required(reference, chunk.size), dtype.lane)
     return difference(lanes(chunk, dtype.lane), old, floating=dtype.floating)
+
+
+def _layout(dtype: DType) -> Layout:
+    layout = changes.layout_of(dtype)
+    if layout is None:
+        raise ValueError(f"{dtype.name} has no classes")
+    return layout
 
 
 def _required(reference: Bytes | None, size: int) -> Bytes:

@@ -13,29 +13,31 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from numba import int64, njit, uint16, uint32, uint64
 
 from msft_store import tables
+from msft_store.changes import EXTRA_BITS, LEAST, tokens_of
 from msft_store.rans import LOWEST
 from msft_store.tables import BLOCK, PROBABILITY_BITS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 _INVERSE_SLACK = 1 + 2.0**-50
 """So that a product with an inverse is never below the quotient of a multiple."""
-_KNOWN_DISTANCES = 256
+_TOKENS = tokens_of(torch.arange(256)).numpy().astype(np.uint8)
+"""Of small distances."""
 
 
 def _compiled(function: _F) -> _F:
     try:
-        compiled: _F = njit(function, cache=True, **_OPTIONS)
+        compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:
         # Nowhere to write a cache: compiled anew in each process.
-        compiled = njit(function, **_OPTIONS)
-    return compiled
+        compiled = njit(nogil=True, error_model="numpy")(function)
+    return cast("_F", compiled)
 
 
 plan = _compiled(tables.plan)
@@ -155,9 +157,7 @@ def placing(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
 
 
 @_compiled
-def describe(
-    new: Any, old: Any, positions: Any, shift: Any, mask: Any, first: Any, tokens: Any
-) -> Any:
+def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
     """See :func:`msft_store.changes.describe`; ``first`` is each exponent's context << 8."""
     symbols = np.empty(positions.size, np.uint16)
     distances = np.empty(positions.size, np.uint32)
@@ -168,8 +168,8 @@ def describe(
         change = (now & mask) - (was & mask)
         negative = change >> 63
         distance = (change ^ negative) - negative
-        if distance < _KNOWN_DISTANCES:
-            token = int64(tokens[uint64(distance)])
+        if distance < _TOKENS.size:
+            token = int64(_TOKENS[uint64(distance)])
         else:
             token = int64(np.float64(distance).view(np.int64) >> 51) - 2046
         flipped = int64(((was ^ now) & sign) != 0)
@@ -180,9 +180,7 @@ def describe(
 
 
 @_compiled
-def gather(
-    symbols: Any, distances: Any, extra_bits: Any, histogram: Any, words: Any, start: Any
-) -> Any:
+def gather(symbols: Any, distances: Any, histogram: Any, words: Any, start: Any) -> Any:
     """Count symbols, write the low bits of distances from bit ``start`` on, return the end."""
     other = np.zeros(histogram.size, np.int64)
     used, one = uint64(start >> 5), uint64(1)
@@ -194,7 +192,7 @@ def gather(
             histogram[symbol] += 1
         else:
             other[symbol] += 1
-        bits = uint64(extra_bits[(symbol >> uint16(2)) & uint16(63)])
+        bits = uint64(EXTRA_BITS[(symbol >> uint16(2)) & uint16(63)])
         hold |= (uint64(distances[k]) & ((one << bits) - one)) << have
         have += bits
         if have >= uint64(32):
@@ -281,9 +279,7 @@ def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> 
 
 
 @_compiled
-def distances_of(
-    symbols: Any, words: Any, start: Any, end: Any, extra_bits: Any, least: Any
-) -> Any:
+def distances_of(symbols: Any, words: Any, start: Any, end: Any) -> Any:
     """Return the distances of symbols with low bits from ``start`` on, and where these end.
 
     Nothing is read beyond bit ``end``; where the low bits end is then beyond it too.
@@ -292,11 +288,11 @@ def distances_of(
     at, one = uint64(start), uint64(1)
     for k in range(symbols.size):
         token = symbols[k] >> 2
-        bits = uint64(extra_bits[token])
+        bits = uint64(EXTRA_BITS[token])
         word = at >> uint64(5)
         two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
         low = (two >> (at & uint64(31))) & ((one << bits) - one)
-        distances[k] = uint32(least[token]) + uint32(low)
+        distances[k] = uint32(LEAST[token]) + uint32(low)
         at += bits
         if at > uint64(end):
             break
@@ -312,8 +308,6 @@ def apply(
     start: Any,
     end: Any,
     sign: Any,
-    extra_bits: Any,
-    least: Any,
 ) -> Any:
     """Change elements of ``new``, which holds the reference; return as ``distances_of``."""
     at, one = uint64(start), uint64(1)
@@ -321,11 +315,11 @@ def apply(
         i = positions[k]
         symbol = uint64(symbols[k])
         token = symbol >> uint64(2)
-        bits = uint64(extra_bits[token])
+        bits = uint64(EXTRA_BITS[token])
         word = at >> uint64(5)
         two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
         low = (two >> (at & uint64(31))) & ((one << bits) - one)
-        distance = uint64(least[token]) + low
+        distance = uint64(LEAST[token]) + low
         negative = uint64(0) - ((symbol >> one) & one)
         change = (distance ^ negative) - negative
         new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 STORE = """
 errors render
-kernels dtypes format codecs
-keytable footer
+kernels dtypes format
+tables rans changes compiled loops classes codecs
+keytable tablescan footer
 backend
 tensors refs manifest safetensors_file bases base_reader
 retention
