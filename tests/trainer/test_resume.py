@@ -58,6 +58,7 @@ def outcome(directory):
 def kill(action, owner, name, *, call, like=None):
     """Do ``action`` in a process that dies at once after call number ``call`` of a method.
 
+    With ``commit_async`` it dies while the commit is under way.
     Only calls whose result has the items of ``like`` count.
     """
     child = os.fork()
@@ -124,9 +125,10 @@ def test_a_kill_between_journal_records_changes_nothing(config, reference, place
     ("owner", "name", "call"),
     [
         (Store, "create", 1),
-        (Timeline, "commit", 1),
-        (Timeline, "commit", 4),
+        (Timeline, "commit_async", 1),
+        (Timeline, "commit_async", 4),
         (Store, "save", 3),
+        (Store, "evict", 5),
         (Store, "pin", 7),
         (Store, "anchor", 1),
         (Timeline, "rollback", 1),
@@ -148,9 +150,9 @@ def test_kills_one_after_the_other_change_nothing(config, reference):
     directory = Path(f"{config.output_dir}-killed")
     shutil.rmtree(directory, ignore_errors=True)
     config = replace(config, output_dir=str(directory), resume_every=1)
-    kill(lambda: start(config), Timeline, "commit", call=3)
+    kill(lambda: start(config), Timeline, "commit_async", call=3)
     kill(lambda: resume(directory), Journal, "append", call=2)
-    kill(lambda: resume(directory), Timeline, "commit", call=3)
+    kill(lambda: resume(directory), Timeline, "commit_async", call=3)
     kill(lambda: resume(directory), Journal, "append", call=30)
     resume(directory)
     assert outcome(directory) == reference

@@ -1,0 +1,95 @@
+"""Commits of the weights to the timeline: what is kept, and what the journal says of a commit.
+
+With ``async_save`` a commit goes on in the background; its record waits until it is durable.
+
+Example::
+
+    work.timeline.retention = retention(strategy.needs(), strategy.mode)
+    commit = begin_commit(work, stage=1, step=40, epoch=0.25, metrics=result.metrics)
+    work.outbox.add_later(commit.future, lambda: [("committed", commit.record())])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from msft_store import Champions, Checkpoint, KeepBest, PeakWindow, Policy, Timeline
+from trainer.errors import RunError
+from trainer.strategy import Mode, Needs
+from trainer.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committing:
+    """A commit that may still be under way."""
+
+    future: Future[Checkpoint]
+    timeline: Timeline
+    step: int
+    stage: int
+    seconds: float
+    """That training has waited for it so far."""
+
+    def record(self) -> dict[str, Any]:
+        """Wait until it is durable and return the fields of its ``committed`` record."""
+        began = time.monotonic()
+        checkpoint = self.future.result()
+        commit = self.timeline.last_commit
+        if commit is None:
+            raise RunError("the store has not said what it did with the commit")
+        return {
+            "step": self.step,
+            "stage": self.stage,
+            "checkpoint": checkpoint.id,
+            "logical_bytes": checkpoint.logical_bytes,
+            "stored_bytes": checkpoint.stored_bytes,
+            "disk_peak_bytes": commit.peak_bytes,
+            "disk_bytes": commit.bytes,
+            "kept": {identity: list(reasons) for identity, reasons in commit.kept.items()},
+            "dropped": list(commit.dropped),
+            "seconds": self.seconds + time.monotonic() - began,
+        }
+
+
+def begin_commit(
+    work: Workspace, *, stage: int, step: int, epoch: float, metrics: Mapping[str, float]
+) -> Committing | None:
+    """Commit the weights as they are now; ``None`` in every process but the main one.
+
+    Without ``async_save`` it is done when this returns.
+    """
+    if work.timeline is None:
+        return None
+    began = time.monotonic()
+    weights = work.accelerator.unwrap_model(work.model).state_dict()
+    metadata = {"stage": stage, "epoch": epoch}
+    future: Future[Checkpoint] = Future()
+    if work.config.async_save:
+        future = work.timeline.commit_async(weights, step, metrics, metadata)
+    else:
+        future.set_result(work.timeline.commit(weights, step, metrics, metadata))
+    return Committing(
+        future=future,
+        timeline=work.timeline,
+        step=step,
+        stage=stage,
+        seconds=time.monotonic() - began,
+    )
+
+
+def retention(needs: Needs, mode: Mode) -> Policy:
+    """Return the policy that keeps what a strategy may still ask for."""
+    policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
+    champions = dict.fromkeys(needs.champions, mode)
+    if champions and needs.peak_window is not None:
+        policies.append(PeakWindow(champions, needs.peak_window))
+    elif champions:
+        policies.append(Champions(champions))
+    policy = policies[0]
+    for other in policies[1:]:
+        policy = policy | other
+    return policy
