@@ -117,39 +117,36 @@ def translated(action: str, path: object) -> Iterator[None]:
 
 def read_file(path: str | Path, offset: int, length: int) -> bytes:
     """Return ``length`` bytes at ``offset`` of any file; fewer only at its end."""
-    with _opened(path) as descriptor:
-        parts = []
-        while length > 0:
-            part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
-            if not part:
-                break
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    with translated("read", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts = []
+            while length > 0:
+                part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
+                if not part:
+                    break
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        finally:
+            os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
     """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
-    with _opened(path) as descriptor:
-        filled = 0
-        while filled < len(target):
-            part = target[filled : filled + _MOST_AT_ONCE]
-            got = os.preadv(descriptor, [part], offset + filled)
-            if got == 0:
-                break
-            filled += got
-        return filled
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[int]:
     with translated("read", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor, filled = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
         try:
-            yield descriptor
+            while filled < len(target):
+                part = target[filled : filled + _MOST_AT_ONCE]
+                got = os.preadv(descriptor, [part], offset + filled)
+                if got == 0:
+                    break
+                filled += got
         finally:
             os.close(descriptor)
+    return filled
 
 
 class _LocalWriter:

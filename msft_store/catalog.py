@@ -29,7 +29,7 @@ from msft_store.errors import (
     VersionError,
 )
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
-from msft_store.keytable import Keys, as_keys, concatenate, unique
+from msft_store.keytable import Keys, concatenate, unique, unlike
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
@@ -41,6 +41,7 @@ from msft_store.manifest import (
 )
 from msft_store.objects import Objects
 from msft_store.refs import Ref, read_refs
+from msft_store.tablescan import KeyScanner
 
 CONFIG = "store.json"
 _SHORTEST_PREFIX = 4
@@ -79,6 +80,7 @@ class Catalog:
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
         self._keys: dict[str, Keys] = {}
+        self._scanner = KeyScanner()
         if not backend.exists(CONFIG):
             inside = backend.exists(f"store/{CONFIG}")
             hint = "there is one in store/" if inside else "create one with: msft-store init"
@@ -182,7 +184,7 @@ class Catalog:
         found = self._keys.get(checkpoint.id)
         if found is None:
             try:
-                found = as_keys(read_keys(self.backend, checkpoint))
+                found = read_keys(self.backend, checkpoint, self._scanner)
             except StorageError:
                 self._check_there(checkpoint)
                 raise
@@ -192,8 +194,12 @@ class Catalog:
     def keys_by_base(self, checkpoints: Iterable[Checkpoint]) -> dict[str | None, Keys]:
         """Return the keys of all chunks that checkpoints name, by the checkpoints' base."""
         parts: dict[str | None, list[Keys]] = {}
+        before: dict[str | None, Keys] = {}
         for checkpoint in checkpoints:
-            parts.setdefault(checkpoint.base, []).append(self.keys(checkpoint))
+            keys, base = self.keys(checkpoint), checkpoint.base
+            # Most of what a checkpoint names stood in the same place in the one before it.
+            parts.setdefault(base, []).append(unlike(keys, before.get(base)))
+            before[base] = keys
         return {base: concatenate(keys) for base, keys in parts.items()}
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:

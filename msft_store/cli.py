@@ -110,7 +110,7 @@ def _inspect(options: argparse.Namespace) -> Output:
             for base in store.bases()
         ]
         listed = [_summary(checkpoint) for checkpoint in checkpoints]
-        held = store.stats().held_bytes
+        held = store.held_bytes()
         document = {
             "level": store.level,
             "bases": bases,

@@ -91,7 +91,7 @@ class Footer:
     """Which records need another chunk, not only the base, to be decoded."""
     what: str
     """The file, in messages."""
-    _table: bytes = field(repr=False)
+    _table: memoryview = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +102,7 @@ class Footer:
     @cached_property
     def references(self) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
         """The references that records name by index; :class:`CorruptedError` if they are none."""
-        return _references(self._table, self.rows, self.what)
+        return _references(bytes(self._table), self.rows, self.what)
 
     def record(self, row: int) -> Record:
         """Return one record."""
@@ -200,7 +200,8 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
     if (end > trailer.offset).any() or (end < rows["offset"]).any():
         raise CorruptedError(f"the footer of {what} points beyond its payloads")
     refers = _refers_to_chunk(table, rows, what)
-    return Footer(rows=rows, bases=bases, refers_to_chunk=refers, what=what, _table=table)
+    view = raw[4 : 4 + length]
+    return Footer(rows=rows, bases=bases, refers_to_chunk=refers, what=what, _table=view)
 
 
 def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ CHUNK_BYTES = 4 << 20
 KEY_BYTES = 16
 MAX_DEPTH = 2
 """How many references lie between a chunk and plain bytes at most."""
+
+_local = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,18 +156,32 @@ def inflate(payload: bytes, size: int) -> memoryview:
 
     Memory is bounded by ``size``, whatever the frame declares.
     """
-    out = bytearray(size)
-    view = memoryview(out)
     try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(payload) as reader:
-            filled = 0
-            while filled < size:
-                got = reader.readinto(view[filled:])
-                if got == 0:
-                    raise ValueError("compressed data ends early")
-                filled += got
-            if reader.read(1):
-                raise ValueError("compressed data is longer than declared")
+        if zstandard.frame_content_size(payload) == size:
+            return memoryview(_decompressor().decompress(payload, allow_extra_data=False))
+        return _inflate_unstated(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
+
+
+def _inflate_unstated(payload: bytes, size: int) -> memoryview:
+    """Decompress a frame that does not say how much it holds."""
+    view = memoryview(bytearray(size))
+    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(payload) as reader:
+        filled = 0
+        while filled < size:
+            got = reader.readinto(view[filled:])
+            if got == 0:
+                raise ValueError("compressed data ends early")
+            filled += got
+        if reader.read(1):
+            raise ValueError("compressed data is longer than declared")
     return view
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    # Making one takes longer than decompressing a small frame; none may serve two threads at once.
+    found: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if found is None:
+        found = _local.decompressor = zstandard.ZstdDecompressor()
+    return found

@@ -24,7 +24,7 @@ from msft_store.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.catalog import Catalog
 from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import Record
-from msft_store.liveness import closure, held_bytes
+from msft_store.liveness import closure
 from msft_store.manifest import Checkpoint, path_of
 from msft_store.packs import PackWriter
 from msft_store.render import human
@@ -229,7 +229,7 @@ def _waste(
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
             records = tuple(footer.record(row) for row in alive)
             rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
-    return tuple(delete), tuple(rewrite), held_bytes(index, needs, keys.values())
+    return tuple(delete), tuple(rewrite), int(index.lengths[needs.held].sum())
 
 
 def _name_missing(catalog: Catalog, keep: Sequence[Checkpoint]) -> NoReturn:

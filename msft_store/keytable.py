@@ -25,6 +25,7 @@ Keys = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 
 _HALF = np.dtype("<u8")
+_AT_ONCE = 1 << 15
 
 
 def as_keys(data: bytes) -> Keys:
@@ -46,7 +47,16 @@ def concatenate(parts: Sequence[Keys]) -> Keys:
 def unique(keys: Keys) -> Keys:
     """Return each key once, in the order in which they first stand there or nearly so."""
     owners = _Slots(keys).owners
-    return keys[owners == np.arange(len(keys))]
+    distinct: Keys = keys[owners == np.arange(len(keys))]
+    return distinct
+
+
+def unlike(keys: Keys, others: Keys | None) -> Keys:
+    """Return the keys that differ from those in the same places of an array of the same length."""
+    if others is None or len(others) != len(keys):
+        return keys
+    distinct: Keys = keys[(keys[:, 0] != others[:, 0]) | (keys[:, 1] != others[:, 1])]
+    return distinct
 
 
 def counted(keys: Keys) -> tuple[Keys, Numbers]:
@@ -121,6 +131,11 @@ class _Slots:
 
     def find(self, keys: Keys) -> Numbers:
         """Return the row that stands for each key; -1 if there is none."""
+        # In parts whose arrays stay in the cache.
+        parts = [self._find(keys[at : at + _AT_ONCE]) for at in range(0, len(keys), _AT_ONCE)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _find(self, keys: Keys) -> Numbers:
         high, low = _halves(keys)
         found = np.full(len(keys), -1, np.int64)
         pending = np.arange(len(keys))
@@ -135,7 +150,8 @@ class _Slots:
         return found
 
     def _home(self, low: NDArray[np.uint64]) -> Numbers:
-        return (low & np.uint64(self._mask)).astype(np.int64)
+        home: Numbers = (low & np.uint64(self._mask)).astype(np.int64)
+        return home
 
     def _same(
         self, rows: NDArray[np.int32], high: NDArray[np.uint64], low: NDArray[np.uint64]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.keytable import Keys, among, as_keys, concatenate, unique
+from msft_store.keytable import Keys, KeyTable, as_keys, concatenate, unique
 from msft_store.objects import Objects
 from msft_store.packs import Index
 
@@ -25,33 +25,47 @@ class Needs:
 
     live: NDArray[np.bool_]
     """Which rows of the index."""
+    held: NDArray[np.bool_]
+    """Those that are needed only because others are differences of them."""
     missing: Keys
     """What is in no pack and in no base."""
 
 
 def closure(objects: Objects, index: Index, keys: Mapping[str | None, Keys]) -> Needs:
     """Return what restoring chunks needs; ``keys`` are those of checkpoints, by their base."""
-    live = np.zeros(len(index), bool)
-    missing: list[Keys] = []
-    seen: dict[str | None, Keys] = {}
-    pending = [(base, unique(some)) for base, some in keys.items()]
+    live, missing = np.zeros(len(index), bool), [as_keys(b"")]
+    pending, named = list(keys.items()), None
     while pending:
-        base, wanted = pending.pop()
-        known = seen.get(base, as_keys(b""))
-        wanted = wanted[~among(wanted, known) & ~objects.in_base_all(wanted, base)]
-        seen[base] = unique(concatenate([known, wanted]))
-        rows = index.find_all(wanted, base)
-        missing.append(wanted[rows < 0])
-        rows = rows[rows >= 0]
-        live[rows] = True
-        pending += _referred(index, rows[index.refers_to_chunk[rows]])
-    return Needs(live=live, missing=concatenate(missing))
+        fresh = np.zeros(len(index), bool)
+        for base, wanted in pending:
+            packed = wanted[~objects.in_base_all(wanted, base)]
+            rows = index.find_all(packed, base)
+            missing.append(packed[rows < 0])
+            fresh[rows[rows >= 0]] = True
+        # What a row refers to depends on the row alone: once is enough.
+        fresh &= ~live
+        live |= fresh
+        named = fresh if named is None else named
+        pending = _referred(index, np.flatnonzero(fresh & index.refers_to_chunk))
+    held = live if named is None else live & ~named
+    return Needs(
+        live=live,
+        held=held & ~_stands(index, held, keys.values()),
+        missing=unique(concatenate(missing)),
+    )
 
 
-def held_bytes(index: Index, needs: Needs, named: Iterable[Keys]) -> int:
-    """Return the encoded bytes of what is needed, though it is not among the keys ``named``."""
-    rows = np.flatnonzero(needs.live)
-    return int(index.lengths[rows[~among(index.keys[rows], concatenate([*named]))]].sum())
+def _stands(index: Index, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDArray[np.bool_]:
+    """Return which of some rows have a key that stands among others."""
+    found, places = np.zeros(len(index), bool), np.flatnonzero(rows)
+    if places.size:
+        distinct = unique(index.keys[places])
+        table = KeyTable(distinct, np.arange(len(distinct)))
+        named = np.zeros(len(distinct) + 1, bool)
+        for some in keys:
+            named[table.find(some)] = True
+        found[places] = named[table.find(index.keys[places])]
+    return found
 
 
 def _referred(index: Index, rows: NDArray[np.int64]) -> list[tuple[str | None, Keys]]:
@@ -62,5 +76,5 @@ def _referred(index: Index, rows: NDArray[np.int64]) -> list[tuple[str | None, K
         whole = ~index.explicit[here]
         named = [key for row in here[~whole].tolist() for key in index.explicit_keys(row)]
         keys = concatenate([index.ref_keys[here[whole]], as_keys(b"".join(named))])
-        found.append((index.base_of(number), unique(keys)))
+        found.append((index.base_of(number), keys))
     return found

@@ -24,7 +24,6 @@ from msft_store.dtypes import DType, by_name
 from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
-    KEY_BYTES,
     VERSION,
     canonical,
     digest,
@@ -33,13 +32,13 @@ from msft_store.format import (
     split_keys,
     unseal,
 )
+from msft_store.keytable import Keys, as_keys
+from msft_store.tablescan import KeyScanner
 
 _FOLDER = "manifests"
 _SUFFIX = ".json"
 _FIRST_READ = 1 << 14
 _MAX_LENGTH = 1 << 63
-_CHUNKS = b'"chunks"'
-_KEYS = b'"chunks":"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,21 +236,14 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     return entries
 
 
-def read_keys(backend: Backend, checkpoint: Checkpoint) -> bytes:
-    """Read the keys of all chunks that a checkpoint names, back to back; some stand repeatedly."""
-    table, what = _table(backend, checkpoint)
-    parts = table.split(_KEYS)
-    if b"\\" in table or len(parts) != len(table.split(_CHUNKS)):
-        # A name that is not plain, or another way of writing JSON.
+def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> Keys:
+    """Read the keys of all chunks that a checkpoint names, in order; some stand repeatedly."""
+    table, _ = _table(backend, checkpoint)
+    keys = scanner.scan(table)
+    if keys is None:
         entries = read_tensors(backend, checkpoint).values()
-        return b"".join(key for entry in entries for piece in entry.pieces for key in piece.keys)
-    texts = b"".join([part[: part.find(b'"')] for part in parts[1:]])
-    try:
-        keys = bytes.fromhex(texts.decode())
-    except ValueError:
-        keys = texts
-    if len(keys) % KEY_BYTES or keys is texts:
-        raise CorruptedError(f"the tensor table in {what} holds what are no keys")
+        named = (key for entry in entries for piece in entry.pieces for key in piece.keys)
+        keys = as_keys(b"".join(named))
     return keys
 
 

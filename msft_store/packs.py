@@ -108,24 +108,22 @@ class Index:
         self._starts = np.cumsum([0, *(len(footer) for footer in footers)])
         self.keys = concatenate([keys_of(footer.rows) for footer in footers])
         self.ref_keys: Keys = concatenate([footer.rows["ref_key"] for footer in footers])
-        self.lengths: Numbers = self._column("length", np.int64)
-        self.dtypes: Numbers = self._column("dtype", np.int64)
-        self._depths: Numbers = self._column("depth", np.int64)
+        self.lengths = self._column("length", np.uint32)
+        self.dtypes = self._column("dtype", np.uint8)
+        self._depths = self._column("depth", np.uint8)
         self._numbers: dict[str, int] = {}
-        numbers = [np.array([self._number(base) for base in f.bases] + [-1]) for f in footers]
-        self.bases: Numbers = _joined(
+        numbers = [np.array([*map(self._number, f.bases), -1], np.int32) for f in footers]
+        self.bases = _joined(
             [
                 number[np.minimum(footer.rows["base"], len(footer.bases))]
                 for number, footer in zip(numbers, footers, strict=True)
             ],
-            np.int64,
+            np.int32,
         )
         """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
-        self.explicit: NDArray[np.bool_] = self._column("reference", np.int64) != NONE
+        self.explicit = self._column("reference", np.uint32) != NONE
         """Which rows have a reference that is written out, and is not a whole chunk."""
-        self.refers_to_chunk: NDArray[np.bool_] = _joined(
-            [footer.refers_to_chunk for footer in footers], np.bool_
-        )
+        self.refers_to_chunk = _joined([footer.refers_to_chunk for footer in footers], np.bool_)
         self._tables: dict[int, KeyTable] = {}
 
     def __len__(self) -> int:
@@ -180,4 +178,4 @@ class Index:
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:
-    return np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
+    return np.concatenate([np.empty(0, dtype), *(part.astype(dtype, copy=False) for part in parts)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from msft_store.backend import disk_bytes
 from msft_store.catalog import Catalog
 from msft_store.keytable import among, concatenate, counted, unique
-from msft_store.liveness import closure, held_bytes
+from msft_store.liveness import closure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,13 @@ class Stats:
     """Those that more than one checkpoint names, or that stand in a base."""
 
 
+def held_bytes(catalog: Catalog) -> int:
+    """Return the encoded bytes that no checkpoint names but that others are changes of."""
+    index = catalog.objects.index
+    needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
+    return int(index.lengths[needs.held].sum())
+
+
 def stats(catalog: Catalog) -> Stats:
     """Return what a store holds, counted now."""
     catalog.refresh()
@@ -50,7 +57,7 @@ def stats(catalog: Catalog) -> Stats:
         checkpoints=len(checkpoints),
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
         stored_bytes=int(index.lengths.sum()),
-        held_bytes=held_bytes(index, needs, keys.values()),
+        held_bytes=int(index.lengths[needs.held].sum()),
         on_disk_bytes=disk_bytes(catalog.backend),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
         chunks=len(named),

@@ -54,7 +54,7 @@ from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
-from msft_store.stats import Stats, stats
+from msft_store.stats import Stats, held_bytes, stats
 from msft_store.tensors import check_tensors
 
 PathLike = str | os.PathLike[str]
@@ -314,6 +314,11 @@ class Store:
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""
         return export(self._catalog, self.get(checkpoint), Path(folder))
+
+    def held_bytes(self) -> int:
+        """Return the encoded bytes of forgotten checkpoints that others are differences of."""
+        self._catalog.refresh()
+        return held_bytes(self._catalog)
 
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""

@@ -15,6 +15,8 @@ from msft_store.render import human, percent, short_path, table
 
 _HEADER = ("checkpoint", "step", "metrics", "logical", "stored", "ratio", "kept by")
 _METRICS_SHOWN = 4
+_DEEPEST = 16
+"""Levels that are indented."""
 
 
 def lineage(
@@ -24,7 +26,8 @@ def lineage(
 ) -> str:
     """Return one line a checkpoint, each below the one that it descends from.
 
-    A checkpoint whose parent was forgotten stands below its base. An empty store gives no text.
+    A checkpoint whose parent was forgotten stands below its base. What is deeper than a screen has
+    room for is indented no further. An empty store gives no text.
     """
     known = {checkpoint.id for checkpoint in checkpoints}
     children: dict[str | None, list[Checkpoint]] = {}
@@ -38,21 +41,22 @@ def lineage(
     for base in bases:
         size, path = human(base.logical_bytes), short_path(base.path)
         rows.append((f"base {base.id[:12]}", "", "", size, "", "", path))
-        rows += _rows(children.get(base.id, []), children, names, "")
+        rows += _rows(children.get(base.id, []), children, names)
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))
-        rows += _rows(children[None], children, names, "")
+        rows += _rows(children[None], children, names)
     return table(_HEADER, rows, align="<><>>><") if rows else ""
 
 
 def _rows(
-    checkpoints: Sequence[Checkpoint],
+    top: Sequence[Checkpoint],
     children: Mapping[str | None, Sequence[Checkpoint]],
     names: Mapping[str, Sequence[str]],
-    indent: str,
 ) -> Iterator[tuple[str, ...]]:
-    for number, checkpoint in enumerate(checkpoints):
-        last = number == len(checkpoints) - 1
+    # A list of what is to come, because a run may be a chain of thousands.
+    pending = _level(top, "")
+    while pending:
+        checkpoint, indent, last = pending.pop()
         yield (
             f"{indent}{'└─' if last else '├─'} {checkpoint.id[:12]}",
             "" if checkpoint.step is None else str(checkpoint.step),
@@ -63,7 +67,13 @@ def _rows(
             ", ".join(_short(name) for name in names.get(checkpoint.id, ())),
         )
         deeper = indent + ("   " if last else "│  ")
-        yield from _rows(children.get(checkpoint.id, []), children, names, deeper)
+        pending += _level(children.get(checkpoint.id, []), deeper[: len("│  ") * _DEEPEST])
+
+
+def _level(checkpoints: Sequence[Checkpoint], indent: str) -> list[tuple[Checkpoint, str, bool]]:
+    """Return siblings, the last first, with their indent and whether each is the last."""
+    found = [(c, indent, at == len(checkpoints) - 1) for at, c in enumerate(checkpoints)]
+    return found[::-1]
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
