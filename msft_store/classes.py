@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import struct
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,27 +114,49 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     )
     plain_contexts = np.repeat(np.array([0, 1], np.uint8), [runs, gaps])
     plain = reader.distances(reader.symbols(plain_contexts))
-    coded = np.ones(blocks, bool) if whole else changes.blocks_of(plain[:runs], blocks)
-    quiet = changes.positions_of(plain[runs:])
-    limit, classes = busy << layout.shift, _contexts(low, high)
+    header = Places(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
     new: Lanes = old.copy()
-    if fast is None:
-        marked, places = torch.from_numpy(coded), torch.from_numpy(quiet)
-        positions = changes.place(_tensor(new), layout, marked, limit, places).numpy()
-        contexts = classes[(old[positions].astype(np.int64) & layout.mask) >> layout.shift]
-    else:
-        if quiet.size and quiet[-1] >= blocks * BLOCK:
-            raise ValueError("a chunk changes elements beyond its end")
-        was = _frozen(old.view(f"<u{old.itemsize}"))
-        positions = fast.placing(was, coded, limit, layout.mask, quiet.astype(np.uint32))
-        first = classes << np.uint16(8)
-        contexts = fast.contexts_of(was, positions, layout.shift, layout.mask, first)
+    positions, contexts = places(old, layout, header, plain[runs:], fast)
     if positions.size != listed:
         raise ValueError("a chunk of classes lists another number of elements")
-    symbols = reader.symbols(contexts.astype(np.uint8, copy=False))
+    symbols = reader.symbols(contexts)
     reader.change(new, positions, symbols, layout)
     reader.finish()
     return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Which elements are listed, but for the gaps between quiet ones: see :class:`Found`."""
+
+    busy: int
+    low: int
+    high: int
+    runs: Array | None
+
+
+def places(
+    old: Lanes, layout: Layout, known: Places, gaps: Array, fast: Any
+) -> tuple[Array, Array]:
+    """Return positions of all listed elements, and their contexts (uint8).
+
+    :class:`ValueError` if there is one beyond the end.
+    """
+    blocks = -(-old.size // BLOCK)
+    coded = np.ones(blocks, bool) if known.runs is None else changes.blocks_of(known.runs, blocks)
+    quiet = changes.positions_of(gaps)
+    limit, contexts = known.busy << layout.shift, _contexts(known.low, known.high)
+    if fast is None:
+        marked, at = torch.from_numpy(coded), torch.from_numpy(quiet)
+        positions: Array = changes.place(_tensor(old), layout, marked, limit, at).numpy()
+        exponents = (old[positions].astype(np.int64) & layout.mask) >> layout.shift
+        return positions, contexts[exponents].astype(np.uint8)
+    if quiet.size and quiet[-1] >= blocks * BLOCK:
+        raise ValueError("a chunk changes elements beyond its end")
+    was = _frozen(old.view(f"<u{old.itemsize}"))
+    positions = fast.placing(was, coded, limit, layout.mask, quiet.astype(np.uint32))
+    first = contexts << np.uint16(8)
+    return positions, fast.contexts_of(was, positions, layout.shift, layout.mask, first)
 
 
 class _Reader:
