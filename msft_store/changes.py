@@ -83,17 +83,17 @@ def layout_of(dtype: DType) -> Layout | None:
 
 def find(new: torch.Tensor, old: torch.Tensor, layout: Layout) -> Found:
     """Return what changed, for the host to code; ``new`` and ``old`` are int16 or int32."""
-    blocks, counts, runs = survey(new, old, layout)
+    differs = new != old
+    blocks, counts, runs = survey(differs, old, layout)
     step = tables.sampling(blocks.numel())
     use, busy, low, high = tables.plan(counts.cpu().numpy(), runs, step)
     coded = blocks if use else torch.ones_like(blocks)
-    magnitude = old.long() & layout.mask
-    is_busy = magnitude < busy << layout.shift
-    listed = ((new != old) | is_busy) & spread(coded, new.numel())
-    positions = listed.nonzero().squeeze(1)
+    listed = differs | is_busy(old, layout, busy << layout.shift)
+    positions = (listed & spread(coded, new.numel())).nonzero().squeeze(1)
+    was = old[positions]
+    quiet = positions[~is_busy(was, layout, busy << layout.shift)]
     ranks = coded.cumsum(0) - 1
-    quiet = positions[~is_busy[positions]]
-    symbols, distances = describe(new[positions], old[positions], layout, low, high)
+    symbols, distances = describe(new[positions], was, layout, low, high)
     return Found(
         busy=busy,
         low=low,
@@ -106,28 +106,39 @@ def find(new: torch.Tensor, old: torch.Tensor, layout: Layout) -> Found:
 
 
 def survey(
-    new: torch.Tensor, old: torch.Tensor, layout: Layout
+    differs: torch.Tensor, old: torch.Tensor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return which blocks changed, the counts of :func:`msft_store.tables.plan`, and its runs."""
-    differs = new != old
-    blocks = torch.nn.functional.pad(differs, (0, -new.numel() % BLOCK)).view(-1, BLOCK).any(1)
-    sampled = torch.zeros_like(blocks)
-    sampled[:: tables.sampling(blocks.numel())] = True
-    exponents = (old.long() & layout.mask) >> layout.shift
-    seen, inside = spread(sampled, new.numel()), spread(blocks, new.numel())
-    counts = torch.stack(
-        [
-            torch.bincount(exponents[chosen], minlength=EXPONENTS)
-            for chosen in (seen & ~inside, seen & inside, seen & differs)
-        ]
-    )
-    turns = torch.diff(blocks.int(), prepend=torch.zeros(1, dtype=torch.int32, device=new.device))
-    return blocks, counts, int(turns.count_nonzero())
+    rows = in_blocks(differs)
+    # Eight at once, as PyTorch is slow to reduce single booleans.
+    blocks = rows.view(torch.int64).amax(1) != 0
+    step = tables.sampling(blocks.numel())
+    exponents = (in_blocks(old)[::step].long() & layout.mask) >> layout.shift
+    kinds = blocks[::step, None].long() + rows[::step].long()
+    cells = (kinds * EXPONENTS + exponents).view(-1)
+    if (blocks.numel() - 1) % step == 0:
+        cells = cells[: cells.numel() - -old.numel() % BLOCK]
+    same, kept, moved = torch.bincount(cells, minlength=3 * EXPONENTS).view(3, EXPONENTS)
+    runs = int((blocks[1:] != blocks[:-1]).sum() + blocks[:1].sum())
+    return blocks, torch.stack([same, kept + moved, moved]), runs
+
+
+def in_blocks(elements: torch.Tensor) -> torch.Tensor:
+    """Return elements as rows of a block each, with zeros at the end."""
+    short = -elements.numel() % BLOCK
+    padded = torch.nn.functional.pad(elements, (0, short)) if short else elements
+    return padded.view(-1, BLOCK)
+
+
+def is_busy(old: torch.Tensor, layout: Layout, limit: int) -> torch.Tensor:
+    """Return which references are of smaller magnitude than ``limit``."""
+    # The limit may not fit the type.
+    return (old & layout.mask) <= min(limit - 1, layout.mask)
 
 
 def spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
     """Return what holds for each block for each of its elements."""
-    return blocks.repeat_interleave(BLOCK)[:count]
+    return blocks[:, None].expand(-1, BLOCK).reshape(-1)[:count]
 
 
 def describe(
@@ -156,7 +167,7 @@ def place(
 
     ``quiet`` is int64, counted in the marked blocks only; :class:`ValueError` if one is beyond.
     """
-    listed = ((old.long() & layout.mask) < limit) & spread(blocks, old.numel())
+    listed = is_busy(old, layout, limit) & spread(blocks, old.numel())
     at = blocks.nonzero().squeeze(1)
     if quiet.numel():
         if int(quiet[-1]) >= at.numel() * BLOCK:

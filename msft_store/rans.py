@@ -23,6 +23,9 @@ Array = NDArray[Any]
 
 LOWEST = 1 << 16
 """Between two symbols a state is at least this and below 2^32."""
+_SLOT = (1 << PROBABILITY_BITS) - 1
+_FEW = 8
+"""Lanes up to which Python's integers are faster than arrays of as many."""
 _SYMBOLS_PER_LANE = 1024
 _MAX_LANES = 1024
 
@@ -41,22 +44,42 @@ def encode(symbols: Array, packed: Array) -> Array:
     :func:`msft_store.tables.frequencies`.
     """
     lanes = lanes_for(symbols.size)
-    state = np.full(lanes, LOWEST, np.uint64)
-    parts: list[Array] = []
-    for start in reversed(range(0, symbols.size, lanes or 1)):
-        entry = packed[symbols[start : start + lanes]].astype(np.uint64)
-        share, before = entry >> np.uint64(16), entry & np.uint64(0xFFFF)
-        now = state[: entry.size]
-        full = now >> np.uint64(32 - PROBABILITY_BITS) >= share
-        parts.append(now[full].astype(np.uint16))
-        now = np.where(full, now >> np.uint64(16), now)
-        quotient = now // share
-        state[: entry.size] = (
-            (quotient << np.uint64(PROBABILITY_BITS)) + now - quotient * share + before
-        )
-    halves = np.stack([state >> np.uint64(16), state & np.uint64(0xFFFF)], axis=1)
-    parts.append(halves.reshape(-1).astype(np.uint16))
-    return np.concatenate(parts[::-1])
+    entries = packed[symbols]
+    if lanes <= _FEW:
+        return _encode_few(entries.tolist(), lanes)
+    steps = -(-symbols.size // lanes)
+    # What is not there is coded as a certainty, which changes nothing.
+    rows = np.full((steps, lanes), 1 << 16 + PROBABILITY_BITS, np.uint32)
+    rows.reshape(-1)[: entries.size] = entries
+    shares, before = rows >> 16, rows & 0xFFFF
+    limits = (shares.astype(np.uint64) << 32 - PROBABILITY_BITS) - np.uint64(1)
+    full, states = np.empty((steps, lanes), bool), np.empty((steps, lanes), np.uint32)
+    state, quotient, rest = np.full((3, lanes), LOWEST, np.uint32)
+    turns = zip(shares, before, limits.astype(np.uint32), full, states, strict=True)
+    for share, start, limit, is_full, was in reversed(list(turns)):
+        np.greater(state, limit, out=is_full)
+        was[:] = state
+        np.right_shift(state, 16, out=state, where=is_full)
+        np.divmod(state, share, out=(quotient, rest))
+        np.left_shift(quotient, PROBABILITY_BITS, out=quotient)
+        np.add(quotient, rest, out=state)
+        np.add(state, start, out=state)
+    halves = np.stack([state >> 16, state], axis=1).reshape(-1)
+    words: Array = np.concatenate([halves, states[full]]).astype(np.uint16)
+    return words
+
+
+def _encode_few(entries: list[int], lanes: int) -> Array:
+    state, words = [LOWEST] * lanes, []
+    for i in range(len(entries) - 1, -1, -1):
+        share, now, lane = entries[i] >> 16, state[i % lanes], i % lanes
+        if now >> 32 - PROBABILITY_BITS >= share:
+            words.append(now & 0xFFFF)
+            now >>= 16
+        state[lane] = (now // share << PROBABILITY_BITS) + now % share + (entries[i] & 0xFFFF)
+    for now in reversed(state):
+        words += [now & 0xFFFF, now >> 16]
+    return np.array(words[::-1], np.uint16)
 
 
 def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[Array, int]:
@@ -65,21 +88,48 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
     ``words`` must go on for two words a lane and one a symbol, with anything.
     """
     lanes = lanes_for(contexts.size)
-    halves = words[: 2 * lanes].astype(np.uint64).reshape(-1, 2)
-    state = halves[:, 0] << np.uint64(16) | halves[:, 1]
-    symbols = np.empty(contexts.size, np.uint8)
-    used, mask = 2 * lanes, np.uint64((1 << PROBABILITY_BITS) - 1)
-    for start in range(0, contexts.size, lanes or 1):
-        context = contexts[start : start + lanes].astype(np.int64)
-        now = state[: context.size]
-        slot = now & mask
-        symbol = slots[(context << PROBABILITY_BITS) + slot.astype(np.int64)]
-        entry = packed[(context << 8) + symbol].astype(np.uint64)
-        now = (entry >> np.uint64(16)) * (now >> np.uint64(PROBABILITY_BITS)) + slot
-        now -= entry & np.uint64(0xFFFF)
-        low = np.flatnonzero(now < LOWEST)
-        now[low] = now[low] << np.uint64(16) | words[used : used + low.size]
+    if lanes <= _FEW:
+        return _decode_few(words.tolist(), contexts.tolist(), packed.tolist(), slots.tobytes())
+    given = words.astype(np.int64)
+    state = given[: 2 * lanes : 2] << 16 | given[1 : 2 * lanes : 2]
+    numbers = np.arange(slots.size)
+    entries = packed[(numbers >> PROBABILITY_BITS << 8) + slots].astype(np.int64)
+    shares, biases = entries >> 16, (numbers & _SLOT) - (entries & 0xFFFF)
+    chosen = contexts.astype(np.int64) << PROBABILITY_BITS
+    used, factor = 2 * lanes, np.empty(lanes, np.int64)
+    for start in range(0, chosen.size, lanes):
+        slot = chosen[start : start + lanes]
+        if slot.size < lanes:
+            state, factor = state[: slot.size], factor[: slot.size]
+        np.bitwise_and(state, _SLOT, out=factor)
+        np.add(slot, factor, out=slot)
+        shares.take(slot, out=factor, mode="clip")
+        np.right_shift(state, PROBABILITY_BITS, out=state)
+        np.multiply(state, factor, out=state)
+        biases.take(slot, out=factor, mode="clip")
+        np.add(state, factor, out=state)
+        low = (state < LOWEST).nonzero()[0]
+        state[low] = state[low] << 16 | given[used : used + low.size]
         used += low.size
-        state[: context.size] = now & np.uint64(0xFFFFFFFF)
-        symbols[start : start + lanes] = symbol
+    symbols: Array = slots[chosen]
     return symbols, used
+
+
+def _decode_few(
+    words: list[int], contexts: list[int], packed: list[int], slots: bytes
+) -> tuple[Array, int]:
+    lanes = lanes_for(len(contexts))
+    state = [words[2 * lane] << 16 | words[2 * lane + 1] for lane in range(lanes)]
+    symbols, used = bytearray(len(contexts)), 2 * lanes
+    for i, context in enumerate(contexts):
+        now = state[i % lanes]
+        slot = now & _SLOT
+        symbol = slots[(context << PROBABILITY_BITS) + slot]
+        entry = packed[(context << 8) + symbol]
+        now = (entry >> 16) * (now >> PROBABILITY_BITS) + slot - (entry & 0xFFFF)
+        if now < LOWEST:
+            now = now << 16 | words[used]
+            used += 1
+        state[i % lanes] = now
+        symbols[i] = symbol
+    return np.frombuffer(symbols, np.uint8), used

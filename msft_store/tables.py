@@ -29,6 +29,10 @@ MAX_CLASSES = 64
 PROBABILITY_BITS = 12
 LEVELS = np.array([(64, 76, 91, 108)[j % 4] << j // 4 for j in range(49)], np.int64)
 """Weights a quarter of an octave apart; a symbol's frequency is kept as one of them."""
+_BOUNDS = LEVELS[:-1] + LEVELS[1:]
+"""A share of 2^19 belongs to the first level whose bound is above it, or else to the last one."""
+_WEIGHTS = np.append(0, LEVELS)
+"""Of each level plus 1; none of 0."""
 RUN_BITS = 4
 """What one run of blocks costs at least, in expected changes that it must save."""
 CLASS_ELEMENTS = 128
@@ -87,60 +91,37 @@ def levels_of(histogram: Array) -> Array:
     ``histogram`` is int64 of shape (contexts * 256,).
     """
     levels = np.zeros(histogram.size, np.uint8)
-    for first in range(0, histogram.size, SYMBOLS):
-        total = 0
-        for s in range(first, first + SYMBOLS):
-            total += histogram[s]
-        for s in range(first, first + SYMBOLS):
-            if histogram[s] > 0:
-                scaled = histogram[s] << 19
-                j = 0
-                while j < 48 and scaled >= (LEVELS[j] + LEVELS[j + 1]) * total:
-                    j += 1
-                levels[s] = j + 1
+    totals = histogram.reshape(-1, SYMBOLS).sum(axis=1)
+    used = np.flatnonzero(histogram)
+    scaled = (histogram[used] << 19) // totals[used >> 8]
+    levels[used] = (np.searchsorted(_BOUNDS, scaled, side="right") + 1).astype(np.uint8)
     return levels
 
 
 def frequencies(levels: Array) -> Array:
     """Return ``frequency << 16 | sum of those before``, uint32; each context's sum is 4096."""
     packed = np.zeros(levels.size, np.uint32)
-    for first in range(0, levels.size, SYMBOLS):
-        total = 0
-        for s in range(first, first + SYMBOLS):
-            if levels[s] > 0:
-                total += LEVELS[levels[s] - 1]
-        if total == 0:
-            continue
-        rest = 1 << PROBABILITY_BITS
-        for s in range(first, first + SYMBOLS):
-            if levels[s] > 0:
-                share = max(1, (LEVELS[levels[s] - 1] << PROBABILITY_BITS) // total)
-                packed[s] = share
-                rest -= share
+    weights = _WEIGHTS[levels].reshape(-1, SYMBOLS)
+    totals = weights.sum(axis=1)
+    for context in np.flatnonzero(totals):
+        used = np.flatnonzero(weights[context])
+        shares = np.maximum((weights[context][used] << PROBABILITY_BITS) // totals[context], 1)
+        rest = (1 << PROBABILITY_BITS) - shares.sum()
         while rest != 0:
-            best = first
-            for s in range(first, first + SYMBOLS):
-                if packed[s] > packed[best]:
-                    best = s
-            most = np.int64(packed[best])
-            change = max(rest, -(most // 2))
-            packed[best] = most + change
+            most = np.argmax(shares)
+            change = max(rest, -(shares[most] // 2))
+            shares[most] += change
             rest -= change
-        before = 0
-        for s in range(first, first + SYMBOLS):
-            share = np.int64(packed[s])
-            if share > 0:
-                packed[s] = (share << 16) | before
-                before += share
+        before = np.cumsum(shares) - shares
+        packed[context * SYMBOLS + used] = ((shares << 16) | before).astype(np.uint32)
     return packed
 
 
 def slots_of(packed: Array) -> Array:
     """Return the symbol of each of a context's 4096 slots; uint8, shape (contexts * 4096,)."""
     slots = np.zeros(packed.size << 4, np.uint8)
-    for index in range(packed.size):
-        share = np.int64(packed[index]) >> 16
-        start = ((index >> 8) << 12) + (np.int64(packed[index]) & 0xFFFF)
-        for slot in range(start, start + share):
-            slots[slot] = index & 255
+    for index in np.flatnonzero(packed):
+        share, before = np.int64(packed[index] >> 16), np.int64(packed[index] & 0xFFFF)
+        start = (index >> 8 << PROBABILITY_BITS) + before
+        slots[start : start + share] = index & 255
     return slots
