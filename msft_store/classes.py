@@ -98,7 +98,7 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     end = at + 4 * word_count
     if (
         max(listed, gaps) > old.size
-        or runs > blocks
+        or runs > (0 if whole else blocks)
         or end > len(payload)
         or (len(payload) - end) % 2
     ):
@@ -155,6 +155,8 @@ def places(
         raise ValueError("a chunk changes elements beyond its end")
     was = _frozen(old.view(f"<u{old.itemsize}"))
     positions = fast.placing(was, coded, limit, layout.mask, quiet.astype(np.uint32))
+    if positions.size < quiet.size:
+        raise ValueError("a chunk changes elements beyond its end")
     first = contexts << np.uint16(8)
     return positions, fast.contexts_of(was, positions, layout.shift, layout.mask, first)
 
