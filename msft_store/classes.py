@@ -23,8 +23,8 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from msft_store import changes, rans, tables
-from msft_store.changes import EXTRA_BITS, FIRST_CLASS, LEAST, TOKENS, Found, Layout
+from msft_store import changes, lowbits, rans, tables
+from msft_store.changes import EXTRA_BITS, FIRST_CLASS, LEAST, Found, Layout
 from msft_store.format import inflate
 from msft_store.kernels import Lanes
 from msft_store.tables import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
@@ -35,7 +35,8 @@ _HEADER = struct.Struct("<IIIIIBBH")
 """Listed, gaps, runs, bytes of the tables, words of low bits, lowest and highest class, busy."""
 _local = threading.local()
 """Each thread's compressor: to make one takes longer than to use it."""
-_ALL_BLOCKS = 1 << 15
+ALL_BLOCKS = 1 << 15
+"""Set in ``busy`` where no block is left out."""
 _TABLE_LEVEL = 3
 
 
@@ -70,21 +71,21 @@ def pack(found: Found, fast: Any) -> bytes:
     """Return the payload."""
     runs = np.zeros(0, np.int64) if found.runs is None else found.runs
     plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
-    plain_symbols = _plain_symbols(runs.size, plain)
+    coded_plain = plain_symbols(runs.size, plain)
     histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
     # No distance has more than 31 low bits.
     words, bits = np.zeros(plain.size + found.symbols.size + 2, np.uint32), 0
-    gather, make = (_gather, tables) if fast is None else (fast.gather, fast)
-    bits = gather(plain_symbols, plain, histogram, words, bits)
-    bits = gather(found.symbols, found.distances, histogram, words, bits)
+    gather, make = (lowbits.gather, tables) if fast is None else (fast.gather, fast)
+    bits = gather(coded_plain, plain, EXTRA_BITS, histogram, words, bits)
+    bits = gather(found.symbols, found.distances, EXTRA_BITS, histogram, words, bits)
     words = words[: -(-bits // 32)]
     levels = make.levels_of(histogram)
     packed = make.frequencies(levels)
     table = _pack_levels(levels)
-    busy = found.busy | (_ALL_BLOCKS if found.runs is None else 0)
+    busy = found.busy | (ALL_BLOCKS if found.runs is None else 0)
     sizes = (found.symbols.size, found.gaps.size, runs.size, len(table), words.size)
     parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table, words.tobytes()]
-    return b"".join(parts + [_code(part, packed, fast) for part in (plain_symbols, found.symbols)])
+    return b"".join(parts + [_code(part, packed, fast) for part in (coded_plain, found.symbols)])
 
 
 def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
@@ -92,7 +93,7 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     if len(payload) < _HEADER.size:
         raise ValueError("a chunk of classes has no header")
     listed, gaps, runs, table_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
-    whole, busy = bool(busy & _ALL_BLOCKS), busy & (_ALL_BLOCKS - 1)
+    whole, busy = bool(busy & ALL_BLOCKS), busy & (ALL_BLOCKS - 1)
     blocks = -(-old.size // BLOCK)
     at = _HEADER.size + table_bytes
     end = at + 4 * word_count
@@ -190,22 +191,18 @@ class _Reader:
         return found
 
     def distances(self, symbols: Array) -> Array:
-        read = _distances if self._fast is None else self._fast.distances_of
-        distances, at = read(symbols, self._words, self._bits, self._end)
+        read = (lowbits if self._fast is None else self._fast).distances_of
+        low_bits = (self._words, self._bits, self._end, EXTRA_BITS, LEAST)
+        distances, at = read(symbols, *low_bits)
         self._advance(at)
         found: Array = distances
         return found
 
     def change(self, new: Lanes, positions: Array, symbols: Array, layout: Layout) -> None:
         lanes = new.view(f"<u{new.itemsize}")
-        if self._fast is not None:
-            low_bits = (self._words, self._bits, self._end, layout.sign)
-            self._advance(self._fast.apply(lanes, positions, symbols, *low_bits))
-            return
-        distances = self.distances(symbols).astype(lanes.dtype)
-        flipped = (symbols & 1).astype(lanes.dtype) * lanes.dtype.type(layout.sign)
-        was = lanes[positions] ^ flipped
-        lanes[positions] = np.where(symbols & 2, was - distances, was + distances)
+        apply = (lowbits if self._fast is None else self._fast).apply
+        low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, LEAST)
+        self._advance(apply(lanes, positions, symbols, *low_bits))
 
     def finish(self) -> None:
         if self._coded.size or self._end - self._bits >= 32:
@@ -243,40 +240,14 @@ def _contexts(low: int, high: int) -> Array:
     return contexts
 
 
-def _plain_symbols(runs: int, values: Array) -> Array:
+def plain_symbols(runs: int, values: Array) -> Array:
+    """Return the symbols of run lengths and gaps, with their contexts; uint16."""
     # As changes.tokens_of, without PyTorch's overhead on so few.
     halves = (values.astype(np.float64).view(np.int64) >> 51) - 2046
     tokens = np.where(values < changes.DIRECT, values, halves) << 2
     tokens[runs:] |= changes.GAP_CONTEXT << 8
     symbols: Array = tokens.astype(np.uint16)
     return symbols
-
-
-def _gather(symbols: Array, distances: Array, histogram: Array, words: Array, start: int) -> int:
-    histogram += np.bincount(symbols, minlength=histogram.size)
-    bits = EXTRA_BITS[symbols >> 2 & TOKENS - 1].astype(np.uint64)
-    ends = np.uint64(start) + np.cumsum(bits)
-    at = ends - bits
-    low = (distances & ((np.uint64(1) << bits) - np.uint64(1))) << (at & np.uint64(31))
-    index = (at >> np.uint64(5)).astype(np.int64)
-    np.bitwise_or.at(words, index, low.astype(np.uint32))
-    carried = low >> np.uint64(32) != 0
-    np.bitwise_or.at(words, index[carried] + 1, (low[carried] >> np.uint64(32)).astype(np.uint32))
-    return int(ends[-1]) if ends.size else start
-
-
-def _distances(symbols: Array, words: Array, start: int, end: int) -> tuple[Array, int]:
-    token = symbols >> 2
-    bits = EXTRA_BITS[token].astype(np.uint64)
-    ends = np.uint64(start) + np.cumsum(bits)
-    if ends.size == 0 or ends[-1] > end:
-        return np.zeros(symbols.size, np.uint32), int(ends[-1]) if ends.size else start
-    at = ends - bits
-    word = (at >> np.uint64(5)).astype(np.int64)
-    two = words[word] | words[word + 1].astype(np.uint64) << np.uint64(32)
-    low = two >> (at & np.uint64(31)) & ((np.uint64(1) << bits) - np.uint64(1))
-    distances: Array = (LEAST[token] + low).astype(np.uint32)
-    return distances, int(ends[-1])
 
 
 def _pack_levels(levels: Array) -> bytes:

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 import zstandard
 
-from msft_store import changes, classes
+from msft_store import adaptive, changes, classes
 from msft_store.changes import Layout
 from msft_store.compiled import loops
 from msft_store.dtypes import DType
@@ -211,6 +211,25 @@ class Classes:
         return data
 
 
+@dataclass(frozen=True)
+class Adaptive:
+    """As classes, with chances that adapt: smaller and slower."""
+
+    code: int = 7
+    name: str = "adaptive"
+    needs_reference: bool = True
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
+        fast, layout = loops(), _layout(dtype)
+        return adaptive.pack(old, layout, classes.find(new, old, layout, fast), fast)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        old = lanes(_required(reference, size), dtype.lane)
+        data: Bytes = adaptive.unpack(payload, old, _layout(dtype), loops()).view(np.uint8)
+        return data
+
+
 RAW: Codec = Raw()
 ZSTD: Codec = Zstd()
 PLANES: Codec = Planes()
@@ -218,8 +237,9 @@ SAME: Codec = Same()
 DELTA: Codec = Delta()
 SPARSE: Codec = Sparse()
 CLASSES: Codec = Classes()
+ADAPTIVE: Codec = Adaptive()
 _BY_CODE: dict[int, Codec] = {
-    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES)
+    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE)
 }
 
 
@@ -239,7 +259,7 @@ def encode(
     if reference is not None:
         if np.array_equal(chunk, _required(reference, chunk.size)):
             return SAME, b""
-        best = _changed(chunk, reference, dtype)
+        best = _changed(chunk, reference, dtype, level)
         if len(best[1]) < _PLAIN_FROM * chunk.size:
             return best
     plain = _smallest(_PLAIN if dtype.lane > 1 else (ZSTD,), chunk, None, dtype)
@@ -251,14 +271,15 @@ def encode(
 _PLAIN: tuple[Codec, ...] = (PLANES, ZSTD)
 
 
-def _changed(chunk: Bytes, reference: Bytes, dtype: DType) -> tuple[Codec, bytes]:
+def _changed(chunk: Bytes, reference: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
     if changes.layout_of(dtype) is not None:
-        payload = CLASSES.encode(chunk, reference, dtype)
+        codec = CLASSES if level == "fast" else ADAPTIVE
+        payload = codec.encode(chunk, reference, dtype)
         if len(payload) < _TABLES_PAY_FROM:
             sparse = SPARSE.encode(chunk, reference, dtype)
             if len(sparse) <= len(payload):
                 return SPARSE, sparse
-        return CLASSES, payload
+        return codec, payload
     differs = lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)
     changed = np.count_nonzero(differs) / differs.size
     if changed < _DENSE_FROM:

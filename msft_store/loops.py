@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numba import int64, njit, uint16, uint32, uint64
 
-from msft_store import tables
-from msft_store.changes import EXTRA_BITS, LEAST, tokens_of
+from msft_store import binary, tables
+from msft_store.changes import tokens_of
 from msft_store.rans import LOWEST
 from msft_store.tables import BLOCK, PROBABILITY_BITS
 
@@ -44,6 +44,8 @@ plan = _compiled(tables.plan)
 levels_of = _compiled(tables.levels_of)
 frequencies = _compiled(tables.frequencies)
 slots_of = _compiled(tables.slots_of)
+
+code = _compiled(binary.code)
 
 
 @_compiled
@@ -180,8 +182,9 @@ def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, first: A
 
 
 @_compiled
-def gather(symbols: Any, distances: Any, histogram: Any, words: Any, start: Any) -> Any:
-    """Count symbols, write the low bits of distances from bit ``start`` on, return the end."""
+def gather(symbols: Any, distances: Any, bits: Any, histogram: Any, words: Any, start: Any) -> Any:
+    """See :func:`msft_store.lowbits.gather`."""
+    tokens = uint16(bits.size - 1)
     other = np.zeros(histogram.size, np.int64)
     used, one = uint64(start >> 5), uint64(1)
     hold, have = uint64(words[used]), uint64(start & 31)
@@ -192,9 +195,9 @@ def gather(symbols: Any, distances: Any, histogram: Any, words: Any, start: Any)
             histogram[symbol] += 1
         else:
             other[symbol] += 1
-        bits = uint64(EXTRA_BITS[(symbol >> uint16(2)) & uint16(63)])
-        hold |= (uint64(distances[k]) & ((one << bits) - one)) << have
-        have += bits
+        more = uint64(bits[(symbol >> uint16(2)) & tokens])
+        hold |= (uint64(distances[k]) & ((one << more) - one)) << have
+        have += more
         if have >= uint64(32):
             words[used] = uint32(hold)
             used += one
@@ -279,21 +282,18 @@ def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> 
 
 
 @_compiled
-def distances_of(symbols: Any, words: Any, start: Any, end: Any) -> Any:
-    """Return the distances of symbols with low bits from ``start`` on, and where these end.
-
-    Nothing is read beyond bit ``end``; where the low bits end is then beyond it too.
-    """
+def distances_of(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
+    """See :func:`msft_store.lowbits.distances_of`."""
     distances = np.zeros(symbols.size, np.uint32)
     at, one = uint64(start), uint64(1)
     for k in range(symbols.size):
         token = symbols[k] >> 2
-        bits = uint64(EXTRA_BITS[token])
+        more = uint64(bits[token])
         word = at >> uint64(5)
         two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
-        low = (two >> (at & uint64(31))) & ((one << bits) - one)
-        distances[k] = uint32(LEAST[token]) + uint32(low)
-        at += bits
+        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        distances[k] = uint32(least[token]) + uint32(low)
+        at += more
         if at > uint64(end):
             break
     return distances, int64(at)
@@ -308,22 +308,24 @@ def apply(
     start: Any,
     end: Any,
     sign: Any,
+    bits: Any,
+    least: Any,
 ) -> Any:
-    """Change elements of ``new``, which holds the reference; return as ``distances_of``."""
+    """See :func:`msft_store.lowbits.apply`."""
     at, one = uint64(start), uint64(1)
     for k in range(positions.size):
         i = positions[k]
         symbol = uint64(symbols[k])
         token = symbol >> uint64(2)
-        bits = uint64(EXTRA_BITS[token])
+        more = uint64(bits[token])
         word = at >> uint64(5)
         two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
-        low = (two >> (at & uint64(31))) & ((one << bits) - one)
-        distance = uint64(LEAST[token]) + low
+        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        distance = uint64(least[token]) + low
         negative = uint64(0) - ((symbol >> one) & one)
         change = (distance ^ negative) - negative
         new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change
-        at += bits
+        at += more
         if at > uint64(end):
             break
     return int64(at)

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 STORE = """
 errors render
 kernels dtypes format
-tables rans changes compiled loops classes codecs
+tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
 backend
 tensors refs manifest safetensors_file bases base_reader
 retention
 packs objects references liveness catalog
-pipeline tree sources stats matching staging
+parallel pipeline decoding tree sources stats matching staging
 check gc export
 store
 saver

@@ -1,0 +1,159 @@
+"""The loop of codec 7: symbols coded bit by bit, each bit with a chance that adapts.
+
+A symbol is a path of yes-or-no decisions: changed at all, the smallest distances one by one, then
+its token bit by bit, direction, half. A decision's chance is the mean of two counters: one of its
+place in the path and the class, the other of its place and how far the weights before it moved,
+compared with its own exponent: neighbours in a row move alike. Integers alone, so that every
+machine gives the same bytes. ``docs/FORMAT.md``, section 5.
+
+The same source runs compiled on arrays (:mod:`msft_store.loops`) and interpreted on lists.
+
+Example::
+
+    used = code(True, data, exponents, 110, 121, symbols, *counters(), RATES)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+PLACES = 512
+"""Places in the path: 0 to 3 the smallest distances, from 128 the token's bits, from 256 the
+direction, from 384 the half."""
+CLASSES = 64
+_NEAR = 16 * 64
+RATES = np.array([(1 << 17) // (2 * seen + 3) for seen in range(256)], np.int64)
+"""How far a counter moves towards a bit, in 65536ths, by how much it has seen."""
+LONGEST = 20
+"""Bytes that a symbol takes at most."""
+
+
+def counters() -> tuple[Array, Array]:
+    """Return the counters by class and by movement, before they have seen anything; int32.
+
+    A counter is 24 bits of chance, signed, 0 being even, and 8 bits of how much it has seen.
+    """
+    return np.zeros(CLASSES * PLACES, np.int32), np.zeros(_NEAR * PLACES, np.int32)
+
+
+def code(
+    encoding: Any,
+    data: Any,
+    exponents: Any,
+    low: Any,
+    high: Any,
+    symbols: Any,
+    by_class: Any,
+    by_movement: Any,
+    rates: Any,
+) -> Any:
+    """Write ``symbols`` to ``data``, or read them from it; return how many bytes that takes.
+
+    A symbol is ``(token << 1 | half) << 2 | towards zero << 1 | sign flipped``. Reading goes on
+    with zeros beyond the end of ``data``.
+    """
+    bottom, top, value, at = 0, 0xFFFFFFFF, 0, 0
+    if not encoding:
+        for _ in range(4):
+            value = value << 8 | (data[at] if at < len(data) else 0)
+            at += 1
+    quick = slow = 0
+    for i in range(len(exponents)):
+        exponent = exponents[i]
+        if i == 0:
+            quick = slow = exponent << 9
+        in_class = (min(max(exponent, low), high) - low) << 9
+        nearest = min(max((quick >> 8) - 2 * exponent + 8, 0), 63) >> 2
+        nearby = min(max((slow >> 8) - 2 * exponent + 8, 0), 63)
+        moving = (nearest << 6 | nearby) << 9
+        symbol = symbols[i] if encoding else 0
+        token, flipped = symbol >> 3, symbol & 1
+        path = flipped << 6 | token
+        stage, place, depth, bit = 0, 0, 0, 0
+        while stage >= 0:
+            if encoding:
+                if stage == 0:
+                    bit = 1 if symbol != 0 else 0
+                elif stage == 1:
+                    bit = 1 if path == place else 0
+                elif stage == 2:
+                    bit = path >> (6 - depth) & 1
+                elif stage == 3:
+                    bit = symbol >> 1 & 1
+                else:
+                    bit = symbol >> 2 & 1
+            # Masked, so that a compiler sees that no index is negative.
+            here, there = (in_class + place) & 0x7FFF, (moving + place) & 0x7FFFF
+            one, two = by_class[here], by_movement[there]
+            chance = min(max((one + two >> 13) + 32768, 32), 65504)
+            span = top - bottom
+            middle = bottom + (span >> 16) * chance + ((span & 0xFFFF) * chance >> 16)
+            if not encoding:
+                bit = 1 if value <= middle else 0
+            if bit:
+                top = middle
+            else:
+                bottom = middle + 1
+            while (bottom ^ top) & 0xFF000000 == 0:
+                if encoding:
+                    data[at] = top >> 24
+                else:
+                    value = (value << 8 & 0xFFFFFFFF) | (data[at] if at < len(data) else 0)
+                at += 1
+                bottom = bottom << 8 & 0xFFFFFFFF
+                top = (top << 8 & 0xFFFFFFFF) | 0xFF
+            goal = bit * 0xFFFFF - 0x80000
+            seen, before = one & 255, one >> 8
+            by_class[here] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(
+                seen + 1, 255
+            )
+            seen, before = two & 255, two >> 8
+            by_movement[there] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(
+                seen + 1, 255
+            )
+            if stage == 0:
+                stage, place = (1, 1) if bit else (-1, 0)
+            elif stage == 1:
+                if bit:
+                    token, flipped = place, 0
+                    stage, place = 3, 256 + 2 * token
+                elif place < 3:
+                    place += 1
+                else:
+                    stage, place = 2, 129
+            elif stage == 2:
+                place = 128 + ((place - 128) << 1 | bit)
+                depth += 1
+                if depth == 7:
+                    token, flipped = place & 63, place >> 6 & 1
+                    if not encoding:
+                        symbol = token << 3 | flipped
+                    stage, place = (3, 256 + 2 * token + flipped) if token > 0 else (-1, 0)
+            elif stage == 3:
+                if not encoding:
+                    symbol = token << 3 | bit << 1 | flipped
+                stage, place = (4, 384 + 2 * token + flipped) if token >= 4 else (-1, 0)
+            else:
+                if not encoding:
+                    symbol |= bit << 2
+                stage = -1
+        if not encoding:
+            symbols[i] = symbol
+        moved = 2 * exponent
+        if symbol == 0:
+            moved -= 2
+        elif token > 1:
+            moved += token
+        quick += ((moved << 8) - quick) >> 3
+        slow += ((moved << 8) - slow) >> 6
+    if encoding:
+        for _ in range(4):
+            data[at] = top >> 24
+            top = top << 8 & 0xFFFFFFFF
+            at += 1
+    return at
