@@ -1,0 +1,94 @@
+"""Chunks and their references, like training or like nothing at all, for the class codec.
+
+Example::
+
+    new, old = pair_of(BF16, 1000, "trained", seed=1)
+    payload = check(BF16, new, old)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import settings
+
+from msft_store import classes, compiled, dtypes
+from msft_store.changes import Layout, layout_of
+from msft_store.dtypes import DType
+from msft_store.kernels import Lanes
+
+DTYPES = [dtype for dtype in dtypes._TABLE if layout_of(dtype) is not None]
+BF16 = dtypes.by_name("bfloat16")
+FAST = compiled.loops()
+PATHS = (FAST, None)
+KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart")
+SEEDED = settings(deadline=None, derandomize=True)
+
+Pair = tuple[Lanes, Lanes]
+
+
+def layout(dtype: DType) -> Layout:
+    found = layout_of(dtype)
+    assert found is not None
+    return found
+
+
+def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
+    """Return new and reference lanes."""
+    rng = np.random.default_rng(seed)
+    unsigned, signed, sign = f"<u{dtype.lane}", f"<i{dtype.lane}", layout(dtype).sign
+    if kind == "hostile":
+        infinity = sign - (1 << layout(dtype).shift)
+        awkward = [0, 1, sign - 1, infinity, infinity + 1, infinity - 1, 1 << layout(dtype).shift]
+        patterns = np.array(awkward + [sign + bits for bits in awkward], unsigned)
+        noise = rng.integers(0, 2 * sign, (2, count), dtype=np.uint64).astype(unsigned)
+        new, old = np.where(rng.random((2, count)) < 0.5, noise, rng.choice(patterns, (2, count)))
+        kept = rng.random(count) < rng.random()
+        new[kept] = old[kept]
+        return new.view(signed), old.view(signed)
+    weights = torch.from_numpy(rng.normal(0, 0.02, count))
+    if dtype.lane == 4:
+        old = weights.float().numpy().view(unsigned)
+    else:
+        kept_as = torch.float16 if "16" not in dtype.name else dtype.torch
+        old = weights.to(kept_as).view(torch.int16).numpy().view(unsigned)
+    if kind == "one class":
+        old = np.full(count, 3 << layout(dtype).shift, unsigned)
+    new = old.copy()
+    steps = (rng.normal(0, 3, count).astype(np.int64) | 1).astype(unsigned)
+    if kind == "trained":
+        hit = (rng.random(count) < 0.1) & (np.arange(count) // 300 % 3 == 0)
+        new[hit] += steps[hit]
+    elif kind in ("all", "one class"):
+        new += steps
+    elif kind == "flipped":
+        new ^= (rng.random(count) < 0.3).astype(unsigned) * np.array(sign, unsigned)
+    else:
+        hit = rng.integers(0, count, 1) if kind == "one" else np.arange(count // 2, count, 1000)
+        new[hit] += steps[hit]
+    return new.view(signed), old.view(signed)
+
+
+def check(dtype: DType, new: Lanes, old: Lanes) -> bytes:
+    """Assert that all paths agree and give back every bit; return the payload."""
+    first, second = (
+        classes.pack(classes.find(new, old, layout(dtype), fast), fast) for fast in PATHS
+    )
+    assert first == second
+    for fast in PATHS:
+        assert classes.unpack(first, old, layout(dtype), fast).tobytes() == new.tobytes()
+    return first
+
+
+def outcomes(payload: bytes, old: Lanes, dtype: DType) -> list[bytes | None]:
+    """Return what each path makes of a payload, ``None`` for a refusal."""
+    found: list[bytes | None] = []
+    for fast in PATHS:
+        try:
+            decoded = classes.unpack(payload, old, layout(dtype), fast)
+        except ValueError:
+            found.append(None)
+        else:
+            assert decoded.size == old.size
+            found.append(decoded.tobytes())
+    return found
