@@ -57,8 +57,8 @@ class _Unsynced:
         self._root = root
         self._parts: list[bytes] = []
 
-    def write(self, data: bytes) -> None:
-        self._parts.append(data)
+    def write(self, data: bytes | memoryview) -> None:
+        self._parts.append(bytes(data))
         self.position += len(data)
 
     def publish(self, path: str) -> None:

@@ -44,7 +44,7 @@ class Writer(Protocol):
     position: int
     """Bytes written so far."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
 
     def publish(self, path: str) -> None:
@@ -158,7 +158,7 @@ class _LocalWriter:
             self._path.parent.mkdir(exist_ok=True)
             self._file = self._path.open("xb")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         with translated(f"write {len(data)} more bytes to", self._path):
             self._file.write(data)
         self.position += len(data)

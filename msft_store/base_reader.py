@@ -13,18 +13,18 @@ Example::
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msft_store.backend import Backend, read_file
+from msft_store.backend import Backend, read_file_into
 from msft_store.bases import Base, BaseTensor, path_of_base
 from msft_store.dtypes import DType
-from msft_store.errors import BaseError, CorruptedError, MismatchError
+from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageError
 from msft_store.format import CHUNK_BYTES, BaseSpan, chunk_key
 from msft_store.kernels import Bytes
 from msft_store.keytable import Keys, KeyTable, as_keys
@@ -61,16 +61,11 @@ class BaseReader:
         return min(CHUNK_BYTES, tensor.nbytes - span.start * tensor.dtype.size)
 
     def verify_span(self, span: BaseSpan, count: int) -> None:
-        """Compare what a span touches with its keys; :class:`BaseError` if it changed.
-
-        For who is about to take a difference against it: a base that changed unnoticed would make
-        checkpoints that need what is not recorded anywhere.
-        """
+        """Compare what a span touches with its keys; :class:`BaseError` if it changed."""
         tensor = self._tensor(span.tensor)
-        offset, shape = span.box or ((0,) * len(tensor.shape), tensor.shape)
         step = CHUNK_BYTES // tensor.dtype.size
         touched: set[int] = set()
-        for start, length in box_runs(tensor.shape, offset, shape, span.start, count):
+        for start, length in self._runs(span, count):
             touched.update(range(start // step, -(-(start + length) // step)))
         for number in sorted(touched):
             whole = BaseSpan(tensor=span.tensor, start=number * step)
@@ -87,28 +82,82 @@ class BaseReader:
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
         """Return ``count`` elements, rounded to ``dtype`` if the base has another."""
-        tensor = self._tensor(span.tensor)
-        offset, shape = span.box or ((0,) * len(tensor.shape), tensor.shape)
-        runs = box_runs(tensor.shape, offset, shape, span.start, count)
-        parts = [self._read(tensor, start, length) for start, length in runs]
-        raw = parts[0] if len(parts) == 1 else b"".join(parts)
-        if len(raw) != count * tensor.dtype.size:
-            raise BaseError(
-                f"{self.where(span)} is shorter than when it was added as base "
-                f"{self.base.id[:12]}; put the original file back or use relocate"
-            )
-        return _convert(np.frombuffer(raw, np.uint8), tensor.dtype, dtype)
+        out: Bytes = np.empty(count * dtype.size, np.uint8)
+        self.read_span_into(span, out, dtype)
+        return out
 
-    def _read(self, tensor: BaseTensor, start: int, count: int) -> bytes:
+    def read_span_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> None:
+        """Fill ``out`` with elements, rounded to ``dtype`` if the base has another."""
+        tensor = self._tensor(span.tensor)
+        same = tensor.dtype == dtype
+        raw = out if same else np.empty(out.size // dtype.size * tensor.dtype.size, np.uint8)
+        filled = 0
+        for start, length in self._runs(span, out.size // dtype.size):
+            nbytes = length * tensor.dtype.size
+            self._fill(tensor, start, raw[filled : filled + nbytes])
+            filled += nbytes
+        if filled != raw.size:
+            raise self._too_short(tensor)
+        if not same:
+            out[:] = _convert(raw, tensor.dtype, dtype)
+
+    def read_verified_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> bytes:
+        """Do as :meth:`read_span_into`, from chunks that equal their keys; return the key of it.
+
+        :class:`BaseError` if the base changed. For who takes a difference against it: a change that
+        goes unnoticed would make checkpoints that need what is not recorded anywhere.
+        """
+        tensor, count = self._tensor(span.tensor), out.size // dtype.size
+        runs = list(self._runs(span, count))
+        if len(runs) != 1:
+            self.verify_span(span, count)
+            self.read_span_into(span, out, dtype)
+            return chunk_key(out.data, dtype)
+        (start, length), step = runs[0], CHUNK_BYTES // tensor.dtype.size
+        numbers = range(start // step, -(-(start + length) // step))
+        begin, end = (
+            numbers.start * step,
+            min(numbers.stop * step, tensor.nbytes // tensor.dtype.size),
+        )
+        whole = tensor.dtype == dtype and (begin, end) == (start, start + length)
+        raw = out if whole else np.empty((end - begin) * tensor.dtype.size, np.uint8)
+        self._fill(tensor, begin, raw)
+        for at, number in enumerate(numbers):
+            data = raw[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]
+            self.verify(
+                BaseSpan(tensor=span.tensor, start=number * step), data, tensor.keys[number]
+            )
+        if whole and len(numbers) == 1:
+            return tensor.keys[numbers.start]
+        if not whole:
+            at = (start - begin) * tensor.dtype.size
+            out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
+        return chunk_key(out.data, dtype)
+
+    def _runs(self, span: BaseSpan, count: int) -> Iterator[tuple[int, int]]:
+        shape = self._tensor(span.tensor).shape
+        offset, box = span.box or ((0,) * len(shape), shape)
+        return box_runs(shape, offset, box, span.start, count)
+
+    def _fill(self, tensor: BaseTensor, start: int, out: Bytes) -> None:
         path, _ = self.base.files[tensor.file]
-        file = Path(path)
-        if not file.is_file():
+        try:
+            got = read_file_into(path, tensor.offset + start * tensor.dtype.size, out.data)
+        except StorageError as error:
+            if os.path.isfile(path):
+                raise
             raise BaseError(
                 f"base {self.base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH"
-            )
-        width = tensor.dtype.size
-        return read_file(file, tensor.offset + start * width, count * width)
+            ) from error
+        if got != out.size:
+            raise self._too_short(tensor)
+
+    def _too_short(self, tensor: BaseTensor) -> BaseError:
+        return BaseError(
+            f"{self.base.files[tensor.file][0]} is shorter than when it was added as base "
+            f"{self.base.id[:12]}; put the original file back or use relocate"
+        )
 
     def _tensor(self, name: str) -> BaseTensor:
         try:

@@ -174,6 +174,25 @@ class Catalog:
             return exact
         return matches[0]
 
+    def lineage(
+        self, parent: Base | Checkpoint | str | None
+    ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
+        """Return the ids of a parent and of its base, and the tensors of a checkpoint."""
+        if parent is None:
+            return None, None, None
+        base = None if isinstance(parent, Checkpoint) else self.resolve_base(parent)
+        if base is not None:
+            return base.id, base.id, None
+        if isinstance(parent, Base):
+            raise UnknownCheckpointError(
+                f"base {parent.id[:12]} is not one of {self.backend.describe('')}; "
+                "add it with add_base"
+            )
+        if not isinstance(parent, Checkpoint | str):
+            raise InvalidInputError(f"a parent is a base or a checkpoint, not {parent!r}")
+        found = self.resolve(parent)
+        return found.id, found.base, self.tensors(found)
+
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
         self._check_there(checkpoint)

@@ -10,19 +10,20 @@ Example::
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-import safetensors.torch
+from typing import Any
 
 from msft_store.backend import LocalBackend, move_folder, publish, read_file, translated
 from msft_store.catalog import Catalog
+from msft_store.decoding import decode_bytes
 from msft_store.errors import InvalidInputError
 from msft_store.format import canonical
 from msft_store.manifest import Checkpoint, TensorEntry
-from msft_store.pipeline import decode_state, empty_like
 from msft_store.safetensors_file import INDEX
 
 _SINGLE = "model.safetensors"
@@ -35,8 +36,9 @@ def export(
 ) -> list[Path]:
     """Write a checkpoint to a new directory; return its files.
 
-    ``shard_bytes`` bounds each safetensors file; the memory that is taken is about three times it.
-    :class:`InvalidInputError` if the directory has something in it, or a dtype is not safetensors'.
+    ``shard_bytes`` bounds each safetensors file, unless one tensor is larger; of a shard, a few
+    chunks at a time are in memory. :class:`InvalidInputError` if the directory has something in it,
+    or a dtype is not safetensors'.
     """
     with translated("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -75,20 +77,34 @@ def _write_shards(
         file = _SINGLE
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        part = {name: tensors[name] for name in names}
-        state = {name: empty_like(entry) for name, entry in part.items()}
-        decode_state(
-            catalog.objects,
-            part,
-            state,
-            base=checkpoint.base,
-            what=f"checkpoint {checkpoint.id[:12]}",
-        )
-        publish(backend, file, safetensors.torch.save(state, metadata={"format": "pt"}))
+        # The largest elements first, so that all are aligned; then by name.
+        part = {n: tensors[n] for n in sorted(names, key=lambda n: (-tensors[n].dtype.size, n))}
+        what = f"checkpoint {checkpoint.id[:12]}"
+        with backend.writer() as writer:
+            writer.write(_header(part))
+            for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
+                writer.write(data.data)
+            writer.publish(file)
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = {"total_size": checkpoint.logical_bytes}
         publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
+
+
+def _header(tensors: dict[str, TensorEntry]) -> bytes:
+    """Return what a safetensors file begins with: a length, and JSON padded to eight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {
+            "dtype": entry.dtype.safetensors,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _shards(tensors: dict[str, TensorEntry], shard_bytes: int) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Do a module's tensors and a checkpoint's agree? Strictly: names, shapes and dtypes.
+"""Do the tensors to be restored and a checkpoint's agree? Strictly: names, shapes and dtypes.
 
 Example::
 
@@ -31,7 +31,7 @@ def check_match(
     if missing:
         problems.append(f"the checkpoint lacks {listed(missing)}")
     if extra:
-        problems.append(f"the module lacks {listed(extra)}")
+        problems.append(f"the target lacks {listed(extra)}")
     for name in sorted(state.keys() & tensors.keys()):
         have, want = state[name], tensors[name]
         if tuple(have.shape) != want.shape:
@@ -44,7 +44,7 @@ def check_match(
     if problems:
         more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
         raise MismatchError(
-            f"the module does not match checkpoint {checkpoint.id[:12]}: "
+            f"the target does not match checkpoint {checkpoint.id[:12]}: "
             f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
         )
 

@@ -28,10 +28,23 @@ from msft_store.bases import Base, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
 from msft_store.errors import CorruptedError, StoreError, UnknownCheckpointError
 from msft_store.footer import Footer
-from msft_store.format import KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
+from msft_store.format import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.kernels import Bytes
 from msft_store.keytable import Keys
 from msft_store.packs import Index, Stored, list_packs, read_pack
+
+
+class _Scratch(threading.local):
+    """Buffers of one thread: fresh memory of this size costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Bytes] = {}
+
+    def get(self, level: int) -> Bytes:
+        """Return the buffer of a level."""
+        if level not in self._buffers:
+            self._buffers[level] = np.empty(CHUNK_BYTES, np.uint8)
+        return self._buffers[level]
 
 
 class Objects:
@@ -46,6 +59,7 @@ class Objects:
         # What is read is compared with what was asked for: packs are read when first needed.
         self._wanted = self._have_packs = self._have_bases = 0
         self._reading = threading.RLock()
+        self._scratch = _Scratch()
 
     @property
     def index(self) -> Index:
@@ -147,15 +161,27 @@ class Objects:
 
     def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
         """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
+        out: Bytes = np.empty(size, np.uint8)
+        self.read_into(out, key, dtype, base)
+        return out
+
+    def read_into(
+        self, out: Bytes, key: bytes, dtype: DType, base: str | None, *, level: int = 0
+    ) -> None:
+        """Fill ``out`` with a chunk, verified; after an error its content means nothing.
+
+        ``level``: how many chunks deep this is a reference of another.
+        """
         span = self.in_base(key, base)
         if span is not None and base is not None:
-            data = self.base(base).read_span(span, size // dtype.size, dtype)
-            self.base(base).verify(span, data, key)
-            return data
+            self.base(base).read_span_into(span, out, dtype)
+            self.base(base).verify(span, out, key)
+            return
         stored = self.find(key, base)
         if stored is not None:
             with contextlib.suppress(StoreError):
-                return self._decode(stored, size, dtype)
+                self._decode(stored, out, dtype, level)
+                return
         # A gc may have moved the chunk, or what it refers to, since it was indexed.
         self.refresh()
         stored = self.find(key, base)
@@ -164,24 +190,51 @@ class Objects:
             raise CorruptedError(
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
             )
-        return self._decode(stored, size, dtype)
+        self._decode(stored, out, dtype, level)
 
-    def _reference(self, record: Record) -> Bytes | None:
+    def scratch(self, level: int, size: int) -> Bytes:
+        """Return memory of this thread for a reference; the next call with ``level`` reuses it."""
+        return self._scratch.get(level)[:size]
+
+    def _decode(self, stored: Stored, out: Bytes, dtype: DType, level: int) -> None:
+        record, what = stored.record, self._backend.describe(stored.pack)
+        if record.size != out.size or record.dtype != dtype.code:
+            raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
+        reference = self._reference(record, level)
+        try:
+            payload = self._backend.read(stored.pack, record.offset, record.length)
+            data = codecs.decode(record.codec, payload, out.size, reference, dtype)
+        except ValueError as error:
+            data, reason = None, str(error)
+        else:
+            reason = "its content does not match its key"
+        if data is not None and chunk_key(data.data, dtype) == record.key:
+            out[:] = data
+            return
+        if reference is not None and chunk_key(reference.data, dtype) != record.ref_key:
+            self._blame_reference(record)
+        raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
+
+    def _reference(self, record: Record, level: int) -> Bytes | None:
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
             return None
-        dtype = by_code(record.dtype)
+        dtype, out = by_code(record.dtype), self.scratch(level, record.size)
         if isinstance(record.reference, BaseSpan):
             if record.base is None:
                 raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
-            reader = self.base(record.base)
-            return reader.read_span(record.reference, record.size // dtype.size, dtype)
+            self.base(record.base).read_span_into(record.reference, out, dtype)
+            return out
         whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
-        spans = record.reference or whole
-        parts = [self._read_part(span, record, dtype) for span in spans]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        at = 0
+        for span in record.reference or whole:
+            self._read_part(span, out[at : at + span.length], record, level)
+            at += span.length
+        if at != out.size:
+            raise CorruptedError(f"the references of chunk {record.key.hex()} have another length")
+        return out
 
-    def _read_part(self, span: ChunkSpan, record: Record, dtype: DType) -> Bytes:
-        base = record.base
+    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record, level: int) -> None:
+        base, dtype = record.base, by_code(record.dtype)
         located, stored = self.in_base(span.key, base), self.find(span.key, base)
         if located is not None and base is not None:
             size = self.base(base).chunk_bytes(located)
@@ -191,25 +244,15 @@ class Objects:
             raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
         else:
             size = stored.record.size
-        return self.read(span.key, size, dtype, base)[span.start : span.start + span.length]
-
-    def _decode(self, stored: Stored, size: int, dtype: DType) -> Bytes:
-        record, what = stored.record, self._backend.describe(stored.pack)
-        if record.size != size or record.dtype != dtype.code:
-            raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
-        reference = self._reference(record)
-        try:
-            payload = self._backend.read(stored.pack, record.offset, record.length)
-            data = codecs.decode(record.codec, payload, size, reference, dtype)
-        except ValueError as error:
-            data, reason = None, str(error)
-        else:
-            reason = "its content does not match its key"
-        if data is not None and chunk_key(data.data, dtype) == record.key:
-            return data
-        if reference is not None and chunk_key(reference.data, dtype) != record.ref_key:
-            self._blame_reference(record)
-        raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
+        if (span.start, span.length) == (0, size) and out.size == size:
+            self.read_into(out, span.key, dtype, base, level=level + 1)
+            return
+        chunk: Bytes = np.empty(size, np.uint8)
+        self.read_into(chunk, span.key, dtype, base, level=level + 1)
+        part = chunk[span.start : span.start + span.length]
+        if part.size != out.size:
+            raise CorruptedError(f"chunk {record.key.hex()} refers to bytes beyond another chunk")
+        out[:] = part
 
     def _blame_reference(self, record: Record) -> None:
         if isinstance(record.reference, BaseSpan) and record.base is not None:

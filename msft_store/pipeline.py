@@ -1,33 +1,29 @@
-"""A state dict through the codecs and back: in parallel, in order, in bounded memory.
+"""A state dict through the codecs: in parallel, in order, in bounded memory.
 
 Invariants: chunks are worked on by threads but written in one order, so the same bytes
 come out whatever the number of threads; no more than a few chunks per thread are in memory at a
-time, and a copy of the tensor at hand where it is on another device or not contiguous; every
-encoded chunk is decoded again and compared before it is written.
+time, whatever the size, device and layout of the tensors; every encoded chunk is decoded again and
+compared before it is written.
 
 Example::
 
     table, totals = encode_state(objects, tensors, begin_pack, base=base.id, parent=None)
-    decode_state(objects, table, outs, base=base.id, what="checkpoint 3fa9")
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from msft_store import codecs
 from msft_store.dtypes import DType, by_torch
-from msft_store.errors import CorruptedError, InvalidInputError, StorageError, StoreError
+from msft_store.errors import CorruptedError, InvalidInputError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
@@ -39,12 +35,12 @@ from msft_store.format import (
 from msft_store.kernels import Bytes
 from msft_store.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
+from msft_store.parallel import in_order
 from msft_store.references import Planner, Reference
-from msft_store.tensors import memory_of, to_bytes, torch_dtype, view_bytes
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-_WORKERS = min(32, os.cpu_count() or 1)
+from msft_store.tensors import (
+    memory_of,
+    read_elements,
+)
 
 
 class Sink(Protocol):
@@ -62,7 +58,8 @@ class Sink(Protocol):
 class Work:
     """One chunk to be stored."""
 
-    data: Bytes
+    read: Callable[[], Bytes]
+    """Gives its bytes."""
     dtype: DType
     reference: Reference | None
     """What it is compared with."""
@@ -87,24 +84,6 @@ class Totals:
     unreferenced_bytes: int
 
 
-def in_order(
-    function: Callable[[_T], _R], items: Iterator[_T], workers: int = _WORKERS
-) -> Generator[_R, None, None]:
-    """Map in threads, a few items ahead, and yield the results in order."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[_R]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 class Encoder:
     """Encodes chunks, each against the reference that a planner chose for it."""
 
@@ -119,18 +98,21 @@ class Encoder:
 
     def encode(self, work: Work) -> Encoded:
         """Return a chunk in the smallest representation, or as one that the store has."""
-        key, size = chunk_key(work.data.data, work.dtype), work.data.size
+        data, dtype = work.read(), work.dtype
+        key, size = chunk_key(data.data, dtype), data.size
         if self._objects.in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored = self._objects.find(key, self._base)
         if stored is not None and not (self._alone and stored.record.refers_to_chunk):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
-        reference, data = work.reference, self._read(work)
-        codec, payload = codecs.encode(work.data, data, work.dtype, level=self._level)
+        reference, old, ref_key = work.reference, None, bytes(KEY_BYTES)
+        if reference is not None:
+            old = self._objects.scratch(0, size)
+            ref_key = self._read(reference, old, dtype)
+        codec, payload = codecs.encode(data, old, dtype, level=self._level)
         if not codec.needs_reference:
-            reference, data = None, None
-        again = codecs.decode(codec.code, payload, size, data, work.dtype)
-        if not np.array_equal(again, work.data):
+            reference, old, ref_key = None, None, bytes(KEY_BYTES)
+        if not _equal(codecs.decode(codec.code, payload, size, old, dtype), data):
             raise CorruptedError(
                 f"the {codec.name} codec did not restore a chunk of {size} bytes; "
                 "nothing was saved. This is a fault of the program or of the memory"
@@ -141,29 +123,35 @@ class Encoder:
             length=len(payload),
             size=size,
             codec=codec.code,
-            dtype=work.dtype.code,
+            dtype=dtype.code,
             depth=0 if reference is None else reference.depth,
             base=None if reference is None else reference.base,
-            ref_key=bytes(KEY_BYTES) if data is None else chunk_key(data.data, work.dtype),
+            ref_key=ref_key,
             reference=_explicit(reference),
         )
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
 
-    def _read(self, work: Work) -> Bytes | None:
-        """Return the bytes of the reference; those of the base only if they are what was added."""
-        if work.reference is None:
-            return None
-        span, base = work.reference.span, work.reference.base
+    def _read(self, reference: Reference, out: Bytes, dtype: DType) -> bytes:
+        """Read a reference; return its key. The base's bytes only if they are what was added."""
+        span, base = reference.span, reference.base
         if isinstance(span, ChunkSpan):
-            return self._objects.read(span.key, span.length, work.dtype, self._base)
+            self._objects.read_into(out, span.key, dtype, self._base, level=1)
+            return span.key
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
-        count = work.data.size // work.dtype.size
-        reader = self._objects.base(base)
-        reader.verify_span(span, count)
-        return reader.read_span(span, count, work.dtype)
+        return self._objects.base(base).read_verified_into(span, out, dtype)
+
+
+def _equal(one: Bytes, other: Bytes) -> bool:
+    # Eight bytes at a time, the last few alone.
+    words = one.size & ~7
+    return (
+        one.size == other.size
+        and np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))
+        and np.array_equal(one[words:], other[words:])
+    )
 
 
 def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] | None:
@@ -226,10 +214,11 @@ def encode_state(
 
     def work() -> Iterator[Work]:
         for name in places.values():
-            entry, data = _whole(tensors[name], ()), to_bytes(tensors[name])
-            for number, start in enumerate(range(0, data.size, CHUNK_BYTES)):
+            tensor, entry = tensors[name], _whole(tensors[name], ())
+            step, count = CHUNK_BYTES // entry.dtype.size, tensor.numel()
+            for number, start in enumerate(range(0, count, step)):
                 yield Work(
-                    data=data[start : start + CHUNK_BYTES],
+                    read=partial(read_elements, tensor, start, min(start + step, count)),
                     dtype=entry.dtype,
                     reference=planner.reference(name, entry, 0, number),
                 )
@@ -271,7 +260,7 @@ def encode_anchor(
                     ):
                         continue
                     yield Work(
-                        data=objects.read(key, size, entry.dtype, base),
+                        read=partial(objects.read, key, size, entry.dtype, base),
                         dtype=entry.dtype,
                         reference=planner.reference(name, entry, at, number),
                     )
@@ -280,80 +269,6 @@ def encode_anchor(
     with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    tensor: str
-    key: bytes
-    dtype: DType
-    target: Bytes
-    finish: tuple[Callable[[], object], ...] = ()
-
-
-def decode_state(
-    objects: Objects,
-    tensors: Mapping[str, TensorEntry],
-    outs: Mapping[str, torch.Tensor],
-    *,
-    base: str | None,
-    what: str,
-) -> None:
-    """Restore tensors into existing ones of the same shape and dtype, on any device.
-
-    Every chunk is verified; :class:`StoreError` at the first that is damaged, which names ``what``
-    and the tensor, and then ``outs`` are partly overwritten.
-    """
-
-    def read(job: _Read) -> _Read:
-        try:
-            job.target[:] = objects.read(job.key, job.target.size, job.dtype, base)
-        except StoreError as error:
-            raise type(error)(f"{what}, tensor {job.tensor!r}: {error}") from error
-        return job
-
-    jobs = (job for name in tensors for job in _reads(name, tensors[name], outs[name].detach()))
-    with closing(in_order(read, jobs)) as done:
-        for job in done:
-            for finish in job.finish:
-                finish()
-
-
-def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Return an uninitialised tensor for an entry."""
-    dtype = torch_dtype(entry.dtype)
-    try:
-        return torch.empty(entry.shape, dtype=dtype, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StorageError(
-            f"no memory on {device} for a tensor of {entry.nbytes} bytes: {reason}"
-        ) from error
-
-
-def _reads(name: str, entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
-    direct = out.device.type == "cpu" and out.is_contiguous()
-    buffer = out if direct else empty_like(entry)
-    for piece in entry.pieces:
-        whole = piece.shape == entry.shape
-        held = buffer if whole else torch.empty(piece.shape, dtype=buffer.dtype)
-        data, position = view_bytes(held), 0
-        for number, (key, size) in enumerate(
-            zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True)
-        ):
-            finish: list[Callable[[], object]] = []
-            if number == len(piece.keys) - 1:
-                if not whole:
-                    ranges = zip(piece.offset, piece.shape, strict=True)
-                    box = tuple(slice(o, o + n) for o, n in ranges)
-                    finish.append(partial(buffer[box].copy_, held))
-                if not direct:
-                    finish.append(partial(out.copy_, buffer))
-            target = data[position : position + size]
-            yield _Read(
-                tensor=name, key=key, dtype=entry.dtype, target=target, finish=tuple(finish)
-            )
-            position += size
 
 
 def _whole(tensor: torch.Tensor, keys: tuple[bytes, ...]) -> TensorEntry:

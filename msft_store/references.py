@@ -9,13 +9,14 @@ Example::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msft_store.base_reader import convertible
 from msft_store.bases import BaseTensor
 from msft_store.format import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
-from msft_store.manifest import TensorEntry, chunk_sizes
+from msft_store.manifest import TensorEntry
 from msft_store.objects import Objects
 
 
@@ -63,7 +64,8 @@ class Planner:
         if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
             for other in theirs.pieces:
                 if (other.offset, other.shape) == (box.offset, box.shape):
-                    size = list(chunk_sizes(other, entry.dtype))[chunk]
+                    rest = math.prod(other.shape) * entry.dtype.size - chunk * CHUNK_BYTES
+                    size = min(rest, CHUNK_BYTES)
                     found = self._chunk(other.keys[chunk], size)
                     if found is not None:
                         return found

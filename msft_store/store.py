@@ -27,8 +27,8 @@ from msft_store.bases import Base, add_base, relocate
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, check
 from msft_store.codecs import Level
+from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
-    InvalidInputError,
     MismatchError,
     NotAStoreError,
     OutOfSpaceError,
@@ -49,13 +49,13 @@ from msft_store.manifest import (
 )
 from msft_store.matching import check_match, listed
 from msft_store.packs import PackWriter
-from msft_store.pipeline import Totals, decode_state, empty_like, encode_anchor, encode_state
+from msft_store.pipeline import Totals, encode_anchor, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
 from msft_store.stats import Stats, held_bytes, stats
-from msft_store.tensors import check_tensors
+from msft_store.tensors import check_tensors, memory_of
 
 PathLike = str | os.PathLike[str]
 
@@ -154,7 +154,7 @@ class Store:
         level = self.level if level is None else check_level(level)
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
-            parent_id, base, parent_tensors = self._lineage(parent)
+            parent_id, base, parent_tensors = self._catalog.lineage(parent)
             table, totals = self._encode(state, base, parent_tensors, level)
             line = tensor_table(table)
             content = checkpoint_content(
@@ -200,15 +200,23 @@ class Store:
         self._decode(found, tensors, state)
         return state
 
-    def load_into(self, module: torch.nn.Module, checkpoint: Checkpoint | str) -> None:
-        """Restore a checkpoint into a module, in place; names, shapes and dtypes must be equal.
+    def load_into(
+        self,
+        target: torch.nn.Module | Mapping[str, torch.Tensor],
+        checkpoint: Checkpoint | str,
+    ) -> None:
+        """Restore a checkpoint into a module's tensors, or those of a mapping, in place.
 
+        Names, shapes and dtypes must be equal; tensors may be on any device and of any layout.
         :class:`MismatchError` names what differs, and then nothing was changed.
         """
         found, tensors = self._entries(checkpoint)
-        state = {name: t for name, t in module.state_dict().items() if torch.is_tensor(t)}
+        items = target.state_dict() if isinstance(target, torch.nn.Module) else target
+        state = {name: tensor for name, tensor in items.items() if torch.is_tensor(tensor)}
         check_match(found, tensors, state)
-        self._decode(found, tensors, state)
+        # Tied tensors are restored once: they are equal, or they would not match.
+        once = {memory_of(tensor): name for name, tensor in state.items()}
+        self._decode(found, {name: tensors[name] for name in once.values()}, state)
 
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
@@ -336,23 +344,6 @@ class Store:
     ) -> None:
         what = f"checkpoint {checkpoint.id[:12]}"
         decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
-
-    def _lineage(
-        self, parent: Base | Checkpoint | str | None
-    ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
-        if parent is None:
-            return None, None, None
-        base = None if isinstance(parent, Checkpoint) else self._catalog.resolve_base(parent)
-        if base is not None:
-            return base.id, base.id, None
-        if isinstance(parent, Base):
-            raise UnknownCheckpointError(
-                f"base {parent.id[:12]} is not one of {self.path}; add it with add_base"
-            )
-        if not isinstance(parent, Checkpoint | str):
-            raise InvalidInputError(f"a parent is a base or a checkpoint, not {parent!r}")
-        found = self._catalog.resolve(parent)
-        return found.id, found.base, self._catalog.tensors(found)
 
     def _encode(
         self,

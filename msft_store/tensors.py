@@ -60,10 +60,60 @@ def to_bytes(tensor: torch.Tensor) -> Bytes:
     return data
 
 
+def read_elements(tensor: torch.Tensor, start: int, stop: int) -> Bytes:
+    """Return the bytes of some elements, counted row by row; a view where there can be one.
+
+    Of another tensor no more than about three times these elements is copied.
+    """
+    return to_bytes(_elements(tensor.detach(), start, stop))
+
+
+def write_elements(tensor: torch.Tensor, start: int, data: Bytes) -> None:
+    """Set some elements, counted row by row, of a tensor of any layout and device."""
+    _set(tensor.detach(), start, torch.from_numpy(data).view(tensor.dtype))
+
+
+def has_plain_bytes(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's memory is its row-major bytes, for :func:`view_bytes`."""
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
+
+
 def view_bytes(tensor: torch.Tensor) -> Bytes:
     """Return a writable view of a contiguous CPU tensor's bytes."""
     data: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return data
+
+
+def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[start:stop]
+    row = tensor.numel() // tensor.shape[0]
+    first, last = start // row, -(-stop // row)
+    if row <= stop - start:
+        return tensor[first:last].reshape(-1)[start - first * row : stop - first * row]
+    parts = [
+        _elements(tensor[at], max(start - at * row, 0), min(stop - at * row, row))
+        for at in range(first, last)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _set(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
+    if tensor.is_contiguous():
+        tensor.reshape(-1)[start : start + values.numel()].copy_(values)
+        return
+    row = tensor.numel() // tensor.shape[0]
+    while values.numel():
+        at, within = divmod(start, row)
+        rows = values.numel() // row if within == 0 else 0
+        if rows:
+            count = rows * row
+            tensor[at : at + rows].copy_(values[:count].reshape(rows, *tensor.shape[1:]))
+        else:
+            count = min(row - within, values.numel())
+            _set(tensor[at], within, values[:count])
+        start, values = start + count, values[count:]
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

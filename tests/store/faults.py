@@ -126,7 +126,7 @@ class FaultyWriter:
     def position(self) -> int:
         return self._inner.position
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         if self._backend.strikes("write"):
             self._inner.write(data[: len(data) // 2])
             self._backend.fail("write")

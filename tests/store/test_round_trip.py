@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,6 +164,42 @@ def test_restoring_reaches_parameters_that_are_not_contiguous(store: Store) -> N
     assert bits_of(target.weight) == bits_of(source.weight)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda t: t,
+        lambda t: t.t().contiguous().t(),
+        lambda t: torch.empty(3, *t.shape, dtype=t.dtype)[1],
+        lambda t: torch.empty(t.shape[0], 2 * t.shape[1], dtype=t.dtype)[:, ::2],
+    ],
+    ids=["plain", "transposed", "inside another", "every other column"],
+)
+def test_tensors_of_any_layout_are_saved_and_restored_in_place(
+    store: Store, layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    # Rows that are shorter and longer than a chunk, which chunks do not begin with.
+    shapes = {"tall": (70_001, 47), "flat": (2, 2_500_000), "none": (0, 3)}
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    placed = {name: layout(tensor).copy_(tensor) for name, tensor in state.items()}
+    ckpt = store.save(placed)
+    assert same_bits(store.load(ckpt), state)
+    target = {name: layout(tensor.clone()).fill_(0) for name, tensor in state.items()}
+    places = {name: tensor.data_ptr() for name, tensor in target.items()}
+    store.load_into(target, ckpt)
+    assert same_bits(target, state)
+    assert {name: tensor.data_ptr() for name, tensor in target.items()} == places
+
+
+def test_lazily_conjugated_tensors_are_saved_and_restored(store: Store) -> None:
+    torch.manual_seed(0)
+    state = {"c": torch.randn(5, 3, dtype=torch.complex64).conj()}
+    ckpt, target = store.save(state), {"c": torch.zeros(5, 3, dtype=torch.complex64).conj()}
+    store.load_into(target, ckpt)
+    assert torch.equal(target["c"], state["c"])
+    assert torch.equal(store.load(ckpt)["c"], state["c"])
+
+
 def test_a_tied_module_is_not_restored_from_weights_that_differ(store: Store) -> None:
     ckpt = store.save(Tied(1, tied=False))
     target = Tied(2)
@@ -176,7 +213,7 @@ def test_a_tied_module_is_not_restored_from_weights_that_differ(store: Store) ->
     ("change", "message"),
     [
         (lambda s: s.pop("weight"), "the checkpoint lacks weight"),
-        (lambda s: s.update(more=torch.zeros(1)), "the module lacks more"),
+        (lambda s: s.update(more=torch.zeros(1)), "the target lacks more"),
         (lambda s: s.update(weight=torch.zeros(3, 2)), r"weight is \(2, 3\).*\(3, 2\)"),
         (lambda s: s.update(weight=torch.zeros(2, 3).double()), "float32.*float64"),
     ],

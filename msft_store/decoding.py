@@ -1,0 +1,138 @@
+"""From chunks back to tensors: in parallel, in bounded memory, in place where that is possible.
+
+Invariants: every chunk is verified; no more than a few chunks per thread are in memory besides the
+tensors themselves, whatever their size, device and layout.
+
+Example::
+
+    decode_state(objects, table, outs, base=base.id, what="checkpoint 3fa9")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from msft_store.dtypes import DType
+from msft_store.errors import StorageError, StoreError
+from msft_store.kernels import Bytes
+from msft_store.manifest import TensorEntry, chunk_sizes
+from msft_store.objects import Objects
+from msft_store.parallel import in_order
+from msft_store.tensors import has_plain_bytes, torch_dtype, view_bytes, write_elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    tensor: str
+    key: bytes
+    dtype: DType
+    size: int
+    target: Bytes | None
+    """Where its bytes go, if that is memory of the host, row by row."""
+    box: torch.Tensor
+    start: int
+    """Otherwise: the part of the tensor, and its first element there."""
+
+
+def decode_state(
+    objects: Objects,
+    tensors: Mapping[str, TensorEntry],
+    outs: Mapping[str, torch.Tensor],
+    *,
+    base: str | None,
+    what: str,
+) -> None:
+    """Restore tensors into existing ones of the same shape and dtype, on any device.
+
+    Every chunk is verified; :class:`StoreError` at the first that is damaged, which names ``what``
+    and the tensor, and then ``outs`` are partly overwritten.
+    """
+
+    jobs = (job for name in tensors for job in _reads(name, tensors[name], outs[name].detach()))
+    with closing(in_order(partial(_restore, objects, base, what), jobs)) as done:
+        for _ in done:
+            pass
+
+
+def decode_bytes(
+    objects: Objects, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
+) -> Iterator[Bytes]:
+    """Yield the row-major bytes of tensors, one after the other, a chunk at a time.
+
+    A tensor of several pieces comes whole.
+    """
+
+    def whole(name: str) -> Bytes:
+        out = empty_like(tensors[name])
+        for job in _reads(name, tensors[name], out):
+            _restore(objects, base, what, job)
+        return view_bytes(out)
+
+    def chunk(name: str, key: bytes, size: int) -> Bytes:
+        with _named(f"{what}, tensor {name!r}"):
+            return objects.read(key, size, tensors[name].dtype, base)
+
+    def jobs() -> Iterator[Callable[[], Bytes]]:
+        for name, entry in tensors.items():
+            if len(entry.pieces) > 1:
+                yield partial(whole, name)
+                continue
+            for piece in entry.pieces:
+                for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
+                    yield partial(chunk, name, key, size)
+
+    with closing(in_order(lambda job: job(), jobs())) as parts:
+        yield from parts
+
+
+def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Return an uninitialised tensor for an entry."""
+    dtype = torch_dtype(entry.dtype)
+    try:
+        return torch.empty(entry.shape, dtype=dtype, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StorageError(
+            f"no memory on {device} for a tensor of {entry.nbytes} bytes: {reason}"
+        ) from error
+
+
+def _restore(objects: Objects, base: str | None, what: str, job: _Read) -> None:
+    out = np.empty(job.size, np.uint8) if job.target is None else job.target
+    with _named(f"{what}, tensor {job.tensor!r}"):
+        objects.read_into(out, job.key, job.dtype, base)
+    if job.target is None:
+        write_elements(job.box, job.start, out)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _reads(name: str, entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
+    for piece in entry.pieces:
+        ranges = zip(piece.offset, piece.shape, strict=True)
+        box = out[tuple(slice(first, first + count) for first, count in ranges)]
+        data = view_bytes(box) if has_plain_bytes(box) else None
+        position = 0
+        for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
+            yield _Read(
+                tensor=name,
+                key=key,
+                dtype=entry.dtype,
+                size=size,
+                target=None if data is None else data[position : position + size],
+                box=box,
+                start=position // entry.dtype.size,
+            )
+            position += size
