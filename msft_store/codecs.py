@@ -36,6 +36,8 @@ from msft_store.kernels import (
     positions_of,
     restore,
     split_planes,
+    turn,
+    turn_back,
 )
 
 _DELTA_LEVEL = 1
@@ -45,6 +47,8 @@ _SPARSE_BELOW = 0.4
 _DENSE_FROM = 0.1
 _TABLES_PAY_FROM = 1024
 """Bytes below which a payload may be smaller without tables."""
+_SEARCH_FROM = 0.9
+"""Share of a chunk's size from which a search for repetitions may find what exponents do not."""
 _PLAIN_FROM = 0.6
 """Share of a chunk's size from which a delta may lose against no reference at all."""
 
@@ -52,6 +56,18 @@ _PLAIN_FROM = 0.6
 Level = Literal["fast", "small"]
 """What an encoder aims for."""
 LEVELS: tuple[Level, ...] = ("fast", "small")
+
+
+_COMPILED_LANES = (2, 4)
+_LITERALS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+)
 
 
 class Codec(Protocol):
@@ -230,6 +246,40 @@ class Adaptive:
         return data
 
 
+@dataclass(frozen=True)
+class Turned:
+    """zstd over byte planes of lanes with the sign last: exponents apart from all else.
+
+    For weights that nothing is like: their exponents are all that can be made smaller, so the
+    compressor is told to look for little else.
+    """
+
+    code: int = 8
+    name: str = "turned"
+    needs_reference: bool = False
+
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        codes = lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
+        fast = loops() if dtype.lane in _COMPILED_LANES else None
+        if fast is None:
+            planes = split_planes(turn(codes))
+        else:
+            codes.flags.writeable = False
+            planes = fast.split_turned(codes, dtype.lane)
+        compressor = zstandard.ZstdCompressor(compression_params=_LITERALS)
+        return compressor.compress(planes.data)
+
+    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        planes = _inflate(payload, size)
+        fast = loops() if dtype.lane in _COMPILED_LANES else None
+        if fast is None:
+            return turn_back(join_planes(planes, dtype.lane)).view(np.uint8)
+        codes = np.empty(size // dtype.lane, f"<u{dtype.lane}")
+        fast.join_turned(planes, codes, dtype.lane)
+        data: Bytes = codes.view(np.uint8)
+        return data
+
+
 RAW: Codec = Raw()
 ZSTD: Codec = Zstd()
 PLANES: Codec = Planes()
@@ -238,8 +288,10 @@ DELTA: Codec = Delta()
 SPARSE: Codec = Sparse()
 CLASSES: Codec = Classes()
 ADAPTIVE: Codec = Adaptive()
+TURNED: Codec = Turned()
 _BY_CODE: dict[int, Codec] = {
-    codec.code: codec for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE)
+    codec.code: codec
+    for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED)
 }
 
 
@@ -262,13 +314,23 @@ def encode(
         best = _changed(chunk, reference, dtype, level)
         if len(best[1]) < _PLAIN_FROM * chunk.size:
             return best
-    plain = _smallest(_PLAIN if dtype.lane > 1 else (ZSTD,), chunk, None, dtype)
+    plain = _plain(chunk, dtype, level)
     if best is None or len(plain[1]) < len(best[1]):
         best = plain
     return best if len(best[1]) < chunk.size else (RAW, RAW.encode(chunk, None, dtype))
 
 
-_PLAIN: tuple[Codec, ...] = (PLANES, ZSTD)
+def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
+    if dtype.lane == 1:
+        return ZSTD, ZSTD.encode(chunk, None, dtype)
+    if not dtype.floating:
+        return _smallest((PLANES, ZSTD), chunk, None, dtype)
+    if level == "small":
+        return _smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
+    payload = TURNED.encode(chunk, None, dtype)
+    if len(payload) < _SEARCH_FROM * chunk.size:
+        return TURNED, payload
+    return min((TURNED, payload), _smallest((ZSTD,), chunk, None, dtype), key=lambda p: len(p[1]))
 
 
 def _changed(chunk: Bytes, reference: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:

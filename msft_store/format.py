@@ -29,6 +29,8 @@ CHUNK_BYTES = 4 << 20
 KEY_BYTES = 16
 MAX_DEPTH = 2
 """How many references lie between a chunk and plain bytes at most."""
+_MAX_WINDOW = 1 << 27
+"""Of a zstd frame, bytes."""
 
 _local = threading.local()
 
@@ -157,17 +159,18 @@ def inflate(payload: bytes, size: int) -> memoryview:
     Memory is bounded by ``size``, whatever the frame declares.
     """
     try:
-        if zstandard.frame_content_size(payload) == size:
-            return memoryview(_decompressor().decompress(payload, allow_extra_data=False))
-        return _inflate_unstated(payload, size)
+        declared = zstandard.get_frame_parameters(payload)
+        if declared.content_size == size and declared.window_size <= _MAX_WINDOW:
+            whole = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+            return memoryview(whole)
+        return _inflate_unsized(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
 
 
-def _inflate_unstated(payload: bytes, size: int) -> memoryview:
-    """Decompress a frame that does not say how much it holds."""
+def _inflate_unsized(payload: bytes, size: int) -> memoryview:
     view = memoryview(bytearray(size))
-    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(payload) as reader:
+    with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(payload) as reader:
         filled = 0
         while filled < size:
             got = reader.readinto(view[filled:])

@@ -76,15 +76,30 @@ def restore(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
 def split_planes(values: Codes) -> Bytes:
     """Return all lowest bytes, then all next ones, and so on; shape ``(n * width,)``."""
     width = values.dtype.itemsize
-    planes: Bytes = values.view(np.uint8).reshape(-1, width).T.reshape(-1)
-    return planes
+    planes = np.empty((width, values.size), np.uint8)
+    for number, plane in enumerate(planes):
+        # Shifted and cut off is several times as fast as transposed.
+        np.copyto(plane, values >> (8 * number) if number else values, casting="unsafe")
+    return planes.reshape(-1)
 
 
 def join_planes(planes: Bytes, width: int) -> Codes:
     """Undo :func:`split_planes`."""
-    joined = np.ascontiguousarray(planes.reshape(width, -1).T).reshape(-1)
-    values: Codes = joined.view(_UNSIGNED[width])
+    rows = planes.reshape(width, -1)
+    values: Codes = rows[0].astype(_UNSIGNED[width])
+    for number in range(1, width):
+        values |= rows[number].astype(values.dtype) << (8 * number)
     return values
+
+
+def turn(values: Codes) -> Codes:
+    """Return lanes with the sign bit last, so that a float's exponent begins its highest byte."""
+    return (values << 1 | values >> (8 * values.dtype.itemsize - 1)).astype(values.dtype)
+
+
+def turn_back(values: Codes) -> Codes:
+    """Undo :func:`turn`."""
+    return (values >> 1 | values << (8 * values.dtype.itemsize - 1)).astype(values.dtype)
 
 
 def gaps_of(positions: NDArray[np.int64]) -> NDArray[np.uint32]:

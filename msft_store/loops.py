@@ -329,3 +329,35 @@ def apply(
         if at > uint64(end):
             break
     return int64(at)
+
+
+@_compiled
+def split_turned(values: Any, width: Any) -> Any:
+    """Return ``split_planes(turn(values))`` of :mod:`msft_store.kernels`."""
+    planes = np.empty(width * values.size, np.uint8)
+    last = uint64(8 * width - 1)
+    for number in range(width):
+        plane, shift = planes[number * values.size : (number + 1) * values.size], uint64(8 * number)
+        for i in range(values.size):
+            value = uint64(values[i])
+            plane[i] = ((value << uint64(1)) | (value >> last)) >> shift
+    return planes
+
+
+@_compiled
+def join_turned(planes: Any, values: Any, width: Any) -> None:
+    """Fill ``values`` with ``turn_back(join_planes(planes))``."""
+    count = values.size
+    last = uint64(8 * width - 1)
+    if width == 2:
+        low, high = planes[:count], planes[count:]
+        for i in range(count):
+            turned = uint64(high[i]) << uint64(8) | uint64(low[i])
+            values[i] = turned >> uint64(1) | turned << last
+    else:
+        a, b = planes[:count], planes[count : 2 * count]
+        c, d = planes[2 * count : 3 * count], planes[3 * count :]
+        for i in range(count):
+            turned = uint64(d[i]) << uint64(24) | uint64(c[i]) << uint64(16)
+            turned |= uint64(b[i]) << uint64(8) | uint64(a[i])
+            values[i] = turned >> uint64(1) | turned << last
