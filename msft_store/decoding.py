@@ -121,8 +121,10 @@ def _named(what: str) -> Iterator[None]:
 
 def _reads(name: str, entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
     for piece in entry.pieces:
-        ranges = zip(piece.offset, piece.shape, strict=True)
-        box = out[tuple(slice(first, first + count) for first, count in ranges)]
+        box = out
+        if piece.shape != entry.shape:
+            ranges = zip(piece.offset, piece.shape, strict=True)
+            box = out[tuple(slice(first, first + count) for first, count in ranges)]
         data = view_bytes(box) if has_plain_bytes(box) else None
         position = 0
         for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):

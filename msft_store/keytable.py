@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ Keys = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 
 _HALF = np.dtype("<u8")
+_PAIR = struct.Struct("<2Q")
 _AT_ONCE = 1 << 15
 
 
@@ -103,6 +105,11 @@ class KeyTable:
         found[rows >= 0] = self._values[rows[rows >= 0]]
         return found
 
+    def get(self, key: bytes) -> int:
+        """Return the number of one key; -1 if it is not in the table."""
+        row = self._slots.find_one(key)
+        return row if row < 0 else int(self._values[row])
+
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Return which keys are in the table."""
         inside: NDArray[np.bool_] = self._slots.find(keys) >= 0
@@ -134,6 +141,16 @@ class _Slots:
         # In parts whose arrays stay in the cache.
         parts = [self._find(keys[at : at + _AT_ONCE]) for at in range(0, len(keys), _AT_ONCE)]
         return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def find_one(self, key: bytes) -> int:
+        """Do as :meth:`find` for one key, sooner than arrays of one would."""
+        high, low = _PAIR.unpack(key)
+        place = low & self._mask
+        while (row := int(self._rows[place])) >= 0:
+            if self._low[row] == low and self._high[row] == high:
+                return row
+            place = (place + 1) & self._mask
+        return -1
 
     def _find(self, keys: Keys) -> Numbers:
         high, low = _halves(keys)

@@ -33,7 +33,7 @@ from msft_store.footer import (
     pack_header,
 )
 from msft_store.format import Record
-from msft_store.keytable import Keys, KeyTable, Numbers, as_keys, concatenate
+from msft_store.keytable import Keys, KeyTable, Numbers, concatenate
 
 FOLDER = "packs"
 _N = TypeVar("_N", bound=np.generic)
@@ -131,7 +131,7 @@ class Index:
 
     def find(self, key: bytes, base: str | None) -> int:
         """Return the row to decode a key with; -1 if there is none."""
-        return int(self.find_all(as_keys(key), base)[0])
+        return self._table_of(base).get(key)
 
     def find_all(self, keys: Keys, base: str | None) -> Numbers:
         """Return the row to decode each key with; -1 where there is none.
@@ -139,11 +139,7 @@ class Index:
         Of the rows that need ``base`` or none, the shallowest; of those, one that needs no other
         chunk; of those, the smallest; of those, the one whose pack's name sorts first.
         """
-        number = self._numbers.get(base, -1) if base is not None else -1
-        table = self._tables.get(number)
-        if table is None:
-            table = self._tables[number] = self._table(number)
-        return table.find(keys)
+        return self._table_of(base).find(keys)
 
     def stored(self, row: int) -> Stored:
         """Return the record of a row."""
@@ -170,6 +166,13 @@ class Index:
 
     def _column(self, name: str, dtype: type[_N]) -> NDArray[_N]:
         return _joined([footer.rows[name] for footer in self.packs.values()], dtype)
+
+    def _table_of(self, base: str | None) -> KeyTable:
+        number = self._numbers.get(base, -1) if base is not None else -1
+        table = self._tables.get(number)
+        if table is None:
+            table = self._tables[number] = self._table(number)
+        return table
 
     def _table(self, number: int) -> KeyTable:
         rows = np.flatnonzero((self.bases == -1) | (self.bases == number))

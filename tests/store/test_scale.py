@@ -52,6 +52,8 @@ def test_of_equal_keys_the_preferred_counts() -> None:
         best.setdefault(key, value)
     table = KeyTable(as_keys(b"".join(keys)), np.arange(400), (size,))
     assert table.find(as_keys(b"".join(keys))).tolist() == [best[key] for key in keys]
+    assert [table.get(key) for key in keys] == [best[key] for key in keys]
+    assert table.get(bytes(16)) == -1
     assert table.find(as_keys(bytes(16))).tolist() == [-1]
     assert KeyTable(as_keys(b""), np.arange(0)).find(as_keys(bytes(16))).tolist() == [-1]
 
