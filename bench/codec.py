@@ -1,8 +1,14 @@
-"""Size and speed of codecs on one core, beside peers and the entropy of a simple model, in one run.
+"""Size and speed of codecs on one core, beside peers and the entropy of models, in one run.
 
-All numbers are of the last snapshot of a trajectory against its first. The bound is the empirical
-entropy of a weight's change given its tensor and the exponent of the reference weight, which is
-what a codec conditioned on the exponent can reach at best.
+With a reference, numbers are of the last snapshot of a trajectory against its first; without one,
+of the last snapshot alone. Two kinds of bounds stand beside them, both empirical: the entropy of
+a weight's change given its chunk and the exponent of the reference, counted over whole changes;
+and for each of our levels the entropy of what it codes (tokens and low bits, gaps, runs) given
+its own classes, which says what its coder and its tables lose. An adaptive coder pays no tables
+and has more contexts than classes, so it can be below its line; and entropies counted over few
+weights are too low, as they know every change beforehand.
+
+ZipNN is measured where it is installed (``pip install zipnn``; it is compiled on the way).
 
 Example::
 
@@ -12,7 +18,10 @@ Example::
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
+import os
 import platform
 import subprocess
 import time
@@ -20,6 +29,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import safetensors.torch
@@ -28,14 +39,13 @@ import zstandard
 from matplotlib.figure import Figure
 
 from bench.trajectories import DATA, ROOT
-from msft_store import codecs
+from msft_store import adaptive, changes, classes, codecs, compiled
 from msft_store.dtypes import DType, by_torch
 from msft_store.format import CHUNK_BYTES
 from msft_store.kernels import Bytes, difference, lanes, split_planes
 from msft_store.tensors import to_bytes
 
 RESULTS = ROOT / "bench" / "results"
-MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 REPEATS = 3
 
 Chunk = tuple[Bytes, Bytes, DType]
@@ -52,8 +62,8 @@ class Row:
     codec: str
     percent: float
     """Size, of the full checkpoint."""
-    to_tensorx: float
-    """Size, of XOR + byte planes + zstd-1."""
+    to_peer: float
+    """Size, of XOR + byte planes + zstd-1; without a reference, of zstd-3."""
     encode: float | None = None
     """GB/s of decoded bytes on one core."""
     decode: float | None = None
@@ -84,7 +94,7 @@ def tensorx() -> tuple[Encode, Decode]:
     """Return XOR, byte planes and zstd-1, as in TensorX (SOSP'26)."""
 
     def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
-        planes = split_planes(lanes(new ^ old, dtype.lane))
+        planes = split_planes((new ^ old).view(f"<u{dtype.lane}"))
         return zstandard.ZstdCompressor(level=1).compress(planes.data)
 
     def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
@@ -94,11 +104,31 @@ def tensorx() -> tuple[Encode, Decode]:
     return encode, decode
 
 
-def ours() -> tuple[Encode, Decode]:
+def zipnn(*, delta: bool) -> tuple[Encode, Decode]:
+    """Return ZipNN on one thread, of the XOR with the reference or of the bytes alone."""
+    coders: dict[str, Any] = {}
+
+    def coder(dtype: DType) -> Any:
+        if dtype.name not in coders:
+            make = importlib.import_module("zipnn").ZipNN
+            coders[dtype.name] = make(bytearray_dtype=dtype.name, input_format="byte", threads=1)
+        return coders[dtype.name]
+
+    def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
+        return bytes(coder(dtype).compress(bytearray(new ^ old if delta else new)))
+
+    def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
+        found = np.frombuffer(coder(dtype).decompress(data), np.uint8)
+        return found ^ old if delta else found
+
+    return encode, decode
+
+
+def ours(level: codecs.Level, *, reference: bool = True) -> tuple[Encode, Decode]:
     """Return the store's choice of codec, its number in front."""
 
     def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
-        codec, payload = codecs.encode(new, old, dtype)
+        codec, payload = codecs.encode(new, old if reference else None, dtype, level=level)
         return bytes([codec.code]) + payload
 
     def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
@@ -107,19 +137,48 @@ def ours() -> tuple[Encode, Decode]:
     return encode, decode
 
 
+def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
+    """Return ours without compiled loops."""
+    encode, decode = ours(level)
+
+    def without(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            with patch.dict(os.environ, {compiled.VARIABLE: "0"}):
+                compiled.loops.cache_clear()
+                found = call(*arguments)
+            compiled.loops.cache_clear()
+            return found
+
+        return called
+
+    return without(encode), without(decode)
+
+
 def unzstd(data: bytes) -> Bytes:
     """Decompress a frame."""
     return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
 
 
+TENSORX = "XOR + planes + zstd-1 (TensorX)"
+FAST, SMALL = "ours, fast", "ours, small"
 PEERS: dict[str, tuple[Encode, Decode]] = {
     "zstd-3": zstd(3),
     "XOR + zstd-3 (BitX)": bitx(),
-    "XOR + planes + zstd-1 (TensorX)": tensorx(),
-    "ours": ours(),
+    TENSORX: tensorx(),
+    "XOR + ZipNN": zipnn(delta=True),
+    FAST: ours("fast"),
+    SMALL: ours("small"),
+    "ours, fast, without Numba": interpreted("fast"),
 }
+ALONE: dict[str, tuple[Encode, Decode]] = {
+    "zstd-3": zstd(3),
+    "ZipNN": zipnn(delta=False),
+    FAST: ours("fast", reference=False),
+    SMALL: ours("small", reference=False),
+}
+SLOW = {"ours, fast, without Numba"}
+"""Measured once, and only on part of the chunks."""
 BOUND = "entropy given the exponent"
-TENSORX = "XOR + planes + zstd-1 (TensorX)"
 
 
 def chunks_of(folder: Path) -> Iterator[Chunk]:
@@ -136,56 +195,104 @@ def entropy_bytes(chunks: list[Chunk]) -> float:
     """Return the empirical entropy of all changes given chunk and exponent of the reference."""
     bits = 0.0
     for new, old, dtype in chunks:
-        if dtype.name not in MANTISSA_BITS:
+        layout = changes.layout_of(dtype)
+        if layout is None:
             bits += 8.0 * new.size
             continue
         change = difference(lanes(new, dtype.lane), lanes(old, dtype.lane), floating=True)
-        exponent = (old.view(f"<u{dtype.lane}") >> MANTISSA_BITS[dtype.name]) & 0xFF
-        _, joint = np.unique(exponent.astype(np.uint64) << 32 | change, return_counts=True)
-        _, given = np.unique(exponent, return_counts=True)
-        bits += (given * np.log2(given)).sum() - (joint * np.log2(joint)).sum()
+        exponent = (lanes(old, dtype.lane).astype(np.int64) & layout.mask) >> layout.shift
+        bits += conditional_entropy(exponent, change.astype(np.int64))
     return bits / 8
 
 
-def measure(name: str, chunks: list[Chunk]) -> Iterator[Row]:
+def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
+    """Return the empirical entropy of what a level codes, given its chunk and its classes."""
+    bits = 0.0
+    for new, old, dtype in chunks:
+        layout = changes.layout_of(dtype)
+        if layout is None or np.array_equal(new, old):
+            continue
+        lane_pair = lanes(new, dtype.lane), lanes(old, dtype.lane)
+        found = classes.find(*lane_pair, layout, compiled.loops())
+        runs = np.zeros(0, np.int64) if found.runs is None else found.runs
+        for values in (runs, found.gaps):
+            symbols = classes.plain_symbols(0, values.astype(np.uint32)).astype(np.int64)
+            tokens = symbols >> 2 & changes.TOKENS - 1
+            bits += conditional_entropy(np.zeros_like(tokens), tokens)
+            bits += float(changes.EXTRA_BITS[tokens].sum(dtype=np.int64))
+        contexts = found.symbols.astype(np.int64) >> 8
+        if level == "fast":
+            coded = found.symbols.astype(np.int64) & 0xFF
+            low = changes.EXTRA_BITS[coded >> 2]
+        else:
+            coded = adaptive.halved(found.symbols, found.distances).astype(np.int64)
+            low = adaptive.FINE_BITS[coded >> 2]
+        bits += conditional_entropy(contexts, coded) + float(low.sum(dtype=np.int64))
+    return bits / 8
+
+
+def conditional_entropy(given: Any, values: Any) -> float:
+    """Return the bits of all values given what stands beside each."""
+    if not len(values):
+        return 0.0
+    _, joint = np.unique(given << 33 | values, return_counts=True)
+    _, alone = np.unique(given, return_counts=True)
+    return float((alone * np.log2(alone)).sum() - (joint * np.log2(joint)).sum())
+
+
+def measure(
+    name: str, chunks: list[Chunk], peers: dict[str, tuple[Encode, Decode]]
+) -> Iterator[Row]:
     """Yield a row a codec; the fastest of a few repeats counts."""
     total = sum(new.size for new, _, _ in chunks)
     rows: dict[str, tuple[int, float, float]] = {}
-    for codec, (encode, decode) in PEERS.items():
+    for codec, (encode, decode) in peers.items():
+        if "ZipNN" in codec and importlib.util.find_spec("zipnn") is None:
+            continue
+        part = chunks[:: max(len(chunks) // 12, 1)] if codec in SLOW else chunks
         encoding = decoding = float("inf")
-        for _ in range(REPEATS):
+        for _ in range(1 if codec in SLOW else REPEATS):
             began = time.perf_counter()
-            payloads = [encode(*chunk) for chunk in chunks]
+            payloads = [encode(*chunk) for chunk in part]
             middle = time.perf_counter()
-            back = [decode(p, old, d) for p, (_, old, d) in zip(payloads, chunks, strict=True)]
+            back = [decode(p, old, d) for p, (_, old, d) in zip(payloads, part, strict=True)]
             decoding = min(decoding, time.perf_counter() - middle)
             encoding = min(encoding, middle - began)
-        for data, (new, _, _) in zip(back, chunks, strict=True):
+        for data, (new, _, _) in zip(back, part, strict=True):
             assert np.array_equal(data, new), f"{codec} is not lossless on {name}"
-        rows[codec] = (sum(map(len, payloads)), encoding, decoding)
-    base = rows[TENSORX][0]
+        size = sum(map(len, payloads)) if part is chunks else rows[FAST][0]
+        share = sum(new.size for new, _, _ in part) / 1e9
+        rows[codec] = (size, share / encoding, share / decoding)
+    base = rows[TENSORX if TENSORX in rows else "zstd-3"][0]
     for codec, (size, encoding, decoding) in rows.items():
         yield Row(
             trajectory=name,
             codec=codec,
             percent=100 * size / total,
-            to_tensorx=size / base,
-            encode=total / encoding / 1e9,
-            decode=total / decoding / 1e9,
+            to_peer=size / base,
+            encode=encoding,
+            decode=decoding,
         )
-    bound = entropy_bytes(chunks)
-    yield Row(trajectory=name, codec=BOUND, percent=100 * bound / total, to_tensorx=bound / base)
+    if TENSORX not in rows:
+        return
+    bounds = {
+        BOUND: entropy_bytes(chunks),
+        f"entropy of what {FAST} codes": own_entropy_bytes(chunks, "fast"),
+        f"entropy of what {SMALL} codes": own_entropy_bytes(chunks, "small"),
+    }
+    for label, bound in bounds.items():
+        yield Row(trajectory=name, codec=label, percent=100 * bound / total, to_peer=bound / base)
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Row], peer: str) -> str:
     """Return the rows as a table."""
     lines = [
-        "| trajectory | codec | % of full | ÷ TensorX | encode GB/s | decode GB/s |",
+        f"| trajectory | codec | % of full | ÷ {peer} | encode GB/s | decode GB/s |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         speeds = ["-" if speed is None else f"{speed:.2f}" for speed in (row.encode, row.decode)]
-        cells = (row.trajectory, row.codec, f"{row.percent:.2f}", f"{row.to_tensorx:.2f}", *speeds)
+        cells = (row.trajectory, row.codec, f"{row.percent:.2f}", f"{row.to_peer:.2f}", *speeds)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -199,13 +306,15 @@ def plot(rows: list[Row], path: Path) -> None:
     for name, axis in zip(names, axes.flat, strict=False):
         for row in (row for row in rows if row.trajectory == name):
             if row.encode is None:
-                axis.axhline(row.percent, linestyle=":", color="black", label=row.codec)
+                if row.codec == BOUND:
+                    axis.axhline(row.percent, linestyle=":", color="black", label=row.codec)
             else:
                 axis.scatter(row.encode, row.percent, label=row.codec)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("encode, GB/s on one core")
         axis.set_ylabel("size, % of full")
         axis.set_ylim(bottom=0)
+        axis.set_xscale("log")
     axes.flat[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
@@ -235,17 +344,31 @@ def main() -> None:
     argparse.ArgumentParser(description="Measure codecs on the trajectories.").parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
+    alone: list[Row] = []
     for folder in sorted(path for path in DATA.glob("*/*") if path.is_dir()):
-        found = list(measure(f"{folder.parent.name} {folder.name}", list(chunks_of(folder))))
-        print(markdown(found), flush=True)
+        name = f"{folder.parent.name} {folder.name}"
+        if not any(folder.glob("step*.safetensors")):
+            continue
+        found = list(measure(name, list(chunks_of(folder)), PEERS))
+        print(markdown(found, "TensorX"), flush=True)
         rows += found
+        if folder.name in ("bf16-1e-5", "fp32-2e-5"):
+            dtype = folder.name.partition("-")[0]
+            found = list(measure(f"{folder.parent.name} {dtype}", list(chunks_of(folder)), ALONE))
+            print(markdown(found, "zstd-3"), flush=True)
+            alone += found
     about = machine()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = f"One core of {about['cpu']}, {about['date']}, commit {about['commit']}.\n\n"
-    (RESULTS / "codec.md").write_text(text + markdown(rows), encoding="utf-8")
+    text = (
+        f"One core of {about['cpu']}, {about['date']}, commit {about['commit']}. The learning rate "
+        "is in each trajectory's name.\n\nAgainst a reference:\n\n"
+        f"{markdown(rows, 'TensorX')}\nWithout any reference:\n\n{markdown(alone, 'zstd-3')}"
+    )
+    (RESULTS / "codec.md").write_text(text, encoding="utf-8")
     document = {**about, "rows": [asdict(row) for row in rows]}
+    document["alone"] = [asdict(row) for row in alone]
     (RESULTS / "codec.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    plot(rows, RESULTS / "codec.png")
+    plot([row for row in rows if row.codec not in SLOW], RESULTS / "codec.png")
 
 
 if __name__ == "__main__":

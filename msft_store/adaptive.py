@@ -45,8 +45,8 @@ def pack(old: Lanes, layout: Layout, found: Found, fast: Any) -> bytes:
     plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
     known = Places(low=found.low, high=found.high, busy=found.busy, runs=found.runs)
     positions, _ = classes.places(old, layout, known, found.gaps, fast)
-    plain_symbols = _halved(classes.plain_symbols(runs.size, plain), plain)
-    symbols = _halved(found.symbols, found.distances)
+    plain_symbols = halved(classes.plain_symbols(runs.size, plain), plain)
+    symbols = halved(found.symbols, found.distances)
     words, bits = np.zeros(plain.size + symbols.size + 2, np.uint32), 0
     unused = np.zeros(binary.PLACES, np.int64)
     gather = (lowbits if fast is None else fast).gather
@@ -95,7 +95,7 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     return new
 
 
-def _halved(symbols: Array, distances: Array) -> Array:
+def halved(symbols: Array, distances: Array) -> Array:
     """Return symbols without context, and with the half of a token's range beside it; uint16."""
     token = symbols >> 2 & 63
     bits = EXTRA_BITS[token]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from msft_store import changes, lowbits, rans, tables
 from msft_store.changes import EXTRA_BITS, FIRST_CLASS, LEAST, Found, Layout
-from msft_store.format import inflate
+from msft_store.format import compressor, inflate
 from msft_store.kernels import Lanes
 from msft_store.tables import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
 
@@ -33,8 +32,6 @@ Array = NDArray[Any]
 
 _HEADER = struct.Struct("<IIIIIBBH")
 """Listed, gaps, runs, bytes of the tables, words of low bits, lowest and highest class, busy."""
-_local = threading.local()
-"""Each thread's compressor: to make one takes longer than to use it."""
 ALL_BLOCKS = 1 << 15
 """Set in ``busy`` where no block is left out."""
 _TABLE_LEVEL = 3
@@ -255,11 +252,7 @@ def _pack_levels(levels: Array) -> bytes:
     used = 1 + max(np.flatnonzero(table.any(axis=0)), default=0)
     rows = table[:, :used]
     steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
-    compressor = getattr(_local, "compressor", None)
-    if compressor is None:
-        compressor = _local.compressor = zstandard.ZstdCompressor(level=_TABLE_LEVEL)
-    packed: bytes = compressor.compress(steps.tobytes())
-    return packed
+    return compressor(_TABLE_LEVEL).compress(steps.tobytes())
 
 
 def _unpack_levels(data: bytes, contexts: int) -> Array:

@@ -24,7 +24,7 @@ from msft_store.changes import Layout
 from msft_store.compiled import loops
 from msft_store.dtypes import DType
 from msft_store.errors import VersionError
-from msft_store.format import inflate
+from msft_store.format import compressor, inflate
 from msft_store.kernels import (
     Bytes,
     Codes,
@@ -59,15 +59,6 @@ LEVELS: tuple[Level, ...] = ("fast", "small")
 
 
 _COMPILED_LANES = (2, 4)
-_LITERALS = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST,
-    window_log=17,
-    hash_log=6,
-    chain_log=6,
-    search_log=1,
-    min_match=7,
-    target_length=0,
-)
 
 
 class Codec(Protocol):
@@ -266,8 +257,12 @@ class Turned:
         else:
             codes.flags.writeable = False
             planes = fast.split_turned(codes, dtype.lane)
-        compressor = zstandard.ZstdCompressor(compression_params=_LITERALS)
-        return compressor.compress(planes.data)
+        stream = compressor(None).compressobj(planes.size)
+        parts: list[bytes] = []
+        for plane in planes.reshape(dtype.lane, -1):
+            # A block of its own for each, as a block has one table for all its bytes.
+            parts += stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        return b"".join([*parts, stream.flush()])
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
         planes = _inflate(payload, size)
@@ -384,7 +379,7 @@ def _required(reference: Bytes | None, size: int) -> Bytes:
 
 
 def _deflate(data: Bytes, level: int) -> bytes:
-    return zstandard.ZstdCompressor(level=level).compress(data.data)
+    return compressor(level).compress(data.data)
 
 
 def _inflate(payload: bytes, size: int) -> Bytes:

@@ -29,6 +29,16 @@ CHUNK_BYTES = 4 << 20
 KEY_BYTES = 16
 MAX_DEPTH = 2
 """How many references lie between a chunk and plain bytes at most."""
+_SKEW = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+)
+_local = threading.local()
 _MAX_WINDOW = 1 << 27
 """Of a zstd frame, bytes."""
 
@@ -151,6 +161,21 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     if not sound:
         raise CorruptedError(f"{what} does not match its digest; restore it from a copy")
     return content
+
+
+def compressor(level: int | None) -> zstandard.ZstdCompressor:
+    """Return this thread's compressor of a level; ``None``: one that looks for little but skew.
+
+    To make one takes longer than to use it on little data.
+    """
+    mine: dict[int | None, zstandard.ZstdCompressor] = _local.__dict__.setdefault("mine", {})
+    if level not in mine:
+        mine[level] = (
+            zstandard.ZstdCompressor(compression_params=_SKEW)
+            if level is None
+            else zstandard.ZstdCompressor(level=level)
+        )
+    return mine[level]
 
 
 def inflate(payload: bytes, size: int) -> memoryview:
