@@ -1,0 +1,376 @@
+"""Saving and loading beside peers, on one disk in one run, as ratios to safetensors.
+
+The states are checkpoints from real training (``bench/trajectories.py``), made larger: each tensor
+is repeated with its rows rotated, eight copies one below the other, under as many names as it
+takes.
+A save counts until its bytes are durable (fsync of files and directories); the disk is idle before
+it. Loads go into tensors that are there; what they read stands in the page cache, for all alike.
+Memory is what the resident set of a process of its own grows by at most. A peer that keeps a full
+copy writes all of it whatever the regime.
+
+Example::
+
+    python -m bench.trajectories && python -m bench.store
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from bench.codec import RESULTS, machine
+from bench.manystore import make
+from bench.trajectories import DATA, REGIMES
+from bench.ways import OURS, SAFETENSORS, WAYS, Ours, states
+from msft_store import AsyncSaver, Champions, Store, Timeline, cli, codecs
+from msft_store.dtypes import by_torch
+from msft_store.format import CHUNK_BYTES
+from msft_store.tensors import to_bytes
+
+SMALL_MODEL = DATA / "causal-lm-2.5M"
+LONG_RUN = 200
+"""Commits of the long run; every tenth is followed by a roll-back."""
+MANY = (1000, 1500)
+"""Checkpoints, and chunks of each, of the store that is listed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to keep one state."""
+
+    regime: str
+    way: str
+    gigabytes: float
+    save: float
+    """Seconds until the checkpoint is durable."""
+    load: float
+    """Seconds into tensors that are there."""
+    save_adds: float
+    """MB of resident memory, at most, besides the tensors."""
+    load_adds: float
+    stored: float
+    """Bytes on disk, of the full state."""
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Give a list that holds, at the end, by how many MB the resident set grew at most."""
+    found: list[float] = []
+    begin, highest, done = resident(), [resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            highest[0] = max(highest[0], resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield found
+    done.set()
+    thread.join()
+    found.append(highest[0] - begin)
+
+
+def resident() -> float:
+    """Return the resident set of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def measure(way: str, regime: str, gigabytes: float, folder: Path, base: Path) -> Row:
+    """Save and load a state in one way, in this process."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    before, state = states(regime, gigabytes)
+    target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    keeper = WAYS[way](folder, base)
+    keeper.prepare()
+    # Once in small, for what is compiled or imported at the first call.
+    keeper.save({name: before[name] + 1 for name in list(before)[:3]})
+    del before
+    used = disk_bytes(folder)
+    os.sync()
+    with peak_memory() as save_adds:
+        saving = seconds(lambda: keeper.save(state))
+    stored = disk_bytes(folder) - (used if issubclass(WAYS[way], Ours) else 0)
+    with peak_memory() as load_adds:
+        loading = seconds(lambda: keeper.load_into(target))
+    for name, tensor in state.items():
+        same = torch.equal(target[name].view(torch.uint8), tensor.view(torch.uint8))
+        assert same, f"{way} did not restore {name}"
+    total = sum(tensor.nbytes for tensor in state.values())
+    return Row(
+        regime=regime,
+        way=way,
+        gigabytes=total / 1e9,
+        save=saving,
+        load=loading,
+        save_adds=save_adds[0],
+        load_adds=load_adds[0],
+        stored=stored / total,
+    )
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def background(regime: str, gigabytes: float, folder: Path, base: Path) -> dict[str, float]:
+    """Return for how long a background save blocks its caller, first and again."""
+    _, state = states(regime, gigabytes)
+    store = Store.create(folder / "store")
+    parent = store.add_base(base)
+    found = {}
+    with AsyncSaver(store) as saver:
+        for name in ("first", "again"):
+            found[name] = seconds(lambda: saver.save(state, parent=parent))
+            found[f"{name}, durable"] = found[name] + seconds(saver.wait)
+            for tensor in state.values():
+                tensor.add_(1)
+    return found
+
+
+def codec_speed(regime: str, gigabytes: float) -> dict[str, float]:
+    """Return the speed of the codec alone, GB/s of decoded bytes in one thread."""
+    before, after = states(regime, gigabytes)
+    chunks = [
+        (
+            to_bytes(tensor)[at : at + CHUNK_BYTES],
+            to_bytes(before[name])[at : at + CHUNK_BYTES],
+            by_torch(tensor.dtype),
+        )
+        for name, tensor in after.items()
+        for at in range(0, tensor.nbytes, CHUNK_BYTES)
+    ]
+    total = sum(new.size for new, _, _ in chunks) / 1e9
+    codecs.encode(*chunks[0])
+    began = time.perf_counter()
+    coded = [codecs.encode(*chunk) for chunk in chunks]
+    middle = time.perf_counter()
+    for (codec, payload), (new, old, dtype) in zip(coded, chunks, strict=True):
+        codecs.decode(codec.code, payload, new.size, old, dtype)
+    return {"encode": total / (middle - began), "decode": total / (time.perf_counter() - middle)}
+
+
+def alone(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a fresh process; return what it returns."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def disk_speed(folder: Path) -> float:
+    """Return GB/s of a large durable write."""
+    data = os.urandom(1 << 26)
+    file = folder / "speed"
+    os.sync()
+
+    def write() -> None:
+        with file.open("wb", buffering=0) as out:
+            for _ in range(8):
+                out.write(data)
+            os.fsync(out.fileno())
+
+    taken = seconds(write)
+    file.unlink()
+    return 8 * len(data) / taken / 1e9
+
+
+def long_run(folder: Path) -> dict[str, float]:
+    """Return seconds to load the second and the last commit of a run with roll-backs."""
+    state = safetensors.torch.load_file(SMALL_MODEL / "bf16-1e-5" / "step0.safetensors")
+    torch.manual_seed(0)
+    safetensors.torch.save_file(state, folder / "base.safetensors")
+    store = Store.create(folder / "store")
+    retention = Champions({"first": "max", "second": "max"})
+    timeline = Timeline(store, store.add_base(folder / "base.safetensors"), retention=retention)
+    times: dict[int, list[float]] = {}
+    for step in range(1, LONG_RUN + 1):
+        for tensor in state.values():
+            # A twentieth of the rows, as training touches them.
+            rows = torch.randperm(len(tensor))[: max(1, len(tensor) // 20)]
+            tensor[rows] *= 1.004
+        ckpt = timeline.commit(state, step, {"first": float(step), "second": float(step)})
+        if step in (2, LONG_RUN):
+            store.load_into(state, ckpt)
+            times[step] = [seconds(lambda c=ckpt: store.load_into(state, c)) for _ in range(7)]
+        if step % 10 == 0 and step < LONG_RUN:
+            timeline.rollback(ckpt)
+    second, last = (statistics.median(times[step]) for step in (2, LONG_RUN))
+    return {"second": second, "last": last, "ratio": last / second}
+
+
+def many(folder: Path) -> dict[str, float]:
+    """Return seconds to open, list and plan a store of many checkpoints, warm."""
+    make(folder / "store", *MANY)
+    path = str(folder / "store")
+    commands = {"log": ["log"], "inspect": ["inspect"], "gc --dry-run": ["gc", "--dry-run"]}
+    found: dict[str, float] = {"open": alone(_open, path)}
+    for name, arguments in commands.items():
+        found[name] = alone(_command, ["--store", path, *arguments])
+    return {**found, "import of the package": _import()}
+
+
+def _open(path: str) -> float:
+    return min(seconds(lambda: Store.open(path)) for _ in range(2))
+
+
+def _command(arguments: list[str]) -> float:
+    with redirect_stdout(StringIO()):
+        return seconds(lambda: cli.main(arguments))
+
+
+def _import() -> float:
+    code = [sys.executable, "-c", "import msft_store.cli"]
+    return seconds(lambda: subprocess.run(code, check=True))
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table; all columns but the first two are numbers."""
+    ruler = ["---"] * 2 + ["--:"] * (len(header) - 2)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, tuple(ruler), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the rows as a table."""
+    peers = {row.regime: row for row in rows if row.way == SAFETENSORS}
+    header = ("regime", "way", "save s", "÷", "load s", "÷", "save + MB", "load + MB", "disk %")
+    return table(
+        header,
+        [
+            (
+                row.regime,
+                row.way,
+                f"{row.save:.2f}",
+                f"{row.save / peers[row.regime].save:.2f}",
+                f"{row.load:.2f}",
+                f"{row.load / peers[row.regime].load:.2f}",
+                f"{row.save_adds:.0f}",
+                f"{row.load_adds:.0f}",
+                f"{100 * row.stored:.1f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def codec_table(rows: list[Row], speeds: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the codec's own speed beside that of the pipeline around it."""
+    cores = len(os.sched_getaffinity(0))
+    found = []
+    for row in rows:
+        if row.way == OURS:
+            speed, size = speeds[row.regime], row.gigabytes
+            pipeline = (size / row.save, size / row.load)
+            share = pipeline[1] / (cores * speed["decode"])
+            cells = (speed["encode"], speed["decode"], *pipeline, share)
+            found.append((row.regime, *(f"{cell:.2f}" for cell in cells)))
+    header = ("regime", "codec encodes", "decodes", "save", "load", "load ÷ (decodes x cores)")
+    return table(header, found)
+
+
+def report(document: Mapping[str, Any], rows: list[Row]) -> str:
+    """Return all results as Markdown."""
+    about, blocked, run = document["machine"], document["background"], document["long_run"]
+    listed = document["many"]
+    lines = "".join(f"| {name} | {listed[name]:.2f} |\n" for name in listed)
+    durable = f"durable after {blocked['again, durable']:.2f} s"
+    where = (
+        f"{document['cores']} cores of {about['cpu']}, {about['date']}, commit {about['commit']}"
+    )
+    part = f"in {run['ratio']:.2f} of the time of the second"
+    times = f"{1e3 * run['last']:.1f} and {1e3 * run['second']:.1f} ms"
+    return f"""{where}. The disk writes {document["disk"]:.2f} GB/s durably. States of
+{rows[0].gigabytes:.2f} GB (of {rows[-1].gigabytes:.2f} GB in fp32). ÷ is to safetensors. What is read stands in
+the page cache, for all ways alike.
+
+{markdown(rows)}
+Speeds in GB/s; the codec alone runs in one thread.
+
+{codec_table(rows, document["codec"])}
+A background save (bf16-1e-5) blocks its caller for {blocked["first"]:.2f} s the first time and
+{blocked["again"]:.2f} s from then on ({durable}).
+
+Commit {LONG_RUN} of a run with a roll-back every ten commits loads {part} ({times}).
+
+A store of {MANY[0]:,} checkpoints of {MANY[1]:,} chunks each, seconds in a fresh process that has
+imported the package:
+
+| | s |
+|---|--:|
+{lines}"""
+
+
+def main() -> None:
+    """Measure everything and write ``bench/results/store.{md,json}``."""
+    parser = argparse.ArgumentParser(description="Measure saving and loading beside peers.")
+    parser.add_argument("--gigabytes", type=float, default=0.7, help="size of a state")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    document: dict[str, Any] = {"machine": machine(), "cores": len(os.sched_getaffinity(0))}
+    with tempfile.TemporaryDirectory(dir=DATA, prefix="store-") as name:
+        folder = Path(name)
+        document["disk"] = disk_speed(folder)
+        document["codec"] = {}
+        for regime in [regime.name for regime in REGIMES]:
+            base = folder / "base.safetensors"
+            safetensors.torch.save_file(states(regime, options.gigabytes)[0], base)
+            for way in WAYS:
+                with emptied(folder / "run") as run:
+                    rows.append(alone(measure, way, regime, options.gigabytes, run, base))
+            speed = alone(codec_speed, regime, options.gigabytes / 4)
+            document["codec"][regime] = speed
+            if regime == REGIMES[0].name:
+                with emptied(folder / "run") as run:
+                    found = alone(background, regime, options.gigabytes, run, base)
+                    document["background"] = found
+            print(markdown([row for row in rows if row.regime == regime]), flush=True)
+        with emptied(folder / "run") as run:
+            document["long_run"] = alone(long_run, run)
+        with emptied(folder / "run") as run:
+            document["many"] = many(run)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = report(document, rows)
+    print(text)
+    (RESULTS / "store.md").write_text(text, encoding="utf-8")
+    document["rows"] = [asdict(row) for row in rows]
+    (RESULTS / "store.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """Give a folder that is new, and remove it afterwards."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
