@@ -34,6 +34,7 @@ from msft_store.errors import (
 )
 from msft_store.gc import GcPlan, GcResult
 from msft_store.manifest import Checkpoint
+from msft_store.resident import Resident
 from msft_store.retention import (
     Candidate,
     Champions,
@@ -74,6 +75,7 @@ __all__ = [
     "PinnedError",
     "Policy",
     "Reason",
+    "Resident",
     "Stats",
     "StorageError",
     "Store",

@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 from msft_store import adaptive, changes, classes
-from msft_store.changes import Layout
+from msft_store.changes import Found, Layout
 from msft_store.compiled import loops
 from msft_store.dtypes import DType
 from msft_store.errors import VersionError
@@ -207,10 +207,12 @@ class Classes:
     name: str = "classes"
     needs_reference: bool = True
 
-    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+    def encode(
+        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: Found | None = None
+    ) -> bytes:
         new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
         fast = loops()
-        return classes.pack(classes.find(new, old, _layout(dtype), fast), fast)
+        return classes.pack(found or classes.find(new, old, _layout(dtype), fast), fast)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
         old = lanes(_required(reference, size), dtype.lane)
@@ -226,10 +228,13 @@ class Adaptive:
     name: str = "adaptive"
     needs_reference: bool = True
 
-    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+    def encode(
+        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: Found | None = None
+    ) -> bytes:
         new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
         fast, layout = loops(), _layout(dtype)
-        return adaptive.pack(old, layout, classes.find(new, old, layout, fast), fast)
+        found = found or classes.find(new, old, layout, fast)
+        return adaptive.pack(old, layout, found, fast)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
         old = lanes(_required(reference, size), dtype.lane)
@@ -281,8 +286,8 @@ PLANES: Codec = Planes()
 SAME: Codec = Same()
 DELTA: Codec = Delta()
 SPARSE: Codec = Sparse()
-CLASSES: Codec = Classes()
-ADAPTIVE: Codec = Adaptive()
+CLASSES = Classes()
+ADAPTIVE = Adaptive()
 TURNED: Codec = Turned()
 _BY_CODE: dict[int, Codec] = {
     codec.code: codec
@@ -299,14 +304,22 @@ def by_code(code: int) -> Codec:
 
 
 def encode(
-    chunk: Bytes, reference: Bytes | None, dtype: DType, *, level: Level = "fast"
+    chunk: Bytes,
+    reference: Bytes | None,
+    dtype: DType,
+    *,
+    level: Level = "fast",
+    found: Found | None = None,
 ) -> tuple[Codec, bytes]:
-    """Return the smallest representation of a chunk; ties go to the one that is tried first."""
+    """Return the smallest representation of a chunk; ties go to the one that is tried first.
+
+    ``found`` is what changed since the reference, if somebody has looked already.
+    """
     best: tuple[Codec, bytes] | None = None
     if reference is not None:
         if np.array_equal(chunk, _required(reference, chunk.size)):
             return SAME, b""
-        best = _changed(chunk, reference, dtype, level)
+        best = _changed(chunk, reference, dtype, level, found)
         if len(best[1]) < _PLAIN_FROM * chunk.size:
             return best
     plain = _plain(chunk, dtype, level)
@@ -328,10 +341,12 @@ def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
     return min((TURNED, payload), _smallest((ZSTD,), chunk, None, dtype), key=lambda p: len(p[1]))
 
 
-def _changed(chunk: Bytes, reference: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
+def _changed(
+    chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: Found | None
+) -> tuple[Codec, bytes]:
     if changes.layout_of(dtype) is not None:
         codec = CLASSES if level == "fast" else ADAPTIVE
-        payload = codec.encode(chunk, reference, dtype)
+        payload = codec.encode(chunk, reference, dtype, found)
         if len(payload) < _TABLES_PAY_FROM:
             sparse = SPARSE.encode(chunk, reference, dtype)
             if len(sparse) <= len(payload):

@@ -37,10 +37,8 @@ from msft_store.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
 from msft_store.references import Planner, Reference
-from msft_store.tensors import (
-    memory_of,
-    read_elements,
-)
+from msft_store.resident import Change, Compared
+from msft_store.tensors import memory_of, read_elements
 
 
 class Sink(Protocol):
@@ -63,6 +61,8 @@ class Work:
     dtype: DType
     reference: Reference | None
     """What it is compared with."""
+    change: Change | None = None
+    """What changed, if it was found already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,16 @@ class Encoder:
         if reference is not None:
             old = self._objects.scratch(0, size)
             ref_key = self._read(reference, old, dtype)
-        codec, payload = codecs.encode(data, old, dtype, level=self._level)
+        change = work.change if work.change and work.change.reference == ref_key else None
+        codec, payload = codecs.encode(
+            data, old, dtype, level=self._level, found=change.found if change else None
+        )
         if not codec.needs_reference:
             reference, old, ref_key = None, None, bytes(KEY_BYTES)
-        if not _equal(codecs.decode(codec.code, payload, size, old, dtype), data):
+        if not _restores(codec.code, payload, data, old, dtype):
+            if change is not None:
+                # The weights went on after they were compared; what is saved is what is here.
+                return self.encode(replace(work, change=None))
             raise CorruptedError(
                 f"the {codec.name} codec did not restore a chunk of {size} bytes; "
                 "nothing was saved. This is a fault of the program or of the memory"
@@ -142,6 +148,15 @@ class Encoder:
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
         return self._objects.base(base).read_verified_into(span, out, dtype)
+
+
+def _restores(
+    code: int, payload: bytes, data: Bytes, reference: Bytes | None, dtype: DType
+) -> bool:
+    try:
+        return _equal(codecs.decode(code, payload, data.size, reference, dtype), data)
+    except ValueError:
+        return False
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
@@ -200,6 +215,7 @@ def encode_state(
     base: str | None,
     parent: Mapping[str, TensorEntry] | None,
     level: codecs.Level,
+    compared: Compared | None = None,
 ) -> tuple[dict[str, TensorEntry], Totals]:
     """Store the chunks of a state dict; return its tensor table and what it took.
 
@@ -221,6 +237,7 @@ def encode_state(
                     read=partial(read_elements, tensor, start, min(start + step, count)),
                     dtype=entry.dtype,
                     reference=planner.reference(name, entry, 0, number),
+                    change=(compared or {}).get((name, number)),
                 )
 
     writer = ChunkWriter(begin)

@@ -34,6 +34,7 @@ from msft_store.bases import Base
 from msft_store.codecs import Level
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.manifest import Checkpoint, checkpoint_content
+from msft_store.resident import Compared
 from msft_store.staging import Staging
 from msft_store.store import Store
 from msft_store.tensors import check_tensors
@@ -100,6 +101,7 @@ class AsyncSaver:
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
+        compared: Compared | None = None,
     ) -> Future[Checkpoint]:
         """Save tensors as they are now, as :meth:`Store.save` does; return its checkpoint to come.
 
@@ -112,7 +114,7 @@ class AsyncSaver:
         facts = snapshot(step=step, metrics=metrics, tags=tags, metadata=metadata)
 
         def work(state: State) -> Checkpoint:
-            return self._store.save(state, parent=parent, level=level, **facts)
+            return self._store.save(state, parent=parent, level=level, compared=compared, **facts)
 
         return self._background.submit(tensors, work)
 

@@ -52,6 +52,7 @@ from msft_store.packs import PackWriter
 from msft_store.pipeline import Totals, encode_anchor, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
+from msft_store.resident import Compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
 from msft_store.stats import Stats, held_bytes, stats
@@ -143,19 +144,21 @@ class Store:
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
+        compared: Compared | None = None,
     ) -> Checkpoint:
         """Store tensors as a checkpoint, durably; only what the store has not yet costs space.
 
         ``parent`` is the lineage: a base, a checkpoint, or ``None``. ``level`` is what encoding
-        aims for, ``fast`` or ``small``; by default the store's. Saving equal content with equal
-        metadata again returns the checkpoint that is there.
+        aims for, ``fast`` or ``small``; by default the store's. ``compared`` is what a
+        :class:`Resident` found on the device. Saving equal content with equal metadata again
+        returns the checkpoint that is there.
         """
         state = check_tensors(tensors)
         level = self.level if level is None else check_level(level)
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
             parent_id, base, parent_tensors = self._catalog.lineage(parent)
-            table, totals = self._encode(state, base, parent_tensors, level)
+            table, totals = self._encode(state, base, parent_tensors, level, compared)
             line = tensor_table(table)
             content = checkpoint_content(
                 parent=parent_id,
@@ -351,12 +354,19 @@ class Store:
         base: str | None,
         parent: Mapping[str, TensorEntry] | None,
         level: Level,
+        compared: Compared | None,
     ) -> tuple[dict[str, TensorEntry], Totals]:
         packs: list[PackWriter] = []
         try:
             with self._packing(packs) as begin:
                 table, totals = encode_state(
-                    self._catalog.objects, state, begin, base=base, parent=parent, level=level
+                    self._catalog.objects,
+                    state,
+                    begin,
+                    base=base,
+                    parent=parent,
+                    level=level,
+                    compared=compared,
                 )
         except OutOfSpaceError as error:
             whole = sum(tensor.nbytes for tensor in state.values())

@@ -38,6 +38,7 @@ from msft_store.errors import InvalidInputError
 from msft_store.gc import GcResult
 from msft_store.manifest import Checkpoint
 from msft_store.refs import check_name
+from msft_store.resident import Compared, Resident
 from msft_store.retention import Candidate, Policy
 from msft_store.saver import Background, State, snapshot
 from msft_store.store import Store
@@ -78,6 +79,9 @@ class Timeline:
         self.retention = retention
         self.name = name
         self._background = Background()
+        self.resident: Resident | None = None
+        """Set it to the weights that training starts from, on their device, to find changes there;
+        a roll-back renews it."""
         self._last_commit: Commit | None = None
         self._store = store
         self._start = base
@@ -123,7 +127,7 @@ class Timeline:
         """
         facts = _facts(step, metrics, metadata)
         self.wait()
-        return self._commit(tensors, self.retention, facts)
+        return self._commit(tensors, self.retention, facts, self._compare(tensors))
 
     def commit_async(
         self,
@@ -139,7 +143,11 @@ class Timeline:
         all is done that :meth:`commit` does.
         """
         facts, policy = _facts(step, metrics, metadata), self.retention
-        return self._background.submit(tensors, lambda state: self._commit(state, policy, facts))
+        self.wait()
+        compared = self._compare(tensors)
+        return self._background.submit(
+            tensors, lambda state: self._commit(state, policy, facts, compared)
+        )
 
     def wait(self) -> None:
         """Wait until no commit is under way; raise an error of it that nobody has taken yet."""
@@ -161,6 +169,10 @@ class Timeline:
             tensors = self._store.load(target)
         else:
             self._store.load_into(into, target)
+        if self.resident is not None:
+            # The old copy goes before the new one comes: there may be room for one only.
+            self.resident = None
+            self.resident = Resident(tensors if into is None else into)
         self._set_root(target, self._branch + 1)
         self._next = 1
         before = self._evict(target, self._protect(self.retention))
@@ -220,8 +232,15 @@ class Timeline:
         else:
             self._background.join()
 
+    def _compare(self, tensors: State | torch.nn.Module) -> Compared | None:
+        return None if self.resident is None else self.resident.compare(tensors)
+
     def _commit(
-        self, tensors: State | torch.nn.Module, policy: Policy, facts: Mapping[str, Any]
+        self,
+        tensors: State | torch.nn.Module,
+        policy: Policy,
+        facts: Mapping[str, Any],
+        compared: Compared | None,
     ) -> Checkpoint:
         place = {"name": self.name, "branch": self._branch, "index": self._next}
         # One lock over both, so that no gc comes between a checkpoint and its protection.
@@ -232,6 +251,7 @@ class Timeline:
                 step=facts["step"],
                 metrics=facts["metrics"],
                 metadata={**facts["metadata"], _KEY: place},
+                compared=compared,
             )
             self._alive[checkpoint.id] = checkpoint
             kept = self._protect(policy)

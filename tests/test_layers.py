@@ -23,7 +23,7 @@ backend
 tensors refs manifest safetensors_file bases base_reader
 retention
 packs objects references liveness catalog
-parallel pipeline decoding tree sources stats matching staging
+parallel resident pipeline decoding tree sources stats matching staging
 check gc export
 store
 saver
