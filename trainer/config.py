@@ -142,6 +142,9 @@ class Config:
     async_save: bool = True
     """Commit checkpoints in the background while training goes on, which takes host memory for one
     copy of the weights; ``false``: train on once each is committed. The results are the same."""
+    resident_reference: bool = False
+    """Keep a second copy of the weights on their device, those that a stage starts from, and find
+    there what a checkpoint changed instead of on the CPU. For GPUs; the results are the same."""
     log_every: int = 10
     """Optimizer steps between ``trained`` records in the journal."""
     model: ModelConfig

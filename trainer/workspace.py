@@ -28,7 +28,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
-from msft_store import Base, KeepBest, NotAStoreError, Policy, Store, Timeline
+from msft_store import Base, KeepBest, NotAStoreError, Policy, Resident, Store, Timeline
 from trainer.algorithms import metric_mode
 from trainer.config import Config, dump, to_dict
 from trainer.data import Example, Mixture, load_mixture
@@ -279,6 +279,9 @@ def _open_store(work: Workspace) -> None:
     # The loop sets what a strategy needs before each commit; nothing is evicted until then.
     policy = KeepBest(OVERALL, mode=metric_mode(work.config))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
+    if work.config.resident_reference:
+        # In the middle of a stage, nothing will be like it until the next roll-back renews it.
+        work.timeline.resident = Resident(work.accelerator.unwrap_model(work.model))
 
 
 def _new_store(path: Path) -> Store:

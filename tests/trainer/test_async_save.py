@@ -227,3 +227,11 @@ def test_names_in_decisions_become_ids():
     assert names.resolve(back) == replace(back, checkpoint="abc")
     assert names.resolve(Stop(checkpoint="def", reason="r")).checkpoint == "def"
     assert names.resolve(Continue(reason="r")) == Continue(reason="r")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_resident_reference_changes_nothing(config, reference, background):
+    name = f"resident-{background}"
+    directory = f"{config.output_dir}-{name}"
+    start(replace(config, async_save=background, resident_reference=True, output_dir=directory))
+    assert outcome(Path(directory)) == reference
