@@ -113,8 +113,8 @@ class Maker:
     def add(self, step: int) -> None:
         """Write the pack and the manifest of the next checkpoint."""
         fate = self._random.integers(3, size=len(self._keys))
-        fresh = [int(at) for at in np.flatnonzero(fate == 0)]
-        for at in np.flatnonzero(fate == 1):
+        fresh = np.flatnonzero(fate == 0).tolist()
+        for at in np.flatnonzero(fate == 1).tolist():
             self._keys[at], self._depths[at] = self._base_keys[at], 0
         with self._backend.writer() as writer:
             pack = PackWriter(writer)

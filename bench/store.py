@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ from msft_store.format import CHUNK_BYTES
 from msft_store.tensors import to_bytes
 
 SMALL_MODEL = DATA / "causal-lm-2.5M"
-LONG_RUN = 200
-"""Commits of the long run; every tenth is followed by a roll-back."""
+LONG_RUN, BRANCH = 200, 11
+"""Commits of the long run, and after how many there is a roll-back."""
 MANY = (1000, 1500)
 """Checkpoints, and chunks of each, of the store that is listed."""
 
@@ -63,6 +64,9 @@ class Row:
     """Seconds until the checkpoint is durable."""
     load: float
     """Seconds into tensors that are there."""
+    save_cpu: float
+    load_cpu: float
+    """CPU seconds of all threads."""
     save_adds: float
     """MB of resident memory, at most, besides the tensors."""
     load_adds: float
@@ -114,10 +118,12 @@ def measure(way: str, regime: str, gigabytes: float, folder: Path, base: Path) -
     used = disk_bytes(folder)
     os.sync()
     with peak_memory() as save_adds:
-        saving = seconds(lambda: keeper.save(state))
+        began = time.process_time()
+        saving, save_cpu = seconds(lambda: keeper.save(state)), time.process_time() - began
     stored = disk_bytes(folder) - (used if issubclass(WAYS[way], Ours) else 0)
     with peak_memory() as load_adds:
-        loading = seconds(lambda: keeper.load_into(target))
+        began = time.process_time()
+        loading, load_cpu = seconds(lambda: keeper.load_into(target)), time.process_time() - began
     for name, tensor in state.items():
         same = torch.equal(target[name].view(torch.uint8), tensor.view(torch.uint8))
         assert same, f"{way} did not restore {name}"
@@ -128,6 +134,8 @@ def measure(way: str, regime: str, gigabytes: float, folder: Path, base: Path) -
         gigabytes=total / 1e9,
         save=saving,
         load=loading,
+        save_cpu=save_cpu,
+        load_cpu=load_cpu,
         save_adds=save_adds[0],
         load_adds=load_adds[0],
         stored=stored / total,
@@ -147,7 +155,7 @@ def background(regime: str, gigabytes: float, folder: Path, base: Path) -> dict[
     found = {}
     with AsyncSaver(store) as saver:
         for name in ("first", "again"):
-            found[name] = seconds(lambda: saver.save(state, parent=parent))
+            found[name] = seconds(partial(saver.save, state, parent=parent))
             found[f"{name}, durable"] = found[name] + seconds(saver.wait)
             for tensor in state.values():
                 tensor.add_(1)
@@ -168,12 +176,12 @@ def codec_speed(regime: str, gigabytes: float) -> dict[str, float]:
     ]
     total = sum(new.size for new, _, _ in chunks) / 1e9
     codecs.encode(*chunks[0])
-    began = time.perf_counter()
+    began = time.thread_time()
     coded = [codecs.encode(*chunk) for chunk in chunks]
-    middle = time.perf_counter()
+    middle = time.thread_time()
     for (codec, payload), (new, old, dtype) in zip(coded, chunks, strict=True):
         codecs.decode(codec.code, payload, new.size, old, dtype)
-    return {"encode": total / (middle - began), "decode": total / (time.perf_counter() - middle)}
+    return {"encode": total / (middle - began), "decode": total / (time.thread_time() - middle)}
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:
@@ -201,27 +209,26 @@ def disk_speed(folder: Path) -> float:
 
 
 def long_run(folder: Path) -> dict[str, float]:
-    """Return seconds to load the second and the last commit of a run with roll-backs."""
-    state = safetensors.torch.load_file(SMALL_MODEL / "bf16-1e-5" / "step0.safetensors")
+    """Return seconds to load commits of a run with roll-backs, by their number."""
+    files = sorted((SMALL_MODEL / "bf16-1e-5").glob("step*"), key=lambda path: int(path.stem[4:]))
+    steps = [safetensors.torch.load_file(file) for file in files]
     torch.manual_seed(0)
-    safetensors.torch.save_file(state, folder / "base.safetensors")
     store = Store.create(folder / "store")
-    retention = Champions({"first": "max", "second": "max"})
-    timeline = Timeline(store, store.add_base(folder / "base.safetensors"), retention=retention)
-    times: dict[int, list[float]] = {}
-    for step in range(1, LONG_RUN + 1):
-        for tensor in state.values():
-            # A twentieth of the rows, as training touches them.
-            rows = torch.randperm(len(tensor))[: max(1, len(tensor) // 20)]
-            tensor[rows] *= 1.004
-        ckpt = timeline.commit(state, step, {"first": float(step), "second": float(step)})
-        if step in (2, LONG_RUN):
-            store.load_into(state, ckpt)
-            times[step] = [seconds(lambda c=ckpt: store.load_into(state, c)) for _ in range(7)]
-        if step % 10 == 0 and step < LONG_RUN:
+    timeline = Timeline(store, store.add_base(files[0]), retention=Champions({"metric": "max"}))
+    state = {name: tensor.clone() for name, tensor in steps[0].items()}
+    found = {}
+    for number in range(1, LONG_RUN + 1):
+        for name, tensor in state.items():
+            # A fifth of the rows, as they were at some step of the training.
+            rows = torch.randperm(len(tensor))[: -(-len(tensor) // 5)]
+            tensor[rows] = steps[int(torch.randint(len(steps), ()))][name][rows]
+        ckpt = timeline.commit(state, number, {"metric": float(number)})
+        if number in (2, BRANCH + 2, LONG_RUN):
+            times = [seconds(partial(store.load_into, state, ckpt)) for _ in range(9)]
+            found[str(number)] = statistics.median(times[1:])
+        if number % BRANCH == 0:
             timeline.rollback(ckpt)
-    second, last = (statistics.median(times[step]) for step in (2, LONG_RUN))
-    return {"second": second, "last": last, "ratio": last / second}
+    return found
 
 
 def many(folder: Path) -> dict[str, float]:
@@ -281,16 +288,14 @@ def markdown(rows: list[Row]) -> str:
 
 def codec_table(rows: list[Row], speeds: Mapping[str, Mapping[str, float]]) -> str:
     """Return the codec's own speed beside that of the pipeline around it."""
-    cores = len(os.sched_getaffinity(0))
     found = []
-    for row in rows:
-        if row.way == OURS:
-            speed, size = speeds[row.regime], row.gigabytes
-            pipeline = (size / row.save, size / row.load)
-            share = pipeline[1] / (cores * speed["decode"])
-            cells = (speed["encode"], speed["decode"], *pipeline, share)
-            found.append((row.regime, *(f"{cell:.2f}" for cell in cells)))
-    header = ("regime", "codec encodes", "decodes", "save", "load", "load ÷ (decodes x cores)")
+    for row in (row for row in rows if row.way == OURS):
+        own, size = speeds[row.regime], row.gigabytes
+        save = size * (1 / own["encode"] + 1 / own["decode"]) / row.save_cpu
+        load = size / own["decode"] / row.load_cpu
+        cells = (own["encode"], own["decode"], size / row.save, size / row.load, save, load)
+        found.append((row.regime, *(f"{cell:.2f}" for cell in cells)))
+    header = ("regime", "codec encodes", "decodes", "save", "load", "CPU, save", "CPU, load")
     return table(header, found)
 
 
@@ -300,23 +305,24 @@ def report(document: Mapping[str, Any], rows: list[Row]) -> str:
     listed = document["many"]
     lines = "".join(f"| {name} | {listed[name]:.2f} |\n" for name in listed)
     durable = f"durable after {blocked['again, durable']:.2f} s"
-    where = (
-        f"{document['cores']} cores of {about['cpu']}, {about['date']}, commit {about['commit']}"
-    )
-    part = f"in {run['ratio']:.2f} of the time of the second"
-    times = f"{1e3 * run['last']:.1f} and {1e3 * run['second']:.1f} ms"
-    return f"""{where}. The disk writes {document["disk"]:.2f} GB/s durably. States of
-{rows[0].gigabytes:.2f} GB (of {rows[-1].gigabytes:.2f} GB in fp32). ÷ is to safetensors. What is read stands in
-the page cache, for all ways alike.
+    where = f"{document['cores']} cores of {about['cpu']}"
+    when = f"{about['date']}, commit {about['commit']}"
+    ratios = ", ".join(f"{run[name] / run['2']:.2f} x ({name})" for name in run if name != "2")
+    return f"""{where}, {when}. The disk writes {document["disk"]:.2f} GB/s durably.
+States of {rows[0].gigabytes:.2f} GB (of {rows[-1].gigabytes:.2f} GB in fp32). ÷ is to safetensors.
+What is read stands in the page cache, for all ways alike.
 
 {markdown(rows)}
-Speeds in GB/s; the codec alone runs in one thread.
+Speeds in GB/s, the codec's own in one thread; CPU is the codec's own CPU time as a share of what a
+save (which encodes and decodes) and a load take.
 
 {codec_table(rows, document["codec"])}
 A background save (bf16-1e-5) blocks its caller for {blocked["first"]:.2f} s the first time and
 {blocked["again"]:.2f} s from then on ({durable}).
 
-Commit {LONG_RUN} of a run with a roll-back every ten commits loads {part} ({times}).
+Loading commits of a run with a roll-back every {BRANCH} commits, against the second: {ratios}; the
+second took {1e3 * run["2"]:.1f} ms. It needs the base alone,
+those after a roll-back their root too.
 
 A store of {MANY[0]:,} checkpoints of {MANY[1]:,} chunks each, seconds in a fresh process that has
 imported the package:
@@ -329,7 +335,7 @@ imported the package:
 def main() -> None:
     """Measure everything and write ``bench/results/store.{md,json}``."""
     parser = argparse.ArgumentParser(description="Measure saving and loading beside peers.")
-    parser.add_argument("--gigabytes", type=float, default=0.7, help="size of a state")
+    parser.add_argument("--gigabytes", type=float, default=0.3, help="size of a state")
     options = parser.parse_args()
     rows: list[Row] = []
     document: dict[str, Any] = {"machine": machine(), "cores": len(os.sched_getaffinity(0))}

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from bench.trajectories import DATA
 from msft_store import Store, codecs
@@ -78,12 +80,10 @@ class Distributed(Way):
     """``torch.distributed.checkpoint`` of one process, which syncs its files itself."""
 
     def save(self, state: State) -> None:
-        dcp.save(
-            state, storage_writer=dcp.FileSystemWriter(self.folder, overwrite=True), no_dist=True
-        )
+        save(state, storage_writer=FileSystemWriter(self.folder, overwrite=True), no_dist=True)
 
     def load_into(self, state: State) -> None:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+        load(state, storage_reader=FileSystemReader(self.folder), no_dist=True)
 
 
 class Ours(Way):
