@@ -17,8 +17,11 @@ from typing import TypeVar
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = min(32, _CORES or 1)
-"""How many threads work on chunks: one for each core."""
+WORKERS = min(8, _CORES or 1)
+"""How many threads work on chunks: one for each core, and no more than memory is promised for.
+
+Encoding a chunk of 4 MiB takes up to some 40 MB; eight of them keep up with any disk.
+"""
 
 
 def in_order(
