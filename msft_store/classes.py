@@ -51,8 +51,7 @@ def find(new: Lanes, old: Lanes, layout: Layout, fast: Any) -> Found:
     coded = blocks if use else np.ones_like(blocks)
     limit = busy << layout.shift
     positions = fast.listing(now, was, coded, limit, layout.mask)
-    first = _contexts(low, high) << np.uint16(8)
-    symbols, distances = fast.describe(now, was, positions, layout.shift, layout.mask, first)
+    symbols, distances = fast.describe(now, was, positions, layout.shift, layout.mask, low, high)
     return Found(
         busy=busy,
         low=low,

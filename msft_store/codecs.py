@@ -45,6 +45,8 @@ _PLAIN_LEVEL = 3
 _SPARSE_BELOW = 0.4
 """Share of changed elements from which gaps cost more than the zeros that they skip."""
 _DENSE_FROM = 0.1
+_TABLES_FROM = 8192
+"""Bytes of a chunk below which tables take more time than they save space."""
 _TABLES_PAY_FROM = 1024
 """Bytes below which a payload may be smaller without tables."""
 _SEARCH_FROM = 0.9
@@ -344,7 +346,8 @@ def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
 def _changed(
     chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: Found | None
 ) -> tuple[Codec, bytes]:
-    if changes.layout_of(dtype) is not None:
+    worth_tables = level == "small" or chunk.size >= _TABLES_FROM
+    if changes.layout_of(dtype) is not None and worth_tables:
         codec = CLASSES if level == "fast" else ADAPTIVE
         payload = codec.encode(chunk, reference, dtype, found)
         if len(payload) < _TABLES_PAY_FROM:
