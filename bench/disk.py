@@ -3,12 +3,12 @@
 Real training of the example's base model on ten sub-datasets (``bench/tasks.py``), in two regimes,
 with compute budgets of 1, 3 and 10 epochs, under the paper's rule and with a peak window. Disk is
 in full checkpoints, in the dtype of the checkpoints: everything under the store, temporary files
-included. The paper's policy is counted on the same run. Runs are kept in ``runs/bench-disk``; one
-that is there and finished is not repeated, one that is not finished is begun again.
+included. The paper's policy is counted on the same run. Runs are kept in ``runs/bench-disk``, by
+commit; one that is there and finished is not repeated, one that is not finished is begun again.
 
 Example::
 
-    python -m bench.disk            # about an hour on one core
+    python -m bench.disk            # three quarters of an hour on one core
     python -m bench.disk --quick    # two stages with a budget of 1, nothing written
 """
 
@@ -45,6 +45,24 @@ WINDOWS = (None, 4, 2)
 TARGETS = {"bf16-1e-5": (0.25, 0.10), "masters-2e-5": (1.0, None)}
 """Regime → most that peak and mean may be; with masters only where a peak window is on."""
 QUICK = ("msft.max_stages=2",)
+ABOUT = """\
+One core of {cpu}, {date}, commit {commit}.
+
+Whole MSFT runs of the example's base model (causal LM of 2.5 M parameters, all of them trained,
+Adam, constant learning rate) on {sub_datasets} sub-datasets of {train} training and {validation}
+validation examples each, in batches of {batch}: {steps} optimizer steps an epoch of the whole
+mixture (the paper: 281), evaluated every {eval_every} epochs by token loss, seed 0, at most 20
+stages. C: compute budget in epochs. W: peak window in evaluations.
+
+Peak and mean are the disk of all rollback points in full checkpoints: everything under the store,
+the peak with temporary files and before eviction, the mean over evaluations. The paper's policy
+(a full copy per distinct champion and best overall) is counted on the same run. Alive: checkpoints
+in the store after eviction, with the stage's root. A commit: what it added, in full checkpoints.
+
+- bf16-1e-5: weights trained and saved in bf16, through `trainer.run.start`.
+- masters-2e-5: weights trained in fp32, saved and restored in bf16, in the trainer's loop with a
+  timeline that rounds (`bench/masters.py`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,33 +231,17 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def report(rows: Sequence[Row], about: dict[str, str]) -> str:
-    """Return the whole result as Markdown."""
-    steps = math.ceil(len(MIXTURE) * SIZES["train"] / BATCH)
-    return "\n".join(
-        [
-            f"One core of {about['cpu']}, {about['date']}, commit {about['commit']}.",
-            "",
-            "Whole MSFT runs of the example's base model (causal LM of 2.5 M parameters, trained",
-            f"throughout with Adam, constant learning rate) on {len(MIXTURE)} sub-datasets of",
-            f"{SIZES['train']} training and {SIZES['validation']} validation examples each, in",
-            f"batches of {BATCH}: {steps} optimizer steps an epoch of the whole mixture (the paper",
-            f"has 281), evaluated every {EVAL_EVERY} epochs by token loss, seed 0, at most 20",
-            "stages. Peak and mean are the disk of all rollback points in full checkpoints:",
-            "everything under the store, the peak with temporary files and before eviction, the",
-            "mean over evaluations. The paper's policy (full copies) is counted on the same run.",
-            "C: compute budget in epochs. W: peak window in evaluations. Alive: checkpoints in the",
-            "store after eviction, with the stage's root. A commit: what it added, in full",
-            "checkpoints.",
-            "",
-            "- bf16-1e-5: weights trained and saved in bf16, through `trainer.run.start`.",
-            "- masters-2e-5: weights trained in fp32, saved and restored in bf16, in the trainer's",
-            "  loop with a timeline that rounds (`bench/masters.py`).",
-            "",
-            table(rows),
-            *(f"- {line}" for line in verdicts(rows)),
-            "",
-        ]
+    """Return the whole result as Markdown, one regime after the other."""
+    rows = sorted(rows, key=lambda row: list(TARGETS).index(row.regime))
+    text = ABOUT.format(
+        **about,
+        **SIZES,
+        sub_datasets=len(MIXTURE),
+        batch=BATCH,
+        steps=math.ceil(len(MIXTURE) * SIZES["train"] / BATCH),
+        eval_every=EVAL_EVERY,
     )
+    return "\n".join([text, table(rows), *(f"- {line}" for line in verdicts(rows)), ""])
 
 
 def main() -> None:
@@ -256,7 +258,7 @@ def main() -> None:
     for run in runs():
         if quick and run.budget != BUDGETS[0]:
             continue
-        output = RUNS / "quick" / run.name if quick else RUNS / run.name
+        output = RUNS / ("quick" if quick else about["commit"]) / run.name
         if quick:
             shutil.rmtree(output, ignore_errors=True)
         config = config_of(run, data=data, output=output, more=QUICK if quick else ())
