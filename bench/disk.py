@@ -266,7 +266,7 @@ def main() -> None:
         print(table(rows[-1:]), flush=True)
         if not quick:
             save(rows, about)
-    print(report(rows, about))
+    print(table(rows) if quick else report(rows, about))
 
 
 def save(rows: Sequence[Row], about: dict[str, str]) -> None:
