@@ -80,6 +80,8 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     plain_symbols = _decode(payload[_HEADER.size : at], kinds, _RUN, _GAP, fast)
     read = (lowbits if fast is None else fast).distances_of
     plain, bits = read(plain_symbols, words, 0, 32 * word_count, FINE_BITS, FINE_LEAST)
+    if bits > 32 * word_count:
+        raise ValueError("an adaptive chunk has the wrong number of low bits")
     known = Places(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
     positions, _ = classes.places(old, layout, known, plain[runs:], fast)
     if positions.size != listed:
@@ -113,14 +115,13 @@ def _exponents(old: Lanes, positions: Array, layout: Layout) -> Array:
 def _encode(symbols: Array, exponents: Array, low: int, high: int, fast: Any) -> bytes:
     if symbols.size == 0:
         return b""
-    data = np.zeros(binary.LONGEST * (symbols.size + 1), np.uint8)
+    longest = binary.LONGEST * (symbols.size + 1)
     if fast is None:
-        # Interpreted, lists are several times as fast as arrays, and their integers unbounded.
-        coded = data.tolist()
-        counters = [counter.tolist() for counter in binary.counters()]
-        arguments = (exponents.tolist(), low, high, symbols.tolist(), *counters)
+        coded = bytearray(longest)
+        arguments = (exponents.tolist(), low, high, symbols.tolist(), *_lists())
         used = interpreted(True, coded, *arguments, binary.RATES.tolist())
         return bytes(coded[:used])
+    data = np.zeros(longest, np.uint8)
     arguments = (exponents.astype(np.int16), low, high, symbols.astype(np.int16))
     used = fast.code(True, data, *arguments, *binary.counters(), binary.RATES)
     taken: bytes = data[:used].tobytes()
@@ -134,8 +135,7 @@ def _decode(data: bytes, exponents: Array, low: int, high: int, fast: Any) -> Ar
         return np.zeros(0, np.uint16)
     if fast is None:
         symbols = [0] * exponents.size
-        counters = [counter.tolist() for counter in binary.counters()]
-        arguments = (exponents.tolist(), low, high, symbols, *counters)
+        arguments = (exponents.tolist(), low, high, symbols, *_lists())
         used = interpreted(False, data, *arguments, binary.RATES.tolist())
         found = np.array(symbols, np.uint16)
     else:
@@ -147,3 +147,8 @@ def _decode(data: bytes, exponents: Array, low: int, high: int, fast: Any) -> Ar
     if used != len(data):
         raise ValueError("an adaptive chunk has the wrong length")
     return found
+
+
+def _lists() -> list[list[int]]:
+    # Interpreted, lists are several times as fast as arrays, and their integers unbounded.
+    return [[0] * counter.size for counter in binary.counters()]

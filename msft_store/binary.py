@@ -30,13 +30,14 @@ _NEAR = 16 * 64
 RATES = np.array([(1 << 17) // (2 * seen + 3) for seen in range(256)], np.int64)
 """How far a counter moves towards a bit, in 65536ths, by how much it has seen."""
 LONGEST = 20
-"""Bytes that a symbol takes at most."""
+"""Bytes that a symbol takes at most: 13 decisions of 11 bits, and a few for the end."""
 
 
 def counters() -> tuple[Array, Array]:
     """Return the counters by class and by movement, before they have seen anything; int32.
 
-    A counter is 24 bits of chance, signed, 0 being even, and 8 bits of how much it has seen.
+    A counter is 24 bits of chance, signed, of which 20 are used, 0 being even, and 8 bits of how
+    much it has seen.
     """
     return np.zeros(CLASSES * PLACES, np.int32), np.zeros(_NEAR * PLACES, np.int32)
 

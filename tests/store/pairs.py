@@ -1,4 +1,4 @@
-"""Chunks and their references, like training or like nothing at all, for the class codec.
+"""Chunks and their references, like training or like nothing at all, for codecs 6 and 7.
 
 Example::
 
@@ -8,11 +8,14 @@ Example::
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import settings
 
-from msft_store import classes, compiled, dtypes
+from msft_store import adaptive, classes, compiled, dtypes
 from msft_store.changes import Layout, layout_of
 from msft_store.dtypes import DType
 from msft_store.kernels import Lanes
@@ -69,23 +72,31 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
     return new.view(signed), old.view(signed)
 
 
-def check(dtype: DType, new: Lanes, old: Lanes) -> bytes:
+def packed(dtype: DType, new: Lanes, old: Lanes, fast: Any, codec: ModuleType = classes) -> bytes:
+    """Return the payload of :mod:`classes` or :mod:`adaptive` by one path."""
+    found = classes.find(new, old, layout(dtype), fast)
+    if codec is adaptive:
+        return adaptive.pack(old, layout(dtype), found, fast)
+    return classes.pack(found, fast)
+
+
+def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = classes) -> bytes:
     """Assert that all paths agree and give back every bit; return the payload."""
-    first, second = (
-        classes.pack(classes.find(new, old, layout(dtype), fast), fast) for fast in PATHS
-    )
+    first, second = (packed(dtype, new, old, fast, codec) for fast in PATHS)
     assert first == second
     for fast in PATHS:
-        assert classes.unpack(first, old, layout(dtype), fast).tobytes() == new.tobytes()
+        assert codec.unpack(first, old, layout(dtype), fast).tobytes() == new.tobytes()
     return first
 
 
-def outcomes(payload: bytes, old: Lanes, dtype: DType) -> list[bytes | None]:
+def outcomes(
+    payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = classes
+) -> list[bytes | None]:
     """Return what each path makes of a payload, ``None`` for a refusal."""
     found: list[bytes | None] = []
     for fast in PATHS:
         try:
-            decoded = classes.unpack(payload, old, layout(dtype), fast)
+            decoded = codec.unpack(payload, old, layout(dtype), fast)
         except ValueError:
             found.append(None)
         else:

@@ -1,4 +1,4 @@
-"""A reader of codec 6 as anybody would write it from ``docs/FORMAT.md``, section 5, alone.
+"""Readers of codecs 6 to 8 as anybody would write them from ``docs/FORMAT.md``, section 5, alone.
 
 Slow, in Python's integers, and without a line of the store's own code.
 
@@ -10,6 +10,7 @@ Example::
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 
 import zstandard
@@ -24,52 +25,88 @@ class Bits:
     def __init__(self, data: bytes) -> None:
         self._value, self._at = int.from_bytes(data, "little"), 0
 
-    def number(self, token: int) -> int:
-        """Return the next number, whose token is known."""
+    def number(self, token: int, half: int | None = None) -> int:
+        """Return the next number, whose token, and maybe half, is known."""
         if token < 4:
             return token
         count = token // 2 - 1
-        low = self._value >> self._at & (1 << count) - 1
-        self._at += count
-        return ((2 + token % 2) << count) + low
+        rest = count if half is None else count - 1
+        low = self._value >> self._at & (1 << rest) - 1
+        self._at += rest
+        return ((2 + token % 2) << count) + ((half or 0) << rest) + low
 
 
 def read_classes(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
-    """Return the chunk of a payload that is sound."""
+    """Return the chunk of a payload of codec 6 that is sound."""
     listed, gaps, runs, size, words, low, high, busy = struct.unpack_from("<5IBBH", payload)
-    sign = 1 << 8 * width - 1
-    old = [
-        int.from_bytes(reference[at : at + width], "little")
-        for at in range(0, len(reference), width)
-    ]
     tables = read_tables(payload[24 : 24 + size], high - low + 3)
     middle = 24 + size + 4 * words
     bits = Bits(payload[24 + size : middle])
     coded = iter([word for (word,) in struct.iter_unpack("<H", payload[middle:])])
 
+    old, exponents = lanes_of(reference, mantissa, width)
     symbols = read_symbols([0] * runs + [1] * gaps, tables, coded)
     numbers = [bits.number(symbol // 4) for symbol in symbols]
-    everything = busy >= 32768
-    lanes = lanes_of_coded_blocks(numbers[:runs], len(old), everything)
-    exponents = [(lane & sign - 1) >> mantissa for lane in old]
+    places = listed_lanes(exponents, numbers[:runs], numbers[runs:], busy)
+    assert len(places) == listed
+    contexts = [2 + min(max(exponents[i], low), high) - low for i in places]
+    for i, symbol in zip(places, read_symbols(contexts, tables, coded), strict=True):
+        distance = bits.number(symbol // 4)
+        old[i] = moved(old[i], distance, symbol & 2, symbol & 1, width)
+    assert not list(coded)
+    return b"".join(lane.to_bytes(width, "little") for lane in old)
+
+
+def read_adaptive(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
+    """Return the chunk of a payload of codec 7 that is sound."""
+    listed, gaps, runs, size, words, low, high, busy = struct.unpack_from("<5IBBH", payload)
+    middle = 24 + size + 4 * words
+    bits = Bits(payload[24 + size : middle])
+
+    old, exponents = lanes_of(reference, mantissa, width)
+    head = Decisions(payload[24 : 24 + size], 0, 1).symbols([0] * runs + [1] * gaps)
+    numbers = [bits.number(token, half) for token, _, _, half in head]
+    places = listed_lanes(exponents, numbers[:runs], numbers[runs:], busy)
+    assert len(places) == listed
+    body = Decisions(payload[middle:], low, high).symbols([exponents[i] for i in places])
+    for i, (token, flipped, smaller, half) in zip(places, body, strict=True):
+        old[i] = moved(old[i], bits.number(token, half), smaller, flipped, width)
+    return b"".join(lane.to_bytes(width, "little") for lane in old)
+
+
+def read_turned(payload: bytes, *, width: int) -> bytes:
+    """Return the chunk of a payload of codec 8 that is sound."""
+    planes = zstandard.ZstdDecompressor().decompress(payload)
+    count = len(planes) // width
+    turned = (int.from_bytes(planes[i::count], "little") for i in range(count))
+    lanes = (lane >> 1 | (lane & 1) << 8 * width - 1 for lane in turned)
+    return b"".join(lane.to_bytes(width, "little") for lane in lanes)
+
+
+def lanes_of(reference: bytes, mantissa: int, width: int) -> tuple[list[int], list[int]]:
+    """Return lanes and their exponents."""
+    starts = range(0, len(reference), width)
+    lanes = [int.from_bytes(reference[at : at + width], "little") for at in starts]
+    return lanes, [(lane & (1 << 8 * width - 1) - 1) >> mantissa for lane in lanes]
+
+
+def moved(lane: int, distance: int, smaller: int, flipped: int, width: int) -> int:
+    """Return a changed lane."""
+    lane ^= (1 << 8 * width - 1) if flipped else 0
+    return (lane - distance if smaller else lane + distance) % (1 << 8 * width)
+
+
+def listed_lanes(exponents: list[int], runs: list[int], gaps: list[int], busy: int) -> list[int]:
+    """Return the listed lanes."""
+    lanes = lanes_of_coded_blocks(runs, len(exponents), busy >= 32768)
     chosen = {i for i in lanes if i is not None and exponents[i] < busy % 32768}
     at = -1
-    for gap in numbers[runs:]:
+    for gap in gaps:
         at += gap + 1
         place = lanes[at]
         assert place is not None
         chosen.add(place)
-
-    places = sorted(chosen)
-    assert len(places) == listed
-    contexts = [2 + min(max(exponents[i], low), high) - low for i in places]
-    new = list(old)
-    for i, symbol in zip(places, read_symbols(contexts, tables, coded), strict=True):
-        distance = bits.number(symbol // 4)
-        lane = old[i] ^ (sign if symbol % 2 else 0)
-        new[i] = (lane - distance if symbol & 2 else lane + distance) % (2 * sign)
-    assert not list(coded)
-    return b"".join(lane.to_bytes(width, "little") for lane in new)
+    return sorted(chosen)
 
 
 def lanes_of_coded_blocks(runs: list[int], count: int, everything: bool) -> list[int | None]:
@@ -127,3 +164,66 @@ def read_symbols(contexts: list[int], tables: list[Table], words: Iterator[int])
         states[i % coders] = x << 16 | next(words) if x < 65536 else x
         symbols.append(y)
     return symbols
+
+
+class Decisions:
+    """A sequence of codec 7."""
+
+    def __init__(self, data: bytes, low: int, high: int) -> None:
+        self._data = iter(data)
+        self._low, self._high = low, high
+        self._bottom, self._top, self._value = 0, 2**32 - 1, 0
+        self._counters: dict[tuple[int, ...], tuple[int, int]] = defaultdict(lambda: (0, 0))
+
+    def symbols(self, exponents: list[int]) -> list[tuple[int, int, int, int]]:
+        """Return token, flipped, smaller, half of each; all bytes are taken."""
+        if exponents:
+            self._value = int.from_bytes([next(self._data) for _ in range(4)], "big")
+        quick = slow = 512 * exponents[0] if exponents else 0
+        found = []
+        for e in exponents:
+            place = min(max(e, self._low), self._high) - self._low
+            near, far = (min(max(x // 256 - 2 * e + 8, 0), 63) for x in (quick, slow))
+            token, flipped, smaller, half = self._symbol((place,), (near // 4, far))
+            found.append((token, flipped, smaller, half))
+            change = token if token >= 2 else 0 if token or flipped else -2
+            quick += (256 * (2 * e + change) - quick) // 8
+            slow += (256 * (2 * e + change) - slow) // 64
+        assert not list(self._data)
+        return found
+
+    def _symbol(self, *contexts: tuple[int, ...]) -> tuple[int, int, int, int]:
+        def yes(place: int) -> int:
+            return self._decide([(*context, place) for context in contexts])
+
+        if not yes(0):
+            return 0, 0, 0, 0
+        token, flipped = next((d for d in (1, 2, 3) if yes(d)), 0), 0
+        direct = token
+        if not direct:
+            path = 1
+            for _ in range(7):
+                path = 2 * path + yes(128 + path)
+            token, flipped = path % 64, path // 64 % 2
+        smaller = yes(3 + token if direct else 256 + 2 * token + flipped) if token else 0
+        half = yes(384 + 2 * token + flipped) if token >= 4 else 0
+        return token, flipped, smaller, half
+
+    def _decide(self, keys: list[tuple[int, ...]]) -> int:
+        both = sum(256 * a + n for a, n in (self._counters[key] for key in keys))
+        chance = min(max(both // 8192 + 32768, 32), 65504)
+        middle = self._bottom + (self._top - self._bottom) * chance // 65536
+        bit = int(self._value <= middle)
+        if bit:
+            self._top = middle
+        else:
+            self._bottom = middle + 1
+        while self._bottom >> 24 == self._top >> 24:
+            self._bottom = self._bottom * 256 % 2**32
+            self._top = self._top * 256 % 2**32 + 255
+            self._value = self._value * 256 % 2**32 + next(self._data)
+        for key in keys:
+            a, n = self._counters[key]
+            goal = 2**19 - 1 if bit else -(2**19)
+            self._counters[key] = a + (goal - a) * (131072 // (2 * n + 3)) // 65536, min(n + 1, 255)
+        return bit
