@@ -304,7 +304,7 @@ def report(document: Mapping[str, Any], rows: list[Row]) -> str:
     about, blocked, run = document["machine"], document["background"], document["long_run"]
     listed = document["many"]
     lines = "".join(f"| {name} | {listed[name]:.2f} |\n" for name in listed)
-    durable = f"durable after {blocked['again, durable']:.2f} s"
+    durable = f"durable after {blocked['first, durable']:.2f} s"
     where = f"{document['cores']} cores of {about['cpu']}"
     when = f"{about['date']}, commit {about['commit']}"
     ratios = ", ".join(f"{run[name] / run['2']:.2f} x ({name})" for name in run if name != "2")
@@ -318,11 +318,11 @@ save (which encodes and decodes) and a load take.
 
 {codec_table(rows, document["codec"])}
 A background save (bf16-1e-5) blocks its caller for {blocked["first"]:.2f} s the first time and
-{blocked["again"]:.2f} s from then on ({durable}).
+{blocked["again"]:.2f} s from then on; the first was {durable}.
 
 Loading commits of a run with a roll-back every {BRANCH} commits, against the second: {ratios}; the
-second took {1e3 * run["2"]:.1f} ms. It needs the base alone,
-those after a roll-back their root too.
+second took {1e3 * run["2"]:.1f} ms. The second needs the base alone, those after a roll-back need
+their root too.
 
 A store of {MANY[0]:,} checkpoints of {MANY[1]:,} chunks each, seconds in a fresh process that has
 imported the package:
