@@ -20,9 +20,9 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     encode = codecs.encode
 
-    def recorded(*arguments: Any, level: Level = "fast") -> Any:
+    def recorded(*arguments: Any, level: Level = "fast", **options: Any) -> Any:
         seen.append(level)
-        return encode(*arguments, level=level)
+        return encode(*arguments, level=level, **options)
 
     monkeypatch.setattr(codecs, "encode", recorded)
     return seen
