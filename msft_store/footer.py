@@ -57,10 +57,10 @@ _RECORD = np.dtype(
         ("codec", "u1"),
         ("dtype", "u1"),
         ("depth", "u1"),
-        ("reserved", "u1"),
+        ("generation", "u1"),
         ("reference", "<u4"),
         ("base", "<u4"),
-        ("reserved2", "<u4"),
+        ("reserved", "<u4"),
     ]
 )
 
@@ -106,9 +106,9 @@ class Footer:
 
     def record(self, row: int) -> Record:
         """Return one record."""
-        key, ref_key, offset, length, size, codec, dtype, depth, _, reference, base, _ = self.rows[
-            row
-        ]
+        here = self.rows[row]
+        key, ref_key, offset, length, size, codec, dtype, depth = list(here)[:8]
+        reference, base = here["reference"], here["base"]
         return Record(
             key=key.tobytes(),
             offset=int(offset),
@@ -120,6 +120,7 @@ class Footer:
             base=None if base == NONE else self.bases[base],
             ref_key=ref_key.tobytes(),
             reference=None if reference == NONE else self.references[reference],
+            generation=int(here["generation"]),
         )
 
 
@@ -154,7 +155,7 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, str]:
                 record.codec,
                 record.dtype,
                 record.depth,
-                0,
+                record.generation,
                 place,
                 NONE if record.base is None else bases.setdefault(record.base, len(bases)),
                 0,

@@ -29,6 +29,7 @@ CHUNK_BYTES = 4 << 20
 KEY_BYTES = 16
 MAX_DEPTH = 2
 """How many references lie between a chunk and plain bytes at most."""
+MAX_GENERATION = 255
 _SKEW = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=17,
@@ -84,6 +85,8 @@ class Record:
     """Id of the base that decoding needs, directly or through other chunks."""
     ref_key: bytes = bytes(KEY_BYTES)
     """Digest of the reference's bytes as the codec uses them; zeros without a reference."""
+    generation: int = 0
+    """How often the chunk has been encoded anew; a later record replaces an earlier one."""
     reference: BaseSpan | tuple[ChunkSpan, ...] | None = None
 
     @property

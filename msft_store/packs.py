@@ -32,7 +32,7 @@ from msft_store.footer import (
     keys_of,
     pack_header,
 )
-from msft_store.format import Record
+from msft_store.format import MAX_GENERATION, Record
 from msft_store.keytable import Keys, KeyTable, Numbers, concatenate
 
 FOLDER = "packs"
@@ -111,6 +111,7 @@ class Index:
         self.lengths = self._column("length", np.uint32)
         self.dtypes = self._column("dtype", np.uint8)
         self._depths = self._column("depth", np.uint8)
+        self._ages = MAX_GENERATION - self._column("generation", np.uint8)
         self._numbers: dict[str, int] = {}
         numbers = [np.array([*map(self._number, f.bases), -1], np.int32) for f in footers]
         self.bases = _joined(
@@ -137,7 +138,8 @@ class Index:
         """Return the row to decode each key with; -1 where there is none.
 
         Of the rows that need ``base`` or none, the shallowest; of those, one that needs no other
-        chunk; of those, the smallest; of those, the one whose pack's name sorts first.
+        chunk; of those, one of the latest generation; of those, the smallest; of those, the one
+        whose pack's name sorts first.
         """
         return self._table_of(base).find(keys)
 
@@ -176,7 +178,8 @@ class Index:
 
     def _table(self, number: int) -> KeyTable:
         rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
-        preference = (self._depths[rows], self.refers_to_chunk[rows], self.lengths[rows])
+        depths, ages, lengths = self._depths[rows], self._ages[rows], self.lengths[rows]
+        preference = (depths, self.refers_to_chunk[rows], ages, lengths)
         return KeyTable(self.keys[rows], rows, preference)
 
 

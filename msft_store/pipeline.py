@@ -27,6 +27,7 @@ from msft_store.errors import CorruptedError, InvalidInputError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
+    MAX_GENERATION,
     BaseSpan,
     ChunkSpan,
     Record,
@@ -134,6 +135,7 @@ class Encoder:
             base=None if reference is None else reference.base,
             ref_key=ref_key,
             reference=_explicit(reference),
+            generation=0 if stored is None else stored.record.generation + 1,
         )
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
@@ -251,41 +253,54 @@ def encode_state(
     return table, writer.totals
 
 
-def encode_anchor(
+def encode_anew(
     objects: Objects,
     tensors: Mapping[str, TensorEntry],
     begin: Callable[[], Sink],
     *,
     base: str | None,
     level: codecs.Level,
-) -> None:
-    """Store stored chunks once more, each without any reference but the base.
+    onto: Mapping[str, TensorEntry] | None = None,
+) -> Totals:
+    """Store stored chunks once more: without any reference but the base, or as changes of ``onto``.
 
-    Chunks that need none but the base already are left as they are.
+    Chunks that need none but the base already, or one of ``onto``, are left as they are. Return
+    what the others took.
     """
-    planner = Planner(objects, base, None)
+    planner = Planner(objects, base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
+    enough = {
+        key for entry in (onto or {}).values() for piece in entry.pieces for key in piece.keys
+    }
+
+    def left(key: bytes) -> bool:
+        stored = objects.find(key, base)
+        return objects.in_base(key, base) is not None or (
+            stored is not None
+            and (
+                not stored.record.refers_to_chunk
+                or stored.record.ref_key in enough
+                or stored.record.generation == MAX_GENERATION
+            )
+        )
 
     def work() -> Iterator[Work]:
         for name, entry in tensors.items():
             for at, piece in enumerate(entry.pieces):
                 sizes = chunk_sizes(piece, entry.dtype)
                 for number, (key, size) in enumerate(zip(piece.keys, sizes, strict=True)):
-                    stored = objects.find(key, base)
-                    if objects.in_base(key, base) is not None or (
-                        stored is not None and not stored.record.refers_to_chunk
-                    ):
-                        continue
-                    yield Work(
-                        read=partial(objects.read, key, size, entry.dtype, base),
-                        dtype=entry.dtype,
-                        reference=planner.reference(name, entry, at, number),
-                    )
+                    if not left(key):
+                        yield Work(
+                            read=partial(objects.read, key, size, entry.dtype, base),
+                            dtype=entry.dtype,
+                            reference=planner.reference(name, entry, at, number),
+                        )
 
     writer = ChunkWriter(begin)
     with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)
+    return writer.totals
 
 
 def _whole(tensor: torch.Tensor, keys: tuple[bytes, ...]) -> TensorEntry:

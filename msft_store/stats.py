@@ -13,6 +13,7 @@ from msft_store.backend import disk_bytes
 from msft_store.catalog import Catalog
 from msft_store.keytable import among, concatenate, counted, unique
 from msft_store.liveness import closure
+from msft_store.manifest import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,17 @@ def held_bytes(catalog: Catalog) -> int:
     index = catalog.objects.index
     needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
     return int(index.lengths[needs.held].sum())
+
+
+def own_bytes(catalog: Catalog, checkpoint: Checkpoint) -> int:
+    """Return the encoded bytes that nothing would need if it were not for a checkpoint."""
+    index, known = catalog.objects.index, catalog.checkpoints()
+    others = [other for other in known if other.id != checkpoint.id]
+    needed, rest = (
+        int(index.lengths[closure(catalog.objects, index, catalog.keys_by_base(some)).live].sum())
+        for some in (known, others)
+    )
+    return needed - rest
 
 
 def stats(catalog: Catalog) -> Stats:

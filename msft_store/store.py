@@ -29,6 +29,7 @@ from msft_store.check import Finding, check
 from msft_store.codecs import Level
 from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
+    InvalidInputError,
     MismatchError,
     NotAStoreError,
     OutOfSpaceError,
@@ -49,13 +50,13 @@ from msft_store.manifest import (
 )
 from msft_store.matching import check_match, listed
 from msft_store.packs import PackWriter
-from msft_store.pipeline import Totals, encode_anchor, encode_state
+from msft_store.pipeline import Totals, encode_anew, encode_state
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.resident import Compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
-from msft_store.stats import Stats, held_bytes, stats
+from msft_store.stats import Stats, held_bytes, own_bytes, stats
 from msft_store.tensors import check_tensors, memory_of
 
 PathLike = str | os.PathLike[str]
@@ -295,15 +296,37 @@ class Store:
             tensors = self._catalog.tensors(found)
             packs: list[PackWriter] = []
             with self._packing(packs) as begin:
-                encode_anchor(
+                encode_anew(
                     self._catalog.objects, tensors, begin, base=found.base, level=self.level
                 )
+            return self._encoded_anew(found) if packs else found
+
+    def rebase(self, checkpoint: Checkpoint | str, onto: Checkpoint | str) -> Checkpoint:
+        """Re-encode a checkpoint as a change of another one, if gc can free more than that takes.
+
+        For one that stays while what it was a change of goes. Its id stays.
+        :class:`InvalidInputError` if the two have different bases.
+        """
+        with self._backend.lock(shared=True, purpose="rebase"):
             self._catalog.refresh()
-            if packs:
-                stored_bytes = self._catalog.stored_bytes(found)
-                found = rewrite_manifest(self._backend, found, stored_bytes=stored_bytes)
-                self._catalog.add(found)
-        return found
+            found, other = self._catalog.resolve(checkpoint), self._catalog.resolve(onto)
+            if found.base != other.base:
+                raise InvalidInputError(
+                    f"checkpoints {found.id[:12]} and {other.id[:12]} have different bases"
+                )
+            packs: list[PackWriter] = []
+            with self._packing(packs) as begin:
+                totals = encode_anew(
+                    self._catalog.objects,
+                    self._catalog.tensors(found),
+                    begin,
+                    base=found.base,
+                    level=self.level,
+                    onto=self._catalog.tensors(other),
+                )
+                if totals.stored_bytes >= own_bytes(self._catalog, found):
+                    packs.clear()
+            return self._encoded_anew(found) if packs else found
 
     def plan_gc(self, policy: Policy | None = None) -> GcPlan:
         """Return what could be freed; ``print`` it, then ``execute`` it.
@@ -334,6 +357,13 @@ class Store:
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""
         return stats(self._catalog)
+
+    def _encoded_anew(self, checkpoint: Checkpoint) -> Checkpoint:
+        self._catalog.refresh()
+        stored_bytes = self._catalog.stored_bytes(checkpoint)
+        found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
+        self._catalog.add(found)
+        return found
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)

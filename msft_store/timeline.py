@@ -160,7 +160,8 @@ class Timeline:
 
         The tensors are restored into a module, or returned (an empty dictionary with ``into``).
         Restored and verified first; then the checkpoint becomes the root, what the new branch does
-        not need is evicted, and the root is encoded so that it needs nothing but the base.
+        not need is evicted, the root is encoded so that it needs nothing but the base, and what
+        else stays as a change of it.
         """
         self.wait()
         target = self._store.get(checkpoint)
@@ -178,6 +179,7 @@ class Timeline:
         before = self._evict(target, self._protect(self.retention))
         # Only now, when what is not needed has gone: another representation takes room.
         self._anchor_root()
+        self._rebase_rest()
         after = self._give_up([])
         self._last_commit = replace(
             before,
@@ -273,6 +275,13 @@ class Timeline:
         if self._root is not None:
             root = self._store.anchor(self._root)
             self._root = self._alive[root.id] = root
+
+    def _rebase_rest(self) -> None:
+        """Let what stays, such as the best overall, no longer keep the root before alive."""
+        for checkpoint in list(self._alive.values()):
+            own = checkpoint.id not in self._foreign | {self._root_id()}
+            if own and self._root is not None and checkpoint.base == self._root.base:
+                self._alive[checkpoint.id] = self._store.rebase(checkpoint, self._root)
 
     def _adopt(self) -> None:
         """Take up what an earlier timeline of this name protected, remove what it did not.

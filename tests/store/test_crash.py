@@ -113,6 +113,14 @@ def anchor(store: Store, prepared: Prepared) -> None:
     assert same_bits(store.load(prepared.ids["child"]), prepared.droppable[prepared.ids["child"]])
 
 
+def rebase(store: Store, prepared: Prepared) -> None:
+    onto = store.anchor(prepared.ids["root"])
+    for ckpt in store.log():
+        if ckpt.base == onto.base:
+            store.rebase(ckpt, onto)
+    store.plan_gc().execute()
+
+
 def gc(store: Store, prepared: Prepared) -> None:
     store.plan_gc().execute()
     assert store.plan_gc().freed_bytes == 0
@@ -163,7 +171,7 @@ FAILURES: dict[str, tuple[type[BaseException], frozenset[str]]] = {
     "no space": (OutOfSpaceError, CHANGES),
     "stop": (Stopped, CHANGES),
 }
-OPERATIONS = [save, pin, forget, anchor, gc, gc_with_policy, add_base, commit, rollback]
+OPERATIONS = [save, pin, forget, anchor, rebase, gc, gc_with_policy, add_base, commit, rollback]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)

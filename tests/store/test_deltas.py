@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from msft_store import Base, Checkpoint, KeepLast, Store, pipeline
+from msft_store import Base, Checkpoint, InvalidInputError, KeepLast, Store, pipeline
 from msft_store.backend import LocalBackend
 from msft_store.base_reader import BaseReader, box_runs
 from msft_store.codecs import DELTA
@@ -249,6 +249,67 @@ def test_an_anchor_keeps_its_id_and_needs_only_the_base(
     assert same_bits(again.load(second.id), moved)
     assert again.get(second.id).stored_bytes == anchor.stored_bytes == again.stats().stored_bytes
     assert again.check() == []
+
+
+def test_a_rebase_lets_go_of_what_a_checkpoint_was_a_change_of(
+    store: Store, base: Base, state: State
+) -> None:
+    old_root_state = train_step(state, 0.3, 1)
+    old_root = store.save(old_root_state, parent=base)
+    best_state = train_step(old_root_state, 0.02, 2)
+    best = store.save(best_state, parent=old_root)
+    root_state = train_step(old_root_state, 0.02, 3)
+    root = store.anchor(store.save(root_state, parent=old_root))
+    store.forget(old_root)
+    store.plan_gc().execute()
+    before = store.stats()
+    assert before.held_bytes > 0
+    again = store.rebase(best, root)
+    assert again.id == best.id
+    store.plan_gc().execute()
+    after = Store.open(store.path).stats()
+    assert after.held_bytes == 0
+    assert after.stored_bytes < before.stored_bytes
+    assert max(depths_of(store, again)) == 2
+    opened = Store.open(store.path)
+    assert same_bits(opened.load(best.id), best_state)
+    assert same_bits(opened.load(root.id), root_state)
+    assert opened.check() == []
+
+
+def test_a_rebase_that_frees_nothing_is_none(store: Store, base: Base, state: State) -> None:
+    parent = store.save(train_step(state, 0.3, 1), parent=base)
+    child = store.save(train_step(store.load(parent), 0.02, 2), parent=parent)
+    other = store.save(train_step(state, 0.3, 3), parent=base)
+    packs = set(Path(store.path, "packs").iterdir())
+    assert store.rebase(child, other) == child
+    assert store.rebase(child, child) == child
+    assert store.rebase(child, parent) == child
+    assert set(Path(store.path, "packs").iterdir()) == packs
+
+
+def test_a_rebase_onto_a_checkpoint_of_another_base_is_refused(
+    store: Store, base: Base, state: State
+) -> None:
+    ckpt, alone = store.save(train_step(state, 0.1, 1), parent=base), store.save(state)
+    with pytest.raises(InvalidInputError, match="different bases"):
+        store.rebase(ckpt, alone)
+
+
+def test_a_chunk_may_be_rebased_again_and_again(store: Store, base: Base, state: State) -> None:
+    best_state = train_step(train_step(state, 0.3, 1), 0.02, 2)
+    root = store.save(train_step(state, 0.3, 1), parent=base)
+    best = store.save(best_state, parent=root)
+    for seed in range(3, 7):
+        later = store.anchor(store.save(train_step(store.load(root), 0.02, seed), parent=root))
+        store.forget(root)
+        store.rebase(best, later)
+        store.plan_gc().execute()
+        assert store.stats().held_bytes == 0
+        root = later
+    opened = Store.open(store.path)
+    assert same_bits(opened.load(best.id), best_state)
+    assert opened.check() == []
 
 
 def test_an_anchor_without_a_base_needs_no_other_checkpoint(store: Store, state: State) -> None:

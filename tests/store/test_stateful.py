@@ -19,7 +19,16 @@ from hypothesis.stateful import (
     rule,
 )
 
-from msft_store import Champions, DiskBudget, KeepBest, KeepLast, PinnedError, Policy, Store
+from msft_store import (
+    Champions,
+    DiskBudget,
+    InvalidInputError,
+    KeepBest,
+    KeepLast,
+    PinnedError,
+    Policy,
+    Store,
+)
 from tests.store.states import State, same_bits, train_step, write_base
 
 SEEDS = st.integers(0, 1 << 20)
@@ -133,6 +142,14 @@ class StoreMachine(RuleBasedStateMachine):
     def anchor(self, ckpt: str) -> None:
         if ckpt in self.states:
             assert self.store.anchor(ckpt).id == ckpt
+
+    @rule(ckpt=checkpoints, onto=checkpoints)
+    def rebase(self, ckpt: str, onto: str) -> None:
+        if ckpt in self.states and onto in self.states:
+            try:
+                assert self.store.rebase(ckpt, onto).id == ckpt
+            except InvalidInputError:
+                assert self.store.get(ckpt).base != self.store.get(onto).base
 
     @rule(policy=POLICIES)
     def gc(self, policy: Policy | None) -> None:

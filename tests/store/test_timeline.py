@@ -135,6 +135,22 @@ def test_the_best_of_all_branches_survives_roll_backs(
     assert line.kept()[first.id] == ("best overall (9)",)
 
 
+def test_the_best_overall_does_not_keep_an_old_root_alive(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=Champions({"m": "max"}) | KeepBest("overall"))
+    line.rollback(line.commit(train_step(state, 0.3, 1), metrics={"m": 1.0, "overall": 0.0}))
+    root_state = line.rollback(line.root)
+    best_state = train_step(root_state, 0.02, 2)
+    best = line.commit(best_state, metrics={"m": 1.0, "overall": 9.0})
+    later = line.commit(train_step(root_state, 0.02, 3), metrics={"m": 2.0, "overall": 1.0})
+    line.rollback(later)
+    assert alive(store) == {best.id, later.id}
+    assert store.stats().held_bytes == 0
+    assert same_bits(store.load(best), best_state)
+    assert store.check() == []
+
+
 def test_a_root_is_an_anchor(store: Store, base: Base, state: State) -> None:
     line = Timeline(store, base, retention=KeepLast(1))
     for _ in range(3):
