@@ -64,6 +64,13 @@ def pack(old: Lanes, layout: Layout, found: Found, fast: Any) -> bytes:
 
 def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     """Return the changed lanes; :class:`ValueError` if the payload is damaged."""
+    new: Lanes = old.copy()
+    unpack_over(payload, new, layout, fast)
+    return new
+
+
+def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
+    """As :func:`unpack`, over the reference; after an error it means nothing."""
     if len(payload) < _HEADER.size:
         raise ValueError("an adaptive chunk has no header")
     listed, gaps, runs, head_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
@@ -87,14 +94,12 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     if positions.size != listed:
         raise ValueError("an adaptive chunk lists another number of elements")
     symbols = _decode(payload[end:], _exponents(old, positions, layout), low, high, fast)
-    new: Lanes = old.copy()
-    changed = new.view(f"<u{new.itemsize}")
+    changed = old.view(f"<u{old.itemsize}")
     low_bits = (words, bits, 32 * word_count, layout.sign, FINE_BITS, FINE_LEAST)
     change = (lowbits if fast is None else fast).apply
     bits = change(changed, positions, symbols, *low_bits)
     if not 0 <= 32 * word_count - bits < 32:
         raise ValueError("an adaptive chunk has the wrong number of low bits")
-    return new
 
 
 def halved(symbols: Array, distances: Array) -> Array:

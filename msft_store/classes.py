@@ -86,6 +86,13 @@ def pack(found: Found, fast: Any) -> bytes:
 
 def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     """Return the lanes that :func:`find` saw; :class:`ValueError` if the payload is damaged."""
+    new: Lanes = old.copy()
+    unpack_over(payload, new, layout, fast)
+    return new
+
+
+def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
+    """As :func:`unpack`, over the reference; after an error it means nothing."""
     if len(payload) < _HEADER.size:
         raise ValueError("a chunk of classes has no header")
     listed, gaps, runs, table_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
@@ -112,14 +119,12 @@ def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
     plain_contexts = np.repeat(np.array([0, 1], np.uint8), [runs, gaps])
     plain = reader.distances(reader.symbols(plain_contexts))
     header = Places(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
-    new: Lanes = old.copy()
     positions, contexts = places(old, layout, header, plain[runs:], fast)
     if positions.size != listed:
         raise ValueError("a chunk of classes lists another number of elements")
     symbols = reader.symbols(contexts)
-    reader.change(new, positions, symbols, layout)
+    reader.change(old, positions, symbols, layout)
     reader.finish()
-    return new
 
 
 @dataclass(frozen=True, kw_only=True)

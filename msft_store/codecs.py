@@ -217,9 +217,13 @@ class Classes:
         return classes.pack(found or classes.find(new, old, _layout(dtype), fast), fast)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = lanes(_required(reference, size), dtype.lane)
-        data: Bytes = classes.unpack(payload, old, _layout(dtype), loops()).view(np.uint8)
+        data: Bytes = _required(reference, size).copy()
+        self.decode_over(payload, data, dtype)
         return data
+
+    def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
+        """Decode in the place of the reference."""
+        classes.unpack_over(payload, lanes(data, dtype.lane), _layout(dtype), loops())
 
 
 @dataclass(frozen=True)
@@ -239,9 +243,13 @@ class Adaptive:
         return adaptive.pack(old, layout, found, fast)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = lanes(_required(reference, size), dtype.lane)
-        data: Bytes = adaptive.unpack(payload, old, _layout(dtype), loops()).view(np.uint8)
+        data: Bytes = _required(reference, size).copy()
+        self.decode_over(payload, data, dtype)
         return data
+
+    def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
+        """Decode in the place of the reference."""
+        adaptive.unpack_over(payload, lanes(data, dtype.lane), _layout(dtype), loops())
 
 
 @dataclass(frozen=True)
@@ -381,6 +389,20 @@ def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype:
 def _change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
     old = lanes(_required(reference, chunk.size), dtype.lane)
     return difference(lanes(chunk, dtype.lane), old, floating=dtype.floating)
+
+
+def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
+    """Fill ``out``, which holds the reference where there is one, with a chunk.
+
+    Errors as :func:`decode`; ``out`` means nothing after one.
+    """
+    codec = by_code(code)
+    if isinstance(codec, Classes | Adaptive):
+        codec.decode_over(payload, out, dtype)
+        return
+    data = codec.decode(payload, out.size, out if codec.needs_reference else None, dtype)
+    if data is not out:
+        out[:] = data
 
 
 def _layout(dtype: DType) -> Layout:

@@ -35,16 +35,10 @@ from msft_store.packs import Index, Stored, list_packs, read_pack
 
 
 class _Scratch(threading.local):
-    """Buffers of one thread: fresh memory of this size costs more than what is done with it."""
+    """A buffer of one thread: fresh memory of this size costs more than what is done with it."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, Bytes] = {}
-
-    def get(self, level: int) -> Bytes:
-        """Return the buffer of a level."""
-        if level not in self._buffers:
-            self._buffers[level] = np.empty(CHUNK_BYTES, np.uint8)
-        return self._buffers[level]
+        self.buffer: Bytes = np.empty(CHUNK_BYTES, np.uint8)
 
 
 class Objects:
@@ -165,13 +159,8 @@ class Objects:
         self.read_into(out, key, dtype, base)
         return out
 
-    def read_into(
-        self, out: Bytes, key: bytes, dtype: DType, base: str | None, *, level: int = 0
-    ) -> None:
-        """Fill ``out`` with a chunk, verified; after an error its content means nothing.
-
-        ``level``: how many chunks deep this is a reference of another.
-        """
+    def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
+        """Fill ``out`` with a chunk, verified; after an error its content means nothing."""
         span = self.in_base(key, base)
         if span is not None and base is not None:
             self.base(base).read_span_into(span, out, dtype)
@@ -180,7 +169,7 @@ class Objects:
         stored = self.find(key, base)
         if stored is not None:
             with contextlib.suppress(StoreError):
-                self._decode(stored, out, dtype, level)
+                self._decode(stored, out, dtype)
                 return
         # A gc may have moved the chunk, or what it refers to, since it was indexed.
         self.refresh()
@@ -190,50 +179,52 @@ class Objects:
             raise CorruptedError(
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
             )
-        self._decode(stored, out, dtype, level)
+        self._decode(stored, out, dtype)
 
-    def scratch(self, level: int, size: int) -> Bytes:
-        """Return memory of this thread for a reference; the next call with ``level`` reuses it."""
-        return self._scratch.get(level)[:size]
+    def scratch(self, size: int) -> Bytes:
+        """Return memory of this thread for a reference; the next call returns the same."""
+        return self._scratch.buffer[:size]
 
-    def _decode(self, stored: Stored, out: Bytes, dtype: DType, level: int) -> None:
+    def _decode(self, stored: Stored, out: Bytes, dtype: DType) -> None:
         record, what = stored.record, self._backend.describe(stored.pack)
         if record.size != out.size or record.dtype != dtype.code:
             raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
-        reference = self._reference(record, level)
+        self._reference(record, out)
         try:
             payload = self._backend.read(stored.pack, record.offset, record.length)
-            data = codecs.decode(record.codec, payload, out.size, reference, dtype)
+            codecs.decode_into(record.codec, payload, out, dtype)
         except ValueError as error:
-            data, reason = None, str(error)
+            reason = str(error)
         else:
+            if chunk_key(out.data, dtype) == record.key:
+                return
             reason = "its content does not match its key"
-        if data is not None and chunk_key(data.data, dtype) == record.key:
-            out[:] = data
-            return
-        if reference is not None and chunk_key(reference.data, dtype) != record.ref_key:
-            self._blame_reference(record)
+        if record.ref_key != bytes(KEY_BYTES):
+            # Decoded in its place, so it is read again.
+            self._reference(record, out)
+            if chunk_key(out.data, dtype) != record.ref_key:
+                self._blame_reference(record)
         raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
 
-    def _reference(self, record: Record, level: int) -> Bytes | None:
+    def _reference(self, record: Record, out: Bytes) -> None:
+        """Fill ``out`` with what a record refers to, if it does."""
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
-            return None
-        dtype, out = by_code(record.dtype), self.scratch(level, record.size)
+            return
+        dtype = by_code(record.dtype)
         if isinstance(record.reference, BaseSpan):
             if record.base is None:
                 raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
             self.base(record.base).read_span_into(record.reference, out, dtype)
-            return out
+            return
         whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
         at = 0
         for span in record.reference or whole:
-            self._read_part(span, out[at : at + span.length], record, level)
+            self._read_part(span, out[at : at + span.length], record)
             at += span.length
         if at != out.size:
             raise CorruptedError(f"the references of chunk {record.key.hex()} have another length")
-        return out
 
-    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record, level: int) -> None:
+    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
         base, dtype = record.base, by_code(record.dtype)
         located, stored = self.in_base(span.key, base), self.find(span.key, base)
         if located is not None and base is not None:
@@ -245,10 +236,10 @@ class Objects:
         else:
             size = stored.record.size
         if (span.start, span.length) == (0, size) and out.size == size:
-            self.read_into(out, span.key, dtype, base, level=level + 1)
+            self.read_into(out, span.key, dtype, base)
             return
         chunk: Bytes = np.empty(size, np.uint8)
-        self.read_into(chunk, span.key, dtype, base, level=level + 1)
+        self.read_into(chunk, span.key, dtype, base)
         part = chunk[span.start : span.start + span.length]
         if part.size != out.size:
             raise CorruptedError(f"chunk {record.key.hex()} refers to bytes beyond another chunk")

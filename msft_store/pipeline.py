@@ -108,15 +108,17 @@ class Encoder:
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
         reference, old, ref_key = work.reference, None, bytes(KEY_BYTES)
         if reference is not None:
-            old = self._objects.scratch(0, size)
+            old = self._objects.scratch(size)
             ref_key = self._read(reference, old, dtype)
         change = work.change if work.change and work.change.reference == ref_key else None
         codec, payload = codecs.encode(
             data, old, dtype, level=self._level, found=change.found if change else None
         )
         if not codec.needs_reference:
-            reference, old, ref_key = None, None, bytes(KEY_BYTES)
-        if not _restores(codec.code, payload, data, old, dtype):
+            reference, ref_key = None, bytes(KEY_BYTES)
+        # Over the reference, which nobody needs any more.
+        again = self._objects.scratch(size) if old is None else old
+        if not _restores(codec.code, payload, data, again, dtype):
             if change is not None:
                 # The weights went on after they were compared; what is saved is what is here.
                 return self.encode(replace(work, change=None))
@@ -145,20 +147,19 @@ class Encoder:
         """Read a reference; return its key. The base's bytes only if they are what was added."""
         span, base = reference.span, reference.base
         if isinstance(span, ChunkSpan):
-            self._objects.read_into(out, span.key, dtype, self._base, level=1)
+            self._objects.read_into(out, span.key, dtype, self._base)
             return span.key
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
         return self._objects.base(base).read_verified_into(span, out, dtype)
 
 
-def _restores(
-    code: int, payload: bytes, data: Bytes, reference: Bytes | None, dtype: DType
-) -> bool:
+def _restores(code: int, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
     try:
-        return _equal(codecs.decode(code, payload, data.size, reference, dtype), data)
+        codecs.decode_into(code, payload, again, dtype)
     except ValueError:
         return False
+    return _equal(again, data)
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
