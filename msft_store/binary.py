@@ -63,98 +63,155 @@ def code(
         for _ in range(4):
             value = value << 8 | (data[at] if at < len(data) else 0)
             at += 1
-    quick = slow = 0
+    quick = slow = exponents[0] << 9
     for i in range(len(exponents)):
         exponent = exponents[i]
-        if i == 0:
-            quick = slow = exponent << 9
-        in_class = (min(max(exponent, low), high) - low) << 9
+        # Masked, so that a compiler sees that no index is negative.
+        mine = (min(max(exponent, low), high) - low << 9) & 0x7FFF
         nearest = min(max((quick >> 8) - 2 * exponent + 8, 0), 63) >> 2
         nearby = min(max((slow >> 8) - 2 * exponent + 8, 0), 63)
         moving = (nearest << 6 | nearby) << 9
         symbol = symbols[i] if encoding else 0
         token, flipped = symbol >> 3, symbol & 1
-        path = flipped << 6 | token
-        stage, place, depth, bit = 0, 0, 0, 0
-        while stage >= 0:
-            if encoding:
-                if stage == 0:
-                    bit = 1 if symbol != 0 else 0
-                elif stage == 1:
-                    bit = 1 if path == place else 0
-                elif stage == 2:
-                    bit = path >> (6 - depth) & 1
-                elif stage == 3:
-                    bit = symbol >> 1 & 1
-                else:
-                    bit = symbol >> 2 & 1
-            # Masked, so that a compiler sees that no index is negative.
-            here, there = (in_class + place) & 0x7FFF, (moving + place) & 0x7FFFF
-            one, two = by_class[here], by_movement[there]
-            chance = min(max((one + two >> 13) + 32768, 32), 65504)
-            span = top - bottom
-            middle = bottom + (span >> 16) * chance + ((span & 0xFFFF) * chance >> 16)
-            if not encoding:
-                bit = 1 if value <= middle else 0
+        path, towards, half = flipped << 6 | token, symbol >> 1 & 1, symbol >> 2 & 1
+        bit, bottom, top, value, at = decide(
+            encoding,
+            1 if symbol != 0 else 0,
+            data,
+            by_class,
+            mine,
+            by_movement,
+            moving,
+            rates,
+            bottom,
+            top,
+            value,
+            at,
+        )
+        if not bit:
+            token = flipped = towards = half = 0
+            moved = 2 * exponent - 2
+        else:
+            place, bit = 0, 0
+            while bit == 0 and place < 3:
+                place += 1
+                bit, bottom, top, value, at = decide(
+                    encoding,
+                    1 if path == place else 0,
+                    data,
+                    by_class,
+                    mine + place,
+                    by_movement,
+                    moving + place,
+                    rates,
+                    bottom,
+                    top,
+                    value,
+                    at,
+                )
             if bit:
-                top = middle
+                token, flipped = place, 0
+                place += 3
             else:
-                bottom = middle + 1
-            while (bottom ^ top) & 0xFF000000 == 0:
-                if encoding:
-                    data[at] = top >> 24
-                else:
-                    value = (value << 8 & 0xFFFFFFFF) | (data[at] if at < len(data) else 0)
-                at += 1
-                bottom = bottom << 8 & 0xFFFFFFFF
-                top = (top << 8 & 0xFFFFFFFF) | 0xFF
-            goal = bit * 0xFFFFF - 0x80000
-            seen, before = one & 255, one >> 8
-            by_class[here] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(
-                seen + 1, 255
-            )
-            seen, before = two & 255, two >> 8
-            by_movement[there] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(
-                seen + 1, 255
-            )
-            if stage == 0:
-                stage, place = (1, 1) if bit else (-1, 0)
-            elif stage == 1:
-                if bit:
-                    token, flipped = place, 0
-                    stage, place = 3, 3 + token
-                elif place < 3:
-                    place += 1
-                else:
-                    stage, place = 2, 129
-            elif stage == 2:
-                place = 128 + ((place - 128) << 1 | bit)
-                depth += 1
-                if depth == 7:
-                    token, flipped = place & 63, place >> 6 & 1
-                    if not encoding:
-                        symbol = token << 3 | flipped
-                    stage, place = (3, 256 + 2 * token + flipped) if token > 0 else (-1, 0)
-            elif stage == 3:
-                if not encoding:
-                    symbol = token << 3 | bit << 1 | flipped
-                stage, place = (4, 384 + 2 * token + flipped) if token >= 4 else (-1, 0)
-            else:
-                if not encoding:
-                    symbol |= bit << 2
-                stage = -1
+                place = 1
+                for depth in range(7):
+                    bit, bottom, top, value, at = decide(
+                        encoding,
+                        path >> (6 - depth) & 1,
+                        data,
+                        by_class,
+                        mine + 128 + place,
+                        by_movement,
+                        moving + 128 + place,
+                        rates,
+                        bottom,
+                        top,
+                        value,
+                        at,
+                    )
+                    place = place << 1 | bit
+                token, flipped = place & 63, place >> 6 & 1
+                place = 256 + 2 * token + flipped
+            if token > 0:
+                towards, bottom, top, value, at = decide(
+                    encoding,
+                    towards,
+                    data,
+                    by_class,
+                    mine + place,
+                    by_movement,
+                    moving + place,
+                    rates,
+                    bottom,
+                    top,
+                    value,
+                    at,
+                )
+            if token >= 4:
+                place = 384 + 2 * token + flipped
+                half, bottom, top, value, at = decide(
+                    encoding,
+                    half,
+                    data,
+                    by_class,
+                    mine + place,
+                    by_movement,
+                    moving + place,
+                    rates,
+                    bottom,
+                    top,
+                    value,
+                    at,
+                )
+            moved = 2 * exponent + (token if token > 1 else 0)
         if not encoding:
-            symbols[i] = symbol
-        moved = 2 * exponent
-        if symbol == 0:
-            moved -= 2
-        elif token > 1:
-            moved += token
-        quick += ((moved << 8) - quick) >> 3
-        slow += ((moved << 8) - slow) >> 6
+            symbols[i] = token << 3 | half << 2 | towards << 1 | flipped
+        quick += (moved << 8) - quick >> 3
+        slow += (moved << 8) - slow >> 6
     if encoding:
         for _ in range(4):
             data[at] = top >> 24
             top = top << 8 & 0xFFFFFFFF
             at += 1
     return at
+
+
+def decide(
+    encoding: Any,
+    bit: Any,
+    data: Any,
+    by_class: Any,
+    here: Any,
+    by_movement: Any,
+    there: Any,
+    rates: Any,
+    bottom: Any,
+    top: Any,
+    value: Any,
+    at: Any,
+) -> Any:
+    """Code or decode one bit; return it and the coder as it is then."""
+    one, two = by_class[here], by_movement[there]
+    chance = min(max((one + two >> 13) + 32768, 32), 65504)
+    span = top - bottom
+    middle = bottom + (span >> 16) * chance + ((span & 0xFFFF) * chance >> 16)
+    if not encoding:
+        bit = 1 if value <= middle else 0
+    if bit:
+        top = middle
+    else:
+        bottom = middle + 1
+    while (bottom ^ top) & 0xFF000000 == 0:
+        if encoding:
+            data[at] = top >> 24
+        else:
+            value = (value << 8 & 0xFFFFFFFF) | (data[at] if at < len(data) else 0)
+        at += 1
+        bottom = bottom << 8 & 0xFFFFFFFF
+        top = (top << 8 & 0xFFFFFFFF) | 0xFF
+    goal = bit * 0xFFFFF - 0x80000
+    seen, before = one & 255, one >> 8
+    by_class[here] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(seen + 1, 255)
+    seen, before = two & 255, two >> 8
+    by_movement[there] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(seen + 1, 255)
+    return bit, bottom, top, value, at

@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -39,12 +40,19 @@ def _compiled(function: _F) -> _F:
     return cast("_F", compiled)
 
 
+def _naming(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """Return a function for which some global names mean something else."""
+    known = {**function.__globals__, **names}
+    return FunctionType(function.__code__, known, function.__name__)
+
+
 plan = _compiled(tables.plan)
 levels_of = _compiled(tables.levels_of)
 frequencies = _compiled(tables.frequencies)
 slots_of = _compiled(tables.slots_of)
 
-code = _compiled(binary.code)
+decide = njit(inline="always", error_model="numpy")(binary.decide)
+code = _compiled(_naming(binary.code, decide=decide))
 
 
 @_compiled
