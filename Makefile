@@ -34,10 +34,14 @@ types: $(STAMP)  ## check types
 
 check: lint types test ## all of format, lint, types and tests
 
-bench: $(STAMP)  ## measure codecs on checkpoints from real training
+bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an hour or two; renew the README's table
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev,bench]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check zipnn
 	$(BIN)/python -m bench.trajectories
 	$(BIN)/python -m bench.codec
+	$(BIN)/python -m bench.store
+	$(BIN)/python -m bench.disk
+	$(BIN)/python -m bench.headline --write
 
 clean:           ## remove the environment and what runs have written
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,140 @@
+"""The README's table of figures, made from ``bench/results/``.
+
+Every figure is one that a benchmark measured and wrote; nothing is typed by hand. The table stands
+between two comments in the README, and a test compares it with the results.
+
+Example::
+
+    python -m bench.headline            # print it
+    python -m bench.headline --write    # put it into the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.codec import FAST, RESULTS, SMALL, TENSORX
+from bench.trajectories import ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: python -m bench.headline --write -->", "<!-- end of figures -->"
+ENCODER = "encoder-22.7M"
+REGIMES = {
+    "bf16-1e-5": "bf16, lr 1e-5",
+    "bf16-5e-5": "bf16, lr 5e-5",
+    "masters-2e-5": "bf16 snapshots of fp32 masters, lr 2e-5",
+    "fp32-2e-5": "fp32, lr 2e-5",
+}
+WINDOW = 4
+BUDGETS = (1, 3, 10)
+
+
+def table(results: Path = RESULTS) -> str:
+    """Return the table."""
+    codec, store, disk = (
+        json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("codec", "store", "disk")
+    )
+    lines = ["| | ours | beside it |", "|---|--:|--:|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in (*codecs(codec), *times(store), *runs(disk))]
+    about = (
+        f"{codec['date']}, {store['cores']} shared cores of {codec['cpu']}: codecs on one of them "
+        f"(commit {codec['commit']}), saves on a disk that writes {store['disk']:.2f} GB/s "
+        f"(commit {store['machine']['commit']}), whole runs at commit {disk['commit']}. Sizes and "
+        "speeds are of an encoder of 22.7 M parameters, runs of a causal LM of 2.5 M; more, and "
+        "what falls short of its target, in [`bench/results`](bench/results) and "
+        "[`docs/LOG.md`](docs/LOG.md)."
+    )
+    return "\n".join([*lines, "", about])
+
+
+def codecs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of sizes and speeds, of the encoder's checkpoints."""
+    rows = {(row["trajectory"], row["codec"]): row for row in document["rows"]}
+    found = []
+    for regime, words in REGIMES.items():
+        fast, small, peer = (rows[f"{ENCODER} {regime}", name] for name in (FAST, SMALL, TENSORX))
+        found.append(
+            (
+                f"a checkpoint against its base, {words}; `fast` (`small`)",
+                f"{fast['percent']:.1f} % ({small['percent']:.1f} %) of full",
+                f"{peer['percent']:.1f} %, XOR + planes + zstd-1",
+            )
+        )
+    fast, small = (rows[f"{ENCODER} bf16-1e-5", name] for name in (FAST, SMALL))
+    peer = rows[f"{ENCODER} bf16-1e-5", TENSORX]
+    found.append(
+        (
+            "encoding, decoding at lr 1e-5; `fast` (`small`)",
+            f"{fast['encode']:.1f}, {fast['decode']:.1f} ({small['encode']:.1f}, "
+            f"{small['decode']:.1f}) GB/s",
+            f"{peer['encode']:.1f}, {peer['decode']:.1f} GB/s, XOR + planes + zstd-1",
+        )
+    )
+    alone = {(row["trajectory"], row["codec"]): row for row in document["alone"]}
+    ours = alone[f"{ENCODER} bf16", FAST]
+    peer = alone.get((f"{ENCODER} bf16", "ZipNN")) or alone[f"{ENCODER} bf16", "zstd-3"]
+    found.append(
+        (
+            "bf16 weights without any base",
+            f"{ours['percent']:.1f} % of full; {ours['encode']:.1f}, {ours['decode']:.1f} GB/s",
+            f"{peer['percent']:.1f} %; {peer['encode']:.1f}, {peer['decode']:.1f} GB/s, "
+            f"{peer['codec']}",
+        )
+    )
+    return found
+
+
+def times(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of saves."""
+    rows = {(row["regime"], row["way"]): row for row in document["rows"]}
+    found = []
+    for regime, words in REGIMES.items():
+        ours, peer = rows[regime, "ours"], rows[regime, "safetensors"]
+        found.append(
+            (
+                f"a durable save, {words}",
+                f"{ours['save'] / peer['save']:.2f} of the time",
+                "safetensors and fsync",
+            )
+        )
+    return found
+
+
+def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of whole MSFT runs."""
+    rows = {(row["regime"], row["budget"], row["window"]): row for row in document["rows"]}
+    found = []
+    for regime, window in (("bf16-1e-5", None), ("bf16-1e-5", WINDOW), ("masters-2e-5", WINDOW)):
+        budgets = [budget for budget in BUDGETS if (regime, budget, window) in rows]
+        chosen = [rows[regime, budget, window] for budget in budgets]
+        what = "no peak window" if window is None else f"peak window {window}"
+        found.append(
+            (
+                f"disk of a whole MSFT run of 10 sub-datasets, {REGIMES[regime]}, C = "
+                f"{', '.join(map(str, budgets))}, {what}; peak (mean), in full checkpoints",
+                ", ".join(f"{row['peak']:.2f} ({row['mean']:.2f})" for row in chosen),
+                ", ".join(f"{row['paper_peak']} ({row['paper_mean']:.2f})" for row in chosen)
+                + ", a full copy per champion",
+            )
+        )
+    return found
+
+
+def main() -> None:
+    """Print the table, or put it into the README."""
+    parser = argparse.ArgumentParser(description="Make the README's table of figures.")
+    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    if not parser.parse_args().write:
+        print(table())
+        return
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
