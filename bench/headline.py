@@ -60,8 +60,8 @@ def codecs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(
             (
                 f"a checkpoint against its base, {words}; `fast` (`small`)",
-                f"{fast['percent']:.1f} % ({small['percent']:.1f} %) of full",
-                f"{peer['percent']:.1f} %, XOR + planes + zstd-1",
+                f"{fast['percent']:.3g} % ({small['percent']:.3g} %) of full",
+                f"{peer['percent']:.3g} %, XOR + planes + zstd-1",
             )
         )
     fast, small = (rows[f"{ENCODER} bf16-1e-5", name] for name in (FAST, SMALL))
@@ -80,8 +80,8 @@ def codecs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     found.append(
         (
             "bf16 weights without any base",
-            f"{ours['percent']:.1f} % of full; {ours['encode']:.1f}, {ours['decode']:.1f} GB/s",
-            f"{peer['percent']:.1f} %; {peer['encode']:.1f}, {peer['decode']:.1f} GB/s, "
+            f"{ours['percent']:.3g} % of full; {ours['encode']:.1f}, {ours['decode']:.1f} GB/s",
+            f"{peer['percent']:.3g} %; {peer['encode']:.1f}, {peer['decode']:.1f} GB/s, "
             f"{peer['codec']}",
         )
     )

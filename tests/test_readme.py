@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import headline
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -50,6 +52,12 @@ def test_everything_on_the_map_is_there() -> None:
     paths = mapped()
     assert len(paths) == len(set(paths)) > 20
     assert [str(path) for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_figures_are_those_of_the_results() -> None:
+    _, _, rest = README.partition(headline.BEGIN)
+    shown, _, _ = rest.partition(headline.END)
+    assert shown.strip() == headline.table()
 
 
 @pytest.mark.parametrize("package", ["msft_store", "trainer"])
