@@ -209,7 +209,8 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
     except BaseException as error:
         # KeyboardInterrupt and SystemExit too: whoever waits would wait forever.
         task.set_exception(error)
-        if not threading.main_thread().is_alive():
+        # Pools refuse work a moment before the main thread counts as ended.
+        if not threading.main_thread().is_alive() or "interpreter shutdown" in str(error):
             # Nobody will ask any more: threading prints it.
             raise StorageError(
                 "a save in the background failed as the interpreter ended: close an AsyncSaver or "
