@@ -112,8 +112,9 @@ def halved(symbols: Array, distances: Array) -> Array:
 
 
 def _exponents(old: Lanes, positions: Array, layout: Layout) -> Array:
-    magnitudes = old[positions].astype(np.int64) & layout.mask
-    exponents: Array = (magnitudes >> layout.shift).astype(np.int16)
+    unsigned = old.view(f"<u{old.itemsize}")
+    magnitudes = unsigned[positions] & unsigned.dtype.type(layout.mask)
+    exponents: Array = (magnitudes >> unsigned.dtype.type(layout.shift)).astype(np.int16)
     return exponents
 
 

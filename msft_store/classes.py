@@ -50,14 +50,14 @@ def find(new: Lanes, old: Lanes, layout: Layout, fast: Any) -> Found:
     use, busy, low, high = fast.plan(counts, runs, step)
     coded = blocks if use else np.ones_like(blocks)
     limit = busy << layout.shift
-    positions = fast.listing(now, was, coded, limit, layout.mask)
+    positions, gaps = fast.listing(now, was, coded, limit, layout.mask)
     symbols, distances = fast.describe(now, was, positions, layout.shift, layout.mask, low, high)
     return Found(
         busy=busy,
         low=low,
         high=high,
         runs=changes.run_lengths(blocks) if use else None,
-        gaps=fast.gaps(was, coded, positions, limit, layout.mask),
+        gaps=gaps,
         symbols=symbols,
         distances=distances,
     )
@@ -253,7 +253,8 @@ def plain_symbols(runs: int, values: Array) -> Array:
 
 def _pack_levels(levels: Array) -> bytes:
     table = levels.reshape(-1, SYMBOLS)
-    used = 1 + max(np.flatnonzero(table.any(axis=0)), default=0)
+    columns = np.flatnonzero(table.any(axis=0))
+    used = int(columns[-1]) + 1 if columns.size else 1
     rows = table[:, :used]
     steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
     return compressor(_TABLE_LEVEL).compress(steps.tobytes())

@@ -95,44 +95,43 @@ def survey(
 
 @_compiled
 def listing(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
-    """Return positions, uint32, of changed or busy elements of the blocks that are marked."""
+    """Return what is listed in the blocks that are marked: positions, and gaps of the quiet ones.
+
+    Positions, uint32, are of changed and of busy elements; gaps, int64, are counted in the marked
+    blocks only.
+    """
     positions = np.empty(new.size + 1, np.uint32)
+    gaps = np.empty(new.size + 1, np.int64)
     marks = np.zeros(BLOCK, np.uint8)
     eights = marks.view(np.uint64)
-    count = uint64(0)
+    count, quiet = uint64(0), uint64(0)
+    start, before = 0, -1
     for block in range(blocks.size):
         if not blocks[block]:
             continue
         first = block * BLOCK
         length = min(BLOCK, new.size - first)
+        any_quiet = False
         for i in range(length):
             reference = old[first + i]
-            marks[i] = (new[first + i] != reference) | ((reference & mask) < limit)
+            changed, busy = new[first + i] != reference, (reference & mask) < limit
+            marks[i] = changed | busy
+            any_quiet |= changed & (not busy)
+        if any_quiet:
+            for i in range(length):
+                reference = old[first + i]
+                if new[first + i] != reference and (reference & mask) >= limit:
+                    gaps[quiet] = start + i - before - 1
+                    quiet += uint64(1)
+                    before = start + i
+        start += BLOCK
         marks[length:] = 0
         for eight in range(eights.size):
             if eights[eight] != 0:
                 for i in range(8 * eight, 8 * eight + 8):
                     positions[count] = first + i
                     count += uint64(marks[i])
-    return positions[:count]
-
-
-@_compiled
-def gaps(old: Any, blocks: Any, positions: Any, limit: Any, mask: Any) -> Any:
-    """Return the gaps between quiet positions, counted in the marked blocks only; int64."""
-    quiet = np.empty(positions.size + 1, np.int64)
-    count = uint64(0)
-    for k in range(positions.size):
-        quiet[count] = positions[k]
-        count += uint64((old[positions[k]] & mask) >= limit)
-    ranks = np.cumsum(blocks) - 1
-    found = quiet[:count]
-    before = -1
-    for k in range(found.size):
-        at = ranks[found[k] // BLOCK] * BLOCK + found[k] % BLOCK
-        found[k] = at - before - 1
-        before = at
-    return found
+    return positions[:count], gaps[:quiet].copy()
 
 
 @_compiled
