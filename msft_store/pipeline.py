@@ -262,11 +262,10 @@ def encode_anew(
     base: str | None,
     level: codecs.Level,
     onto: Mapping[str, TensorEntry] | None = None,
-) -> Totals:
+) -> None:
     """Store stored chunks once more: without any reference but the base, or as changes of ``onto``.
 
-    Chunks that need none but the base already, or one of ``onto``, are left as they are. Return
-    what the others took.
+    Chunks that need none but the base already, or one of ``onto``, are left as they are.
     """
     planner = Planner(objects, base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
@@ -301,7 +300,6 @@ def encode_anew(
     with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)
-    return writer.totals
 
 
 def _whole(tensor: torch.Tensor, keys: tuple[bytes, ...]) -> TensorEntry:

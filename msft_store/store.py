@@ -314,9 +314,12 @@ class Store:
                 raise InvalidInputError(
                     f"checkpoints {found.id[:12]} and {other.id[:12]} have different bases"
                 )
+            held = own_bytes(self._catalog, found) - self._catalog.stored_bytes(found)
+            if held <= 0:
+                return found
             packs: list[PackWriter] = []
             with self._packing(packs) as begin:
-                totals = encode_anew(
+                encode_anew(
                     self._catalog.objects,
                     self._catalog.tensors(found),
                     begin,
@@ -324,7 +327,10 @@ class Store:
                     level=self.level,
                     onto=self._catalog.tensors(other),
                 )
-                if totals.stored_bytes >= own_bytes(self._catalog, found):
+                new = {record.key: record.length for pack in packs for record in pack.records}
+                old = (self._catalog.objects.find(key, found.base) for key in new)
+                replaced = sum(stored.record.length for stored in old if stored is not None)
+                if sum(new.values()) >= replaced + held:
                     packs.clear()
             return self._encoded_anew(found) if packs else found
 
