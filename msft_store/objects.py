@@ -153,6 +153,25 @@ class Objects:
         row = index.find(key, base)
         return None if row < 0 else index.stored(row)
 
+    def is_whole(self, record: Record) -> bool:
+        """Return whether all is there that a record refers to.
+
+        It is for whatever a checkpoint needs. Of the rest a gc may leave records in a pack whose
+        references it removed.
+        """
+        keys: tuple[bytes, ...] = ()
+        if record.refers_to_chunk:
+            spans = record.reference if isinstance(record.reference, tuple) else None
+            keys = (record.ref_key,) if spans is None else tuple(span.key for span in spans)
+        for key in keys:
+            if self.in_base(key, record.base) is None:
+                found = self.find(key, record.base)
+                if found is None or found.record.depth >= record.depth:
+                    return False
+                if not self.is_whole(found.record):
+                    return False
+        return True
+
     def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
         """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
         out: Bytes = np.empty(size, np.uint8)

@@ -103,10 +103,13 @@ class Encoder:
         key, size = chunk_key(data.data, dtype), data.size
         if self._objects.in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
-        stored = self._objects.find(key, self._base)
-        if stored is not None and not (self._alone and stored.record.refers_to_chunk):
+        stored, reference = self._objects.find(key, self._base), work.reference
+        if stored is not None and not self._objects.is_whole(stored.record):
+            # Of what may replace it, only what refers to no chunk is sure to be preferred.
+            reference = None
+        elif stored is not None and not (self._alone and _improves(reference, stored.record)):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
-        reference, old, ref_key = work.reference, None, bytes(KEY_BYTES)
+        old, ref_key = None, bytes(KEY_BYTES)
         if reference is not None:
             old = self._objects.scratch(size)
             ref_key = self._read(reference, old, dtype)
@@ -137,7 +140,7 @@ class Encoder:
             base=None if reference is None else reference.base,
             ref_key=ref_key,
             reference=_explicit(reference),
-            generation=0 if stored is None else stored.record.generation + 1,
+            generation=0 if stored is None else min(stored.record.generation + 1, MAX_GENERATION),
         )
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
@@ -152,6 +155,16 @@ class Encoder:
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
         return self._objects.base(base).read_verified_into(span, out, dtype)
+
+
+def _improves(reference: Reference | None, stored: Record) -> bool:
+    """Return whether a record with a reference would be preferred, and lets go of another chunk."""
+    if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
+        return stored.refers_to_chunk
+    if reference.span.key == stored.ref_key:
+        return False
+    # Of equal depth a later generation is preferred, if there is one.
+    return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
 
 
 def _restores(code: int, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
@@ -277,11 +290,7 @@ def encode_anew(
         stored = objects.find(key, base)
         return objects.in_base(key, base) is not None or (
             stored is not None
-            and (
-                not stored.record.refers_to_chunk
-                or stored.record.ref_key in enough
-                or stored.record.generation == MAX_GENERATION
-            )
+            and (not stored.record.refers_to_chunk or stored.record.ref_key in enough)
         )
 
     def work() -> Iterator[Work]:

@@ -312,6 +312,46 @@ def test_a_chunk_may_be_rebased_again_and_again(store: Store, base: Base, state:
     assert opened.check() == []
 
 
+def test_a_rebase_that_no_reader_would_follow_writes_nothing(
+    store: Store, base: Base, state: State
+) -> None:
+    for parent in (base, None):
+        root = store.save(train_step(state, 0.3, 1), parent=parent, step=1)
+        child_state = train_step(store.load(root), 0.02, 2)
+        child = store.save(child_state, parent=root, step=1)
+        unlike = store.save(make_state(5), parent=parent, step=1)
+        deep = store.save(train_step(make_state(5), 0.02, 3), parent=unlike, step=1)
+        store.forget(root)
+        before = packs(store)
+        assert store.rebase(child, child) == child
+        if parent is None:
+            assert store.rebase(child, deep) == child
+        assert packs(store) == before
+        assert same_bits(store.load(child), child_state)
+
+
+def test_after_the_last_generation_a_chunk_may_still_be_an_anchor(
+    store: Store, base: Base, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MAX_GENERATION", 1)
+    root = store.save(train_step(state, 0.3, 1), parent=base)
+    best_state = train_step(store.load(root), 0.02, 2)
+    best = store.save(best_state, parent=root)
+    for seed in (3, 4):
+        later = store.anchor(store.save(train_step(store.load(root), 0.02, seed), parent=root))
+        store.forget(root)
+        store.rebase(best, later)
+        store.plan_gc().execute()
+        root = later
+    assert max(record.generation for record in records(store)) == 1
+    assert store.stats().held_bytes > 0
+    store.anchor(best)
+    store.plan_gc().execute()
+    assert max(depths_of(store, best)) == 1
+    assert store.stats().held_bytes == 0
+    assert same_bits(store.load(best), best_state)
+
+
 def test_an_anchor_without_a_base_needs_no_other_checkpoint(store: Store, state: State) -> None:
     first = store.save(state)
     moved = train_step(state, 0.02, 1)

@@ -251,3 +251,29 @@ def test_what_needs_no_base_stays_whole_where_a_base_has_its_reference(
     for ckpt in (third, fourth):
         assert same_bits(store.load(ckpt), changed)
     assert store.check() == []
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_a_gc_left_without_its_reference_is_stored_anew(store: Store, deep: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first = {"x": torch.randn(500, generator=generator).bfloat16()}
+    second = train_step(first, 0.1, 1)
+    third = train_step(second, 0.1, 2) if deep else second
+    large = torch.randn(50_000, generator=generator)
+    line = [store.save(first)]
+    if deep:
+        line.append(store.save(second, parent=line[-1]))
+    line.append(store.save({**third, "large": large}, parent=line[-1]))
+    kept = store.save({"large": large})
+    for ckpt in line:
+        store.forget(ckpt)
+    store.plan_gc().execute()
+    assert store.stats().held_bytes == 0
+    assert len(list(Path(store.path, "packs").iterdir())) == 1
+    again = store.save({**third, "new": torch.ones(3)}, parent=kept)
+    opened = Store.open(store.path)
+    assert same_bits(opened.load(again, ["x"]), third)
+    assert opened.check() == []
+    opened.forget(kept)
+    opened.plan_gc().execute()
+    assert same_bits(opened.load(again, ["x"]), third)
