@@ -1,7 +1,8 @@
 """From chunks back to tensors: in parallel, in bounded memory, in place where that is possible.
 
 Invariants: every chunk is verified; no more than a few chunks per thread are in memory besides the
-tensors themselves, whatever their size, device and layout.
+tensors themselves, whatever their size, device and layout. Tensors that share some memory are not
+decoded in it.
 
 Example::
 
@@ -54,7 +55,12 @@ def decode_state(
     and the tensor, and then ``outs`` are partly overwritten.
     """
 
-    jobs = (job for name in tensors for job in _reads(name, tensors[name], outs[name].detach()))
+    plain = _apart({name: outs[name].detach() for name in tensors})
+    jobs = (
+        job
+        for name in tensors
+        for job in _reads(name, tensors[name], outs[name].detach(), in_place=name in plain)
+    )
     with closing(in_order(partial(_restore, objects, base, what), jobs)) as done:
         for _ in done:
             pass
@@ -70,7 +76,7 @@ def decode_bytes(
 
     def whole(name: str) -> Bytes:
         out = empty_like(tensors[name])
-        for job in _reads(name, tensors[name], out):
+        for job in _reads(name, tensors[name], out, in_place=True):
             _restore(objects, base, what, job)
         return view_bytes(out)
 
@@ -119,13 +125,35 @@ def _named(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from error
 
 
-def _reads(name: str, entry: TensorEntry, out: torch.Tensor) -> Iterator[_Read]:
+def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names of tensors whose memory no other one uses.
+
+    Until it is decoded, a chunk's place holds its reference: two threads must not share it.
+    """
+    extents = []
+    for name, out in outs.items():
+        if out.device.type == "cpu" and out.numel():
+            strides = zip(out.shape, out.stride(), strict=True)
+            last = sum((count - 1) * stride for count, stride in strides)
+            begin = out.data_ptr()
+            extents.append((begin, begin + (last + 1) * out.element_size(), name))
+    apart = set(outs)
+    reached, by = 0, ""
+    for begin, end, name in sorted(extents):
+        if begin < reached:
+            apart -= {name, by}
+        if end > reached:
+            reached, by = end, name
+    return apart
+
+
+def _reads(name: str, entry: TensorEntry, out: torch.Tensor, *, in_place: bool) -> Iterator[_Read]:
     for piece in entry.pieces:
         box = out
         if piece.shape != entry.shape:
             ranges = zip(piece.offset, piece.shape, strict=True)
             box = out[tuple(slice(first, first + count) for first, count in ranges)]
-        data = view_bytes(box) if has_plain_bytes(box) else None
+        data = view_bytes(box) if in_place and has_plain_bytes(box) else None
         position = 0
         for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
             yield _Read(

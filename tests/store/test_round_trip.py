@@ -316,3 +316,20 @@ def test_what_names_no_checkpoint_is_a_store_error(store: Store, wrong: object) 
     for call in (store.load, store.get, store.forget, store.tensors, store.anchor, store.base):
         with pytest.raises(StoreError):
             call(wrong)  # type: ignore[operator]
+
+
+def test_tensors_that_share_some_memory_are_restored(tmp_path: Path, store: Store) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(1000, 1000, generator=generator).bfloat16()
+
+    def views(tensor: torch.Tensor) -> State:
+        return {"whole": tensor, "most": tensor[:900], "rest": tensor[100:], "turned": tensor.t()}
+
+    apart = {name: tensor.contiguous().clone() for name, tensor in views(whole).items()}
+    base = store.add_base(write_base(tmp_path / "views.safetensors", apart))
+    moved = train_step({"whole": whole}, 0.3, 1)["whole"]
+    ckpt = store.save(views(moved), parent=base)
+    for _ in range(5):
+        target = torch.zeros_like(moved)
+        store.load_into(views(target), ckpt)
+        assert bits_of(target) == bits_of(moved)
