@@ -280,6 +280,8 @@ class Turned:
         return b"".join([*parts, stream.flush()])
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
+        if size % dtype.lane:
+            raise ValueError("a turned chunk ends within an element")
         planes = _inflate(payload, size)
         fast = loops() if dtype.lane in _COMPILED_LANES else None
         if fast is None:
@@ -354,14 +356,14 @@ def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
 def _changed(
     chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: Found | None
 ) -> tuple[Codec, bytes]:
-    worth_tables = level == "small" or chunk.size >= _TABLES_FROM
-    if changes.layout_of(dtype) is not None and worth_tables:
+    little = chunk.size < _TABLES_FROM
+    if changes.layout_of(dtype) is not None and (level == "small" or not little):
         codec = CLASSES if level == "fast" else ADAPTIVE
         payload = codec.encode(chunk, reference, dtype, found)
-        if len(payload) < _TABLES_PAY_FROM:
-            sparse = SPARSE.encode(chunk, reference, dtype)
-            if len(sparse) <= len(payload):
-                return SPARSE, sparse
+        if little or len(payload) < _TABLES_PAY_FROM:
+            plainer = _smallest((SPARSE, DELTA) if little else (SPARSE,), chunk, reference, dtype)
+            if len(plainer[1]) <= len(payload):
+                return plainer
         return codec, payload
     differs = lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)
     changed = np.count_nonzero(differs) / differs.size
