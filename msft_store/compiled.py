@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from typing import Any
 
 VARIABLE = "MSFT_STORE_NUMBA"
@@ -26,5 +27,10 @@ def loops() -> Any:
         return None
     try:
         return importlib.import_module("msft_store.loops")
-    except ImportError:
+    except Exception as error:  # Numba fails in many ways where it does not fit its machine
+        warnings.warn(
+            f"Numba cannot be used ({error}): saves and loads are slower, level small by far",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None

@@ -39,7 +39,6 @@ _SKEW = zstandard.ZstdCompressionParameters(
     min_match=7,
     target_length=0,
 )
-_local = threading.local()
 _MAX_WINDOW = 1 << 27
 """Of a zstd frame, bytes."""
 
@@ -189,7 +188,7 @@ def inflate(payload: bytes, size: int) -> memoryview:
     try:
         declared = zstandard.get_frame_parameters(payload)
         if declared.content_size == size and declared.window_size <= _MAX_WINDOW:
-            whole = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+            whole = _decompressor().decompress(payload, allow_extra_data=False)
             return memoryview(whole)
         return _inflate_unsized(payload, size)
     except zstandard.ZstdError as error:

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from msft_store.bases import Base
+from msft_store.catalog import check_level
 from msft_store.codecs import Level
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.manifest import Checkpoint, checkpoint_content
@@ -112,6 +113,8 @@ class AsyncSaver:
         if self._closed:
             raise InvalidInputError("this AsyncSaver is closed; make another one of the store")
         facts = snapshot(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        if level is not None:
+            check_level(level)
 
         def work(state: State) -> Checkpoint:
             return self._store.save(state, parent=parent, level=level, compared=compared, **facts)
