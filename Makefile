@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CODE   := msft_store trainer tests bench examples
 
-.PHONY: help demo test check format lint types bench clean
+.PHONY: help demo test test-crash test-soak check format lint types bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,6 +20,12 @@ demo: $(STAMP)   ## fine-tune the bundled example with MSFT and with plain SFT, 
 
 test: $(STAMP)   ## run the tests
 	$(BIN)/python -m pytest
+
+test-crash: $(STAMP) ## inject faults for a few minutes: crashes, full disks, bit rot, kills
+	$(BIN)/python -m pytest tests/reliability
+
+test-soak: $(STAMP) ## the same for an hour or more
+	$(BIN)/python -m pytest tests/reliability --soak
 
 format: $(STAMP) ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(CODE)

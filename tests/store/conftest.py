@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from msft_store import Base, Checkpoint, Store
-from tests.store.states import State, make_state, train_step, write_base
+from tests.support.states import State, make_state, train_step, write_base
 
 
 @pytest.fixture

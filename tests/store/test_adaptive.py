@@ -35,7 +35,7 @@ from tests.store.pairs import (
     pair_of,
 )
 from tests.store.plain_reader import Decisions, read_adaptive
-from tests.store.states import State, same_bits, train_step, write_base
+from tests.support.states import State, same_bits, train_step, write_base
 
 CHANGES = [
     (token << 1 | half) << 2 | smaller << 1 | flipped

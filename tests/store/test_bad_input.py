@@ -21,8 +21,8 @@ from msft_store import (
 from msft_store.backend import LocalBackend
 from msft_store.format import canonical, digest, seal
 from msft_store.manifest import checkpoint_content
-from tests.store.faults import FaultyBackend
-from tests.store.states import State, train_step
+from tests.support.faults import FaultyBackend
+from tests.support.states import State, train_step
 
 EMPTY = checkpoint_content(
     parent=None,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from msft_store import Base, BaseError, Checkpoint, Store, UnknownCheckpointError
-from tests.store.faults import changed_at
-from tests.store.states import State, make_state, same_bits, train_step, write_base
+from tests.support.faults import changed_at
+from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 
 def test_a_base_that_moved_is_asked_for_and_relocated(

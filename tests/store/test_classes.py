@@ -20,7 +20,7 @@ from msft_store.changes import Found
 from msft_store.dtypes import DType
 from tests.store.pairs import BF16, DTYPES, FAST, KINDS, PATHS, SEEDED, Pair, check, layout, pair_of
 from tests.store.plain_reader import read_classes
-from tests.store.states import make_state, same_bits, train_step, write_base
+from tests.support.states import make_state, same_bits, train_step, write_base
 
 
 @given(

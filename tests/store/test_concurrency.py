@@ -9,7 +9,7 @@ import pytest
 
 from msft_store import Base, BusyError, KeepLast, Store, Timeline
 from msft_store.backend import LocalBackend
-from tests.store.states import State, same_bits, train_step
+from tests.support.states import State, same_bits, train_step
 
 
 def test_stores_in_several_threads_save_and_collect_at_once(

@@ -11,8 +11,8 @@ import pytest
 
 from msft_store import Checkpoint, CorruptedError, Store, StoreError
 from msft_store.format import digest, seal
-from tests.store.faults import changed_at
-from tests.store.states import State, same_bits, train_step
+from tests.support.faults import changed_at
+from tests.support.states import State, same_bits, train_step
 
 
 def sampled(path: Path, count: int = 24) -> list[int]:

@@ -25,7 +25,7 @@ from msft_store.manifest import (
 from msft_store.objects import Objects
 from msft_store.packs import PackWriter
 from msft_store.tensors import to_bytes
-from tests.store.states import State, logical_bytes, make_state, same_bits, train_step, write_base
+from tests.support.states import State, logical_bytes, make_state, same_bits, train_step, write_base
 
 BF16 = by_name("bfloat16")
 

@@ -13,8 +13,8 @@ from msft_store import CorruptedError, InvalidInputError, Store
 from msft_store.backend import LocalBackend
 from msft_store.catalog import Catalog
 from msft_store.export import export
-from tests.store.faults import changed_at
-from tests.store.states import make_state, same_bits, train_step, write_base
+from tests.support.faults import changed_at
+from tests.support.states import make_state, same_bits, train_step, write_base
 
 
 @pytest.fixture

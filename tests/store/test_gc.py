@@ -19,7 +19,7 @@ from msft_store import (
     StoreError,
 )
 from msft_store.backend import LocalBackend
-from tests.store.states import State, same_bits, train_step, write_base
+from tests.support.states import State, same_bits, train_step, write_base
 
 
 def files(store: Store) -> dict[str, int]:

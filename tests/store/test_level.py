@@ -11,7 +11,7 @@ import pytest
 from msft_store import Base, InvalidInputError, Store, VersionError, codecs
 from msft_store.codecs import Level
 from msft_store.format import seal
-from tests.store.states import State, make_state, same_bits, train_step, write_base
+from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from msft_store import (
     Timeline,
 )
 from msft_store.backend import LocalBackend, Writer
-from tests.store.faults import CHANGES, FaultyBackend, Stopped
-from tests.store.states import State, make_state, same_bits, train_step, write_base
+from tests.support.faults import CHANGES, FaultyBackend, Stopped
+from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 LONG = 60.0
 """Seconds after which a test that hangs fails."""

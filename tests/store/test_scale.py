@@ -18,8 +18,8 @@ from msft_store.format import BaseSpan, ChunkSpan, Record
 from msft_store.keytable import KeyTable, among, as_keys, counted, key_at, unique
 from msft_store.manifest import Piece, TensorEntry, read_tensors, tensor_table
 from msft_store.tablescan import KeyScanner
-from tests.store.faults import EVERYTHING, FaultyBackend
-from tests.store.states import State, make_state, train_step
+from tests.support.faults import EVERYTHING, FaultyBackend
+from tests.support.states import State, make_state, train_step
 
 BF16 = by_name("bfloat16")
 

@@ -29,7 +29,7 @@ from msft_store import (
     Policy,
     Store,
 )
-from tests.store.states import State, same_bits, train_step, write_base
+from tests.support.states import State, same_bits, train_step, write_base
 
 SEEDS = st.integers(0, 1 << 20)
 SHARES = st.floats(0, 1)

@@ -24,7 +24,7 @@ from msft_store import (
 )
 from msft_store.backend import LocalBackend
 from msft_store.objects import Objects
-from tests.store.states import State, bits_of, make_state, same_bits, train_step, write_base
+from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
 
 def commit_all(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import torch
 
 from msft_store import KeepBest, KeepLast, OutOfSpaceError, StorageError, Store, Timeline
 from msft_store.backend import LocalBackend
-from tests.store.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
-from tests.store.states import State, same_bits, train_step, write_base
+from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
+from tests.support.ledger import Ledger
+from tests.support.states import State, same_bits, train_step, write_base
 
 RETENTION = KeepLast(1) | KeepBest("score", 1)
 
@@ -80,12 +80,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         droppable={child.id: below, newest.id: branch},
         ids={"anchor": anchor.id, "child": child.id, "root": root.id, "newest": newest.id},
     )
-
-
-@pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Processes are killed here, not machines; what is not synced is there all the same.
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 Operation = Callable[[Store, Prepared], None]
@@ -174,10 +168,11 @@ FAILURES: dict[str, tuple[type[BaseException], frozenset[str]]] = {
 OPERATIONS = [save, pin, forget, anchor, rebase, gc, gc_with_policy, add_base, commit, rollback]
 
 
+@pytest.mark.usefixtures("without_fsync")
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("failure", FAILURES)
 def test_every_operation_may_fail(
-    tmp_path: Path, prepared: Prepared, operation: Operation, failure: str
+    tmp_path: Path, prepared: Prepared, faults: Ledger, operation: Operation, failure: str
 ) -> None:
     error, kinds = FAILURES[failure]
     verified = set()
@@ -195,16 +190,17 @@ def test_every_operation_may_fail(
             break
         backend.disarm()
         left = snapshot(root)
-        if n > 0 and left == pristine:
-            continue
-        if left not in verified:
-            verified.add(left)
-            verify(Store.open(root), prepared)
-            if failure != "stop":
-                # The same object goes on after an error.
-                operation(store, prepared)
-            operation(Store.open(root), prepared)
-            finish(Store.open(root), prepared)
+        with faults.inject(f"{failure} in {operation.__name__}"):
+            if n > 0 and left == pristine:
+                continue
+            if left not in verified:
+                verified.add(left)
+                verify(Store.open(root), prepared)
+                if failure != "stop":
+                    # The same object goes on after an error.
+                    operation(store, prepared)
+                operation(Store.open(root), prepared)
+                finish(Store.open(root), prepared)
         shutil.rmtree(root)
     assert n > 0
 
