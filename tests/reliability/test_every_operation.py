@@ -15,6 +15,7 @@ import torch
 from msft_store import KeepBest, KeepLast, OutOfSpaceError, StorageError, Store, Timeline
 from msft_store.backend import LocalBackend
 from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
+from tests.support.invariants import assert_tidied, assert_whole
 from tests.support.ledger import Ledger
 from tests.support.states import State, same_bits, train_step, write_base
 
@@ -190,17 +191,17 @@ def test_every_operation_may_fail(
             break
         backend.disarm()
         left = snapshot(root)
-        with faults.inject(f"{failure} in {operation.__name__}"):
+        with faults.inject(f"{failure} at an operation"):
             if n > 0 and left == pristine:
                 continue
             if left not in verified:
                 verified.add(left)
-                verify(Store.open(root), prepared)
+                assert_whole(Store.open(root), prepared.states, prepared.droppable)
                 if failure != "stop":
                     # The same object goes on after an error.
                     operation(store, prepared)
                 operation(Store.open(root), prepared)
-                finish(Store.open(root), prepared)
+                assert_tidied(Store.open(root), prepared.states, prepared.droppable)
         shutil.rmtree(root)
     assert n > 0
 
@@ -217,21 +218,3 @@ def snapshot(root: Path) -> frozenset[tuple[str, bytes | int]]:
 def what_is_in(path: Path) -> bytes | int:
     """Return the content of a ref, the size of any other file."""
     return path.read_bytes() if "refs" in path.parts else path.stat().st_size
-
-
-def verify(store: Store, prepared: Prepared) -> None:
-    """Assert that everything committed is there, to the last bit, and nothing is torn."""
-    known = {ckpt.id for ckpt in store.log()}
-    assert prepared.states.keys() <= known
-    for identity, state in {**prepared.droppable, **prepared.states}.items():
-        if identity in known:
-            assert same_bits(store.load(identity), state)
-    assert store.check() == []
-
-
-def finish(store: Store, prepared: Prepared) -> None:
-    """Assert that gc leaves nothing behind and takes nothing away."""
-    store.plan_gc().execute()
-    assert list(Path(store.path, "tmp").iterdir()) == []
-    assert store.plan_gc().freed_bytes == 0
-    verify(store, prepared)
