@@ -20,12 +20,20 @@ import numpy as np
 import torch
 
 from msft_store.dtypes import DType
-from msft_store.errors import StorageError, StoreError
+from msft_store.errors import MismatchError, StorageError, StoreError
+from msft_store.format import chunk_key
 from msft_store.kernels import Bytes
 from msft_store.manifest import TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
-from msft_store.tensors import has_plain_bytes, torch_dtype, view_bytes, write_elements
+from msft_store.tensors import (
+    has_plain_bytes,
+    may_overlap_itself,
+    read_elements,
+    torch_dtype,
+    view_bytes,
+    write_elements,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,8 @@ def decode_state(
     """Restore tensors into existing ones of the same shape and dtype, on any device.
 
     Every chunk is verified; :class:`StoreError` at the first that is damaged, which names ``what``
-    and the tensor, and then ``outs`` are partly overwritten.
+    and the tensor, and then ``outs`` are partly overwritten. So is :class:`MismatchError`, if some
+    of ``outs`` share memory that would have to hold two things.
     """
 
     plain = _apart({name: outs[name].detach() for name in tensors})
@@ -64,6 +73,14 @@ def decode_state(
     with closing(in_order(partial(_restore, objects, base, what), jobs)) as done:
         for _ in done:
             pass
+    for name in tensors.keys() - plain:
+        for job in _reads(name, tensors[name], outs[name].detach(), in_place=False):
+            held = read_elements(job.box, job.start, job.start + job.size // job.dtype.size)
+            if chunk_key(held.data, job.dtype) != job.key:
+                raise MismatchError(
+                    f"{what}: the target's {name!r} shares memory with another tensor, or with "
+                    "itself, which in the checkpoint is not equal. The target is partly overwritten"
+                )
 
 
 def decode_bytes(
@@ -126,9 +143,10 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names of tensors whose memory no other one uses.
+    """Return the names of host tensors whose memory nothing else uses, not even themselves.
 
-    Until it is decoded, a chunk's place holds its reference: two threads must not share it.
+    Until it is decoded, a chunk's place holds its reference: two threads must not share it. Memory
+    of other devices is compared by place alone.
     """
     extents = []
     for name, out in outs.items():
@@ -137,7 +155,7 @@ def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
             last = sum((count - 1) * stride for count, stride in strides)
             begin = out.data_ptr()
             extents.append((begin, begin + (last + 1) * out.element_size(), name))
-    apart = set(outs)
+    apart = {name for name, out in outs.items() if not may_overlap_itself(out)}
     reached, by = 0, ""
     for begin, end, name in sorted(extents):
         if begin < reached:

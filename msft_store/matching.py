@@ -38,6 +38,8 @@ def check_match(
             problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
         elif have.is_meta:
             problems.append(f"{name} is on the meta device and has no memory")
+        elif 0 in (s for s, n in zip(have.stride(), have.shape, strict=True) if n > 1):
+            problems.append(f"{name} is expanded: its elements share memory")
         elif by_torch(have.dtype) != want.dtype:
             problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
     problems += _torn(tensors, state) if not problems else []

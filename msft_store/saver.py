@@ -4,7 +4,8 @@ Invariants: one save at a time, and the next call waits for it before it overwri
 thread runs what a synchronous save runs, so ids and durability are the same: no checkpoint is
 visible before it is durable, and a process that dies leaves none or a whole one. Each error is
 raised once: by the future's ``result()`` or ``exception()`` if somebody asks it, otherwise by the
-next call. A call that raises the error of the one before has done nothing itself.
+next call; one that nobody has got when the saver goes, or the interpreter ends, is printed. A call
+that raises the error of the one before has done nothing itself.
 
 A save that is under way when the interpreter ends fails, and that is printed: close a saver, or use
 ``with``. In a forked process, waiting for a save that its parent has begun is an error, not a hang.
@@ -22,7 +23,10 @@ Example::
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -49,8 +53,10 @@ class Background:
 
     def __init__(self) -> None:
         self._staging = Staging()
-        self._task: _Task[Any] | None = None
+        self._tasks: list[_Task[Any]] = []
+        """What was begun last, unless it was waited for."""
         self._thread: threading.Thread | None = None
+        weakref.finalize(self, _print_errors, self._tasks)
 
     def submit(self, tensors: State | torch.nn.Module, work: Callable[[State], _T]) -> Future[_T]:
         """Wait for what is under way, copy the tensors, and run ``work`` on the copy."""
@@ -59,7 +65,8 @@ class Background:
         task: _Task[_T] = _Task()
         thread = threading.Thread(target=_run, args=(task, work, state), name="msft_store save")
         thread.start()
-        self._task, self._thread = task, thread
+        self._tasks.append(task)
+        self._thread = thread
         return task
 
     def join(self) -> None:
@@ -71,9 +78,11 @@ class Background:
     def wait(self) -> None:
         """Wait until nothing is under way, and raise an error that nobody has taken yet."""
         self.join()
-        task, self._task, self._thread = self._task, None, None
-        if task is not None and not task.taken:
-            task.result()
+        self._thread = None
+        while self._tasks:
+            task = self._tasks.pop()
+            if not task.taken:
+                task.result()
 
     def release(self) -> None:
         """Give the memory of the copy back; the next one takes it again."""
@@ -181,11 +190,12 @@ def snapshot(
 
 
 class _Task(Future[_T]):
-    """What runs in the background; it knows whether somebody has got its error."""
+    """What runs in the background."""
 
     def __init__(self) -> None:
         super().__init__()
         self.taken = False
+        """Whether somebody has got its error, or it was printed."""
         self._process = os.getpid()
         self.set_running_or_notify_cancel()
 
@@ -215,9 +225,17 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
         # Pools refuse work a moment before the main thread counts as ended.
         if not threading.main_thread().is_alive() or "interpreter shutdown" in str(error):
             # Nobody will ask any more: threading prints it.
+            task.taken = True
             raise StorageError(
                 "a save in the background failed as the interpreter ended: close an AsyncSaver or "
                 "a Timeline before, or use `with`"
             ) from error
     else:
         task.set_result(result)
+
+
+def _print_errors(tasks: list[_Task[Any]]) -> None:
+    for task in tasks:
+        if task.done() and not task.taken and (error := task.exception()) is not None:
+            print("nobody has asked for the error of a save in the background:", file=sys.stderr)
+            traceback.print_exception(error)

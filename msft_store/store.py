@@ -211,8 +211,9 @@ class Store:
     ) -> None:
         """Restore a checkpoint into a module's tensors, or those of a mapping, in place.
 
-        Names, shapes and dtypes must be equal; tensors may be on any device and of any layout.
-        :class:`MismatchError` names what differs, and then nothing was changed.
+        Names, shapes and dtypes must be equal; tensors may be on any device and of any layout with
+        memory for each element. :class:`MismatchError` names what differs, and then nothing was
+        changed, unless it says so: where tensors share memory for what is not equal.
         """
         found, tensors = self._entries(checkpoint)
         items = target.state_dict() if isinstance(target, torch.nn.Module) else target

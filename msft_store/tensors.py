@@ -53,6 +53,17 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
     return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
 
 
+def may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Return whether elements of a tensor may share memory; odd strides are suspected."""
+    reach = 0
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, count in sorted(pair for pair in sizes if pair[1] > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (count - 1)
+    return False
+
+
 def to_bytes(tensor: torch.Tensor) -> Bytes:
     """Return a tensor's row-major bytes; they share memory with a contiguous CPU tensor."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()

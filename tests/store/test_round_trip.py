@@ -333,3 +333,29 @@ def test_tensors_that_share_some_memory_are_restored(tmp_path: Path, store: Stor
         target = torch.zeros_like(moved)
         store.load_into(views(target), ckpt)
         assert bits_of(target) == bits_of(moved)
+
+
+def test_a_target_that_cannot_hold_the_content_is_refused(store: Store) -> None:
+    rows = torch.arange(12.0).reshape(3, 4)
+    ckpt = store.save({"rows": rows, "more": rows + 1})
+    target = {"rows": torch.zeros(1, 4).expand(3, 4), "more": torch.zeros(3, 4)}
+    with pytest.raises(MismatchError, match="rows is expanded"):
+        store.load_into(target, ckpt)
+    assert not target["more"].any()
+    memory = torch.zeros(16)
+    for rest in (memory[2:14].view(3, 4), torch.zeros(3, 4)):
+        sharing = {"rows": memory.as_strided((3, 4), (2, 1)), "more": rest}
+        with pytest.raises(MismatchError, match="shares memory"):
+            store.load_into(sharing, ckpt)
+    halves = {"rows": memory[:12].view(3, 4), "more": memory[2:14].view(3, 4)}
+    with pytest.raises(MismatchError, match="shares memory"):
+        store.load_into(halves, ckpt)
+
+
+def test_overlapping_targets_may_hold_what_overlaps_alike(store: Store) -> None:
+    memory = torch.arange(8.0)
+    windows = {"windows": memory.as_strided((3, 4), (2, 1)), "tail": memory[4:]}
+    ckpt = store.save(windows)
+    target = torch.zeros(8)
+    store.load_into({"windows": target.as_strided((3, 4), (2, 1)), "tail": target[4:]}, ckpt)
+    assert torch.equal(target, memory)

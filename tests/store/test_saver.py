@@ -390,6 +390,29 @@ def test_an_interpreter_that_ends_without_close_does_not_hang(store: Store) -> N
         after.load(ckpt)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_error_that_nobody_asked_for_is_printed_at_the_end(store: Store, asked: bool) -> None:
+    code = (
+        "import sys, torch\n"
+        "from msft_store import AsyncSaver, Store\n"
+        "saver = AsyncSaver(Store.open(sys.argv[1]))\n"
+        "future = saver.save({'x': torch.ones(1)}, parent='nosuch')\n"
+        "while not future.done():\n"
+        "    pass\n"
+        "if sys.argv[2] == 'True':\n"
+        "    future.exception()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.path, str(asked)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONG,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert ("nobody has asked" in done.stderr and "nosuch" in done.stderr) == (not asked)
+
+
 Step = Callable[[Timeline, State], object]
 
 WAITING: dict[str, Step] = {
