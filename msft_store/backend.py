@@ -75,6 +75,9 @@ class Backend(Protocol):
     def delete(self, path: str) -> None:
         """Remove a file, durably; one that is not there is no error."""
 
+    def move(self, path: str, target: str) -> None:
+        """Give a file another path, durably; its bytes are not read."""
+
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Hold the store's lock: shared with other shared holders, or alone."""
 
@@ -259,6 +262,15 @@ class LocalBackend:
             target.unlink(missing_ok=True)
             if target.parent.is_dir():
                 _sync_folder(target.parent)
+
+    def move(self, path: str, target: str) -> None:
+        source, place = self.root / path, self.root / target
+        with translated(f"move {source} to", place):
+            _make_folder(place.parent)
+            os.replace(source, place)
+            # The new entry first: after a power loss the file may have two names, never none.
+            _sync_folder(place.parent)
+            _sync_folder(source.parent)
 
     def clear_temporary(self) -> None:
         """Remove the folder of unpublished files; nothing may be under way."""

@@ -41,7 +41,7 @@ from msft_store.keytable import Keys, is_zero
 
 PACK_MAGIC = b"msftpack"
 PACK_HEADER = struct.Struct("<8sII")
-PACK_TRAILER = struct.Struct("<QIII4x16s8s")
+PACK_TRAILER = struct.Struct("<QIIII16s8s")
 NONE = 0xFFFFFFFF
 """The index of what a record does not have."""
 _MAX_TABLE_BYTES = 1 << 28
@@ -165,7 +165,8 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, str]:
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
     footer = zstandard.ZstdCompressor(level=3).compress(raw)
     check = xxhash.xxh3_128_digest(footer)
-    trailer = PACK_TRAILER.pack(offset, len(footer), len(raw), len(records), check, PACK_MAGIC)
+    sizes = (len(footer), len(raw), len(records))
+    trailer = PACK_TRAILER.pack(offset, *sizes, 0, check, PACK_MAGIC)
     return footer + trailer, check.hex()
 
 
@@ -173,8 +174,8 @@ def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
     """Parse the last bytes of a pack file of ``file_size`` bytes."""
     if len(data) != PACK_TRAILER.size:
         raise CorruptedError(f"{what} is truncated")
-    offset, length, size, count, check, magic = PACK_TRAILER.unpack(data)
-    if magic != PACK_MAGIC or offset + length + PACK_TRAILER.size != file_size:
+    offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
+    if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
         raise CorruptedError(f"{what} is truncated or damaged at its end")
     if size > _MAX_TABLE_BYTES + count * _RECORD.itemsize or count * KEY_BYTES > length + 64:
         raise CorruptedError(f"{what} declares a footer that its length rules out")
@@ -189,6 +190,8 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
         raw = inflate(data, trailer.size)
         (length,) = struct.unpack_from("<I", raw)
         table = bytes(raw[4 : 4 + length])
+        if 4 + length + trailer.count * _RECORD.itemsize != trailer.size:
+            raise ValueError("it has another length than its parts")
         rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
         bases = _bases(table)
     except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:

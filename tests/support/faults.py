@@ -10,7 +10,7 @@ from pathlib import Path
 from msft_store import StorageError
 from msft_store.backend import Backend, Writer
 
-CHANGES = frozenset({"begin", "write", "publish", "delete"})
+CHANGES = frozenset({"begin", "write", "publish", "delete", "move"})
 EVERYTHING = CHANGES | {"exists", "read", "size", "list", "lock"}
 
 
@@ -71,6 +71,10 @@ class FaultyBackend:
     def delete(self, path: str) -> None:
         self._operate("delete")
         self._inner.delete(path)
+
+    def move(self, path: str, target: str) -> None:
+        self._operate("move")
+        self._inner.move(path, target)
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
