@@ -10,6 +10,7 @@ Example::
 
 from __future__ import annotations
 
+import abc
 import os
 import warnings
 from collections.abc import Mapping
@@ -35,23 +36,23 @@ SAFETENSORS = "safetensors"
 warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
 
 
-class Way:
+class Way(abc.ABC):
     """A way to save a state durably and to load it; peers and ours."""
 
     def __init__(self, folder: Path, base: Path) -> None:
         self.folder = folder
         self.base = base
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
         """Do what is done once a run."""
 
+    @abc.abstractmethod
     def save(self, state: State) -> None:
         """Save durably."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load_into(self, state: State) -> None:
         """Restore what was saved last."""
-        raise NotImplementedError
 
 
 class Safetensors(Way):
