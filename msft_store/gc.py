@@ -13,7 +13,6 @@ Example::
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -22,13 +21,14 @@ import numpy as np
 
 from msft_store.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.catalog import Catalog
-from msft_store.errors import CorruptedError, InvalidInputError, StoreError
+from msft_store.errors import CorruptedError, StoreError
 from msft_store.format import Record
 from msft_store.liveness import closure
 from msft_store.manifest import Checkpoint, path_of
 from msft_store.packs import PackWriter
 from msft_store.render import human
 from msft_store.retention import Candidate, Policy
+from msft_store.slips import check_ranked
 
 _REWRITE_FROM = 0.2
 """Dead share of a pack from which rewriting it pays for the copying."""
@@ -125,7 +125,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         for checkpoint in checkpoints
     }
     if policy is not None:
-        _check_metrics(policy, checkpoints)
+        check_ranked(policy, [checkpoint.metrics for checkpoint in checkpoints])
         decided = policy.decide(_candidates(checkpoints, protected))
         kept = {
             identity: tuple(reason.text for reason in reasons)
@@ -146,16 +146,6 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         held_bytes=held,
         _catalog=catalog,
     )
-
-
-def _check_metrics(policy: Policy, checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse a metric that no checkpoint has: a slip of the pen would forget all of them."""
-    known = sorted({metric for checkpoint in checkpoints for metric in checkpoint.metrics})
-    for metric in policy.ranked_by:
-        if checkpoints and metric not in known:
-            near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)
-            hint = f"the nearest is {near[0]!r}" if near else "they have no metrics"
-            raise InvalidInputError(f"no checkpoint has a metric {metric!r}; {hint}")
 
 
 def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:

@@ -300,7 +300,7 @@ class Store:
                 encode_anew(
                     self._catalog.objects, tensors, begin, base=found.base, level=self.level
                 )
-            return self._encoded_anew(found) if packs else found
+            return self._encoded_anew(found)
 
     def rebase(self, checkpoint: Checkpoint | str, onto: Checkpoint | str) -> Checkpoint:
         """Re-encode a checkpoint as a change of another one, if gc can free more than that takes.
@@ -317,7 +317,7 @@ class Store:
                 )
             held = own_bytes(self._catalog, found) - self._catalog.stored_bytes(found)
             if held <= 0:
-                return found
+                return self._encoded_anew(found)
             packs: list[PackWriter] = []
             with self._packing(packs) as begin:
                 encode_anew(
@@ -333,7 +333,7 @@ class Store:
                 replaced = sum(stored.record.length for stored in old if stored is not None)
                 if sum(new.values()) >= replaced + held:
                     packs.clear()
-            return self._encoded_anew(found) if packs else found
+            return self._encoded_anew(found)
 
     def plan_gc(self, policy: Policy | None = None) -> GcPlan:
         """Return what could be freed; ``print`` it, then ``execute`` it.
@@ -366,8 +366,11 @@ class Store:
         return stats(self._catalog)
 
     def _encoded_anew(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Record what a checkpoint takes now, also where a crash came before that was done."""
         self._catalog.refresh()
         stored_bytes = self._catalog.stored_bytes(checkpoint)
+        if stored_bytes == checkpoint.stored_bytes:
+            return checkpoint
         found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
         self._catalog.add(found)
         return found

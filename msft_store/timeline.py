@@ -40,11 +40,10 @@ from msft_store.manifest import Checkpoint
 from msft_store.refs import check_name
 from msft_store.resident import Compared, Resident
 from msft_store.retention import Candidate, Policy
-from msft_store.saver import Background, State, snapshot
+from msft_store.saver import Background, State
+from msft_store.slips import check_commit, check_policy
 from msft_store.store import Store
-
-_KEY = "timeline"
-_ROOT = "root"
+from msft_store.traces import KEY, ROOT, facts_of, find, place_of, ref_of, release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class Timeline:
         check_name(name)
         if "/" in name:
             raise InvalidInputError(f"the name of a timeline has no '/': {name!r}")
-        self.retention = retention
+        self._retention = check_policy(retention)
         self.name = name
         self._background = Background()
         self.resident: Resident | None = None
@@ -85,23 +84,36 @@ class Timeline:
         self._last_commit: Commit | None = None
         self._store = store
         self._start = base
-        self._alive: dict[str, Checkpoint] = {}
-        self._foreign: set[str] = set()
+        traces = find(store, name)
+        self._root, self._branch, self._since = traces.root, traces.branch, traces.since
+        self._alive = {checkpoint.id: checkpoint for checkpoint in traces.protected}
+        self._foreign = set(traces.foreign)
         """Ids of roots that this timeline did not commit; it never evicts them."""
-        self._root: Checkpoint | None = None
-        self._branch = 0
-        self._since = 0
-        """Nothing that was created by then is this timeline's to remove (ns since 1970)."""
-        self._adopt()
-        if self._root is None and isinstance(base, Checkpoint):
-            self._set_root(base, self._branch)
-            self._anchor_root()
+        self._closed = False
+        self._counted = False
+        """Whether the number of the next commit is known, not guessed from what is left."""
+        if traces.strays:
+            self._give_up(traces.strays)
+        if self._root is None:
+            self._begin(base)
+        else:
+            # A roll-back may have been interrupted before it was through.
+            self._encode_anew()
         self._next = 1 + max((self._index(c) for c in self._current()), default=-1)
 
     @property
     def root(self) -> Base | Checkpoint | None:
         """What the current branch started from."""
         return self._root if self._root is not None else self._start
+
+    @property
+    def retention(self) -> Policy:
+        """What is kept; another one holds from the next commit or roll-back on."""
+        return self._retention
+
+    @retention.setter
+    def retention(self, policy: Policy) -> None:
+        self._retention = check_policy(policy)
 
     @property
     def branch(self) -> int:
@@ -124,9 +136,11 @@ class Timeline:
         """Save a checkpoint, protect what the policy keeps and evict the rest.
 
         Its parent is the branch's root. It may be evicted at once, if no rule keeps it.
+        :class:`InvalidInputError`, before anything is saved, if the policy ranks by metrics alone
+        that neither this commit nor any other has.
         """
-        facts = _facts(step, metrics, metadata)
-        self.wait()
+        facts = facts_of(step, metrics, metadata)
+        self._prepare(self.retention, facts)
         return self._commit(tensors, self.retention, facts, self._compare(tensors))
 
     def commit_async(
@@ -142,8 +156,8 @@ class Timeline:
         in host memory, which is held until the timeline is closed. The future has its result once
         all is done that :meth:`commit` does.
         """
-        facts, policy = _facts(step, metrics, metadata), self.retention
-        self.wait()
+        facts, policy = facts_of(step, metrics, metadata), self.retention
+        self._prepare(policy, facts)
         compared = self._compare(tensors)
         return self._background.submit(
             tensors, lambda state: self._commit(state, policy, facts, compared)
@@ -163,6 +177,7 @@ class Timeline:
         not need is evicted, the root is encoded so that it needs nothing but the base, and what
         else stays as a change of it.
         """
+        self._check_open()
         self.wait()
         target = self._store.get(checkpoint)
         tensors: dict[str, torch.Tensor] = {}
@@ -175,11 +190,10 @@ class Timeline:
             self.resident = None
             self.resident = Resident(tensors if into is None else into)
         self._set_root(target, self._branch + 1)
-        self._next = 1
+        self._next, self._counted = 1, True
         before = self._evict(target, self._protect(self.retention))
         # Only now, when what is not needed has gone: another representation takes room.
-        self._anchor_root()
-        self._rebase_rest()
+        self._encode_anew()
         after = self._give_up([])
         self._last_commit = replace(
             before,
@@ -193,11 +207,16 @@ class Timeline:
         """Make the next commit the one of number ``index`` on its branch; later ones are evicted.
 
         For a run that takes up an earlier position after it was killed: commits that are repeated
-        with equal content get their ids again.
+        with equal content get their ids again. :class:`InvalidInputError` for a number beyond the
+        next one; a timeline that was taken up again accepts any, for what it evicted left no trace.
         """
-        if index < 0:
-            raise InvalidInputError(f"a commit's number is 0 or more, not {index}")
+        self._check_open()
         self.wait()
+        if index < 0 or (self._counted and index > self._next):
+            raise InvalidInputError(
+                f"the next commit of branch {self._branch} is number {self._next}; "
+                f"it can be one from 0 to that, not {index}"
+            )
         later = (c for c in self._current() if self._index(c) >= index)
         self._give_up([c for c in later if c.id != self._root_id()])
         self._next = index
@@ -211,13 +230,13 @@ class Timeline:
     def close(self) -> None:
         """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``.
 
-        Where a commit in the background has failed, its error is raised and the refs stay.
+        Where a commit in the background has failed, its error is raised and the refs stay. Later
+        commits are refused.
         """
         self.wait()
         self._background.release()
-        for name in self._store.refs():
-            if name.startswith(self._ref("")):
-                self._store.unpin(name)
+        release(self._store, self.name)
+        self._closed = True
 
     def __enter__(self) -> Timeline:
         return self
@@ -233,6 +252,17 @@ class Timeline:
             self.close()
         else:
             self._background.join()
+
+    def _prepare(self, policy: Policy, facts: Mapping[str, Any]) -> None:
+        """Wait until a commit may begin; refuse one that would be evicted by a slip of the pen."""
+        self._check_open()
+        self.wait()
+        commit = Candidate(id="", metrics=facts["metrics"], branch=self._branch, index=self._next)
+        check_commit(policy, commit, [c.metrics for c in self._alive.values()])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidInputError(f"timeline {self.name!r} is closed; make a new one")
 
     def _compare(self, tensors: State | torch.nn.Module) -> Compared | None:
         return None if self.resident is None else self.resident.compare(tensors)
@@ -252,79 +282,58 @@ class Timeline:
                 parent=self.root,
                 step=facts["step"],
                 metrics=facts["metrics"],
-                metadata={**facts["metadata"], _KEY: place},
+                metadata={**facts["metadata"], KEY: place},
                 compared=compared,
             )
             self._alive[checkpoint.id] = checkpoint
             kept = self._protect(policy)
         self._last_commit = self._evict(checkpoint, kept)
         # Last, so that a commit that failed gives the same checkpoint when it is repeated.
-        self._next += 1
+        self._next, self._counted = self._next + 1, True
         return checkpoint
+
+    def _begin(self, base: Base | Checkpoint | None) -> None:
+        if isinstance(base, Checkpoint):
+            self._set_root(self._store.get(base), self._branch)
+            self._encode_anew()
+        elif isinstance(base, Base):
+            self._store.base(base)
+        elif base is not None:
+            raise InvalidInputError(f"a timeline starts from a base or a checkpoint, not {base!r}")
 
     def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
         with self._store.protecting("rollback"):
-            note = {"branch": branch, "since": self._since}
-            self._store.pin(checkpoint, self._ref(_ROOT), note=note)
-        if checkpoint.id not in self._alive:
-            self._foreign.add(checkpoint.id)
+            if checkpoint.id not in self._alive:
+                self._foreign.add(checkpoint.id)
+            note = self._note(checkpoint.id, branch=branch)
+            self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
         self._root = self._alive[checkpoint.id] = checkpoint
         self._branch = branch
 
-    def _anchor_root(self) -> None:
-        if self._root is not None:
-            root = self._store.anchor(self._root)
-            self._root = self._alive[root.id] = root
+    def _encode_anew(self) -> None:
+        """Let the root need nothing but the base, and what else stays not the root before.
 
-    def _rebase_rest(self) -> None:
-        """Let what stays, such as the best overall, no longer keep the root before alive."""
-        for checkpoint in list(self._alive.values()):
-            own = checkpoint.id not in self._foreign | {self._root_id()}
-            if own and self._root is not None and checkpoint.base == self._root.base:
-                self._alive[checkpoint.id] = self._store.rebase(checkpoint, self._root)
-
-    def _adopt(self) -> None:
-        """Take up what an earlier timeline of this name protected, remove what it did not.
-
-        One that was closed is left alone: its checkpoints are older than ``since``.
+        What needs nothing of that any more is left as it is.
         """
-        log = self._store.log()
-        refs, notes = self._store.refs(), self._store.notes()
-        mine = [name for name in refs if name.startswith(self._ref(""))]
-        newest = max((checkpoint.created for checkpoint in log), default=0)
-        self._since = min((notes[name].get("since", 0) for name in mine), default=newest)
-        root = self._ref(_ROOT)
-        if root in refs:
-            self._root = self._store.get(refs[root])
-            self._alive[self._root.id] = self._root
-            self._branch = int(notes[root].get("branch", 0))
-        protected = {refs[name] for name in mine}
-        strays = []
-        for checkpoint in log:
-            named, old = self._is_named(checkpoint), checkpoint.created <= self._since
-            if checkpoint.id in protected:
-                self._alive[checkpoint.id] = checkpoint
-                if not named or (old and checkpoint.id == self._root_id()):
-                    self._foreign.add(checkpoint.id)
-            elif named and not old:
-                strays.append(checkpoint)
-        if strays:
-            self._give_up(strays)
-
-    def _ref(self, part: str) -> str:
-        return f"timelines/{self.name}/{part}"
+        if self._root is None:
+            return
+        root = self._root = self._alive[self._root.id] = self._store.anchor(self._root)
+        for checkpoint in list(self._alive.values()):
+            own = checkpoint.id not in self._foreign | {root.id}
+            if own and checkpoint.base == root.base:
+                self._alive[checkpoint.id] = self._store.rebase(checkpoint, root)
 
     def _root_id(self) -> str | None:
         return None if self._root is None else self._root.id
 
     def _index(self, checkpoint: Checkpoint) -> int:
         on_branch = checkpoint.id not in self._foreign | {self._root_id()}
-        return int(_place(checkpoint)["index"]) if on_branch else 0
+        return int(place_of(checkpoint)["index"]) if on_branch else 0
 
     def _branch_of(self, checkpoint: Checkpoint) -> int:
         if checkpoint.id == self._root_id():
             return self._branch
-        return -1 if checkpoint.id in self._foreign else int(_place(checkpoint)["branch"])
+        return -1 if checkpoint.id in self._foreign else int(place_of(checkpoint)["branch"])
 
     def _current(self) -> list[Checkpoint]:
         return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
@@ -349,18 +358,26 @@ class Timeline:
         }
 
     def _protect(self, policy: Policy) -> dict[str, tuple[str, ...]]:
+        # What a failed eviction, or somebody by hand, has removed is no candidate.
+        there = {checkpoint.id for checkpoint in self._store.log()}
+        self._alive = {i: checkpoint for i, checkpoint in self._alive.items() if i in there}
         kept = self._decide(policy)
         notes = self._store.notes()
         for identity, reasons in kept.items():
-            name, note = self._ref(identity), {"reasons": list(reasons), "since": self._since}
+            name, note = ref_of(self.name, identity), self._note(identity, reasons=list(reasons))
             if notes.get(name) != note:
                 self._store.pin(identity, name, note=note)
         return kept
 
+    def _note(self, identity: str, **more: Any) -> dict[str, Any]:
+        given = {"given": True} if identity in self._foreign else {}
+        return {**more, **given, "since": self._since}
+
     def _evict(self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]]) -> Commit:
         superfluous = [c for c in self._alive.values() if c.id not in kept]
-        dropped = tuple(c.id for c in superfluous if c.id not in self._foreign)
         result = self._give_up(superfluous)
+        there = {c.id for c in self._store.log()}
+        dropped = tuple(c.id for c in superfluous if c.id not in there)
         return Commit(
             checkpoint=checkpoint,
             kept=kept,
@@ -372,26 +389,12 @@ class Timeline:
     def _give_up(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
         """Protect checkpoints no longer, and evict those that are this timeline's own."""
         names = self._store.refs()
-        for checkpoint in checkpoints:
-            if self._ref(checkpoint.id) in names:
-                self._store.unpin(self._ref(checkpoint.id))
-        result = self._store.evict(c.id for c in checkpoints if c.id not in self._foreign)
+        for name in (ref_of(self.name, checkpoint.id) for checkpoint in checkpoints):
+            if name in names:
+                self._store.unpin(name)
+        result = self._store.evict(
+            c.id for c in checkpoints if c.id not in self._foreign and c.created > self._since
+        )
         for checkpoint in checkpoints:
             self._alive.pop(checkpoint.id, None)
         return result
-
-    def _is_named(self, checkpoint: Checkpoint) -> bool:
-        return _place(checkpoint).get("name") == self.name
-
-
-def _place(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    place = checkpoint.metadata.get(_KEY)
-    return place if isinstance(place, Mapping) else {}
-
-
-def _facts(
-    step: int | None, metrics: Mapping[str, float] | None, metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    if metadata is not None and _KEY in metadata:
-        raise InvalidInputError(f"the key {_KEY!r} of metadata is the timeline's own")
-    return snapshot(step=step, metrics=metrics, metadata=metadata)

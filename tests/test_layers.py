@@ -21,12 +21,13 @@ tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
 backend
 tensors refs manifest safetensors_file bases base_reader
-retention
+retention slips
 packs objects references liveness catalog
 parallel resident pipeline decoding tree sources stats matching staging
 check gc export
 store
 saver
+traces
 timeline
 integrations.dcp integrations.hf integrations.remote integrations
 __init__ cli __main__
