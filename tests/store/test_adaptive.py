@@ -34,7 +34,7 @@ from tests.store.pairs import (
     packed,
     pair_of,
 )
-from tests.store.plain_reader import Decisions, read_adaptive
+from tests.support.plain_codecs import Decisions, read_adaptive
 from tests.support.states import State, same_bits, train_step, write_base
 
 CHANGES = [

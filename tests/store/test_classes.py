@@ -19,7 +19,7 @@ from msft_store import Store, changes, classes, codecs, compiled, dtypes
 from msft_store.changes import Found
 from msft_store.dtypes import DType
 from tests.store.pairs import BF16, DTYPES, FAST, KINDS, PATHS, SEEDED, Pair, check, layout, pair_of
-from tests.store.plain_reader import read_classes
+from tests.support.plain_codecs import read_classes
 from tests.support.states import make_state, same_bits, train_step, write_base
 
 

@@ -35,7 +35,7 @@ from msft_store.errors import VersionError
 from msft_store.format import CHUNK_BYTES, inflate
 from msft_store.kernels import Bytes
 from tests.store.pairs import BF16, KINDS, PATHS, pair_of
-from tests.store.plain_reader import read_turned
+from tests.support.plain_codecs import read_turned
 
 ALL = (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED)
 BY_CLASS = (CLASSES, ADAPTIVE)
