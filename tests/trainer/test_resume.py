@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 
 from msft_store import Store, Timeline
+from tests.support.runs import outcome
 from tests.trainer.support import make_config
 from trainer import run
 from trainer.errors import RunError
 from trainer.interrupt import Interrupted
-from trainer.journal import Journal, effective, read
+from trainer.journal import Journal, read
 from trainer.run import resume, start
-
-COUNTED = ("stage_started", "committed", "evaluated", "decided", "trained", "tested", "finished")
-# What was dropped before a kill is not dropped again when its commit is repeated.
-OWN = ("seq", "time", "seconds", "model_dir", "disk_peak_bytes", "disk_bytes", "stored_bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +39,6 @@ def reference(config):
     config = replace(config, output_dir=f"{config.output_dir}-reference")
     start(config)
     return outcome(Path(config.output_dir))
-
-
-def outcome(directory):
-    """Everything that a run came to, but for times and places."""
-    records = effective(read(directory / "journal.jsonl"))
-    story = [
-        {key: value for key, value in record.items() if key not in (*OWN, "dropped")}
-        for record in records
-        if record["event"] in COUNTED
-    ]
-    return story, (directory / "model" / "model.safetensors").read_bytes()
 
 
 def kill(action, owner, name, *, call, like=None):
