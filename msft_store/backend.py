@@ -41,8 +41,9 @@ _MOST_AT_ONCE = 1 << 30
 class Writer(Protocol):
     """A file under way; leaving its context without :meth:`publish` discards it."""
 
-    position: int
-    """Bytes written so far."""
+    @property
+    def position(self) -> int:
+        """Return the bytes written so far."""
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
@@ -114,7 +115,9 @@ def translated(action: str, path: object) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpaceError(f"no space left to {action} {path}") from error
+            raise OutOfSpaceError(
+                f"no space left to {action} {path}: make room on that disk, or run msft-store gc"
+            ) from error
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
@@ -217,6 +220,12 @@ class LocalBackend:
         """Create the folder itself."""
         with translated("create", self.root):
             _make_folder(self.root.absolute())
+
+    def room(self) -> int | None:
+        """Return the free bytes of the file system; ``None`` where it does not say."""
+        with translated("look at", self.root):
+            found = os.statvfs(self.root)
+        return found.f_bfree * found.f_frsize if found.f_blocks else None
 
     def describe(self, path: str) -> str:
         return self._prefix + path

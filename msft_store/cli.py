@@ -170,7 +170,7 @@ def _gc(options: argparse.Namespace) -> Output:
     if options.dry_run:
         return document, f"{plan}\nnothing was changed (--dry-run)"
     result = plan.execute()
-    return {**document, **dataclasses.asdict(result)}, f"{plan}\nfreed {human(result.freed_bytes)}"
+    return {**document, **dataclasses.asdict(result)}, f"{plan}\n{result}"
 
 
 def _policy(options: argparse.Namespace) -> Policy | None:
@@ -194,7 +194,10 @@ def _plan_document(plan: GcPlan) -> dict[str, Any]:
         "keep": verdicts(plan.kept),
         "forget": verdicts(plan.dropped),
         "delete": [{"pack": w.path, "bytes": w.size} for w in plan.delete],
-        "rewrite": [{"pack": w.path, "dead_bytes": w.dead_bytes} for w in plan.rewrite],
+        "rewrite": [
+            {"pack": w.path, "dead_bytes": w.dead_bytes, "live_bytes": w.live_bytes}
+            for w in plan.rewrite
+        ],
         "leftovers": [{"file": path, "bytes": size} for path, size in plan.leftovers],
         "held_bytes": plan.held_bytes,
         "would_free_bytes": plan.freed_bytes,

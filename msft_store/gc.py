@@ -2,7 +2,8 @@
 
 Invariants: nothing that a checkpoint needs, directly or as a reference, is ever deleted; manifests
 go before the packs that they name, and rewritten packs are durable before the old ones go, so that
-a crash at any point leaves every remaining checkpoint whole. Deleting excludes saves.
+a crash at any point leaves every remaining checkpoint whole. Deleting excludes saves. What needs no
+room is freed first; a pack for whose rewriting there is none then stays as it is, and that is said.
 
 Example::
 
@@ -20,8 +21,9 @@ from typing import NoReturn
 import numpy as np
 
 from msft_store.backend import TEMPORARY, disk_bytes, sizes
+from msft_store.bounded import require
 from msft_store.catalog import Catalog
-from msft_store.errors import CorruptedError, StoreError
+from msft_store.errors import CorruptedError, OutOfSpaceError, OverBudgetError, StoreError
 from msft_store.format import Record
 from msft_store.liveness import closure
 from msft_store.manifest import Checkpoint, path_of
@@ -51,6 +53,11 @@ class PackWaste:
     dead_bytes: int
     live: tuple[Record, ...]
 
+    @property
+    def live_bytes(self) -> int:
+        """Return the room that rewriting it takes until it is deleted, the footer aside."""
+        return sum(record.length for record in self.live)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GcResult:
@@ -61,6 +68,16 @@ class GcResult:
     """All bytes of the store afterwards."""
     peak_bytes: int
     """All bytes of the store at the worst moment."""
+    left_bytes: int = 0
+    """Dead bytes of packs for whose rewriting there was no room; a later gc frees them."""
+    hindrance: str | None = None
+    """Why they were left."""
+
+    def __str__(self) -> str:
+        text = f"freed {human(self.freed_bytes)}"
+        if self.left_bytes:
+            text += f"; left {human(self.left_bytes)} for a later gc, for {self.hindrance}"
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +111,8 @@ class GcPlan:
         ]
         lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
         lines += [
-            f"  rewrite  {waste.path} ({human(waste.dead_bytes)} of {human(waste.size)} is dead)"
+            f"  rewrite  {waste.path} ({human(waste.dead_bytes)} of {human(waste.size)} is dead; "
+            f"takes {human(waste.live_bytes)} for a moment)"
             for waste in self.rewrite
         ]
         lines += [f"  leftover {path} ({human(size)})" for path, size in self.leftovers]
@@ -179,16 +197,29 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
             backend.delete(path)
         for waste in delete:
             backend.delete(waste.path)
-        for waste in rewrite:
-            _rewrite(catalog, waste)
+        left, hindrance = 0, None
+        for number, waste in enumerate(rewrite):
+            try:
+                _rewrite(catalog, waste)
+            except (OutOfSpaceError, OverBudgetError) as error:
+                # The others take more.
+                left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
+                break
             peak = max(peak, disk_bytes(backend))
             backend.delete(waste.path)
         catalog.refresh()
         after = disk_bytes(backend)
-        return GcResult(freed_bytes=before - after, bytes=after, peak_bytes=peak)
+        return GcResult(
+            freed_bytes=before - after,
+            bytes=after,
+            peak_bytes=peak,
+            left_bytes=left,
+            hindrance=hindrance,
+        )
 
 
 def _rewrite(catalog: Catalog, waste: PackWaste) -> None:
+    require(catalog.backend, waste.live_bytes)
     with catalog.backend.writer() as writer:
         pack = PackWriter(writer)
         for record in waste.live:
@@ -219,6 +250,8 @@ def _waste(
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
             records = tuple(footer.record(row) for row in alive)
             rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
+    # The one that takes the least room first: what it frees, the next one has.
+    rewrite.sort(key=lambda waste: waste.live_bytes)
     return tuple(delete), tuple(rewrite), int(index.lengths[needs.held].sum())
 
 

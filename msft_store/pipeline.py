@@ -34,7 +34,7 @@ from msft_store.format import (
     chunk_key,
 )
 from msft_store.kernels import Bytes
-from msft_store.manifest import Piece, TensorEntry, chunk_sizes
+from msft_store.manifest import Piece, TensorEntry, chunk_sizes, tensor_table
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
 from msft_store.references import Planner, Reference
@@ -265,6 +265,13 @@ def encode_state(
             table[name] = _whole(tensors[name], keys)
     table |= {name: table[first[name]] for name in order}
     return table, writer.totals
+
+
+def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes that the tensor table of a save will have, whatever the weights are."""
+    key = bytes(KEY_BYTES)
+    keys = {name: (key,) * -(-tensor.nbytes // CHUNK_BYTES) for name, tensor in tensors.items()}
+    return len(tensor_table({name: _whole(tensors[name], keys[name]) for name in tensors}))
 
 
 def encode_anew(

@@ -24,6 +24,7 @@ import torch
 
 from msft_store.backend import Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
+from msft_store.bounded import Bounded
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, check
 from msft_store.codecs import Level
@@ -33,6 +34,7 @@ from msft_store.errors import (
     MismatchError,
     NotAStoreError,
     OutOfSpaceError,
+    OverBudgetError,
     PinnedError,
     UnknownCheckpointError,
 )
@@ -50,7 +52,7 @@ from msft_store.manifest import (
 )
 from msft_store.matching import check_match, listed
 from msft_store.packs import PackWriter
-from msft_store.pipeline import Totals, encode_anew, encode_state
+from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.resident import Compared
@@ -66,8 +68,8 @@ class Store:
     """A content-addressed store of checkpoints in one directory."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._catalog = Catalog(backend)
+        self._backend = Bounded(backend)
+        self._catalog = Catalog(self._backend)
         self._catalog.refresh()
 
     @classmethod
@@ -258,6 +260,16 @@ class Store:
         """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
         return self._backend.lock(shared=True, purpose=purpose)
 
+    def within(
+        self, max_bytes: int | None, *, reserve: int = 0
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let no write of this thread in this context take the directory beyond ``max_bytes``.
+
+        Temporary files count, bases are elsewhere. :class:`OverBudgetError` comes before a write
+        that would leave less than ``reserve`` bytes of it.
+        """
+        return self._backend.within(max_bytes, reserve=reserve)
+
     def unpin(self, name: str) -> None:
         """Remove a ref."""
         if name not in self._catalog.refs():
@@ -398,7 +410,7 @@ class Store:
     ) -> tuple[dict[str, TensorEntry], Totals]:
         packs: list[PackWriter] = []
         try:
-            with self._packing(packs) as begin:
+            with self._packing(packs, least=table_bytes(state)) as begin:
                 table, totals = encode_state(
                     self._catalog.objects,
                     state,
@@ -408,22 +420,27 @@ class Store:
                     level=level,
                     compared=compared,
                 )
-        except OutOfSpaceError as error:
+        except (OutOfSpaceError, OverBudgetError) as error:
             whole = sum(tensor.nbytes for tensor in state.values())
             written = sum(pack.position for pack in packs)
-            raise OutOfSpaceError(
+            raise type(error)(
                 f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
-                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost: free "
-                "space or run msft-store gc"
+                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost"
             ) from error
         return table, totals
 
     @contextlib.contextmanager
-    def _packing(self, packs: list[PackWriter]) -> Iterator[Callable[[], PackWriter]]:
-        """Give what begins a pack, added to ``packs``; all are published at the end."""
+    def _packing(
+        self, packs: list[PackWriter], *, least: int = 0
+    ) -> Iterator[Callable[[], PackWriter]]:
+        """Give what begins a pack, added to ``packs``; all are published at the end.
+
+        None is begun if ``least`` bytes, which will be written besides, certainly do not fit.
+        """
         with contextlib.ExitStack() as stack:
 
             def begin() -> PackWriter:
+                self._backend.require(least)
                 packs.append(PackWriter(stack.enter_context(self._backend.writer())))
                 return packs[-1]
 

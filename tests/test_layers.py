@@ -20,6 +20,7 @@ kernels dtypes format
 tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
 backend
+bounded
 tensors refs manifest safetensors_file bases base_reader
 retention slips
 packs objects references liveness catalog

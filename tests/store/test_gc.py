@@ -19,6 +19,7 @@ from msft_store import (
     StoreError,
 )
 from msft_store.backend import LocalBackend
+from tests.support.quota import QuotaBackend, bytes_on_disk
 from tests.support.states import State, same_bits, train_step, write_base
 
 
@@ -277,3 +278,51 @@ def test_what_a_gc_left_without_its_reference_is_stored_anew(store: Store, deep:
     opened.forget(kept)
     opened.plan_gc().execute()
     assert same_bits(opened.load(again, ["x"]), third)
+
+
+def test_what_needs_no_room_is_freed_on_a_full_disk_and_the_rest_is_left(
+    store: Store, base: Base, state: State
+) -> None:
+    line = save_line(store, base, state, 3)
+    part = {"model.layers.0.up.weight": line[0][1]["model.layers.0.up.weight"]}
+    heir = store.save(part, parent=base)
+    for identity, _ in line[:2]:
+        store.forget(identity)
+    root = Path(store.path)
+    (root / "tmp" / "0-left").write_bytes(bytes(10))
+    full = Store(QuotaBackend(root, quota=0))
+    plan = full.plan_gc()
+    assert (len(plan.delete), len(plan.rewrite), len(plan.leftovers)) == (1, 1, 1)
+    result = plan.execute()
+    assert result.freed_bytes >= plan.freed_bytes - plan.rewrite[0].dead_bytes > 0
+    assert result.left_bytes == plan.rewrite[0].dead_bytes > 0
+    assert "no space left" in str(result)
+    assert result.bytes == full.stats().on_disk_bytes
+    for identity, expected in ((heir.id, part), line[2]):
+        assert same_bits(store.load(identity), expected)
+    assert store.check() == []
+    later = store.plan_gc().execute()
+    assert (later.left_bytes, later.hindrance) == (0, None)
+    assert later.freed_bytes > 0
+    assert same_bits(store.load(heir.id), part)
+
+
+def test_the_pack_that_takes_the_least_room_is_rewritten_first(
+    store: Store, base: Base, state: State
+) -> None:
+    ids, some = [], [name for name in state if "up" in name]
+    # Which of them comes first in the listing is chance; the larger has no room before the other.
+    for seed, names in enumerate((some, some[:1])):
+        moved = train_step(state, 0.3, seed)
+        ids.append(store.save(moved, parent=base).id)
+        store.save({name: moved[name] for name in names}, parent=base, step=seed)
+    for identity in ids:
+        store.forget(identity)
+    plan = store.plan_gc()
+    first, second = plan.rewrite
+    assert first.live_bytes < second.live_bytes < first.live_bytes + first.dead_bytes
+    root = Path(store.path)
+    overhead = 900
+    assert second.live_bytes > first.live_bytes + overhead
+    quota = bytes_on_disk(root) + first.live_bytes + overhead
+    assert Store(QuotaBackend(root, quota=quota)).plan_gc().execute().left_bytes == 0
