@@ -16,7 +16,7 @@ Example::
 """
 
 from msft_store.bases import Base
-from msft_store.check import Finding
+from msft_store.check import Finding, Report
 from msft_store.errors import (
     BaseError,
     BusyError,
@@ -75,6 +75,7 @@ __all__ = [
     "PinnedError",
     "Policy",
     "Reason",
+    "Report",
     "Resident",
     "Stats",
     "StorageError",

@@ -77,7 +77,8 @@ class BaseReader:
         if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
             raise BaseError(
                 f"{self.where(span)} changed since it was added as base {self.base.id[:12]} "
-                f"(tensor {span.tensor!r}); put the original file back"
+                f"(tensor {span.tensor!r}); put the original file back",
+                file=self.where(span),
             )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
@@ -148,7 +149,8 @@ class BaseReader:
                 raise
             raise BaseError(
                 f"base {self.base.id[:12]} is no longer at {path}; "
-                f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH"
+                f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH",
+                file=path,
             ) from error
         if got != out.size:
             raise self._too_short(tensor)
@@ -156,7 +158,8 @@ class BaseReader:
     def _too_short(self, tensor: BaseTensor) -> BaseError:
         return BaseError(
             f"{self.base.files[tensor.file][0]} is shorter than when it was added as base "
-            f"{self.base.id[:12]}; put the original file back or use relocate"
+            f"{self.base.id[:12]}; put the original file back or use relocate",
+            file=self.base.files[tensor.file][0],
         )
 
     def _tensor(self, name: str) -> BaseTensor:

@@ -20,6 +20,7 @@ from msft_store.backend import Backend
 from msft_store.bases import Base
 from msft_store.codecs import LEVELS, Level
 from msft_store.errors import (
+    REPAIR,
     CorruptedError,
     InvalidInputError,
     NotAStoreError,
@@ -40,7 +41,7 @@ from msft_store.manifest import (
     read_tensors,
 )
 from msft_store.objects import Objects
-from msft_store.refs import Ref, read_refs
+from msft_store.refs import Ref, path_of_ref, read_refs, scan_refs
 from msft_store.tablescan import KeyScanner
 
 CONFIG = "store.json"
@@ -140,14 +141,20 @@ class Catalog:
         found = self._checkpoints.get(name)
         if found is not None:
             return found
-        if name in self._damaged:
-            raise self._damaged[name]
-        refs = self.refs()
-        if name in refs:
-            target = self._checkpoints.get(refs[name].checkpoint)
-            if target is None:
-                raise CorruptedError(f"the ref {name!r} points to a checkpoint that is not there")
+        # A ref that cannot be read stands in the way of no other name.
+        refs, unreadable = scan_refs(self.backend)
+        if path_of_ref(name) in unreadable:
+            raise unreadable[path_of_ref(name)]
+        wanted = refs[name].checkpoint if name in refs else name
+        target = self._checkpoints.get(wanted)
+        if target is not None:
             return target
+        if wanted in self._damaged:
+            raise self._damaged[wanted]
+        if name in refs:
+            raise CorruptedError(
+                f"the ref {name!r} points to a checkpoint that is not there; {REPAIR}"
+            )
         matches = [c for c in self.checkpoints() if c.id.startswith(name)]
         if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
             return matches[0]
@@ -159,6 +166,9 @@ class Catalog:
             raise UnknownCheckpointError(
                 f"{name!r} is too short; give at least {_SHORTEST_PREFIX} characters"
             )
+        for identity, damage in self._damaged.items():
+            if identity.startswith(name) and len(name) >= _SHORTEST_PREFIX:
+                raise damage
         raise UnknownCheckpointError(self._no_such(name, refs))
 
     def resolve_base(self, name: str | Base) -> Base | None:

@@ -1,23 +1,33 @@
-"""Is a store sound? A list of findings, empty when it is.
+"""Is a store sound? What is wrong with it, and which checkpoints are whole all the same.
 
 Example::
 
-    for finding in check(catalog, read_data=True):
-        print(finding)
+    report = examine(catalog, read_data=True)
+    print(report)                      # "11 of 12 checkpoints are sound"
+    for finding in report.findings:
+        print(finding.checkpoint, finding.tensor, finding.file)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from msft_store.bases import path_of_base
 from msft_store.catalog import Catalog
 from msft_store.dtypes import DType, by_code
-from msft_store.errors import StoreError
+from msft_store.errors import CorruptedError, StoreError
 from msft_store.format import BaseSpan
 from msft_store.keytable import Keys, as_keys, key_at
 from msft_store.liveness import closure
-from msft_store.manifest import Checkpoint, TensorEntry, chunk_sizes
+from msft_store.manifest import Checkpoint, TensorEntry, chunk_sizes, path_of
+from msft_store.packs import misnamed
+from msft_store.refs import path_of_ref, scan_refs
+
+Kind = Literal["manifest", "ref", "pack", "base", "chunk"]
+Known = dict[tuple[bytes, int, DType, str | None], StoreError | None]
+"""What is wrong with each chunk that was looked at: key, size, dtype and base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +37,38 @@ class Finding:
     where: str
     """A checkpoint and tensor, a ref, a base, or a file."""
     what: str
+    kind: Kind
+    checkpoint: str | None = None
+    """Id of the checkpoint that cannot be restored because of it; ``None`` if none is by itself."""
+    tensor: str | None = None
+    base: str | None = None
+    """Id of the base whose files or record are to blame."""
+    file: str | None = None
+    """The file that is to blame, where that can be told."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
 
 
-def check(catalog: Catalog, *, read_data: bool = True) -> list[Finding]:
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is wrong with a store, and what is not."""
+
+    findings: tuple[Finding, ...]
+    sound: tuple[str, ...]
+    """Ids of the checkpoints that can be restored, as far as was looked."""
+    damaged: tuple[str, ...]
+    """Ids of those that cannot be, at least not now."""
+
+    def __str__(self) -> str:
+        count = len(self.sound) + len(self.damaged)
+        text = f"{len(self.sound)} of {count} checkpoints are sound"
+        if self.damaged:
+            text += f"{_ids(': ', self.sound)}{_ids('; damaged: ', self.damaged)}"
+        return text
+
+
+def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
     """Return what is wrong with a store.
 
     Without ``read_data``, structure only: every chunk has a representation, every ref a target,
@@ -40,39 +76,67 @@ def check(catalog: Catalog, *, read_data: bool = True) -> list[Finding]:
     bases.
     """
     catalog.refresh()
-    findings = [
-        Finding(where=f"checkpoint {identity[:12]}", what=str(error))
-        for identity, error in catalog.damaged.items()
-    ]
-    findings += [
-        Finding(where=path, what=str(error)) for path, error in catalog.objects.damaged.items()
-    ]
+    findings = list(_check_files(catalog))
     findings += _check_packs(catalog)
     findings += _check_refs(catalog)
-    findings += _check_bases(catalog, read_data=read_data)
-    verified: set[tuple[bytes, str | None]] = set()
+    bases = list(_check_bases(catalog, read_data=read_data))
+    findings += bases
+    # Where data is read, each checkpoint shows what it needs of a base; else all of it counts.
+    gone = set() if read_data else {finding.base for finding in bases}
+    known: Known = {}
+    sound: list[str] = []
+    damaged = list(catalog.damaged)
     for checkpoint in catalog.checkpoints():
-        findings += _check_checkpoint(catalog, checkpoint, verified, read_data=read_data)
-    return findings
+        found = list(_check_checkpoint(catalog, checkpoint, known, read_data=read_data))
+        findings += found
+        whole = not found and (checkpoint.base is None or checkpoint.base not in gone)
+        (sound if whole else damaged).append(checkpoint.id)
+    return Report(findings=tuple(findings), sound=tuple(sound), damaged=tuple(damaged))
+
+
+def _ids(before: str, identities: tuple[str, ...]) -> str:
+    return before * bool(identities) + ", ".join(identity[:12] for identity in identities)
+
+
+def _check_files(catalog: Catalog) -> Iterator[Finding]:
+    describe = catalog.backend.describe
+    for identity, error in catalog.damaged.items():
+        yield Finding(
+            where=f"checkpoint {identity[:12]}",
+            what=str(error),
+            kind="manifest",
+            checkpoint=identity,
+            file=describe(path_of(identity)),
+        )
+    for path, error in catalog.objects.damaged.items():
+        kind: Kind = "pack" if path.endswith(".pack") else "base"
+        yield Finding(where=path, what=str(error), kind=kind, file=describe(path))
 
 
 def _check_packs(catalog: Catalog) -> Iterator[Finding]:
     for path, footer in catalog.objects.packs.items():
+        what = catalog.backend.describe(path)
         try:
             list(footer)
+            if misnamed(path, footer):
+                raise CorruptedError(f"it holds pack {footer.check.hex()}; msft-store repair")
         except StoreError as error:
-            yield Finding(where=path, what=str(error))
+            yield Finding(where=path, what=str(error), kind="pack", file=what)
 
 
 def _check_refs(catalog: Catalog) -> Iterator[Finding]:
-    try:
-        refs = catalog.refs()
-    except StoreError as error:
-        yield Finding(where="refs", what=str(error))
-        return
+    refs, damaged = scan_refs(catalog.backend)
+    for path, error in damaged.items():
+        file = catalog.backend.describe(path)
+        yield Finding(where=path, what=str(error), kind="ref", file=file)
     for ref in refs.values():
         if catalog.get(ref.checkpoint) is None:
-            yield Finding(where=f"ref {ref.name}", what="points to a checkpoint that is not there")
+            yield Finding(
+                where=f"ref {ref.name}",
+                what="points to a checkpoint that is not there or cannot be read",
+                kind="ref",
+                file=catalog.backend.describe(path_of_ref(ref.name)),
+            )
 
 
 def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
@@ -91,13 +155,20 @@ def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
                 # A file that is gone is one finding, not one for each of its tensors.
                 if str(error) not in said:
                     said.add(str(error))
-                    yield Finding(where=f"base {base.id[:12]}, tensor {name}", what=str(error))
+                    yield Finding(
+                        where=f"base {base.id[:12]}, tensor {name}",
+                        what=str(error),
+                        kind="base",
+                        tensor=name,
+                        base=base.id,
+                        file=error.file,
+                    )
 
 
 def _check_checkpoint(
     catalog: Catalog,
     checkpoint: Checkpoint,
-    verified: set[tuple[bytes, str | None]],
+    known: Known,
     *,
     read_data: bool,
 ) -> Iterator[Finding]:
@@ -105,23 +176,58 @@ def _check_checkpoint(
     try:
         tensors = catalog.tensors(checkpoint)
     except StoreError as error:
-        yield Finding(where=label, what=str(error))
+        yield Finding(
+            where=label,
+            what=str(error),
+            kind="manifest",
+            checkpoint=checkpoint.id,
+            file=catalog.backend.describe(path_of(checkpoint.id)),
+        )
+        return
+    try:
+        if checkpoint.base is not None:
+            catalog.objects.base(checkpoint.base)
+    except StoreError as error:
+        yield Finding(
+            where=label,
+            what=str(error),
+            kind="base",
+            checkpoint=checkpoint.id,
+            base=checkpoint.base,
+            file=catalog.backend.describe(path_of_base(checkpoint.base or "")),
+        )
         return
     keys = catalog.keys_by_base([checkpoint])
     if not read_data and _is_whole(catalog, keys, tensors.values()):
         return
     for name, entry in tensors.items():
         for key, size in _chunks(entry):
-            if (key, checkpoint.base) in verified:
-                continue
-            try:
-                if read_data:
-                    catalog.objects.read(key, size, entry.dtype, checkpoint.base)
-                else:
-                    _resolve(catalog, key, entry.dtype, checkpoint.base)
-                verified.add((key, checkpoint.base))
-            except StoreError as error:
-                yield Finding(where=f"{label}, tensor {name}", what=str(error))
+            place = (key, size, entry.dtype, checkpoint.base)
+            if place not in known:
+                known[place] = _problem(catalog, *place, read_data=read_data)
+            problem = known[place]
+            if problem is not None:
+                yield Finding(
+                    where=f"{label}, tensor {name}",
+                    what=str(problem),
+                    kind="chunk",
+                    checkpoint=checkpoint.id,
+                    tensor=name,
+                    file=problem.file,
+                )
+
+
+def _problem(
+    catalog: Catalog, key: bytes, size: int, dtype: DType, base: str | None, *, read_data: bool
+) -> StoreError | None:
+    try:
+        if read_data:
+            catalog.objects.read(key, size, dtype, base)
+        else:
+            _resolve(catalog, key, dtype, base)
+    except StoreError as error:
+        return error
+    return None
 
 
 def _chunks(entry: TensorEntry) -> Iterator[tuple[bytes, int]]:

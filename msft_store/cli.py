@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from msft_store.check import Report
 from msft_store.codecs import LEVELS
 from msft_store.errors import StoreError
 from msft_store.gc import GcPlan, Verdict
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 3 if options.name == "check" and document else 0
+    return 3 if isinstance(document, Report) and document.findings else 0
 
 
 def _open(options: argparse.Namespace) -> Store:
@@ -205,10 +206,12 @@ def _plan_document(plan: GcPlan) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> Output:
-    findings = _open(options).check(read_data=options.read_data)
+    report = _open(options).examine(read_data=options.read_data)
     how = "all data read" if options.read_data else "structure only; --read-data reads all data"
-    text = "\n".join(map(str, findings)) if findings else f"no errors ({how})"
-    return findings, text
+    if not report.findings:
+        return report, f"no errors ({how})"
+    advice = "msft-store repair --dry-run shows what can be kept, and how"
+    return report, "\n".join([*map(str, report.findings), f"{report} ({how})", advice])
 
 
 def _export(options: argparse.Namespace) -> Output:

@@ -139,7 +139,7 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}", file=error.file) from error
 
 
 def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:

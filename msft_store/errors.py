@@ -17,9 +17,17 @@ StoreError
 
 from __future__ import annotations
 
+REPAIR = "msft-store check names what is still sound, msft-store repair keeps it"
+"""What to do about damage, at the end of messages."""
+
 
 class StoreError(Exception):
     """The root of everything that this package raises on purpose."""
+
+    def __init__(self, message: str = "", *, file: str | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        """The file whose bytes are to blame, where one is."""
 
 
 class NotAStoreError(StoreError):

@@ -91,6 +91,8 @@ class Footer:
     """Which records need another chunk, not only the base, to be decoded."""
     what: str
     """The file, in messages."""
+    check: bytes
+    """Digest of the footer as it stands in the file: the pack's id."""
     _table: memoryview = field(repr=False)
 
     def __len__(self) -> int:
@@ -135,8 +137,8 @@ def pack_header() -> bytes:
     return PACK_HEADER.pack(PACK_MAGIC, VERSION, 0)
 
 
-def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, str]:
-    """Return footer and trailer of a pack whose payloads end at ``offset``, and the pack's id."""
+def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]:
+    """Return footer and trailer of a pack whose payloads end at ``offset``, and its digest."""
     bases: dict[str, int] = {}
     references: list[Any] = []
     rows = []
@@ -167,7 +169,7 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, str]:
     check = xxhash.xxh3_128_digest(footer)
     sizes = (len(footer), len(raw), len(records))
     trailer = PACK_TRAILER.pack(offset, *sizes, 0, check, PACK_MAGIC)
-    return footer + trailer, check.hex()
+    return footer + trailer, check
 
 
 def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
@@ -205,7 +207,14 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
         raise CorruptedError(f"the footer of {what} points beyond its payloads")
     refers = _refers_to_chunk(table, rows, what)
     view = raw[4 : 4 + length]
-    return Footer(rows=rows, bases=bases, refers_to_chunk=refers, what=what, _table=view)
+    return Footer(
+        rows=rows,
+        bases=bases,
+        refers_to_chunk=refers,
+        what=what,
+        check=trailer.check,
+        _table=view,
+    )
 
 
 def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ import xxhash
 import zstandard
 
 from msft_store.dtypes import DType
-from msft_store.errors import CorruptedError, InvalidInputError, VersionError
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, VersionError
 
 VERSION = 1
 CHUNK_BYTES = 4 << 20
@@ -147,21 +147,23 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
-        raise CorruptedError(f"{what} is not valid JSON; restore it from a copy") from None
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise CorruptedError(f"{what} is not a {kind} file")
-    if content.get("version") != VERSION:
-        raise VersionError(
-            f"{what} has format version {content.get('version')!r}; "
-            f"this msft-store reads version {VERSION}: use the release that wrote it or a newer one"
-        )
+        raise CorruptedError(f"{what} is not valid JSON; {REPAIR}", file=what) from None
+    if not isinstance(content, dict):
+        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
     stated = content.pop("digest", None)
     try:
         sound = stated == digest(canonical(content))
     except InvalidInputError:
         sound = False
     if not sound:
-        raise CorruptedError(f"{what} does not match its digest; restore it from a copy")
+        raise CorruptedError(f"{what} does not match its digest; {REPAIR}", file=what)
+    if content.get("format") != kind:
+        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
+    if content.get("version") != VERSION:
+        raise VersionError(
+            f"{what} has format version {content.get('version')!r}; "
+            f"this msft-store reads version {VERSION}: use the release that wrote it or a newer one"
+        )
     return content
 
 

@@ -23,7 +23,13 @@ import numpy as np
 from msft_store.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.bounded import require
 from msft_store.catalog import Catalog
-from msft_store.errors import CorruptedError, OutOfSpaceError, OverBudgetError, StoreError
+from msft_store.errors import (
+    REPAIR,
+    CorruptedError,
+    OutOfSpaceError,
+    OverBudgetError,
+    StoreError,
+)
 from msft_store.format import Record
 from msft_store.liveness import closure
 from msft_store.manifest import Checkpoint, path_of
@@ -274,7 +280,8 @@ def _refuse_damage(catalog: Catalog) -> None:
 
 
 def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
-    return kind(f"gc deletes nothing from a damaged store: {what}. See msft-store check")
+    told = str(what).removesuffix(f"; {REPAIR}")
+    return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR}")
 
 
 def _label(checkpoint: Checkpoint) -> str:

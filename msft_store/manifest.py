@@ -21,7 +21,7 @@ from typing import Any
 
 from msft_store.backend import Backend, publish
 from msft_store.dtypes import DType, by_name
-from msft_store.errors import CorruptedError, InvalidInputError, StoreError
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
     VERSION,
@@ -219,7 +219,8 @@ def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
     while b"\n" not in data:
         more = backend.read(path, len(data), len(data))
         if not more:
-            raise CorruptedError(f"{backend.describe(path)} is truncated")
+            what = backend.describe(path)
+            raise CorruptedError(f"{what} is truncated; {REPAIR}", file=what)
         data += more
     return _parse_head(data[: data.index(b"\n")], identity, backend.describe(path))
 
@@ -252,7 +253,9 @@ def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
     data, what = backend.read(path), backend.describe(path)
     table = data[data.find(b"\n") + 1 : -1]
     if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
-        raise CorruptedError(f"the tensor table in {what} does not match its digest")
+        raise CorruptedError(
+            f"the tensor table in {what} does not match its digest; {REPAIR}", file=what
+        )
     return table, what
 
 

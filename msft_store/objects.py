@@ -26,7 +26,7 @@ from msft_store.backend import Backend
 from msft_store.base_reader import BaseReader
 from msft_store.bases import Base, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
-from msft_store.errors import CorruptedError, StoreError, UnknownCheckpointError
+from msft_store.errors import REPAIR, CorruptedError, StoreError, UnknownCheckpointError
 from msft_store.footer import Footer
 from msft_store.format import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.kernels import Bytes
@@ -196,7 +196,7 @@ class Objects:
         if stored is None:
             hint = "".join(f"; {error}" for error in self.damaged.values())
             raise CorruptedError(
-                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}"
+                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; {REPAIR}"
             )
         self._decode(stored, out, dtype)
 
@@ -207,7 +207,9 @@ class Objects:
     def _decode(self, stored: Stored, out: Bytes, dtype: DType) -> None:
         record, what = stored.record, self._backend.describe(stored.pack)
         if record.size != out.size or record.dtype != dtype.code:
-            raise CorruptedError(f"chunk {record.key.hex()} in {what} has another size or dtype")
+            raise CorruptedError(
+                f"chunk {record.key.hex()} in {what} has another size or dtype", file=what
+            )
         self._reference(record, out)
         try:
             payload = self._backend.read(stored.pack, record.offset, record.length)
@@ -223,7 +225,9 @@ class Objects:
             self._reference(record, out)
             if chunk_key(out.data, dtype) != record.ref_key:
                 self._blame_reference(record)
-        raise CorruptedError(f"chunk {record.key.hex()} in {what} is damaged: {reason}")
+        raise CorruptedError(
+            f"chunk {record.key.hex()} in {what} is damaged: {reason}; {REPAIR}", file=what
+        )
 
     def _reference(self, record: Record, out: Bytes) -> None:
         """Fill ``out`` with what a record refers to, if it does."""

@@ -71,8 +71,8 @@ class PackWriter:
 
     def publish(self) -> str:
         """Make the pack durable; return its path."""
-        footer, identity = encode_footer(self.records, self.position)
-        path = f"{FOLDER}/{identity}{_SUFFIX}"
+        footer, check = encode_footer(self.records, self.position)
+        path = path_of_pack(check)
         self._writer.write(footer)
         self._writer.publish(path)
         return path
@@ -96,6 +96,16 @@ def read_pack(backend: Backend, path: str) -> Footer:
         at = trailer.offset - start
         return decode_footer(tail[at : at + trailer.length], trailer, what)
     return decode_footer(backend.read(path, trailer.offset, trailer.length), trailer, what)
+
+
+def misnamed(path: str, footer: Footer) -> bool:
+    """Return whether a pack stands under the name of another one."""
+    return path != path_of_pack(footer.check)
+
+
+def path_of_pack(check: bytes) -> str:
+    """Return where the pack stands whose footer has a digest."""
+    return f"{FOLDER}/{check.hex()}{_SUFFIX}"
 
 
 class Index:

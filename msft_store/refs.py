@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msft_store.backend import Backend, publish
-from msft_store.errors import CorruptedError, InvalidInputError, StorageError
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
 from msft_store.format import VERSION, seal, unseal
 
 _FOLDER = "refs"
@@ -45,25 +45,42 @@ def check_name(name: str) -> str:
 
 
 def read_refs(backend: Backend) -> dict[str, Ref]:
-    """Return all refs by name."""
-    refs = {}
-    for path in backend.list(_FOLDER):
-        if not path.endswith(_SUFFIX):
-            continue
-        try:
-            data = backend.read(path)
-        except StorageError:
-            # A ref may go between the listing and the look at it.
-            if backend.exists(path):
-                raise
-            continue
-        content = unseal(data, backend.describe(path), "msft-ref")
-        name = path[len(_FOLDER) + 1 : -len(_SUFFIX)]
-        target, note = content.get("checkpoint"), content.get("note")
-        if content.get("name") != name or not isinstance(target, str) or not isinstance(note, dict):
-            raise CorruptedError(f"{backend.describe(path)} does not hold the ref {name!r}")
-        refs[name] = Ref(name=name, checkpoint=target, note=note)
+    """Return all refs by name; :class:`StoreError` if one of them cannot be read."""
+    refs, damaged = scan_refs(backend)
+    for error in damaged.values():
+        raise error
     return refs
+
+
+def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
+    """Return the refs that can be read by name, and why the others cannot, by path."""
+    refs: dict[str, Ref] = {}
+    damaged: dict[str, StoreError] = {}
+    for path in backend.list(_FOLDER):
+        if path.endswith(_SUFFIX):
+            try:
+                ref = _read(backend, path)
+                refs[ref.name] = ref
+            except StoreError as error:
+                # A ref may go between the listing and the look at it.
+                if backend.exists(path):
+                    damaged[path] = error
+    return refs, damaged
+
+
+def path_of_ref(name: str) -> str:
+    """Return where a ref stands."""
+    return f"{_FOLDER}/{name}{_SUFFIX}"
+
+
+def _read(backend: Backend, path: str) -> Ref:
+    what = backend.describe(path)
+    content = unseal(backend.read(path), what, "msft-ref")
+    name = path[len(_FOLDER) + 1 : -len(_SUFFIX)]
+    target, note = content.get("checkpoint"), content.get("note")
+    if content.get("name") != name or not isinstance(target, str) or not isinstance(note, dict):
+        raise CorruptedError(f"{what} does not hold the ref {name!r}; {REPAIR}", file=what)
+    return Ref(name=name, checkpoint=target, note=note)
 
 
 def write_ref(backend: Backend, ref: Ref) -> None:
@@ -75,9 +92,9 @@ def write_ref(backend: Backend, ref: Ref) -> None:
         "checkpoint": ref.checkpoint,
         "note": dict(ref.note),
     }
-    publish(backend, f"{_FOLDER}/{ref.name}{_SUFFIX}", seal(content))
+    publish(backend, path_of_ref(ref.name), seal(content))
 
 
 def delete_ref(backend: Backend, name: str) -> None:
     """Remove a ref."""
-    backend.delete(f"{_FOLDER}/{check_name(name)}{_SUFFIX}")
+    backend.delete(path_of_ref(check_name(name)))

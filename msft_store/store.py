@@ -26,7 +26,7 @@ from msft_store.backend import Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
 from msft_store.bounded import Bounded
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
-from msft_store.check import Finding, check
+from msft_store.check import Finding, Report, examine
 from msft_store.codecs import Level
 from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
@@ -361,8 +361,12 @@ class Store:
 
     def check(self, read_data: bool = True) -> list[Finding]:
         """Return what is wrong with the store, an empty list if nothing is."""
+        return list(self.examine(read_data).findings)
+
+    def examine(self, read_data: bool = True) -> Report:
+        """Return what is wrong with the store, and which checkpoints are sound all the same."""
         # A catalog of its own, for what was read earlier may be damaged since.
-        return check(Catalog(self._backend), read_data=read_data)
+        return examine(Catalog(self._backend), read_data=read_data)
 
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from msft_store import Checkpoint, CorruptedError, Store, StoreError
+from msft_store import Base, Checkpoint, CorruptedError, Store, StoreError
 from msft_store.format import digest, seal
 from tests.support.faults import changed_at
 from tests.support.states import State, same_bits, train_step
@@ -58,7 +58,55 @@ def test_a_damaged_chunk_is_reported_with_checkpoint_and_tensor(
         for name in ("lm_head.weight", "model.embed.weight")
     ]
     assert all(str(pack) in finding.what for finding in findings)
+    assert {(f.checkpoint, f.kind, f.file) for f in findings} == {(ckpt.id, "chunk", str(pack))}
     assert store.check(read_data=False) == []
+
+
+def test_what_is_sound_is_named_and_can_be_loaded(
+    store: Store, ckpt: Checkpoint, base: Base, state: State
+) -> None:
+    other = train_step(state, 0.05, 2)
+    sound = store.save(other, parent=base, step=8)
+    store.pin(ckpt, "bad")
+    store.pin(sound, "good")
+    changed_at(Path(store.path, "manifests", f"{ckpt.id}.json"), 30)
+    changed_at(Path(store.path, "refs", "bad.json"), 30)
+    again = Store.open(store.path)
+    for read_data in (True, False):
+        report = again.examine(read_data)
+        assert (report.sound, report.damaged) == ((sound.id,), (ckpt.id,))
+        assert {finding.kind for finding in report.findings} == {"manifest", "ref"}
+        assert str(report).startswith("1 of 2 checkpoints are sound: ")
+    for name in ("good", sound.id, sound.id[:8]):
+        assert same_bits(again.load(name), other)
+    for name in ("bad", ckpt.id, ckpt.id[:8]):
+        with pytest.raises(CorruptedError, match="msft-store repair"):
+            again.load(name)
+
+
+def test_a_pack_under_the_name_of_another_is_reported_and_read(
+    store: Store, ckpt: Checkpoint, base: Base, state: State
+) -> None:
+    other = train_step(state, 0.05, 2)
+    store.save(other, parent=base, step=8)
+    one, two = sorted(Path(store.path, "packs").iterdir())
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    again = Store.open(store.path)
+    assert [finding.kind for finding in again.check()] == ["pack", "pack"]
+    assert same_bits(again.load(ckpt), train_step(state, 0.05, 1))
+
+
+def test_without_the_record_of_its_base_a_checkpoint_is_not_sound(
+    store: Store, ckpt: Checkpoint
+) -> None:
+    (path,) = Path(store.path, "bases").iterdir()
+    changed_at(path, 60)
+    for read_data in (True, False):
+        report = Store.open(store.path).examine(read_data)
+        assert report.damaged == (ckpt.id,)
+        assert {finding.file for finding in report.findings} == {str(path)}
 
 
 def test_damage_since_a_store_was_opened_is_found(store: Store, ckpt: Checkpoint) -> None:
