@@ -79,6 +79,13 @@ class Backend(Protocol):
     def move(self, path: str, target: str) -> None:
         """Give a file another path, durably; its bytes are not read."""
 
+    def sync(self, folder: str) -> None:
+        """Make durable which files are below a folder, whoever wrote or removed them.
+
+        A process that is killed may leave a file that can be read and is lost in a power loss, or
+        that has gone and comes back. What builds on other processes' files does this first.
+        """
+
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Hold the store's lock: shared with other shared holders, or alone."""
 
@@ -156,12 +163,14 @@ def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
 
 
 class _LocalWriter:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, folders: _Folders) -> None:
         self.position = 0
         self._root = root
+        self._folders = folders
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
         with translated("create", self._path):
-            self._path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._path.parent)
             self._file = self._path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -175,7 +184,7 @@ class _LocalWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            _make_folder(target.parent)
+            self._folders.make(target.parent)
             os.replace(self._path, target)
             _sync_folder(target.parent)
 
@@ -183,13 +192,34 @@ class _LocalWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            os.unlink(self._path)
 
 
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+class _Folders:
+    """Makes folders of a store, each durable before a file in it is published."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._durable = {root}
+
+    def make(self, folder: Path) -> None:
+        if folder not in self._durable or not folder.is_dir():
+            if folder != self._root:
+                self.make(folder.parent)
+            make_folder(folder)
+            self._durable.add(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder durable, and those above it that are not there."""
+    there = folder.is_dir()
+    if not there:
+        if not folder.parent.is_dir():
+            make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+    # Also one that is there: who made it may have been killed before it was durable.
+    with contextlib.suppress(*[PermissionError] * there):
         _sync_folder(folder.parent)
 
 
@@ -214,12 +244,13 @@ class LocalBackend:
     def __init__(self, root: Path, *, lock_timeout: float = _LOCK_TIMEOUT_SECONDS) -> None:
         self.root = root
         self._prefix = f"{root}{os.sep}"
+        self._folders = _Folders(root)
         self._lock_timeout = lock_timeout
 
     def make_root(self) -> None:
         """Create the folder itself."""
         with translated("create", self.root):
-            _make_folder(self.root.absolute())
+            make_folder(self.root.absolute())
 
     def room(self) -> int | None:
         """Return the free bytes of the file system; ``None`` where it does not say."""
@@ -259,7 +290,7 @@ class LocalBackend:
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
-        writer = _LocalWriter(self.root)
+        writer = _LocalWriter(self.root, self._folders)
         try:
             yield writer
         finally:
@@ -268,23 +299,34 @@ class LocalBackend:
     def delete(self, path: str) -> None:
         target = self.root / path
         with translated("delete", target):
-            target.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
             if target.parent.is_dir():
                 _sync_folder(target.parent)
 
     def move(self, path: str, target: str) -> None:
         source, place = self.root / path, self.root / target
         with translated(f"move {source} to", place):
-            _make_folder(place.parent)
+            self._folders.make(place.parent)
             os.replace(source, place)
             # The new entry first: after a power loss the file may have two names, never none.
             _sync_folder(place.parent)
             _sync_folder(source.parent)
 
+    def sync(self, folder: str) -> None:
+        top = self.root / folder
+        with translated("sync", top):
+            if not top.is_dir():
+                return
+            self._folders.make(top)
+            for parent, _, _ in os.walk(top, onerror=_unless_absent):
+                _sync_folder(Path(parent))
+
     def clear_temporary(self) -> None:
         """Remove the folder of unpublished files; nothing may be under way."""
         with translated("delete", self.root / TEMPORARY):
             shutil.rmtree(self.root / TEMPORARY)
+            _sync_folder(self.root)
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:

@@ -36,7 +36,7 @@ from msft_store.format import (
 from msft_store.manifest import parse_shape
 from msft_store.safetensors_file import TensorPlace, find_files, read_header
 
-_FOLDER = "bases"
+FOLDER = "bases"
 _SUFFIX = ".json"
 
 
@@ -126,13 +126,13 @@ def _scan(path: Path) -> Base:
 
 def path_of_base(identity: str) -> str:
     """Return where the record of a base stands."""
-    return f"{_FOLDER}/{identity}{_SUFFIX}"
+    return f"{FOLDER}/{identity}{_SUFFIX}"
 
 
 def list_bases(backend: Backend) -> list[str]:
     """Return the ids of all bases."""
-    skip = len(_FOLDER) + 1
-    return [path[skip : -len(_SUFFIX)] for path in backend.list(_FOLDER) if path.endswith(_SUFFIX)]
+    skip = len(FOLDER) + 1
+    return [path[skip : -len(_SUFFIX)] for path in backend.list(FOLDER) if path.endswith(_SUFFIX)]
 
 
 def read_base(backend: Backend, identity: str) -> Base:

@@ -139,6 +139,9 @@ class Bounded:
     def move(self, path: str, target: str) -> None:
         self._inner.move(path, target)
 
+    def sync(self, folder: str) -> None:
+        self._inner.sync(folder)
+
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)
 

@@ -1,7 +1,8 @@
 """Out of the store: a checkpoint as an ordinary directory of safetensors.
 
 Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
-the result loads with ``from_pretrained``. The directory appears whole or not at all.
+the result loads with ``from_pretrained``. The directory appears whole or not at all; an export that
+is killed leaves a hidden one beside it, which the next export to that place removes.
 
 Example::
 
@@ -10,7 +11,10 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
 import struct
 import uuid
@@ -18,7 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msft_store.backend import LocalBackend, move_folder, publish, read_file, translated
+from msft_store.backend import (
+    LocalBackend,
+    make_folder,
+    move_folder,
+    publish,
+    read_file,
+    translated,
+)
 from msft_store.catalog import Catalog
 from msft_store.decoding import decode_bytes
 from msft_store.errors import InvalidInputError
@@ -50,18 +61,49 @@ def export(
                 f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
                 "load the checkpoint and convert it"
             )
-    partial = folder.absolute().parent / f".{folder.name}-{uuid.uuid4().hex}"
-    with translated("create", partial):
-        partial.mkdir(parents=True)
-    try:
+    with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         _write_shards(catalog, checkpoint, tensors, backend, shard_bytes)
         _copy_companions(catalog, checkpoint, backend)
         backend.clear_temporary()
         move_folder(partial, folder)
+    return sorted(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _under_way(folder: Path) -> Iterator[Path]:
+    """Give a new directory beside ``folder``, which is removed if it is still there at the end.
+
+    Those of earlier exports to ``folder`` that were killed are removed, too.
+    """
+    prefix = f".{folder.name}-"
+    partial = folder.parent / f"{prefix}{uuid.uuid4().hex}"
+    with translated("create", partial):
+        make_folder(folder.parent)
+        for path in folder.parent.iterdir():
+            if path.name.startswith(prefix) and len(path.name) == len(partial.name):
+                with contextlib.suppress(OSError), _owned(path):
+                    shutil.rmtree(path, ignore_errors=True)
+        os.mkdir(partial)
+    try:
+        with contextlib.ExitStack() as stack:
+            # Some network file systems cannot; then nobody can tell that it was left behind.
+            with contextlib.suppress(OSError):
+                stack.enter_context(_owned(partial))
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sorted(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold a directory's lock, which ends with the process; ``OSError`` if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_shards(

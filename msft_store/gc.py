@@ -32,8 +32,11 @@ from msft_store.errors import (
 )
 from msft_store.format import Record
 from msft_store.liveness import closure
+from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import Checkpoint, path_of
+from msft_store.packs import FOLDER as PACKS
 from msft_store.packs import PackWriter
+from msft_store.refs import FOLDER as REFS
 from msft_store.render import human
 from msft_store.retention import Candidate, Policy
 from msft_store.slips import check_ranked
@@ -194,11 +197,18 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         catalog.refresh()
         _refuse_damage(catalog)
         protected = catalog.protected()
-        for identity in drop:
-            if identity not in protected and catalog.get(identity) is not None:
-                backend.delete(path_of(identity))
-                catalog.remove(identity)
+        doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
+        if doomed:
+            # A ref that somebody removed must not come back without its checkpoint.
+            backend.sync(REFS)
+        for identity in doomed:
+            backend.delete(path_of(identity))
+            catalog.remove(identity)
         delete, rewrite, _ = _waste(catalog, catalog.checkpoints())
+        if delete or rewrite:
+            # Nor a checkpoint without its chunks; and what serves in their place must stay.
+            backend.sync(MANIFESTS)
+            backend.sync(PACKS)
         for path, _ in _leftovers(catalog):
             backend.delete(path)
         for waste in delete:

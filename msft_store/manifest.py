@@ -35,7 +35,7 @@ from msft_store.format import (
 from msft_store.keytable import Keys, as_keys
 from msft_store.tablescan import KeyScanner
 
-_FOLDER = "manifests"
+FOLDER = "manifests"
 _SUFFIX = ".json"
 _FIRST_READ = 1 << 14
 _MAX_LENGTH = 1 << 63
@@ -203,13 +203,13 @@ def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: 
 
 def path_of(identity: str) -> str:
     """Return where the manifest of a checkpoint stands."""
-    return f"{_FOLDER}/{identity}{_SUFFIX}"
+    return f"{FOLDER}/{identity}{_SUFFIX}"
 
 
 def list_manifests(backend: Backend) -> list[str]:
     """Return the ids of all checkpoints."""
-    skip = len(_FOLDER) + 1
-    return [path[skip : -len(_SUFFIX)] for path in backend.list(_FOLDER) if path.endswith(_SUFFIX)]
+    skip = len(FOLDER) + 1
+    return [path[skip : -len(_SUFFIX)] for path in backend.list(FOLDER) if path.endswith(_SUFFIX)]
 
 
 def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:

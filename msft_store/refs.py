@@ -19,7 +19,7 @@ from msft_store.backend import Backend, publish
 from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
 from msft_store.format import VERSION, seal, unseal
 
-_FOLDER = "refs"
+FOLDER = "refs"
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 _MAX_NAME = 200
@@ -56,7 +56,7 @@ def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
     """Return the refs that can be read by name, and why the others cannot, by path."""
     refs: dict[str, Ref] = {}
     damaged: dict[str, StoreError] = {}
-    for path in backend.list(_FOLDER):
+    for path in backend.list(FOLDER):
         if path.endswith(_SUFFIX):
             try:
                 ref = _read(backend, path)
@@ -70,13 +70,13 @@ def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
 
 def path_of_ref(name: str) -> str:
     """Return where a ref stands."""
-    return f"{_FOLDER}/{name}{_SUFFIX}"
+    return f"{FOLDER}/{name}{_SUFFIX}"
 
 
 def _read(backend: Backend, path: str) -> Ref:
     what = backend.describe(path)
     content = unseal(backend.read(path), what, "msft-ref")
-    name = path[len(_FOLDER) + 1 : -len(_SUFFIX)]
+    name = path[len(FOLDER) + 1 : -len(_SUFFIX)]
     target, note = content.get("checkpoint"), content.get("note")
     if content.get("name") != name or not isinstance(target, str) or not isinstance(note, dict):
         raise CorruptedError(f"{what} does not hold the ref {name!r}; {REPAIR}", file=what)

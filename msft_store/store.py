@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from msft_store.backend import Backend, LocalBackend, publish, translated
+from msft_store.bases import FOLDER as BASES
 from msft_store.bases import Base, add_base, relocate
 from msft_store.bounded import Bounded
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
@@ -41,6 +42,7 @@ from msft_store.errors import (
 from msft_store.export import export
 from msft_store.format import canonical, digest
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
+from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
@@ -51,8 +53,10 @@ from msft_store.manifest import (
     write_manifest,
 )
 from msft_store.matching import check_match, listed
+from msft_store.packs import FOLDER as PACKS
 from msft_store.packs import PackWriter
 from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
+from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
 from msft_store.resident import Compared
@@ -71,6 +75,7 @@ class Store:
         self._backend = Bounded(backend)
         self._catalog = Catalog(self._backend)
         self._catalog.refresh()
+        self._durable_bases: set[str] = set()
 
     @classmethod
     def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
@@ -161,6 +166,9 @@ class Store:
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
             parent_id, base, parent_tensors = self._catalog.lineage(parent)
+            if base is not None and base not in self._durable_bases:
+                self._backend.sync(BASES)
+                self._durable_bases.add(base)
             table, totals = self._encode(state, base, parent_tensors, level, compared)
             line = tensor_table(table)
             content = checkpoint_content(
@@ -175,6 +183,7 @@ class Store:
             )
             known = self._catalog.get(digest(canonical(content)))
             if known is not None:
+                self._backend.sync(MANIFESTS)
                 return known
             checkpoint = write_manifest(
                 self._backend,
@@ -254,6 +263,7 @@ class Store:
         with self._backend.lock(shared=True, purpose="pin"):
             self._catalog.refresh()
             found = self._catalog.resolve(checkpoint)
+            self._backend.sync(MANIFESTS)
             write_ref(self._backend, Ref(name=name, checkpoint=found.id, note=note or {}))
 
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
@@ -295,6 +305,7 @@ class Store:
             reason = self._catalog.protected().get(found.id)
             if reason is not None:
                 raise PinnedError(f"checkpoint {found.id[:12]} is {reason}; unpin it first")
+            self._backend.sync(REFS)
             self._backend.delete(path_of(found.id))
             self._catalog.remove(found.id)
 
@@ -451,6 +462,9 @@ class Store:
             yield begin
             for pack in packs:
                 pack.publish()
+            if not packs:
+                # All is there already, from somebody who may not have got it durable.
+                self._backend.sync(PACKS)
 
     def _next_time(self) -> int:
         # Later than every other, so that the log is in order even where a clock goes back.

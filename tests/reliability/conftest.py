@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.support.ledger import Ledger
+from tests.support.operations import Prepared, prepare
 
 _LEDGER = pytest.StashKey[Ledger]()
 
@@ -49,3 +50,9 @@ def seed(request: pytest.FixtureRequest) -> int:
 def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not wait for the disk, where processes are killed and not machines."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Return a store with everything in it, to be copied."""
+    return prepare(tmp_path_factory.mktemp("prepared"))

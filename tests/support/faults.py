@@ -10,7 +10,7 @@ from pathlib import Path
 from msft_store import StorageError
 from msft_store.backend import Backend, Writer
 
-CHANGES = frozenset({"begin", "write", "publish", "delete", "move"})
+CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
 EVERYTHING = CHANGES | {"exists", "read", "size", "list", "lock"}
 
 
@@ -75,6 +75,10 @@ class FaultyBackend:
     def move(self, path: str, target: str) -> None:
         self._operate("move")
         self._inner.move(path, target)
+
+    def sync(self, folder: str) -> None:
+        self._operate("sync")
+        self._inner.sync(folder)
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
