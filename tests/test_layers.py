@@ -36,12 +36,12 @@ __init__ cli __main__
 
 TRAINER = """
 errors files strategy tables typed yamlfile
-config peaks schedule
+config peaks schedule divergence
 journal flops plan outbox
-algorithms.best algorithms.sft algorithms.msft
+algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
-interrupt data batches model forward optim evaluate
+interrupt together data batches model forward optim evaluate
 resume workspace steps commits
 loop
 run compare demo

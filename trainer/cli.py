@@ -29,7 +29,7 @@ from trainer.flops import ModelSize
 from trainer.interrupt import Interrupted
 from trainer.model import load_model
 from trainer.plan import Counts, Plan, plan
-from trainer.report import compare_table, write_report
+from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
 from trainer.summary import Summary
 from trainer.workspace import check, quiet_libraries
@@ -39,6 +39,7 @@ exit codes:
   0    done
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
+  3    training diverged; the run is over, its result is the best before that
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
 """
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     quiet_libraries()
     try:
-        options.command(options)
+        return int(options.command(options) or 0)
     except Interrupted as interrupted:
         _complain(f"{interrupted}; continue with `msft-train resume {interrupted.directory}`")
         return 128 + interrupted.number
@@ -65,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"{_sentence(error)}; lower train.micro_batch_size or evaluation.batch_size")
     except (TrainerError, StoreError, SafetensorError, OSError) as error:
         _complain(_sentence(error))
-    else:
-        return 0
     return 1
 
 
@@ -134,24 +133,37 @@ def _add(
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    _print_summary(options, start(config, **_progress(options)))
+    summary = start(config, **_progress(options))
+    _print_summary(options, summary)
+    return _exit_code(summary)
 
 
-def _resume(options: argparse.Namespace) -> None:
-    _print_summary(options, resume(options.run, **_progress(options)))
+def _resume(options: argparse.Namespace) -> int:
+    summary = resume(options.run, **_progress(options))
+    _print_summary(options, summary)
+    return _exit_code(summary)
 
 
 def _report(options: argparse.Namespace) -> None:
     _print_summary(options, write_report(options.run))
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     summaries = compare(config, options.methods.split(","), **_progress(options))
     tree = {label: summary.to_dict() for label, summary in summaries.items()}
     _print(tree if options.json else compare_table(summaries))
+    return max(_exit_code(summary) for summary in summaries.values())
+
+
+def _exit_code(summary: Summary) -> int:
+    """Return 0, or say that training diverged and return the code for that."""
+    if not summary.diverged:
+        return 0
+    _complain(f"{summary.method}: {DIVERGED}")
+    return 3
 
 
 def _plan(options: argparse.Namespace) -> None:

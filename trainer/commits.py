@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from msft_store import Champions, Checkpoint, KeepBest, PeakWindow, Policy, Timeline
+from msft_store import Champions, Checkpoint, KeepBest, KeepLast, PeakWindow, Policy, Timeline
 from trainer.errors import RunError
 from trainer.strategy import Mode, Needs
 from trainer.workspace import Workspace
@@ -89,6 +89,8 @@ def retention(needs: Needs, mode: Mode) -> Policy:
         policies.append(PeakWindow(champions, needs.peak_window))
     elif champions:
         policies.append(Champions(champions))
+    if needs.newest:
+        policies.append(KeepLast(1))
     policy = policies[0]
     for other in policies[1:]:
         policy = policy | other

@@ -90,6 +90,12 @@ class TrainConfig:
     """Examples per forward pass and process."""
     max_grad_norm: float | None = None
     """Gradient norm above which gradients are scaled down; ``None``: no clipping."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """What follows a loss or gradient norm that is not finite. ``stop``: the run ends with the best
+    overall so far as its result. ``rollback``: the weights of the last evaluation are restored, the
+    batches since then left out; this keeps one more rollback point."""
+    max_skips: int = 3
+    """How many times a run may roll back for that reason; after them, it stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +174,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.batch_size", lambda n: n >= 1, "at least 1"),
     ("train.micro_batch_size", lambda n: n >= 1, "at least 1"),
     ("train.max_grad_norm", lambda x: x > 0, "above 0, or null for no clipping"),
+    ("train.max_skips", lambda n: n >= 1, "at least 1"),
     ("evaluation.eval_every", lambda x: x > 0, "above 0"),
     ("evaluation.max_new_tokens", lambda n: n >= 1, "at least 1"),
     ("evaluation.batch_size", lambda n: n >= 1, "at least 1"),

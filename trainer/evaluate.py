@@ -9,7 +9,8 @@ Most verdicts need no generation. One forward pass over prompt and reference tel
 greedy decoding would take after each of the reference's tokens, so it tells the generated text up
 to and including the first token that is not the reference's. Where that text is complete, or, with
 no pattern, cannot become the reference any more, the example is decided; only the others are
-generated (batched, with a key-value cache). The verdicts are those that generation gives.
+generated (batched, with a key-value cache). The verdicts are those that generation gives. A
+sub-dataset whose loss is not finite has no exact match (NaN).
 
 Batches are made by sorting, so that a result depends on the weights and the examples alone. With
 several processes each evaluates its share of the same batches, and the numbers are those of one.
@@ -23,6 +24,7 @@ Example::
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,7 +124,9 @@ class Evaluator:
             end = start + len(examples)
             targets = sum(len(example.completion) for example in examples)
             mean_losses[name] = sum(losses[start:end]) / targets
-            matches[name] = sum(verdicts[start:end]) / len(examples)
+            # Tokens chosen by numbers that are none match by chance at best.
+            sound = math.isfinite(mean_losses[name])
+            matches[name] = sum(verdicts[start:end]) / len(examples) if sound else math.nan
             start = end
         metrics = dict(matches if self._config.metric == "exact_match" else mean_losses)
         counts = {name: len(examples) for name, examples in sub_datasets.items()}

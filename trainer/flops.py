@@ -87,12 +87,12 @@ class Account:
         counted = effective(records)
         seqs = {record["seq"] for record in counted}
         size = model_size(records)
-        path = path_ends(counted)
+        on_path = seqs_on_path(counted)
         kept, rolled_back = Work(), Work()
         for record in counted:
             if record["event"] != "trained":
                 continue
-            if record["step"] <= path.get(record["stage"], -1):
+            if record["seq"] in on_path:
                 kept += _training(record, size)
             else:
                 rolled_back += _training(record, size)
@@ -110,6 +110,22 @@ def model_size(records: Iterable[Record]) -> ModelSize:
     """Return the size of the model that a journal is about."""
     model = next(record["model"] for record in records if record["event"] == "run_started")
     return ModelSize(parameters=model["parameters"], layers=model["layers"], hidden=model["hidden"])
+
+
+def seqs_on_path(counted: Sequence[Record]) -> set[int]:
+    """Return the ``seq`` of the ``trained`` records whose steps led to the result.
+
+    Those that a roll-back has undone are not among them, be it to a peak or after a divergence.
+    """
+    ends = path_ends(counted)
+    found: dict[int, int] = {}
+    for record in counted:
+        if record["event"] == "trained" and record["step"] <= ends.get(record["stage"], -1):
+            found[record["seq"]] = record["step"]
+        elif record.get("decision") == "skip":
+            good = next(r for r in counted if r.get("checkpoint") == record["checkpoint"])["step"]
+            found = {seq: step for seq, step in found.items() if step <= good}
+    return set(found)
 
 
 def path_ends(counted: Sequence[Record]) -> dict[int, int]:

@@ -26,9 +26,11 @@ event              fields
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
                    (that training waited for it); written once the checkpoint is durable
-``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``stop``), checkpoint
-                   (null with ``continue``), exclude [names], reason; written before it is acted on,
-                   but training goes on while what it continues from is committed
+``diverged``       stage, epoch, step, what (``training loss``, …), value (``nan``, ``inf``,
+                   ``-inf``); a ``decided`` follows, with the index of the evaluation before it
+``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``skip``, ``stop``),
+                   checkpoint (null with ``continue``), exclude [names], reason; written before it
+                   is acted on, but training goes on while what it continues from is committed
 ``rolled_back``    checkpoint, disk_peak_bytes, disk_bytes; also at the end of a run, when
                    the result becomes the last root
 ``resume_point``   step, stage, bytes

@@ -23,11 +23,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from trainer.commits import Committing, begin_commit, retention
+from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
 from trainer.interrupt import Interrupted, Interrupts
@@ -45,18 +45,21 @@ from trainer.resume import (
     set_rng_state,
 )
 from trainer.schedule import Schedule, stage_schedule
-from trainer.steps import StageSteps, check_loss
+from trainer.steps import StageSteps
 from trainer.strategy import (
     OVERALL,
     Continue,
     Decision,
+    Divergence,
     Evaluation,
     Names,
     RollBack,
+    Skip,
     Stage,
     Stop,
     Strategy,
 )
+from trainer.together import Together
 from trainer.workspace import RESUME, Workspace
 
 Say = Callable[[str], None]
@@ -81,8 +84,9 @@ class Loop:
         self._interrupts = interrupts
         self._say = say
         self._progress = progress
+        self._together = Together(work.accelerator)
         # A process that ends alone would leave the others waiting for its share.
-        check = interrupts.check if work.accelerator.num_processes == 1 else None
+        check = interrupts.check if self._together.is_one else None
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
@@ -129,7 +133,7 @@ class Loop:
         steps = StageSteps(self._work, stage, schedule)
         if position is None:
             decision = self._begin(stage, root, schedule)
-            if not isinstance(decision, Continue):
+            if isinstance(decision, RollBack | Stop):
                 return decision
             position = Position(
                 stage=stage.number, step=0, global_step=self._global_step, evaluations=1
@@ -141,8 +145,10 @@ class Loop:
                 if schedule.evaluations[position.evaluations - 1] == position.step:
                     self._record_totals(steps, position, schedule)
                     decision = self._evaluate(stage, position, schedule)
-                    if not isinstance(decision, Continue):
+                    if isinstance(decision, RollBack | Stop):
                         return decision
+                    if isinstance(decision, Skip):
+                        continue
                     position = replace(position, evaluations=position.evaluations + 1)
                     self._position = position
                     steps.restart_clock()
@@ -150,22 +156,30 @@ class Loop:
                     self._record_totals(steps, position, schedule)
                     self._save_point(position)
                     steps.restart_clock()
-                steps.train(position.step)
+                finding = steps.train(position.step)
                 self._global_step += 1
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
                 self._position = position
                 bar.update()
-                self._after_step(steps, position, schedule)
+                self._after_step(steps, position, schedule, is_last=finding is not None)
+                if finding is not None:
+                    decision = self._diverge(finding, stage, position, schedule)
+                    if isinstance(decision, Stop):
+                        return decision
 
     def _begin(self, stage: Stage, root: str | None, schedule: Schedule) -> Decision:
         """Start a stage from fresh state and decide on its root.
 
         The base, where the first stage begins, is evaluated and committed; any other root is known.
         """
-        words = np.random.SeedSequence([self._work.config.seed, stage.number]).generate_state(1)
-        set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
-        reset(self._work.optimizer)
+        self._reset(stage.number)
         result = self._measure() if root is None else None
+        finding = ruined(result.losses) if result else None
+        if finding is not None:
+            raise RunError(
+                f"the {finding.what} is {finding.value} before any training: is model.path "
+                f"{self._work.config.model.path} sound, and is model.dtype wide enough for it?"
+            )
         commit = self._commit(stage, 0.0, result) if result else None
         # The stage is told by its root, so there is nothing to do beside this commit.
         committed = commit.record() if commit else {}
@@ -188,12 +202,49 @@ class Loop:
     def _evaluate(self, stage: Stage, position: Position, schedule: Schedule) -> Decision:
         """Evaluate all sub-datasets, commit the weights, and decide."""
         result = self._measure()
+        finding = ruined(result.losses)
+        if finding is not None:
+            return self._diverge(finding, stage, position, schedule)
         self._work.outbox.settle()
         epoch = position.step / schedule.steps_per_epoch
         commit = self._commit(stage, epoch, result)
         index = position.evaluations
         last = index == len(schedule.evaluations)
         return self._decide(stage, index, epoch, result, commit, last=last)
+
+    def _diverge(
+        self, finding: Finding, stage: Stage, position: Position, schedule: Schedule
+    ) -> Skip | Stop:
+        """Decide what follows numbers that are not finite; where that is to skip, do it."""
+        work, answer = self._work, None
+        if work.accelerator.is_main_process:
+            # A checkpoint that is restored must be durable, and its id known.
+            work.outbox.settle()
+            divergence = Divergence(
+                stage=stage.number,
+                epoch=position.step / schedule.steps_per_epoch,
+                step=position.global_step,
+                what=finding.what,
+                value=finding.value,
+            )
+            work.record("diverged", **vars(divergence))
+            answer = self._names.resolve(self._strategy.on_divergence(divergence))
+            place = {"step": position.global_step, "stage": stage.number}
+            index = position.evaluations - 1
+            told = describe(answer)
+            work.record("decided", **place, index=index, **told, reason=answer.reason)
+            self._say(f"stage {stage.number}, epoch {divergence.epoch:.2f}: {answer.reason}")
+        decision: Skip | Stop = self._together.share(answer)
+        if isinstance(decision, Skip):
+            work.restore(decision.checkpoint)
+            self._reset(stage.number, position.step)
+        return decision
+
+    def _reset(self, *place: int) -> None:
+        """Make optimizer and generators as good as new, the latter from the seed and a place."""
+        words = np.random.SeedSequence([self._work.config.seed, *place]).generate_state(1)
+        set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
+        reset(self._work.optimizer)
 
     def _measure(self) -> Result:
         return self._evaluator(self._work.model, self._work.split("validation"))
@@ -222,7 +273,8 @@ class Loop:
         metrics are known from an earlier evaluation.
         """
         if not self._work.accelerator.is_main_process or checkpoint is None:
-            return self._shared(None)
+            told: Decision = self._together.share(None)
+            return told
         commit = checkpoint if isinstance(checkpoint, Committing) else None
         durable = checkpoint if isinstance(checkpoint, str) else ""
         known = self._known[durable] if result is None else _known(result)
@@ -264,23 +316,19 @@ class Loop:
         if not isinstance(decision, Continue):
             self._work.outbox.settle()
         text = f"stage {stage.number}, epoch {epoch:.2f}: {OVERALL} {known.metrics[OVERALL]:.4f}"
+        if unsound := names_not_finite(known.metrics):
+            text += f"; not finite: {', '.join(unsound)}"
         self._say(text if isinstance(decision, Continue) else f"{text}; {decision.reason}")
-        return self._shared(self._names.resolve(decision))
+        decided: Decision = self._together.share(self._names.resolve(decision))
+        return decided
 
-    def _shared(self, decision: Decision | None) -> Decision:
-        """Return the main process's decision in every process."""
-        shared = [decision]
-        if self._work.accelerator.num_processes > 1:
-            broadcast_object_list(shared)
-        if shared[0] is None:
-            raise RunError("the main process has decided nothing")
-        return shared[0]
-
-    def _after_step(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
-        """Journal what is due, and end on a signal."""
+    def _after_step(
+        self, steps: StageSteps, position: Position, schedule: Schedule, *, is_last: bool
+    ) -> None:
+        """Journal what is due, all where this step ``is_last``, and end on a signal otherwise."""
         self._work.outbox.write_ready()
-        signalled = self._signalled()
-        if signalled or position.step % self._work.config.log_every == 0:
+        signalled = self._together.any_of(self._interrupts.number is not None) and not is_last
+        if signalled or is_last or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position, schedule)
         if signalled:
             raise Interrupted(self._interrupts.number or signal.SIGTERM)
@@ -289,21 +337,12 @@ class Loop:
         every = self._work.config.resume_every
         return every is not None and position.step % every == 0
 
-    def _signalled(self) -> bool:
-        """Return whether any process has got a signal, the same in all of them."""
-        signalled = self._interrupts.number is not None
-        if self._work.accelerator.num_processes == 1:
-            return signalled
-        flag = torch.tensor(float(signalled), device=self._work.accelerator.device)
-        return bool(self._work.accelerator.reduce(flag, reduction="sum") > 0)
-
     def _record_totals(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
         epoch = position.step / schedule.steps_per_epoch
         totals = steps.take_totals()
         if totals is not None:
             place = {"step": position.global_step, "stage": position.stage, "epoch": epoch}
             self._work.record("trained", **place, **totals)
-            check_loss(totals["loss"], stage=position.stage, epoch=epoch)
 
     def _save_point(self, position: Position) -> None:
         """Replace the resume point; every process adds its random number generators."""

@@ -198,10 +198,12 @@ def _alive(config: Config, sub_datasets: int) -> int:
     """Return how many rollback points are alive at most.
 
     The newest and the best overall; for MSFT also the champions and the root. Within a peak window
-    W all champions are among the last W evaluations.
+    W all champions are among the last W evaluations. Where a divergence is rolled back, the newest
+    one before the newest, too.
     """
+    newest = 2 if config.train.on_divergence == "rollback" else 1
     if config.method == "sft":
-        return 2
+        return newest + 1
     window = config.msft.peak_window
     champions = sub_datasets if window is None else min(sub_datasets, window)
-    return champions + 3
+    return champions + newest + 2

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from trainer.disk import disk_points
-from trainer.flops import path_ends
+from trainer.flops import seqs_on_path
 from trainer.journal import Record
 from trainer.strategy import OVERALL
 from trainer.summary import goes_back, stop_decision, sub_dataset_peaks
@@ -56,12 +56,11 @@ def draw_loss(counted: Sequence[Record]) -> bytes:
     """Draw the training loss over steps, what was rolled back pale; returns a PNG."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    ends = path_ends(counted)
+    on_path = seqs_on_path(counted)
     for stage in _stages(counted):
         points = [r for r in counted if r["event"] == "trained" and r["stage"] == stage]
-        end = ends.get(stage, -1)
-        kept = [r for r in points if r["step"] <= end]
-        _line(axis, [*kept[-1:], *points[len(kept) :]], _PALE, key="loss")
+        _line(axis, points, _PALE, key="loss")
+        kept = [{**r, "loss": r["loss"] if r["seq"] in on_path else math.nan} for r in points]
         _line(axis, kept, _BLUE, key="loss")
     _draw_roll_backs(axis, counted)
     _frame(axis, title="Training loss", y="mean token loss", x="optimizer step")

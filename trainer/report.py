@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.divergence import names_not_finite
 from trainer.files import write_atomic
 from trainer.flops import Work
 from trainer.journal import Record, effective, read
@@ -27,6 +29,12 @@ _DRAWINGS = (
     ("curves", "Validation curves", draw_curves),
     ("loss", "Training loss", draw_loss),
     ("disk", "Disk of the rollback points", draw_disk),
+)
+
+
+DIVERGED = (
+    "Training diverged, which ended the run: the result is its best checkpoint before that. Begin "
+    "again with a smaller train.lr, with train.max_grad_norm, or with train.on_divergence=rollback."
 )
 
 
@@ -58,6 +66,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         _data_table(counted).to_markdown(),
         "## Decisions",
         _decision_table(counted).to_markdown(),
+        *_divergence_parts(counted),
         "## Disk",
         "Not known before the first commit."
         if summary.disk is None
@@ -129,7 +138,8 @@ def _result_text(summary: Summary) -> str:
     result = summary.result
     if result is None:
         return "The run is not over."
-    return f"Checkpoint `{result.checkpoint}`, from stage {result.stage}, epoch {result.epoch:.2f}."
+    text = f"Checkpoint `{result.checkpoint}`, from stage {result.stage}, epoch {result.epoch:.2f}."
+    return f"{text} {DIVERGED}" if summary.diverged else text
 
 
 def _score_table(summaries: Mapping[str, Summary]) -> Table:
@@ -189,6 +199,24 @@ def _decision_table(counted: Sequence[Record]) -> Table:
         rows=rows,
         numeric=False,
     )
+
+
+def _divergence_parts(counted: Sequence[Record]) -> list[str]:
+    """Return a section on numbers that are not finite; nothing where there are none."""
+    lines = [
+        f"- Stage {r['stage']}, epoch {r['epoch']:.2f}, step {count_text(r['step'])}: the "
+        f"{r['what']} was {r['value']}."
+        for r in counted
+        if r["event"] == "diverged"
+    ]
+    evaluated = [r for r in counted if r["event"] == "evaluated" and not r["reused"]]
+    unsound = Counter(name for r in evaluated for name in names_not_finite(r["metrics"]))
+    lines += [
+        f"- The metric of {name} was not finite in {count} of {len(evaluated)} evaluations, none "
+        "of which counted as a best or a peak."
+        for name, count in sorted(unsound.items())
+    ]
+    return ["## Not finite", "\n".join(lines)] if lines else []
 
 
 def _decision_text(record: Record) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +33,11 @@ from trainer.model import unique_state
 from trainer.strategy import (
     Continue,
     Decision,
+    Divergence,
     Evaluation,
     Names,
     RollBack,
+    Skip,
     Stage,
     Stop,
     Strategy,
@@ -99,7 +101,7 @@ def where_to_resume(counted: Sequence[Record], point: Point | None) -> tuple[int
     """
     for i in range(len(counted) - 1, 0, -1):
         record = counted[i]
-        if record["event"] == "decided" and record["decision"] != "continue":
+        if record["event"] == "decided" and record["decision"] in ("roll_back", "stop"):
             return record["seq"], "end" if record["decision"] == "stop" else "stage_root"
         if record["event"] == "stage_started":
             inside = {later["seq"] for later in counted[i:]}
@@ -110,7 +112,7 @@ def where_to_resume(counted: Sequence[Record], point: Point | None) -> tuple[int
 
 
 def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
-    """Tell a fresh strategy the recorded evaluations, and return where the run stands.
+    """Tell a fresh strategy what is recorded, and return where the run stands.
 
     Raises :class:`RunError` if it decides otherwise than the journal says.
     """
@@ -127,6 +129,9 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
             evaluation = _evaluation(record, names)
             names.add(evaluation.checkpoint, record["checkpoint"])
             decision = names.resolve(strategy.on_evaluation(evaluation))
+        elif record["event"] == "diverged":
+            divergence = Divergence(**{f.name: record[f.name] for f in fields(Divergence)})
+            decision = names.resolve(strategy.on_divergence(divergence))
         elif record["event"] == "decided":
             decided = {} if decision is None else describe(decision)
             if not decided or any(record[key] != value for key, value in decided.items()):
@@ -147,6 +152,8 @@ def describe(decision: Decision) -> dict[str, Any]:
     """Return the fields of a ``decided`` record that say what was decided."""
     if isinstance(decision, Continue):
         return {"decision": "continue", "checkpoint": None, "exclude": []}
+    if isinstance(decision, Skip):
+        return {"decision": "skip", "checkpoint": decision.checkpoint, "exclude": []}
     kind = "roll_back" if isinstance(decision, RollBack) else "stop"
     exclude = list(decision.exclude)
     return {"decision": kind, "checkpoint": decision.checkpoint, "exclude": exclude}
@@ -244,6 +251,6 @@ def _python_rng() -> dict[str, Any]:
 
 
 def _evaluation(record: Record, names: Names) -> Evaluation:
-    fields = ("stage", "index", "epoch", "step", "metrics", "last")
+    told = ("stage", "index", "epoch", "step", "metrics", "last")
     checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
-    return Evaluation(checkpoint=checkpoint, **{field: record[field] for field in fields})
+    return Evaluation(checkpoint=checkpoint, **{name: record[name] for name in told})

@@ -13,7 +13,6 @@ Example::
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from trainer.batches import Step, epoch_plan
-from trainer.errors import RunError
+from trainer.divergence import Finding, not_finite
 from trainer.forward import collate, target_losses
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.schedule import Schedule
@@ -44,35 +43,37 @@ class StageSteps:
         self._batches: tuple[Step, ...] = ()
         self._forget_totals()
 
-    def train(self, step: int) -> None:
-        """Do optimizer step ``step`` (from 0) of the stage."""
+    def train(self, step: int) -> Finding | None:
+        """Do optimizer step ``step`` (from 0) of the stage, the same in all processes.
+
+        Where the loss or the norm of the gradients is not finite, the weights stay as they were,
+        and what was found is returned.
+        """
         config, model, optimizer = self._work.config.train, self._work.model, self._work.optimizer
         batch = self._batch(step)
         targets = sum(len(self._examples[i].completion) for micro in batch for i in micro)
         model.train()
-        self._losses += self._backward(batch, targets)
+        loss = self._backward(batch, targets)
+        self._losses += loss
         self._grad_norm = None
         if config.max_grad_norm is not None:
             accelerator = self._work.accelerator
             self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         self._lr = learning_rate(config, step=step, steps=self._schedule.steps)
         set_learning_rate(optimizer, self._lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         self._count(batch, targets)
+        finding = not_finite({"training loss": loss, "gradient norm": self._grad_norm})
+        if finding is None:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return finding
 
     def take_totals(self) -> dict[str, Any] | None:
-        """Return the fields of a ``trained`` record since the last call; ``None`` for no step.
-
-        A loss that is not finite is in ``loss`` as it is; see :func:`check_loss`.
-        """
+        """Return the fields of a ``trained`` record since the last call; ``None`` for no step."""
         if not self._targets:
             return None
-        losses = self._losses
-        if self._work.accelerator.num_processes > 1:
-            losses = self._work.accelerator.reduce(losses, reduction="sum")
         totals = {
-            "loss": float(losses) / self._targets,
+            "loss": float(self._losses) / self._targets,
             "lr": self._lr,
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
             "tokens": self._tokens,
@@ -89,7 +90,7 @@ class StageSteps:
         self._began = time.monotonic()
 
     def _backward(self, batch: Step, targets: int) -> torch.Tensor:
-        """Add the batch's gradients; return this process's share of the summed loss, float32."""
+        """Add the batch's gradients; return its summed loss over all processes, float32."""
         accelerator, model = self._work.accelerator, self._work.model
         processes, rank = accelerator.num_processes, accelerator.process_index
         total = torch.zeros((), device=accelerator.device)
@@ -105,6 +106,8 @@ class StageSteps:
                 # DDP averages gradients over processes, but the loss is a mean over all targets.
                 accelerator.backward(loss * (processes / targets))
             total += loss.detach()
+        if processes > 1:
+            total = accelerator.reduce(total, reduction="sum")
         return total
 
     def _batch(self, step: int) -> Step:
@@ -135,12 +138,3 @@ class StageSteps:
         self._lr, self._grad_norm = 0.0, None
         self._tokens = self._attention_tokens = self._targets = self._padded = 0
         self._began = time.monotonic()
-
-
-def check_loss(loss: float, *, stage: int, epoch: float) -> None:
-    """Raise :class:`RunError` for a loss that is not finite: the weights are beyond repair."""
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the training loss is {loss} at stage {stage}, epoch {epoch:.2f}: training has "
-            "diverged; begin again with a smaller train.lr, or with train.max_grad_norm set"
-        )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 OVERALL = "overall"
 """The name under which the metric of the whole mixture is recorded; no sub-dataset may have it."""
@@ -57,6 +57,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """A number that is not finite, so that training on from here is in vain."""
+
+    stage: int
+    epoch: float
+    step: int
+    """Optimizer steps since the run began, the one that failed included."""
+    what: str
+    """Whose number it is, as in ``training loss``."""
+    value: str
+    """``nan``, ``inf`` or ``-inf``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Continue:
     """Train on."""
 
@@ -77,6 +91,17 @@ class RollBack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skip:
+    """Restore ``checkpoint``, of the last evaluation, and train the stage on from where it is.
+
+    The batches since that evaluation are not trained on again.
+    """
+
+    checkpoint: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """The run is over; ``checkpoint`` is its result."""
 
@@ -85,7 +110,8 @@ class Stop:
     reason: str
 
 
-Decision = Continue | RollBack | Stop
+Decision = Continue | RollBack | Skip | Stop
+AnyDecision = TypeVar("AnyDecision", bound=Decision)
 
 
 class Names:
@@ -109,7 +135,7 @@ class Names:
         """Say which checkpoint id a name stands for."""
         self._ids[name] = checkpoint
 
-    def resolve(self, decision: Decision) -> Decision:
+    def resolve(self, decision: AnyDecision) -> AnyDecision:
         """Return a decision with the id of the checkpoint that it names."""
         if isinstance(decision, Continue):
             return decision
@@ -127,6 +153,8 @@ class Needs:
     """Evaluations after which an unbeaten champion's peak has passed; ``None``: never."""
     best: tuple[str, ...] = (OVERALL,)
     """Metrics whose best checkpoint of the whole run is needed."""
+    newest: bool = False
+    """Whether the checkpoint of the last evaluation is needed, too."""
 
 
 class Strategy(Protocol):
@@ -143,3 +171,6 @@ class Strategy(Protocol):
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Decide what follows an evaluation; ``Continue`` never follows one that is ``last``."""
+
+    def on_divergence(self, divergence: Divergence) -> Skip | Stop:
+        """Decide what follows a divergence; an evaluation of the stage came before it."""

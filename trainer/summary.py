@@ -106,6 +106,11 @@ class Summary:
     seconds: float
     """Spent in training, evaluation and commits."""
     result: Result | None
+    divergences: int
+    """How many times a training loss, or a gradient norm, or all validation losses were not
+    finite."""
+    diverged: bool
+    """Whether the run was ended by the last of them."""
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
     """By sub-dataset."""
@@ -149,6 +154,8 @@ def summarize(records: Sequence[Record]) -> Summary:
         evaluations=sum(not r["reused"] for r in evaluated),
         seconds=math.fsum(r.get("seconds") or 0 for r in counted if r["event"] in _TIMED),
         result=result,
+        divergences=sum(r["event"] == "diverged" for r in counted),
+        diverged=_has_diverged(counted),
         peaks=sub_dataset_peaks(counted),
         scores={name: value for name, value in scores.items() if name != OVERALL},
         overall=scores[OVERALL],
@@ -168,6 +175,12 @@ def goes_back(decided: Record, evaluated: Sequence[Record]) -> bool:
 def stop_decision(counted: Sequence[Record]) -> Record | None:
     """Return the decision that ended the run, or ``None`` while it goes on."""
     return next((r for r in counted if r.get("decision") == "stop"), None)
+
+
+def _has_diverged(counted: Sequence[Record]) -> bool:
+    stop = stop_decision(counted)
+    events = {r["seq"]: r["event"] for r in counted}
+    return stop is not None and events.get(stop["seq"] - 1) == "diverged"
 
 
 def _place(record: Record) -> tuple[int, int]:

@@ -102,6 +102,12 @@ class Workspace:
                 self.store.load_into(self.accelerator.unwrap_model(self.model), root)
         self._share_weights()
 
+    def restore(self, checkpoint: str) -> None:
+        """Restore the weights of a checkpoint of this stage; the stage goes on."""
+        if self.store is not None:
+            self.store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
+        self._share_weights()
+
     def end_at(self, checkpoint: str) -> None:
         """Restore the result in all processes; nothing else is kept in the store.
 

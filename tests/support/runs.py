@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ _COUNTED = (
     "evaluated",
     "decided",
     "trained",
+    "diverged",
     "tested",
     "finished",
 )
@@ -41,3 +44,37 @@ def outcome(directory: Path) -> tuple[list[dict[str, Any]], bytes]:
         if record["event"] in _COUNTED
     ]
     return story, (directory / "model" / "model.safetensors").read_bytes()
+
+
+def kill(
+    action: Callable[[], object],
+    owner: object,
+    name: str,
+    *,
+    call: int,
+    like: Mapping[str, Any] | None = None,
+) -> None:
+    """Do ``action`` in a process that dies at once after call number ``call`` of a method.
+
+    With ``commit_async`` it dies while the commit is under way.
+    Only calls whose result has the items of ``like`` count.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            original = getattr(owner, name)
+            calls = []
+
+            def dying(*arguments, **keywords):
+                result = original(*arguments, **keywords)
+                if like is None or all(result.get(key) == like[key] for key in like):
+                    calls.append(result)
+                if len(calls) == call:
+                    os._exit(9)
+                return result
+
+            setattr(owner, name, dying)
+            action()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,15 +168,6 @@ def test_test_data_is_touched_once_for_base_and_result(msft):
 def test_the_report_and_the_result_are_written(msft):
     for name in ("report.md", "result.json", "plots/curves.png", "config.yaml"):
         assert (msft / name).stat().st_size > 0
-
-
-def test_training_that_diverges_ends_with_a_clear_error(tmp_path):
-    config = make_config(tmp_path, train__lr=1e30, log_every=1)
-    with pytest.raises(RunError, match=r"the training loss is nan at stage 1.*train\.lr"):
-        start(config)
-    trained = records(Path(config.output_dir), "trained")
-    assert math.isfinite(trained[0]["loss"])
-    assert math.isnan(trained[-1]["loss"])
 
 
 def test_a_directory_in_use_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def test_a_stage_follows_with_the_next_number_and_the_same_budget() -> None:
 def test_needs_shrink_with_the_mixture_and_end_with_the_best_overall() -> None:
     curve = load_curve("peak_window")
     strategy = make_msft(curve)
-    assert strategy.needs() == Needs(champions=("a", "b", "c"), peak_window=2)
+    assert strategy.needs() == Needs(champions=("a", "b", "c"), peak_window=2, newest=True)
     for evaluation in (one.evaluation for one in play(make_msft(curve), curve["stages"])):
         decision = strategy.on_evaluation(evaluation)
         if isinstance(decision, RollBack):

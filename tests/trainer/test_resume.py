@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from msft_store import Store, Timeline
-from tests.support.runs import outcome
+from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config
 from trainer import run
 from trainer.errors import RunError
@@ -39,33 +39,6 @@ def reference(config):
     config = replace(config, output_dir=f"{config.output_dir}-reference")
     start(config)
     return outcome(Path(config.output_dir))
-
-
-def kill(action, owner, name, *, call, like=None):
-    """Do ``action`` in a process that dies at once after call number ``call`` of a method.
-
-    With ``commit_async`` it dies while the commit is under way.
-    Only calls whose result has the items of ``like`` count.
-    """
-    child = os.fork()
-    if child == 0:
-        try:
-            original = getattr(owner, name)
-            calls = []
-
-            def dying(*arguments, **keywords):
-                result = original(*arguments, **keywords)
-                if like is None or all(result.get(key) == like[key] for key in like):
-                    calls.append(result)
-                if len(calls) == call:
-                    os._exit(9)
-                return result
-
-            setattr(owner, name, dying)
-            action()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def test_the_reference_goes_back_and_excludes(reference):

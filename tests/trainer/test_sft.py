@@ -8,7 +8,7 @@ import pytest
 from recorded import Stages, play
 
 from trainer.algorithms import Sft
-from trainer.strategy import Continue, Mode, Needs, Stage, Stop
+from trainer.strategy import OVERALL, Continue, Mode, Needs, Stage, Stop
 
 
 def run(stages: Stages, mode: Mode = "max", epochs: float = 0.75) -> list[object]:
@@ -45,7 +45,10 @@ def test_without_a_finite_overall_the_end_is_the_result_and_the_reason_says_so()
 def test_the_whole_mixture_is_trained_on_and_only_the_best_overall_is_needed() -> None:
     strategy = Sft(sub_datasets=["b", "a"], mode="max", compute_budget=2.0)
     assert strategy.first_stage() == Stage(number=1, active=("a", "b"), epochs=2.0)
-    assert strategy.needs() == Needs()
+    assert strategy.needs() == Needs(newest=True)
+    for one in play(strategy, [{"a": [0.1] * 9, "b": [0.1] * 9, OVERALL: [0.1] * 9}]):
+        assert one.evaluation.last == isinstance(one.decision, Stop)
+        assert strategy.needs() == Needs()
 
 
 def test_an_empty_mixture_is_refused() -> None:

@@ -7,12 +7,13 @@ Example::
 
 from __future__ import annotations
 
+from trainer.algorithms.guarded import Guarded
 from trainer.algorithms.msft import Msft
 from trainer.algorithms.sft import Sft
 from trainer.config import Config
 from trainer.strategy import Mode, Strategy
 
-__all__ = ["Msft", "Sft", "make_strategy", "metric_mode"]
+__all__ = ["Guarded", "Msft", "Sft", "make_strategy", "metric_mode"]
 
 
 def metric_mode(config: Config) -> Mode:
@@ -21,7 +22,12 @@ def metric_mode(config: Config) -> Mode:
 
 
 def make_strategy(config: Config) -> Strategy:
-    """Return a fresh strategy for ``config.method``."""
+    """Return a fresh strategy for ``config.method`` and ``train.on_divergence``."""
+    max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
+    return Guarded(_make_method(config), max_skips=max_skips)
+
+
+def _make_method(config: Config) -> Msft | Sft:
     names = tuple(config.data.sub_datasets)
     mode = metric_mode(config)
     budget = config.msft.compute_budget

@@ -21,6 +21,11 @@ class BestOverall:
         self._mode: Mode = mode
         self._best: Evaluation | None = None
 
+    @property
+    def found(self) -> bool:
+        """Whether there is a best one yet."""
+        return self._best is not None
+
     def add(self, evaluation: Evaluation) -> None:
         """Take an evaluation into account."""
         best = None if self._best is None else self._best.metrics[OVERALL]

@@ -66,7 +66,11 @@ class Msft:
         """Return the active sub-datasets' champions and the best overall."""
         if self._over:
             return Needs()
-        return Needs(champions=self._stage.active, peak_window=self._peak_window)
+        return Needs(
+            champions=self._stage.active,
+            peak_window=self._peak_window,
+            newest=not self._best.found,
+        )
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Continue within the budget; at its end, or with the peak window passed, go back."""
@@ -77,6 +81,12 @@ class Msft:
         if not evaluation.last and not self._window_passed(champion):
             return Continue(reason=self._describe(champion))
         return self._end_stage(champion)
+
+    def end(self, *, why: str) -> Stop:
+        """Stop after any evaluation of a stage, with the best overall so far."""
+        if not self._seen:
+            raise ValueError("nothing of this stage was evaluated, so it cannot end")
+        return self._stop(target=self._seen[-1], exclude=(), why=why)
 
     def _window_passed(self, champion: Champion | None) -> bool:
         if self._peak_window is None or champion is None:

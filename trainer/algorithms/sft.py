@@ -25,6 +25,7 @@ class Sft:
         self._stage = Stage(number=1, active=names, epochs=compute_budget)
         self._count = 0
         self._best = BestOverall(mode)
+        self._last: Evaluation | None = None
         self._over = False
 
     def first_stage(self) -> Stage:
@@ -33,15 +34,22 @@ class Sft:
 
     def needs(self) -> Needs:
         """Return the best overall: nothing else is ever gone back to."""
-        return Needs()
+        return Needs(newest=not self._best.found)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Continue to the end of the budget, then stop with the best overall."""
         check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
         self._count += 1
         self._best.add(evaluation)
+        self._last = evaluation
         if not evaluation.last:
             return Continue(reason="within the compute budget")
+        return self.end(why="the compute budget is used up")
+
+    def end(self, *, why: str) -> Stop:
+        """Stop after any evaluation, with the best overall so far."""
+        if self._last is None:
+            raise ValueError("nothing was evaluated, so there is no result")
         self._over = True
-        result, words = self._best.result(otherwise=evaluation)
-        return Stop(checkpoint=result, reason=f"the compute budget is used up; {words}")
+        result, words = self._best.result(otherwise=self._last)
+        return Stop(checkpoint=result, reason=f"{why}; {words}")

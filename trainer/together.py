@@ -1,0 +1,43 @@
+"""What the processes of a run tell each other: one decides, all act.
+
+Example::
+
+    together = Together(accelerator)
+    decision = together.share(decision)             # the main process's, in every process
+    if together.any_of(signalled): ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from trainer.errors import RunError
+
+
+class Together:
+    """The processes of a run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Prepare; all processes then make the same calls in the same order."""
+        self._accelerator = accelerator
+        self.is_one = accelerator.num_processes == 1
+
+    def share(self, value: Any) -> Any:
+        """Return the main process's value in every process."""
+        shared = [value]
+        if not self.is_one:
+            broadcast_object_list(shared)
+        if shared[0] is None:
+            raise RunError("the main process has decided nothing")
+        return shared[0]
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether any process has the flag, the same in all of them."""
+        if self.is_one:
+            return flag
+        number = torch.tensor(float(flag), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(number, reduction="sum") > 0)
