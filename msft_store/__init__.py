@@ -15,6 +15,7 @@ Example::
     timeline.rollback(ckpt, into=model)
 """
 
+from msft_store.alive import Commit
 from msft_store.bases import Base
 from msft_store.check import Finding, Report
 from msft_store.errors import (
@@ -48,7 +49,7 @@ from msft_store.retention import (
 from msft_store.saver import AsyncSaver
 from msft_store.stats import Stats
 from msft_store.store import Store
-from msft_store.timeline import Commit, Timeline
+from msft_store.timeline import Timeline
 
 __all__ = [
     "AsyncSaver",

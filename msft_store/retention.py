@@ -4,6 +4,9 @@ Composition follows one rule. Keep rules are united; then a budget drops what is
 least valuable first, and raises if what is protected does not fit. Policies are combined with
 ``|``. Protected are pins, champions, and the very best by a metric.
 
+In a timeline a budget bounds all bytes of the store's directory, and what may be dropped goes only
+when a commit has no room; :meth:`Policy.rules` and :func:`expendable` are what it goes by.
+
 Example::
 
     policy = Champions({"arith": "max", "dates": "max"}) | KeepBest("overall") | DiskBudget(10**9)
@@ -77,6 +80,13 @@ class Policy(ABC):
 
         :class:`OverBudgetError` if what is protected exceeds the budget.
         """
+        kept = self.rules(candidates)
+        if self.budget is not None:
+            kept = _fit(kept, candidates, self.budget)
+        return kept
+
+    def rules(self, candidates: Sequence[Candidate]) -> Kept:
+        """Return what is kept, by id, with reasons, where no budget is looked at."""
         kept: dict[str, list[Reason]] = {}
         for candidate in candidates:
             if candidate.pinned is not None:
@@ -84,8 +94,6 @@ class Policy(ABC):
                 kept.setdefault(candidate.id, []).append(reason)
         for candidate, reason in self.keep(candidates):
             kept.setdefault(candidate.id, []).append(reason)
-        if self.budget is not None:
-            kept = _fit(kept, candidates, self.budget)
         return {identity: tuple(reasons) for identity, reasons in kept.items()}
 
 
@@ -212,7 +220,12 @@ class PeakWindow(Policy):
 
 @dataclass(frozen=True)
 class DiskBudget(Policy):
-    """Cap the stored bytes of what other policies keep; alone, keep the newest that fit."""
+    """Cap what other policies keep; alone, keep the newest that fit.
+
+    In a timeline all bytes of the store's directory stay within it at every moment, temporary files
+    and other timelines' checkpoints included; bases are elsewhere. 16 KiB of it are left to refs
+    and locks. In a gc the stored bytes of what is kept stay within it.
+    """
 
     max_bytes: int
 
@@ -252,13 +265,16 @@ def _champions(
             yield metric, ranked[0]
 
 
-def _fit(
-    kept: dict[str, list[Reason]], candidates: Sequence[Candidate], budget: int
-) -> dict[str, list[Reason]]:
-    sizes = {candidate.id: candidate.stored_bytes for candidate in candidates}
+def expendable(kept: Kept, candidates: Sequence[Candidate]) -> list[str]:
+    """Return the ids of what is kept but not protected, the least valuable last."""
     age = {candidate.id: number for number, candidate in enumerate(reversed(candidates))}
     free = [identity for identity in kept if not any(r.protected for r in kept[identity])]
-    free.sort(key=lambda identity: (min(r.rank for r in kept[identity]), age[identity]))
+    return sorted(free, key=lambda identity: (min(r.rank for r in kept[identity]), age[identity]))
+
+
+def _fit(kept: Kept, candidates: Sequence[Candidate], budget: int) -> Kept:
+    sizes = {candidate.id: candidate.stored_bytes for candidate in candidates}
+    kept, free = dict(kept), expendable(kept, candidates)
     total = sum(sizes[identity] for identity in kept)
     while total > budget and free:
         total -= sizes[free[-1]]

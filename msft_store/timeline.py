@@ -25,14 +25,16 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from msft_store.alive import Alive, Commit
 from msft_store.bases import Base
 from msft_store.errors import InvalidInputError
 from msft_store.gc import GcResult
@@ -42,23 +44,9 @@ from msft_store.resident import Compared, Resident
 from msft_store.retention import Candidate, Policy
 from msft_store.saver import Background, State
 from msft_store.slips import check_commit, check_policy
+from msft_store.space import NoRoom, bounded, lost, with_room
 from msft_store.store import Store
-from msft_store.traces import KEY, ROOT, facts_of, find, place_of, ref_of, release
-
-
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """What a commit or a roll-back did."""
-
-    checkpoint: Checkpoint
-    kept: Mapping[str, tuple[str, ...]]
-    """What stays, by id, with reasons."""
-    dropped: tuple[str, ...]
-    """Ids of what was evicted."""
-    peak_bytes: int
-    """Bytes of the whole store, temporary files included, at the worst moment."""
-    bytes: int
-    """Bytes of the whole store after eviction."""
+from msft_store.traces import KEY, ROOT, facts_of, find, protect, ref_of, release
 
 
 class Timeline:
@@ -85,26 +73,26 @@ class Timeline:
         self._store = store
         self._start = base
         traces = find(store, name)
-        self._root, self._branch, self._since = traces.root, traces.branch, traces.since
-        self._alive = {checkpoint.id: checkpoint for checkpoint in traces.protected}
-        self._foreign = set(traces.foreign)
-        """Ids of roots that this timeline did not commit; it never evicts them."""
+        self._since = traces.since
+        self._alive = Alive(traces)
         self._closed = False
         self._counted = False
         """Whether the number of the next commit is known, not guessed from what is left."""
-        if traces.strays:
-            self._give_up(traces.strays)
-        if self._root is None:
-            self._begin(base)
-        else:
-            # A roll-back may have been interrupted before it was through.
-            self._encode_anew()
-        self._next = 1 + max((self._index(c) for c in self._current()), default=-1)
+        self._postponed: str | None = None
+        with bounded(store, retention):
+            if traces.strays:
+                self._give_up(traces.strays)
+            if self._alive.root is None:
+                self._begin(base)
+            else:
+                # A roll-back may have been interrupted before it was through.
+                self._encode_anew()
+        self._next = 1 + max(map(self._alive.index, self._alive.on_branch()), default=-1)
 
     @property
     def root(self) -> Base | Checkpoint | None:
         """What the current branch started from."""
-        return self._root if self._root is not None else self._start
+        return self._start if self._alive.root is None else self._alive.root
 
     @property
     def retention(self) -> Policy:
@@ -118,7 +106,7 @@ class Timeline:
     @property
     def branch(self) -> int:
         """How many roll-backs there were."""
-        return self._branch
+        return self._alive.branch
 
     @property
     def last_commit(self) -> Commit | None:
@@ -189,18 +177,13 @@ class Timeline:
             # The old copy goes before the new one comes: there may be room for one only.
             self.resident = None
             self.resident = Resident(tensors if into is None else into)
-        self._set_root(target, self._branch + 1)
-        self._next, self._counted = 1, True
-        before = self._evict(target, self._protect(self.retention))
-        # Only now, when what is not needed has gone: another representation takes room.
-        self._encode_anew()
-        after = self._give_up([])
-        self._last_commit = replace(
-            before,
-            checkpoint=self._alive[target.id],
-            peak_bytes=max(before.peak_bytes, after.peak_bytes),
-            bytes=after.bytes,
-        )
+        policy, before = self.retention, self._alive.all()
+        with bounded(self._store, policy):
+            begin = partial(self._set_root, target, self.branch + 1)
+            with_room(begin, partial(self._give_up, []), lambda: None)
+            self._next, self._counted = 1, True
+            # Only then, when what is not needed has gone: another representation takes room.
+            self._last_commit = self._settle(self._evict(target, self._protect(policy), before))
         return tensors
 
     def rewind(self, index: int) -> None:
@@ -214,18 +197,20 @@ class Timeline:
         self.wait()
         if index < 0 or (self._counted and index > self._next):
             raise InvalidInputError(
-                f"the next commit of branch {self._branch} is number {self._next}; "
+                f"the next commit of branch {self.branch} is number {self._next}; "
                 f"it can be one from 0 to that, not {index}"
             )
-        later = (c for c in self._current() if self._index(c) >= index)
-        self._give_up([c for c in later if c.id != self._root_id()])
+        alive = self._alive
+        later = [c for c in alive.on_branch() if alive.index(c) >= index and alive.is_own(c)]
+        with bounded(self._store, self.retention):
+            self._give_up(later)
         self._next = index
         self._last_commit = None
 
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Return what is alive, by id, with the reasons as of the last commit."""
         done = self.last_commit
-        return dict(done.kept) if done else self._decide(self.retention)
+        return dict(done.kept) if done else self._alive.kept(self.retention)
 
     def close(self) -> None:
         """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``.
@@ -257,8 +242,9 @@ class Timeline:
         """Wait until a commit may begin; refuse one that would be evicted by a slip of the pen."""
         self._check_open()
         self.wait()
-        commit = Candidate(id="", metrics=facts["metrics"], branch=self._branch, index=self._next)
-        check_commit(policy, commit, [c.metrics for c in self._alive.values()])
+        check_commit(
+            policy, self._candidate(facts["metrics"]), [c.metrics for c in self._alive.all()]
+        )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -274,27 +260,62 @@ class Timeline:
         facts: Mapping[str, Any],
         compared: Compared | None,
     ) -> Checkpoint:
-        place = {"name": self.name, "branch": self._branch, "index": self._next}
-        # One lock over both, so that no gc comes between a checkpoint and its protection.
-        with self._store.protecting("commit"):
-            checkpoint = self._store.save(
-                tensors,
-                parent=self.root,
-                step=facts["step"],
-                metrics=facts["metrics"],
-                metadata={**facts["metadata"], KEY: place},
-                compared=compared,
-            )
-            self._alive[checkpoint.id] = checkpoint
-            kept = self._protect(policy)
-        self._last_commit = self._evict(checkpoint, kept)
+        place = {"name": self.name, "branch": self.branch, "index": self._next}
+        metadata = {**facts["metadata"], KEY: place}
+        facts, before = {**facts, "metadata": metadata}, self._alive.all()
+        save = partial(self._store.save, tensors, parent=self.root, compared=compared, **facts)
+        with bounded(self._store, policy):
+            try:
+                checkpoint, kept = with_room(
+                    partial(self._save, save, policy),
+                    lambda: self._give_up(self._alive.superfluous(policy)),
+                    partial(self._sacrifice, policy),
+                )
+            except NoRoom as error:
+                commit = self._candidate(facts["metrics"])
+                raise lost(error, policy, self._alive.candidates(), commit) from error
+            done = self._evict(checkpoint, kept, [*before, checkpoint])
+            self._last_commit = self._settle(done) if self._postponed else done
         # Last, so that a commit that failed gives the same checkpoint when it is repeated.
         self._next, self._counted = self._next + 1, True
         return checkpoint
 
+    def _save(
+        self, save: Callable[[], Checkpoint], policy: Policy
+    ) -> tuple[Checkpoint, dict[str, tuple[str, ...]]]:
+        """Save and protect; without room for both, do neither."""
+        before = {c.id for c in self._alive.all()}
+        try:
+            # One lock over both, so that no gc comes between a checkpoint and its protection.
+            with self._store.protecting("commit"):
+                checkpoint = save()
+                self._alive.add(checkpoint)
+                return checkpoint, self._protect(policy)
+        except NoRoom:
+            self._give_up([c for c in self._alive.all() if c.id not in before])
+            raise
+
+    def _sacrifice(self, policy: Policy) -> GcResult | None:
+        """Give up what the policy values least, if it can spare anything."""
+        least = self._alive.expendable(policy)[-1:]
+        return self._give_up(least) if least else None
+
+    def _settle(self, done: Commit) -> Commit:
+        """Encode anew what a roll-back left to be; return what was done with that."""
+        self._encode_anew()
+        after = self._give_up([])
+        return replace(
+            done,
+            checkpoint=self._alive.get(done.checkpoint.id) or done.checkpoint,
+            peak_bytes=max(done.peak_bytes, after.peak_bytes),
+            bytes=after.bytes,
+            left_bytes=after.left_bytes,
+            postponed=self._postponed,
+        )
+
     def _begin(self, base: Base | Checkpoint | None) -> None:
         if isinstance(base, Checkpoint):
-            self._set_root(self._store.get(base), self._branch)
+            self._set_root(self._store.get(base), self.branch)
             self._encode_anew()
         elif isinstance(base, Base):
             self._store.base(base)
@@ -303,87 +324,62 @@ class Timeline:
 
     def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
         with self._store.protecting("rollback"):
-            if checkpoint.id not in self._alive:
-                self._foreign.add(checkpoint.id)
+            if self._alive.get(checkpoint.id) is None:
+                self._alive.foreign.add(checkpoint.id)
             note = self._note(checkpoint.id, branch=branch)
-            self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
-        self._root = self._alive[checkpoint.id] = checkpoint
-        self._branch = branch
+            with bounded(self._store, self.retention, refs=True):
+                self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
+        self._alive.add(checkpoint)
+        self._alive.root, self._alive.branch = checkpoint, branch
 
     def _encode_anew(self) -> None:
         """Let the root need nothing but the base, and what else stays not the root before.
 
-        What needs nothing of that any more is left as it is.
+        What needs nothing of that any more is left as it is, and so is what there is no room for.
         """
-        if self._root is None:
+        self._postponed, root = None, self._alive.root
+        if root is None:
             return
-        root = self._root = self._alive[self._root.id] = self._store.anchor(self._root)
-        for checkpoint in list(self._alive.values()):
-            own = checkpoint.id not in self._foreign | {root.id}
-            if own and checkpoint.base == root.base:
-                self._alive[checkpoint.id] = self._store.rebase(checkpoint, root)
+        try:
+            root = self._alive.root = self._alive.add(self._store.anchor(root))
+            for checkpoint in self._alive.all():
+                if checkpoint.base == root.base and self._alive.is_own(checkpoint):
+                    self._alive.add(self._store.rebase(checkpoint, root))
+        except NoRoom as error:
+            self._postponed = str(error)
 
-    def _root_id(self) -> str | None:
-        return None if self._root is None else self._root.id
-
-    def _index(self, checkpoint: Checkpoint) -> int:
-        on_branch = checkpoint.id not in self._foreign | {self._root_id()}
-        return int(place_of(checkpoint)["index"]) if on_branch else 0
-
-    def _branch_of(self, checkpoint: Checkpoint) -> int:
-        if checkpoint.id == self._root_id():
-            return self._branch
-        return -1 if checkpoint.id in self._foreign else int(place_of(checkpoint)["branch"])
-
-    def _current(self) -> list[Checkpoint]:
-        return [c for c in self._alive.values() if self._branch_of(c) == self._branch]
-
-    def _decide(self, policy: Policy) -> dict[str, tuple[str, ...]]:
-        alive = sorted(self._alive.values(), key=lambda c: (c.created, c.id))
-        candidates = [
-            Candidate(
-                id=checkpoint.id,
-                metrics=checkpoint.metrics,
-                stored_bytes=checkpoint.stored_bytes,
-                branch=self._branch_of(checkpoint),
-                index=self._index(checkpoint),
-                pinned="root of the branch" if checkpoint.id == self._root_id() else None,
-            )
-            for checkpoint in alive
-        ]
-        decided = policy.decide(candidates)
-        return {
-            identity: tuple(reason.text for reason in reasons)
-            for identity, reasons in decided.items()
-        }
+    def _candidate(self, metrics: Mapping[str, float]) -> Candidate:
+        # The commit to come, as a policy sees it.
+        return Candidate(id="", metrics=metrics, branch=self.branch, index=self._next)
 
     def _protect(self, policy: Policy) -> dict[str, tuple[str, ...]]:
         # What a failed eviction, or somebody by hand, has removed is no candidate.
         there = {checkpoint.id for checkpoint in self._store.log()}
-        self._alive = {i: checkpoint for i, checkpoint in self._alive.items() if i in there}
-        kept = self._decide(policy)
-        notes = self._store.notes()
-        for identity, reasons in kept.items():
-            name, note = ref_of(self.name, identity), self._note(identity, reasons=list(reasons))
-            if notes.get(name) != note:
-                self._store.pin(identity, name, note=note)
+        self._alive.remove(c for c in self._alive.all() if c.id not in there)
+        kept = self._alive.kept(policy)
+        with bounded(self._store, policy, refs=True):
+            notes = {i: self._note(i, reasons=list(reasons)) for i, reasons in kept.items()}
+            protect(self._store, self.name, notes)
         return kept
 
     def _note(self, identity: str, **more: Any) -> dict[str, Any]:
-        given = {"given": True} if identity in self._foreign else {}
+        given = {"given": True} if identity in self._alive.foreign else {}
         return {**more, **given, "since": self._since}
 
-    def _evict(self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]]) -> Commit:
-        superfluous = [c for c in self._alive.values() if c.id not in kept]
-        result = self._give_up(superfluous)
+    def _evict(
+        self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]], before: Sequence[Checkpoint]
+    ) -> Commit:
+        """Give up what is not kept; what has gone of those ``before`` is told as dropped."""
+        result = self._give_up([c for c in self._alive.all() if c.id not in kept])
         there = {c.id for c in self._store.log()}
-        dropped = tuple(c.id for c in superfluous if c.id not in there)
+        dropped = tuple(dict.fromkeys(c.id for c in before if c.id not in there))
         return Commit(
             checkpoint=checkpoint,
             kept=kept,
             dropped=dropped,
             peak_bytes=result.peak_bytes,
             bytes=result.bytes,
+            left_bytes=result.left_bytes,
         )
 
     def _give_up(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
@@ -393,8 +389,7 @@ class Timeline:
             if name in names:
                 self._store.unpin(name)
         result = self._store.evict(
-            c.id for c in checkpoints if c.id not in self._foreign and c.created > self._since
+            c.id for c in checkpoints if c.id not in self._alive.foreign and c.created > self._since
         )
-        for checkpoint in checkpoints:
-            self._alive.pop(checkpoint.id, None)
+        self._alive.remove(checkpoints)
         return result

@@ -20,6 +20,7 @@ from typing import Any
 from msft_store.errors import InvalidInputError
 from msft_store.manifest import Checkpoint
 from msft_store.saver import snapshot
+from msft_store.space import NoRoom
 from msft_store.store import Store
 
 KEY = "timeline"
@@ -81,6 +82,22 @@ def find(store: Store, timeline: str) -> Traces:
         foreign=frozenset(given | kept - named),
         strays=tuple(c for c in log if c.id in named - kept and c.created > since),
     )
+
+
+def protect(store: Store, timeline: str, notes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Point a ref to each checkpoint by its id, with its note.
+
+    Where there is no room for another note of what is protected already, the old one stays.
+    """
+    refs, known = store.refs(), store.notes()
+    for identity, note in notes.items():
+        name = ref_of(timeline, identity)
+        if known.get(name) != note:
+            try:
+                store.pin(identity, name, note=note)
+            except NoRoom:
+                if identity not in refs.values():
+                    raise
 
 
 def release(store: Store, timeline: str) -> None:

@@ -28,7 +28,7 @@ parallel resident pipeline decoding tree sources stats matching staging
 check gc export
 store
 saver
-traces
+space traces alive
 timeline
 integrations.dcp integrations.hf integrations.remote integrations
 __init__ cli __main__
