@@ -29,13 +29,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from msft_store.errors import BusyError, OutOfSpaceError, StorageError
+from msft_store.errors import BusyError, CorruptedError, OutOfSpaceError, StorageError
 
 TEMPORARY = "tmp"
 _LOCK = "lock"
 _LOCK_POLL_SECONDS = 0.05
 _LOCK_TIMEOUT_SECONDS = 600.0
 _MOST_AT_ONCE = 1 << 30
+MAX_WHOLE = 1 << 28
+"""Bytes of a file that is read whole: anything but a pack."""
 
 
 class Writer(Protocol):
@@ -97,6 +99,14 @@ def publish(backend: Backend, path: str, data: bytes) -> None:
         writer.publish(path)
 
 
+def read_whole(backend: Backend, path: str) -> bytes:
+    """Return a whole file of JSON; :class:`CorruptedError` if no such file is as large."""
+    if backend.size(path) > MAX_WHOLE:
+        what = backend.describe(path)
+        raise CorruptedError(f"{what} has more than {MAX_WHOLE} bytes", file=what)
+    return backend.read(path)
+
+
 def sizes(backend: Backend, folder: str) -> dict[str, int]:
     """Return the sizes in bytes of all files below a folder, by path."""
     found = {}
@@ -128,10 +138,21 @@ def translated(action: str, path: object) -> Iterator[None]:
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
-def read_file(path: str | Path, offset: int, length: int) -> bytes:
-    """Return ``length`` bytes at ``offset`` of any file; fewer only at its end."""
+def _open_regular(path: str | Path, *, follow: bool) -> int:
+    """Open what is a file and nothing else: a pipe would block, a device may do anything."""
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+
+
+def read_file(path: str | Path, offset: int, length: int, *, follow: bool = True) -> bytes:
+    """Return ``length`` bytes at ``offset`` of any file; fewer only at its end.
+
+    ``follow``: whether it may be a symbolic link to one.
+    """
     with translated("read", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_regular(path, follow=follow)
         try:
             parts = []
             while length > 0:
@@ -149,7 +170,7 @@ def read_file(path: str | Path, offset: int, length: int) -> bytes:
 def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
     """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
     with translated("read", path):
-        descriptor, filled = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+        descriptor, filled = _open_regular(path, follow=True), 0
         try:
             while filled < len(target):
                 part = target[filled : filled + _MOST_AT_ONCE]
@@ -265,23 +286,25 @@ class LocalBackend:
         target = self.describe(path)
         with translated("look at", target):
             try:
-                return stat.S_ISREG(os.stat(target).st_mode)
+                return not stat.S_ISDIR(os.lstat(target).st_mode)
             except (FileNotFoundError, NotADirectoryError):
                 return False
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         if length is None:
             length = self.size(path) - offset
-        return read_file(self.describe(path), offset, length)
+        return read_file(self.describe(path), offset, length, follow=False)
 
     def size(self, path: str) -> int:
         target = self.describe(path)
         with translated("read", target):
-            return os.stat(target).st_size
+            return os.lstat(target).st_size
 
     def list(self, folder: str) -> list[str]:
         top = self.describe(folder).rstrip(os.sep)
         with translated("list", top):
+            if folder and os.path.islink(top):
+                raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
             return sorted(
                 f"{parent}{os.sep}{name}"[len(self._prefix) :].replace(os.sep, "/")
                 for parent, _, names in os.walk(top, onerror=_unless_absent)

@@ -13,13 +13,14 @@ Example::
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msft_store.backend import Backend, publish, read_file, translated
+from msft_store.backend import Backend, publish, read_file, read_whole, translated
 from msft_store.dtypes import DType, by_name
 from msft_store.errors import BaseError, CorruptedError
 from msft_store.format import (
@@ -33,8 +34,8 @@ from msft_store.format import (
     split_keys,
     unseal,
 )
-from msft_store.manifest import parse_shape
 from msft_store.safetensors_file import TensorPlace, find_files, read_header
+from msft_store.strict import mapping, name_of, natural, shape_of, text
 
 FOLDER = "bases"
 _SUFFIX = ".json"
@@ -182,24 +183,33 @@ def _to_json(base: Base) -> bytes:
 def _from_json(backend: Backend, identity: str) -> Base:
     path = path_of_base(identity)
     what = backend.describe(path)
-    record = unseal(backend.read(path), what, "msft-base")
+    record = unseal(read_whole(backend, path), what, "msft-base")
     try:
         if digest(canonical(record["content"])) != record["id"] or record["id"] != identity:
             raise CorruptedError(f"{what} does not hold the base that its name says")
-        files = tuple((str(name), int(size)) for name, size in record["files"])
+        files = tuple((_path(name), natural(size)) for name, size in record["files"])
+        places = mapping(record["places"])
         tensors = {
-            name: _tensor(entry, record["places"][name], len(files))
-            for name, entry in record["content"].items()
+            name_of(name): _tensor(mapping(entry), places[name], files)
+            for name, entry in mapping(record["content"]).items()
         }
-        return Base(id=identity, path=record["path"], files=files, tensors=tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Base(id=identity, path=_path(record["path"]), files=files, tensors=tensors)
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptedError(f"{what} cannot be read: {error!r}") from None
 
 
-def _tensor(entry: Mapping[str, Any], place: Sequence[int], files: int) -> BaseTensor:
-    dtype, shape = by_name(entry["dtype"]), parse_shape(entry["shape"])
-    file, offset = parse_shape(place)
-    if file >= files:
-        raise ValueError("a tensor stands in a file that is not listed")
-    keys = split_keys(entry["chunks"], math.prod(shape) * dtype.size)
+def _tensor(entry: Mapping[str, Any], place: Any, files: Sequence[tuple[str, int]]) -> BaseTensor:
+    dtype, shape = by_name(entry["dtype"]), shape_of(entry["shape"])
+    nbytes = math.prod(shape) * dtype.size
+    file, offset = shape_of(place)
+    if file >= len(files) or offset + nbytes > files[file][1]:
+        raise ValueError("a tensor stands in no file that is listed")
+    keys = split_keys(text(entry["chunks"]), nbytes)
     return BaseTensor(dtype=dtype, shape=shape, file=file, offset=offset, keys=keys)
+
+
+def _path(value: Any) -> str:
+    path = text(value)
+    if not os.path.isabs(os.fsencode(path)) or "\0" in path:
+        raise ValueError(f"{path!r:.80} is no absolute path")
+    return path

@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from msft_store.backend import Backend
+from msft_store.backend import Backend, read_whole
 from msft_store.bases import Base
 from msft_store.codecs import LEVELS, Level
 from msft_store.errors import (
@@ -65,9 +65,11 @@ def check_level(level: Any) -> Level:
 def _read_level(backend: Backend) -> Level:
     """Return the level of ``store.json``; a store that states none is fast."""
     what = backend.describe(CONFIG)
-    level = unseal(backend.read(CONFIG), what, "msft-store").get("level", LEVELS[0])
+    config = unseal(read_whole(backend, CONFIG), what, "msft-store")
+    if config.get("chunk_bytes") != CHUNK_BYTES:
+        raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
     try:
-        return check_level(level)
+        return check_level(config.get("level", LEVELS[0]))
     except InvalidInputError as error:
         raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
 
@@ -246,7 +248,7 @@ class Catalog:
         reasons: dict[str, list[str]] = {}
         for name, ref in sorted(self.refs().items()):
             notes = ref.note.get("reasons")
-            why = f" ({', '.join(notes)})" if notes else ""
+            why = f" ({', '.join(map(str, notes))})" if notes and isinstance(notes, list) else ""
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 

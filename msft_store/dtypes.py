@@ -44,7 +44,7 @@ def _dtype(
     )
 
 
-_TABLE = (
+DTYPES = (
     _dtype(1, "bool", 1, "BOOL", floating=False),
     _dtype(2, "uint8", 1, "U8", floating=False),
     _dtype(3, "int8", 1, "I8", floating=False),
@@ -67,10 +67,10 @@ _TABLE = (
     _dtype(33, "complex64", 8, "C64", floating=True, parts=2),
     _dtype(34, "complex128", 16, None, floating=True, parts=2),
 )
-_BY_NAME = {dtype.name: dtype for dtype in _TABLE}
-_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
-_BY_TORCH = {dtype.torch: dtype for dtype in _TABLE if dtype.torch is not None}
-_BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors is not None}
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+_BY_CODE = {dtype.code: dtype for dtype in DTYPES}
+_BY_TORCH = {dtype.torch: dtype for dtype in DTYPES if dtype.torch is not None}
+_BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype.safetensors is not None}
 
 
 def by_name(name: str) -> DType:

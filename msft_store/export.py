@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import struct
 import uuid
@@ -30,16 +31,19 @@ from msft_store.backend import (
     read_file,
     translated,
 )
+from msft_store.base_reader import BaseReader
 from msft_store.catalog import Catalog
 from msft_store.decoding import decode_bytes
-from msft_store.errors import InvalidInputError
-from msft_store.format import canonical
+from msft_store.errors import InvalidInputError, StoreError
+from msft_store.format import BaseSpan, canonical
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.safetensors_file import INDEX
 
 _SINGLE = "model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
+_METADATA = "__metadata__"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def export(
@@ -60,6 +64,10 @@ def export(
             raise InvalidInputError(
                 f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
                 "load the checkpoint and convert it"
+            )
+        if name == _METADATA or _SURROGATE.search(name):
+            raise InvalidInputError(
+                f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
             )
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
@@ -135,7 +143,7 @@ def _write_shards(
 
 def _header(tensors: dict[str, TensorEntry]) -> bytes:
     """Return what a safetensors file begins with: a length, and JSON padded to eight bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     end = 0
     for name, entry in tensors.items():
         begin, end = end, end + entry.nbytes
@@ -164,8 +172,9 @@ def _shards(tensors: dict[str, TensorEntry], shard_bytes: int) -> Iterator[list[
 def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBackend) -> None:
     if checkpoint.base is None:
         return
-    source = Path(catalog.objects.base(checkpoint.base).base.path)
-    if not source.is_dir():
+    reader = catalog.objects.base(checkpoint.base)
+    source = Path(reader.base.path)
+    if not source.is_dir() or not _stands_in(reader, source):
         return
     with translated("read", source):
         files = sorted(source.iterdir())
@@ -174,3 +183,21 @@ def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBac
             size = file.stat().st_size
             if size <= _LARGEST_COPIED_FILE:
                 publish(backend, file.name, read_file(file, 0, size))
+
+
+def _stands_in(reader: BaseReader, folder: Path) -> bool:
+    """Return whether a folder is the base's: its weights are there, by a sample of each file.
+
+    A stranger's store may name any folder; what is in it must not come along for that.
+    """
+    smallest: dict[int, tuple[int, str]] = {}
+    for name, tensor in reader.base.tensors.items():
+        if tensor.nbytes and Path(reader.base.files[tensor.file][0]).parent == folder:
+            here = tensor.nbytes, name
+            smallest[tensor.file] = min(here, smallest.get(tensor.file, here))
+    try:
+        for _, name in smallest.values():
+            reader.verify_span(BaseSpan(tensor=name, start=0), 1)
+    except StoreError:
+        return False
+    return bool(smallest)

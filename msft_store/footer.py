@@ -12,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,8 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from msft_store.errors import CorruptedError
+from msft_store.dtypes import DTYPES
+from msft_store.errors import CorruptedError, InvalidInputError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
@@ -38,13 +38,22 @@ from msft_store.format import (
     inflate,
 )
 from msft_store.keytable import Keys, is_zero
+from msft_store.strict import id_of, mapping, name_of, natural, parse, shape_of, texts
 
 PACK_MAGIC = b"msftpack"
 PACK_HEADER = struct.Struct("<8sII")
 PACK_TRAILER = struct.Struct("<QIIII16s8s")
 NONE = 0xFFFFFFFF
 """The index of what a record does not have."""
-_MAX_TABLE_BYTES = 1 << 28
+_MAX_TABLE = 1 << 20
+_MAX_TABLE_OF_RECORD = 1 << 10
+"""Bytes of JSON: of any pack, and more for each record. Compressed, JSON may be next to nothing."""
+_MAX_FOOTER = 1 << 29
+_MAX_EXCESS = 1 << 16
+"""Bytes that a payload may have more than the chunk."""
+_MAX_SPANS = 16
+_SIZES = np.ones(256, np.uint32)
+_SIZES[[dtype.code for dtype in DTYPES]] = [dtype.size for dtype in DTYPES]
 _CHUNKS = b'"chunks"'
 _BASES = re.compile(rb'\{"bases":(\[[0-9a-f",]*\]),"references":')
 _RECORD = np.dtype(
@@ -165,6 +174,10 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
         )
     table = canonical({"bases": list(bases), "references": references})
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
+    if len(raw) > _longest(len(rows)):
+        raise InvalidInputError(
+            "the names of tensors are too long for so many; shorten those of more than 900 letters"
+        )
     footer = zstandard.ZstdCompressor(level=3).compress(raw)
     check = xxhash.xxh3_128_digest(footer)
     sizes = (len(footer), len(raw), len(records))
@@ -179,9 +192,15 @@ def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
     offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
     if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
         raise CorruptedError(f"{what} is truncated or damaged at its end")
-    if size > _MAX_TABLE_BYTES + count * _RECORD.itemsize or count * KEY_BYTES > length + 64:
+    if size > _longest(count) or length > size + _MAX_EXCESS or count * KEY_BYTES > length + 64:
         raise CorruptedError(f"{what} declares a footer that its length rules out")
     return Trailer(offset=offset, length=length, size=size, count=count, check=check)
+
+
+def _longest(count: int) -> int:
+    """Return the decoded length that a footer of so many records may have."""
+    of_record = _MAX_TABLE_OF_RECORD + _RECORD.itemsize
+    return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)
 
 
 def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
@@ -196,10 +215,9 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
             raise ValueError("it has another length than its parts")
         rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
         bases = _bases(table)
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+    except (ValueError, KeyError, struct.error) as error:
         raise _unreadable(what, error) from None
-    if (rows["size"] > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
-        raise _unreadable(what, "a chunk is larger or deeper than the format allows")
+    _check_rows(rows, what)
     if ((rows["base"] >= len(bases)) & (rows["base"] != NONE)).any():
         raise _unreadable(what, "a record names a base that is not there")
     end = rows["offset"] + rows["length"]
@@ -217,6 +235,18 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
     )
 
 
+def _check_rows(rows: Rows, what: str) -> None:
+    sizes, lengths = rows["size"], rows["length"].astype(np.int64)
+    if (sizes > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
+        raise _unreadable(what, "a chunk is larger or deeper than the format allows")
+    if (sizes == 0).any() or (sizes % _SIZES[rows["dtype"]]).any():
+        raise _unreadable(what, "a chunk is empty or ends within an element")
+    if (lengths > sizes.astype(np.int64) + _MAX_EXCESS).any():
+        raise _unreadable(what, "a payload is much longer than its chunk")
+    if rows["reserved"].any():
+        raise _unreadable(what, "a record has something where zeros belong")
+
+
 def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:
     named = rows["reference"]
     refers: NDArray[np.bool_] = (named == NONE) & ~is_zero(rows["ref_key"])
@@ -231,8 +261,8 @@ def _references(
     table: bytes, rows: Rows, what: str
 ) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
     try:
-        found = tuple(_reference_from_json(entry) for entry in json.loads(table)["references"])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        found = tuple(map(_reference_from_json, mapping(parse(table))["references"]))
+    except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(what, error) from None
     named = rows["reference"]
     if (named[named != NONE] >= len(found)).any():
@@ -242,8 +272,8 @@ def _references(
 
 def _bases(table: bytes) -> tuple[str, ...]:
     canonical_bases = _BASES.match(table)
-    found = json.loads(canonical_bases[1] if canonical_bases else table)
-    return tuple(str(base) for base in (found if canonical_bases else found["bases"]))
+    found = parse(canonical_bases[1] if canonical_bases else table)
+    return tuple(map(id_of, texts(found if canonical_bases else mapping(found)["bases"])))
 
 
 def _unreadable(what: str, reason: object) -> CorruptedError:
@@ -260,24 +290,22 @@ def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
 
 
 def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
-    if "tensor" in entry:
-        box = entry.get("box")
-        return BaseSpan(
-            tensor=str(entry["tensor"]),
-            start=_natural(entry["start"]),
-            box=None if box is None else (_naturals(box[0]), _naturals(box[1])),
-        )
-    return tuple(
-        ChunkSpan(key=bytes.fromhex(key), start=_natural(start), length=_natural(length))
-        for key, start, length in entry["chunks"]
-    )
+    if "tensor" in mapping(entry):
+        box = None
+        if "box" in entry:
+            offset, shape = entry["box"]
+            box = shape_of(offset), shape_of(shape)
+            if len(box[0]) != len(box[1]):
+                raise ValueError("a box has an offset of other dimensions")
+        return BaseSpan(tensor=name_of(entry["tensor"]), start=natural(entry["start"]), box=box)
+    spans = tuple(_span(*span) for span in entry["chunks"])
+    if not 0 < len(spans) <= _MAX_SPANS:
+        raise ValueError(f"a reference has {len(spans)} parts")
+    return spans
 
 
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a natural number")
-    return value
-
-
-def _naturals(values: Any) -> tuple[int, ...]:
-    return tuple(_natural(value) for value in values)
+def _span(key: Any, start: Any, length: Any) -> ChunkSpan:
+    # Not of no bytes: each part takes a whole chunk to read.
+    if natural(start) + natural(length) > CHUNK_BYTES or length == 0:
+        raise ValueError("a reference is to bytes that no chunk has")
+    return ChunkSpan(key=bytes.fromhex(id_of(key)), start=start, length=length)

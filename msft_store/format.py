@@ -22,6 +22,7 @@ import zstandard
 
 from msft_store.dtypes import DType
 from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, VersionError
+from msft_store.strict import parse
 
 VERSION = 1
 CHUNK_BYTES = 4 << 20
@@ -145,8 +146,8 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     ``kind`` is the ``format`` that is expected, ``what`` names the file in messages.
     """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        content = parse(data)
+    except ValueError:
         raise CorruptedError(f"{what} is not valid JSON; {REPAIR}", file=what) from None
     if not isinstance(content, dict):
         raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
@@ -159,9 +160,9 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
         raise CorruptedError(f"{what} does not match its digest; {REPAIR}", file=what)
     if content.get("format") != kind:
         raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
-    if content.get("version") != VERSION:
+    if content.get("version") != VERSION or type(content["version"]) is not int:
         raise VersionError(
-            f"{what} has format version {content.get('version')!r}; "
+            f"{what} has format version {content.get('version')!r:.40}; "
             f"this msft-store reads version {VERSION}: use the release that wrote it or a newer one"
         )
     return content

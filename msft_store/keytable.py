@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,9 @@ Numbers = NDArray[np.int64]
 
 _HALF = np.dtype("<u8")
 _PAIR = struct.Struct("<2Q")
+_WORD = (1 << 64) - 1
+_MIX_HIGH, _MIX_LOW = secrets.randbits(64) | 1, secrets.randbits(64) | 1
+"""Of this process: keys that a stranger chose must not all have the same place."""
 _AT_ONCE = 1 << 15
 
 
@@ -121,13 +125,14 @@ class _Slots:
 
     def __init__(self, keys: Keys) -> None:
         self._high, self._low = _halves(keys)
-        # At most half full; keys are digests already, so that their bits spread them.
-        self._mask = (2 << len(keys).bit_length()) - 1
+        # At most half full.
+        bits = len(keys).bit_length() + 1
+        self._mask, self._shift = (1 << bits) - 1, 64 - bits
         self._rows = np.full(self._mask + 1, -1, np.int32)
         self.owners = np.empty(len(keys), np.int64)
         """For each key the row of the equal key that stands for it."""
         pending = np.arange(len(keys))
-        place = self._home(self._low)
+        place = self._home(self._high, self._low)
         while pending.size:
             free = self._rows[place] < 0
             self._rows[place[free]] = pending[free]
@@ -145,7 +150,7 @@ class _Slots:
     def find_one(self, key: bytes) -> int:
         """Do as :meth:`find` for one key, sooner than arrays of one would."""
         high, low = _PAIR.unpack(key)
-        place = low & self._mask
+        place = (high * _MIX_HIGH + low * _MIX_LOW & _WORD) >> self._shift
         while (row := int(self._rows[place])) >= 0:
             if self._low[row] == low and self._high[row] == high:
                 return row
@@ -156,7 +161,7 @@ class _Slots:
         high, low = _halves(keys)
         found = np.full(len(keys), -1, np.int64)
         pending = np.arange(len(keys))
-        place = self._home(low)
+        place = self._home(high, low)
         while pending.size:
             held = self._rows[place]
             taken = held >= 0
@@ -166,8 +171,9 @@ class _Slots:
             pending, place = pending[~same], (place[~same] + 1) & self._mask
         return found
 
-    def _home(self, low: NDArray[np.uint64]) -> Numbers:
-        home: Numbers = (low & np.uint64(self._mask)).astype(np.int64)
+    def _home(self, high: NDArray[np.uint64], low: NDArray[np.uint64]) -> Numbers:
+        mixed = high * np.uint64(_MIX_HIGH) + low * np.uint64(_MIX_LOW)
+        home: Numbers = (mixed >> np.uint64(self._shift)).astype(np.int64)
         return home
 
     def _same(

@@ -19,9 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from msft_store.backend import Backend, publish
+from msft_store.backend import MAX_WHOLE, Backend, publish, read_whole
+from msft_store.cover import covers
 from msft_store.dtypes import DType, by_name
-from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError
 from msft_store.format import (
     CHUNK_BYTES,
     VERSION,
@@ -33,12 +34,24 @@ from msft_store.format import (
     unseal,
 )
 from msft_store.keytable import Keys, as_keys
+from msft_store.strict import (
+    LIMIT,
+    id_of,
+    mapping,
+    name_of,
+    natural,
+    parse,
+    shallow,
+    shape_of,
+    text,
+    texts,
+)
 from msft_store.tablescan import KeyScanner
 
 FOLDER = "manifests"
 _SUFFIX = ".json"
 _FIRST_READ = 1 << 14
-_MAX_LENGTH = 1 << 63
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +118,7 @@ def checkpoint_content(
     ``tensors`` is :func:`tensor_table`'s. Metrics that JSON has no number for become the strings
     ``NaN``, ``Infinity`` and ``-Infinity``. :class:`InvalidInputError` for anything not storable.
     """
-    if step is not None and (type(step) is not int or step < 0):
+    if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
         raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
     if isinstance(tags, str) or any(not isinstance(tag, str) for tag in tags):
         raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
@@ -125,6 +138,10 @@ def checkpoint_content(
     }
     # What the caller changes later, and what JSON has no word for, stays out of the checkpoint.
     normal: dict[str, Any] = json.loads(canonical(content))
+    try:
+        shallow(normal["metadata"])
+    except ValueError as error:
+        raise InvalidInputError(f"metadata cannot be kept: {error}") from None
     return normal
 
 
@@ -187,13 +204,16 @@ def write_manifest(
         "stored_bytes": stored_bytes,
         "unreferenced_bytes": unreferenced_bytes,
     }
-    publish(backend, path_of(identity), seal(head) + b"\n" + tensors + b"\n")
+    data = seal(head) + b"\n" + tensors + b"\n"
+    if len(data) > MAX_WHOLE:
+        raise InvalidInputError(f"a manifest of {len(data)} bytes; at most {MAX_WHOLE} can be kept")
+    publish(backend, path_of(identity), data)
     return _checkpoint(head)
 
 
 def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
     """Record how many bytes a checkpoint's chunks take now; its id does not depend on it."""
-    data = backend.read(path_of(checkpoint.id))
+    data = read_whole(backend, path_of(checkpoint.id))
     line, _, tensors = data.partition(b"\n")
     head = unseal(line, backend.describe(path_of(checkpoint.id)), "msft-manifest")
     head["stored_bytes"] = stored_bytes
@@ -218,7 +238,7 @@ def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
     data = backend.read(path, 0, _FIRST_READ)
     while b"\n" not in data:
         more = backend.read(path, len(data), len(data))
-        if not more:
+        if not more or len(data) > MAX_WHOLE:
             what = backend.describe(path)
             raise CorruptedError(f"{what} is truncated; {REPAIR}", file=what)
         data += more
@@ -229,8 +249,9 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     """Read the tensor table of a checkpoint, sorted by name."""
     table, what = _table(backend, checkpoint)
     try:
-        entries = {str(name): _entry(value) for name, value in json.loads(table).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        named = mapping(parse(table)).items()
+        entries = {name_of(name): _entry(mapping(value)) for name, value in named}
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptedError(f"the tensor table in {what} cannot be read: {error}") from None
     if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
         raise CorruptedError(f"the tensor table in {what} does not have the size that it states")
@@ -250,22 +271,13 @@ def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> 
 
 def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
     path = path_of(checkpoint.id)
-    data, what = backend.read(path), backend.describe(path)
+    data, what = read_whole(backend, path), backend.describe(path)
     table = data[data.find(b"\n") + 1 : -1]
     if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
         raise CorruptedError(
             f"the tensor table in {what} does not match its digest; {REPAIR}", file=what
         )
     return table, what
-
-
-def parse_shape(value: Any) -> tuple[int, ...]:
-    """Return a shape or an offset out of JSON; :class:`ValueError` if it is none."""
-    if not isinstance(value, list) or any(
-        type(n) is not int or not 0 <= n < _MAX_LENGTH for n in value
-    ):
-        raise ValueError(f"{value!r} is not a shape")
-    return tuple(value)
 
 
 def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
@@ -282,52 +294,46 @@ def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
         if digest(canonical(head["content"])) != head["id"] or head["id"] != identity:
             raise CorruptedError(f"{what} does not hold the checkpoint that its name says")
         return _checkpoint(head)
-    except StoreError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise CorruptedError(f"{what} cannot be read: {error!r}") from None
 
 
 def _checkpoint(head: Mapping[str, Any]) -> Checkpoint:
-    content = head["content"]
+    content = mapping(head["content"])
+    parent, base, step = content["parent"], content["base"], content["step"]
     return Checkpoint(
-        id=head["id"],
-        parent=content["parent"],
-        base=content["base"],
-        step=content["step"],
-        metrics={name: float(value) for name, value in content["metrics"].items()},
-        tags=tuple(content["tags"]),
-        metadata=content["metadata"],
-        logical_bytes=content["logical_bytes"],
-        stored_bytes=head["stored_bytes"],
-        unreferenced_bytes=head["unreferenced_bytes"],
-        created=head["created"],
-        tensor_digest=content["tensors"],
+        id=id_of(head["id"]),
+        parent=None if parent is None else id_of(parent),
+        base=None if base is None else id_of(base),
+        step=None if step is None else natural(step),
+        metrics={name: _metric(value) for name, value in mapping(content["metrics"]).items()},
+        tags=texts(content["tags"]),
+        metadata=shallow(content["metadata"]),
+        logical_bytes=natural(content["logical_bytes"]),
+        stored_bytes=natural(head["stored_bytes"]),
+        unreferenced_bytes=natural(head["unreferenced_bytes"]),
+        created=natural(head["created"]),
+        tensor_digest=id_of(content["tensors"]),
     )
 
 
+def _metric(value: Any) -> float:
+    if type(value) is not float and value not in _NOT_FINITE:
+        raise ValueError("a metric is not a number")
+    return float(value)
+
+
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
-    dtype, shape = by_name(value["dtype"]), parse_shape(value["shape"])
-    pieces = tuple(_piece(piece, shape, dtype) for piece in value["pieces"])
-    _check_cover(pieces, shape)
+    dtype, shape = by_name(value["dtype"]), shape_of(value["shape"])
+    pieces = tuple(_piece(mapping(piece), shape, dtype) for piece in value["pieces"])
+    if not covers([(piece.offset, piece.shape) for piece in pieces], shape):
+        raise ValueError("pieces do not cover their tensor, or overlap")
     return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
 
 
 def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
-    offset, shape = parse_shape(value["offset"]), parse_shape(value["shape"])
+    offset, shape = shape_of(value["offset"]), shape_of(value["shape"])
     if not all(o + n <= s for o, n, s in zip(offset, shape, whole, strict=True)):
         raise ValueError("a piece lies outside its tensor")
-    keys = split_keys(value["chunks"], math.prod(shape) * dtype.size)
+    keys = split_keys(text(value["chunks"]), math.prod(shape) * dtype.size)
     return Piece(offset=offset, shape=shape, keys=keys)
-
-
-def _check_cover(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
-    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-        raise ValueError("the pieces do not cover their tensor")
-    for at, one in enumerate(pieces):
-        for other in pieces[:at]:
-            if math.prod(shape) and all(
-                a < b + m and b < a + n
-                for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-            ):
-                raise ValueError("two pieces of a tensor overlap")

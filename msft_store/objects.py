@@ -232,6 +232,8 @@ class Objects:
     def _reference(self, record: Record, out: Bytes) -> None:
         """Fill ``out`` with what a record refers to, if it does."""
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
+            if codecs.by_code(record.codec).needs_reference:
+                raise CorruptedError(f"chunk {record.key.hex()} is a change of nothing")
             return
         dtype = by_code(record.dtype)
         if isinstance(record.reference, BaseSpan):

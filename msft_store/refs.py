@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from msft_store.backend import Backend, publish
+from msft_store.backend import Backend, publish, read_whole
 from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
 from msft_store.format import VERSION, seal, unseal
+from msft_store.strict import id_of, shallow
 
 FOLDER = "refs"
 _SUFFIX = ".json"
@@ -36,12 +37,16 @@ class Ref:
 
 def check_name(name: str) -> str:
     """Return a ref's name; :class:`InvalidInputError` if it cannot be one."""
-    if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _is_name(name):
         raise InvalidInputError(
             f"{name!r} cannot be the name of a ref: use letters, digits, '.', '_', '+' and '-', "
             f"with '/' between parts, at most {_MAX_NAME} characters"
         )
     return name
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def read_refs(backend: Backend) -> dict[str, Ref]:
@@ -75,11 +80,16 @@ def path_of_ref(name: str) -> str:
 
 def _read(backend: Backend, path: str) -> Ref:
     what = backend.describe(path)
-    content = unseal(backend.read(path), what, "msft-ref")
+    content = unseal(read_whole(backend, path), what, "msft-ref")
     name = path[len(FOLDER) + 1 : -len(_SUFFIX)]
-    target, note = content.get("checkpoint"), content.get("note")
-    if content.get("name") != name or not isinstance(target, str) or not isinstance(note, dict):
-        raise CorruptedError(f"{what} does not hold the ref {name!r}; {REPAIR}", file=what)
+    try:
+        target, note = id_of(content.get("checkpoint")), shallow(content.get("note"))
+        if content.get("name") != name or not _is_name(name):
+            raise ValueError("it has another name")
+    except ValueError as error:
+        raise CorruptedError(
+            f"{what} does not hold the ref {name!a:.80}: {error}; {REPAIR}", file=what
+        ) from None
     return Ref(name=name, checkpoint=target, note=note)
 
 
@@ -92,7 +102,12 @@ def write_ref(backend: Backend, ref: Ref) -> None:
         "checkpoint": ref.checkpoint,
         "note": dict(ref.note),
     }
-    publish(backend, path_of_ref(ref.name), seal(content))
+    try:
+        data = seal(content)
+        shallow(content["note"])
+    except ValueError as error:
+        raise InvalidInputError(f"the note of {ref.name!r} cannot be kept: {error}") from None
+    publish(backend, path_of_ref(ref.name), data)
 
 
 def delete_ref(backend: Backend, name: str) -> None:

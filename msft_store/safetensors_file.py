@@ -12,9 +12,9 @@ Example::
 
 from __future__ import annotations
 
-import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from msft_store.backend import read_file
 from msft_store.dtypes import DType, by_safetensors
 from msft_store.errors import BaseError, InvalidInputError
+from msft_store.strict import mapping, name_of, parse, shape_of
 
 _MAX_HEADER_BYTES = 100 << 20
 INDEX = "model.safetensors.index.json"
@@ -55,9 +56,10 @@ def find_files(path: Path) -> list[Path]:
     index = path / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            files = [path / str(name) for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            listed = parse(read_file(index, 0, _MAX_HEADER_BYTES), "utf-8")
+            names = sorted({name_of(name) for name in mapping(listed["weight_map"]).values()})
+            files = [path / name for name in names]
+        except (ValueError, KeyError, TypeError) as error:
             raise BaseError(f"{index} is not an index of shards: {error!r}") from None
         missing = [str(file) for file in files if file.parent != path or not file.is_file()]
         if missing:
@@ -79,23 +81,31 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise BaseError(f"{path} is not a safetensors file: its header would be {length} bytes")
     try:
-        header = json.loads(read_file(path, 8, length))
+        header = mapping(parse(read_file(path, 8, length), "utf-8"))
         header.pop("__metadata__", None)
-        return {name: _place(entry, 8 + length, size) for name, entry in header.items()}
+        places = {name_of(name): _place(entry, 8 + length, size) for name, entry in header.items()}
+        _check_apart(places.values())
+        return places
     except InvalidInputError as error:
         raise BaseError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BaseError(f"{path} is not a sound safetensors file: {error}") from None
 
 
 def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
-        raise ValueError("an offset or a shape is not a natural number")
+    (begin, end), shape = shape_of(entry["data_offsets"]), shape_of(entry["shape"])
     place = TensorPlace(
         dtype=by_safetensors(entry["dtype"]), shape=shape, offset=data_start + begin
     )
     if end - begin != place.nbytes or data_start + end > file_size:
         raise ValueError("a tensor does not fit its place in the file")
     return place
+
+
+def _check_apart(places: Iterable[TensorPlace]) -> None:
+    # Each byte of a file belongs to one tensor; else a small file would be a huge model.
+    reached = 0
+    for place in sorted(places, key=lambda place: (place.offset, place.nbytes)):
+        if place.offset < reached:
+            raise ValueError("two tensors stand in the same place")
+        reached = place.offset + place.nbytes

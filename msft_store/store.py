@@ -63,6 +63,7 @@ from msft_store.resident import Compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
 from msft_store.stats import Stats, held_bytes, own_bytes, stats
+from msft_store.strict import LIMIT
 from msft_store.tensors import check_tensors, memory_of
 
 PathLike = str | os.PathLike[str]
@@ -469,4 +470,5 @@ class Store:
     def _next_time(self) -> int:
         # Later than every other, so that the log is in order even where a clock goes back.
         known = self._catalog.checkpoints()
-        return max(time.time_ns(), known[-1].created + 1 if known else 0)
+        later = max(time.time_ns(), known[-1].created + 1 if known else 0)
+        return min(later, LIMIT - 1)

@@ -20,8 +20,7 @@ import torch
 from msft_store.dtypes import DType, by_torch
 from msft_store.errors import InvalidInputError, VersionError
 from msft_store.kernels import Bytes
-
-_MAX_NAME = 4096
+from msft_store.strict import MAX_DIMENSIONS, MAX_NAME
 
 
 def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
@@ -33,7 +32,7 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
             f"save takes a mapping from names to tensors, or a module, not {type(tensors).__name__}"
         )
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not name or len(name) > _MAX_NAME or "\0" in name:
+        if not isinstance(name, str) or not name or len(name) > MAX_NAME or "\0" in name:
             raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
@@ -43,6 +42,8 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
             raise InvalidInputError(f"{name!r} is quantized; save its integers and scales")
         if hasattr(tensor, "placements"):
             raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise InvalidInputError(f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
         by_torch(tensor.dtype)
     return dict(tensors)
 

@@ -69,14 +69,14 @@ def find(store: Store, timeline: str) -> Traces:
         release(store, timeline)
     log, refs, notes = store.log(), _refs(store, timeline), store.notes()
     newest = max((checkpoint.created for checkpoint in log), default=0)
-    since = min((notes[name].get("since", 0) for name in refs), default=newest)
+    since = min((_natural(notes[name].get("since")) for name in refs), default=newest)
     root = refs.get(ref_of(timeline, ROOT))
     named = {c.id for c in log if place_of(c).get("name") == timeline}
     given = {refs[name] for name in refs if notes[name].get("given")}
     kept = set(refs.values())
     return Traces(
         root=None if root is None else store.get(root),
-        branch=0 if root is None else int(notes[ref_of(timeline, ROOT)].get("branch", 0)),
+        branch=0 if root is None else _natural(notes[ref_of(timeline, ROOT)].get("branch")),
         since=since,
         protected=tuple(c for c in log if c.id in kept),
         foreign=frozenset(given | kept - named),
@@ -98,6 +98,11 @@ def protect(store: Store, timeline: str, notes: Mapping[str, Mapping[str, Any]])
             except NoRoom:
                 if identity not in refs.values():
                     raise
+
+
+def _natural(value: object) -> int:
+    # A note is JSON of whoever wrote it.
+    return value if isinstance(value, int) and value >= 0 else 0
 
 
 def release(store: Store, timeline: str) -> None:

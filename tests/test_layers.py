@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 STORE = """
 errors render
+strict cover
 kernels dtypes format
 tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer

@@ -20,7 +20,7 @@ from msft_store.changes import Layout, layout_of
 from msft_store.dtypes import DType
 from msft_store.kernels import Lanes
 
-DTYPES = [dtype for dtype in dtypes._TABLE if layout_of(dtype) is not None]
+DTYPES = [dtype for dtype in dtypes.DTYPES if layout_of(dtype) is not None]
 BF16 = dtypes.by_name("bfloat16")
 FAST = compiled.loops()
 PATHS = (FAST, None)

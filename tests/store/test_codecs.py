@@ -39,7 +39,7 @@ from tests.support.plain_codecs import read_turned
 
 ALL = (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED)
 BY_CLASS = (CLASSES, ADAPTIVE)
-DTYPES = dtypes._TABLE
+DTYPES = dtypes.DTYPES
 CASES = [(c, d) for c in ALL for d in DTYPES if c not in BY_CLASS or layout_of(d) is not None]
 TURNED_DTYPES = [d for d in DTYPES if d.floating]
 LENGTHS = st.integers(1, 3000)

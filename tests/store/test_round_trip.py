@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msft_store import Base, InvalidInputError, MismatchError, StorageError, Store, StoreError
-from msft_store.dtypes import _TABLE
+from msft_store.dtypes import DTYPES
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
-TORCH_DTYPES = [dtype.torch for dtype in _TABLE if dtype.torch is not None]
+TORCH_DTYPES = [dtype.torch for dtype in DTYPES if dtype.torch is not None]
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
 
 
