@@ -34,7 +34,6 @@ from msft_store.errors import (
     VersionError,
 )
 from msft_store.gc import GcPlan, GcResult
-from msft_store.lockfiles import Lock
 from msft_store.manifest import Checkpoint
 from msft_store.resident import Resident
 from msft_store.retention import (
@@ -69,7 +68,6 @@ __all__ = [
     "InvalidInputError",
     "KeepBest",
     "KeepLast",
-    "Lock",
     "MismatchError",
     "NotAStoreError",
     "OutOfSpaceError",

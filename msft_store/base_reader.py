@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from msft_store.backend import Backend, read_file_into
-from msft_store.bases import Base, BaseTensor, path_of_base
+from msft_store.bases import Base, BaseTensor, path_of_base, read_base
 from msft_store.dtypes import DType
 from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageError
 from msft_store.format import CHUNK_BYTES, BaseSpan, chunk_key
@@ -35,6 +35,7 @@ class BaseReader:
 
     def __init__(self, backend: Backend, base: Base) -> None:
         self.base = base
+        self._backend = backend
         self.chunks = {
             key: BaseSpan(tensor=name, start=number * CHUNK_BYTES // tensor.dtype.size)
             for name, tensor in base.tensors.items()
@@ -95,7 +96,7 @@ class BaseReader:
         filled = 0
         for start, length in self._runs(span, out.size // dtype.size):
             nbytes = length * tensor.dtype.size
-            self._fill(tensor, start, raw[filled : filled + nbytes])
+            self._fill(span.tensor, start, raw[filled : filled + nbytes])
             filled += nbytes
         if filled != raw.size:
             raise self._too_short(tensor)
@@ -122,7 +123,7 @@ class BaseReader:
         )
         whole = tensor.dtype == dtype and (begin, end) == (start, start + length)
         raw = out if whole else np.empty((end - begin) * tensor.dtype.size, np.uint8)
-        self._fill(tensor, begin, raw)
+        self._fill(span.tensor, begin, raw)
         for at, number in enumerate(numbers):
             data = raw[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]
             self.verify(
@@ -140,13 +141,20 @@ class BaseReader:
         offset, box = span.box or ((0,) * len(shape), shape)
         return box_runs(shape, offset, box, span.start, count)
 
-    def _fill(self, tensor: BaseTensor, start: int, out: Bytes) -> None:
-        path, _ = self.base.files[tensor.file]
+    def _fill(self, name: str, start: int, out: Bytes) -> None:
+        base = self.base
+        tensor = base.tensors[name]
+        path, _ = base.files[tensor.file]
         try:
             got = read_file_into(path, tensor.offset + start * tensor.dtype.size, out.data)
         except StorageError as error:
             if os.path.isfile(path):
                 raise
+            # Another process may have recorded since where it is now.
+            self.base = read_base(self._backend, base.id)
+            if self.base.files != base.files:
+                self._fill(name, start, out)
+                return
             raise BaseError(
                 f"base {self.base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH",

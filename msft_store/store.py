@@ -31,7 +31,6 @@ from msft_store.check import Finding, Report, examine
 from msft_store.codecs import Level
 from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
-    CorruptedError,
     InvalidInputError,
     MismatchError,
     NotAStoreError,
@@ -43,7 +42,6 @@ from msft_store.errors import (
 from msft_store.export import export
 from msft_store.format import canonical, digest
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
-from msft_store.lockfiles import Lock
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
@@ -136,11 +134,15 @@ class Store:
 
     def bases(self) -> list[Base]:
         """Return all bases."""
+        self._catalog.refresh()
         return list(self._catalog.objects.bases().values())
 
     def base(self, base: Base | str) -> Base:
         """Return a base by id or unique prefix."""
         found = self._catalog.resolve_base(base)
+        if found is None:
+            self._catalog.refresh()
+            found = self._catalog.resolve_base(base)
         if found is None:
             raise UnknownCheckpointError(f"no base {base!r} in {self.path}; add it with add-base")
         return found
@@ -241,8 +243,7 @@ class Store:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
         try:
             return self._catalog.resolve(checkpoint)
-        except (UnknownCheckpointError, CorruptedError):
-            # What others saved or pinned since.
+        except UnknownCheckpointError:
             self._catalog.refresh()
             return self._catalog.resolve(checkpoint)
 
@@ -283,18 +284,6 @@ class Store:
         that would leave less than ``reserve`` bytes of it.
         """
         return self._backend.within(max_bytes, reserve=reserve)
-
-    def locks(self) -> list[Lock]:
-        """Return who writes to the store, and some who wait to, here or elsewhere; oldest first."""
-        return list(self._backend.locks())
-
-    def unlock(self, *, force: bool = False) -> list[Lock]:
-        """Remove locks whose owners are or count as dead, with ``force`` all; return them.
-
-        Nothing that waits for the lock needs this, unless an owner hangs. One that lives on in
-        spite of ``force`` fails before it changes anything.
-        """
-        return list(self._backend.unlock(force=force))
 
     def unpin(self, name: str) -> None:
         """Remove a ref."""

@@ -220,8 +220,9 @@ class Timeline:
         """
         self.wait()
         self._background.release()
-        release(self._store, self.name)
+        # Also where this fails: with some of its refs it is no timeline any more.
         self._closed = True
+        release(self._store, self.name)
 
     def __enter__(self) -> Timeline:
         return self
@@ -324,12 +325,12 @@ class Timeline:
 
     def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
         with self._store.protecting("rollback"):
-            if self._alive.get(checkpoint.id) is None:
-                self._alive.foreign.add(checkpoint.id)
-            note = self._note(checkpoint.id, branch=branch)
+            given = self._alive.foreign | {checkpoint.id} - {c.id for c in self._alive.all()}
+            note = self._note(checkpoint.id in given, branch=branch)
             with bounded(self._store, self.retention, refs=True):
                 self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
         self._alive.add(checkpoint)
+        self._alive.foreign = given
         self._alive.root, self._alive.branch = checkpoint, branch
 
     def _encode_anew(self) -> None:
@@ -358,13 +359,13 @@ class Timeline:
         self._alive.remove(c for c in self._alive.all() if c.id not in there)
         kept = self._alive.kept(policy)
         with bounded(self._store, policy, refs=True):
-            notes = {i: self._note(i, reasons=list(reasons)) for i, reasons in kept.items()}
+            given = self._alive.foreign
+            notes = {i: self._note(i in given, reasons=list(kept[i])) for i in kept}
             protect(self._store, self.name, notes)
         return kept
 
-    def _note(self, identity: str, **more: Any) -> dict[str, Any]:
-        given = {"given": True} if identity in self._alive.foreign else {}
-        return {**more, **given, "since": self._since}
+    def _note(self, given: bool, **more: Any) -> dict[str, Any]:
+        return {**more, **({"given": True} if given else {}), "since": self._since}
 
     def _evict(
         self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]], before: Sequence[Checkpoint]

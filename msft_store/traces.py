@@ -89,7 +89,7 @@ def protect(store: Store, timeline: str, notes: Mapping[str, Mapping[str, Any]])
 
     Where there is no room for another note of what is protected already, the old one stays.
     """
-    refs, known = store.refs(), store.notes()
+    refs, known = _refs(store, timeline), store.notes()
     for identity, note in notes.items():
         name = ref_of(timeline, identity)
         if known.get(name) != note:

@@ -165,3 +165,24 @@ def test_a_directory_without_weights_or_with_a_tensor_twice_is_no_base(
         write_base(folder / f"{name}.safetensors", {"w": torch.ones(2)})
     with pytest.raises(BaseError, match="'w' twice"):
         store.add_base(folder)
+
+
+def test_an_open_store_follows_a_base_that_was_relocated_elsewhere(
+    tmp_path: Path, store: Store, base: Base, state: State
+) -> None:
+    ckpt = store.save(state, parent=base)
+    moved = Path(base.path).rename(tmp_path / "moved.safetensors")
+    with pytest.raises(BaseError, match="no longer at"):
+        store.load(ckpt)
+    Store.open(store.path).relocate(base, moved)
+    assert same_bits(store.load(ckpt), state)
+    assert store.base(base.id).path == str(moved)
+
+
+def test_an_open_store_knows_a_base_that_was_added_elsewhere(
+    tmp_path: Path, store: Store, state: State
+) -> None:
+    added = Store.open(store.path).add_base(write_base(tmp_path / "base.safetensors", state))
+    assert store.base(added.id) == added
+    other = Store.open(store.path).add_base(write_base(tmp_path / "b.safetensors", make_state(1)))
+    assert {base.id for base in store.bases()} == {added.id, other.id}

@@ -65,7 +65,7 @@ def test_a_closed_timeline_is_used_no_more(
     assert alive(store) == {ckpt.id}
 
 
-@pytest.mark.parametrize("n", range(9))
+@pytest.mark.parametrize("n", range(12))
 def test_closing_loses_nothing_wherever_it_is_killed(
     store: Store, base: Base, state: State, n: int
 ) -> None:
@@ -83,7 +83,7 @@ def test_closing_loses_nothing_wherever_it_is_killed(
     killed = stopped_at(store, n, close)
     again = Timeline(Store.open(store.path), base, retention=KeepLast(3))
     assert alive(store) == before
-    assert killed == (n < 8)
+    assert killed or again.branch == 0
     if again.branch == 0:
         # It had begun to close: what is left is not the new one's.
         assert store.refs() == {}
@@ -204,9 +204,9 @@ def test_the_stored_bytes_are_right_after_a_kill_before_the_manifest(
 
     for n in range(20):
         stopped_at(store, n, encode)
-    found = encode(Store.open(store.path))
-    expected = sum(source.stored_bytes for source in store.sources(found))
-    assert found.stored_bytes == Store.open(store.path).get(child.id).stored_bytes == expected
+    found, again = encode(Store.open(store.path)), Store.open(store.path)
+    expected = sum(source.stored_bytes for source in again.sources(found))
+    assert found.stored_bytes == again.get(child.id).stored_bytes == expected
 
 
 def test_a_start_that_is_kept_does_not_turn_back_the_branch(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from msft_store import Lock, StorageError
+from msft_store import StorageError
 from msft_store.backend import Backend, Writer
 
 CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
@@ -41,9 +41,10 @@ class FaultyBackend:
         self._counting = threading.Lock()
         self._left_behind: list[object] = []
 
-    def arm(self, fail_at: int) -> None:
-        """Count from 0 again and fail at that operation."""
+    def arm(self, fail_at: int, error: type[BaseException] | None = None) -> None:
+        """Count from 0 again and fail at that operation, maybe with another error from now on."""
         self.count, self.fail_at, self.failed = 0, fail_at, False
+        self._error = error or self._error
 
     def disarm(self) -> None:
         """Fail no more."""
@@ -85,12 +86,6 @@ class FaultyBackend:
         self._operate("lock")
         with self._inner.lock(shared=shared, purpose=purpose):
             yield
-
-    def locks(self) -> Sequence[Lock]:
-        return self._inner.locks()
-
-    def unlock(self, *, force: bool) -> Sequence[Lock]:
-        return self._inner.unlock(force=force)
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:

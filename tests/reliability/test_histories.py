@@ -1,0 +1,35 @@
+"""Thousands of random steps of all that a store and its timelines do, with faults at random.
+
+Whatever happened, a store holds what the model of it holds: nothing that was committed is lost,
+what was interrupted happened wholly, partly or not at all as is promised, gc took nothing that a
+checkpoint or a timeline needs, and every tensor of every checkpoint is as it was saved.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import seed as seeded
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.support.histories import Tally
+from tests.support.ledger import Ledger
+from tests.support.timelines import TimelineHistories
+
+
+@pytest.mark.usefixtures("without_fsync")
+def test_random_histories(faults: Ledger, seed: int, *, soak: bool) -> None:
+    tally, histories = Tally(), 800 if soak else 60
+    machine = type("Long", (TimelineHistories,), {"tally": tally, "ledger": faults})
+    long = settings(
+        max_examples=histories,
+        stateful_step_count=60,
+        deadline=None,
+        database=None,
+        # A history takes a second or so, which is slow for an example but is what it is for.
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    run_state_machine_as_test(seeded(seed)(machine), settings=long)
+    assert tally.steps > 30 * histories
+    assert tally.kills > histories / 2
+    assert tally.errors > histories / 2
