@@ -35,6 +35,7 @@ from msft_store.errors import (
 )
 from msft_store.gc import GcPlan, GcResult
 from msft_store.manifest import Checkpoint
+from msft_store.repair import RepairPlan, RepairResult
 from msft_store.resident import Resident
 from msft_store.retention import (
     Candidate,
@@ -76,6 +77,8 @@ __all__ = [
     "PinnedError",
     "Policy",
     "Reason",
+    "RepairPlan",
+    "RepairResult",
     "Report",
     "Resident",
     "Stats",

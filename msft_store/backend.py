@@ -32,6 +32,8 @@ from typing import Protocol
 from msft_store.errors import BusyError, CorruptedError, OutOfSpaceError, StorageError
 
 TEMPORARY = "tmp"
+QUARANTINE = "quarantine"
+"""What repairs have set aside; without meaning to a reader, and anybody may remove it."""
 _LOCK = "lock"
 _LOCK_POLL_SECONDS = 0.05
 _LOCK_TIMEOUT_SECONDS = 600.0

@@ -125,6 +125,13 @@ def _scan(path: Path) -> Base:
     )
 
 
+def recorded_anew(path: Path) -> tuple[str, bytes]:
+    """Return the id and the record of the model at a path; nothing is written."""
+    with translated("read", path):
+        base = _scan(path)
+    return base.id, _to_json(base)
+
+
 def path_of_base(identity: str) -> str:
     """Return where the record of a base stands."""
     return f"{FOLDER}/{identity}{_SUFFIX}"

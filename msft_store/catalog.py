@@ -62,7 +62,7 @@ def check_level(level: Any) -> Level:
     return found
 
 
-def _read_level(backend: Backend) -> Level:
+def read_level(backend: Backend) -> Level:
     """Return the level of ``store.json``; a store that states none is fast."""
     what = backend.describe(CONFIG)
     config = unseal(read_whole(backend, CONFIG), what, "msft-store")
@@ -90,7 +90,7 @@ class Catalog:
             raise NotAStoreError(
                 f"no store at {backend.describe('')}; {hint}, or give --store PATH"
             )
-        self.level = _read_level(backend)
+        self.level = read_level(backend)
 
     def refresh(self) -> None:
         """Read what other processes added or removed since."""

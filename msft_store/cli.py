@@ -22,6 +22,7 @@ from importlib.metadata import version
 from typing import Any
 
 from msft_store.check import Report
+from msft_store.cli_repair import repair
 from msft_store.codecs import LEVELS
 from msft_store.errors import StoreError
 from msft_store.gc import GcPlan, Verdict
@@ -249,6 +250,7 @@ def _stats(options: argparse.Namespace) -> Output:
         f"({percent(stats.stored_bytes, stats.logical_bytes)})",
         "held": f"{human(stats.held_bytes)}, of forgotten checkpoints that others are changes of",
         "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
+        "quarantine": f"{human(stats.quarantine_bytes)} of it, set aside by repairs",
         "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
         "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
     }
@@ -350,6 +352,14 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("check", _check, "look for damage", "check --read-data")
     check.add_argument("--read-data", action="store_true", help="decode and compare everything")
+
+    fix = add(
+        "repair",
+        lambda options: repair(_path(options), dry_run=options.dry_run),
+        "keep what is sound of a damaged store and set the rest aside, in its directory quarantine",
+        "repair --dry-run",
+    )
+    fix.add_argument("--dry-run", action="store_true", help="only print the plan")
 
     export = add(
         "export", _export, "write a checkpoint as plain safetensors", "export best my-model"

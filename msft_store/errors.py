@@ -30,6 +30,11 @@ class StoreError(Exception):
         """The file whose bytes are to blame, where one is."""
 
 
+def reason(error: StoreError) -> str:
+    """Return what an error says, without the advice for damage."""
+    return str(error).removesuffix(f"; {REPAIR}")
+
+
 class NotAStoreError(StoreError):
     """There is no store at a path, or one is there already."""
 

@@ -72,6 +72,7 @@ _RECORD = np.dtype(
         ("reserved", "<u4"),
     ]
 )
+RECORD_BYTES = _RECORD.itemsize
 
 Rows = NDArray[np.void]
 """Records as they stand in the file."""
@@ -174,7 +175,7 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
         )
     table = canonical({"bases": list(bases), "references": references})
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
-    if len(raw) > _longest(len(rows)):
+    if len(raw) > longest(len(rows)):
         raise InvalidInputError(
             "the names of tensors are too long for so many; shorten those of more than 900 letters"
         )
@@ -192,12 +193,12 @@ def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
     offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
     if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
         raise CorruptedError(f"{what} is truncated or damaged at its end")
-    if size > _longest(count) or length > size + _MAX_EXCESS or count * KEY_BYTES > length + 64:
+    if size > longest(count) or length > size + _MAX_EXCESS or count * KEY_BYTES > length + 64:
         raise CorruptedError(f"{what} declares a footer that its length rules out")
     return Trailer(offset=offset, length=length, size=size, count=count, check=check)
 
 
-def _longest(count: int) -> int:
+def longest(count: int) -> int:
     """Return the decoded length that a footer of so many records may have."""
     of_record = _MAX_TABLE_OF_RECORD + _RECORD.itemsize
     return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)

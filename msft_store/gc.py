@@ -29,6 +29,7 @@ from msft_store.errors import (
     OutOfSpaceError,
     OverBudgetError,
     StoreError,
+    reason,
 )
 from msft_store.format import Record
 from msft_store.liveness import closure
@@ -290,7 +291,7 @@ def _refuse_damage(catalog: Catalog) -> None:
 
 
 def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
-    told = str(what).removesuffix(f"; {REPAIR}")
+    told = reason(what) if isinstance(what, StoreError) else what
     return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR}")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,12 @@ class _Scratch(threading.local):
 class Objects:
     """All chunks of a store, read and verified by key."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(
+        self, backend: Backend, read: Callable[[Backend, str], Footer] = read_pack
+    ) -> None:
+        """``read`` gives what a pack is taken to hold, by its path."""
         self._backend = backend
+        self._read_pack = read
         self._snapshot = Index({})
         self._damaged_packs: dict[str, StoreError] = {}
         self._damaged_bases: dict[str, StoreError] = {}
@@ -91,7 +95,7 @@ class Objects:
         for path in paths:
             try:
                 if path not in known:
-                    packs[path] = read_pack(self._backend, path)
+                    packs[path] = self._read_pack(self._backend, path)
             except StoreError as error:
                 # One that a gc removed since it was listed is no loss.
                 if self._backend.exists(path):
@@ -199,6 +203,11 @@ class Objects:
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; {REPAIR}"
             )
         self._decode(stored, out, dtype)
+
+    def verify(self, stored: Stored) -> None:
+        """Decode one representation of a chunk; raise what reading it would."""
+        record = stored.record
+        self._decode(stored, np.empty(record.size, np.uint8), by_code(record.dtype))
 
     def scratch(self, size: int) -> Bytes:
         """Return memory of this thread for a reference; the next call returns the same."""

@@ -120,7 +120,7 @@ class Index:
         self.ref_keys: Keys = concatenate([footer.rows["ref_key"] for footer in footers])
         self.lengths = self._column("length", np.uint32)
         self.dtypes = self._column("dtype", np.uint8)
-        self._depths = self._column("depth", np.uint8)
+        self.depths = self._column("depth", np.uint8)
         self._ages = MAX_GENERATION - self._column("generation", np.uint8)
         self._numbers: dict[str, int] = {}
         numbers = [np.array([*map(self._number, f.bases), -1], np.int32) for f in footers]
@@ -188,7 +188,7 @@ class Index:
 
     def _table(self, number: int) -> KeyTable:
         rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
-        depths, ages, lengths = self._depths[rows], self._ages[rows], self.lengths[rows]
+        depths, ages, lengths = self.depths[rows], self._ages[rows], self.lengths[rows]
         preference = (depths, self.refers_to_chunk[rows], ages, lengths)
         return KeyTable(self.keys[rows], rows, preference)
 

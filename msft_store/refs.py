@@ -61,16 +61,20 @@ def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
     """Return the refs that can be read by name, and why the others cannot, by path."""
     refs: dict[str, Ref] = {}
     damaged: dict[str, StoreError] = {}
-    for path in backend.list(FOLDER):
-        if path.endswith(_SUFFIX):
-            try:
-                ref = _read(backend, path)
-                refs[ref.name] = ref
-            except StoreError as error:
-                # A ref may go between the listing and the look at it.
-                if backend.exists(path):
-                    damaged[path] = error
+    for path in list_refs(backend):
+        try:
+            ref = read_ref(backend, path)
+            refs[ref.name] = ref
+        except StoreError as error:
+            # A ref may go between the listing and the look at it.
+            if backend.exists(path):
+                damaged[path] = error
     return refs, damaged
+
+
+def list_refs(backend: Backend) -> list[str]:
+    """Return the paths of all refs."""
+    return [path for path in backend.list(FOLDER) if path.endswith(_SUFFIX)]
 
 
 def path_of_ref(name: str) -> str:
@@ -78,10 +82,16 @@ def path_of_ref(name: str) -> str:
     return f"{FOLDER}/{name}{_SUFFIX}"
 
 
-def _read(backend: Backend, path: str) -> Ref:
+def name_of_ref(path: str) -> str:
+    """Return the name of the ref at a path."""
+    return path[len(FOLDER) + 1 : -len(_SUFFIX)]
+
+
+def read_ref(backend: Backend, path: str) -> Ref:
+    """Return the ref at a path."""
     what = backend.describe(path)
     content = unseal(read_whole(backend, path), what, "msft-ref")
-    name = path[len(FOLDER) + 1 : -len(_SUFFIX)]
+    name = name_of_ref(path)
     try:
         target, note = id_of(content.get("checkpoint")), shallow(content.get("note"))
         if content.get("name") != name or not _is_name(name):
@@ -95,10 +105,15 @@ def _read(backend: Backend, path: str) -> Ref:
 
 def write_ref(backend: Backend, ref: Ref) -> None:
     """Create or replace a ref."""
+    publish(backend, path_of_ref(check_name(ref.name)), ref_record(ref))
+
+
+def ref_record(ref: Ref) -> bytes:
+    """Return what the file of a ref holds."""
     content = {
         "format": "msft-ref",
         "version": VERSION,
-        "name": check_name(ref.name),
+        "name": ref.name,
         "checkpoint": ref.checkpoint,
         "note": dict(ref.note),
     }
@@ -107,7 +122,7 @@ def write_ref(backend: Backend, ref: Ref) -> None:
         shallow(content["note"])
     except ValueError as error:
         raise InvalidInputError(f"the note of {ref.name!r} cannot be kept: {error}") from None
-    publish(backend, path_of_ref(ref.name), data)
+    return data
 
 
 def delete_ref(backend: Backend, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msft_store.backend import disk_bytes
+from msft_store.backend import QUARANTINE, disk_bytes, sizes
 from msft_store.catalog import Catalog
 from msft_store.keytable import among, concatenate, counted, unique
 from msft_store.liveness import closure
@@ -29,6 +29,8 @@ class Stats:
     """Those of chunks that no checkpoint names but that others are changes of."""
     on_disk_bytes: int
     """All files of the store, temporary ones included; bases are elsewhere."""
+    quarantine_bytes: int
+    """Of those, what repairs have set aside."""
     base_bytes: int
     """Of the bases that it refers to."""
     chunks: int
@@ -71,6 +73,7 @@ def stats(catalog: Catalog) -> Stats:
         stored_bytes=int(index.lengths.sum()),
         held_bytes=int(index.lengths[needs.held].sum()),
         on_disk_bytes=disk_bytes(catalog.backend),
+        quarantine_bytes=sum(sizes(catalog.backend, QUARANTINE).values()),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
         chunks=len(named),
         shared_chunks=int(shared.sum()),

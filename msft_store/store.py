@@ -59,6 +59,7 @@ from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.render import human
+from msft_store.repair import RepairPlan, plan_repair
 from msft_store.resident import Compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
@@ -383,6 +384,13 @@ class Store:
         """Return what is wrong with the store, and which checkpoints are sound all the same."""
         # A catalog of its own, for what was read earlier may be damaged since.
         return examine(Catalog(self._backend), read_data=read_data)
+
+    def plan_repair(self) -> RepairPlan:
+        """Return what is damaged and what of it can be kept; ``print`` it, then ``execute`` it.
+
+        Everything is read. Where ``store.json`` itself is damaged: ``msft-store repair``.
+        """
+        return plan_repair(self._backend)
 
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""

@@ -24,15 +24,15 @@ backend
 bounded
 tensors refs manifest safetensors_file bases base_reader
 retention slips
-packs objects references liveness catalog
+packs overlay objects references liveness catalog salvage
 parallel resident pipeline decoding tree sources stats matching staging
-check gc export
+check mending survey conditions gc repair export
 store
 saver
 space traces alive
 timeline
 integrations.dcp integrations.hf integrations.remote integrations
-__init__ cli __main__
+__init__ cli_repair cli __main__
 """
 
 TRAINER = """
