@@ -6,20 +6,21 @@ micro-batches; one that has none left in the last turn adds a loss of zero.
 
 Example::
 
-    steps = StageSteps(work, stage, schedule)
+    steps = StageSteps(work, stage, schedule, order=order)
     steps.train(step=0)
     steps.take_totals()                     # {"loss": …, "lr": …, "tokens": …}
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from trainer.batches import Step, epoch_plan
+from trainer.batches import DataOrder, Step, micro_batches
 from trainer.divergence import Finding, not_finite
 from trainer.forward import collate, target_losses
 from trainer.optim import learning_rate, set_learning_rate
@@ -31,16 +32,30 @@ from trainer.workspace import Workspace
 class StageSteps:
     """Trains the active sub-datasets of one stage, one optimizer step at a time."""
 
-    def __init__(self, work: Workspace, stage: Stage, schedule: Schedule) -> None:
-        """Prepare; the optimizer keeps the state that it has."""
+    def __init__(
+        self,
+        work: Workspace,
+        stage: Stage,
+        schedule: Schedule,
+        *,
+        order: DataOrder,
+        steps_before: int = 0,
+    ) -> None:
+        """Prepare; the optimizer keeps the state that it has.
+
+        ``steps_before`` are those that the learning rate's schedule has behind it, in earlier
+        stages; it is stretched to end with this one.
+        """
         train = work.split("train")
         self._work = work
         self._stage = stage
         self._schedule = schedule
+        self._order = order
+        self._steps_before = steps_before
         self._examples = [example for name in stage.active for example in train[name]]
         self._lengths = [len(example) for example in self._examples]
-        self._epoch = -1
-        self._batches: tuple[Step, ...] = ()
+        starts = itertools.accumulate((len(train[name]) for name in stage.active), initial=0)
+        self._starts = dict(zip(stage.active, starts, strict=False))
         self._forget_totals()
 
     def train(self, step: int) -> Finding | None:
@@ -59,7 +74,8 @@ class StageSteps:
         if config.max_grad_norm is not None:
             accelerator = self._work.accelerator
             self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        self._lr = learning_rate(config, step=step, steps=self._schedule.steps)
+        before = self._steps_before
+        self._lr = learning_rate(config, step=before + step, steps=before + self._schedule.steps)
         set_learning_rate(optimizer, self._lr)
         self._count(batch, targets)
         finding = not_finite({"training loss": loss, "gradient norm": self._grad_norm})
@@ -111,19 +127,8 @@ class StageSteps:
         return total
 
     def _batch(self, step: int) -> Step:
-        epoch, place = divmod(step, self._schedule.steps_per_epoch)
-        if epoch != self._epoch:
-            train = self._work.config.train
-            self._epoch = epoch
-            self._batches = epoch_plan(
-                seed=self._work.config.seed,
-                stage=self._stage.number,
-                epoch=epoch,
-                lengths=self._lengths,
-                batch_size=train.batch_size,
-                micro_batch_size=train.micro_batch_size,
-            )
-        return self._batches[place]
+        positions = [self._starts[name] + i for name, i in self._order.step(step)]
+        return micro_batches(positions, self._lengths, self._work.config.train.micro_batch_size)
 
     def _count(self, batch: Step, targets: int) -> None:
         self._targets += targets

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.batches import epoch_plan, micro_batches
+from trainer.batches import DataOrder, micro_batches
 
 LENGTHS = np.random.default_rng(1).integers(3, 60, size=203).tolist()
 
 
-def plan(**changes):
-    arguments = {
-        "seed": 0,
-        "stage": 1,
-        "epoch": 0,
-        "lengths": LENGTHS,
-        "batch_size": 32,
-        "micro_batch_size": 8,
-    }
-    return epoch_plan(**{**arguments, **changes})
+SIZES = {"a": 100, "b": 60, "c": 43}
+
+
+def order(**changes):
+    arguments = {"seed": 0, "stage": 1, "sizes": SIZES, "batch_size": 32}
+    return DataOrder.fresh(**{**arguments, **changes})
+
+
+def plan(*, epoch=0, micro_batch_size=8, **changes):
+    """The micro-batches of an epoch of seven steps, as positions in the mixture."""
+    starts, steps = {"a": 0, "b": 100, "c": 160}, []
+    for step in range(7 * epoch, 7 * epoch + 7):
+        positions = [starts[name] + i for name, i in order(**changes).step(step)]
+        steps.append(micro_batches(positions, LENGTHS, micro_batch_size))
+    return tuple(steps)
 
 
 def test_an_epoch_holds_every_example_once():
@@ -32,6 +37,31 @@ def test_plans_repeat_and_differ_by_seed_stage_and_epoch():
     assert plan() == plan()
     others = [plan(), plan(seed=1), plan(stage=2), plan(epoch=1)]
     assert len(set(others)) == len(others)
+
+
+def test_an_order_that_goes_on_with_everything_is_the_same_order():
+    for place in range(16):
+        later = order().continued(step=place, active=list(SIZES))
+        again = later.continued(step=3, active=list(SIZES))
+        for step in range(12):
+            assert later.step(step) == order().step(place + step)
+            assert again.step(step) == order().step(place + 3 + step)
+
+
+def test_an_order_that_goes_on_takes_what_is_left_of_the_active_ones_first():
+    later = order().continued(step=2, active=["a", "c"])
+    left = [r for step in range(2, 7) for r in order().step(step) if r[0] != "b"]
+    assert [r for step in range(4) for r in later.step(step)][: len(left)] == left
+    begun = -(-len(left) // 32)
+    epoch = [r for step in range(begun, begun + 5) for r in later.step(step)]
+    assert sorted(epoch) == [(name, i) for name in "ac" for i in range(SIZES[name])]
+    assert epoch != [r for step in range(5) for r in later.step(step)][: len(epoch)]
+
+
+def test_an_order_goes_on_with_the_next_epoch_where_nothing_is_left():
+    later = order().continued(step=7, active=["b"])
+    assert later.step(0) == order().continued(step=7, active=["b"]).step(0)
+    assert {r for step in range(2) for r in later.step(step)} == {("b", i) for i in range(60)}
 
 
 def test_the_examples_of_a_step_do_not_depend_on_the_micro_batch_size():

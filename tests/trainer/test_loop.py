@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msft_store import Champions, KeepBest, PeakWindow, Store
 from tests.trainer.support import make_config
+from trainer.batches import DataOrder
 from trainer.commits import retention
 from trainer.config import TrainConfig
 from trainer.errors import RunError
@@ -49,7 +50,12 @@ def train_steps(config, count):
         schedule = stage_schedule(
             examples=examples, batch_size=config.train.batch_size, eval_every=1, epochs=2
         )
-        steps = StageSteps(work, Stage(number=1, active=names, epochs=2), schedule)
+        sizes = {name: len(examples) for name, examples in work.split("train").items()}
+        order = DataOrder.fresh(
+            seed=config.seed, stage=1, sizes=sizes, batch_size=config.train.batch_size
+        )
+        stage = Stage(number=1, active=names, epochs=2)
+        steps = StageSteps(work, stage, schedule, order=order)
         for step in range(count):
             steps.train(step)
         totals = steps.take_totals()
