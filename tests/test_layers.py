@@ -43,7 +43,7 @@ algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
 interrupt together data batches model forward optim evaluate
-resume workspace steps commits
+state whole agreement resume course workspace steps commits
 loop
 run compare demo
 __init__ cli __main__

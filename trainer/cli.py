@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from msft_store import StoreError
+from trainer.agreement import check
 from trainer.compare import compare
 from trainer.config import Config, load_config
 from trainer.data import Example, load_mixture
@@ -32,7 +33,7 @@ from trainer.plan import Counts, Plan, plan
 from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
 from trainer.summary import Summary
-from trainer.workspace import check, quiet_libraries
+from trainer.workspace import quiet_libraries
 
 _EXIT_CODES = """\
 exit codes:

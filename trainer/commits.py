@@ -1,4 +1,4 @@
-"""Commits of the weights to the timeline: what is kept, and what the journal says of a commit.
+"""Commits to the timeline: what is kept, and what the journal says of a commit.
 
 With ``async_save`` a commit goes on in the background; its record waits until it is durable.
 
@@ -19,7 +19,9 @@ from typing import Any
 
 from msft_store import Champions, Checkpoint, KeepBest, KeepLast, PeakWindow, Policy, Timeline
 from trainer.errors import RunError
+from trainer.state import gather_rng
 from trainer.strategy import Mode, Needs
+from trainer.whole import whole
 from trainer.workspace import Workspace
 
 
@@ -58,20 +60,24 @@ class Committing:
 def begin_commit(
     work: Workspace, *, stage: int, step: int, epoch: float, metrics: Mapping[str, float]
 ) -> Committing | None:
-    """Commit the weights as they are now; ``None`` in every process but the main one.
+    """Commit the state as it is now; ``None`` in every process but the main one.
 
     Without ``async_save`` it is done when this returns.
     """
+    restores = work.config.restores_optimizer
+    rows = gather_rng(work.accelerator) if restores else {}
     if work.timeline is None:
         return None
     began = time.monotonic()
-    weights = work.accelerator.unwrap_model(work.model).state_dict()
+    tensors = work.accelerator.unwrap_model(work.model).state_dict()
+    if restores:
+        tensors = whole(tensors, work.optimizer, rows)
     metadata = {"stage": stage, "epoch": epoch}
     future: Future[Checkpoint] = Future()
     if work.config.async_save:
-        future = work.timeline.commit_async(weights, step, metrics, metadata)
+        future = work.timeline.commit_async(tensors, step, metrics, metadata)
     else:
-        future.set_result(work.timeline.commit(weights, step, metrics, metadata))
+        future.set_result(work.timeline.commit(tensors, step, metrics, metadata))
     return Committing(
         future=future,
         timeline=work.timeline,

@@ -130,6 +130,10 @@ class MsftConfig:
     """W: end a roll-out when the earliest champion is W evaluations old; ``None``: the paper."""
     max_stages: int | None = None
     """``None``: twice the number of sub-datasets."""
+    optimizer_on_rollback: Literal["reset", "restore"] = "reset"
+    """``reset``: each stage begins with a fresh optimizer, schedule and order of examples (the
+    paper's code). ``restore``: it goes on with those of the checkpoint that it begins from, and
+    with its random number generators; a rollback point then holds the optimizer's state, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,11 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     msft: MsftConfig = MsftConfig()
+
+    @property
+    def restores_optimizer(self) -> bool:
+        """Whether rollback points hold more than weights."""
+        return self.method != "sft" and self.msft.optimizer_on_rollback == "restore"
 
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -26,7 +26,9 @@ import numpy as np
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from trainer.batches import DataOrder
 from trainer.commits import Committing, begin_commit, retention
+from trainer.course import course_of
 from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
@@ -39,12 +41,10 @@ from trainer.resume import (
     Position,
     Standing,
     describe,
-    load_point,
-    rng_state,
     save_point,
-    set_rng_state,
 )
 from trainer.schedule import Schedule, stage_schedule
+from trainer.state import gather_rng
 from trainer.steps import StageSteps
 from trainer.strategy import (
     OVERALL,
@@ -91,6 +91,7 @@ class Loop:
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
         self._known: dict[str, Known] = {}
+        self._begun: dict[int, tuple[Stage, str | None]] = {}
         self._names = Names()
         self._global_step = 0
         self._position: Position | None = None
@@ -102,6 +103,7 @@ class Loop:
         :class:`Interrupted` on a signal, with a resume point written wherever a stage has begun.
         """
         self._known, self._names = dict(standing.known), standing.names
+        self._begun = dict(standing.begun)
         self._global_step = standing.global_step
         stage, root = standing.stage, standing.root
         try:
@@ -111,6 +113,7 @@ class Loop:
                     return decision
                 self._position = position = None
                 stage, root = decision.stage, decision.checkpoint
+                self._begun[stage.number] = (stage, root)
                 policy = retention(self._strategy.needs(), self._strategy.mode)
                 self._work.begin_stage(stage.number, root, policy)
         except Interrupted:
@@ -130,7 +133,16 @@ class Loop:
             eval_every=config.evaluation.eval_every,
             epochs=stage.epochs,
         )
-        steps = StageSteps(self._work, stage, schedule)
+        course = course_of(
+            stage.number,
+            self._begun,
+            self._known,
+            fresh=self._fresh_order,
+            carries=config.restores_optimizer,
+        )
+        steps = StageSteps(
+            self._work, stage, schedule, order=course.order, steps_before=course.steps_before
+        )
         if position is None:
             decision = self._begin(stage, root, schedule)
             if isinstance(decision, RollBack | Stop):
@@ -168,11 +180,12 @@ class Loop:
                         return decision
 
     def _begin(self, stage: Stage, root: str | None, schedule: Schedule) -> Decision:
-        """Start a stage from fresh state and decide on its root.
+        """Start a stage, from fresh state unless its root's was restored, and decide on its root.
 
         The base, where the first stage begins, is evaluated and committed; any other root is known.
         """
-        self._reset(stage.number)
+        if root is None or not self._work.config.restores_optimizer:
+            self._reset(stage.number)
         result = self._measure() if root is None else None
         finding = ruined(result.losses) if result else None
         if finding is not None:
@@ -237,7 +250,8 @@ class Loop:
         decision: Skip | Stop = self._together.share(answer)
         if isinstance(decision, Skip):
             work.restore(decision.checkpoint)
-            self._reset(stage.number, position.step)
+            if not work.config.restores_optimizer:
+                self._reset(stage.number, position.step)
         return decision
 
     def _reset(self, *place: int) -> None:
@@ -277,7 +291,7 @@ class Loop:
             return told
         commit = checkpoint if isinstance(checkpoint, Committing) else None
         durable = checkpoint if isinstance(checkpoint, str) else ""
-        known = self._known[durable] if result is None else _known(result)
+        known = self._known[durable] if result is None else self._new(result, stage)
         evaluation = Evaluation(
             stage=stage.number,
             index=index,
@@ -347,10 +361,7 @@ class Loop:
     def _save_point(self, position: Position) -> None:
         """Replace the resume point; every process adds its random number generators."""
         work = self._work
-        states = {name: state[None] for name, state in rng_state(work.accelerator.device).items()}
-        if work.accelerator.num_processes > 1:
-            device = work.accelerator.device
-            states = {n: work.accelerator.gather(s.to(device)).cpu() for n, s in states.items()}
+        states = gather_rng(work.accelerator)
         if work.journal is None:
             return
         work.outbox.settle()
@@ -359,6 +370,16 @@ class Loop:
         size = save_point(work.directory / RESUME, point, model, work.optimizer, states)
         place = {"step": position.global_step, "stage": position.stage}
         work.record("resume_point", **place, bytes=size)
+
+    def _new(self, result: Result, stage: Stage) -> Known:
+        step = 0 if self._position is None else self._position.step
+        return Known(metrics=result.metrics, losses=result.losses, stage=stage.number, step=step)
+
+    def _fresh_order(self, stage: Stage) -> DataOrder:
+        train, config = self._work.split("train"), self._work.config
+        sizes = {name: len(train[name]) for name in stage.active}
+        size = config.train.batch_size
+        return DataOrder.fresh(seed=config.seed, stage=stage.number, sizes=sizes, batch_size=size)
 
     def _bar(self, position: Position, schedule: Schedule) -> Any:
         shown = self._progress and self._work.accelerator.is_main_process and sys.stderr.isatty()
@@ -370,15 +391,3 @@ class Loop:
             leave=False,
             disable=not shown,
         )
-
-
-def _known(result: Result) -> Known:
-    return Known(metrics=result.metrics, losses=result.losses)
-
-
-def load_resume_point(work: Workspace) -> None:
-    """Restore weights, optimizer and generators from the resume point, in every process."""
-    model = work.accelerator.unwrap_model(work.model)
-    states = load_point(work.directory / RESUME, model, work.optimizer)
-    mine = {name: rows[work.accelerator.process_index] for name, rows in states.items()}
-    set_rng_state(mine, work.accelerator.device)

@@ -71,6 +71,8 @@ class Plan:
     """Rollback points alive at once, the newest one before eviction included, the base left out."""
     checkpoint_bytes: int
     """One full checkpoint in the dtype of the run."""
+    rollback_point_bytes: int
+    """One rollback point as a full copy: the weights, or weights and two optimizer moments."""
     resume_bytes: int
     """The resume point: weights and two optimizer moments; 0 without one."""
     too_long: Mapping[str, int]
@@ -80,7 +82,7 @@ class Plan:
     @property
     def rollback_bytes(self) -> int:
         """Upper bound of the rollback points, were each a full copy."""
-        return self.checkpoints * self.checkpoint_bytes
+        return self.checkpoints * self.rollback_point_bytes
 
     def to_text(self) -> str:
         """Return the plan for the terminal."""
@@ -102,7 +104,8 @@ class Plan:
             table.to_text(),
             "",
             f"rollback points: at most {self.checkpoints} at once, so at most "
-            f"{bytes_text(self.rollback_bytes)} if each were a full copy ({full}).",
+            f"{bytes_text(self.rollback_bytes)} if each were a full copy "
+            f"({bytes_text(self.rollback_point_bytes)}).",
             "The store keeps differences; how small they are depends on how many weights change, "
             "which is unknown before the run.",
             f"besides: the result, {full}"
@@ -133,6 +136,7 @@ def plan(
         one_peak_a_stage=one_peak,
         checkpoints=_alive(config, len(counts)),
         checkpoint_bytes=checkpoint_bytes,
+        rollback_point_bytes=checkpoint_bytes * (3 if config.restores_optimizer else 1),
         resume_bytes=0 if config.resume_every is None else 3 * checkpoint_bytes,
         too_long={name: part.too_long for name, part in counts.items() if part.too_long},
         max_length=config.data.max_length,

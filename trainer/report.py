@@ -109,8 +109,9 @@ def disk_text(summary: Summary) -> str:
     if disk is None:
         raise ValueError("nothing was committed, so there is no disk to speak of")
     point = bytes_text(disk.resume_bytes) if disk.resume_bytes else "none (resume_every is not set)"
+    what = "rollback points with optimizer" if disk.with_optimizer else "rollback points"
     return (
-        f"rollback points on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
+        f"{what} on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
         f"checkpoint ({bytes_text(disk.peak_bytes)}, {bytes_text(disk.mean_bytes)} of "
         f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype})\n"
         f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "

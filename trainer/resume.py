@@ -15,13 +15,11 @@ Example::
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +28,7 @@ from trainer.errors import RunError
 from trainer.files import enough_space, sync
 from trainer.journal import Record
 from trainer.model import unique_state
+from trainer.state import load_optimizer, optimizer_tensors, python_rng, set_python_rng
 from trainer.strategy import (
     Continue,
     Decision,
@@ -71,10 +70,13 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What an evaluation found."""
+    """What an evaluation found, and where it was when it was first made."""
 
     metrics: Mapping[str, float]
     losses: Mapping[str, float] | None
+    stage: int
+    step: int
+    """Optimizer steps in that stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class Standing:
     global_step: int
     known: Mapping[str, Known]
     """Checkpoint id → its evaluation."""
+    begun: Mapping[int, tuple[Stage, str | None]]
+    """The stages up to this one, by number, and their roots."""
     names: Names
     """What the strategy was told for these ids."""
     stop: Stop | None
@@ -117,15 +121,24 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
     Raises :class:`RunError` if it decides otherwise than the journal says.
     """
     stage, root, stop = strategy.first_stage(), None, None
-    global_step = 0
+    begun: dict[int, tuple[Stage, str | None]] = {stage.number: (stage, root)}
+    global_step = stage_step = 0
     known: dict[str, Known] = {}
     names = Names()
     decision: Decision | None = None
     for record in counted:
         if "step" in record:
             global_step = record["step"]
-        if record["event"] == "evaluated":
-            known[record["checkpoint"]] = Known(metrics=record["metrics"], losses=record["losses"])
+        if record["event"] == "stage_started":
+            stage_step = global_step
+        elif record["event"] == "evaluated":
+            found = Known(
+                metrics=record["metrics"],
+                losses=record["losses"],
+                stage=record["stage"],
+                step=global_step - stage_step,
+            )
+            known.setdefault(record["checkpoint"], found)
             evaluation = _evaluation(record, names)
             names.add(evaluation.checkpoint, record["checkpoint"])
             decision = names.resolve(strategy.on_evaluation(evaluation))
@@ -142,9 +155,16 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
                 )
             if isinstance(decision, RollBack):
                 stage, root = decision.stage, decision.checkpoint
+                begun[stage.number] = (stage, root)
             stop = decision if isinstance(decision, Stop) else None
     return Standing(
-        stage=stage, root=root, global_step=global_step, known=known, names=names, stop=stop
+        stage=stage,
+        root=root,
+        global_step=global_step,
+        known=known,
+        begun=begun,
+        names=names,
+        stop=stop,
     )
 
 
@@ -162,14 +182,14 @@ def describe(decision: Decision) -> dict[str, Any]:
 def save_point(
     path: Path, point: Point, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
 ) -> int:
-    """Replace the resume point and return its size in bytes; ``rng`` is from :func:`rng_state`."""
+    """Replace the resume point and return its size in bytes; ``rng`` is from ``gather_rng``."""
     tensors = {f"model.{name}": tensor for name, tensor in unique_state(model).items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    moments = optimizer_tensors(optimizer)
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
     tensors |= {f"rng.{name}": tensor for name, tensor in rng.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
-    content |= {"python": _python_rng()}
+    content |= {"python": python_rng()}
     temporary = path.with_name(f".{path.name}.tmp")
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with enough_space("the resume point", path, needed_bytes=needed):
@@ -198,56 +218,26 @@ def read_position(path: Path) -> Point | None:
 def load_point(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     """Restore weights and optimizer in place, and Python's and NumPy's generators.
 
-    Returns torch's generator states of all processes, for :func:`set_rng_state`.
+    Returns torch's generator states of all processes, for ``set_rng``.
     """
-    state, groups = model.state_dict(), optimizer.state_dict()["param_groups"]
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    rng: dict[str, torch.Tensor] = {}
+    state = model.state_dict()
+    parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "rng": {}}
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for full_name in file.keys():  # noqa: SIM118 - not a mapping
             kind, name = full_name.split(".", 1)
             tensor = file.get_tensor(full_name)
             if kind == "model":
                 state[name].copy_(tensor)
-            elif kind == "optimizer":
-                index, key = name.split(".", 1)
-                moments.setdefault(int(index), {})[key] = tensor
             else:
-                rng[name] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    python = _content(path)["python"]
-    version, words, gauss = python["random"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(python["numpy"])
-    return rng
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return this process's states of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Restore what :func:`rng_state` returned."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+                parts[kind][name] = tensor
+    load_optimizer(optimizer, parts["optimizer"])
+    set_python_rng(_content(path)["python"])
+    return parts["rng"]
 
 
 def _content(path: Path) -> Any:
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {})["msft"])
-
-
-def _python_rng() -> dict[str, Any]:
-    kind, words, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "random": random.getstate(),
-        "numpy": [kind, np.asarray(words).tolist(), position, has_gauss, gauss],
-    }
 
 
 def _evaluation(record: Record, names: Names) -> Evaluation:

@@ -26,11 +26,19 @@ from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluate import Evaluator
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
-from trainer.loop import Loop, Say, load_resume_point
+from trainer.loop import Loop, Say
 from trainer.model import load_model, save_model
 from trainer.optim import reset
 from trainer.report import write_report
-from trainer.resume import Position, Standing, read_position, replay, where_to_resume
+from trainer.resume import (
+    Position,
+    Standing,
+    load_point,
+    read_position,
+    replay,
+    where_to_resume,
+)
+from trainer.state import set_rng
 from trainer.strategy import Stop, Strategy
 from trainer.summary import Summary, summarize
 from trainer.tables import too_long_text
@@ -121,7 +129,7 @@ def _stand(work: Workspace, strategy: Strategy, say: Say) -> tuple[Standing, Pos
     standing: Standing = shared[0]
     position: Position | None = shared[1]
     if position is not None:
-        load_resume_point(work)
+        _load_resume_point(work)
         if work.timeline is not None:
             work.timeline.rewind(position.evaluations)
     elif standing.stop is None:
@@ -153,6 +161,12 @@ def _continue_journal(
     work.record("resumed", after=after, **{"from": origin})
     say(f"resumed stage {standing.stage.number} from its {origin.replace('_', ' ')}")
     return standing, point.position if point and origin == "resume_point" else None
+
+
+def _load_resume_point(work: Workspace) -> None:
+    """Restore weights, optimizer and generators from the resume point, in every process."""
+    model = work.accelerator.unwrap_model(work.model)
+    set_rng(load_point(work.directory / RESUME, model, work.optimizer), work.accelerator)
 
 
 def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> None:

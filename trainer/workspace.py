@@ -28,19 +28,29 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
-from msft_store import Base, KeepBest, NotAStoreError, Policy, Resident, Store, Timeline
+from msft_store import (
+    Base,
+    KeepBest,
+    KeepLast,
+    NotAStoreError,
+    Policy,
+    Resident,
+    Store,
+    Timeline,
+)
+from trainer.agreement import check
 from trainer.algorithms import metric_mode
 from trainer.config import Config, dump, to_dict
 from trainer.data import Example, Mixture, load_mixture
-from trainer.errors import ConfigError, RunError
-from trainer.evaluate import check_answers
+from trainer.errors import RunError
 from trainer.files import write_atomic
 from trainer.journal import Journal, Record
-from trainer.model import LoadedModel, load_model, max_positions
+from trainer.model import LoadedModel, load_model
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.strategy import OVERALL
+from trainer.whole import put_back, weights_alone
 
 CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
     "config.yaml",
@@ -86,44 +96,70 @@ class Workspace:
         return {key: split.examples for key, split in splits.items() if split is not None}
 
     def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
-        """Restore the weights that stage ``number`` begins from (``None``: the base's).
+        """Restore what stage ``number`` begins from (``None``: the base's weights).
 
         The timeline has a branch for each stage. It rolls back to the root; where that was done
         before a kill, it forgets what the stage has committed since.
         """
+        whole = root is not None and self.config.restores_optimizer
+        tensors: dict[str, torch.Tensor] = {}
         if self.timeline is not None and self.store is not None:
             self.timeline.retention = policy
             if root is None:
                 self.timeline.rewind(0)
             elif self.timeline.branch < number - 1:
-                self._roll_back(self.timeline, root)
+                tensors = self._roll_back(self.timeline, root, whole=whole)
             else:
                 self.timeline.rewind(1)
-                self.store.load_into(self.accelerator.unwrap_model(self.model), root)
-        self._share_weights()
+                tensors = self._load(self.store, root, whole=whole)
+        self._take(tensors, whole=whole)
 
     def restore(self, checkpoint: str) -> None:
-        """Restore the weights of a checkpoint of this stage; the stage goes on."""
-        if self.store is not None:
-            self.store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
-        self._share_weights()
+        """Restore what a checkpoint of this stage holds, in all processes; the stage goes on."""
+        whole = self.config.restores_optimizer
+        tensors = {} if self.store is None else self._load(self.store, checkpoint, whole=whole)
+        self._take(tensors, whole=whole)
 
     def end_at(self, checkpoint: str) -> None:
-        """Restore the result in all processes; nothing else is kept in the store.
+        """Restore the result's weights in all processes; nothing else is kept in the store.
 
         It becomes the last root, so that restoring it needs nothing but the base.
         """
         if self.timeline is not None and self.store is not None:
+            if self.config.restores_optimizer:
+                checkpoint = weights_alone(self.store, checkpoint, name=RESULT)
+                self.timeline.retention = KeepLast(1)
             self.store.pin(checkpoint, RESULT)
-            self._roll_back(self.timeline, checkpoint)
+            self._roll_back(self.timeline, checkpoint, whole=False)
         self._share_weights()
 
-    def _roll_back(self, timeline: Timeline, checkpoint: str) -> None:
-        timeline.rollback(checkpoint, into=self.accelerator.unwrap_model(self.model))
+    def _roll_back(
+        self, timeline: Timeline, checkpoint: str, *, whole: bool
+    ) -> dict[str, torch.Tensor]:
+        """Restore the model from a checkpoint; of a ``whole`` one, return all tensors instead."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = timeline.rollback(checkpoint, into=None if whole else model)
+        if timeline.resident is not None and whole:
+            timeline.resident = Resident({name: tensors[name] for name in model.state_dict()})
         done = timeline.last_commit
         if done is not None:
             sizes = {"disk_peak_bytes": done.peak_bytes, "disk_bytes": done.bytes}
             self.record("rolled_back", checkpoint=checkpoint, **sizes)
+        return tensors
+
+    def _load(self, store: Store, checkpoint: str, *, whole: bool) -> dict[str, torch.Tensor]:
+        """Do the same without a new branch."""
+        if whole:
+            return store.load(checkpoint)
+        store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
+        return {}
+
+    def _take(self, tensors: dict[str, torch.Tensor], *, whole: bool) -> None:
+        """Give all processes the main process's weights; of a ``whole`` checkpoint, the rest."""
+        if whole:
+            model = self.accelerator.unwrap_model(self.model)
+            put_back(tensors, model, self.optimizer, self.accelerator)
+        self._share_weights()
 
     def _share_weights(self) -> None:
         """Give the main process's weights to all others."""
@@ -304,29 +340,6 @@ def _new_store(path: Path) -> Store:
             )
         shutil.rmtree(path)
     return Store.create(path)
-
-
-def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
-    """Raise :class:`ConfigError` where configuration, model and data do not go together."""
-    splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
-    if config.evaluation.metric == "exact_match":
-        references = {name: sub.validation.examples for name, sub in mixture.items()}
-        check_answers(references, config.evaluation.answer_pattern)
-    positions = max_positions(loaded.model)
-    if positions is None:
-        return
-    if config.data.max_length > positions:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but the model has {positions} positions"
-        )
-    prompt = max(len(example.prompt) for split in splits for example in split.examples)
-    needed = prompt + config.evaluation.max_new_tokens
-    if config.evaluation.metric == "exact_match" and needed > positions:
-        raise ConfigError(
-            f"evaluation.max_new_tokens is {config.evaluation.max_new_tokens} and the longest "
-            f"prompt has {prompt} tokens, but the model has {positions} positions: lower "
-            "max_new_tokens or data.max_length"
-        )
 
 
 def _prepare_process(config: Config) -> None:

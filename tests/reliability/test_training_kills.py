@@ -37,7 +37,12 @@ LONG = 120.0
 VARIANTS: dict[str, dict[str, Any]] = {
     "stages again": {},
     "resume points": {"resume_every": 1},
-    "waiting for commits": {"resume_every": 3, "async_save": False},
+    "optimizer restored": {
+        "resume_every": 3,
+        "async_save": False,
+        "train__schedule": "linear",
+        "msft__optimizer_on_rollback": "restore",
+    },
     "clipped, in bf16": {
         "resume_every": 2,
         "train__max_grad_norm": 0.5,

@@ -1,0 +1,73 @@
+"""Optimizer and random number generators as tensors, and back, to the last bit.
+
+torch's generators are rows, one for each process; Python's and NumPy's are JSON.
+
+Example::
+
+    tensors = optimizer_tensors(optimizer)          # {"0.exp_avg": …, "0.step": …}
+    load_optimizer(optimizer, tensors)
+    rows = gather_rng(accelerator)                  # in all processes
+    set_rng(rows, accelerator)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
+    """Return an optimizer's state by number of the parameter and name; empty for a fresh one."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+
+
+def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an optimizer the state that :func:`optimizer_tensors` returned."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Return the states of torch's generators, (processes, bytes), in every process."""
+    states = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    rows = {name: state[None] for name, state in states.items()}
+    if accelerator.num_processes == 1:
+        return rows
+    device = accelerator.device
+    return {name: accelerator.gather(row.to(device)).cpu() for name, row in rows.items()}
+
+
+def set_rng(rows: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
+    """Give this process's generators the states that :func:`gather_rng` returned."""
+    mine = {name: states[accelerator.process_index].cpu() for name, states in rows.items()}
+    torch.set_rng_state(mine["cpu"])
+    if accelerator.device.type == "cuda" and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+
+
+def python_rng() -> dict[str, Any]:
+    """Return the states of Python's and NumPy's generators as JSON values."""
+    kind, words, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "random": random.getstate(),
+        "numpy": [kind, np.asarray(words).tolist(), position, has_gauss, gauss],
+    }
+
+
+def set_python_rng(states: Mapping[str, Any]) -> None:
+    """Restore what :func:`python_rng` returned."""
+    version, words, gauss = states["random"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(states["numpy"])
