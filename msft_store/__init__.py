@@ -34,6 +34,7 @@ from msft_store.errors import (
     VersionError,
 )
 from msft_store.gc import GcPlan, GcResult
+from msft_store.lockfiles import Lock
 from msft_store.manifest import Checkpoint
 from msft_store.repair import RepairPlan, RepairResult
 from msft_store.resident import Resident
@@ -69,6 +70,7 @@ __all__ = [
     "InvalidInputError",
     "KeepBest",
     "KeepLast",
+    "Lock",
     "MismatchError",
     "NotAStoreError",
     "OutOfSpaceError",

@@ -17,26 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import shutil
-import socket
 import stat
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from msft_store.errors import BusyError, CorruptedError, OutOfSpaceError, StorageError
+from msft_store.errors import CorruptedError, OutOfSpaceError, StorageError
+from msft_store.lockfiles import Lock
+from msft_store.locks import Locks
 
 TEMPORARY = "tmp"
 QUARANTINE = "quarantine"
 """What repairs have set aside; without meaning to a reader, and anybody may remove it."""
-_LOCK = "lock"
-_LOCK_POLL_SECONDS = 0.05
-_LOCK_TIMEOUT_SECONDS = 600.0
 _MOST_AT_ONCE = 1 << 30
 MAX_WHOLE = 1 << 28
 """Bytes of a file that is read whole: anything but a pack."""
@@ -91,7 +86,18 @@ class Backend(Protocol):
         """
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
-        """Hold the store's lock: shared with other shared holders, or alone."""
+        """Hold the store's lock: shared with other shared owners, or alone.
+
+        A thread may take it again; shared it then has what it had before. :class:`BusyError` if
+        others have it for too long. Publishing and deleting in a lock that was taken away is
+        :class:`BusyError` too, and does nothing.
+        """
+
+    def locks(self) -> Sequence[Lock]:
+        """Return the lock files that are there, those of some who wait included; oldest first."""
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        """Remove the locks of owners that are dead or count as dead, or all; return them."""
 
 
 def publish(backend: Backend, path: str, data: bytes) -> None:
@@ -186,10 +192,11 @@ def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
 
 
 class _LocalWriter:
-    def __init__(self, root: Path, folders: _Folders) -> None:
+    def __init__(self, root: Path, folders: _Folders, confirm: Callable[[], None]) -> None:
         self.position = 0
         self._root = root
         self._folders = folders
+        self._confirm = confirm
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
         with translated("create", self._path):
             with contextlib.suppress(FileExistsError):
@@ -208,6 +215,7 @@ class _LocalWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._folders.make(target.parent)
+            self._confirm()
             os.replace(self._path, target)
             _sync_folder(target.parent)
 
@@ -264,11 +272,11 @@ def move_folder(source: Path, target: Path) -> None:
 class LocalBackend:
     """A folder of a local file system."""
 
-    def __init__(self, root: Path, *, lock_timeout: float = _LOCK_TIMEOUT_SECONDS) -> None:
+    def __init__(self, root: Path, *, lock_timeout: float | None = None) -> None:
         self.root = root
         self._prefix = f"{root}{os.sep}"
         self._folders = _Folders(root)
-        self._lock_timeout = lock_timeout
+        self._locks = Locks(root, timeout=lock_timeout)
 
     def make_root(self) -> None:
         """Create the folder itself."""
@@ -315,7 +323,7 @@ class LocalBackend:
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
-        writer = _LocalWriter(self.root, self._folders)
+        writer = _LocalWriter(self.root, self._folders, self._locks.confirm)
         try:
             yield writer
         finally:
@@ -324,6 +332,7 @@ class LocalBackend:
     def delete(self, path: str) -> None:
         target = self.root / path
         with translated("delete", target):
+            self._locks.confirm()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(target)
             if target.parent.is_dir():
@@ -333,6 +342,7 @@ class LocalBackend:
         source, place = self.root / path, self.root / target
         with translated(f"move {source} to", place):
             self._folders.make(place.parent)
+            self._locks.confirm()
             os.replace(source, place)
             # The new entry first: after a power loss the file may have two names, never none.
             _sync_folder(place.parent)
@@ -355,53 +365,24 @@ class LocalBackend:
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
-        path = self.root / _LOCK
-        with translated("lock", path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with translated("lock", self.root):
+            held = self._locks.acquire(shared=shared, purpose=purpose)
         try:
-            self._acquire(descriptor, shared=shared, purpose=purpose)
-            if not shared:
-                _sign(descriptor, purpose)
             yield
         finally:
-            os.close(descriptor)
+            with translated("unlock", self.root):
+                held.release()
 
-    def _acquire(self, descriptor: int, *, shared: bool, purpose: str) -> None:
-        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        deadline = time.monotonic() + self._lock_timeout
-        while True:
-            try:
-                fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise BusyError(
-                        f"{purpose} waited {self._lock_timeout:g} s for the lock of {self.root}; "
-                        f"last exclusive owner: {_owner(descriptor)}. Try again when it is done"
-                    ) from None
-                time.sleep(_LOCK_POLL_SECONDS)
-            except OSError as error:
-                raise StorageError(f"cannot lock {self.root}: {error.strerror}") from error
-            else:
-                return
+    def locks(self) -> Sequence[Lock]:
+        with translated("list the locks of", self.root):
+            return self._locks.all()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        with translated("unlock", self.root):
+            return self._locks.unlock(force=force)
 
 
 def _unless_absent(error: OSError) -> None:
     # A folder that cannot be listed is not an empty one: gc would believe it.
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-def _sign(descriptor: int, purpose: str) -> None:
-    # For a person who meets the lock; the kernel frees it when its owner ends, whatever the cause.
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "purpose": purpose}
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({**owner, "since": time.time()}).encode(), 0)
-
-
-def _owner(descriptor: int) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        age = time.time() - owner["since"]
-        return f"{owner['purpose']} by process {owner['pid']} on {owner['host']}, {age:.0f} s ago"
-    return "unknown"

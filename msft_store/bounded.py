@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from msft_store.backend import Backend, Writer, disk_bytes
 from msft_store.errors import OutOfSpaceError, OverBudgetError
+from msft_store.lockfiles import Lock
 from msft_store.render import human
 
 
@@ -144,6 +145,12 @@ class Bounded:
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)
+
+    def locks(self) -> Sequence[Lock]:
+        return self._inner.locks()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        return self._inner.unlock(force=force)
 
 
 class _BoundedWriter:

@@ -241,6 +241,13 @@ def _forget(options: argparse.Namespace) -> Output:
     return {"checkpoint": checkpoint.id}, text
 
 
+def _unlock(options: argparse.Namespace) -> Output:
+    store = _open(options)
+    removed, stay = store.unlock(force=options.force), store.locks()
+    lines = [f"removed  {lock}" for lock in removed] + [f"stays    {lock}" for lock in stay]
+    return {"removed": removed, "locks": stay}, "\n".join(lines) or "no locks"
+
+
 def _stats(options: argparse.Namespace) -> Output:
     stats = _open(options).stats()
     rows = {
@@ -376,6 +383,9 @@ def _parser() -> argparse.ArgumentParser:
 
     forget = add("forget", _forget, "make a checkpoint one no more", "forget 3fa9")
     _add_checkpoint(forget)
+
+    unlock = add("unlock", _unlock, "remove dead owners' locks, list the others", "unlock --json")
+    unlock.add_argument("--force", action="store_true", help="remove those of live owners too")
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     return parser

@@ -10,10 +10,12 @@ Example::
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NoReturn
 
 from msft_store.backend import Backend, Writer
 from msft_store.errors import StorageError
+from msft_store.lockfiles import Lock
 
 
 class Overlay:
@@ -46,6 +48,12 @@ class Overlay:
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)
+
+    def locks(self) -> Sequence[Lock]:
+        return self._inner.locks()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        self._refuse()
 
     def writer(self) -> contextlib.AbstractContextManager[Writer]:
         self._refuse()

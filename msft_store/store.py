@@ -31,6 +31,7 @@ from msft_store.check import Finding, Report, examine
 from msft_store.codecs import Level
 from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
+    CorruptedError,
     InvalidInputError,
     MismatchError,
     NotAStoreError,
@@ -42,6 +43,7 @@ from msft_store.errors import (
 from msft_store.export import export
 from msft_store.format import canonical, digest
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
+from msft_store.lockfiles import Lock
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
@@ -244,7 +246,8 @@ class Store:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
         try:
             return self._catalog.resolve(checkpoint)
-        except UnknownCheckpointError:
+        except (UnknownCheckpointError, CorruptedError):
+            # What others saved or pinned since.
             self._catalog.refresh()
             return self._catalog.resolve(checkpoint)
 
@@ -285,6 +288,18 @@ class Store:
         that would leave less than ``reserve`` bytes of it.
         """
         return self._backend.within(max_bytes, reserve=reserve)
+
+    def locks(self) -> list[Lock]:
+        """Return who writes to the store, and some who wait to, here or elsewhere; oldest first."""
+        return list(self._backend.locks())
+
+    def unlock(self, *, force: bool = False) -> list[Lock]:
+        """Remove locks whose owners are or count as dead, with ``force`` all; return them.
+
+        Nothing that waits for the lock needs this, unless an owner hangs. One that lives on in
+        spite of ``force`` fails before it changes anything.
+        """
+        return list(self._backend.unlock(force=force))
 
     def unpin(self, name: str) -> None:
         """Remove a ref."""

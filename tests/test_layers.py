@@ -20,6 +20,7 @@ strict cover
 kernels dtypes format
 tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
+processes lockfiles locks
 backend
 bounded
 tensors refs manifest safetensors_file bases base_reader

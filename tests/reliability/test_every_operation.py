@@ -65,7 +65,7 @@ def snapshot(root: Path) -> frozenset[tuple[str, bytes | int]]:
     return frozenset(
         ("tmp" if path.parent.name == "tmp" else str(path.relative_to(root)), what_is_in(path))
         for path in root.rglob("*")
-        if path.is_file() and path.name != "lock"
+        if path.is_file()
     )
 
 

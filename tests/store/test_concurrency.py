@@ -85,14 +85,14 @@ def test_who_meets_a_lock_is_told_whose_it_is(
     ckpt = store.save(state, parent=base)
     holder = LocalBackend(Path(store.path))
     hasty = Store(LocalBackend(Path(store.path), lock_timeout=0.0))
-    with holder.lock(shared=held_shared, purpose="a long gc"):
+    with holder.lock(shared=held_shared, purpose="long-gc"):
         # Reading needs no lock.
         assert same_bits(hasty.load(ckpt), state)
         assert hasty.check() == []
         if held_shared:
             hasty.save(train_step(state, 0.1, 1), parent=ckpt)
         else:
-            with pytest.raises(BusyError, match=r"save waited 0 s.*a long gc by process \d+"):
+            with pytest.raises(BusyError, match=r"save waited 0 s.*long-gc by process \d+"):
                 hasty.save(state, parent=ckpt)
         with pytest.raises(BusyError, match="forget waited"):
             hasty.forget(ckpt)

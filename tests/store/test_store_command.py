@@ -15,7 +15,7 @@ from msft_store.cli import main
 
 COMMANDS = (
     *("init", "add-base", "relocate", "log", "inspect", "gc"),
-    *("check", "repair", "export", "pin", "unpin", "forget", "stats"),
+    *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
 )
 
 

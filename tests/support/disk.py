@@ -15,6 +15,8 @@ The model is POSIX at its worst, weaker than ext4 or xfs are:
   after a rename both names may be there, or neither.
 - Nothing that was durable is damaged, and one name never leads to half of a rename.
 
+Locks are left out: after a power loss, and after a kill, those of the dead are in nobody's way.
+
 A failing fsync of a file (:meth:`Disk.fail`) leaves zeros where its bytes were not durable yet, as
 where the kernel gives up what it could not write, so that a program that goes on as if nothing were
 reads what a power loss would leave. A failing fsync of a directory makes nothing durable.
@@ -41,6 +43,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from msft_store.lockfiles import FOLDER as LOCKS
 from tests.support.faults import Stopped
 
 CALLS = ("fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")
@@ -118,7 +121,9 @@ class Disk:
         def watched(*arguments: Any, **keywords: Any) -> Any:
             with self._lock:
                 paths = self._paths(call, arguments, keywords)
-                if not any(path.is_relative_to(self._root) for path in paths):
+                if not any(
+                    path.is_relative_to(self._root) and LOCKS not in path.parts for path in paths
+                ):
                     return self._real[call](*arguments, **keywords)
                 self._look()
                 self._note(f"{call} {paths[0].relative_to(self._root)}")
@@ -214,6 +219,8 @@ class Disk:
         except FileNotFoundError:
             return
         for entry in entries:
+            if entry.name == LOCKS:
+                continue
             try:
                 info = entry.stat(follow_symlinks=False)
                 name = (folder, entry.name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from msft_store import StorageError
+from msft_store import Lock, StorageError
 from msft_store.backend import Backend, Writer
 
 CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
@@ -86,6 +86,12 @@ class FaultyBackend:
         self._operate("lock")
         with self._inner.lock(shared=shared, purpose=purpose):
             yield
+
+    def locks(self) -> Sequence[Lock]:
+        return self._inner.locks()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        return self._inner.unlock(force=force)
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
