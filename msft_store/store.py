@@ -15,58 +15,44 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from msft_store.backend import Backend, LocalBackend, publish, translated
-from msft_store.bases import FOLDER as BASES
 from msft_store.bases import Base, add_base, relocate
 from msft_store.bounded import Bounded
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, Report, examine
+from msft_store.checkpoint_writer import CheckpointWriter
 from msft_store.codecs import Level
 from msft_store.decoding import decode_state, empty_like
 from msft_store.errors import (
     CorruptedError,
-    InvalidInputError,
     MismatchError,
     NotAStoreError,
-    OutOfSpaceError,
-    OverBudgetError,
     PinnedError,
     UnknownCheckpointError,
 )
 from msft_store.export import export
-from msft_store.format import canonical, digest
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
 from msft_store.lockfiles import Lock
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
     TensorEntry,
-    checkpoint_content,
     path_of,
-    rewrite_manifest,
-    tensor_table,
-    write_manifest,
 )
 from msft_store.matching import check_match, listed
-from msft_store.packs import FOLDER as PACKS
-from msft_store.packs import PackWriter
-from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
-from msft_store.render import human
 from msft_store.repair import RepairPlan, plan_repair
 from msft_store.resident import Compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
-from msft_store.stats import Stats, held_bytes, own_bytes, stats
-from msft_store.strict import LIMIT
+from msft_store.stats import Stats, held_bytes, stats
 from msft_store.tensors import check_tensors, memory_of
 
 PathLike = str | os.PathLike[str]
@@ -79,7 +65,7 @@ class Store:
         self._backend = Bounded(backend)
         self._catalog = Catalog(self._backend)
         self._catalog.refresh()
-        self._durable_bases: set[str] = set()
+        self._writer = CheckpointWriter(self._catalog, self._backend)
 
     @classmethod
     def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
@@ -173,37 +159,16 @@ class Store:
         level = self.level if level is None else check_level(level)
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
-            parent_id, base, parent_tensors = self._catalog.lineage(parent)
-            if base is not None and base not in self._durable_bases:
-                self._backend.sync(BASES)
-                self._durable_bases.add(base)
-            table, totals = self._encode(state, base, parent_tensors, level, compared)
-            line = tensor_table(table)
-            content = checkpoint_content(
-                parent=parent_id,
-                base=base,
+            return self._writer.save(
+                state,
+                parent=parent,
                 step=step,
                 metrics=metrics or {},
                 tags=tags,
                 metadata=metadata or {},
-                tensors=line,
-                logical_bytes=sum(entry.nbytes for entry in table.values()),
+                level=level,
+                compared=compared,
             )
-            known = self._catalog.get(digest(canonical(content)))
-            if known is not None:
-                self._backend.sync(MANIFESTS)
-                return known
-            checkpoint = write_manifest(
-                self._backend,
-                content,
-                line,
-                created=self._next_time(),
-                stored_bytes=totals.stored_bytes,
-                unreferenced_bytes=totals.unreferenced_bytes,
-            )
-            self._catalog.add(checkpoint)
-            self._catalog.objects.refresh()
-        return checkpoint
 
     def load(
         self,
@@ -337,14 +302,7 @@ class Store:
         """
         with self._backend.lock(shared=True, purpose="anchor"):
             self._catalog.refresh()
-            found = self._catalog.resolve(checkpoint)
-            tensors = self._catalog.tensors(found)
-            packs: list[PackWriter] = []
-            with self._packing(packs) as begin:
-                encode_anew(
-                    self._catalog.objects, tensors, begin, base=found.base, level=self.level
-                )
-            return self._encoded_anew(found)
+            return self._writer.anchor(self._catalog.resolve(checkpoint))
 
     def rebase(self, checkpoint: Checkpoint | str, onto: Checkpoint | str) -> Checkpoint:
         """Re-encode a checkpoint as a change of another one, if gc can free more than that takes.
@@ -355,29 +313,7 @@ class Store:
         with self._backend.lock(shared=True, purpose="rebase"):
             self._catalog.refresh()
             found, other = self._catalog.resolve(checkpoint), self._catalog.resolve(onto)
-            if found.base != other.base:
-                raise InvalidInputError(
-                    f"checkpoints {found.id[:12]} and {other.id[:12]} have different bases"
-                )
-            held = own_bytes(self._catalog, found) - self._catalog.stored_bytes(found)
-            if held <= 0:
-                return self._encoded_anew(found)
-            packs: list[PackWriter] = []
-            with self._packing(packs) as begin:
-                encode_anew(
-                    self._catalog.objects,
-                    self._catalog.tensors(found),
-                    begin,
-                    base=found.base,
-                    level=self.level,
-                    onto=self._catalog.tensors(other),
-                )
-                new = {record.key: record.length for pack in packs for record in pack.records}
-                old = (self._catalog.objects.find(key, found.base) for key in new)
-                replaced = sum(stored.record.length for stored in old if stored is not None)
-                if sum(new.values()) >= replaced + held:
-                    packs.clear()
-            return self._encoded_anew(found)
+            return self._writer.rebase(found, other)
 
     def plan_gc(self, policy: Policy | None = None) -> GcPlan:
         """Return what could be freed; ``print`` it, then ``execute`` it.
@@ -420,16 +356,6 @@ class Store:
         """Return what the store holds, counted now."""
         return stats(self._catalog)
 
-    def _encoded_anew(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Record what a checkpoint takes now, also where a crash came before that was done."""
-        self._catalog.refresh()
-        stored_bytes = self._catalog.stored_bytes(checkpoint)
-        if stored_bytes == checkpoint.stored_bytes:
-            return checkpoint
-        found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
-        self._catalog.add(found)
-        return found
-
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
         return found, self._catalog.tensors(found)
@@ -442,60 +368,3 @@ class Store:
     ) -> None:
         what = f"checkpoint {checkpoint.id[:12]}"
         decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
-
-    def _encode(
-        self,
-        state: Mapping[str, torch.Tensor],
-        base: str | None,
-        parent: Mapping[str, TensorEntry] | None,
-        level: Level,
-        compared: Compared | None,
-    ) -> tuple[dict[str, TensorEntry], Totals]:
-        packs: list[PackWriter] = []
-        try:
-            with self._packing(packs, least=table_bytes(state)) as begin:
-                table, totals = encode_state(
-                    self._catalog.objects,
-                    state,
-                    begin,
-                    base=base,
-                    parent=parent,
-                    level=level,
-                    compared=compared,
-                )
-        except (OutOfSpaceError, OverBudgetError) as error:
-            whole = sum(tensor.nbytes for tensor in state.values())
-            written = sum(pack.position for pack in packs)
-            raise type(error)(
-                f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
-                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost"
-            ) from error
-        return table, totals
-
-    @contextlib.contextmanager
-    def _packing(
-        self, packs: list[PackWriter], *, least: int = 0
-    ) -> Iterator[Callable[[], PackWriter]]:
-        """Give what begins a pack, added to ``packs``; all are published at the end.
-
-        None is begun if ``least`` bytes, which will be written besides, certainly do not fit.
-        """
-        with contextlib.ExitStack() as stack:
-
-            def begin() -> PackWriter:
-                self._backend.require(least)
-                packs.append(PackWriter(stack.enter_context(self._backend.writer())))
-                return packs[-1]
-
-            yield begin
-            for pack in packs:
-                pack.publish()
-            if not packs:
-                # All is there already, from somebody who may not have got it durable.
-                self._backend.sync(PACKS)
-
-    def _next_time(self) -> int:
-        # Later than every other, so that the log is in order even where a clock goes back.
-        known = self._catalog.checkpoints()
-        later = max(time.time_ns(), known[-1].created + 1 if known else 0)
-        return min(later, LIMIT - 1)

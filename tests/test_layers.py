@@ -27,7 +27,7 @@ tensors refs manifest safetensors_file bases base_reader
 retention slips
 packs overlay objects references liveness catalog salvage
 parallel resident pipeline decoding tree sources stats matching staging
-check mending survey conditions gc repair export
+check mending survey conditions gc repair export checkpoint_writer
 store
 saver
 space traces alive

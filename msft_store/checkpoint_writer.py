@@ -1,0 +1,206 @@
+"""Writes of checkpoints: encoded chunks into packs, then the manifest; and the same anew.
+
+Invariants: who calls holds the store's lock; a manifest is written after all that it needs is
+durable, also what others left visible only; nothing is deleted.
+
+Example::
+
+    writer = CheckpointWriter(catalog, backend)
+    ckpt = writer.save(state, parent=base, step=10, metrics={"arith": 0.41}, level="fast")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from msft_store.bases import FOLDER as BASES
+from msft_store.bases import Base
+from msft_store.bounded import Bounded
+from msft_store.catalog import Catalog
+from msft_store.codecs import Level
+from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
+from msft_store.format import canonical, digest
+from msft_store.manifest import FOLDER as MANIFESTS
+from msft_store.manifest import (
+    Checkpoint,
+    TensorEntry,
+    checkpoint_content,
+    rewrite_manifest,
+    tensor_table,
+    write_manifest,
+)
+from msft_store.packs import FOLDER as PACKS
+from msft_store.packs import PackWriter
+from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
+from msft_store.render import human
+from msft_store.resident import Compared
+from msft_store.stats import own_bytes
+from msft_store.strict import LIMIT
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one store; its methods want a catalog that is refreshed."""
+
+    def __init__(self, catalog: Catalog, backend: Bounded) -> None:
+        self._catalog = catalog
+        self._backend = backend
+        self._durable_bases: set[str] = set()
+
+    def save(
+        self,
+        state: Mapping[str, torch.Tensor],
+        *,
+        parent: Base | Checkpoint | str | None,
+        step: int | None,
+        metrics: Mapping[str, float],
+        tags: Sequence[str],
+        metadata: Mapping[str, Any],
+        level: Level,
+        compared: Compared | None,
+    ) -> Checkpoint:
+        """Write tensors as a checkpoint; return the one that is there if its content is equal."""
+        parent_id, base, parent_tensors = self._catalog.lineage(parent)
+        if base is not None and base not in self._durable_bases:
+            self._backend.sync(BASES)
+            self._durable_bases.add(base)
+        table, totals = self._encode(state, base, parent_tensors, level, compared)
+        line = tensor_table(table)
+        content = checkpoint_content(
+            parent=parent_id,
+            base=base,
+            step=step,
+            metrics=metrics,
+            tags=tags,
+            metadata=metadata,
+            tensors=line,
+            logical_bytes=sum(entry.nbytes for entry in table.values()),
+        )
+        known = self._catalog.get(digest(canonical(content)))
+        if known is not None:
+            self._backend.sync(MANIFESTS)
+            return known
+        checkpoint = write_manifest(
+            self._backend,
+            content,
+            line,
+            created=self._next_time(),
+            stored_bytes=totals.stored_bytes,
+            unreferenced_bytes=totals.unreferenced_bytes,
+        )
+        self._catalog.add(checkpoint)
+        self._catalog.objects.refresh()
+        return checkpoint
+
+    def anchor(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Encode a checkpoint anew so that it needs nothing but its base."""
+        packs: list[PackWriter] = []
+        with self._packing(packs) as begin:
+            encode_anew(
+                self._catalog.objects,
+                self._catalog.tensors(checkpoint),
+                begin,
+                base=checkpoint.base,
+                level=self._catalog.level,
+            )
+        return self._encoded_anew(checkpoint)
+
+    def rebase(self, checkpoint: Checkpoint, onto: Checkpoint) -> Checkpoint:
+        """Encode a checkpoint anew as a change of another, if that frees more than it takes.
+
+        :class:`InvalidInputError` if the two have different bases.
+        """
+        if checkpoint.base != onto.base:
+            raise InvalidInputError(
+                f"checkpoints {checkpoint.id[:12]} and {onto.id[:12]} have different bases"
+            )
+        held = own_bytes(self._catalog, checkpoint) - self._catalog.stored_bytes(checkpoint)
+        if held <= 0:
+            return self._encoded_anew(checkpoint)
+        packs: list[PackWriter] = []
+        with self._packing(packs) as begin:
+            encode_anew(
+                self._catalog.objects,
+                self._catalog.tensors(checkpoint),
+                begin,
+                base=checkpoint.base,
+                level=self._catalog.level,
+                onto=self._catalog.tensors(onto),
+            )
+            new = {record.key: record.length for pack in packs for record in pack.records}
+            old = (self._catalog.objects.find(key, checkpoint.base) for key in new)
+            replaced = sum(stored.record.length for stored in old if stored is not None)
+            if sum(new.values()) >= replaced + held:
+                packs.clear()
+        return self._encoded_anew(checkpoint)
+
+    def _encoded_anew(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Record what a checkpoint takes now, also where a crash came before that was done."""
+        self._catalog.refresh()
+        stored_bytes = self._catalog.stored_bytes(checkpoint)
+        if stored_bytes == checkpoint.stored_bytes:
+            return checkpoint
+        found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
+        self._catalog.add(found)
+        return found
+
+    def _encode(
+        self,
+        state: Mapping[str, torch.Tensor],
+        base: str | None,
+        parent: Mapping[str, TensorEntry] | None,
+        level: Level,
+        compared: Compared | None,
+    ) -> tuple[dict[str, TensorEntry], Totals]:
+        packs: list[PackWriter] = []
+        try:
+            with self._packing(packs, least=table_bytes(state)) as begin:
+                table, totals = encode_state(
+                    self._catalog.objects,
+                    state,
+                    begin,
+                    base=base,
+                    parent=parent,
+                    level=level,
+                    compared=compared,
+                )
+        except (OutOfSpaceError, OverBudgetError) as error:
+            whole = sum(tensor.nbytes for tensor in state.values())
+            written = sum(pack.position for pack in packs)
+            raise type(error)(
+                f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
+                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost"
+            ) from error
+        return table, totals
+
+    @contextlib.contextmanager
+    def _packing(
+        self, packs: list[PackWriter], *, least: int = 0
+    ) -> Iterator[Callable[[], PackWriter]]:
+        """Give what begins a pack, added to ``packs``; all are published at the end.
+
+        None is begun if ``least`` bytes, which will be written besides, certainly do not fit.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> PackWriter:
+                self._backend.require(least)
+                packs.append(PackWriter(stack.enter_context(self._backend.writer())))
+                return packs[-1]
+
+            yield begin
+            for pack in packs:
+                pack.publish()
+            if not packs:
+                # All is there already, from somebody who may not have got it durable.
+                self._backend.sync(PACKS)
+
+    def _next_time(self) -> int:
+        # Later than every other, so that the log is in order even where a clock goes back.
+        known = self._catalog.checkpoints()
+        later = max(time.time_ns(), known[-1].created + 1 if known else 0)
+        return min(later, LIMIT - 1)
