@@ -123,6 +123,17 @@ class Catalog:
         """Return the checkpoint of an exact id."""
         return self._checkpoints.get(identity)
 
+    def intact(self, identity: str) -> Checkpoint | None:
+        """Return the checkpoint of an exact id, if its manifest is still what was written."""
+        found = self.get(identity)
+        try:
+            if found is not None:
+                read_checkpoint(self.backend, identity)
+                self.tensors(found)
+        except CorruptedError:
+            return None
+        return found
+
     def add(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint known that was just written."""
         self._checkpoints[checkpoint.id] = checkpoint

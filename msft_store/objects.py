@@ -58,6 +58,7 @@ class Objects:
         self._wanted = self._have_packs = self._have_bases = 0
         self._reading = threading.RLock()
         self._scratch = _Scratch()
+        self._sound: set[tuple[str, int]] = set()
 
     @property
     def index(self) -> Index:
@@ -208,6 +209,13 @@ class Objects:
         """Decode one representation of a chunk; raise what reading it would."""
         record = stored.record
         self._decode(stored, np.empty(record.size, np.uint8), by_code(record.dtype))
+
+    def verify_once(self, stored: Stored) -> None:
+        """Do as :meth:`verify`, but not again for what was found sound before."""
+        place = (stored.pack, stored.record.offset)
+        if place not in self._sound:
+            self.verify(stored)
+            self._sound.add(place)
 
     def scratch(self, size: int) -> Bytes:
         """Return memory of this thread for a reference; the next call returns the same."""

@@ -23,7 +23,7 @@ import torch
 
 from msft_store import codecs
 from msft_store.dtypes import DType, by_torch
-from msft_store.errors import CorruptedError, InvalidInputError
+from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
     KEY_BYTES,
@@ -36,9 +36,11 @@ from msft_store.format import (
 from msft_store.kernels import Bytes
 from msft_store.manifest import Piece, TensorEntry, chunk_sizes, tensor_table
 from msft_store.objects import Objects
+from msft_store.packs import Stored
 from msft_store.parallel import in_order
 from msft_store.references import Planner, Reference
 from msft_store.resident import Change, Compared
+from msft_store.salvage import is_damage
 from msft_store.tensors import memory_of, read_elements
 
 
@@ -104,7 +106,7 @@ class Encoder:
         if self._objects.in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored, reference = self._objects.find(key, self._base), work.reference
-        if stored is not None and not self._objects.is_whole(stored.record):
+        if stored is not None and not self._serves(stored):
             # Of what may replace it, only what refers to no chunk is sure to be preferred.
             reference = None
         elif stored is not None and not (self._alone and _improves(reference, stored.record)):
@@ -112,7 +114,13 @@ class Encoder:
         old, ref_key = None, bytes(KEY_BYTES)
         if reference is not None:
             old = self._objects.scratch(size)
-            ref_key = self._read(reference, old, dtype)
+            try:
+                ref_key = self._read(reference, old, dtype)
+            except StoreError as error:
+                if not is_damage(error):
+                    raise
+                # What a difference of it would be, nobody could ever restore.
+                old = reference = None
         change = work.change if work.change and work.change.reference == ref_key else None
         codec, payload = codecs.encode(
             data, old, dtype, level=self._level, found=change.found if change else None
@@ -145,6 +153,18 @@ class Encoder:
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
+
+    def _serves(self, stored: Stored) -> bool:
+        """Return whether a chunk that the store has can be relied on; it is read once to see."""
+        if not self._objects.is_whole(stored.record):
+            return False
+        try:
+            self._objects.verify_once(stored)
+        except StoreError as error:
+            if not is_damage(error):
+                raise
+            return False
+        return True
 
     def _read(self, reference: Reference, out: Bytes, dtype: DType) -> bytes:
         """Read a reference; return its key. The base's bytes only if they are what was added."""

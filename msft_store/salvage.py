@@ -24,7 +24,7 @@ import xxhash
 import zstandard
 
 from msft_store.backend import Backend
-from msft_store.errors import CorruptedError, StorageError, StoreError, VersionError
+from msft_store.errors import BaseError, CorruptedError, StorageError, StoreError, VersionError
 from msft_store.footer import (
     PACK_MAGIC,
     PACK_TRAILER,
@@ -176,7 +176,7 @@ def is_damage(error: StoreError) -> bool:
     """
     if isinstance(error, StorageError):
         return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
-    return not isinstance(error, VersionError)
+    return not isinstance(error, VersionError | BaseError)
 
 
 def require_damage(errors: Iterable[StoreError]) -> None:

@@ -109,6 +109,36 @@ def test_without_the_record_of_its_base_a_checkpoint_is_not_sound(
         assert {finding.file for finding in report.findings} == {str(path)}
 
 
+def test_a_save_builds_on_nothing_that_is_damaged(
+    store: Store, ckpt: Checkpoint, base: Base, state: State
+) -> None:
+    saved = train_step(state, 0.05, 1)
+    child = train_step(saved, 0.05, 2)
+    (pack,) = Path(store.path, "packs").iterdir()
+    changed_at(pack, 40)
+    below = Store.open(store.path).save(child, parent=ckpt.id, step=8)
+    again = Store.open(store.path)
+    assert again.examine().damaged == (ckpt.id,)
+    assert same_bits(again.load(below), child)
+    # The same content once more: what is damaged of it is written anew, and serves both.
+    other = again.save(saved, parent=base, step=9)
+    again = Store.open(store.path)
+    assert again.check() == []
+    assert same_bits(again.load(other), saved)
+    assert same_bits(again.load(ckpt), saved)
+
+
+def test_saving_a_checkpoint_again_writes_a_damaged_manifest_anew(
+    store: Store, ckpt: Checkpoint, base: Base, state: State
+) -> None:
+    path = Path(store.path, "manifests", f"{ckpt.id}.json")
+    for offset in (30, path.stat().st_size - 30):
+        changed_at(path, offset)
+        for one in (store, Store.open(store.path)):
+            assert one.save(train_step(state, 0.05, 1), parent=base, step=7).id == ckpt.id
+        assert Store.open(store.path).check() == []
+
+
 def test_damage_since_a_store_was_opened_is_found(store: Store, ckpt: Checkpoint) -> None:
     assert store.check() == []
     changed_at(Path(store.path, "manifests", f"{ckpt.id}.json"), 30)
