@@ -243,14 +243,13 @@ class _Folders:
 
 def make_folder(folder: Path) -> None:
     """Make a folder durable, and those above it that are not there."""
-    there = folder.is_dir()
-    if not there:
+    if not folder.is_dir():
         if not folder.parent.is_dir():
             make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-    # Also one that is there: who made it may have been killed before it was durable.
-    with contextlib.suppress(*[PermissionError] * there):
+    # Also one that is there: who made it may have been killed. One may write where one may not look.
+    with contextlib.suppress(PermissionError):
         _sync_folder(folder.parent)
 
 

@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.errors import RunError
@@ -57,6 +57,17 @@ def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(f"os error {number})" in str(error) for number in _FULL)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory durable, and those above it that are not there."""
+    if not path.is_dir():
+        if not path.parent.is_dir():
+            make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+    # Also one that is there: who made it may have been killed. One may write where one may not look.
+    with suppress(PermissionError):
+        sync(path.parent)
 
 
 def make_readable(path: Path) -> None:

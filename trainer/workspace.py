@@ -43,7 +43,7 @@ from trainer.algorithms import metric_mode
 from trainer.config import Config, dump, to_dict
 from trainer.data import Example, Mixture, load_mixture
 from trainer.errors import RunError
-from trainer.files import write_atomic
+from trainer.files import make_directory, write_atomic
 from trainer.journal import Journal, Record
 from trainer.model import LoadedModel, load_model
 from trainer.optim import make_optimizer
@@ -251,7 +251,7 @@ def create_directory(config: Config) -> None:
                 f"{directory / name} is there already and belongs to no run, which would replace "
                 "it: move it away, or choose another output_dir"
             )
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     write_atomic(directory / CONFIG, dump(config).encode())
     state.wait_for_everyone()
 
