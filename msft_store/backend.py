@@ -248,7 +248,8 @@ def make_folder(folder: Path) -> None:
             make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-    # Also one that is there: who made it may have been killed. One may write where one may not look.
+    # Also one that is there: who made it may have been killed. Not every directory that one may
+    # write to can be opened.
     with contextlib.suppress(PermissionError):
         _sync_folder(folder.parent)
 

@@ -65,7 +65,8 @@ def make_directory(path: Path) -> None:
         if not path.parent.is_dir():
             make_directory(path.parent)
         path.mkdir(exist_ok=True)
-    # Also one that is there: who made it may have been killed. One may write where one may not look.
+    # Also one that is there: who made it may have been killed. Not every directory that one may
+    # write to can be opened.
     with suppress(PermissionError):
         sync(path.parent)
 

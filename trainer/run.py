@@ -24,6 +24,7 @@ from trainer.commits import retention
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluate import Evaluator
+from trainer.files import sync
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
 from trainer.loop import Loop, Say
@@ -182,7 +183,12 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
     _load_base(work)
     _test(work, evaluator, "base", work.base.id if work.base else None)
     say(f"the result is in {work.directory / MODEL}")
+    if work.timeline is not None:
+        work.timeline.close()
     if work.journal is not None:
+        (work.directory / RESUME).unlink(missing_ok=True)
+        sync(work.directory)
+        # Last, for nobody looks at a finished run again.
         started = read(work.directory / JOURNAL)[0]["time"]
         work.record(
             "finished",
@@ -190,9 +196,6 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
             model_dir=str(work.directory / MODEL),
             seconds=time.time() - started,
         )
-        (work.directory / RESUME).unlink(missing_ok=True)
-    if work.timeline is not None:
-        work.timeline.close()
 
 
 def _test(work: Workspace, evaluator: Evaluator, what: str, checkpoint: str | None) -> None:

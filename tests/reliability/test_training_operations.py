@@ -85,7 +85,9 @@ def test_a_run_is_the_same_whatever_a_crash_leaves(
             write_tree(chances[kind], broken)
             go_on(config, broken / RUN)
             assert outcome(broken / RUN) == whole
-            assert Store.open(broken / RUN / "store").check() == []
+            store = Store.open(broken / RUN / "store")
+            assert store.check() == []
+            assert store.refs() == Store.open(live / RUN / "store").refs()
             assert names(broken / RUN) == names(live / RUN)
 
 
