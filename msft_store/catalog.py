@@ -218,8 +218,13 @@ class Catalog:
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
-        self._check_there(checkpoint)
-        return read_tensors(self.backend, checkpoint)
+        self.check_there(checkpoint)
+        try:
+            return read_tensors(self.backend, checkpoint)
+        except StorageError:
+            # It may have gone since.
+            self.check_there(checkpoint)
+            raise
 
     def keys(self, checkpoint: Checkpoint) -> Keys:
         """Return the keys of all chunks that a checkpoint names; some stand repeatedly."""
@@ -228,7 +233,7 @@ class Catalog:
             try:
                 found = read_keys(self.backend, checkpoint, self._scanner)
             except StorageError:
-                self._check_there(checkpoint)
+                self.check_there(checkpoint)
                 raise
             self._keys[checkpoint.id] = found
         return found
@@ -263,7 +268,8 @@ class Catalog:
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 
-    def _check_there(self, checkpoint: Checkpoint) -> None:
+    def check_there(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`UnknownCheckpointError` for a checkpoint that was forgotten."""
         if not self.backend.exists(path_of(checkpoint.id)):
             self.remove(checkpoint.id)
             raise UnknownCheckpointError(

@@ -21,7 +21,7 @@ from msft_store.errors import CorruptedError, StoreError
 from msft_store.format import BaseSpan
 from msft_store.keytable import Keys, as_keys, key_at
 from msft_store.liveness import closure
-from msft_store.manifest import Checkpoint, TensorEntry, chunk_sizes, path_of
+from msft_store.manifest import Checkpoint, TensorEntry, chunk_sizes, list_manifests, path_of
 from msft_store.packs import misnamed
 from msft_store.refs import path_of_ref, scan_refs
 
@@ -129,8 +129,10 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
     for path, error in damaged.items():
         file = catalog.backend.describe(path)
         yield Finding(where=path, what=str(error), kind="ref", file=file)
+    # Some may have come since, but then they were there before the refs.
+    there = set(list_manifests(catalog.backend)) - catalog.damaged.keys()
     for ref in refs.values():
-        if catalog.get(ref.checkpoint) is None:
+        if catalog.get(ref.checkpoint) is None and ref.checkpoint not in there:
             yield Finding(
                 where=f"ref {ref.name}",
                 what="points to a checkpoint that is not there or cannot be read",

@@ -41,6 +41,7 @@ class Stats:
 
 def held_bytes(catalog: Catalog) -> int:
     """Return the encoded bytes that no checkpoint names but that others are changes of."""
+    catalog.refresh()
     index = catalog.objects.index
     needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
     return int(index.lengths[needs.held].sum())

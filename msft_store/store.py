@@ -39,6 +39,7 @@ from msft_store.errors import (
 from msft_store.export import export
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
 from msft_store.lockfiles import Lock
+from msft_store.looking import undisturbed
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
@@ -321,7 +322,7 @@ class Store:
         Without a policy, only bytes that no checkpoint needs; with one, also the checkpoints that
         it does not keep and no ref protects.
         """
-        return plan_gc(self._catalog, policy)
+        return undisturbed(self._backend, lambda: plan_gc(self._catalog, policy))
 
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
         """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
@@ -334,7 +335,11 @@ class Store:
     def examine(self, read_data: bool = True) -> Report:
         """Return what is wrong with the store, and which checkpoints are sound all the same."""
         # A catalog of its own, for what was read earlier may be damaged since.
-        return examine(Catalog(self._backend), read_data=read_data)
+        return undisturbed(
+            self._backend,
+            lambda: examine(Catalog(self._backend), read_data=read_data),
+            lambda report: not report.findings,
+        )
 
     def plan_repair(self) -> RepairPlan:
         """Return what is damaged and what of it can be kept; ``print`` it, then ``execute`` it.
@@ -345,16 +350,16 @@ class Store:
 
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""
-        return export(self._catalog, self.get(checkpoint), Path(folder))
+        found = self.get(checkpoint)
+        return undisturbed(self._backend, lambda: export(self._catalog, found, Path(folder)))
 
     def held_bytes(self) -> int:
         """Return the encoded bytes of forgotten checkpoints that others are differences of."""
-        self._catalog.refresh()
-        return held_bytes(self._catalog)
+        return undisturbed(self._backend, lambda: held_bytes(self._catalog))
 
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""
-        return stats(self._catalog)
+        return undisturbed(self._backend, lambda: stats(self._catalog))
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
@@ -366,5 +371,9 @@ class Store:
         tensors: Mapping[str, TensorEntry],
         outs: Mapping[str, torch.Tensor],
     ) -> None:
-        what = f"checkpoint {checkpoint.id[:12]}"
-        decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
+        def decode() -> None:
+            self._catalog.check_there(checkpoint)
+            what = f"checkpoint {checkpoint.id[:12]}"
+            decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
+
+        undisturbed(self._backend, decode)

@@ -26,7 +26,7 @@ bounded
 tensors refs manifest safetensors_file bases base_reader
 retention slips
 packs overlay objects references liveness catalog salvage
-parallel resident pipeline decoding tree sources stats matching staging
+parallel resident pipeline decoding tree sources stats matching staging looking
 check mending survey conditions gc repair export checkpoint_writer
 store
 saver

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import select
 import shutil
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 
 from msft_store import Store, Timeline
+from tests.support.children import LONG, begin, end_of, ended
 from tests.support.ledger import Ledger
 from tests.support.runs import outcome
 from tests.trainer.support import make_config
@@ -31,8 +30,6 @@ from trainer.steps import StageSteps
 from trainer.summary import summarize
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-LONG = 120.0
-"""Seconds after which a run that hangs fails the test."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "stages again": {},
@@ -90,41 +87,6 @@ def go_on(config: Config, directory: Path) -> int:
     path = directory.with_suffix(".yaml")
     path.write_text(dump(config), encoding="utf-8")
     return main(["run", str(path), f"output_dir={directory}", "--quiet"])
-
-
-def begin(action: Callable[[], int]) -> int:
-    """Do ``action`` in a process of its own, which exits with its result; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        code = action()
-    except KeyboardInterrupt:
-        # Before the command is there to handle it.
-        code = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def end_of(child: int) -> int:
-    """Wait for a process; return its exit code, or minus the signal that ended it."""
-    if not ended(child, LONG):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail(f"the run did not end within {LONG:.0f} seconds")
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def ended(child: int, seconds: float) -> bool:
-    """Return whether a process ends within so many seconds."""
-    descriptor = os.pidfd_open(child)
-    try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
-    finally:
-        os.close(descriptor)
 
 
 @pytest.mark.parametrize("reference", VARIANTS, indirect=True)

@@ -1,0 +1,57 @@
+"""Processes that a test forks, and that it may kill.
+
+Example::
+
+    child = begin(lambda: work())
+    if not ended(child, seconds):
+        os.kill(child, signal.SIGKILL)
+    assert end_of(child) in (0, -signal.SIGKILL)
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+LONG = 120.0
+"""Seconds after which a process that hangs fails the test."""
+
+
+def begin(action: Callable[[], int]) -> int:
+    """Do ``action`` in a process of its own, which exits with its result; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        code = action()
+    except KeyboardInterrupt:
+        # Before the command is there to handle it.
+        code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end_of(child: int, seconds: float = LONG) -> int:
+    """Wait for a process; return its exit code, or minus the signal that ended it."""
+    if not ended(child, seconds):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail(f"a process did not end within {seconds:.0f} seconds")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def ended(child: int, seconds: float) -> bool:
+    """Return whether a process ends within so many seconds."""
+    descriptor = os.pidfd_open(child)
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
