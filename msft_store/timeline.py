@@ -80,8 +80,11 @@ class Timeline:
         """Whether the number of the next commit is known, not guessed from what is left."""
         self._postponed: str | None = None
         with bounded(store, retention):
-            if traces.strays:
-                self._give_up(traces.strays)
+            # What it is given to start from stays, even where a killed one had not protected it.
+            given = base.id if isinstance(base, Checkpoint) else None
+            strays = [checkpoint for checkpoint in traces.strays if checkpoint.id != given]
+            if strays:
+                self._give_up(strays)
             if self._alive.root is None:
                 self._begin(base)
             else:

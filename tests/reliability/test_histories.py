@@ -12,15 +12,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import seed as seeded
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.histories import Tally
+from tests.support.histories import Histories, Tally
 from tests.support.ledger import Ledger
+from tests.support.store_histories import StoreHistories
 from tests.support.timelines import TimelineHistories
 
 
+class AllHistories(StoreHistories, TimelineHistories):
+    """Everything at once."""
+
+
 @pytest.mark.usefixtures("without_fsync")
-def test_random_histories(faults: Ledger, seed: int, *, soak: bool) -> None:
-    tally, histories = Tally(), 800 if soak else 60
-    machine = type("Long", (TimelineHistories,), {"tally": tally, "ledger": faults})
+@pytest.mark.parametrize("kind", [TimelineHistories, AllHistories])
+def test_random_histories(faults: Ledger, seed: int, kind: type[Histories], *, soak: bool) -> None:
+    tally, histories = Tally(), 400 if soak else 40
+    machine = type("Long", (kind,), {"tally": tally, "ledger": faults})
     long = settings(
         max_examples=histories,
         stateful_step_count=60,
@@ -30,6 +36,6 @@ def test_random_histories(faults: Ledger, seed: int, *, soak: bool) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     run_state_machine_as_test(seeded(seed)(machine), settings=long)
-    assert tally.steps > 30 * histories
+    assert tally.steps > 20 * histories
     assert tally.kills > histories / 2
     assert tally.errors > histories / 2

@@ -264,3 +264,16 @@ def test_a_commit_whose_eviction_failed_can_be_followed_by_any_other(
         if not failed:
             break
     assert n > 3
+
+
+def test_what_a_killed_timeline_left_can_be_what_the_next_one_starts_from(
+    store: Store, base: Base, state: State
+) -> None:
+    line = Timeline(store, base, retention=KeepLast(1))
+    line.commit(state, step=0)
+    place = {"timeline": {"name": "main", "branch": 0, "index": 1}}
+    stray = store.save(train_step(state, 0.1, 1), parent=base, metadata=place)
+    again = Timeline(Store.open(store.path), stray, retention=KeepLast(1))
+    assert again.root == store.get(stray.id)
+    again.commit(state, step=2)
+    assert stray.id in alive(store)

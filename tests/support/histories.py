@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -253,3 +254,11 @@ class Histories(RuleBasedStateMachine):
             states = {identity: point.state for identity, point in self.model.points.items()}
             assert_tidied(self._open().store, states)
             self.model.assert_equals(self._open().store)
+
+
+def module_of(state: State) -> torch.nn.Module:
+    """Return a module that holds tensors as buffers."""
+    module = torch.nn.Module()
+    for name, tensor in state.items():
+        module.register_buffer(name, tensor)
+    return module

@@ -180,7 +180,7 @@ class Model:
             }
         root = refs.get(f"timelines/{name}/root")
         self.lines[name] = line
-        self._give_up(line, strays)
+        self._give_up(line, strays - {start})
         if root is not None:
             line.root, line.branch = root[0], root[1]["branch"]
         elif start in self.points:

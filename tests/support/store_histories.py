@@ -22,7 +22,7 @@ from msft_store import (
     UnknownCheckpointError,
 )
 from tests.support.changes import KINDS, changed
-from tests.support.histories import METRICS, PARTS, PICKS, SEEDS, SHARES, Histories
+from tests.support.histories import METRICS, PARTS, PICKS, SEEDS, SHARES, Histories, module_of
 from tests.support.invariants import files
 from tests.support.model import NEW, Point
 from tests.support.naive import Parts, policy_of
@@ -238,11 +238,3 @@ class StoreHistories(Histories):
             assert stats.on_disk_bytes == sum(files(self.folder / "store").values())
             logical = sum(ckpt.logical_bytes for ckpt in opened.store.log())
             assert stats.logical_bytes == logical
-
-
-def module_of(state: State) -> torch.nn.Module:
-    """Return a module that holds tensors as buffers."""
-    module = torch.nn.Module()
-    for name, tensor in state.items():
-        module.register_buffer(name, tensor)
-    return module

@@ -16,20 +16,21 @@ from hypothesis.stateful import precondition, rule
 
 from msft_store import Checkpoint, InvalidInputError, Store, Timeline
 from tests.support.changes import KINDS, changed
-from tests.support.histories import METRICS, PARTS, PICKS, SEEDS, SHARES, Opened
+from tests.support.histories import METRICS, PARTS, PICKS, SHARES, Histories, Opened, module_of
 from tests.support.model import NEW, Point
 from tests.support.naive import Parts, policy_of
 from tests.support.states import State, same_bits
-from tests.support.store_histories import StoreHistories, module_of
 
 NAMES = st.sampled_from(("main", "main", "other"))
+FEW = st.integers(0, 7)
+"""So that what was committed once is committed again now and then."""
 
 
 def has_lines(machine: TimelineHistories) -> bool:
     return bool(machine.lines)
 
 
-class TimelineHistories(StoreHistories):
+class TimelineHistories(Histories):
     """Timelines beside everything else; after a kill each is taken up by its name, or never."""
 
     def _line(self, number: int) -> tuple[str, Opened, Timeline]:
@@ -80,7 +81,7 @@ class TimelineHistories(StoreHistories):
         which=PICKS,
         kind=st.sampled_from(KINDS),
         share=SHARES,
-        seed=SEEDS,
+        seed=FEW,
         metrics=METRICS,
         background=st.booleans(),
     )
