@@ -62,7 +62,7 @@ def test_whatever_is_damaged_what_was_sound_stays(
 ) -> None:
     whole = kept_stores[name]
     kept = Kept(tmp_path / "store", whole.states, whole.bases)
-    for number in range(500 if soak else 20):
+    for number in range(150 if soak else 15):
         rng = random.Random(f"{name} {seed} {number}")  # noqa: S311
         shutil.copytree(whole.root, kept.root)
         files = [path for path in kept.files() if "locks" not in path.parts and path.name != "lock"]
@@ -136,7 +136,7 @@ def test_a_repair_may_end_at_any_operation(
             plan_repair(backend).execute()
         if not backend.failed:
             break
-        with faults.inject(f"{error.__name__} in a repair"):
+        with faults.inject("stop in a repair" if kinds == CHANGES else "error in a repair"):
             again = plan_repair(LocalBackend(kept.root))
             assert set(again.sound) == sound
             again.execute()

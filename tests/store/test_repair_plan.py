@@ -1,0 +1,237 @@
+"""What a repair keeps, sets aside, mends and leaves alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from msft_store import (
+    Base,
+    Checkpoint,
+    NotAStoreError,
+    StorageError,
+    Store,
+    StoreError,
+    VersionError,
+)
+from msft_store.backend import LocalBackend
+from msft_store.cli import main
+from msft_store.format import seal
+from msft_store.repair import plan_repair
+from tests.support.faults import changed_at
+from tests.support.states import State, same_bits, train_step
+
+
+@pytest.fixture
+def other(store: Store, base: Base, state: State, ckpt: Checkpoint) -> Checkpoint:
+    """A second checkpoint, in a pack of its own."""
+    return store.save(train_step(state, 0.05, 2), parent=base, step=8)
+
+
+def pack_of(store: Store, ckpt: Checkpoint) -> Path:
+    """Return the pack that was written with a checkpoint."""
+    packs = sorted(Path(store.path, "packs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return packs[[known.id for known in store.log()].index(ckpt.id)]
+
+
+def torn(path: Path) -> None:
+    """Leave a file so that nothing of it can be told."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_what_is_sound_stays_and_the_rest_is_set_aside(
+    store: Store, ckpt: Checkpoint, other: Checkpoint, state: State
+) -> None:
+    store.pin(ckpt, "bad")
+    store.pin(other, "good")
+    pack, manifest = pack_of(store, ckpt), Path(store.path, "manifests", f"{ckpt.id}.json")
+    torn(pack)
+    damaged, listed = pack.read_bytes(), manifest.read_bytes()
+    plan = store.plan_repair()
+    assert plan.sound == (other.id,)
+    assert [condition.checkpoint for condition in plan.lost] == [ckpt.id]
+    result = plan.execute()
+    assert result.folder is not None
+    aside = Path(result.folder)
+    assert result.files == 3
+    assert (aside / "packs" / pack.name).read_bytes() == damaged
+    assert (aside / "manifests" / manifest.name).read_bytes() == listed
+    why = json.loads((aside / "why.json").read_bytes())
+    assert set(why["files"]) == {
+        *(f"packs/{pack.name}", f"manifests/{manifest.name}", "refs/bad.json")
+    }
+    assert list(why["checkpoints"]) == [ckpt.id]
+    again = Store.open(store.path)
+    assert again.refs() == {"good": other.id}
+    assert same_bits(again.load(other), train_step(state, 0.05, 2))
+    assert again.check() == []
+    assert not again.plan_repair().needed
+    assert again.stats().quarantine_bytes == result.bytes + (aside / "why.json").stat().st_size
+    again.plan_gc().execute()
+    assert (aside / "packs" / pack.name).read_bytes() == damaged
+
+
+def test_another_representation_serves(store: Store, ckpt: Checkpoint, state: State) -> None:
+    child = store.save(train_step(train_step(state, 0.05, 1), 0.05, 2), parent=ckpt, step=8)
+    before = set(Path(store.path, "packs").iterdir())
+    store.anchor(child)
+    (anchored,) = set(Path(store.path, "packs").iterdir()) - before
+    changed_at(anchored, 40)
+    plan = store.plan_repair()
+    assert set(plan.sound) == {ckpt.id, child.id}
+    (pack,) = plan.packs
+    assert 0 < len(pack.usable) < pack.records
+    plan.execute()
+    again = Store.open(store.path)
+    assert same_bits(again.load(child), train_step(train_step(state, 0.05, 1), 0.05, 2))
+    assert again.check() == []
+
+
+@pytest.mark.parametrize("place", [3, 13, -1, -20, -30, -36, -44])
+def test_where_only_the_ends_of_a_pack_are_damaged_nothing_is_lost(
+    store: Store, ckpt: Checkpoint, state: State, place: int
+) -> None:
+    pack = pack_of(store, ckpt)
+    whole = pack.read_bytes()
+    changed_at(pack, place % len(whole))
+    assert store.examine().damaged == (ckpt.id,)
+    store.plan_repair().execute()
+    assert pack.read_bytes() == whole
+    assert same_bits(Store.open(store.path).load(ckpt), train_step(state, 0.05, 1))
+
+
+@pytest.mark.parametrize("spoil", [torn, Path.unlink], ids=["torn", "gone"])
+def test_a_config_is_written_anew(
+    store: Store, ckpt: Checkpoint, capsys: pytest.CaptureFixture[str], spoil: Callable[..., None]
+) -> None:
+    spoil(Path(store.path, "store.json"))
+    with pytest.raises(StoreError):
+        Store.open(store.path)
+    assert main(["--store", store.path, "repair"]) == 0
+    assert "store.json" in capsys.readouterr().out
+    assert Store.open(store.path).level == "fast"
+    assert Store.open(store.path).check() == []
+
+
+def test_the_level_of_a_damaged_config_is_kept(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "small", level="small")
+    path = tmp_path / "small" / "store.json"
+    path.write_bytes(path.read_bytes().replace(b"4194304", b"9999999"))
+    plan_repair(LocalBackend(tmp_path / "small")).execute()
+    assert Store.open(store.path).level == "small"
+
+
+def test_a_ref_comes_back_without_its_note(store: Store, ckpt: Checkpoint) -> None:
+    store.pin(ckpt, "best", note={"reasons": ["it is the best"]})
+    path = Path(store.path, "refs", "best.json")
+    path.write_bytes(path.read_bytes().replace(b"the best", b"a goose!"))
+    store.plan_repair().execute()
+    again = Store.open(store.path)
+    assert again.refs() == {"best": ckpt.id}
+    assert again.notes() == {"best": {}}
+
+
+def test_what_a_base_is_missing_for_waits(
+    store: Store, ckpt: Checkpoint, base: Base, state: State, tmp_path: Path
+) -> None:
+    Path(base.path).rename(tmp_path / "away")
+    plan = store.plan_repair()
+    assert [condition.checkpoint for condition in plan.waiting] == [ckpt.id]
+    assert "relocate" in str(plan)
+    assert not plan.needed
+    torn(Path(store.path, "bases", f"{base.id}.json"))
+    store.plan_repair().execute()
+    again = Store.open(store.path)
+    assert [known.id for known in again.log()] == [ckpt.id]
+    assert again.add_base(tmp_path / "away").id == base.id
+    assert same_bits(again.load(ckpt), train_step(state, 0.05, 1))
+    assert again.check() == []
+
+
+def test_the_record_of_a_base_is_written_anew(store: Store, ckpt: Checkpoint, base: Base) -> None:
+    path = Path(store.path, "bases", f"{base.id}.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"shape"', b'"shale"'))
+    assert store.examine().damaged == (ckpt.id,)
+    store.plan_repair().execute()
+    assert path.read_bytes() == whole
+
+
+class BadMedium(LocalBackend):
+    """A disk that gives an error wherever a file is read in a place."""
+
+    def __init__(self, root: str, path: Path, place: int, number: int) -> None:
+        super().__init__(Path(root))
+        self.bad, self.place, self.number = path, place, number
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        end = offset + length if length is not None else offset + self.size(path)
+        if self.describe(path) == str(self.bad) and offset <= self.place < end:
+            raise StorageError("cannot read") from OSError(self.number, "injected")
+        return super().read(path, offset, length)
+
+
+def test_what_a_bad_medium_holds_is_lost_and_the_rest_is_kept(
+    store: Store, ckpt: Checkpoint, other: Checkpoint
+) -> None:
+    backend = BadMedium(store.path, pack_of(store, ckpt), 60, errno.EIO)
+    plan = plan_repair(backend)
+    assert plan.sound == (other.id,)
+    plan.execute()
+    again = Store.open(store.path)
+    assert again.check() == []
+    assert [known.id for known in again.log()] == [other.id]
+
+
+def test_what_is_only_out_of_reach_is_not_given_up(
+    store: Store, ckpt: Checkpoint, other: Checkpoint
+) -> None:
+    backend = BadMedium(store.path, pack_of(store, ckpt), 60, errno.EACCES)
+    with pytest.raises(StorageError):
+        plan_repair(backend)
+    assert Store.open(store.path).check() == []
+
+
+def test_what_a_newer_version_wrote_is_refused(store: Store, ckpt: Checkpoint) -> None:
+    config = Path(store.path, "store.json")
+    content = json.loads(config.read_bytes())
+    del content["digest"]
+    config.write_bytes(seal({**content, "version": 2}))
+    with pytest.raises(VersionError):
+        plan_repair(LocalBackend(Path(store.path)))
+
+
+def test_nothing_is_repaired_where_no_store_is(tmp_path: Path) -> None:
+    with pytest.raises(NotAStoreError):
+        plan_repair(LocalBackend(tmp_path))
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_the_commands_say_what_is_sound_and_what_was_done(
+    store: Store, ckpt: Checkpoint, other: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--store", store.path]
+    torn(pack_of(store, ckpt))
+    assert main([*at, "check"]) == 3
+    text = capsys.readouterr().out
+    assert "1 of 2 checkpoints are sound" in text
+    assert "msft-store repair" in text
+    assert main([*at, "check", "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert (report["sound"], report["damaged"]) == ([other.id], [ckpt.id])
+    assert {"kind", "checkpoint", "tensor", "file", "where", "what"} <= report["findings"][0].keys()
+    assert main([*at, "repair", "--dry-run"]) == 0
+    assert "nothing was changed" in capsys.readouterr().out
+    assert main([*at, "repair", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert [condition["id"] for condition in done["lost"]] == [ckpt.id]
+    assert done["files"] == 2
+    assert main([*at, "repair"]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    assert main([*at, "stats"]) == 0
+    assert "quarantine" in capsys.readouterr().out
+    assert main([*at, "check", "--read-data"]) == 0
