@@ -16,7 +16,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from trainer.plan import Counts, Plan, plan
 from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
 from trainer.summary import Summary
+from trainer.together import this_process
 from trainer.workspace import quiet_libraries
 
 _EXIT_CODES = """\
@@ -214,7 +214,7 @@ def _print_summary(options: argparse.Namespace, summary: Summary) -> None:
 
 
 def _print(result: Any) -> None:
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         text = result if isinstance(result, str) else json.dumps(result, indent=2)
         print(text, flush=True)
 

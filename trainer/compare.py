@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from accelerate import PartialState
-
 from trainer.config import Config, load_config, to_dict
 from trainer.errors import ConfigError, RunError
 from trainer.files import write_atomic
@@ -26,6 +24,7 @@ from trainer.loop import Say
 from trainer.report import compare_table
 from trainer.run import resume, start
 from trainer.summary import Summary
+from trainer.together import this_process
 from trainer.workspace import CONFIG
 
 
@@ -48,7 +47,7 @@ def compare(
             summaries[method.upper()] = resume(directory, say=say, progress=progress)
         else:
             summaries[method.upper()] = start(of_method, say=say, progress=progress)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         _write(Path(config.output_dir), summaries)
     return summaries
 

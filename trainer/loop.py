@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from trainer.batches import DataOrder
 from trainer.commits import Committing, begin_commit, retention
-from trainer.course import course_of
+from trainer.course import Course, course_of
 from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
@@ -133,13 +133,7 @@ class Loop:
             eval_every=config.evaluation.eval_every,
             epochs=stage.epochs,
         )
-        course = course_of(
-            stage.number,
-            self._begun,
-            self._known,
-            fresh=self._fresh_order,
-            carries=config.restores_optimizer,
-        )
+        course: Course = self._together.share(self._course(stage))
         steps = StageSteps(
             self._work, stage, schedule, order=course.order, steps_before=course.steps_before
         )
@@ -374,6 +368,15 @@ class Loop:
     def _new(self, result: Result, stage: Stage) -> Known:
         step = 0 if self._position is None else self._position.step
         return Known(metrics=result.metrics, losses=result.losses, stage=stage.number, step=step)
+
+    def _course(self, stage: Stage) -> Course | None:
+        """Return how a stage begins, in the main process, which knows all evaluations."""
+        if not self._work.accelerator.is_main_process:
+            return None
+        carries = self._work.config.restores_optimizer
+        return course_of(
+            stage.number, self._begun, self._known, fresh=self._fresh_order, carries=carries
+        )
 
     def _fresh_order(self, stage: Stage) -> DataOrder:
         train, config = self._work.split("train"), self._work.config

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from msft_store import StoreError
+from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
 from trainer.config import Config, load_config
@@ -43,6 +43,7 @@ from trainer.state import set_rng
 from trainer.strategy import Stop, Strategy
 from trainer.summary import Summary, summarize
 from trainer.tables import too_long_text
+from trainer.together import this_process
 from trainer.workspace import (
     CONFIG,
     JOURNAL,
@@ -65,12 +66,13 @@ def start(config: Config, *, say: Say = _silent, progress: bool = False) -> Summ
 
     Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal.
     """
-    create_directory(config)
-    try:
-        return _run(config, say=say, progress=progress)
-    except (ConfigError, DataError, StoreError):
-        withdraw_directory(config)
-        raise
+    with Alarm():
+        create_directory(config)
+        try:
+            return _run(config, say=say, progress=progress)
+        except (ConfigError, DataError, StoreError):
+            withdraw_directory(config)
+            raise
 
 
 def resume(
@@ -87,7 +89,8 @@ def resume(
         say(f"the run in {directory} is finished, there is nothing to resume")
         return write_report(directory)
     config = replace(load_config(directory / CONFIG), output_dir=str(directory))
-    return _run(config, say=say, progress=progress)
+    with Alarm():
+        return _run(config, say=say, progress=progress)
 
 
 def is_finished(directory: Path) -> bool:
@@ -116,7 +119,7 @@ def _run(config: Config, *, say: Say, progress: bool) -> Summary:
         main = work.accelerator.is_main_process
     if main:
         write_report(config.output_dir)
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
     return summarize(read(work.directory / JOURNAL))
 
 

@@ -51,7 +51,8 @@ def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 def set_rng(rows: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
     """Give this process's generators the states that :func:`gather_rng` returned."""
-    mine = {name: states[accelerator.process_index].cpu() for name, states in rows.items()}
+    # torch reads a state from where memory begins, so a row must not be a view of others.
+    mine = {name: states[accelerator.process_index].cpu().clone() for name, states in rows.items()}
     torch.set_rng_state(mine["cpu"])
     if accelerator.device.type == "cuda" and "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"], accelerator.device)

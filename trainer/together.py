@@ -12,10 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from trainer.errors import RunError
+
+
+def this_process() -> PartialState:
+    """Return accelerate's view of the processes; on CPUs it must be told that there are several."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Together:

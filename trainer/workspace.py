@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from msft_store import (
@@ -50,6 +50,7 @@ from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.strategy import OVERALL
+from trainer.together import this_process
 from trainer.whole import put_back, weights_alone
 
 CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
@@ -236,7 +237,7 @@ def create_directory(config: Config) -> None:
     Raises :class:`RunError` if a run is there already.
     """
     directory = Path(config.output_dir)
-    state = PartialState()
+    state = this_process()
     if not state.is_main_process:
         state.wait_for_everyone()
         return
@@ -263,7 +264,7 @@ def withdraw_directory(config: Config) -> None:
     """
     directory = Path(config.output_dir)
     journal = directory / JOURNAL
-    if not PartialState().is_main_process or (journal.exists() and journal.stat().st_size):
+    if not this_process().is_main_process or (journal.exists() and journal.stat().st_size):
         return
     shutil.rmtree(directory / STORE, ignore_errors=True)
     for name in (JOURNAL, LOCK, CONFIG):

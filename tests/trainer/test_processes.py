@@ -1,0 +1,139 @@
+"""Several processes of a run: one decides, all act; and all end where one fails."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from msft_store import StorageError, Store
+from tests.trainer.support import make_config
+from trainer import run
+from trainer.cli import main
+from trainer.evaluate import Evaluator
+from trainer.journal import effective, read
+from trainer.summary import summarize
+
+LONG = 60.0
+"""Seconds after which a process that hangs fails the test."""
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    """Reports are written after the end, and drawing them would take half of the time here."""
+    monkeypatch.setattr(run, "write_report", lambda d: summarize(read(Path(d) / "journal.jsonl")))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
+
+
+def together(action, errors):
+    """Do ``action`` in two processes of one run; return their exit codes by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [process(rank, port, action, errors) for rank in (0, 1)]
+    codes, deadline = {}, time.monotonic() + LONG
+    for rank, child in enumerate(children):
+        descriptor = os.pidfd_open(child)
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            ended, _, _ = select.select([descriptor], [], [], left)
+        finally:
+            os.close(descriptor)
+        if not ended:
+            for other in children[rank:]:
+                os.kill(other, 9)
+        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return codes
+
+
+def process(rank, port, action, errors):
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        sys.stderr = (errors / f"{rank}.txt").open("w", buffering=1)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code = action(rank)
+    finally:
+        os._exit(code)
+
+
+def command(config, name):
+    path = Path(config.output_dir).parent / "config.yaml"
+    return main(["run", str(path), f"output_dir={config.output_dir}-{name}", "--quiet"])
+
+
+def decisions(directory):
+    found = effective(read(Path(directory) / "journal.jsonl"))
+    return [(r["decision"], r["exclude"]) for r in found if r["event"] == "decided"]
+
+
+@pytest.mark.parametrize("mode", ["reset", "restore"])
+def test_two_processes_decide_as_one(config, tmp_path, mode):
+    override = f"msft.optimizer_on_rollback={mode}"
+    path = str(tmp_path / "config.yaml")
+    ways = [["run", path, f"output_dir={tmp_path / n}", override, "--quiet"] for n in ("1", "2")]
+    assert main(ways[0]) == 0
+    assert together(lambda rank: main(ways[1]), tmp_path) == {0: 0, 1: 0}
+    assert decisions(tmp_path / "2") == decisions(tmp_path / "1")
+
+
+def test_an_error_in_the_main_process_ends_all_with_its_message(config, tmp_path):
+    def failing(rank):
+        save, calls = Store.save, []
+
+        def saving(self, *arguments, **keywords):
+            calls.append(rank)
+            if len(calls) == 3:
+                raise StorageError("the disk is gone")
+            return save(self, *arguments, **keywords)
+
+        Store.save = saving
+        return command(config, "failing")
+
+    assert together(failing, tmp_path) == {0: 1, 1: 1}
+    assert "msft-train: the disk is gone" in (tmp_path / "0.txt").read_text()
+    assert (
+        "another process of this run has failed: the disk is gone"
+        in (tmp_path / "1.txt").read_text()
+    )
+
+
+def test_an_error_in_another_process_ends_all_with_its_message(config, tmp_path):
+    def failing(rank):
+        forward = Evaluator._forward
+
+        def forwarding(self, *arguments):
+            if rank == 1:
+                raise MemoryError("no memory is left")
+            return forward(self, *arguments)
+
+        Evaluator._forward = forwarding
+        return command(config, "other")
+
+    codes = together(failing, tmp_path)
+    assert codes[0] == 1
+    assert codes[1] != 0
+    assert "has failed: no memory is left" in (tmp_path / "0.txt").read_text()
+
+
+def test_a_directory_with_a_run_in_it_ends_all_with_a_message(config, tmp_path):
+    Path(f"{config.output_dir}-there").mkdir()
+    (Path(f"{config.output_dir}-there") / "config.yaml").touch()
+    assert together(lambda rank: command(config, "there"), tmp_path) == {0: 1, 1: 1}
+    for rank in (0, 1):
+        assert "there is a run in" in (tmp_path / f"{rank}.txt").read_text()
