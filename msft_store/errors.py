@@ -9,7 +9,7 @@ StoreError
 ├── PinnedError             a ref protects what should go
 ├── BaseError               a base's files are missing, changed, or not safetensors
 ├── CorruptedError          stored bytes are not what was written
-├── BusyError               somebody else holds the store's lock
+├── BusyError               somebody else holds the store's lock, or took it away
 ├── OutOfSpaceError         the disk is full
 ├── OverBudgetError         what must be kept exceeds a disk budget
 └── StorageError            any other failure of the file system
@@ -68,7 +68,7 @@ class CorruptedError(StoreError):
 
 
 class BusyError(StoreError):
-    """Another process holds the store's lock."""
+    """Another process holds the store's lock, or removed the one that this process had."""
 
 
 class OutOfSpaceError(StoreError):
