@@ -168,10 +168,10 @@ def export(store: Store, prepared: Prepared) -> None:
     folder = Path(store.path).parent / "exported"
     if not folder.exists():
         store.export(prepared.ids["anchor"], folder)
+        assert list(folder.parent.glob(".exported*")) == []
     state = prepared.states[prepared.ids["anchor"]]
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     assert same_bits(safetensors.torch.load_file(folder / "model.safetensors"), state)
-    assert list(folder.parent.glob(".exported*")) == []
 
 
 def refs_of(store: Store) -> set[str]:
