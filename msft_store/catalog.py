@@ -28,6 +28,7 @@ from msft_store.errors import (
     StoreError,
     UnknownCheckpointError,
     VersionError,
+    bare,
 )
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.keytable import Keys, concatenate, unique, unlike
@@ -104,7 +105,7 @@ class Catalog:
             except StoreError as error:
                 # One that was forgotten since it was listed is no damage.
                 if self.backend.exists(path_of(identity)):
-                    damaged[identity] = error
+                    damaged[identity] = bare(error)
         self._checkpoints, self._damaged = checkpoints, damaged
         keys = dict(self._keys)
         self._keys = {identity: keys[identity] for identity in keys if identity in checkpoints}

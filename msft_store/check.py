@@ -17,7 +17,7 @@ from typing import Literal
 from msft_store.bases import path_of_base
 from msft_store.catalog import Catalog
 from msft_store.dtypes import DType, by_code
-from msft_store.errors import CorruptedError, StoreError
+from msft_store.errors import CorruptedError, StoreError, bare
 from msft_store.format import BaseSpan
 from msft_store.keytable import Keys, as_keys, key_at
 from msft_store.liveness import closure
@@ -228,7 +228,7 @@ def _problem(
         else:
             _resolve(catalog, key, dtype, base)
     except StoreError as error:
-        return error
+        return bare(error)
     return None
 
 

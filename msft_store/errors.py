@@ -35,6 +35,12 @@ def reason(error: StoreError) -> str:
     return str(error).removesuffix(f"; {REPAIR}")
 
 
+def bare(error: StoreError) -> StoreError:
+    """Return an error to keep, without the frames that it came through: they hold data."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
 class NotAStoreError(StoreError):
     """There is no store at a path, or one is there already."""
 

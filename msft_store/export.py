@@ -32,6 +32,7 @@ from msft_store.backend import (
     translated,
 )
 from msft_store.base_reader import BaseReader
+from msft_store.bounded import Bounded
 from msft_store.catalog import Catalog
 from msft_store.decoding import decode_bytes
 from msft_store.errors import InvalidInputError, StoreError
@@ -71,6 +72,8 @@ def export(
             )
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
+        # What a manifest names again and again takes no room in the store, and all of it here.
+        Bounded(backend).require(checkpoint.logical_bytes)
         _write_shards(catalog, checkpoint, tensors, backend, shard_bytes)
         _copy_companions(catalog, checkpoint, backend)
         backend.clear_temporary()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import re
 import secrets
@@ -70,7 +71,9 @@ class Lock:
         return turn_of(self.name)
 
     def __str__(self) -> str:
-        since = datetime.datetime.fromtimestamp(self.since / 1e9, datetime.timezone.utc)
+        since = datetime.datetime.fromtimestamp(
+            min(self.since, 1 << 62) / 1e9, datetime.timezone.utc
+        )
         return (
             f"{self.purpose} by process {self.pid} on {self.host} "
             f"({'shared' if self.shared else 'exclusive'}, since {since:%Y-%m-%d %H:%M:%S} UTC, "
@@ -106,6 +109,8 @@ def create(folder: Path, name: str) -> float:
     """Create a lock, and the folder if it is not there; return the file system's time."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
+    if os.path.islink(folder):
+        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(folder / name, flags, 0o666)
     try:

@@ -26,7 +26,7 @@ from msft_store.backend import Backend
 from msft_store.base_reader import BaseReader
 from msft_store.bases import Base, list_bases, path_of_base, read_base
 from msft_store.dtypes import DType, by_code
-from msft_store.errors import REPAIR, CorruptedError, StoreError, UnknownCheckpointError
+from msft_store.errors import REPAIR, CorruptedError, StoreError, UnknownCheckpointError, bare
 from msft_store.footer import Footer
 from msft_store.format import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.kernels import Bytes
@@ -100,7 +100,7 @@ class Objects:
             except StoreError as error:
                 # One that a gc removed since it was listed is no loss.
                 if self._backend.exists(path):
-                    damaged[path] = error
+                    damaged[path] = bare(error)
         if packs.keys() != known.keys():
             self._snapshot = Index(packs)
         self._damaged_packs, self._have_packs = damaged, wanted
@@ -115,7 +115,7 @@ class Objects:
                 try:
                     self.add_base(read_base(self._backend, identity))
                 except StoreError as error:
-                    damaged[path_of_base(identity)] = error
+                    damaged[path_of_base(identity)] = bare(error)
         self._damaged_bases, self._have_bases = damaged, wanted
 
     def add_base(self, base: Base) -> None:

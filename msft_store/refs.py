@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msft_store.backend import Backend, publish, read_whole
-from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError, bare
 from msft_store.format import VERSION, seal, unseal
 from msft_store.strict import id_of, shallow
 
@@ -68,7 +68,7 @@ def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
         except StoreError as error:
             # A ref may go between the listing and the look at it.
             if backend.exists(path):
-                damaged[path] = error
+                damaged[path] = bare(error)
     return refs, damaged
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from msft_store.backend import Backend
 from msft_store.catalog import Catalog
-from msft_store.errors import BaseError, CorruptedError, StorageError, StoreError, reason
+from msft_store.errors import BaseError, CorruptedError, StorageError, StoreError, bare, reason
 from msft_store.footer import Footer
 from msft_store.format import MAX_DEPTH
 from msft_store.keytable import Numbers, among
@@ -77,7 +77,7 @@ class Survey:
             try:
                 catalog.tensors(checkpoint)
             except StoreError as error:
-                self.unreadable[checkpoint.id] = error
+                self.unreadable[checkpoint.id] = bare(error)
         require_damage(self.unreadable.values())
         while not self._look():
             pass
