@@ -82,7 +82,7 @@ class TimelineHistories(Histories):
         kind=st.sampled_from(KINDS),
         share=SHARES,
         seed=FEW,
-        metrics=METRICS,
+        measured=st.lists(METRICS, min_size=1, max_size=5),
         background=st.booleans(),
     )
     def commit(
@@ -92,10 +92,19 @@ class TimelineHistories(Histories):
         kind: str,
         share: float,
         seed: int,
-        metrics: dict[str, float],
+        measured: list[dict[str, float]],
         background: bool,
     ) -> None:
-        name, opened, line = self._line(which)
+        name, _, _ = self._line(which)
+        for number, metrics in enumerate(measured):
+            if name in self.lines:
+                self._commit_one(name, (kind, share, (seed + number) % 8), metrics, background)
+
+    def _commit_one(
+        self, name: str, change: tuple[str, float, int], metrics: dict[str, float], background: bool
+    ) -> None:
+        kind, share, seed = change
+        opened, line = self.lines[name]
         expected = self.model.lines[name]
         parent = expected.root or expected.start
         state = changed(self._source(parent, seed), kind, share, seed)
