@@ -43,7 +43,7 @@ journal flops plan outbox
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
-interrupt together alarm data batches model forward optim evaluate
+pause interrupt together alarm data batches model forward optim evaluate
 state whole agreement resume course workspace steps commits
 loop
 run compare demo

@@ -24,7 +24,7 @@ from trainer.agreement import check
 from trainer.compare import compare
 from trainer.config import Config, load_config
 from trainer.data import Example, load_mixture
-from trainer.errors import TrainerError
+from trainer.errors import PausedError, TrainerError
 from trainer.flops import ModelSize
 from trainer.interrupt import Interrupted
 from trainer.model import load_model
@@ -35,11 +35,14 @@ from trainer.summary import Summary
 from trainer.together import this_process
 from trainer.workspace import quiet_libraries
 
+_PAUSED = 75
 _EXIT_CODES = """\
 exit codes:
   0    done
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
+  75   paused, for there is no room on the disk or within max_disk; one sentence on stderr says what
+       is needed, `msft-train resume RUN` goes on
   3    training diverged; the run is over, its result is the best before that
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
 """
@@ -63,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted at once; continue with `msft-train resume RUN`")
         return 128 + signal.SIGINT
+    except PausedError as error:
+        _complain(_sentence(error))
+        return _PAUSED
     except torch.OutOfMemoryError as error:
         _complain(f"{_sentence(error)}; lower train.micro_batch_size or evaluation.batch_size")
     except (TrainerError, StoreError, SafetensorError, OSError) as error:

@@ -24,6 +24,7 @@ from trainer.yamlfile import override, read_yaml, write_yaml
 
 _TRAIN = ".train.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(x|kB|MB|GB|TB)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -155,6 +156,10 @@ class Config:
     resident_reference: bool = False
     """Keep a second copy of the weights on their device, those that a stage starts from, and find
     there what a checkpoint changed instead of on the CPU. For GPUs; the results are the same."""
+    max_disk: str | None = None
+    """What the store of the rollback points may take at most, temporary files included: bytes as in
+    ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run that needs more pauses.
+    ``None``: no limit but the disk's."""
     log_every: int = 10
     """Optimizer steps between ``trained`` records in the journal."""
     model: ModelConfig
@@ -173,6 +178,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
     ("threads", lambda n: 1 <= n <= 1024, "from 1 to 1024, or null for torch's default"),
     ("resume_every", lambda n: n >= 1, "at least 1"),
+    ("max_disk", lambda text: to_bytes(text, 1) is not None, "such as 500MB, 2GB or 1.5x, or null"),
     ("log_every", lambda n: n >= 1, "at least 1"),
     ("data.max_length", lambda n: n >= 2, "at least 2"),
     ("train.lr", lambda x: x > 0, "above 0"),
@@ -192,6 +198,18 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
     ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),
 )
+
+
+def to_bytes(size: str, full_bytes: int) -> int | None:
+    """Return a size such as ``500MB`` or ``1.5x`` in bytes; ``None`` if it is none.
+
+    ``x`` counts full checkpoints of ``full_bytes``.
+    """
+    found = _SIZE.fullmatch(size)
+    if found is None or not float(found[1]):
+        return None
+    units = {"x": full_bytes, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    return max(int(float(found[1]) * units[found[2]]), 1)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:

@@ -4,6 +4,7 @@ TrainerError
 ├── ConfigError     the configuration is wrong: unknown key, value out of range, missing file
 ├── DataError       a data file or a line in it is wrong
 └── RunError        a run directory is in use, incomplete, or of another version
+    └── PausedError     there is no room on the disk, or within max_disk; the run can be resumed
 """
 
 
@@ -21,3 +22,7 @@ class DataError(TrainerError):
 
 class RunError(TrainerError):
     """A run directory cannot be used as asked."""
+
+
+class PausedError(RunError):
+    """A run found no room on the disk, or within ``max_disk``; it goes on once there is some."""

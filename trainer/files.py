@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import RunError
+from trainer.errors import PausedError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -38,21 +38,21 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def enough_space(what: str, path: Path, *, needed_bytes: int) -> Iterator[None]:
-    """Raise :class:`RunError` with the bytes that are needed where the disk has not enough."""
+    """Raise :class:`PausedError` with the bytes that are needed where the disk has not enough."""
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise RunError(
+        raise PausedError(
             f"no space left on the disk to write {what} {path}: it needs {needed_bytes:,} "
-            f"bytes and {free:,} are free. Nothing that was written before is lost: make room and "
-            "resume the run"
+            f"bytes and {free:,} are free"
         ) from error
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Return whether an error says that the disk, or the quota on it, is full."""
     # safetensors gives the system's error number only in words.
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL

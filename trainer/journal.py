@@ -40,6 +40,8 @@ event              fields
                    losses {name…}, and the token counts of ``evaluated``, seconds
 ``finished``       checkpoint (the result), model_dir, seconds
 ``interrupted``    step, signal
+``paused``         step, reason: there was no room on the disk or within ``max_disk``; missing where
+                   there was none for this record either
 ================== ==============================================================================
 
 Token counts are what :mod:`trainer.flops` needs: ``tokens`` are real tokens in forward passes,
@@ -70,8 +72,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.errors import RunError
-from trainer.files import sync
+from trainer.errors import PausedError, RunError
+from trainer.files import is_full, sync
 
 Record = dict[str, Any]
 
@@ -105,7 +107,8 @@ class Journal:
     def append(self, event: str, **fields: Any) -> Record:
         """Write one record and return it once it is on disk.
 
-        Raises :class:`RunError` if that fails; the journal then ends with the record before.
+        Raises :class:`RunError` if that fails, :class:`PausedError` where the disk is full; the
+        journal then ends with the record before.
         """
         record: Record = {"seq": self.next_seq, "time": time.time(), "event": event, **fields}
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -116,9 +119,9 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(self._sound_bytes)
-            raise RunError(
-                f"cannot write the {event!r} record to {self.path}: {error}; "
-                "free some space and resume the run"
+            kind = PausedError if is_full(error) else RunError
+            raise kind(
+                f"cannot write the {event!r} record, {len(line):,} bytes, to {self.path}: {error}"
             ) from error
         self._sound_bytes += len(line)
         self.next_seq += 1

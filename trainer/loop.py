@@ -261,7 +261,7 @@ class Loop:
         """Commit the weights with their metrics, in the main process."""
         if self._work.timeline is not None:
             needs, mode = self._strategy.needs(), self._strategy.mode
-            self._work.timeline.retention = retention(needs, mode)
+            self._work.timeline.retention = self._work.limited(retention(needs, mode))
         step, metrics = self._global_step, result.metrics
         return begin_commit(self._work, stage=stage.number, step=step, epoch=epoch, metrics=metrics)
 

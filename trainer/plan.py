@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config
+from trainer.config import Config, to_bytes
 from trainer.flops import ModelSize
 from trainer.schedule import stage_schedule
 from trainer.tables import Table, bytes_text, count_text, flops_text, too_long_text
@@ -78,6 +78,8 @@ class Plan:
     too_long: Mapping[str, int]
     """Sub-dataset → examples longer than ``max_length``, which are dropped; none with 0."""
     max_length: int
+    max_disk: int | None = None
+    """Bytes that the store may take; ``None``: as many as the disk has."""
 
     @property
     def rollback_bytes(self) -> int:
@@ -108,6 +110,7 @@ class Plan:
             f"({bytes_text(self.rollback_point_bytes)}).",
             "The store keeps differences; how small they are depends on how many weights change, "
             "which is unknown before the run.",
+            *([_held_text(self.max_disk)] if self.max_disk is not None else []),
             f"besides: the result, {full}"
             + (f"; one resume point, {bytes_text(self.resume_bytes)}" if self.resume_bytes else "")
             + "; the base stays where it is.",
@@ -140,7 +143,12 @@ def plan(
         resume_bytes=0 if config.resume_every is None else 3 * checkpoint_bytes,
         too_long={name: part.too_long for name, part in counts.items() if part.too_long},
         max_length=config.data.max_length,
+        max_disk=None if config.max_disk is None else to_bytes(config.max_disk, checkpoint_bytes),
     )
+
+
+def _held_text(max_disk: int) -> str:
+    return f"It takes {bytes_text(max_disk)} at most (max_disk); a run that needs more pauses."
 
 
 def rule_text(method: str, peak_window: int | None) -> str:

@@ -108,12 +108,13 @@ def disk_text(summary: Summary) -> str:
     disk = summary.disk
     if disk is None:
         raise ValueError("nothing was committed, so there is no disk to speak of")
+    limit = f"; max_disk {disk.max_disk}" if disk.max_disk else ""
     point = bytes_text(disk.resume_bytes) if disk.resume_bytes else "none (resume_every is not set)"
     what = "rollback points with optimizer" if disk.with_optimizer else "rollback points"
     return (
         f"{what} on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
         f"checkpoint ({bytes_text(disk.peak_bytes)}, {bytes_text(disk.mean_bytes)} of "
-        f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype})\n"
+        f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype}{limit})\n"
         f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "
         f"mean {disk.paper_mean_copies:.2f} (a full copy per distinct champion and best overall)\n"
         f"besides: base {bytes_text(disk.base_bytes)}, resume point {point}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
 from trainer.config import Config, load_config
-from trainer.errors import ConfigError, DataError, RunError
+from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.evaluate import Evaluator
 from trainer.files import sync
 from trainer.interrupt import Interrupted, Interrupts
@@ -30,6 +31,7 @@ from trainer.journal import effective, read
 from trainer.loop import Loop, Say
 from trainer.model import load_model, save_model
 from trainer.optim import reset
+from trainer.pause import finds_no_room, pausing
 from trainer.report import write_report
 from trainer.resume import (
     Position,
@@ -64,15 +66,26 @@ def _silent(line: str) -> None:
 def start(config: Config, *, say: Say = _silent, progress: bool = False) -> Summary:
     """Begin a run in ``config.output_dir`` and return what it came to.
 
-    Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal.
+    Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal,
+    :class:`PausedError` where there is no room to go on.
     """
     with Alarm():
-        create_directory(config)
         try:
-            return _run(config, say=say, progress=progress)
-        except (ConfigError, DataError, StoreError):
+            create_directory(config)
+            return _begin(config, say=say, progress=progress)
+        except PausedError as error:
             withdraw_directory(config)
-            raise
+            if (Path(config.output_dir) / CONFIG).exists():
+                raise
+            raise RunError(f"the run did not begin: {error.__cause__ or error}") from error
+
+
+def _begin(config: Config, *, say: Say, progress: bool) -> Summary:
+    try:
+        return _run(config, say=say, progress=progress)
+    except (ConfigError, DataError, StoreError):
+        withdraw_directory(config)
+        raise
 
 
 def resume(
@@ -101,6 +114,11 @@ def is_finished(directory: Path) -> bool:
 
 
 def _run(config: Config, *, say: Say, progress: bool) -> Summary:
+    with pausing(Path(config.output_dir)):
+        return _go(config, say=say, progress=progress)
+
+
+def _go(config: Config, *, say: Say, progress: bool) -> Summary:
     with open_workspace(config) as work, Interrupts() as interrupts:
         if not work.accelerator.is_main_process:
             say = _silent
@@ -115,6 +133,12 @@ def _run(config: Config, *, say: Say, progress: bool) -> Summary:
         except Interrupted as interrupted:
             work.record("interrupted", step=_last_step(work), signal=interrupted.number)
             interrupted.directory = str(work.directory)
+            raise
+        except Exception as error:
+            if finds_no_room(error):
+                # There may be none for this record either.
+                with suppress(Exception):
+                    work.record("paused", step=_last_step(work), reason=str(error))
             raise
         main = work.accelerator.is_main_process
     if main:

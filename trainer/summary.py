@@ -72,6 +72,8 @@ class Disk:
     paper_mean_copies: float
     with_optimizer: bool
     """Whether rollback points hold the optimizer's state, too; the unit is the weights alone."""
+    max_disk: str | None
+    """The limit that was set."""
     resume_bytes: int
     """The one resume point; 0 without."""
     base_bytes: int
@@ -241,6 +243,7 @@ def _disk(counted: Sequence[Record], start: Record) -> Disk | None:
         paper_peak_copies=max(point.paper_copies for point in points),
         paper_mean_copies=math.fsum(point.paper_copies for point in points) / len(points),
         with_optimizer=start["config"]["msft"].get("optimizer_on_rollback") == "restore",
+        max_disk=start["config"].get("max_disk"),
         resume_bytes=max((r["bytes"] for r in counted if r["event"] == "resume_point"), default=0),
         base_bytes=start["base_bytes"],
     )

@@ -30,6 +30,7 @@ from accelerate.utils import broadcast
 
 from msft_store import (
     Base,
+    DiskBudget,
     KeepBest,
     KeepLast,
     NotAStoreError,
@@ -40,7 +41,7 @@ from msft_store import (
 )
 from trainer.agreement import check
 from trainer.algorithms import metric_mode
-from trainer.config import Config, dump, to_dict
+from trainer.config import Config, dump, to_bytes, to_dict
 from trainer.data import Example, Mixture, load_mixture
 from trainer.errors import RunError
 from trainer.files import make_directory, write_atomic
@@ -91,6 +92,16 @@ class Workspace:
         """Write to the journal, in the main process, behind what waits for a commit."""
         self.outbox.add(event, **fields)
 
+    @property
+    def max_disk(self) -> int | None:
+        """The bytes that the store may take at most; ``None``: as many as the disk has."""
+        size = self.config.max_disk
+        return None if size is None else to_bytes(size, self.loaded.full_bytes)
+
+    def limited(self, policy: Policy) -> Policy:
+        """Return a policy that also keeps within ``max_disk``."""
+        return policy if self.max_disk is None else policy | DiskBudget(self.max_disk)
+
     def split(self, name: str) -> dict[str, Sequence[Example]]:
         """Return the examples of ``train``, ``validation`` or ``test`` by sub-dataset."""
         splits = {key: getattr(sub, name) for key, sub in self.mixture.items()}
@@ -105,7 +116,7 @@ class Workspace:
         whole = root is not None and self.config.restores_optimizer
         tensors: dict[str, torch.Tensor] = {}
         if self.timeline is not None and self.store is not None:
-            self.timeline.retention = policy
+            self.timeline.retention = self.limited(policy)
             if root is None:
                 self.timeline.rewind(0)
             elif self.timeline.branch < number - 1:
@@ -129,7 +140,7 @@ class Workspace:
         if self.timeline is not None and self.store is not None:
             if self.config.restores_optimizer:
                 checkpoint = weights_alone(self.store, checkpoint, name=RESULT)
-                self.timeline.retention = KeepLast(1)
+                self.timeline.retention = self.limited(KeepLast(1))
             self.store.pin(checkpoint, RESULT)
             self._roll_back(self.timeline, checkpoint, whole=False)
         self._share_weights()
@@ -320,7 +331,7 @@ def _open_store(work: Workspace) -> None:
         work.store = Store.open(path)
     work.base = work.store.add_base(work.loaded.directory)
     # The loop sets what a strategy needs before each commit; nothing is evicted until then.
-    policy = KeepBest(OVERALL, mode=metric_mode(work.config))
+    policy = work.limited(KeepBest(OVERALL, mode=metric_mode(work.config)))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
     if work.config.resident_reference:
         # In the middle of a stage, nothing will be like it until the next roll-back renews it.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import Config, dump, load_config, to_dict
+from trainer.config import Config, dump, load_config, to_bytes, to_dict
 from trainer.errors import ConfigError
 
 MINIMAL = """\
@@ -179,6 +179,9 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
             "did you mean 'data.sub_datasets.arith.train'?",
         ),
         ("method=msff", "method must be one of msft, sft, got 'msff'; did you mean 'msft'?"),
+        ("max_disk=500", "max_disk must be a string, got 500; put it into quotes"),
+        ("max_disk=0x", "max_disk must be such as 500MB, 2GB or 1.5x, or null, got '0x'"),
+        ("max_disk=5MiB", "max_disk must be such as 500MB, 2GB or 1.5x, or null, got '5MiB'"),
         ("seed=1.5", "seed must be an integer, got 1.5"),
         ("seed=true", "seed must be an integer, got True"),
         ("seed=null", "seed must be an integer, got nothing"),
@@ -239,6 +242,14 @@ def test_a_missing_required_key_is_named(folder: Path) -> None:
 def test_a_sub_dataset_given_twice_is_refused_with_both_lines(folder: Path) -> None:
     text = MINIMAL + "    arith: {train: a, validation: b}\n"
     assert refusal(folder, text) == "line 10: 'arith' is given twice, first in line 5"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("1.5x", 3000), ("2 kB", 2000), ("0.5GB", 500_000_000), ("0.0001x", 1), ("2", None)],
+)
+def test_sizes_are_bytes_or_full_checkpoints(size: str, expected: int | None) -> None:
+    assert to_bytes(size, 2000) == expected
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", ".hidden", "-x", "x" * 65, "naïve"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -95,6 +96,12 @@ def test_disk_is_bounded_by_full_copies(
     assert made.checkpoints == checkpoints
     assert made.rollback_bytes == checkpoints * 1000
     assert made.resume_bytes == 3000
+
+
+def test_a_limit_of_the_disk_is_told_in_bytes() -> None:
+    made = plan(replace(config(), max_disk="1.5x"), COUNTS, SIZE, 2_000_000)
+    assert made.max_disk == 3_000_000
+    assert "takes 3.0 MB at most (max_disk); a run that needs more pauses" in made.to_text()
 
 
 def test_the_text_says_what_is_unknown() -> None:
