@@ -37,8 +37,8 @@ class QuotaBackend(LocalBackend):
         super().__init__(root, lock_timeout=10.0)
         self.quota = quota
         self.largest = bytes_on_disk(root)
-        self.refused = 0
-        """How many writes did not fit."""
+        self.lacked = 0
+        """The bytes that the first write which did not fit would have needed besides."""
         self._open: dict[Path, _QuotaWriter] = {}
 
     @contextlib.contextmanager
@@ -68,7 +68,7 @@ class QuotaBackend(LocalBackend):
         used = self.used()
         fits = min(max(self.quota - used, 0), size)
         self.largest = max(self.largest, used + fits)
-        self.refused += fits < size
+        self.lacked = self.lacked or size - fits
         return fits
 
 
