@@ -22,7 +22,7 @@ from importlib.metadata import version
 from typing import Any
 
 from msft_store.check import Report
-from msft_store.cli_repair import repair
+from msft_store.cli_check import examine, repair
 from msft_store.codecs import LEVELS
 from msft_store.errors import StoreError
 from msft_store.gc import GcPlan, Verdict
@@ -207,12 +207,7 @@ def _plan_document(plan: GcPlan) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> Output:
-    report = _open(options).examine(read_data=options.read_data)
-    how = "all data read" if options.read_data else "structure only; --read-data reads all data"
-    if not report.findings:
-        return report, f"no errors ({how})"
-    advice = "msft-store repair --dry-run shows what can be kept, and how"
-    return report, "\n".join([*map(str, report.findings), f"{report} ({how})", advice])
+    return examine(_open(options), read_data=options.read_data)
 
 
 def _export(options: argparse.Namespace) -> Output:

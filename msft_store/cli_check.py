@@ -1,4 +1,4 @@
-"""``msft-store repair``: what it prints.
+"""``msft-store check`` and ``repair``: what they print.
 
 Example::
 
@@ -12,8 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.backend import LocalBackend
+from msft_store.check import Report
 from msft_store.render import human
 from msft_store.repair import RepairPlan, plan_repair
+from msft_store.store import Store
+
+
+def examine(store: Store, *, read_data: bool) -> tuple[Report, str]:
+    """Look for damage; return what there is to say, for ``--json`` and for people."""
+    report = store.examine(read_data=read_data)
+    how = "all data read" if read_data else "structure only; --read-data reads all data"
+    if not report.findings:
+        return report, f"no errors ({how})"
+    advice = "msft-store repair --dry-run shows what can be kept, and how"
+    return report, "\n".join([*map(str, report.findings), f"{report} ({how})", advice])
 
 
 def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
