@@ -36,8 +36,15 @@ def reason(error: StoreError) -> str:
 
 
 def bare(error: StoreError) -> StoreError:
-    """Return an error to keep, without the frames that it came through: they hold data."""
+    """Return an error to keep, without the frames that it came through: they hold data.
+
+    What the operating system said stays: it tells a bad medium from one that is out of reach.
+    """
+    said = error.__cause__
     error.__traceback__ = error.__context__ = error.__cause__ = None
+    if isinstance(said, OSError):
+        said.__traceback__ = said.__context__ = said.__cause__ = None
+        error.__cause__ = said
     return error
 
 
