@@ -1,0 +1,15 @@
+"""What every test gets: forked processes that may use several threads at once.
+
+After a fork PyTorch replaces the thread pool that the child has inherited when it is next asked
+for. Two threads that ask at once, as those that load a model do, may find it gone ("Invalid thread
+pool!"), so each child asks once while it has a single thread. Programs that do not fork are not
+concerned.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
