@@ -20,12 +20,12 @@ import torch
 from msft_store import Base, Checkpoint, Policy, Store, Timeline
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
-from trainer.config import Config
 from trainer.interrupt import Interrupts
 from trainer.journal import read
 from trainer.loop import Loop
 from trainer.model import unique_state
 from trainer.resume import replay
+from trainer.settings import Config
 from trainer.summary import Summary, summarize
 from trainer.workspace import JOURNAL, create_directory, open_workspace, start_record
 

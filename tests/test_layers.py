@@ -38,7 +38,7 @@ __init__ cli_check cli __main__
 
 TRAINER = """
 errors files strategy tables typed yamlfile
-config peaks schedule divergence
+settings checks config peaks schedule divergence
 journal flops plan outbox
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
@@ -52,7 +52,18 @@ __init__ cli __main__
 
 LAYERS = {"msft_store": STORE.split(), "trainer": TRAINER.split()}
 
-PURE = ("strategy", "config", "peaks", "flops", "schedule", "plan", "journal", "algorithms")
+PURE = (
+    "strategy",
+    "settings",
+    "checks",
+    "config",
+    "peaks",
+    "flops",
+    "schedule",
+    "plan",
+    "journal",
+    "algorithms",
+)
 """What decides, and what it builds on: no tensors, no devices."""
 
 HEAVY = {"torch", "accelerate", "transformers", "safetensors", "msft_store"}

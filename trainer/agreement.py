@@ -7,11 +7,11 @@ Example::
 
 from __future__ import annotations
 
-from trainer.config import Config
 from trainer.data import Mixture
 from trainer.errors import ConfigError
 from trainer.evaluate import check_answers
 from trainer.model import LoadedModel, max_positions
+from trainer.settings import Config
 from trainer.whole import is_weight
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from msft_store import StoreError
 from trainer.agreement import check
 from trainer.compare import compare
-from trainer.config import Config, load_config
+from trainer.config import load_config
 from trainer.data import Example, load_mixture
 from trainer.errors import PausedError, TrainerError
 from trainer.flops import ModelSize
@@ -31,6 +31,7 @@ from trainer.model import load_model
 from trainer.plan import Counts, Plan, plan
 from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
+from trainer.settings import Config
 from trainer.summary import Summary
 from trainer.together import this_process
 from trainer.workspace import quiet_libraries

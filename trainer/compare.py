@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from trainer.config import Config, load_config, to_dict
+from trainer.config import load_config, to_dict
 from trainer.errors import ConfigError, RunError
 from trainer.files import write_atomic
 from trainer.loop import Say
 from trainer.report import compare_table
 from trainer.run import resume, start
+from trainer.settings import Config
 from trainer.summary import Summary
 from trainer.together import this_process
 from trainer.workspace import CONFIG

@@ -25,8 +25,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import DataConfig
 from trainer.errors import DataError
+from trainer.settings import DataConfig
 
 _SPLITS = ("train", "validation", "test")
 

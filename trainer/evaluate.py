@@ -36,12 +36,12 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
-from trainer.config import EvalConfig
 from trainer.data import Example
 from trainer.errors import ConfigError
 from trainer.forward import collate, target_losses
 from trainer.model import LoadedModel
 from trainer.peaks import overall
+from trainer.settings import EvalConfig
 from trainer.strategy import OVERALL
 
 _WRONG, _RIGHT, _OPEN = 0, 1, 2

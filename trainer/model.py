@@ -22,9 +22,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.files import enough_space, make_readable, sync
+from trainer.settings import ModelConfig
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

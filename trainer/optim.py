@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import TrainConfig
+from trainer.settings import TrainConfig
 
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -18,9 +18,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config, to_bytes
+from trainer.checks import to_bytes
 from trainer.flops import ModelSize
 from trainer.schedule import stage_schedule
+from trainer.settings import Config
 from trainer.tables import Table, bytes_text, count_text, flops_text, too_long_text
 
 

@@ -22,7 +22,7 @@ from msft_store import StoreError
 from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
-from trainer.config import Config, load_config
+from trainer.config import load_config
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.evaluate import Evaluator
 from trainer.files import sync
@@ -41,6 +41,7 @@ from trainer.resume import (
     replay,
     where_to_resume,
 )
+from trainer.settings import Config
 from trainer.state import set_rng
 from trainer.strategy import Stop, Strategy
 from trainer.summary import Summary, summarize

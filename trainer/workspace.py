@@ -41,7 +41,8 @@ from msft_store import (
 )
 from trainer.agreement import check
 from trainer.algorithms import metric_mode
-from trainer.config import Config, dump, to_bytes, to_dict
+from trainer.checks import to_bytes
+from trainer.config import dump, to_dict
 from trainer.data import Example, Mixture, load_mixture
 from trainer.errors import RunError
 from trainer.files import make_directory, write_atomic
@@ -50,6 +51,7 @@ from trainer.model import LoadedModel, load_model
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
+from trainer.settings import Config
 from trainer.strategy import OVERALL
 from trainer.together import this_process
 from trainer.whole import put_back, weights_alone

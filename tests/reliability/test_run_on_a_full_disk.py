@@ -17,10 +17,10 @@ from tests.support.ledger import Ledger
 from tests.trainer.support import make_config
 from tests.trainer.test_resume import outcome
 from trainer import cli, run
-from trainer.config import Config
 from trainer.errors import PausedError
 from trainer.journal import read
 from trainer.run import resume, start
+from trainer.settings import Config
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PAUSED = 75

@@ -23,9 +23,10 @@ from tests.support.runs import outcome
 from tests.trainer.support import make_config
 from trainer import run
 from trainer.cli import main
-from trainer.config import Config, dump
+from trainer.config import dump
 from trainer.journal import read
 from trainer.outbox import Outbox
+from trainer.settings import Config
 from trainer.steps import StageSteps
 from trainer.summary import summarize
 

@@ -15,9 +15,9 @@ from tests.support.ledger import Ledger
 from tests.support.runs import outcome
 from tests.trainer.support import make_config
 from trainer import run
-from trainer.config import Config
 from trainer.journal import read
 from trainer.run import resume, start
+from trainer.settings import Config
 from trainer.summary import summarize
 
 RUN = "runs/run"

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import Config, dump, load_config, to_bytes, to_dict
+from trainer.checks import to_bytes
+from trainer.config import dump, load_config, to_dict
 from trainer.errors import ConfigError
+from trainer.settings import Config
 
 MINIMAL = """\
 output_dir: runs/a

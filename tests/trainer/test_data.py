@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer.support import make_tokenizer, write_lines
-from trainer.config import DataConfig, SubDatasetConfig
 from trainer.data import bos_prefix, encode, load_mixture, load_split
 from trainer.errors import DataError
 from trainer.forward import IGNORED, collate
+from trainer.settings import DataConfig, SubDatasetConfig
 
 TOKENIZER = make_tokenizer()
 GOOD = {"prompt": "1+1=", "completion": "2"}

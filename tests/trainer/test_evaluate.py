@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from tests.trainer.support import make_tokenizer, write_model
-from trainer.config import EvalConfig, ModelConfig
 from trainer.data import encode
 from trainer.errors import ConfigError
 from trainer.evaluate import Evaluator, answer, check_answers
 from trainer.forward import collate, target_losses
 from trainer.model import load_model
+from trainer.settings import EvalConfig, ModelConfig
 
 TOKENIZER = make_tokenizer()
 TEXTS = [

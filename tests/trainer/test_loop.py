@@ -13,12 +13,12 @@ from msft_store import Champions, KeepBest, PeakWindow, Store
 from tests.trainer.support import make_config
 from trainer.batches import DataOrder
 from trainer.commits import retention
-from trainer.config import TrainConfig
 from trainer.errors import RunError
 from trainer.journal import effective, read
 from trainer.optim import learning_rate
 from trainer.run import start
 from trainer.schedule import stage_schedule
+from trainer.settings import TrainConfig
 from trainer.steps import StageSteps
 from trainer.strategy import Needs, Stage
 from trainer.workspace import create_directory, open_workspace

@@ -10,7 +10,7 @@ from __future__ import annotations
 from trainer.algorithms.guarded import Guarded
 from trainer.algorithms.msft import Msft
 from trainer.algorithms.sft import Sft
-from trainer.config import Config
+from trainer.settings import Config
 from trainer.strategy import Mode, Strategy
 
 __all__ = ["Guarded", "Msft", "Sft", "make_strategy", "metric_mode"]

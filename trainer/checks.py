@@ -1,0 +1,113 @@
+"""Whether a configuration can work, before anything is loaded.
+
+Example::
+
+    check_settings(config)                                      # raises ConfigError
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.settings import Config, SubDatasetConfig
+from trainer.strategy import OVERALL
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(x|kB|MB|GB|TB)")
+
+
+def to_bytes(size: str, full_bytes: int) -> int | None:
+    """Return a size such as ``500MB`` or ``1.5x`` in bytes; ``None`` if it is none.
+
+    ``x`` counts full checkpoints of ``full_bytes``.
+    """
+    found = _SIZE.fullmatch(size)
+    if found is None or not float(found[1]):
+        return None
+    units = {"x": full_bytes, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    return max(int(float(found[1]) * units[found[2]]), 1)
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("seed", lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
+    ("threads", lambda n: 1 <= n <= 1024, "from 1 to 1024, or null for torch's default"),
+    ("resume_every", lambda n: n >= 1, "at least 1"),
+    ("max_disk", lambda text: to_bytes(text, 1) is not None, "such as 500MB, 2GB or 1.5x, or null"),
+    ("log_every", lambda n: n >= 1, "at least 1"),
+    ("data.max_length", lambda n: n >= 2, "at least 2"),
+    ("train.lr", lambda x: x > 0, "above 0"),
+    ("train.betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
+    ("train.eps", lambda x: x > 0, "above 0"),
+    ("train.weight_decay", lambda x: x >= 0, "0 or above"),
+    ("train.warmup_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("train.batch_size", lambda n: n >= 1, "at least 1"),
+    ("train.micro_batch_size", lambda n: n >= 1, "at least 1"),
+    ("train.max_grad_norm", lambda x: x > 0, "above 0, or null for no clipping"),
+    ("train.max_skips", lambda n: n >= 1, "at least 1"),
+    ("evaluation.eval_every", lambda x: x > 0, "above 0"),
+    ("evaluation.max_new_tokens", lambda n: n >= 1, "at least 1"),
+    ("evaluation.batch_size", lambda n: n >= 1, "at least 1"),
+    ("evaluation.max_examples", lambda n: n >= 1, "at least 1, or null for all"),
+    ("msft.compute_budget", lambda x: x > 0, "above 0"),
+    ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
+    ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),
+)
+
+
+def check_settings(config: Config) -> None:
+    """Raise :class:`ConfigError` for the first value that cannot work."""
+    for key, sound, words in _RANGES:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None and not sound(value):
+            raise ConfigError(f"{key} must be {words}, got {value!r}")
+    _check_sub_datasets(config.data.sub_datasets)
+    train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
+    if train.batch_size > train.micro_batch_size and train.batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "
+            f"({train.micro_batch_size}), or not larger"
+        )
+    if budget < evaluation.eval_every:
+        raise ConfigError(
+            f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
+            f"or lower evaluation.eval_every ({evaluation.eval_every:g} epochs)"
+        )
+    if evaluation.answer_pattern is not None:
+        _check_pattern(evaluation.answer_pattern)
+
+
+def _check_sub_datasets(sub_datasets: Mapping[str, SubDatasetConfig]) -> None:
+    if not sub_datasets:
+        raise ConfigError("data.sub_datasets is empty: name at least one sub-dataset and its files")
+    for name, files in sub_datasets.items():
+        at = f"data.sub_datasets.{name}"
+        if name == OVERALL:
+            raise ConfigError(f"{at}: {OVERALL!r} names the metric of the whole mixture; rename it")
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{at}: a name begins with a letter or digit, and consists of letters, digits, "
+                "'_' and '-', at most 64 of them; rename it"
+            )
+        for part in ("train", "validation", "test"):
+            file = getattr(files, part)
+            if file is not None and not Path(file).is_file():
+                raise ConfigError(f"{at}.{part}: there is no file {file}")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ConfigError(
+            f"evaluation.answer_pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
+    if groups == 0:
+        raise ConfigError(
+            f"evaluation.answer_pattern {pattern!r} has no group: put the answer into parentheses"
+        )

@@ -1,0 +1,158 @@
+"""Every key of a configuration, with its default and meaning: small frozen dataclasses.
+
+Example::
+
+    TrainConfig(lr=2e-5).schedule                               # constant
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is fine-tuned (``model:``)."""
+
+    path: str
+    """A directory, or a hub id, that ``AutoModelForCausalLM`` loads."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Dtype of the weights in training; the paper's is bfloat16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attn_implementation: str | None = None
+    """Passed to transformers; ``None`` leaves the choice to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubDatasetConfig:
+    """The JSON Lines files of one sub-dataset."""
+
+    train: str
+    """Training examples."""
+    validation: str
+    """Examples on which peaks are found."""
+    test: str | None = None
+    """Examples that are evaluated once, at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The mixture (``data:``)."""
+
+    sub_datasets: Mapping[str, SubDatasetConfig] = field(default_factory=dict)
+    """Name → files."""
+    directory: str | None = None
+    """Instead of ``sub_datasets``: a directory in which every ``NAME.train.jsonl`` with its
+    ``NAME.validation.jsonl`` and optional ``NAME.test.jsonl`` is one; loading spells it out."""
+    max_length: int = 512
+    """Tokens; a longer example is dropped, counted and reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimization (``train:``)."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam (the paper's) or AdamW, with moments in the dtype of the weights."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of gradient and squared gradient."""
+    eps: float = 1e-8
+    """Added to the denominator of an update."""
+    weight_decay: float = 0.0
+    """Of matrices alone. Added to the gradient with Adam, taken off the weights with AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over a stage, after warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of a stage's steps in which the learning rate rises from 0."""
+    batch_size: int = 64
+    """Examples per optimizer step, over all processes."""
+    micro_batch_size: int = 16
+    """Examples per forward pass and process."""
+    max_grad_norm: float | None = None
+    """Gradient norm above which gradients are scaled down; ``None``: no clipping."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """What follows a loss or gradient norm that is not finite. ``stop``: the run ends with the best
+    overall so far as its result. ``rollback``: the weights of the last evaluation are restored, the
+    batches since then left out; this keeps one more rollback point."""
+    max_skips: int = 3
+    """How many times a run may roll back for that reason; after them, it stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation (``evaluation:``)."""
+
+    metric: Literal["exact_match", "loss"] = "exact_match"
+    """``exact_match``: share of greedy generations whose answer is right (``max``);
+    ``loss``: mean token loss on the completion (``min``)."""
+    eval_every: float = 0.25
+    """Epochs of the active mixture between evaluations."""
+    answer_pattern: str | None = None
+    """Regular expression; its first group is the answer in generations and references alike
+    (the last match counts). ``None``: the whole completion, stripped."""
+    max_new_tokens: int = 64
+    """Tokens after which a generation ends, whether or not it has an answer."""
+    batch_size: int = 64
+    """Examples per forward pass in evaluation."""
+    max_examples: int | None = None
+    """Validation examples used of each sub-dataset, the first ones; ``None``: all."""
+    overall: Literal["examples", "sub_datasets"] = "examples"
+    """Mean over examples (the paper's code) or over sub-datasets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MsftConfig:
+    """The MSFT algorithm (``msft:``); ``sft`` uses ``compute_budget`` alone."""
+
+    compute_budget: float = 3.0
+    """C: epochs of the active mixture in one roll-out."""
+    peak_window: int | None = None
+    """W: end a roll-out when the earliest champion is W evaluations old; ``None``: the paper."""
+    max_stages: int | None = None
+    """``None``: twice the number of sub-datasets."""
+    optimizer_on_rollback: Literal["reset", "restore"] = "reset"
+    """``reset``: each stage begins with a fresh optimizer, schedule and order of examples (the
+    paper's code). ``restore``: it goes on with those of the checkpoint that it begins from, and
+    with its random number generators; a rollback point then holds the optimizer's state, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    method: Literal["msft", "sft"] = "msft"
+    output_dir: str
+    """The run directory: store, journal, report, result."""
+    seed: int = 0
+    """Of the order of examples and of all random number generators."""
+    threads: int | None = None
+    """CPU threads for torch; ``None`` leaves torch's default."""
+    resume_every: int | None = None
+    """Optimizer steps between resume points; ``None``: none, a killed run repeats its stage."""
+    async_save: bool = True
+    """Commit checkpoints in the background while training goes on, which takes host memory for one
+    copy of the weights; ``false``: train on once each is committed. The results are the same."""
+    resident_reference: bool = False
+    """Keep a second copy of the weights on their device, those that a stage starts from, and find
+    there what a checkpoint changed instead of on the CPU. For GPUs; the results are the same."""
+    max_disk: str | None = None
+    """What the store of the rollback points may take at most, temporary files included: bytes as in
+    ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run that needs more pauses.
+    ``None``: no limit but the disk's."""
+    log_every: int = 10
+    """Optimizer steps between ``trained`` records in the journal."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+    msft: MsftConfig = MsftConfig()
+
+    @property
+    def restores_optimizer(self) -> bool:
+        """Whether rollback points hold more than weights."""
+        return self.method != "sft" and self.msft.optimizer_on_rollback == "restore"
