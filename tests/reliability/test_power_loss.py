@@ -127,11 +127,13 @@ def test_power_may_fail_after_a_kill_was_made_up_for(scene: Scene, operation: Op
             killed = len(disk.moments)
             operation(scene.store(), scene.prepared)
         outcome = told(scene.store())
-        for call, kind, tree in losses(scene, disk.moments[killed:], 20 if scene.soak else 2):
+        made_up = disk.moments[killed:]
+        for call, kind, tree in losses(scene, made_up, 20 if scene.soak else 2):
             with scene.faults.inject(f"{kind} after a kill"):
                 broken = scene.after(tree)
                 scene.assert_whole(broken)
-                if call == "end":
+                # Where nothing was left to do, nothing was said to be done.
+                if call == "end" and len(made_up) > 1:
                     assert told(broken) == outcome
 
 
