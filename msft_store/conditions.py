@@ -16,7 +16,7 @@ from msft_store.errors import BaseError, CorruptedError, StoreError, reason
 from msft_store.footer import Footer
 from msft_store.format import Record
 from msft_store.manifest import Checkpoint, chunk_sizes
-from msft_store.packs import Stored, list_packs, path_of_pack
+from msft_store.packs import Stored, ahead, list_packs, path_of_pack
 from msft_store.survey import Survey
 
 _REASONS = 3
@@ -150,8 +150,15 @@ class Conditions:
                     damaged=bool(reasons),
                 )
 
-    def _usable(self, path: str, footer: Footer) -> Iterator[Record]:
-        for number in self._survey.numbers(path).tolist():
-            record = footer.record(number)
-            if self._survey.can_serve(Stored(pack=path, record=record), (path, number)):
-                yield record
+    def _usable(self, path: str, footer: Footer) -> list[Record]:
+        found = [(number, footer.record(number)) for number in self._survey.numbers(path).tolist()]
+        usable = [
+            (number, record)
+            for number, record in found
+            if self._survey.can_serve(Stored(pack=path, record=record), (path, number))
+        ]
+        if len(usable) == len(footer):
+            # The same pack again, under the same name.
+            return [record for _, record in usable]
+        needed = self._survey.needed
+        return [ahead(record) if (path, n) in needed else record for n, record in usable]

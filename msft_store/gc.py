@@ -2,8 +2,9 @@
 
 Invariants: nothing that a checkpoint needs, directly or as a reference, is ever deleted; manifests
 go before the packs that they name, and rewritten packs are durable before the old ones go, so that
-a crash at any point leaves every remaining checkpoint whole. Deleting excludes saves. What needs no
-room is freed first; a pack for whose rewriting there is none then stays as it is, and that is said.
+a crash at any point leaves every remaining checkpoint whole. What a key stands for stays the same.
+Deleting excludes saves. What needs no room is freed first; a pack for whose rewriting there is none
+then stays as it is, and that is said.
 
 Example::
 
@@ -32,11 +33,12 @@ from msft_store.errors import (
     reason,
 )
 from msft_store.format import Record
+from msft_store.keytable import among
 from msft_store.liveness import closure
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import Checkpoint, path_of
 from msft_store.packs import FOLDER as PACKS
-from msft_store.packs import PackWriter
+from msft_store.packs import PackWriter, ahead
 from msft_store.refs import FOLDER as REFS
 from msft_store.render import human
 from msft_store.retention import Candidate, Policy
@@ -199,13 +201,15 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         _refuse_damage(catalog)
         protected = catalog.protected()
         doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
+        # First of all, for what is damaged beyond this is found here.
+        keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
+        delete, rewrite, _ = _waste(catalog, keep)
         if doomed:
             # A ref that somebody removed must not come back without its checkpoint.
             backend.sync(REFS)
         for identity in doomed:
             backend.delete(path_of(identity))
             catalog.remove(identity)
-        delete, rewrite, _ = _waste(catalog, catalog.checkpoints())
         if delete or rewrite:
             # Nor a checkpoint without its chunks; and what serves in their place must stay.
             backend.sync(MANIFESTS)
@@ -265,7 +269,11 @@ def _waste(
             delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
         elif dead >= _REWRITE_FROM * size:
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
-            records = tuple(footer.record(row) for row in alive)
+            rivals = among(index.keys[rows][live], index.keys[~needs.live]).tolist()
+            records = tuple(
+                ahead(footer.record(row)) if rival else footer.record(row)
+                for row, rival in zip(alive, rivals, strict=True)
+            )
             rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
     # The one that takes the least room first: what it frees, the next one has.
     rewrite.sort(key=lambda waste: waste.live_bytes)

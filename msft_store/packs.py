@@ -13,7 +13,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -106,6 +106,15 @@ def misnamed(path: str, footer: Footer) -> bool:
 def path_of_pack(check: bytes) -> str:
     """Return where the pack stands whose footer has a digest."""
     return f"{FOLDER}/{check.hex()}{_SUFFIX}"
+
+
+def ahead(record: Record) -> Record:
+    """Return a record to be moved to another pack, where none of its equals may come before it.
+
+    The last thing that equals are told apart by is the name of their pack, and what an equal that
+    nobody needed refers to may be gone.
+    """
+    return replace(record, generation=min(record.generation + 1, MAX_GENERATION))
 
 
 class Index:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,11 @@ class Survey:
         require_damage(self.unreadable.values())
         while not self._look():
             pass
+
+    @cached_property
+    def needed(self) -> set[Row]:
+        """The records that checkpoints need."""
+        return {self.places[row] for row in np.flatnonzero(self.live).tolist()}
 
     def numbers(self, path: str) -> Numbers:
         """Return the numbers of a pack's usable records."""

@@ -322,3 +322,17 @@ def test_the_pack_that_takes_the_least_room_is_rewritten_first(
     assert second.live_bytes > first.live_bytes + overhead
     quota = bytes_on_disk(root) + first.live_bytes + overhead
     assert Store(QuotaBackend(root, quota=quota)).plan_gc().execute().left_bytes == 0
+
+
+def test_a_chunk_that_is_gone_is_found_before_anything_is_deleted(
+    store: Store, base: Base, state: State
+) -> None:
+    (kept,) = save_line(store, base, state, 1)
+    (pack,) = Path(store.path, "packs").iterdir()
+    dropped = store.save(train_step(state, 0.1, 7), parent=base)
+    pack.unlink()
+    before = files(store)
+    with pytest.raises(CorruptedError, match="gc deletes nothing from a damaged store"):
+        Store.open(store.path).evict([dropped.id])
+    assert files(store) == before
+    assert {c.id for c in store.log()} == {kept[0], dropped.id}
