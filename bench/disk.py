@@ -29,12 +29,13 @@ from bench.masters import train
 from bench.tasks import MIXTURE, write
 from bench.trajectories import DATA, EXAMPLE, REGIMES, ROOT, Regime
 from trainer.config import load_config
+from trainer.directory import JOURNAL
 from trainer.journal import Record, effective, read
 from trainer.run import is_finished, start
 from trainer.settings import Config
 from trainer.summary import summarize
 from trainer.tables import Table
-from trainer.workspace import JOURNAL, quiet_libraries
+from trainer.workspace import quiet_libraries
 
 RUNS = ROOT / "runs" / "bench-disk"
 SIZES = {"train": 64, "validation": 32}

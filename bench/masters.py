@@ -20,6 +20,7 @@ import torch
 from msft_store import Base, Checkpoint, Policy, Store, Timeline
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
+from trainer.directory import JOURNAL, create_directory
 from trainer.interrupt import Interrupts
 from trainer.journal import read
 from trainer.loop import Loop
@@ -27,7 +28,7 @@ from trainer.model import unique_state
 from trainer.resume import replay
 from trainer.settings import Config
 from trainer.summary import Summary, summarize
-from trainer.workspace import JOURNAL, create_directory, open_workspace, start_record
+from trainer.workspace import open_workspace, start_record
 
 
 class RoundingTimeline(Timeline):

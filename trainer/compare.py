@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from trainer.config import load_config, to_dict
+from trainer.directory import CONFIG
 from trainer.errors import ConfigError, RunError
 from trainer.files import write_atomic
 from trainer.loop import Say
@@ -26,7 +27,6 @@ from trainer.run import resume, start
 from trainer.settings import Config
 from trainer.summary import Summary
 from trainer.together import this_process
-from trainer.workspace import CONFIG
 
 
 def compare(

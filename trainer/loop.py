@@ -29,6 +29,7 @@ from tqdm import tqdm
 from trainer.batches import DataOrder
 from trainer.commits import Committing, begin_commit, retention
 from trainer.course import Course, course_of
+from trainer.directory import RESUME
 from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
@@ -60,7 +61,7 @@ from trainer.strategy import (
     Strategy,
 )
 from trainer.together import Together
-from trainer.workspace import RESUME, Workspace
+from trainer.workspace import Workspace
 
 Say = Callable[[str], None]
 """Gets a line for people now and then."""

@@ -23,6 +23,14 @@ from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
 from trainer.config import load_config
+from trainer.directory import (
+    CONFIG,
+    JOURNAL,
+    MODEL,
+    RESUME,
+    create_directory,
+    withdraw_directory,
+)
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.evaluate import Evaluator
 from trainer.files import sync
@@ -48,15 +56,9 @@ from trainer.summary import Summary, summarize
 from trainer.tables import too_long_text
 from trainer.together import this_process
 from trainer.workspace import (
-    CONFIG,
-    JOURNAL,
-    MODEL,
-    RESUME,
     Workspace,
-    create_directory,
     open_workspace,
     start_record,
-    withdraw_directory,
 )
 
 

@@ -12,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import warnings
@@ -42,10 +41,10 @@ from msft_store import (
 from trainer.agreement import check
 from trainer.algorithms import metric_mode
 from trainer.checks import to_bytes
-from trainer.config import dump, to_dict
+from trainer.config import to_dict
 from trainer.data import Example, Mixture, load_mixture
+from trainer.directory import JOURNAL, STORE, locked
 from trainer.errors import RunError
-from trainer.files import make_directory, write_atomic
 from trainer.journal import Journal, Record
 from trainer.model import LoadedModel, load_model
 from trainer.optim import make_optimizer
@@ -53,18 +52,7 @@ from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
 from trainer.strategy import OVERALL
-from trainer.together import this_process
 from trainer.whole import put_back, weights_alone
-
-CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
-    "config.yaml",
-    "journal.jsonl",
-    "store",
-    "resume.safetensors",
-    "model",
-    "lock",
-)
-
 
 RESULT = "result"
 """The ref that points to a finished run's result."""
@@ -191,7 +179,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
     directory = Path(config.output_dir)
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
-    with _locked(directory, accelerator.is_main_process):
+    with locked(directory, accelerator.is_main_process):
         loaded = load_model(config.model)
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
@@ -242,48 +230,6 @@ def _settled(work: Workspace) -> Iterator[None]:
                 work.timeline.wait()
         raise
     work.outbox.settle()
-
-
-def create_directory(config: Config) -> None:
-    """Make the run directory and write ``config.yaml`` into it, in the main process.
-
-    Raises :class:`RunError` if a run is there already.
-    """
-    directory = Path(config.output_dir)
-    state = this_process()
-    if not state.is_main_process:
-        state.wait_for_everyone()
-        return
-    if (directory / CONFIG).exists() or (directory / JOURNAL).exists():
-        raise RunError(
-            f"there is a run in {directory} already: continue it with `msft-train resume "
-            f"{directory}`, or choose another output_dir"
-        )
-    for name in (STORE, MODEL):
-        if (directory / name).exists():
-            raise RunError(
-                f"{directory / name} is there already and belongs to no run, which would replace "
-                "it: move it away, or choose another output_dir"
-            )
-    make_directory(directory)
-    write_atomic(directory / CONFIG, dump(config).encode())
-    state.wait_for_everyone()
-
-
-def withdraw_directory(config: Config) -> None:
-    """Undo :func:`create_directory` where the run never began, in the main process.
-
-    So a mistake in the configuration or the data is corrected, and the same command given again.
-    """
-    directory = Path(config.output_dir)
-    journal = directory / JOURNAL
-    if not this_process().is_main_process or (journal.exists() and journal.stat().st_size):
-        return
-    shutil.rmtree(directory / STORE, ignore_errors=True)
-    for name in (JOURNAL, LOCK, CONFIG):
-        (directory / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it was there before, with something in it
-        directory.rmdir()
 
 
 def start_record(work: Workspace) -> Record:
@@ -370,19 +316,3 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")
-
-
-@contextmanager
-def _locked(directory: Path, writes: bool) -> Iterator[None]:
-    """Hold the run directory's lock, so that no second process writes in it."""
-    if not writes:
-        yield
-        return
-    with (directory / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another process is at work in {directory}; wait until it ends"
-            ) from None
-        yield

@@ -13,6 +13,7 @@ from msft_store import Champions, KeepBest, PeakWindow, Store
 from tests.trainer.support import make_config
 from trainer.batches import DataOrder
 from trainer.commits import retention
+from trainer.directory import create_directory
 from trainer.errors import RunError
 from trainer.journal import effective, read
 from trainer.optim import learning_rate
@@ -21,7 +22,7 @@ from trainer.schedule import stage_schedule
 from trainer.settings import TrainConfig
 from trainer.steps import StageSteps
 from trainer.strategy import Needs, Stage
-from trainer.workspace import create_directory, open_workspace
+from trainer.workspace import open_workspace
 
 
 @pytest.fixture(scope="module")
