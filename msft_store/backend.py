@@ -201,6 +201,7 @@ class _LocalWriter:
         with translated("create", self._path):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._path.parent)
+            _refuse_link(self._path.parent)
             self._file = self._path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -226,6 +227,11 @@ class _LocalWriter:
             os.unlink(self._path)
 
 
+def _refuse_link(folder: str | Path) -> None:
+    if os.path.islink(folder):
+        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
+
+
 class _Folders:
     """Makes folders of a store, each durable before a file in it is published."""
 
@@ -234,9 +240,10 @@ class _Folders:
         self._durable = {root}
 
     def make(self, folder: Path) -> None:
+        if folder != self._root:
+            self.make(folder.parent)
+            _refuse_link(folder)
         if folder not in self._durable or not folder.is_dir():
-            if folder != self._root:
-                self.make(folder.parent)
             make_folder(folder)
             self._durable.add(folder)
 
@@ -313,8 +320,8 @@ class LocalBackend:
     def list(self, folder: str) -> list[str]:
         top = self.describe(folder).rstrip(os.sep)
         with translated("list", top):
-            if folder and os.path.islink(top):
-                raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
+            if folder:
+                _refuse_link(top)
             return sorted(
                 f"{parent}{os.sep}{name}"[len(self._prefix) :].replace(os.sep, "/")
                 for parent, _, names in os.walk(top, onerror=_unless_absent)

@@ -132,6 +132,14 @@ def recorded_anew(path: Path) -> tuple[str, bytes]:
     return base.id, _to_json(base)
 
 
+def is_gone(base: Base) -> bool:
+    """Return whether a file of a base is not there any more, or is too short."""
+    try:
+        return any(os.stat(path).st_size < size for path, size in base.files)
+    except OSError:
+        return True
+
+
 def path_of_base(identity: str) -> str:
     """Return where the record of a base stands."""
     return f"{FOLDER}/{identity}{_SUFFIX}"

@@ -265,7 +265,11 @@ class Catalog:
         reasons: dict[str, list[str]] = {}
         for name, ref in sorted(self.refs().items()):
             notes = ref.note.get("reasons")
-            why = f" ({', '.join(map(str, notes))})" if notes and isinstance(notes, list) else ""
+            why = (
+                f" ({', '.join(' '.join(str(one).split()) for one in notes)})"
+                if notes and isinstance(notes, list)
+                else ""
+            )
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 

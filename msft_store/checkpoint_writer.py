@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,19 +65,20 @@ class CheckpointWriter:
         compared: Compared | None,
     ) -> Checkpoint:
         """Write tensors as a checkpoint; return the one that is there if its content is equal."""
+        content_of = partial(
+            checkpoint_content, step=step, metrics=metrics, tags=tags, metadata=metadata
+        )
+        # Refused before anything is written.
+        content_of(parent=None, base=None, tensors=b"", logical_bytes=0)
         parent_id, base, parent_tensors = self._catalog.lineage(parent)
         if base is not None and base not in self._durable_bases:
             self._backend.sync(BASES)
             self._durable_bases.add(base)
         table, totals = self._encode(state, base, parent_tensors, level, compared)
         line = tensor_table(table)
-        content = checkpoint_content(
+        content = content_of(
             parent=parent_id,
             base=base,
-            step=step,
-            metrics=metrics,
-            tags=tags,
-            metadata=metadata,
             tensors=line,
             logical_bytes=sum(entry.nbytes for entry in table.values()),
         )

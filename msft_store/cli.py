@@ -21,8 +21,10 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from msft_store.bases import is_gone
 from msft_store.check import Report
 from msft_store.cli_check import examine, repair
+from msft_store.cli_text import facts, gone, hush, listing, printable, say
 from msft_store.codecs import LEVELS
 from msft_store.errors import StoreError
 from msft_store.gc import GcPlan, Verdict
@@ -46,15 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         document, text = command(options)
         if getattr(options, "json", False):
-            print(json.dumps(document, indent=2, default=_plain))
+            say(json.dumps(document, indent=2, default=_plain))
         elif text:
-            print(text)
+            say(printable(text))
     except StoreError as error:
-        print(f"msft-store: {error}", file=sys.stderr)
+        print(f"msft-store: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return 0
+    except OSError as error:
+        hush()
+        print(f"msft-store: the output was cut off: {error}", file=sys.stderr)
+        return 1
     return 3 if isinstance(document, Report) and document.findings else 0
 
 
@@ -108,7 +114,12 @@ def _inspect(options: argparse.Namespace) -> Output:
     if options.checkpoint is None:
         checkpoints, refs = store.log(), store.refs()
         bases = [
-            {"id": base.id, "path": base.path, "logical_bytes": base.logical_bytes}
+            {
+                "id": base.id,
+                "path": base.path,
+                "logical_bytes": base.logical_bytes,
+                "gone": is_gone(base),
+            }
             for base in store.bases()
         ]
         listed = [_summary(checkpoint) for checkpoint in checkpoints]
@@ -121,7 +132,7 @@ def _inspect(options: argparse.Namespace) -> Output:
             "held_bytes": held,
         }
         text = lineage(checkpoints, store.bases(), refs) or "the store is empty"
-        text += f"\nlevel {store.level}"
+        text += f"\nlevel {store.level}{gone(store.bases())}"
         if held:
             text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
         return document, text
@@ -140,30 +151,8 @@ def _inspect(options: argparse.Namespace) -> Output:
         for source in tensors
     ]
     header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
-    text = f"{_facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
+    text = f"{facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
     return {**_summary(checkpoint), "tensors": tensors}, text
-
-
-def _facts(store: Store, checkpoint: Checkpoint) -> str:
-    notes = store.notes()
-    pins = [name for name, target in store.refs().items() if target == checkpoint.id]
-    reasons = [f"{name}: {', '.join(notes[name].get('reasons', ['pinned']))}" for name in pins]
-    ratio = percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
-    metrics = sorted(checkpoint.metrics.items())
-    facts = {
-        "checkpoint": checkpoint.id,
-        "parent": checkpoint.parent or "none",
-        "base": checkpoint.base or "none",
-        "step": "none" if checkpoint.step is None else str(checkpoint.step),
-        "metrics": " ".join(f"{k}={v:.6g}" for k, v in metrics) or "none",
-        "tags": " ".join(checkpoint.tags) or "none",
-        "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
-        "logical": human(checkpoint.logical_bytes),
-        "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
-        "unreferenced": human(checkpoint.unreferenced_bytes),
-        "pins": "; ".join(reasons) or "none",
-    }
-    return "\n".join(f"{name:<13} {value}" for name, value in facts.items())
 
 
 def _gc(options: argparse.Namespace) -> Output:
@@ -244,7 +233,8 @@ def _unlock(options: argparse.Namespace) -> Output:
 
 
 def _stats(options: argparse.Namespace) -> Output:
-    stats = _open(options).stats()
+    store = _open(options)
+    stats = store.stats()
     rows = {
         "checkpoints": str(stats.checkpoints),
         "logical": f"{human(stats.logical_bytes)} as full copies",
@@ -256,8 +246,7 @@ def _stats(options: argparse.Namespace) -> Output:
         "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
         "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
     }
-    text = "\n".join(f"{name:<12} {value}" for name, value in rows.items())
-    return dataclasses.asdict(stats), text
+    return dataclasses.asdict(stats), listing(rows) + gone(store.bases())
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from msft_store.dtypes import DType
-from msft_store.errors import MismatchError, StorageError, StoreError
+from msft_store.errors import InvalidInputError, MismatchError, StorageError, StoreError
 from msft_store.format import chunk_key
 from msft_store.kernels import Bytes
 from msft_store.manifest import TensorEntry, chunk_sizes
@@ -114,6 +115,15 @@ def decode_bytes(
         yield from parts
 
 
+def device_of(device: object) -> torch.device:
+    """Return a device that can hold numbers; :class:`InvalidInputError` for anything else."""
+    with contextlib.suppress(RuntimeError, TypeError):
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
+        if found.type != "meta":
+            return found
+    raise InvalidInputError(f"{device!r} is no device for tensors; one is 'cpu' or 'cuda:0'")
+
+
 def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.Tensor:
     """Return an uninitialised tensor for an entry."""
     dtype = torch_dtype(entry.dtype)
@@ -122,7 +132,7 @@ def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise StorageError(
-            f"no memory on {device} for a tensor of {entry.nbytes} bytes: {reason}"
+            f"cannot have a tensor of {entry.nbytes} bytes on {device}: {reason}"
         ) from error
 
 

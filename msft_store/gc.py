@@ -42,7 +42,7 @@ from msft_store.packs import PackWriter, ahead
 from msft_store.refs import FOLDER as REFS
 from msft_store.render import human
 from msft_store.retention import Candidate, Policy
-from msft_store.slips import check_ranked
+from msft_store.slips import check_policy, check_ranked
 
 _REWRITE_FROM = 0.2
 """Dead share of a pack from which rewriting it pays for the copying."""
@@ -155,7 +155,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         for checkpoint in checkpoints
     }
     if policy is not None:
-        check_ranked(policy, [checkpoint.metrics for checkpoint in checkpoints])
+        check_ranked(check_policy(policy), [checkpoint.metrics for checkpoint in checkpoints])
         decided = policy.decide(_candidates(checkpoints, protected))
         kept = {
             identity: tuple(reason.text for reason in reasons)

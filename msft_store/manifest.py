@@ -120,7 +120,8 @@ def checkpoint_content(
     """
     if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
         raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
-    if isinstance(tags, str) or any(not isinstance(tag, str) for tag in tags):
+    listed = isinstance(tags, Sequence) and not isinstance(tags, str)
+    if not listed or any(not isinstance(tag, str) for tag in tags):
         raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
     if not isinstance(metrics, Mapping):
         raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")

@@ -7,12 +7,12 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from msft_store.dtypes import by_torch
-from msft_store.errors import MismatchError
+from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.tensors import memory_of
 
@@ -62,6 +62,21 @@ def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor])
 
 def _content(entry: TensorEntry) -> list[tuple[object, ...]]:
     return [(piece.offset, piece.shape, piece.keys) for piece in entry.pieces]
+
+
+def chosen(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], names: Iterable[str]
+) -> dict[str, TensorEntry]:
+    """Return the tensors of some names; :class:`MismatchError` if the checkpoint lacks one."""
+    wanted = None if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if wanted is None or not all(isinstance(name, str) for name in wanted):
+        raise InvalidInputError(
+            f"names are those of tensors, such as ['lm_head.weight'], not {names!r}"
+        )
+    absent = sorted(set(wanted) - tensors.keys())
+    if absent:
+        raise MismatchError(f"checkpoint {checkpoint.id[:12]} has no {listed(absent)}")
+    return {name: tensors[name] for name in wanted}
 
 
 def listed(names: Sequence[str]) -> str:

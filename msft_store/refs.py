@@ -110,6 +110,8 @@ def write_ref(backend: Backend, ref: Ref) -> None:
 
 def ref_record(ref: Ref) -> bytes:
     """Return what the file of a ref holds."""
+    if not isinstance(ref.note, Mapping):
+        raise InvalidInputError(f"the note of {ref.name!r} must be a mapping, not {ref.note!r}")
     content = {
         "format": "msft-ref",
         "version": VERSION,

@@ -38,6 +38,8 @@ def percent(part: int, whole: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
     """Return aligned columns; ``align`` has ``<`` or ``>`` for each."""
+    # A name may have line ends, and is one cell all the same.
+    rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

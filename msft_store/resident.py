@@ -23,6 +23,7 @@ import torch
 from msft_store import changes
 from msft_store.changes import Found, Layout
 from msft_store.dtypes import by_torch
+from msft_store.errors import InvalidInputError
 from msft_store.format import CHUNK_BYTES, chunk_key
 from msft_store.tensors import check_tensors, memory_of, read_elements
 
@@ -40,6 +41,17 @@ class Change:
 
 Compared = Mapping[tuple[str, int], Change]
 """By name of the tensor and number of the chunk; what is equal, or like nothing here, is absent."""
+
+
+def check_compared(compared: object) -> Compared | None:
+    """Return what a resident found, or ``None``; :class:`InvalidInputError` for anything else."""
+    if compared is None:
+        return None
+    if isinstance(compared, Mapping) and all(isinstance(c, Change) for c in compared.values()):
+        return compared
+    raise InvalidInputError(
+        f"compared is what Resident.compare returns, not {str(compared)[:80]!r}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

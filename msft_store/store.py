@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 
-from msft_store.backend import Backend, LocalBackend, publish, translated
+from msft_store.backend import TEMPORARY, Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
 from msft_store.bounded import Bounded
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, Report, examine
 from msft_store.checkpoint_writer import CheckpointWriter
 from msft_store.codecs import Level
-from msft_store.decoding import decode_state, empty_like
+from msft_store.decoding import decode_state, device_of, empty_like
 from msft_store.errors import (
     CorruptedError,
-    MismatchError,
     NotAStoreError,
     PinnedError,
     UnknownCheckpointError,
@@ -46,11 +45,11 @@ from msft_store.manifest import (
     TensorEntry,
     path_of,
 )
-from msft_store.matching import check_match, listed
+from msft_store.matching import check_match, chosen
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.repair import RepairPlan, plan_repair
-from msft_store.resident import Compared
+from msft_store.resident import Compared, check_compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
 from msft_store.stats import Stats, held_bytes, stats
@@ -83,7 +82,10 @@ class Store:
                 f"there is a store at {root} already: use Store.open, or another path"
             )
         with translated("read", root):
-            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            # One that was killed here, or had no room, may have left its temporary file.
+            if root.exists() and (
+                not root.is_dir() or {p.name for p in root.iterdir()} - {TEMPORARY}
+            ):
                 raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
         publish(backend, CONFIG, config)
@@ -158,6 +160,7 @@ class Store:
         """
         state = check_tensors(tensors)
         level = self.level if level is None else check_level(level)
+        compared = check_compared(compared)
         with self._backend.lock(shared=True, purpose="save"):
             self._catalog.refresh()
             return self._writer.save(
@@ -180,12 +183,9 @@ class Store:
         """Return a checkpoint's tensors, all or those named, bit-exact and verified."""
         found, tensors = self._entries(checkpoint)
         if names is not None:
-            wanted = list(names)
-            absent = sorted(set(wanted) - tensors.keys())
-            if absent:
-                raise MismatchError(f"checkpoint {found.id[:12]} has no {listed(absent)}")
-            tensors = {name: tensors[name] for name in wanted}
-        state = {name: empty_like(entry, device) for name, entry in tensors.items()}
+            tensors = chosen(found, tensors, names)
+        place = device_of(device)
+        state = {name: empty_like(entry, place) for name, entry in tensors.items()}
         self._decode(found, tensors, state)
         return state
 

@@ -33,7 +33,7 @@ saver
 space traces alive
 timeline
 integrations.dcp integrations.hf integrations.remote integrations
-__init__ cli_check cli __main__
+__init__ cli_check cli_text cli __main__
 """
 
 TRAINER = """

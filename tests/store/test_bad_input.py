@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from msft_store import (
     Base,
@@ -13,6 +17,7 @@ from msft_store import (
     InvalidInputError,
     NotAStoreError,
     OutOfSpaceError,
+    StorageError,
     Store,
     StoreError,
     UnknownCheckpointError,
@@ -21,7 +26,7 @@ from msft_store import (
 from msft_store.backend import LocalBackend
 from msft_store.format import canonical, digest, seal
 from msft_store.manifest import checkpoint_content
-from tests.support.faults import FaultyBackend
+from tests.support.faults import FaultyBackend, changed_at
 from tests.support.states import State, train_step
 
 EMPTY = checkpoint_content(
@@ -147,3 +152,75 @@ def test_an_export_goes_only_where_nothing_is(
     with pytest.raises(StoreError):
         store.export(ckpt, tmp_path / "full" / "file" / "below")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "full", "store"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"step": -1}, "step"),
+        ({"tags": 3}, "tags must be a list"),
+        ({"tags": (tag for tag in "ab")}, "tags must be a list"),
+        ({"compared": 3}, "Resident.compare"),
+        ({"compared": {("w", 0): 3}}, "Resident.compare"),
+    ],
+    ids=["step", "tags", "generator", "compared", "change"],
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(
+    store: Store, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=said):
+        store.save({"w": torch.ones(1000)}, **wrong)
+    assert not [path for path in Path(store.path).rglob("*") if path.suffix in (".pack", ".json")][
+        1:
+    ]
+
+
+@pytest.mark.parametrize("names", ["model.scale", 3, [3]])
+def test_names_are_a_collection_of_names(store: Store, ckpt: Checkpoint, names: Any) -> None:
+    with pytest.raises(InvalidInputError, match="names are those of tensors"):
+        store.load(ckpt, names=names)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "meta", [3]])
+def test_a_device_that_holds_no_numbers_is_refused(
+    store: Store, ckpt: Checkpoint, device: Any
+) -> None:
+    with pytest.raises(InvalidInputError, match="no device for tensors"):
+        store.load(ckpt, device=device)
+
+
+def test_a_note_is_a_mapping_and_a_policy_one(store: Store, ckpt: Checkpoint) -> None:
+    note: Any = 3
+    with pytest.raises(InvalidInputError, match="must be a mapping"):
+        store.pin(ckpt, "best", note=note)
+    with pytest.raises(InvalidInputError, match="retention policy"):
+        store.plan_gc(note)
+
+
+def test_a_store_can_be_created_where_its_creation_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "store" / "tmp").mkdir(parents=True)
+    (tmp_path / "store" / "tmp" / "1-a").write_bytes(b"{")
+    store = Store.create(tmp_path / "store")
+    assert store.plan_gc().execute().freed_bytes == 1
+
+
+@pytest.mark.parametrize("folder", ["refs", "refs/best", "packs", "tmp", "quarantine"])
+def test_nothing_is_written_through_a_link_in_a_store(
+    tmp_path: Path, store: Store, ckpt: Checkpoint, folder: str
+) -> None:
+    out, link = tmp_path / "elsewhere", Path(store.path, folder)
+    shutil.rmtree(link, ignore_errors=True)
+    out.mkdir()
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(out)
+    if folder == "quarantine":
+        changed_at(Path(store.path, "manifests", f"{ckpt.id}.json"), -3)
+        changed_at(Path(store.path, "manifests", f"{ckpt.id}.json"), -9)
+    operations: dict[str, Callable[[], object]] = {
+        "packs": lambda: store.save({"w": torch.ones(1000)}),
+        "tmp": lambda: store.pin(ckpt, "last"),
+        "quarantine": lambda: store.plan_repair().execute(),
+    }
+    with pytest.raises(StorageError, match="symbolic link"):
+        operations.get(folder, lambda: store.pin(ckpt, "best/one"))()
+    assert list(out.iterdir()) == []

@@ -305,9 +305,13 @@ def test_only_mappings_and_modules_are_saved(store: Store, tensors: object) -> N
         store.save(tensors)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
-def test_a_device_that_is_not_there_is_a_store_error(store: Store, device: str) -> None:
-    with pytest.raises(StorageError, match=device):
+@pytest.mark.parametrize(
+    ("device", "error"), [("cuda:77", StorageError), ("nonsense", InvalidInputError)]
+)
+def test_a_device_that_is_not_there_is_a_store_error(
+    store: Store, device: str, error: type[StoreError]
+) -> None:
+    with pytest.raises(error, match=device):
         store.load(store.save({"x": torch.ones(1)}), device=device)
 
 

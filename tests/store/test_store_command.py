@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +257,56 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
             main([name, "--help"])
         assert stop.value.code == 0
         assert f"example: msft-store {name}" in " ".join(capsys.readouterr().out.split())
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2J\u202eb\nc\ud800"
+
+
+def test_what_a_stranger_wrote_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
+    ckpt = store.save(
+        {HOSTILE: torch.ones(3)}, metrics={HOSTILE: 1.0}, tags=[HOSTILE], metadata={HOSTILE: 1}
+    )
+    store.pin(ckpt, "odd", note={"reasons": 5})
+    store.pin(ckpt, "best", note={"reasons": [HOSTILE, 7]})
+    for command in (["log"], ["inspect"], ["inspect", ckpt.id], ["gc"], ["check"], ["stats"]):
+        code, out, _ = run(capsys, "--store", store.path, *command)
+        assert code == 0
+        assert out.replace("\n", "").isprintable()
+        assert "\nc\\ud800" not in out
+    code, _, err = run(capsys, "--store", store.path, "inspect", HOSTILE[:-1])
+    assert code == 1
+    assert err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("command", [["log"], ["inspect", "--json"], ["stats"]])
+def test_an_output_that_cannot_be_written_is_an_error_without_a_traceback(
+    run_store: Store, command: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "msft_store.cli", "--store", run_store.path, *command],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "msft-store: the output was cut off: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_base_that_is_gone_is_told(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    commands = [["inspect"], ["stats"], ["inspect", run_store.log()[0].id]]
+    for command in commands:
+        assert "no longer at" not in run(capsys, "--store", run_store.path, *command)[1]
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    for command in commands:
+        _, out, _ = run(capsys, "--store", run_store.path, *command)
+        assert "no longer at" in out
+        assert "msft-store relocate" in out
+    assert document(capsys, "--store", run_store.path, "inspect")["bases"][0]["gone"] is True

@@ -1,0 +1,91 @@
+"""What the ``msft-store`` command prints, made safe for terminals.
+
+Invariant: nothing that a store holds reaches a terminal as a control character; names, metrics and
+notes may be a stranger's.
+
+Example::
+
+    say(printable(facts(store, checkpoint)))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+
+from msft_store.bases import Base, is_gone
+from msft_store.manifest import Checkpoint
+from msft_store.render import human, percent
+from msft_store.store import Store
+
+
+def printable(text: str) -> str:
+    """Return text with all that is neither visible nor a space or line end escaped."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def say(text: str) -> None:
+    """Print text at once, so that an error of writing it is raised here."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def hush() -> None:
+    """Throw away what could not be printed; else it is tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def listing(rows: Mapping[str, str]) -> str:
+    """Return one line a fact; what stands in it does not begin another one."""
+    return "\n".join(f"{name:<13} {_one_line(value)}" for name, value in rows.items())
+
+
+def facts(store: Store, checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint says of itself."""
+    notes = store.notes()
+    pins = [name for name, target in store.refs().items() if target == checkpoint.id]
+    ratio = percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
+    metrics = sorted(checkpoint.metrics.items())
+    text = listing(
+        {
+            "checkpoint": checkpoint.id,
+            "parent": checkpoint.parent or "none",
+            "base": checkpoint.base or "none",
+            "step": "none" if checkpoint.step is None else str(checkpoint.step),
+            "metrics": " ".join(f"{k}={v:.6g}" for k, v in metrics) or "none",
+            "tags": " ".join(checkpoint.tags) or "none",
+            "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
+            "logical": human(checkpoint.logical_bytes),
+            "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
+            "unreferenced": human(checkpoint.unreferenced_bytes),
+            # Others may pin and unpin while this looks.
+            "pins": "; ".join(f"{name}: {_reasons(notes.get(name, {}))}" for name in pins)
+            or "none",
+        }
+    )
+    return text + gone(base for base in store.bases() if base.id == checkpoint.base)
+
+
+def gone(bases: Iterable[Base]) -> str:
+    """Return a line for each base that checkpoints cannot be restored with as it is."""
+    return "".join(
+        f"\nbase {base.id[:12]} is no longer at {_one_line(base.path)}, or shorter than it was; "
+        f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
+        for base in bases
+        if is_gone(base)
+    )
+
+
+def _reasons(note: Mapping[str, object]) -> str:
+    reasons = note.get("reasons")
+    # A note is JSON of whoever wrote it.
+    return ", ".join(map(str, reasons)) if reasons and isinstance(reasons, list) else "pinned"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
