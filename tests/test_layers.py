@@ -44,7 +44,7 @@ algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
 pause interrupt together alarm data batches model forward optim evaluate
-state whole agreement resume course directory workspace steps commits
+state whole agreement resume course trackers directory workspace steps commits
 loop
 run compare demo
 __init__ cli __main__

@@ -7,14 +7,29 @@ Example::
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
 from trainer.settings import Config, SubDatasetConfig
 from trainer.strategy import OVERALL
+
+TRACKERS = (
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+"""The trackers that Accelerate knows, each by the name of its package."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(x|kB|MB|GB|TB)")
@@ -67,6 +82,7 @@ def check_settings(config: Config) -> None:
         if value is not None and not sound(value):
             raise ConfigError(f"{key} must be {words}, got {value!r}")
     _check_sub_datasets(config.data.sub_datasets)
+    _check_trackers(config.log_with)
     train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
     if train.batch_size > train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ConfigError(
@@ -98,6 +114,21 @@ def _check_sub_datasets(sub_datasets: Mapping[str, SubDatasetConfig]) -> None:
             file = getattr(files, part)
             if file is not None and not Path(file).is_file():
                 raise ConfigError(f"{at}.{part}: there is no file {file}")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"log_with must name trackers, of {', '.join(TRACKERS)}; got {name!r}{hint}"
+            )
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"log_with names {name!r}, which is not installed: `pip install "
+                f"{name.replace('_', '-')}`, or remove it from log_with"
+            )
 
 
 def _check_pattern(pattern: str) -> None:

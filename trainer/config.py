@@ -50,6 +50,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON values."""
     tree: dict[str, Any] = asdict(config)
     tree["train"]["betas"] = list(config.train.betas)
+    tree["log_with"] = list(config.log_with)
     return tree
 
 

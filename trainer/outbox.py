@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from trainer.journal import Journal
+from trainer.journal import Journal, Record
 
 Line = tuple[str, dict[str, Any]]
 """Event and fields of a record."""
@@ -30,9 +30,12 @@ _Waiting = tuple[Future[Any] | None, Callable[[], Iterable[Line]]]
 class Outbox:
     """Writes a journal's records in the order in which they were added."""
 
-    def __init__(self, journal: Journal | None) -> None:
-        """Without a journal nothing is written."""
+    def __init__(
+        self, journal: Journal | None, told: Callable[[Record], None] = lambda record: None
+    ) -> None:
+        """Without a journal nothing is written; ``told`` gets each record that was."""
         self._journal = journal
+        self._told = told
         self._waiting: deque[_Waiting] = deque()
 
     def add(self, event: str, **fields: Any) -> None:
@@ -68,7 +71,7 @@ class Outbox:
         try:
             for event, fields in lines():
                 if self._journal is not None:
-                    self._journal.append(event, **fields)
+                    self._told(self._journal.append(event, **fields))
         except BaseException:
             self._waiting.clear()
             raise

@@ -122,7 +122,7 @@ def _run(config: Config, *, say: Say, progress: bool) -> Summary:
 
 
 def _go(config: Config, *, say: Say, progress: bool) -> Summary:
-    with open_workspace(config) as work, Interrupts() as interrupts:
+    with open_workspace(config, warn=say) as work, Interrupts() as interrupts:
         if not work.accelerator.is_main_process:
             say = _silent
         try:

@@ -146,6 +146,11 @@ class Config:
     ``None``: no limit but the disk's."""
     log_every: int = 10
     """Optimizer steps between ``trained`` records in the journal."""
+    log_with: tuple[str, ...] = ()
+    """Trackers that get what the journal records, as in ``[tensorboard, wandb]``: those that
+    Accelerate knows. One that writes files writes them to ``trackers/`` in the run directory."""
+    log_project: str = "msft"
+    """The project that a tracker files the run under."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()

@@ -1,6 +1,6 @@
 """Plain mappings into frozen dataclasses, checked against their annotations.
 
-Understands ``str``, ``bool``, ``int``, ``float``, ``Literal``, ``X | None``, fixed-length tuples,
+Understands ``str``, ``bool``, ``int``, ``float``, ``Literal``, ``X | None``, tuples,
 mappings from names, and dataclasses of these. An integer serves as a number; nothing else is
 converted.
 
@@ -71,6 +71,10 @@ def _convert(hint: Any, value: Any, *, at: str, root: Any) -> Any:
             choices = ", ".join(map(str, args))
             raise ConfigError(f"{at} must be one of {choices}, got {_show(value)}{hint_text}")
         return value
+    if origin is tuple and args[1:] == (...,):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{at} must be a list, got {_show(value)}")
+        args = args[:1] * len(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise ConfigError(f"{at} must be a list of {len(args)} values, got {_show(value)}")

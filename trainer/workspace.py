@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -45,13 +45,14 @@ from trainer.config import to_dict
 from trainer.data import Example, Mixture, load_mixture
 from trainer.directory import JOURNAL, STORE, locked
 from trainer.errors import RunError
-from trainer.journal import Journal, Record
+from trainer.journal import Journal, Record, read
 from trainer.model import LoadedModel, load_model
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
 from trainer.strategy import OVERALL
+from trainer.trackers import tracking
 from trainer.whole import put_back, weights_alone
 
 RESULT = "result"
@@ -171,10 +172,13 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(config: Config) -> Iterator[Workspace]:
+def open_workspace(
+    config: Config, *, warn: Callable[[str], None] = lambda line: None
+) -> Iterator[Workspace]:
     """Lock the run directory, which has its ``config.yaml``, and put everything together.
 
     A journal without a record, or none, is a run that never began: its store is made anew.
+    ``warn`` gets a line for people where something fails that training can do without.
     """
     directory = Path(config.output_dir)
     _prepare_process(config)
@@ -207,9 +211,10 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             yield work
             return
         with Journal.open(directory / JOURNAL) as work.journal:
-            work.outbox = Outbox(work.journal)
             _open_store(work)
-            with _settled(work):
+            earlier = read(directory / JOURNAL)
+            with tracking(config, earlier, warn=warn) as told, _settled(work):
+                work.outbox = Outbox(work.journal, told)
                 yield work
 
 
