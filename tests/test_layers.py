@@ -47,7 +47,8 @@ pause interrupt together alarm data batches model forward optim evaluate
 state whole agreement resume course trackers directory workspace steps commits
 loop
 run compare demo
-__init__ cli __main__
+turns simulate holding policies simulated
+__init__ cli_simulate cli __main__
 """
 
 LAYERS = {"msft_store": STORE.split(), "trainer": TRAINER.split()}

@@ -73,14 +73,19 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def check_settings(config: Config) -> None:
-    """Raise :class:`ConfigError` for the first value that cannot work."""
+def check_ranges(config: Config) -> None:
+    """Raise :class:`ConfigError` for the first value that is out of its range by itself."""
     for key, sound, words in _RANGES:
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)
         if value is not None and not sound(value):
             raise ConfigError(f"{key} must be {words}, got {value!r}")
+
+
+def check_settings(config: Config) -> None:
+    """Raise :class:`ConfigError` for the first value that cannot work."""
+    check_ranges(config)
     _check_sub_datasets(config.data.sub_datasets)
     _check_trackers(config.log_with)
     train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from msft_store import StoreError
 from trainer.agreement import check
+from trainer.cli_simulate import add_options, simulations
 from trainer.compare import compare
 from trainer.config import load_config
 from trainer.data import Example, load_mixture
@@ -115,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="methods, separated by commas (default: %(default)s)",
     )
+    simulating = _add(
+        commands,
+        "simulate",
+        _simulate,
+        "replay other policies on the curves of a recorded run",
+        "msft-train simulate runs/demo --sweep peak-window=2,4,off",
+    )
+    add_options(simulating)
     return parser
 
 
@@ -131,7 +140,7 @@ def _add(
     parser.set_defaults(command=command)
     if name in ("resume", "report"):
         parser.add_argument("run", metavar="RUN", help="the directory of a run")
-    else:
+    elif name != "simulate":
         parser.add_argument("config", metavar="CONFIG", help="a YAML file")
         parser.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", help="overrides, as in train.lr=2e-5"
@@ -164,6 +173,11 @@ def _compare(options: argparse.Namespace) -> int:
     tree = {label: summary.to_dict() for label, summary in summaries.items()}
     _print(tree if options.json else compare_table(summaries))
     return max(_exit_code(summary) for summary in summaries.values())
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    tree, text = simulations(options)
+    _print(tree if options.json else text)
 
 
 def _exit_code(summary: Summary) -> int:

@@ -47,9 +47,20 @@ def _start(journal: Journal, curve: Mapping[str, Any], names: list[str], method:
         version="0.1.0",
         method=method,
         config={
+            "method": method,
+            "output_dir": "run",
             "seed": 7,
+            "model": {"path": "m"},
+            "data": {
+                "sub_datasets": {n: {"train": f"{n}.t", "validation": f"{n}.v"} for n in names}
+            },
             "train": {"lr": 1e-5},
-            "msft": {"peak_window": curve.get("peak_window")},
+            "evaluation": {"metric": "exact_match" if curve["mode"] == "max" else "loss"},
+            "msft": {
+                "compute_budget": curve["compute_budget"],
+                "peak_window": curve.get("peak_window"),
+                "max_stages": curve.get("max_stages"),
+            },
         },
         model={"path": "m", "parameters": 100, "layers": 2, "hidden": 5, "dtype": "bfloat16"},
         mode=curve["mode"],

@@ -1,0 +1,139 @@
+"""How the stages of a run end, under its own policy and under another one, and that in words.
+
+Example::
+
+    turn = recorded_turn(stage_records, first_evaluations(counted))
+    deed("the run", turn)           # at epoch 3 the run excludes arith and goes on from stage 1, …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.journal import Record
+
+Kind = Literal["roll_back", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """How a stage ends."""
+
+    epoch: float
+    """In the stage, at which it was decided."""
+    decision: Kind
+    checkpoint: str
+    """What is gone back to, or the result."""
+    to_stage: int
+    """Of that checkpoint."""
+    to_epoch: float
+    exclude: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReplay:
+    """One stage under the run's policy and under another one."""
+
+    number: int
+    active: tuple[str, ...]
+    recorded: Turn | None
+    """``None`` where the run was not over."""
+    simulated: Turn | None
+    """``None`` where the curve ends before a decision."""
+
+
+def first_evaluations(counted: Sequence[Record]) -> dict[str, Record]:
+    """Return the first evaluation of each checkpoint."""
+    first: dict[str, Record] = {}
+    for record in counted:
+        if record["event"] == "evaluated":
+            first.setdefault(record["checkpoint"], record)
+    return first
+
+
+def recorded_turn(group: Sequence[Record], first: Mapping[str, Record]) -> Turn | None:
+    """Return how a stage ended, of all records of it; ``None`` where it has not."""
+    epochs = {r["index"]: r["epoch"] for r in group if r["event"] == "evaluated"}
+    for record in group:
+        if record["event"] == "decided" and record["decision"] in ("roll_back", "stop"):
+            return turn_of(epochs[record["index"]], record["decision"], record, first)
+    return None
+
+
+def turn_of(
+    epoch: float,
+    kind: Kind,
+    decided: Mapping[str, Any],
+    first: Mapping[str, Record],
+) -> Turn:
+    """Return a turn; ``decided`` has checkpoint, exclude and reason, ``first`` all checkpoints."""
+    target = first[decided["checkpoint"]]
+    return Turn(
+        epoch=epoch,
+        decision=kind,
+        checkpoint=decided["checkpoint"],
+        to_stage=target["stage"],
+        to_epoch=target["epoch"],
+        exclude=tuple(decided["exclude"]),
+        reason=decided["reason"],
+    )
+
+
+def course(turn: Turn | None) -> tuple[Any, ...]:
+    """Return where a turn leads, whenever it was decided."""
+    return () if turn is None else (turn.decision, turn.checkpoint, turn.exclude)
+
+
+def deed(who: str, turn: Turn | None) -> str:
+    """Say what a policy does at the end of a stage."""
+    if turn is None:
+        return f"{who} trains on"
+    excludes = f"excludes {', '.join(turn.exclude)}" if turn.exclude else "excludes nothing"
+    place = f"stage {turn.to_stage}, epoch {turn.to_epoch:.4g}"
+    goes = "goes on from" if turn.decision == "roll_back" else "stops with"
+    return f"at epoch {turn.epoch:.4g} {who} {excludes} and {goes} {place}"
+
+
+def why_known(stages: Sequence[StageReplay], reason: str) -> str:
+    """Say that a policy is known to its end, which it gives as a reason."""
+    courses = [(course(stage.recorded), course(stage.simulated)) for stage in stages]
+    if all(its == mine for its, mine in courses):
+        how = "with the run's own decisions"
+    elif all((its[0], its[2:]) == (mine[0], mine[2:]) for its, mine in courses if its):
+        how = "with the run's own exclusions, but another result"
+    else:
+        how = "though not as the run"
+    return f"It is known to its end, {how}: {reason}."
+
+
+def why_left(stage: StageReplay, *, is_other_data: bool) -> str:
+    """Say how a policy leaves the run's path at the end of a stage.
+
+    With ``is_other_data`` it decides as the run did, but the next stage has other shares.
+    """
+    mine, its = stage.simulated, stage.recorded
+    if its is None:
+        return f"In stage {stage.number} {deed('it', mine)}; the run has not come so far."
+    deeds = f"In stage {stage.number} {deed('it', mine)}; {deed('the run', its)}"
+    if is_other_data:
+        deeds += f". But stage {stage.number + 1} trains on other shares of the data"
+    return f"{deeds}. From there on the run's curves say nothing."
+
+
+def why_open(stage: StageReplay, *, epoch: float, budget: float) -> str:
+    """Say where the curve of a stage ends before the policy does; ``epoch`` is its last one."""
+    number = stage.number
+    if epoch > budget:
+        return (
+            f"Stage {number} has no evaluation at epoch {budget:g}, where the compute budget ends: "
+            "take a multiple of the run's eval_every."
+        )
+    if stage.recorded is None:
+        return f"The run is not over: stage {number} is known up to epoch {epoch:.4g}."
+    return (
+        f"In stage {number} it trains on when {deed('the run', stage.recorded)}. Beyond that "
+        "nothing is known."
+    )
