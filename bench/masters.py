@@ -24,10 +24,10 @@ from trainer.directory import JOURNAL, create_directory
 from trainer.interrupt import Interrupts
 from trainer.journal import read
 from trainer.loop import Loop
-from trainer.model import unique_state
 from trainer.resume import replay
 from trainer.settings import Config
 from trainer.summary import Summary, summarize
+from trainer.weights import unique, weights_of
 from trainer.workspace import open_workspace, start_record
 
 
@@ -52,13 +52,14 @@ class RoundingTimeline(Timeline):
         return super().commit(rounded(tensors, self._dtype), step, metrics, metadata)
 
     def rollback(
-        self, checkpoint: Checkpoint | str, *, into: torch.nn.Module | None = None
+        self, checkpoint: Checkpoint | str, *, into: Any = None
     ) -> dict[str, torch.Tensor]:
-        """Restore a checkpoint, into a module of whatever dtype."""
+        """Restore a checkpoint, into tensors of whatever dtype."""
         tensors = super().rollback(checkpoint)
         if into is None:
             return tensors
-        into.load_state_dict(tensors)
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
         return {}
 
 
@@ -80,7 +81,7 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
     with open_workspace(config) as work, Interrupts() as interrupts:
         assert work.store is not None, "this is the main process"
         assert work.base is not None, "this is the main process"
-        size = sum(t.nbytes for t in rounded(unique_state(work.loaded.model), dtype).values())
+        size = sum(t.nbytes for t in rounded(unique(weights_of(work.loaded.model)), dtype).values())
         work.loaded = replace(work.loaded, full_bytes=size)
         strategy = make_strategy(config)
         policy = retention(strategy.needs(), strategy.mode)

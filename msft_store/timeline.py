@@ -159,11 +159,12 @@ class Timeline:
         self._background.wait()
 
     def rollback(
-        self, checkpoint: Checkpoint | str, *, into: torch.nn.Module | None = None
+        self, checkpoint: Checkpoint | str, *, into: State | torch.nn.Module | None = None
     ) -> dict[str, torch.Tensor]:
         """Restore a checkpoint and start a new branch from it.
 
-        The tensors are restored into a module, or returned (an empty dictionary with ``into``).
+        The tensors are restored into those of a module or a mapping, or returned (an empty
+        dictionary with ``into``).
         Restored and verified first; then the checkpoint becomes the root, what the new branch does
         not need is evicted, the root is encoded so that it needs nothing but the base, and what
         else stays as a change of it.

@@ -43,7 +43,8 @@ journal flops plan outbox
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
-pause interrupt together alarm data batches model forward optim evaluate
+pause interrupt together alarm data batches weights snapshot model adapter result
+forward optim evaluate
 state whole agreement resume course trackers directory workspace steps commits
 loop
 run compare demo
@@ -74,7 +75,7 @@ UNPICKLED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "s
 
 CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 
-OPTIONAL: set[str] = set()
+OPTIONAL: set[str] = {"peft"}
 """Dependencies that may be missing, and may therefore be imported inside a function."""
 
 

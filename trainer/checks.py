@@ -54,6 +54,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_disk", lambda text: to_bytes(text, 1) is not None, "such as 500MB, 2GB or 1.5x, or null"),
     ("log_every", lambda n: n >= 1, "at least 1"),
     ("data.max_length", lambda n: n >= 2, "at least 2"),
+    ("lora.r", lambda n: n >= 1, "at least 1"),
+    ("lora.alpha", lambda n: n >= 1, "at least 1"),
+    ("lora.dropout", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("lora.target_modules", lambda names: names and all(names), "names, or null for all layers"),
     ("train.lr", lambda x: x > 0, "above 0"),
     ("train.betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
     ("train.eps", lambda x: x > 0, "above 0"),
@@ -78,7 +82,7 @@ def check_ranges(config: Config) -> None:
     for key, sound, words in _RANGES:
         value: Any = config
         for name in key.split("."):
-            value = getattr(value, name)
+            value = None if value is None else getattr(value, name)
         if value is not None and not sound(value):
             raise ConfigError(f"{key} must be {words}, got {value!r}")
 
@@ -88,6 +92,7 @@ def check_settings(config: Config) -> None:
     check_ranges(config)
     _check_sub_datasets(config.data.sub_datasets)
     _check_trackers(config.log_with)
+    _check_precision(config)
     train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
     if train.batch_size > train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ConfigError(
@@ -101,6 +106,27 @@ def check_settings(config: Config) -> None:
         )
     if evaluation.answer_pattern is not None:
         _check_pattern(evaluation.answer_pattern)
+
+
+def _check_precision(config: Config) -> None:
+    """Raise :class:`ConfigError` where dtypes contradict each other, or one does nothing."""
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            "model.dtype float16 would need a loss scaler, for its small gradients vanish: use "
+            "bfloat16, or float32 with train.compute_dtype bfloat16"
+        )
+    key, trained = "model.dtype", config.model.dtype
+    if config.lora is not None:
+        key, trained = "lora.dtype", config.lora.dtype
+    if config.train.compute_dtype is not None and "float32" not in (config.model.dtype, trained):
+        raise ConfigError(
+            "train.compute_dtype is for weights in float32: remove it, or set model.dtype float32"
+        )
+    if config.snapshot_dtype is not None and trained != "float32":
+        raise ConfigError(
+            f"snapshot_dtype {config.snapshot_dtype} rounds nothing, because {key} is {trained}: "
+            f"remove it, or set {key} float32"
+        )
 
 
 def _check_sub_datasets(sub_datasets: Mapping[str, SubDatasetConfig]) -> None:

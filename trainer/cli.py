@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from msft_store import StoreError
+from trainer.adapter import load_trained
 from trainer.agreement import check
 from trainer.cli_simulate import add_options, simulations
 from trainer.compare import compare
@@ -28,7 +29,6 @@ from trainer.data import Example, load_mixture
 from trainer.errors import PausedError, TrainerError
 from trainer.flops import ModelSize
 from trainer.interrupt import Interrupted
-from trainer.model import load_model
 from trainer.plan import Counts, Plan, plan
 from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
@@ -196,7 +196,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def plan_of(config: Config) -> Plan:
     """Count a configuration's data and model, and work out what its run takes at most."""
-    loaded = load_model(config.model)
+    loaded = load_trained(config)
     mixture = load_mixture(
         config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
     )
@@ -216,8 +216,13 @@ def plan_of(config: Config) -> Plan:
             validation_attention_tokens=sum(n * n for n in passes),
             too_long=sub.too_long,
         )
-    size = ModelSize(parameters=loaded.parameters, layers=loaded.layers, hidden=loaded.hidden)
-    return plan(config, counts, size, loaded.full_bytes)
+    size = ModelSize(
+        parameters=loaded.parameters,
+        trainable=loaded.trainable,
+        layers=loaded.layers,
+        hidden=loaded.hidden,
+    )
+    return plan(config, counts, size, loaded.full_bytes, trained_bytes=loaded.trained_bytes)
 
 
 def _lengths(examples: Sequence[Example]) -> list[int]:

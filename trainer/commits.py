@@ -69,7 +69,7 @@ def begin_commit(
     if work.timeline is None:
         return None
     began = time.monotonic()
-    tensors = work.accelerator.unwrap_model(work.model).state_dict()
+    tensors = work.snapshots.take()
     if restores:
         tensors = whole(tensors, work.optimizer, rows)
     metadata = {"stage": stage, "epoch": epoch}

@@ -51,6 +51,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     tree: dict[str, Any] = asdict(config)
     tree["train"]["betas"] = list(config.train.betas)
     tree["log_with"] = list(config.log_with)
+    if config.lora is not None and config.lora.target_modules is not None:
+        tree["lora"]["target_modules"] = list(config.lora.target_modules)
     return tree
 
 

@@ -5,7 +5,8 @@ costs 2 N + 4 L d T a token and training, with its backward pass, three times th
 Over the sequences of a batch the second term is proportional to the sum of their T², which the
 journal records as ``attention_tokens``. A token that is generated one at a time costs a forward
 pass in which it looks back on all tokens before it (``generated_attention_tokens``). N counts
-all parameters, tied ones once. Work that gradient checkpointing repeats is not counted.
+all parameters, tied ones once. For frozen ones the backward pass computes no gradient: F of them
+make training cheaper by 2 F a token. Work that gradient checkpointing repeats is not counted.
 
 Where the work went, in rows that add up to all of it:
 
@@ -39,6 +40,8 @@ class ModelSize:
 
     parameters: int
     """N, tied ones counted once."""
+    trainable: int | None = None
+    """Of them, those that are trained; ``None``: all."""
     layers: int
     """L."""
     hidden: int
@@ -49,8 +52,12 @@ class ModelSize:
         return 2 * self.parameters * tokens + 4 * self.layers * self.hidden * attention_tokens
 
     def training(self, tokens: int, attention_tokens: int) -> int:
-        """Return the FLOPs of a forward and a backward pass."""
-        return 3 * self.forward(tokens, attention_tokens)
+        """Return the FLOPs of a forward and a backward pass.
+
+        Frozen weights take no gradient, which is a third of what a trained one costs.
+        """
+        frozen = 0 if self.trainable is None else self.parameters - self.trainable
+        return 3 * self.forward(tokens, attention_tokens) - 2 * frozen * tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,12 @@ class Account:
 def model_size(records: Iterable[Record]) -> ModelSize:
     """Return the size of the model that a journal is about."""
     model = next(record["model"] for record in records if record["event"] == "run_started")
-    return ModelSize(parameters=model["parameters"], layers=model["layers"], hidden=model["hidden"])
+    return ModelSize(
+        parameters=model["parameters"],
+        trainable=model.get("trainable"),
+        layers=model["layers"],
+        hidden=model["hidden"],
+    )
 
 
 def seqs_on_path(counted: Sequence[Record]) -> set[int]:

@@ -37,6 +37,15 @@ class Batch:
     """Same shape: the completion's token ids, :data:`IGNORED` on prompt and padding."""
 
 
+def compute_in(dtype: str, model: Any, device: str) -> None:
+    """Let every forward pass of a model compute in ``dtype`` what loses nothing by it (autocast).
+
+    What does, as sums and norms, stays in the dtype of the weights.
+    """
+    autocast = torch.autocast(device, dtype=getattr(torch, dtype))
+    model.forward = autocast(model.forward)
+
+
 def collate(examples: Sequence[Example], *, pad_token_id: int, device: Any = "cpu") -> Batch:
     """Pad examples to the longest one of them."""
     width = max(len(example) for example in examples)

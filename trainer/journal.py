@@ -10,8 +10,8 @@ as ``null``, and ``read`` gives NaN back wherever a number belongs.
 ================== ==============================================================================
 event              fields
 ================== ==============================================================================
-``run_started``    version, method, config, model {path, parameters, layers, hidden, dtype}, mode,
-                   metric, sub_datasets {name: {train, validation, test, too_long}},
+``run_started``    version, method, config, model {path, parameters, trainable, layers, hidden,
+                   dtype}, mode, metric, sub_datasets {name: {train, validation, test, too_long}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
 ``stage_started``  stage, root (checkpoint id), active [names], epochs, steps (planned), examples

@@ -256,7 +256,8 @@ class Loop:
         reset(self._work.optimizer)
 
     def _measure(self) -> Result:
-        return self._evaluator(self._work.model, self._work.split("validation"))
+        with self._work.snapshots.as_committed():
+            return self._evaluator(self._work.model, self._work.split("validation"))
 
     def _commit(self, stage: Stage, epoch: float, result: Result) -> Committing | None:
         """Commit the weights with their metrics, in the main process."""

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer, and writing one.
+"""Loading a causal language model with its tokenizer.
 
 A model comes from a directory or from the Hugging Face hub; the latter is downloaded to a directory
 first, so that its safetensors files can serve as a store's base.
@@ -7,13 +7,11 @@ Example::
 
     loaded = load_model(ModelConfig(path="examples/stdlib_tasks/base"))
     loaded.model, loaded.tokenizer, loaded.parameters
-    save_model(loaded, "runs/demo/model")
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.errors import ConfigError
-from trainer.files import enough_space, make_readable, sync
 from trainer.settings import ModelConfig
+from trainer.weights import unique, weights_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -40,15 +38,21 @@ class LoadedModel:
     directory: Path
     """Where its files are."""
     parameters: int
-    """N: all parameters, tied ones once."""
+    """N: all parameters, tied ones and those of an adapter once."""
+    trainable: int
+    """Of them, those that are trained."""
     layers: int
     """L."""
     hidden: int
     """d."""
+    trained_bytes: int
+    """Bytes of the run's weights in the dtype of training: parameters and saved buffers."""
     full_bytes: int
-    """Bytes of one full checkpoint in the dtype of training: parameters and saved buffers."""
+    """Bytes of one full checkpoint: the run's weights in the dtype of its checkpoints."""
     base_bytes: int
     """Bytes of the safetensors files in ``directory``."""
+    adapter: Any = None
+    """PEFT's configuration of the adapter; ``None`` where all parameters are trained."""
 
     @property
     def pad_token_id(self) -> int:
@@ -97,14 +101,18 @@ def load_model(config: ModelConfig) -> LoadedModel:
             f"the tokenizer in {directory} has no EOS token, so no completion could ever end"
         )
     text_config = model.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weight_bytes = sum(tensor.nbytes for tensor in unique(weights_of(model)).values())
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         directory=directory,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
+        trainable=parameters,
         layers=int(text_config.num_hidden_layers),
         hidden=int(text_config.hidden_size),
-        full_bytes=sum(tensor.nbytes for tensor in unique_state(model).values()),
+        trained_bytes=weight_bytes,
+        full_bytes=weight_bytes,
         base_bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -113,46 +121,6 @@ def max_positions(model: Any) -> int | None:
     """Return the longest sequence that the model has positions for, where it says so."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def unique_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict with tied tensors once, under the first of their names."""
-    seen: set[tuple[Any, ...]] = set()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        state[name] = tensor
-    return state
-
-
-def save_model(loaded: LoadedModel, directory: str | Path) -> None:
-    """Write an ordinary Hugging Face directory with weights, configuration and tokenizer.
-
-    It appears under its name only when it is whole; one that is there already is replaced.
-    """
-    directory = Path(directory)
-    partial = directory.with_name(f"{directory.name}.partial")
-    old = directory.with_name(f"{directory.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with enough_space("the model", directory, needed_bytes=loaded.full_bytes):
-        try:
-            loaded.model.save_pretrained(partial)
-            loaded.tokenizer.save_pretrained(partial)
-            for path in (*partial.rglob("*"), partial):
-                make_readable(path)
-                sync(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _locate(path: str) -> Path:

@@ -125,9 +125,15 @@ def plan(
     counts: Mapping[str, Counts],
     size: ModelSize,
     checkpoint_bytes: int,
+    *,
+    trained_bytes: int | None = None,
 ) -> Plan:
-    """Work out what a run of ``config`` takes at most; ``counts`` are by sub-dataset."""
+    """Work out what a run of ``config`` takes at most; ``counts`` are by sub-dataset.
+
+    ``trained_bytes`` are those of the weights in training, where checkpoints are rounded.
+    """
     stage_limit, one_peak = 1, None
+    trained = checkpoint_bytes if trained_bytes is None else trained_bytes
     if config.method != "sft":
         names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))
         stage_limit = config.msft.max_stages or 2 * len(names)
@@ -140,8 +146,8 @@ def plan(
         one_peak_a_stage=one_peak,
         checkpoints=_alive(config, len(counts)),
         checkpoint_bytes=checkpoint_bytes,
-        rollback_point_bytes=checkpoint_bytes * (3 if config.restores_optimizer else 1),
-        resume_bytes=0 if config.resume_every is None else 3 * checkpoint_bytes,
+        rollback_point_bytes=checkpoint_bytes + (2 * trained if config.restores_optimizer else 0),
+        resume_bytes=0 if config.resume_every is None else 3 * trained,
         too_long={name: part.too_long for name, part in counts.items() if part.too_long},
         max_length=config.data.max_length,
         max_disk=None if config.max_disk is None else to_bytes(config.max_disk, checkpoint_bytes),

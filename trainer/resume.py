@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from trainer.errors import RunError
 from trainer.files import enough_space, sync
 from trainer.journal import Record
-from trainer.model import unique_state
 from trainer.state import load_optimizer, optimizer_tensors, python_rng, set_python_rng
 from trainer.strategy import (
     Continue,
@@ -41,6 +40,7 @@ from trainer.strategy import (
     Stop,
     Strategy,
 )
+from trainer.weights import unique, weights_of
 
 Origin = Literal["resume_point", "stage_root", "end"]
 _VERSION = 1
@@ -183,7 +183,7 @@ def save_point(
     path: Path, point: Point, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
 ) -> int:
     """Replace the resume point and return its size in bytes; ``rng`` is from ``gather_rng``."""
-    tensors = {f"model.{name}": tensor for name, tensor in unique_state(model).items()}
+    tensors = {f"model.{name}": tensor for name, tensor in unique(weights_of(model)).items()}
     moments = optimizer_tensors(optimizer)
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
     tensors |= {f"rng.{name}": tensor for name, tensor in rng.items()}
@@ -220,7 +220,7 @@ def load_point(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, 
 
     Returns torch's generator states of all processes, for ``set_rng``.
     """
-    state = model.state_dict()
+    state = weights_of(model)
     parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "rng": {}}
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for full_name in file.keys():  # noqa: SIM118 - not a mapping

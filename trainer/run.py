@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from msft_store import StoreError
+from trainer.adapter import silence
 from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
 from trainer.commits import retention
@@ -37,10 +38,11 @@ from trainer.files import sync
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
 from trainer.loop import Loop, Say
-from trainer.model import load_model, save_model
+from trainer.model import load_model
 from trainer.optim import reset
 from trainer.pause import finds_no_room, pausing
 from trainer.report import write_report
+from trainer.result import save_model
 from trainer.resume import (
     Position,
     Standing,
@@ -209,7 +211,7 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
     evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
     _test(work, evaluator, "result", stop.checkpoint)
     if work.accelerator.is_main_process:
-        save_model(work.loaded, work.directory / MODEL)
+        save_model(work.loaded, work.snapshots, work.directory / MODEL)
     _load_base(work)
     _test(work, evaluator, "base", work.base.id if work.base else None)
     say(f"the result is in {work.directory / MODEL}")
@@ -245,7 +247,10 @@ def _test(work: Workspace, evaluator: Evaluator, what: str, checkpoint: str | No
 
 
 def _load_base(work: Workspace) -> None:
-    """Load the base's weights from its directory, in every process."""
+    """Let the model be its base again, in every process; the weights come from its directory."""
+    if work.loaded.adapter is not None:
+        silence(work.loaded.model)
+        return
     fresh = load_model(work.config.model).model.state_dict()
     with torch.no_grad():
         for name, tensor in work.accelerator.unwrap_model(work.model).state_dict().items():

@@ -19,11 +19,31 @@ class ModelConfig:
     path: str
     """A directory, or a hub id, that ``AutoModelForCausalLM`` loads."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Dtype of the weights in training; the paper's is bfloat16."""
+    """Dtype of the weights in training; the paper's is bfloat16. float16 is refused: its gradients
+    would have to be scaled."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     attn_implementation: str | None = None
     """Passed to transformers; ``None`` leaves the choice to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter (``lora:``), trained instead of the model's weights."""
+
+    r: int = 16
+    """Rank of the update of each layer."""
+    alpha: int = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Of the adapter's input, in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get one, as in ``[q_proj, v_proj]``; ``None``: all linear layers but
+    the output layer."""
+    rslora: bool = False
+    """Scale by alpha / √r instead."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the adapter in training; the model's is ``model.dtype``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +75,9 @@ class DataConfig:
 class TrainConfig:
     """Optimization (``train:``)."""
 
+    compute_dtype: Literal["bfloat16"] | None = None
+    """Compute with float32 weights in this dtype, by autocast: faster where the device has it, and
+    small updates are not lost in the weights. ``None``: in the dtype of the weights."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Adam (the paper's) or AdamW, with moments in the dtype of the weights."""
     lr: float = 1e-5
@@ -140,6 +163,9 @@ class Config:
     resident_reference: bool = False
     """Keep a second copy of the weights on their device, those that a stage starts from, and find
     there what a checkpoint changed instead of on the CPU. For GPUs; the results are the same."""
+    snapshot_dtype: Literal["bfloat16"] | None = None
+    """Round float32 weights to this dtype in checkpoints, which halves them. Evaluations,
+    roll-backs and the result are of the rounded ones. ``None``: checkpoints are exact."""
     max_disk: str | None = None
     """What the store of the rollback points may take at most, temporary files included: bytes as in
     ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run that needs more pauses.
@@ -152,6 +178,8 @@ class Config:
     log_project: str = "msft"
     """The project that a tracker files the run under."""
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """An adapter; ``None``: all weights are trained."""
     data: DataConfig
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()

@@ -124,6 +124,8 @@ def _unknown(key: str, siblings: list[str], *, at: str, root: Any) -> str:
 
 def _dotted_keys(cls: Any, at: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(cls).items():
+        if type(None) in get_args(hint):
+            hint = get_args(hint)[0]  # noqa: PLW2901 - what it is where it is something
         if dataclasses.is_dataclass(hint):
             yield from _dotted_keys(hint, _join(at, name))
         yield _join(at, name)

@@ -7,7 +7,7 @@ from the step that the checkpoint was made after. The result of a run is stored 
 Example::
 
     tensors = whole(weights, optimizer, rows)
-    put_back(tensors, model, optimizer, accelerator)        # in all processes
+    put_back(tensors, optimizer, accelerator)        # in all processes
 """
 
 from __future__ import annotations
@@ -71,16 +71,8 @@ def weights_alone(store: Store, checkpoint: str, *, name: str) -> str:
     return alone.id
 
 
-def put_back(
-    tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, optimizer: Any, own: Accelerator
-) -> None:
-    """Restore in every process what :func:`whole` returned; the main process has ``tensors``.
-
-    The weights are restored in the main process only, as from any other checkpoint.
-    """
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items() if tensors else ():
-            tensor.copy_(tensors[name])
+def put_back(tensors: Mapping[str, torch.Tensor], optimizer: Any, own: Accelerator) -> None:
+    """Restore in every process what :func:`whole` added; the main process has ``tensors``."""
     rest = {name: tensor for name, tensor in tensors.items() if not is_weight(name)}
     rest = _shared(rest, own)
     load_optimizer(optimizer, _under(_OPTIMIZER, rest))

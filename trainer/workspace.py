@@ -38,6 +38,7 @@ from msft_store import (
     Store,
     Timeline,
 )
+from trainer.adapter import load_trained
 from trainer.agreement import check
 from trainer.algorithms import metric_mode
 from trainer.checks import to_bytes
@@ -45,14 +46,17 @@ from trainer.config import to_dict
 from trainer.data import Example, Mixture, load_mixture
 from trainer.directory import JOURNAL, STORE, locked
 from trainer.errors import RunError
+from trainer.forward import compute_in
 from trainer.journal import Journal, Record, read
-from trainer.model import LoadedModel, load_model
+from trainer.model import LoadedModel
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
+from trainer.snapshot import Snapshots
 from trainer.strategy import OVERALL
 from trainer.trackers import tracking
+from trainer.weights import weights_of
 from trainer.whole import put_back, weights_alone
 
 RESULT = "result"
@@ -69,6 +73,8 @@ class Workspace:
     loaded: LoadedModel
     model: Any
     """The model as Accelerate prepared it."""
+    snapshots: Snapshots
+    """Its weights as checkpoints hold them."""
     optimizer: Any
     mixture: Mixture
     journal: Journal | None
@@ -97,6 +103,10 @@ class Workspace:
         """Return the examples of ``train``, ``validation`` or ``test`` by sub-dataset."""
         splits = {key: getattr(sub, name) for key, sub in self.mixture.items()}
         return {key: split.examples for key, split in splits.items() if split is not None}
+
+    def resident(self) -> Resident | None:
+        """Return a copy of the weights as they are, for the timeline, where one is wanted."""
+        return Resident(self.snapshots.take()) if self.config.resident_reference else None
 
     def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
         """Restore what stage ``number`` begins from (``None``: the base's weights).
@@ -140,10 +150,17 @@ class Workspace:
         self, timeline: Timeline, checkpoint: str, *, whole: bool
     ) -> dict[str, torch.Tensor]:
         """Restore the model from a checkpoint; of a ``whole`` one, return all tensors instead."""
-        model = self.accelerator.unwrap_model(self.model)
-        tensors = timeline.rollback(checkpoint, into=None if whole else model)
-        if timeline.resident is not None and whole:
-            timeline.resident = Resident({name: tensors[name] for name in model.state_dict()})
+        if whole:
+            # What it would renew is on the host, and the optimizer's too.
+            timeline.resident = None
+            tensors = timeline.rollback(checkpoint)
+            self.snapshots.put_back(tensors)
+            timeline.resident = self.resident()
+        else:
+            tensors = {}
+            room = self.snapshots.room()
+            timeline.rollback(checkpoint, into=room)
+            self.snapshots.put_back(room)
         done = timeline.last_commit
         if done is not None:
             sizes = {"disk_peak_bytes": done.peak_bytes, "disk_bytes": done.bytes}
@@ -154,20 +171,23 @@ class Workspace:
         """Do the same without a new branch."""
         if whole:
             return store.load(checkpoint)
-        store.load_into(self.accelerator.unwrap_model(self.model), checkpoint)
+        room = self.snapshots.room()
+        store.load_into(room, checkpoint)
+        self.snapshots.put_back(room)
         return {}
 
     def _take(self, tensors: dict[str, torch.Tensor], *, whole: bool) -> None:
         """Give all processes the main process's weights; of a ``whole`` checkpoint, the rest."""
         if whole:
-            model = self.accelerator.unwrap_model(self.model)
-            put_back(tensors, model, self.optimizer, self.accelerator)
+            if tensors:
+                self.snapshots.put_back(tensors)
+            put_back(tensors, self.optimizer, self.accelerator)
         self._share_weights()
 
     def _share_weights(self) -> None:
         """Give the main process's weights to all others."""
         if self.accelerator.num_processes > 1:
-            for tensor in self.accelerator.unwrap_model(self.model).state_dict().values():
+            for tensor in weights_of(self.loaded.model).values():
                 broadcast(tensor)
 
 
@@ -184,13 +204,15 @@ def open_workspace(
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     with locked(directory, accelerator.is_main_process):
-        loaded = load_model(config.model)
+        loaded = load_trained(config)
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
         )
         check(config, loaded, mixture)
         if config.model.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.train.compute_dtype is not None:
+            compute_in(config.train.compute_dtype, loaded.model, accelerator.device.type)
         model = accelerator.prepare(loaded.model)
         optimizer = accelerator.prepare(make_optimizer(config.train, model))
         work = Workspace(
@@ -199,6 +221,7 @@ def open_workspace(
             accelerator=accelerator,
             loaded=loaded,
             model=model,
+            snapshots=Snapshots(loaded.model, config.snapshot_dtype),
             optimizer=getattr(optimizer, "optimizer", optimizer),
             mixture=mixture,
             journal=None,
@@ -254,6 +277,7 @@ def start_record(work: Workspace) -> Record:
         "model": {
             "path": config.model.path,
             "parameters": loaded.parameters,
+            "trainable": loaded.trainable,
             "layers": loaded.layers,
             "hidden": loaded.hidden,
             "dtype": config.model.dtype,
@@ -286,9 +310,8 @@ def _open_store(work: Workspace) -> None:
     # The loop sets what a strategy needs before each commit; nothing is evicted until then.
     policy = work.limited(KeepBest(OVERALL, mode=metric_mode(work.config)))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
-    if work.config.resident_reference:
-        # In the middle of a stage, nothing will be like it until the next roll-back renews it.
-        work.timeline.resident = Resident(work.accelerator.unwrap_model(work.model))
+    # In the middle of a stage, nothing will be like it until the next roll-back renews it.
+    work.timeline.resident = work.resident()
 
 
 def _new_store(path: Path) -> Store:

@@ -43,7 +43,8 @@ def outcome(directory: Path) -> tuple[list[dict[str, Any]], bytes]:
         for record in effective(read(directory / "journal.jsonl"))
         if record["event"] in _COUNTED
     ]
-    return story, (directory / "model" / "model.safetensors").read_bytes()
+    (weights,) = (directory / "model").glob("*.safetensors")
+    return story, weights.read_bytes()
 
 
 def kill(
