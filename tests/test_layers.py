@@ -37,7 +37,7 @@ __init__ cli_check cli_text cli __main__
 """
 
 TRAINER = """
-errors files strategy tables typed yamlfile
+errors files strategy tables typed yamlfile statistics
 settings checks config peaks schedule divergence
 journal flops plan outbox
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
@@ -47,9 +47,10 @@ pause interrupt together alarm data batches weights snapshot model adapter resul
 forward optim evaluate
 state whole agreement resume course trackers directory workspace steps commits
 loop
-run compare demo
+run
+children shifts grid comparison comparison_tables figures page comparison_report compare demo
 turns simulate holding policies simulated
-__init__ cli_simulate cli __main__
+__init__ cli_compare cli_simulate cli __main__
 """
 
 LAYERS = {"msft_store": STORE.split(), "trainer": TRAINER.split()}

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from msft_store import StoreError
+from trainer import cli_compare, cli_simulate
 from trainer.adapter import load_trained
 from trainer.agreement import check
-from trainer.cli_simulate import add_options, simulations
-from trainer.compare import compare
+from trainer.comparison_tables import remarks
 from trainer.config import load_config
 from trainer.data import Example, load_mixture
 from trainer.errors import PausedError, TrainerError
@@ -110,12 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "run several methods and set them side by side",
         "msft-train compare config.yaml --methods sft,msft",
     )
-    comparing.add_argument(
-        "--methods",
-        default="sft,msft",
-        metavar="NAMES",
-        help="methods, separated by commas (default: %(default)s)",
-    )
+    cli_compare.add_options(comparing)
     simulating = _add(
         commands,
         "simulate",
@@ -123,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "replay other policies on the curves of a recorded run",
         "msft-train simulate runs/demo --sweep peak-window=2,4,off",
     )
-    add_options(simulating)
+    cli_simulate.add_options(simulating)
     return parser
 
 
@@ -169,14 +164,20 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    summaries = compare(config, options.methods.split(","), **_progress(options))
-    tree = {label: summary.to_dict() for label, summary in summaries.items()}
-    _print(tree if options.json else compare_table(summaries))
-    return max(_exit_code(summary) for summary in summaries.values())
+    try:
+        comparison = cli_compare.comparison_of(config, options, **_progress(options))
+    except Interrupted as interrupted:
+        _complain(f"{interrupted}; give the same command again to go on")
+        return 128 + interrupted.number
+    tree, text = cli_compare.shown(comparison)
+    _print(tree if options.json else text)
+    for remark in remarks(comparison):
+        _complain(remark)
+    return 1 if comparison.failures else 3 if comparison.diverged else 0
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    tree, text = simulations(options)
+    tree, text = cli_simulate.simulations(options)
     _print(tree if options.json else text)
 
 
