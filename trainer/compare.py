@@ -28,6 +28,7 @@ from trainer.config import dump, load_config, to_dict
 from trainer.directory import CONFIG, JOURNAL, MODEL
 from trainer.errors import ConfigError, PausedError, RunError, TrainerError
 from trainer.files import make_directory
+from trainer.flops import Account
 from trainer.grid import REFERENCE, Case, config_of, equal_budget, grid
 from trainer.journal import read
 from trainer.loop import Say
@@ -198,10 +199,11 @@ def _equal_tasks(
             why = f"{failed}'s ordinary run of this seed, which sets its C, did not finish"
             outcomes[case] = Outcome(budget=case.budget, summary=None, failure=why)
             continue
+        fixed = _test_flops(Path(config.output_dir) / replace(case, equal=False).path)
         budget = equal_budget(
             case,
-            flops=total(own.summary.account).flops,
-            reference_flops=total(measure.summary.account).flops,
+            flops=total(own.summary.account).flops - fixed,
+            reference_flops=total(measure.summary.account).flops - fixed,
             eval_every=config.evaluation.eval_every,
         )
         if budget == case.budget:
@@ -211,6 +213,13 @@ def _equal_tasks(
         _check_same(task)
         tasks.append(task)
     return tasks, outcomes
+
+
+def _test_flops(directory: Path) -> int:
+    """Return the FLOPs of a run's final tests, which are the same whatever its C."""
+    kinds = ("run_started", "tested")
+    records = [r for r in read(directory / JOURNAL) if r["event"] in kinds]
+    return total(Account.from_journal(records)).flops
 
 
 def _command(task: _Task, folder: Path) -> list[str]:

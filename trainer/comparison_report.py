@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from trainer.comparison import Comparison
@@ -75,7 +76,8 @@ def plain_summaries(comparison: Comparison) -> dict[str, Summary]:
 
 def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
     """Return ``compare.md``; the pictures are referred to by their relative paths."""
-    parts = ["# Comparison", head(comparison), *(f"- {text}" for text in remarks(comparison))]
+    said = [f"- {escape(text, quote=False)}" for text in remarks(comparison)]
+    parts = ["# Comparison", head(comparison), *said]
     for section in sections(comparison):
         parts += [f"## {section.title}", section.table.to_markdown()]
     parts += ["## How to read this", *NOTES, "## Plots"]

@@ -117,8 +117,8 @@ def config_of(config: Config, case: Case, budget: float | None = None) -> Config
 def equal_budget(case: Case, *, flops: int, reference_flops: int, eval_every: float) -> float:
     """Return the C at which a method takes about the FLOPs of MSFT's run.
 
-    ``flops`` is what it took at ``case.budget``, taken to be proportional to C; the result is the
-    nearest multiple of ``eval_every``, at least one.
+    ``flops`` is what it took at ``case.budget``, taken to be proportional to C (so without the
+    final tests); the result is the nearest multiple of ``eval_every``, at least one.
     """
     evaluations = case.budget * reference_flops / max(flops, 1) / eval_every
     return round(max(1, round(evaluations)) * eval_every, 10)

@@ -66,6 +66,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         _data_table(counted).to_markdown(),
         "## Decisions",
         _decision_table(counted).to_markdown(),
+        *_epoch_0_parts(summary),
         *_divergence_parts(counted),
         "## Disk",
         "Not known before the first commit."
@@ -201,6 +202,17 @@ def _decision_table(counted: Sequence[Record]) -> Table:
         rows=rows,
         numeric=False,
     )
+
+
+def _epoch_0_parts(summary: Summary) -> list[str]:
+    """Return a sentence on sub-datasets that training no longer made better, if there are any."""
+    found = [f"{name} (stage {p.stage})" for name, p in summary.peaks.items() if p.epoch == 0]
+    if not found:
+        return []
+    return [
+        "Peaked at epoch 0 of the last stage that trained on them, so that its training made them "
+        f"no better than they were when it began: {', '.join(found)}."
+    ]
 
 
 def _divergence_parts(counted: Sequence[Record]) -> list[str]:

@@ -257,7 +257,8 @@ def test_the_files_of_a_comparison_stand_by_themselves(
     ids = re.findall(r'<clipPath id="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 3
     markdown = (tmp_path / "compare.md").read_text(encoding="utf-8")
-    assert "| runs        |       |             3 |        2 of 3 |" in markdown.splitlines()
+    assert re.search(r"^\| runs +\| +\| +3 \| +2 of 3 \|$", markdown, re.MULTILINE)
+    assert "the disk &lt;b&gt;is&lt;/b&gt; gone" in markdown
     for name in ("peaks", "shifts", "budgets", "losses"):
         assert f"(plots/{name}.svg)" in markdown
         picture = ElementTree.parse(tmp_path / "plots" / f"{name}.svg")  # noqa: S314

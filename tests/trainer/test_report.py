@@ -149,6 +149,15 @@ def test_the_report_is_written_with_plots_that_are_pictures(run: Path) -> None:
     ]
 
 
+def test_a_peak_at_epoch_0_of_a_stage_is_reported_as_such(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "peak_at_epoch_0")
+    write_report(run)
+    assert EPOCH_0 in (run / "report.md").read_text(encoding="utf-8")
+    other = make_run(tmp_path / "other", "ties")
+    write_report(other)
+    assert "epoch 0 of the last stage" not in (other / "report.md").read_text(encoding="utf-8")
+
+
 def test_writing_the_report_again_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     write_report(run)
     again = tmp_path / "again"
@@ -237,3 +246,8 @@ MSFT training, rolled back       8,000   14.40 MFLOPs
 MSFT padding                       600  360.00 kFLOPs
 MSFT evaluation                    750  450.00 kFLOPs
 MSFT generation                    300  300.00 kFLOPs"""
+
+EPOCH_0 = (
+    "Peaked at epoch 0 of the last stage that trained on them, so that its training made them no "
+    "better than they were when it began: a (stage 1), c (stage 2)."
+)
