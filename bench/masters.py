@@ -83,7 +83,7 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
         assert work.base is not None, "this is the main process"
         size = sum(t.nbytes for t in rounded(unique(weights_of(work.loaded.model)), dtype).values())
         work.loaded = replace(work.loaded, full_bytes=size)
-        strategy = make_strategy(config)
+        strategy = make_strategy(config, work.proportions)
         policy = retention(strategy.needs(), strategy.mode)
         work.timeline = RoundingTimeline(
             work.store, work.base, retention=policy, name=config.method, dtype=dtype

@@ -2,7 +2,7 @@
 
 Composition follows one rule. Keep rules are united; then a budget drops what is not protected,
 least valuable first, and raises if what is protected does not fit. Policies are combined with
-``|``. Protected are pins, champions, and the very best by a metric.
+``|``. Protected are pins, champions, what is named, and the very best by a metric.
 
 In a timeline a budget bounds all bytes of the store's directory, and what may be dropped goes only
 when a commit has no room; :meth:`Policy.rules` and :func:`expendable` are what it goes by.
@@ -131,6 +131,23 @@ class KeepLast(Policy):
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for rank, candidate in enumerate(reversed(candidates[-self.n :])):
             yield candidate, Reason(text=f"one of the last {self.n}", protected=False, rank=rank)
+
+
+@dataclass(frozen=True)
+class KeepThese(Policy):
+    """Keep certain checkpoints, for algorithms that know what they need; ids that are gone count
+    for nothing."""
+
+    ids: frozenset[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ids, str):
+            raise InvalidInputError(f"KeepThese needs ids, a collection: got {self.ids!r}")
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        for candidate in candidates:
+            if candidate.id in self.ids:
+                yield candidate, Reason(text="named by the algorithm", protected=True, rank=0)
 
 
 @dataclass(frozen=True)

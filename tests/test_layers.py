@@ -39,13 +39,13 @@ __init__ cli_check cli_text cli __main__
 TRAINER = """
 errors files strategy tables typed yamlfile statistics
 settings checks config peaks schedule divergence
-journal flops plan outbox
+journal flops plan outbox observed
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
-algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
+algorithms.continual algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
-pause interrupt together alarm data batches weights snapshot model adapter result
+pause interrupt progress together alarm data batches sampled weights snapshot model adapter result
 forward optim evaluate
-state whole agreement resume course trackers directory workspace steps commits
+state whole agreement resume course trackers directory workspace lookahead steps commits observing
 loop
 run
 children shifts grid comparison comparison_tables figures page comparison_report compare demo

@@ -1,9 +1,13 @@
 """Which examples an optimizer step trains on: a pure function of the seed and the position.
 
-An epoch of the active mixture is one permutation of all its examples, cut into optimizer steps; a
-last, smaller step takes what is left over. The permutation depends on the seed, the stage, the
-epoch and how many examples there are, and on nothing else, so the data position needs no state: the
+An epoch of the active mixture is one permutation of its examples, cut into optimizer steps; a last,
+smaller step takes what is left over. The permutation depends on the seed, the stage, the epoch and
+how many examples there are, and on nothing else, so the data position needs no state: the
 step within the stage says it all, and no method trains on other batches than another one.
+
+Of a sub-dataset with a share that is not 1 an epoch has more or fewer examples (``counts``): those
+that come next in an endless row of permutations of it, so that each one's turn comes equally often.
+One with a limit takes part up to that point in the data and is left out from there on.
 
 A stage may also go on where an earlier one was (``continued``): first with the examples that were
 left of the epoch, of those that are still active and in the same order, then with the next epochs.
@@ -24,8 +28,9 @@ Example::
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -40,13 +45,17 @@ Step = tuple[MicroBatch, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class DataOrder:
-    """The order in which a stage takes the examples of its active sub-datasets."""
+    """The order in which a stage takes the examples of its sub-datasets."""
 
     seed: int
     stage: int
     """The stage that names the permutations, the first one of those that were continued."""
     sizes: Mapping[str, int]
-    """Examples of each active sub-dataset, in a fixed order."""
+    """Examples of each sub-dataset, in a fixed order."""
+    counts: Mapping[str, int]
+    """How many of them an epoch has."""
+    limits: Mapping[str, float]
+    """Epochs after which a sub-dataset takes no part any more; it does to the end without one."""
     batch_size: int
     epoch: int
     """The epoch that is begun with, or gone on with, from 0."""
@@ -55,46 +64,92 @@ class DataOrder:
 
     @classmethod
     def fresh(
-        cls, *, seed: int, stage: int, sizes: Mapping[str, int], batch_size: int
+        cls,
+        *,
+        seed: int,
+        stage: int,
+        sizes: Mapping[str, int],
+        batch_size: int,
+        counts: Mapping[str, int] | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> DataOrder:
-        """Return the order of a stage that begins anew."""
-        left = _epoch(seed, stage, 0, tuple(sizes.items()))
-        return cls(seed=seed, stage=stage, sizes=sizes, batch_size=batch_size, epoch=0, left=left)
+        """Return the order of a stage that begins anew; ``counts`` are the sizes by default."""
+        begun = cls(
+            seed=seed,
+            stage=stage,
+            sizes=sizes,
+            counts=sizes if counts is None else counts,
+            limits=limits or {},
+            batch_size=batch_size,
+            epoch=0,
+            left=(),
+        )
+        return replace(begun, left=begun._examples(0))
 
     def step(self, step: int) -> tuple[Reference, ...]:
         """Return the examples of optimizer step ``step`` (from 0)."""
         return self._rest(step)[1][: self.batch_size]
 
+    def epoch_sizes(self, epochs: float) -> tuple[int, ...]:
+        """Return how many examples each of the first epochs has, begun ones included."""
+        return tuple(len(self._examples(epoch)) for epoch in range(math.ceil(epochs - 1e-9)))
+
     def continued(self, *, step: int, active: Sequence[str]) -> DataOrder:
         """Return the order that goes on before step ``step``, with ``active`` ones only."""
         epoch, rest = self._rest(step)
-        return DataOrder(
-            seed=self.seed,
-            stage=self.stage,
+        return replace(
+            self,
             sizes={name: self.sizes[name] for name in active},
-            batch_size=self.batch_size,
+            counts={name: self.counts[name] for name in active},
             epoch=epoch,
             left=tuple(reference for reference in rest if reference[0] in active),
         )
 
     def _rest(self, step: int) -> tuple[int, tuple[Reference, ...]]:
         """Return the epoch of a step and its examples from there on."""
-        begun = -(-len(self.left) // self.batch_size)
-        if step < begun:
-            return self.epoch, self.left[step * self.batch_size :]
-        per_epoch = -(-sum(self.sizes.values()) // self.batch_size)
-        later, place = divmod(step - begun, per_epoch)
-        epoch = self.epoch + 1 + later
-        examples = _epoch(self.seed, self.stage, epoch, tuple(self.sizes.items()))
-        return epoch, examples[place * self.batch_size :]
+        epoch, left = self.epoch, self.left
+        while step >= (steps := -(-len(left) // self.batch_size)):
+            if not self.limits and epoch > self.epoch:
+                ahead, step = divmod(step, steps)
+                epoch += ahead - 1
+            else:
+                step -= steps
+            epoch += 1
+            left = self._examples(epoch)
+            if not left:
+                raise ValueError(f"epoch {epoch} of stage {self.stage} has no example left")
+        return epoch, left[step * self.batch_size :]
+
+    def _examples(self, epoch: int) -> tuple[Reference, ...]:
+        """Return the examples of an epoch in their order."""
+        takes = tuple((name, size, self.counts[name]) for name, size in self.sizes.items())
+        examples = _epoch(self.seed, self.stage, epoch, takes)
+        if not self.limits:
+            return examples
+        ends = {
+            name: (self.limits.get(name, math.inf) - epoch) * len(examples) - 1e-6
+            for name in self.sizes
+        }
+        return tuple(one for place, one in enumerate(examples) if place < ends[one[0]])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _epoch(
-    seed: int, stage: int, epoch: int, sizes: tuple[tuple[str, int], ...]
+    seed: int, stage: int, epoch: int, takes: tuple[tuple[str, int, int], ...]
 ) -> tuple[Reference, ...]:
-    """Return all examples in the order of an epoch."""
-    examples = [(name, i) for name, size in sizes for i in range(size)]
+    """Return the examples of an epoch in their order; ``takes`` are names, sizes and counts."""
+    examples = []
+    for number, (name, size, count) in enumerate(takes):
+        if count == size:
+            examples += [(name, i) for i in range(size)]
+            continue
+        first = epoch * count
+        for turn in range(first // size, -(-(first + count) // size)):
+            row = np.random.Generator(np.random.PCG64([seed, stage, turn, number])).permutation(
+                size
+            )
+            begin, end = max(first - turn * size, 0), min(first + count - turn * size, size)
+            examples += [(name, int(i)) for i in row[begin:end]]
     generator = np.random.Generator(np.random.PCG64([seed, stage, epoch]))
     return tuple(examples[i] for i in generator.permutation(len(examples)).tolist())
 
@@ -107,6 +162,8 @@ def micro_batches(
     The longest come first so that memory reaches its maximum at once, not late in a run. Equal
     lengths are ordered by position.
     """
+    if not positions:
+        return ()
     order = sorted(positions, key=lambda position: (-lengths[position], position))
     count = -(-len(order) // micro_batch_size)
     sizes = [len(order) // count + (i < len(order) % count) for i in range(count)]

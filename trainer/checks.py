@@ -74,6 +74,18 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("msft.compute_budget", lambda x: x > 0, "above 0"),
     ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
     ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),
+    ("msft.drop_count", lambda n: n >= 1, "at least 1"),
+    ("msft.floor", lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("msft.smoothing", lambda n: n >= 1, "at least 1"),
+    ("msft.margin", lambda x: x >= 0, "0 or above"),
+    ("msft.patience", lambda n: n >= 1, "at least 1"),
+    ("ies.delta", lambda x: x > 0, "above 0"),
+    ("ies.average", lambda n: n >= 1, "at least 1"),
+    ("dynamix.gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("dynamix.alpha", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("dynamix.beta", lambda x: x >= 0, "0 or above"),
+    ("dynamix.every", lambda n: n >= 1, "at least 1"),
+    ("dynamix.examples", lambda n: n >= 1, "at least 1, or null for train.micro_batch_size"),
 )
 
 
@@ -103,6 +115,11 @@ def check_settings(config: Config) -> None:
         raise ConfigError(
             f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
             f"or lower evaluation.eval_every ({evaluation.eval_every:g} epochs)"
+        )
+    if config.restores_optimizer and config.msft.exclusion == "soft":
+        raise ConfigError(
+            "msft.optimizer_on_rollback: restore goes on with the examples that an epoch had left, "
+            "which has none of an excluded sub-dataset: use msft.exclusion: hard, or reset"
         )
     if evaluation.answer_pattern is not None:
         _check_pattern(evaluation.answer_pattern)

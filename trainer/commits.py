@@ -17,10 +17,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from msft_store import Champions, Checkpoint, KeepBest, KeepLast, PeakWindow, Policy, Timeline
+from msft_store import (
+    Champions,
+    Checkpoint,
+    KeepBest,
+    KeepLast,
+    KeepThese,
+    PeakWindow,
+    Policy,
+    Timeline,
+)
 from trainer.errors import RunError
 from trainer.state import gather_rng
-from trainer.strategy import Mode, Needs
+from trainer.strategy import Mode, Names, Needs
 from trainer.whole import whole
 from trainer.workspace import Workspace
 
@@ -87,8 +96,8 @@ def begin_commit(
     )
 
 
-def retention(needs: Needs, mode: Mode) -> Policy:
-    """Return the policy that keeps what a strategy may still ask for."""
+def retention(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
+    """Return the policy that keeps what a strategy may still ask for; ``names`` tells the ids."""
     policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
     champions = dict.fromkeys(needs.champions, mode)
     if champions and needs.peak_window is not None:
@@ -97,6 +106,8 @@ def retention(needs: Needs, mode: Mode) -> Policy:
         policies.append(Champions(champions))
     if needs.newest:
         policies.append(KeepLast(1))
+    if names is not None and (ids := names.ids(needs.checkpoints)):
+        policies.append(KeepThese(ids))
     policy = policies[0]
     for other in policies[1:]:
         policy = policy | other

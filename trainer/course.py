@@ -1,4 +1,6 @@
-"""Where a stage takes up data and schedule: anew, or where its root stands in an earlier stage.
+"""What a stage trains on, and where it takes up data and schedule.
+
+It begins anew, or where its root stands in an earlier stage.
 
 Example::
 
@@ -13,14 +15,17 @@ from dataclasses import dataclass
 
 from trainer.batches import DataOrder
 from trainer.resume import Known
-from trainer.strategy import Stage
+from trainer.sampled import SampledOrder
+from trainer.schedule import Schedule, stage_schedule, uneven_schedule
+from trainer.settings import Config
+from trainer.strategy import LookAhead, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
     """How a stage begins."""
 
-    order: DataOrder
+    order: DataOrder | SampledOrder
     steps_before: int
     """Optimizer steps from the base to the stage's root that its schedule counts."""
 
@@ -30,7 +35,7 @@ def course_of(
     begun: Mapping[int, tuple[Stage, str | None]],
     known: Mapping[str, Known],
     *,
-    fresh: Callable[[Stage], DataOrder],
+    fresh: Callable[[Stage], DataOrder | SampledOrder],
     carries: bool,
 ) -> Course:
     """Return the course of stage ``number``, of those that have ``begun`` with their roots.
@@ -43,7 +48,60 @@ def course_of(
         return Course(order=fresh(stage), steps_before=0)
     place = known[root]
     earlier = course_of(place.stage, begun, known, fresh=fresh, carries=carries)
+    if isinstance(earlier.order, SampledOrder):
+        raise ValueError("what is drawn by weights cannot be gone on with in another stage")
     return Course(
         order=earlier.order.continued(step=place.step, active=stage.active),
         steps_before=earlier.steps_before + place.step,
+    )
+
+
+def examples_of(stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return how many examples of each sub-dataset an epoch of a stage has, at least one of each.
+
+    ``sizes`` are all examples of all sub-datasets.
+    """
+    return {
+        name: max(1, round(sizes[name] * stage.shares.get(name, 1.0))) for name in stage.trained
+    }
+
+
+def fresh_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder | SampledOrder:
+    """Return the order of a stage that begins anew; one that looks ahead draws by weights."""
+    if isinstance(stage.observe, LookAhead):
+        return SampledOrder(
+            seed=config.seed,
+            stage=stage.number,
+            sizes={name: sizes[name] for name in stage.trained},
+            batch_size=config.train.batch_size,
+        )
+    return _plain_order(config, stage, sizes)
+
+
+def _plain_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder:
+    return DataOrder.fresh(
+        seed=config.seed,
+        stage=stage.number,
+        sizes={name: sizes[name] for name in stage.trained},
+        counts=examples_of(stage, sizes),
+        limits=stage.limits,
+        batch_size=config.train.batch_size,
+    )
+
+
+def schedule_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Schedule:
+    """Return the steps and evaluations of a stage."""
+    batch_size, eval_every = config.train.batch_size, config.evaluation.eval_every
+    if stage.limits:
+        return uneven_schedule(
+            _plain_order(config, stage, sizes).epoch_sizes(stage.epochs),
+            batch_size=batch_size,
+            eval_every=eval_every,
+            epochs=stage.epochs,
+        )
+    return stage_schedule(
+        examples=sum(examples_of(stage, sizes).values()),
+        batch_size=batch_size,
+        eval_every=eval_every,
+        epochs=stage.epochs,
     )

@@ -70,6 +70,8 @@ class Result:
     """Sub-dataset → metric, and the overall one."""
     losses: dict[str, float]
     """Sub-dataset → mean token loss."""
+    errors: dict[str, float]
+    """Sub-dataset → standard error of its metric; NaN for a single example."""
     cost: Cost
     seconds: float
 
@@ -119,7 +121,7 @@ class Evaluator:
         cost: Cost,
         seconds: float,
     ) -> Result:
-        mean_losses, matches, start = {}, {}, 0
+        mean_losses, matches, errors, start = {}, {}, {}, 0
         for name, examples in sub_datasets.items():
             end = start + len(examples)
             targets = sum(len(example.completion) for example in examples)
@@ -127,11 +129,19 @@ class Evaluator:
             # Tokens chosen by numbers that are none match by chance at best.
             sound = math.isfinite(mean_losses[name])
             matches[name] = sum(verdicts[start:end]) / len(examples) if sound else math.nan
+            counts = [len(example.completion) for example in examples]
+            errors[name] = (
+                ratio_error(losses[start:end], counts)
+                if self._config.metric == "loss"
+                else ratio_error(verdicts[start:end], [1] * len(examples))
+            )
             start = end
         metrics = dict(matches if self._config.metric == "exact_match" else mean_losses)
-        counts = {name: len(examples) for name, examples in sub_datasets.items()}
-        metrics[OVERALL] = overall(metrics, counts, self._config.overall)
-        return Result(metrics=metrics, losses=mean_losses, cost=cost, seconds=seconds)
+        sizes = {name: len(examples) for name, examples in sub_datasets.items()}
+        metrics[OVERALL] = overall(metrics, sizes, self._config.overall)
+        return Result(
+            metrics=metrics, losses=mean_losses, errors=errors, cost=cost, seconds=seconds
+        )
 
     def _forward(
         self, model: Any, examples: Sequence[Example]
@@ -247,6 +257,19 @@ class Evaluator:
         mine = torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
         total: list[float] = self._accelerator.reduce(mine, reduction="sum").tolist()
         return total
+
+
+def ratio_error(parts: Sequence[float], counts: Sequence[int]) -> float:
+    """Return the standard error of sum(parts) / sum(counts) over examples, NaN for one of them.
+
+    The usual one of a ratio estimate; where all counts are 1, that of a mean.
+    """
+    n, total = len(parts), sum(counts)
+    if n < 2:
+        return math.nan
+    ratio = sum(parts) / total
+    squares = math.fsum((a - ratio * b) ** 2 for a, b in zip(parts, counts, strict=True))
+    return math.sqrt(n / (n - 1) * squares) / total
 
 
 def answer(text: str, pattern: re.Pattern[str] | None) -> str:

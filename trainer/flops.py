@@ -14,6 +14,8 @@ Where the work went, in rows that add up to all of it:
   leaves it at the evaluation that the next stage on the path began from, in its last stage at the
   evaluation whose checkpoint is the result. While there is no result, it ends at the last step.
 - *rolled back*: all other training, so also what plain SFT trains after its best checkpoint.
+- *selection*: what a method computes to choose what it trains on: forward passes of examples that
+  it leaves out, steps that it only tries.
 - *padding*: the padding of all of it, training and evaluation; its weights' term only.
 - *evaluation*: forward passes of evaluations and final tests over prompts and completions.
 - *generation*: tokens generated one at a time in these.
@@ -78,6 +80,7 @@ class Account:
 
     kept: Work
     rolled_back: Work
+    selection: Work
     padding: Work
     evaluation: Work
     generation: Work
@@ -106,6 +109,7 @@ class Account:
         return cls(
             kept=kept,
             rolled_back=rolled_back,
+            selection=_sum(_selection(record, size) for record in counted),
             padding=_sum(_padding(record, size) for record in counted),
             evaluation=_sum(_forward(record, size) for record in counted),
             generation=_sum(_generation(record, size) for record in counted),
@@ -199,18 +203,32 @@ def _generation(record: Record, size: ModelSize) -> Work:
     return Work(tokens=tokens, flops=size.forward(tokens, attention_tokens))
 
 
+def _selection(record: Record, size: ModelSize) -> Work:
+    if record["event"] == "trained":
+        tokens = _count(record, "forward_tokens")
+        flops = size.forward(tokens, _count(record, "forward_attention_tokens"))
+        return Work(tokens=tokens, flops=flops)
+    if record["event"] == "looked_ahead":
+        tokens, attention_tokens = _count(record, "tokens"), _count(record, "attention_tokens")
+        flops = size.training(tokens, attention_tokens) + size.forward(tokens, attention_tokens)
+        return Work(tokens=2 * tokens, flops=flops)
+    return Work()
+
+
 def _padding(record: Record, size: ModelSize) -> Work:
-    tokens = _count(record, "padded_tokens")
-    trained = record["event"] == "trained"
-    return Work(
-        tokens=tokens, flops=size.training(tokens, 0) if trained else size.forward(tokens, 0)
-    )
+    both, forward = _count(record, "padded_tokens"), _count(record, "forward_padded_tokens")
+    if record["event"] == "looked_ahead":
+        forward = both
+    elif record["event"] != "trained":
+        both, forward = 0, both
+    flops = size.training(both, 0) + size.forward(forward, 0)
+    return Work(tokens=both + forward, flops=flops)
 
 
 def _all(record: Record, size: ModelSize) -> Work:
     trained = _training(record, size) if record["event"] == "trained" else Work()
     forward = _forward(record, size) + _generation(record, size)
-    return trained + forward + _padding(record, size)
+    return trained + forward + _selection(record, size) + _padding(record, size)
 
 
 def _sum(works: Iterable[Work]) -> Work:

@@ -14,15 +14,25 @@ event              fields
                    dtype}, mode, metric, sub_datasets {name: {train, validation, test, too_long}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
-``stage_started``  stage, root (checkpoint id), active [names], epochs, steps (planned), examples
+``stage_started``  stage, root (checkpoint id), active [names], shares {name: share of the examples
+                   in an epoch}, limits {name: epochs}, epochs, steps (planned), examples (of an
+                   epoch)
 ``trained``        step, stage, epoch, loss (mean token loss), lr, grad_norm or null, tokens,
-                   attention_tokens, target_tokens, padded_tokens, seconds: all since the last such
-                   record. One is also written before each evaluation, so that none reaches across
-                   an evaluation, a roll-back or the end of a stage.
-``evaluated``      step, stage, epoch, index, split, checkpoint, metrics {name…, overall},
-                   losses {name…} or null, last, reused (known already, nothing computed), tokens,
-                   attention_tokens, padded_tokens, generated_tokens, generated_attention_tokens,
-                   seconds
+                   attention_tokens, target_tokens, padded_tokens, forward_tokens,
+                   forward_attention_tokens, forward_padded_tokens (mastered examples, which are
+                   not trained on), seconds: all since the last such record. One is also written
+                   before each evaluation, so that none reaches across an evaluation, a roll-back or
+                   the end of a stage.
+``losses``         step, stage, places {name: [places]}, values {name: [mean token losses]} of the
+                   training examples since the last such record, in a stage that observes them
+``looked_ahead``   step, stage, values {name: [reward]}, and of the virtual steps tokens,
+                   attention_tokens, padded_tokens, seconds
+``adjusted``       step, stage, stage_step, epoch, weights {name: probability}, mastered
+                   {name: [places]}, reason; what holds from the next step on
+``evaluated``      step, stage, epoch, index, split, checkpoint, metrics {name…, overall}, errors
+                   {name: standard error}, losses {name…} or null, last, reused (known already,
+                   nothing computed), tokens, attention_tokens, padded_tokens, generated_tokens,
+                   generated_attention_tokens, seconds
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
                    (that training waited for it); written once the checkpoint is durable
@@ -77,7 +87,7 @@ from trainer.files import is_full, sync
 
 Record = dict[str, Any]
 
-_NUMBERS = ("metrics", "losses")
+_NUMBERS = ("metrics", "losses", "errors")
 
 
 class Journal:
@@ -202,6 +212,9 @@ def _parse_line(line: bytes) -> Record | None:
     for key in _NUMBERS:
         if isinstance(values := record.get(key), dict):
             record[key] = {name: _number(value) for name, value in values.items()}
+    if record["event"] in ("losses", "looked_ahead"):
+        rows = record["values"].items()
+        record["values"] = {name: [_number(value) for value in row] for name, row in rows}
     if record["event"] == "trained":
         record["loss"] = _number(record.get("loss"))
     return record

@@ -17,25 +17,25 @@ Example::
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
-from trainer.batches import DataOrder
+from msft_store import Policy
 from trainer.commits import Committing, begin_commit, retention
-from trainer.course import Course, course_of
+from trainer.course import Course, course_of, examples_of, fresh_order, schedule_of
 from trainer.directory import RESUME
 from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
 from trainer.interrupt import Interrupted, Interrupts
+from trainer.observed import Observed
+from trainer.observing import Observing
 from trainer.optim import reset
 from trainer.outbox import Line
+from trainer.progress import stage_bar
 from trainer.resume import (
     Known,
     Point,
@@ -44,7 +44,7 @@ from trainer.resume import (
     describe,
     save_point,
 )
-from trainer.schedule import Schedule, stage_schedule
+from trainer.schedule import Schedule
 from trainer.state import gather_rng
 from trainer.steps import StageSteps
 from trainer.strategy import (
@@ -94,6 +94,9 @@ class Loop:
         self._known: dict[str, Known] = {}
         self._begun: dict[int, tuple[Stage, str | None]] = {}
         self._names = Names()
+        self._observing = Observing(work, strategy, self._together)
+        self._sizes = {name: len(rows) for name, rows in work.split("train").items()}
+        self._observed = Observed(self._sizes)
         self._global_step = 0
         self._position: Position | None = None
 
@@ -104,7 +107,7 @@ class Loop:
         :class:`Interrupted` on a signal, with a resume point written wherever a stage has begun.
         """
         self._known, self._names = dict(standing.known), standing.names
-        self._begun = dict(standing.begun)
+        self._begun, self._observed = dict(standing.begun), standing.observed
         self._global_step = standing.global_step
         stage, root = standing.stage, standing.root
         try:
@@ -115,7 +118,7 @@ class Loop:
                 self._position = position = None
                 stage, root = decision.stage, decision.checkpoint
                 self._begun[stage.number] = (stage, root)
-                policy = retention(self._strategy.needs(), self._strategy.mode)
+                policy = self._retention()
                 self._work.begin_stage(stage.number, root, policy)
         except Interrupted:
             if self._position is not None:
@@ -127,17 +130,13 @@ class Loop:
     ) -> RollBack | Stop:
         """Train one stage, from its root or from a position in it, and return how it ends."""
         config = self._work.config
-        train = self._work.split("train")
-        schedule = stage_schedule(
-            examples=sum(len(train[name]) for name in stage.active),
-            batch_size=config.train.batch_size,
-            eval_every=config.evaluation.eval_every,
-            epochs=stage.epochs,
-        )
+        schedule = schedule_of(config, stage, self._sizes)
         course: Course = self._together.share(self._course(stage))
         steps = StageSteps(
             self._work, stage, schedule, order=course.order, steps_before=course.steps_before
         )
+        found = Observed(self._sizes) if position is None else self._observed
+        self._observing.begin(stage, steps, schedule, found)
         if position is None:
             decision = self._begin(stage, root, schedule)
             if isinstance(decision, RollBack | Stop):
@@ -147,7 +146,8 @@ class Loop:
             )
         steps.restart_clock()
         self._position, begun = position, position.step
-        with self._bar(position, schedule) as bar:
+        shown = self._progress and self._work.accelerator.is_main_process
+        with stage_bar(stage.number, done=begun, steps=schedule.steps, shown=shown) as bar:
             while True:
                 if schedule.evaluations[position.evaluations - 1] == position.step:
                     self._record_totals(steps, position, schedule)
@@ -168,6 +168,10 @@ class Loop:
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
                 self._position = position
                 bar.update()
+                if finding is None and self._observing.is_due(step=position.step):
+                    self._record_totals(steps, position, schedule)
+                    self._observing.observe(position)
+                    steps.restart_clock()
                 self._after_step(steps, position, schedule, is_last=finding is not None)
                 if finding is not None:
                     decision = self._diverge(finding, stage, position, schedule)
@@ -198,11 +202,13 @@ class Loop:
             stage=stage.number,
             root=checkpoint,
             active=list(stage.active),
+            shares=dict(stage.shares),
+            limits=dict(stage.limits),
             epochs=stage.epochs,
             steps=schedule.steps,
-            examples=sum(len(self._work.split("train")[name]) for name in stage.active),
+            examples=sum(examples_of(stage, self._sizes).values()),
         )
-        self._say(f"stage {stage.number} trains {', '.join(stage.active)}")
+        self._say(f"stage {stage.number} trains {', '.join(stage.trained)}")
         if committed:
             self._work.record("committed", **committed)
         return self._decide(stage, 0, 0.0, result, checkpoint, last=False)
@@ -214,7 +220,7 @@ class Loop:
         if finding is not None:
             return self._diverge(finding, stage, position, schedule)
         self._work.outbox.settle()
-        epoch = position.step / schedule.steps_per_epoch
+        epoch = schedule.epoch(position.step)
         commit = self._commit(stage, epoch, result)
         index = position.evaluations
         last = index == len(schedule.evaluations)
@@ -230,7 +236,7 @@ class Loop:
             work.outbox.settle()
             divergence = Divergence(
                 stage=stage.number,
-                epoch=position.step / schedule.steps_per_epoch,
+                epoch=schedule.epoch(position.step),
                 step=position.global_step,
                 what=finding.what,
                 value=finding.value,
@@ -262,10 +268,12 @@ class Loop:
     def _commit(self, stage: Stage, epoch: float, result: Result) -> Committing | None:
         """Commit the weights with their metrics, in the main process."""
         if self._work.timeline is not None:
-            needs, mode = self._strategy.needs(), self._strategy.mode
-            self._work.timeline.retention = self._work.limited(retention(needs, mode))
+            self._work.timeline.retention = self._work.limited(self._retention())
         step, metrics = self._global_step, result.metrics
         return begin_commit(self._work, stage=stage.number, step=step, epoch=epoch, metrics=metrics)
+
+    def _retention(self) -> Policy:
+        return retention(self._strategy.needs(), self._strategy.mode, self._names)
 
     def _decide(
         self,
@@ -295,6 +303,7 @@ class Loop:
             step=self._global_step,
             checkpoint=self._names.name(durable, stage=stage.number, index=index),
             metrics=known.metrics,
+            errors=known.errors,
             last=last,
         )
         decision = self._strategy.on_evaluation(evaluation)
@@ -348,7 +357,7 @@ class Loop:
         return every is not None and position.step % every == 0
 
     def _record_totals(self, steps: StageSteps, position: Position, schedule: Schedule) -> None:
-        epoch = position.step / schedule.steps_per_epoch
+        epoch = schedule.epoch(position.step)
         totals = steps.take_totals()
         if totals is not None:
             place = {"step": position.global_step, "stage": position.stage, "epoch": epoch}
@@ -358,6 +367,7 @@ class Loop:
         """Replace the resume point; every process adds its random number generators."""
         work = self._work
         states = gather_rng(work.accelerator)
+        self._observing.write_losses(position)
         if work.journal is None:
             return
         work.outbox.settle()
@@ -369,7 +379,13 @@ class Loop:
 
     def _new(self, result: Result, stage: Stage) -> Known:
         step = 0 if self._position is None else self._position.step
-        return Known(metrics=result.metrics, losses=result.losses, stage=stage.number, step=step)
+        return Known(
+            metrics=result.metrics,
+            losses=result.losses,
+            errors=result.errors,
+            stage=stage.number,
+            step=step,
+        )
 
     def _course(self, stage: Stage) -> Course | None:
         """Return how a stage begins, in the main process, which knows all evaluations."""
@@ -377,22 +393,9 @@ class Loop:
             return None
         carries = self._work.config.restores_optimizer
         return course_of(
-            stage.number, self._begun, self._known, fresh=self._fresh_order, carries=carries
-        )
-
-    def _fresh_order(self, stage: Stage) -> DataOrder:
-        train, config = self._work.split("train"), self._work.config
-        sizes = {name: len(train[name]) for name in stage.active}
-        size = config.train.batch_size
-        return DataOrder.fresh(seed=config.seed, stage=stage.number, sizes=sizes, batch_size=size)
-
-    def _bar(self, position: Position, schedule: Schedule) -> Any:
-        shown = self._progress and self._work.accelerator.is_main_process and sys.stderr.isatty()
-        return tqdm(
-            desc=f"stage {position.stage}",
-            initial=position.step,
-            total=schedule.steps,
-            unit="step",
-            leave=False,
-            disable=not shown,
+            stage.number,
+            self._begun,
+            self._known,
+            fresh=lambda stage: fresh_order(self._work.config, stage, self._sizes),
+            carries=carries,
         )

@@ -6,7 +6,7 @@ not finite (NaN, infinities) is never a best one.
 Example::
 
     first_best([0.1, 0.4, 0.4, 0.2], "max")                     # 1
-    earliest_champion({"b": [1, 2, 1], "a": [1, 2, 1]}, "max")  # Champion(name="a", index=1)
+    PeakRule(margin=2).peak([0.1, 0.4, 0.42], [0.02] * 3, "max")  # 1
 """
 
 from __future__ import annotations
@@ -67,14 +67,60 @@ def first_best(values: Iterable[float], mode: Mode) -> int | None:
     return index
 
 
-def earliest_champion(curves: Mapping[str, Sequence[float]], mode: Mode) -> Champion | None:
-    """Return the champion with the smallest index, of equals the one whose name sorts first.
+@dataclass(frozen=True, kw_only=True)
+class PeakRule:
+    """What counts as a peak; the defaults are the paper's rule, the first best value.
 
-    Curves without a finite value have no champion; ``None`` where no curve has one.
+    With ``smoothing`` w a value is the mean of itself and the w - 1 before it, as far as there are
+    so many. With a ``margin`` m it beats the best so far only by more than m standard errors. A
+    peak has passed ``patience`` evaluations later.
     """
-    champions = [
+
+    smoothing: int = 1
+    margin: float = 0.0
+    patience: int = 1
+
+    def peak(self, values: Sequence[float], errors: Sequence[float], mode: Mode) -> int | None:
+        """Return the index of the best value, or ``None`` where no value is finite.
+
+        ``errors`` are the standard errors of the values; one that is not finite counts as 0.
+        """
+        best: float | None = None
+        index = None
+        for i, (value, error) in enumerate(zip(self._smoothed(values), errors, strict=True)):
+            slack = self.margin * error if math.isfinite(error) else 0.0
+            worth = value - slack if mode == "max" else value + slack
+            if is_better(value if best is None else worth, best, mode):
+                best, index = value, i
+        return index
+
+    def has_passed(self, index: int, last: int) -> bool:
+        """Say whether the peak at ``index`` has passed at evaluation ``last``."""
+        return last - index >= self.patience
+
+    def _smoothed(self, values: Sequence[float]) -> Iterable[float]:
+        """Yield the means; one that is not finite stands for itself and spoils no other."""
+        for i, value in enumerate(values):
+            if self.smoothing == 1 or not math.isfinite(value):
+                yield value
+                continue
+            near = [v for v in values[max(0, i - self.smoothing + 1) : i + 1] if math.isfinite(v)]
+            yield math.fsum(near) / len(near)
+
+
+def champions(
+    curves: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]],
+    mode: Mode,
+    rule: PeakRule,
+) -> list[Champion]:
+    """Return the champions of the curves, the earliest first, of equals by name.
+
+    Curves without a finite value have none.
+    """
+    found = [
         Champion(name=name, index=index)
         for name, values in curves.items()
-        if (index := first_best(values, mode)) is not None
+        if (index := rule.peak(values, errors[name], mode)) is not None
     ]
-    return min(champions, key=lambda champion: (champion.index, champion.name), default=None)
+    return sorted(found, key=lambda champion: (champion.index, champion.name))

@@ -132,17 +132,21 @@ def plan(
 
     ``trained_bytes`` are those of the weights in training, where checkpoints are rounded.
     """
-    stage_limit, one_peak = 1, None
     trained = checkpoint_bytes if trained_bytes is None else trained_bytes
-    if config.method != "sft":
-        names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))
-        stage_limit = config.msft.max_stages or 2 * len(names)
-        shrinking = [names[i:] for i in range(min(len(names), stage_limit))]
+    names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))
+    stages, one_peak = [names], None
+    if config.method == "continual":
+        stages = [[name] for name in names]
+    elif config.method == "single_rollout":
+        stages = [names, names]
+    elif config.method == "msft":
+        stages = [names] * (config.msft.max_stages or 2 * len(names))
+        shrinking = [names[i:] for i in range(min(len(names), len(stages)))]
         one_peak = _bound(config, counts, size, shrinking)
     return Plan(
         method=config.method,
         rule=rule_text(config.method, config.msft.peak_window),
-        at_most=_bound(config, counts, size, [list(counts)] * stage_limit),
+        at_most=_bound(config, counts, size, stages),
         one_peak_a_stage=one_peak,
         checkpoints=_alive(config, len(counts)),
         checkpoint_bytes=checkpoint_bytes,
@@ -158,10 +162,19 @@ def _held_text(max_disk: int) -> str:
     return f"It takes {bytes_text(max_disk)} at most (max_disk); a run that needs more pauses."
 
 
+_STAGES = {
+    "sft": "one stage",
+    "ies": "one stage",
+    "dynamix": "one stage",
+    "continual": "a stage for each sub-dataset",
+    "single_rollout": "a roll-out and a second run",
+}
+
+
 def rule_text(method: str, peak_window: int | None) -> str:
-    """Say when a roll-out ends."""
-    if method == "sft":
-        return "one stage"
+    """Say what stages a method has, or when a roll-out ends."""
+    if method in _STAGES:
+        return _STAGES[method]
     if peak_window is None:
         return "the paper's rule"
     return f"peak window {peak_window}"
@@ -221,8 +234,8 @@ def _alive(config: Config, sub_datasets: int) -> int:
     one before the newest, too.
     """
     newest = 2 if config.train.on_divergence == "rollback" else 1
-    if config.method == "sft":
-        return newest + 1
+    if config.method != "msft":
+        return newest + 1 + (config.method == "single_rollout")  # which goes back to the base
     window = config.msft.peak_window
     champions = sub_datasets if window is None else min(sub_datasets, window)
     return champions + newest + 2

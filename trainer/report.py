@@ -244,7 +244,8 @@ def _work_table(summaries: Mapping[str, Summary]) -> Table:
     rows = []
     for label, summary in summaries.items():
         account = summary.account
-        thrown = "after its result" if summary.method == "sft" else "rolled back"
+        goes_back = summary.method in ("msft", "single_rollout")
+        thrown = "rolled back" if goes_back else "after its result"
         works: list[tuple[str, Work]] = [
             ("training, kept", account.kept),
             (f"training, {thrown}", account.rolled_back),
@@ -252,6 +253,8 @@ def _work_table(summaries: Mapping[str, Summary]) -> Table:
             ("evaluation", account.evaluation),
             ("generation", account.generation),
         ]
+        if account.selection.tokens:
+            works.insert(2, ("selection of examples", account.selection))
         if account.repeated.tokens:
             works.append(("repeated after a resume", account.repeated))
         rows += [

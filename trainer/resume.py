@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from trainer.errors import RunError
 from trainer.files import enough_space, sync
 from trainer.journal import Record
+from trainer.observed import Observed, describe_adjustment
 from trainer.state import load_optimizer, optimizer_tensors, python_rng, set_python_rng
 from trainer.strategy import (
     Continue,
@@ -77,6 +78,7 @@ class Known:
     stage: int
     step: int
     """Optimizer steps in that stage."""
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class Standing:
     """The stages up to this one, by number, and their roots."""
     names: Names
     """What the strategy was told for these ids."""
+    observed: Observed
+    """The observations of this stage."""
     stop: Stop | None
     """The decision that ended training."""
 
@@ -125,16 +129,25 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
     global_step = stage_step = 0
     known: dict[str, Known] = {}
     names = Names()
+    sizes = {name: row["train"] for r in counted[:1] for name, row in r["sub_datasets"].items()}
+    observed = Observed(sizes)
     decision: Decision | None = None
     for record in counted:
+        observation = observed.read(record)
         if "step" in record:
             global_step = record["step"]
         if record["event"] == "stage_started":
             stage_step = global_step
+            observed = Observed(sizes)
+        elif observation is not None:
+            adjustment = strategy.on_observation(observation)
+            observed.adjustments.append((record["stage_step"], adjustment))
+            _check_same(record, describe_adjustment(adjustment))
         elif record["event"] == "evaluated":
             found = Known(
                 metrics=record["metrics"],
                 losses=record["losses"],
+                errors=record.get("errors") or {},
                 stage=record["stage"],
                 step=global_step - stage_step,
             )
@@ -146,13 +159,7 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
             divergence = Divergence(**{f.name: record[f.name] for f in fields(Divergence)})
             decision = names.resolve(strategy.on_divergence(divergence))
         elif record["event"] == "decided":
-            decided = {} if decision is None else describe(decision)
-            if not decided or any(record[key] != value for key, value in decided.items()):
-                raise RunError(
-                    f"journal record {record['seq']} decided {record['decision']!r}, but the same "
-                    "evaluations now lead to another decision: the run was made by another version "
-                    "or its configuration was edited; begin it again in another output_dir"
-                )
+            _check_same(record, {} if decision is None else describe(decision))
             if isinstance(decision, RollBack):
                 stage, root = decision.stage, decision.checkpoint
                 begun[stage.number] = (stage, root)
@@ -164,8 +171,19 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
         known=known,
         begun=begun,
         names=names,
+        observed=observed,
         stop=stop,
     )
+
+
+def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
+    """Raise :class:`RunError` where a record says otherwise than what is decided now."""
+    if not decided or any(record[key] != value for key, value in decided.items()):
+        raise RunError(
+            f"journal record {record['seq']} decided {record.get('decision', 'an adjustment')!r}, "
+            "but the same findings now lead to another decision: the run was made by another "
+            "version or its configuration was edited; begin it again in another output_dir"
+        )
 
 
 def describe(decision: Decision) -> dict[str, Any]:
@@ -241,6 +259,6 @@ def _content(path: Path) -> Any:
 
 
 def _evaluation(record: Record, names: Names) -> Evaluation:
-    told = ("stage", "index", "epoch", "step", "metrics", "last")
+    told = {key: record[key] for key in ("stage", "index", "epoch", "step", "metrics", "last")}
     checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
-    return Evaluation(checkpoint=checkpoint, **{name: record[name] for name in told})
+    return Evaluation(checkpoint=checkpoint, errors=record.get("errors") or {}, **told)

@@ -128,7 +128,7 @@ def _go(config: Config, *, say: Say, progress: bool) -> Summary:
         if not work.accelerator.is_main_process:
             say = _silent
         try:
-            strategy = make_strategy(config)
+            strategy = make_strategy(config, work.proportions)
             standing, position = _stand(work, strategy, say)
             stop = standing.stop
             if stop is None:
@@ -166,7 +166,7 @@ def _stand(work: Workspace, strategy: Strategy, say: Say) -> tuple[Standing, Pos
         if work.timeline is not None:
             work.timeline.rewind(position.evaluations)
     elif standing.stop is None:
-        policy = retention(strategy.needs(), strategy.mode)
+        policy = retention(strategy.needs(), strategy.mode, standing.names)
         work.begin_stage(standing.stage.number, standing.root, policy)
     return standing, position
 

@@ -8,7 +8,9 @@ Example::
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,6 +25,19 @@ class Schedule:
     evaluations: tuple[int, ...]
     """Steps after which all sub-datasets are evaluated, ascending, the last one after the last
     step. The evaluation of the stage's root, index 0, comes before."""
+    ends: tuple[tuple[float, int], ...] = ()
+    """Where epochs differ in length: the end of each one, in epochs and in steps."""
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs lie behind a step."""
+        if not self.ends:
+            return step / self.steps_per_epoch
+        before, start = 0.0, 0
+        for after, end in self.ends:
+            if step <= end:
+                return before + (after - before) * (step - start) / (end - start)
+            before, start = after, end
+        return before
 
 
 def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs: float) -> Schedule:
@@ -39,6 +54,35 @@ def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs:
     wanted = {_nearest(k * eval_every * per_epoch) for k in range(1, count + 1)}
     inside = {step for step in wanted if 1 <= step < steps}
     return Schedule(steps_per_epoch=per_epoch, steps=steps, evaluations=(*sorted(inside), steps))
+
+
+def uneven_schedule(
+    sizes: Sequence[int], *, batch_size: int, eval_every: float, epochs: float
+) -> Schedule:
+    """Lay out a stage whose epochs have so many examples each; the last one may be a part of one.
+
+    Raises ``ValueError`` for an epoch without an example.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"each epoch of a stage needs at least one example, got {list(sizes)}")
+    steps = list(itertools.accumulate(-(-size // batch_size) for size in sizes))
+    ends = tuple((min(float(i + 1), epochs), step) for i, step in enumerate(steps))
+    begun = ((0.0, 0), *ends)
+
+    def step_at(epoch: float) -> int:
+        for (before, start), (after, end) in itertools.pairwise(begun):
+            if epoch <= after + 1e-9:
+                return start + _nearest((epoch - before) / (after - before) * (end - start))
+        return steps[-1]
+
+    count = math.floor(epochs / eval_every + 1e-9)
+    inside = {step_at(k * eval_every) for k in range(1, count + 1)} - {0, steps[-1]}
+    return Schedule(
+        steps_per_epoch=steps[0],
+        steps=steps[-1],
+        evaluations=(*sorted(inside), steps[-1]),
+        ends=ends,
+    )
 
 
 def _nearest(value: float) -> int:

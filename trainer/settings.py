@@ -130,14 +130,31 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MsftConfig:
-    """The MSFT algorithm (``msft:``); ``sft`` uses ``compute_budget`` alone."""
+    """The MSFT algorithm (``msft:``); the other methods use ``compute_budget`` alone."""
 
     compute_budget: float = 3.0
-    """C: epochs of the active mixture in one roll-out."""
+    """C: epochs of the active mixture in one roll-out; of each sub-dataset with ``continual``."""
     peak_window: int | None = None
     """W: end a roll-out when the earliest champion is W evaluations old; ``None``: the paper."""
     max_stages: int | None = None
     """``None``: twice the number of sub-datasets."""
+    drop_count: int = 1
+    """Sub-datasets that are excluded at once at most, of those whose peaks have passed."""
+    exclusion: Literal["hard", "soft"] = "hard"
+    """``hard``: an excluded sub-dataset is trained on no longer (the paper). ``soft``: with the
+    share ``floor`` of its examples in each epoch, against forgetting."""
+    floor: float = 0.1
+    """Share of an excluded sub-dataset's examples in an epoch, with ``exclusion: soft``."""
+    peaks: Literal["first_best", "robust"] = "first_best"
+    """``first_best``: the first best value is the peak, and it has passed if another evaluation
+    follows (the paper). ``robust``: the next three keys apply."""
+    smoothing: int = 3
+    """Evaluations whose mean stands for a value, with ``peaks: robust``; 1: none."""
+    margin: float = 1.0
+    """Standard errors of the metric by which a value must beat the best one so far to be better,
+    with ``peaks: robust``."""
+    patience: int = 2
+    """Evaluations without anything better after which a peak has passed, with ``peaks: robust``."""
     optimizer_on_rollback: Literal["reset", "restore"] = "reset"
     """``reset``: each stage begins with a fresh optimizer, schedule and order of examples (the
     paper's code). ``restore``: it goes on with those of the checkpoint that it begins from, and
@@ -145,10 +162,38 @@ class MsftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IesConfig:
+    """Instance-dependent Early Stopping (``ies:``)."""
+
+    delta: float = 0.01
+    """Mean second difference of an example's loss below which it is mastered, in units of the mean
+    token loss."""
+    average: int = 3
+    """Second differences that the mean is taken over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamixConfig:
+    """DynamixSFT (``dynamix:``); the defaults are its paper's."""
+
+    gamma: float = 0.3
+    """Share of examples that is drawn from all sub-datasets alike."""
+    alpha: float = 0.95
+    """Weight of the past in a sub-dataset's value."""
+    beta: float = 4.0
+    """How sharply sub-datasets of higher value are preferred."""
+    every: int = 50
+    """T: optimizer steps between two looks ahead."""
+    examples: int | None = None
+    """Of each sub-dataset for a look ahead; ``None``: ``train.micro_batch_size``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
-    method: Literal["msft", "sft"] = "msft"
+    method: Literal["msft", "sft", "continual", "single_rollout", "ies", "dynamix"] = "msft"
+    """How the mixture is trained on; see ``docs/ALGORITHMS.md``."""
     output_dir: str
     """The run directory: store, journal, report, result."""
     seed: int = 0
@@ -184,8 +229,10 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     msft: MsftConfig = MsftConfig()
+    ies: IesConfig = IesConfig()
+    dynamix: DynamixConfig = DynamixConfig()
 
     @property
     def restores_optimizer(self) -> bool:
         """Whether rollback points hold more than weights."""
-        return self.method != "sft" and self.msft.optimizer_on_rollback == "restore"
+        return self.method == "msft" and self.msft.optimizer_on_rollback == "restore"

@@ -2,7 +2,9 @@
 
 The loss of a step is the mean over all target tokens of its batch, so neither the number of
 micro-batches nor the number of processes changes what is learned. Processes take turns at the
-micro-batches; one that has none left in the last turn adds a loss of zero.
+micro-batches; one that has none left in the last turn adds a loss of zero. Examples that are
+mastered go through the forward pass alone, which tells their loss; a step of nothing else leaves
+the weights as they are.
 
 Example::
 
@@ -15,17 +17,19 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from trainer.batches import DataOrder, Step, micro_batches
+from trainer.batches import DataOrder, MicroBatch, Reference, Step, micro_batches
 from trainer.divergence import Finding, not_finite
 from trainer.forward import collate, target_losses
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.sampled import SampledOrder
 from trainer.schedule import Schedule
-from trainer.strategy import Stage
+from trainer.strategy import Adjustment, ExampleLosses, Stage
 from trainer.workspace import Workspace
 
 
@@ -38,7 +42,7 @@ class StageSteps:
         stage: Stage,
         schedule: Schedule,
         *,
-        order: DataOrder,
+        order: DataOrder | SampledOrder,
         steps_before: int = 0,
     ) -> None:
         """Prepare; the optimizer keeps the state that it has.
@@ -47,15 +51,19 @@ class StageSteps:
         stages; it is stretched to end with this one.
         """
         train = work.split("train")
+        names = stage.trained
         self._work = work
         self._stage = stage
         self._schedule = schedule
         self._order = order
         self._steps_before = steps_before
-        self._examples = [example for name in stage.active for example in train[name]]
+        self._examples = [example for name in names for example in train[name]]
         self._lengths = [len(example) for example in self._examples]
-        starts = itertools.accumulate((len(train[name]) for name in stage.active), initial=0)
-        self._starts = dict(zip(stage.active, starts, strict=False))
+        starts = itertools.accumulate((len(train[name]) for name in names), initial=0)
+        self._starts = dict(zip(names, starts, strict=False))
+        self._mastered: frozenset[int] = frozenset()
+        self._tells_losses = isinstance(stage.observe, ExampleLosses)
+        self._told: list[tuple[Reference, float]] = []
         self._forget_totals()
 
     def train(self, step: int) -> Finding | None:
@@ -65,37 +73,70 @@ class StageSteps:
         and what was found is returned.
         """
         config, model, optimizer = self._work.config.train, self._work.model, self._work.optimizer
-        batch = self._batch(step)
+        references = self._order.step(step)
+        batch, passed = self._parts(references)
         targets = sum(len(self._examples[i].completion) for micro in batch for i in micro)
         model.train()
-        loss = self._backward(batch, targets)
+        losses = torch.zeros(len(self._examples) if self._tells_losses else 0)
+        loss = self._backward(batch, targets, losses)
+        self._forward(passed, losses)
+        self._tell(references, losses)
         self._losses += loss
         self._grad_norm = None
-        if config.max_grad_norm is not None:
+        if config.max_grad_norm is not None and batch:
             accelerator = self._work.accelerator
             self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        before = self._steps_before
-        self._lr = learning_rate(config, step=before + step, steps=before + self._schedule.steps)
+        self._lr = self.lr(step)
         set_learning_rate(optimizer, self._lr)
-        self._count(batch, targets)
+        self._count(batch, passed, targets)
         finding = not_finite({"training loss": loss, "gradient norm": self._grad_norm})
-        if finding is None:
+        if finding is None and batch:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return finding
 
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step of the stage."""
+        before = self._steps_before
+        return learning_rate(
+            self._work.config.train, step=before + step, steps=before + self._schedule.steps
+        )
+
+    def adjust(self, step: int, adjustment: Adjustment) -> None:
+        """Follow an adjustment from a step on."""
+        if adjustment.weights and isinstance(self._order, SampledOrder):
+            self._order.reweigh(step, adjustment.weights)
+        self._mastered = frozenset(
+            self._starts[name] + i for name, places in adjustment.mastered.items() for i in places
+        )
+
+    def take_losses(self) -> tuple[dict[str, list[int]], dict[str, list[float]]] | None:
+        """Return places and losses of the examples since the last call; ``None`` for none."""
+        if not self._told:
+            return None
+        places: dict[str, list[int]] = {}
+        values: dict[str, list[float]] = {}
+        for (name, i), loss in self._told:
+            places.setdefault(name, []).append(i)
+            values.setdefault(name, []).append(loss)
+        self._told = []
+        return places, values
+
     def take_totals(self) -> dict[str, Any] | None:
         """Return the fields of a ``trained`` record since the last call; ``None`` for no step."""
-        if not self._targets:
+        if not self._tokens + self._forward_tokens:
             return None
         totals = {
-            "loss": float(self._losses) / self._targets,
+            "loss": float(self._losses) / self._targets if self._targets else None,
             "lr": self._lr,
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
             "tokens": self._tokens,
             "attention_tokens": self._attention_tokens,
             "target_tokens": self._targets,
             "padded_tokens": self._padded,
+            "forward_tokens": self._forward_tokens,
+            "forward_attention_tokens": self._forward_attention_tokens,
+            "forward_padded_tokens": self._forward_padded,
             "seconds": time.monotonic() - self._began,
         }
         self._forget_totals()
@@ -105,7 +146,7 @@ class StageSteps:
         """Leave the time since the last totals out: it went into something else."""
         self._began = time.monotonic()
 
-    def _backward(self, batch: Step, targets: int) -> torch.Tensor:
+    def _backward(self, batch: Step, targets: int, losses: torch.Tensor) -> torch.Tensor:
         """Add the batch's gradients; return its summed loss over all processes, float32."""
         accelerator, model = self._work.accelerator, self._work.model
         processes, rank = accelerator.num_processes, accelerator.process_index
@@ -114,32 +155,79 @@ class StageSteps:
         for turn in range(turns):
             mine = turn * processes + rank
             weight = 1.0 if mine < len(batch) else 0.0
-            rows = [self._examples[i] for i in batch[mine if weight else 0]]
-            pad = self._work.loaded.pad_token_id
-            tensors = collate(rows, pad_token_id=pad, device=accelerator.device)
+            micro = batch[mine if weight else 0]
             with nullcontext() if turn == turns - 1 else accelerator.no_sync(model):
-                loss = target_losses(model, tensors)[0].sum() * weight
+                token_losses = self._token_losses(model, micro)
+                loss = token_losses.sum() * weight
                 # DDP averages gradients over processes, but the loss is a mean over all targets.
                 accelerator.backward(loss * (processes / targets))
+            if weight:
+                self._note(micro, token_losses, losses)
             total += loss.detach()
         if processes > 1:
             total = accelerator.reduce(total, reduction="sum")
         return total
 
-    def _batch(self, step: int) -> Step:
-        positions = [self._starts[name] + i for name, i in self._order.step(step)]
-        return micro_batches(positions, self._lengths, self._work.config.train.micro_batch_size)
+    def _forward(self, batch: Step, losses: torch.Tensor) -> None:
+        """Note the losses of this process's share of a batch that is not trained on."""
+        accelerator = self._work.accelerator
+        # Outside of DDP, whose forward passes must be as many in every process.
+        model = accelerator.unwrap_model(self._work.model)
+        with torch.no_grad():
+            for micro in batch[accelerator.process_index :: accelerator.num_processes]:
+                self._note(micro, self._token_losses(model, micro), losses)
 
-    def _count(self, batch: Step, targets: int) -> None:
+    def _token_losses(self, model: Any, micro: MicroBatch) -> torch.Tensor:
+        rows = [self._examples[i] for i in micro]
+        pad = self._work.loaded.pad_token_id
+        tensors = collate(rows, pad_token_id=pad, device=self._work.accelerator.device)
+        return target_losses(model, tensors)[0]
+
+    def _note(self, micro: MicroBatch, token_losses: torch.Tensor, losses: torch.Tensor) -> None:
+        """Write down each example's mean loss, where somebody wants to know."""
+        if not self._tells_losses:
+            return
+        sizes = [len(self._examples[i].completion) for i in micro]
+        means = [part.mean() for part in torch.split(token_losses.detach(), sizes)]
+        losses[list(micro)] = torch.stack(means).float().cpu()
+
+    def _tell(self, references: Sequence[Reference], losses: torch.Tensor) -> None:
+        if not self._tells_losses:
+            return
+        places = [self._starts[name] + i for name, i in references]
+        mine = losses[places]
+        accelerator = self._work.accelerator
+        if accelerator.num_processes > 1:
+            # Each example is with one process, so adding up is exact.
+            mine = accelerator.reduce(mine.to(accelerator.device), reduction="sum").cpu()
+        self._told += zip(references, mine.tolist(), strict=True)
+
+    def _parts(self, references: Sequence[Reference]) -> tuple[Step, Step]:
+        """Return the micro-batches that are trained on, and those of mastered examples."""
+        positions = [self._starts[name] + i for name, i in references]
+        size = self._work.config.train.micro_batch_size
+        trained = [i for i in positions if i not in self._mastered]
+        passed = [i for i in positions if i in self._mastered]
+        return micro_batches(trained, self._lengths, size), micro_batches(
+            passed, self._lengths, size
+        )
+
+    def _count(self, batch: Step, passed: Step, targets: int) -> None:
         self._targets += targets
         for micro in batch:
             lengths = [self._lengths[i] for i in micro]
             self._tokens += sum(lengths)
             self._attention_tokens += sum(length * length for length in lengths)
             self._padded += max(lengths) * len(lengths) - sum(lengths)
+        for micro in passed:
+            lengths = [self._lengths[i] for i in micro]
+            self._forward_tokens += sum(lengths)
+            self._forward_attention_tokens += sum(length * length for length in lengths)
+            self._forward_padded += max(lengths) * len(lengths) - sum(lengths)
 
     def _forget_totals(self) -> None:
         self._losses = torch.zeros((), device=self._work.accelerator.device)
         self._lr, self._grad_norm = 0.0, None
         self._tokens = self._attention_tokens = self._targets = self._padded = 0
+        self._forward_tokens = self._forward_attention_tokens = self._forward_padded = 0
         self._began = time.monotonic()

@@ -15,14 +15,36 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 OVERALL = "overall"
 """The name under which the metric of the whole mixture is recorded; no sub-dataset may have it."""
 
 Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleLosses:
+    """A stage that tells the strategy each example's loss after every epoch.
+
+    It may then name examples that are mastered; they get a forward pass, for their loss, and are
+    not trained on, until it names others after the next epoch.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAhead:
+    """A stage that tells the strategy what one step on each sub-dataset alone would bring.
+
+    It answers with weights by which the next examples are drawn.
+    """
+
+    every: int
+    """Optimizer steps between two such looks."""
+    examples: int
+    """Of each sub-dataset, drawn anew for every look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +56,18 @@ class Stage:
     active: tuple[str, ...]
     """The sub-datasets that are trained on, sorted by name."""
     epochs: float
-    """Compute budget C: epochs of the active mixture."""
+    """Compute budget C: epochs of what is trained on."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Sub-datasets that are not active and yet take part → share of their examples an epoch has."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Active sub-dataset → epochs after which it is left out for the rest of the stage."""
+    observe: ExampleLosses | LookAhead | None = None
+    """What the strategy is told besides evaluations."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The sub-datasets that take part, sorted by name."""
+        return tuple(sorted({*self.active, *self.shares}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +87,34 @@ class Evaluation:
     """Sub-dataset → metric, excluded ones too, and ``OVERALL``."""
     last: bool
     """Whether the stage's budget is used up."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Sub-dataset → standard error of its metric over its examples, where it is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a stage with ``observe`` has found."""
+
+    stage: int
+    step: int
+    """Optimizer steps in the stage."""
+    epoch: float
+    """Epochs of the stage."""
+    values: Mapping[str, Sequence[float]]
+    """Sub-dataset → mean token loss of each training example in the epoch that has ended; or,
+    of a look ahead, one number: the mean over its examples of the share of the loss that one step
+    takes away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjustment:
+    """What follows an observation: the weights or the mastered examples replace those before."""
+
+    reason: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Sub-dataset → probability that an example is drawn from it; empty: as the data come."""
+    mastered: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Sub-dataset → places of the training examples that are not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +196,10 @@ class Names:
         """Say which checkpoint id a name stands for."""
         self._ids[name] = checkpoint
 
+    def ids(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the checkpoint ids that names stand for, as far as they are known."""
+        return frozenset(self._ids[name] for name in names if name in self._ids)
+
     def resolve(self, decision: AnyDecision) -> AnyDecision:
         """Return a decision with the id of the checkpoint that it names."""
         if isinstance(decision, Continue):
@@ -155,6 +220,8 @@ class Needs:
     """Metrics whose best checkpoint of the whole run is needed."""
     newest: bool = False
     """Whether the checkpoint of the last evaluation is needed, too."""
+    checkpoints: tuple[str, ...] = ()
+    """Others that are needed, by name."""
 
 
 class Strategy(Protocol):
@@ -171,6 +238,9 @@ class Strategy(Protocol):
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Decide what follows an evaluation; ``Continue`` never follows one that is ``last``."""
+
+    def on_observation(self, observation: Observation) -> Adjustment:
+        """Decide how a stage with ``observe`` goes on."""
 
     def on_divergence(self, divergence: Divergence) -> Skip | Stop:
         """Decide what follows a divergence; an evaluation of the stage came before it."""

@@ -108,6 +108,13 @@ class Workspace:
         """Return a copy of the weights as they are, for the timeline, where one is wanted."""
         return Resident(self.snapshots.take()) if self.config.resident_reference else None
 
+    @property
+    def proportions(self) -> dict[str, float]:
+        """The sub-datasets in the order of the configuration, and their training examples."""
+        sizes = {name: float(len(sub.train.examples)) for name, sub in self.mixture.items()}
+        order = [*self.config.data.sub_datasets, *sizes]
+        return {name: sizes[name] for name in order if name in sizes}
+
     def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
         """Restore what stage ``number`` begins from (``None``: the base's weights).
 

@@ -11,6 +11,7 @@ from msft_store import (
     InvalidInputError,
     KeepBest,
     KeepLast,
+    KeepThese,
     OverBudgetError,
     PeakWindow,
     Policy,
@@ -50,6 +51,8 @@ def kept(policy: Policy, candidates: list[Candidate]) -> str:
         (Champions({"m": "max", "x": "max"}), (2, 1), "a"),
         (KeepLast(1) | KeepBest("m"), (9, 1, 2), "ac"),
         (KeepLast(1), (), ""),
+        (KeepThese(frozenset("ac")), (1, 2, 3), "ac"),
+        (KeepThese(frozenset("az")) | KeepLast(1), (1, 2), "ab"),
         (KeepBest("m") | DiskBudget(99), (), ""),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trainer.peaks import Champion, earliest_champion, first_best, is_better, overall
+from trainer.peaks import Champion, PeakRule, champions, first_best, is_better, overall
 from trainer.strategy import Mode
 
 
@@ -34,12 +36,59 @@ def test_equal_is_not_better_and_anything_finite_beats_nothing(mode: Mode) -> No
     assert not is_better(math.nan, None, mode)
 
 
-def test_the_earliest_champion_and_ties_by_name() -> None:
-    assert earliest_champion({"b": [1, 2, 1], "a": [1, 2, 1], "c": [1, 1, 2]}, "max") == Champion(
-        name="a", index=1
-    )
-    assert earliest_champion({"a": [math.nan], "b": [1.0]}, "max") == Champion(name="b", index=0)
-    assert earliest_champion({"a": [math.nan]}, "max") is None
+def test_champions_come_by_index_and_of_equals_by_name() -> None:
+    curves = {"b": [1, 2, 1], "a": [1, 2, 1], "c": [1, 1, 2], "d": [math.nan] * 3}
+    errors = dict.fromkeys(curves, [math.nan] * 3)
+    assert champions(curves, errors, "max", PeakRule()) == [
+        Champion(name="a", index=1),
+        Champion(name="b", index=1),
+        Champion(name="c", index=2),
+    ]
+    assert champions({"a": [math.nan]}, {"a": [0.1]}, "max", PeakRule()) == []
+
+
+CURVES = st.lists(
+    st.tuples(
+        st.one_of(st.floats(-5, 5), st.just(math.nan)),
+        st.one_of(st.floats(0, 1), st.just(math.nan)),
+    ),
+    max_size=12,
+)
+
+
+@given(CURVES, st.sampled_from(["max", "min"]))
+def test_the_default_rule_is_the_first_best_value(
+    curve: list[tuple[float, float]], mode: Mode
+) -> None:
+    values, errors = [value for value, _ in curve], [error for _, error in curve]
+    assert PeakRule().peak(values, errors, mode) == first_best(values, mode)
+
+
+@given(CURVES, st.floats(0, 3))
+def test_a_margin_never_makes_a_peak_later_and_directions_mirror_each_other(
+    curve: list[tuple[float, float]], margin: float
+) -> None:
+    values, errors = [value for value, _ in curve], [error for _, error in curve]
+    rule = PeakRule(margin=margin)
+    peak, plain = rule.peak(values, errors, "max"), first_best(values, "max")
+    assert (peak is None) == (plain is None)
+    assert peak is None or plain is None or peak <= plain
+    assert rule.peak([-value for value in values], errors, "min") == peak
+
+
+def test_noise_is_smoothed_and_an_improvement_within_the_margin_is_none() -> None:
+    noisy = [0.1, 0.5, 0.2, 0.4, 0.45, 0.44]
+    none = [math.nan] * 6
+    assert PeakRule().peak(noisy, none, "max") == 1
+    assert PeakRule(smoothing=2).peak(noisy, none, "max") == 5
+    rising = [0.30, 0.40, 0.42, 0.43, 0.47]
+    assert PeakRule(margin=2).peak(rising, [0.02] * 5, "max") == 4
+    assert PeakRule(margin=4).peak(rising, [0.02] * 5, "max") == 1
+
+
+def test_a_peak_has_passed_after_some_evaluations() -> None:
+    assert [PeakRule().has_passed(3, last) for last in (3, 4)] == [False, True]
+    assert [PeakRule(patience=3).has_passed(3, last) for last in (5, 6)] == [False, True]
 
 
 def test_overall_weights_by_examples_or_not() -> None:

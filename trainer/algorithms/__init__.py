@@ -2,18 +2,38 @@
 
 Example::
 
-    strategy = make_strategy(config)
+    strategy = make_strategy(config, {"arith": 900, "dates": 80})
 """
 
 from __future__ import annotations
 
-from trainer.algorithms.guarded import Guarded
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from trainer.algorithms.continual import Continual
+from trainer.algorithms.dynamix import Dynamix
+from trainer.algorithms.guarded import Guarded, Method
+from trainer.algorithms.ies import Ies
 from trainer.algorithms.msft import Msft
 from trainer.algorithms.sft import Sft
-from trainer.settings import Config
+from trainer.algorithms.single_rollout import SingleRollout
+from trainer.peaks import PeakRule
+from trainer.settings import Config, MsftConfig
 from trainer.strategy import Mode, Strategy
 
-__all__ = ["Guarded", "Msft", "Sft", "make_strategy", "metric_mode"]
+__all__ = [
+    "Continual",
+    "Dynamix",
+    "Guarded",
+    "Ies",
+    "Msft",
+    "Sft",
+    "SingleRollout",
+    "make_method",
+    "make_strategy",
+    "metric_mode",
+    "peak_rule",
+]
 
 
 def metric_mode(config: Config) -> Mode:
@@ -21,22 +41,47 @@ def metric_mode(config: Config) -> Mode:
     return "min" if config.evaluation.metric == "loss" else "max"
 
 
-def make_strategy(config: Config) -> Strategy:
-    """Return a fresh strategy for ``config.method`` and ``train.on_divergence``."""
+def make_strategy(config: Config, sizes: Mapping[str, float]) -> Strategy:
+    """Return a fresh strategy for ``config.method`` and ``train.on_divergence``.
+
+    ``sizes`` are the sub-datasets with the proportions in which their examples come.
+    """
     max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
-    return Guarded(_make_method(config), max_skips=max_skips)
+    return Guarded(make_method(config, sizes), max_skips=max_skips)
 
 
-def _make_method(config: Config) -> Msft | Sft:
+def make_method(config: Config, sizes: Mapping[str, float]) -> Method:
+    """Return a fresh strategy for ``config.method`` that knows nothing of divergence."""
     names = tuple(config.data.sub_datasets)
     mode = metric_mode(config)
     budget = config.msft.compute_budget
-    if config.method == "sft":
-        return Sft(sub_datasets=names, mode=mode, compute_budget=budget)
+    match config.method:
+        case "sft":
+            return Sft(sub_datasets=names, mode=mode, compute_budget=budget)
+        case "continual":
+            return Continual(sub_datasets=names, mode=mode, compute_budget=budget)
+        case "single_rollout":
+            return SingleRollout(sub_datasets=names, mode=mode, compute_budget=budget)
+        case "ies":
+            return Ies(sub_datasets=names, mode=mode, compute_budget=budget, **asdict(config.ies))
+        case "dynamix":
+            examples = config.dynamix.examples or config.train.micro_batch_size
+            settings = {**asdict(config.dynamix), "examples": examples}
+            return Dynamix(sub_datasets=sizes, mode=mode, compute_budget=budget, **settings)
     return Msft(
         sub_datasets=names,
         mode=mode,
         compute_budget=budget,
         peak_window=config.msft.peak_window,
         max_stages=config.msft.max_stages,
+        rule=peak_rule(config.msft),
+        drop_count=config.msft.drop_count,
+        floor=config.msft.floor if config.msft.exclusion == "soft" else None,
     )
+
+
+def peak_rule(config: MsftConfig) -> PeakRule:
+    """Return what counts as a peak."""
+    if config.peaks == "first_best":
+        return PeakRule()
+    return PeakRule(smoothing=config.smoothing, margin=config.margin, patience=config.patience)

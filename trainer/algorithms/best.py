@@ -1,4 +1,4 @@
-"""What the strategies share: the best overall checkpoint, and a check of what they are told.
+"""What the strategies share: the best overall checkpoint, and checks of what they are told.
 
 Example::
 
@@ -10,7 +10,7 @@ Example::
 from __future__ import annotations
 
 from trainer.peaks import is_better
-from trainer.strategy import OVERALL, Evaluation, Mode, Stage
+from trainer.strategy import OVERALL, Adjustment, Evaluation, Mode, Observation, Stage
 
 
 class BestOverall:
@@ -46,6 +46,14 @@ class BestOverall:
             f"the result is the best overall, {best.metrics[OVERALL]:.4g} at stage {best.stage}, "
             f"epoch {best.epoch:.4g}",
         )
+
+
+class Unobserved:
+    """A method that is told of evaluations alone."""
+
+    def on_observation(self, observation: Observation) -> Adjustment:
+        """Raise ``ValueError``: it has asked for none."""
+        raise ValueError(f"stage {observation.stage} is not observed")
 
 
 def check_order(evaluation: Evaluation, *, stage: Stage, index: int, over: bool) -> None:

@@ -18,11 +18,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from trainer.strategy import (
+    Adjustment,
     Decision,
     Divergence,
     Evaluation,
     Mode,
     Needs,
+    Observation,
     RollBack,
     Skip,
     Stage,
@@ -43,6 +45,9 @@ class Method(Protocol):
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Decide what follows an evaluation."""
+
+    def on_observation(self, observation: Observation) -> Adjustment:
+        """Decide how a stage that is observed goes on."""
 
     def end(self, *, why: str) -> Stop:
         """Stop where an evaluation of the stage has been decided on, with the best so far."""
@@ -78,6 +83,10 @@ class Guarded:
         self._is_leaving = isinstance(decision, RollBack)
         self._is_over = isinstance(decision, Stop)
         return decision
+
+    def on_observation(self, observation: Observation) -> Adjustment:
+        """Return the method's adjustment."""
+        return self._method.on_observation(observation)
 
     def on_divergence(self, divergence: Divergence) -> Skip | Stop:
         """Skip, or stop where the run may not skip (any more)."""

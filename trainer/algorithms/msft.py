@@ -7,8 +7,15 @@ evaluation, nobody peaked: the next stage begins from the end and nothing is exc
 over when every sub-dataset is excluded or ``max_stages`` stages are used up; its result is the
 first best overall checkpoint of the whole run.
 
-With a *peak window* W (not in the paper) a stage also ends once the earliest champion is W
-evaluations old.
+What is not in the paper, and off by default:
+
+- With a *peak window* W a stage also ends once the earliest champion is W evaluations old.
+- Another :class:`PeakRule` than the first best value sees through noise; a sub-dataset whose peak
+  has not passed under it has not peaked.
+- With a *drop count* k up to k sub-datasets whose peaks have passed are excluded at once, in the
+  order of their peaks. The next stage begins at the first of these peaks, so that none was
+  trained on beyond its own.
+- With a *floor* an excluded sub-dataset still takes part, with that share of its examples.
 
 All state follows from the evaluations, so a fresh instance that is told the recorded ones again
 stands where the first one stood, and has decided the same.
@@ -21,14 +28,15 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 
-from trainer.algorithms.best import BestOverall, check_order
-from trainer.peaks import Champion, earliest_champion
+from trainer.algorithms.best import BestOverall, Unobserved, check_order
+from trainer.peaks import Champion, PeakRule, champions
 from trainer.strategy import Continue, Decision, Evaluation, Mode, Needs, RollBack, Stage, Stop
 
 
-class Msft:
+class Msft(Unobserved):
     """The MSFT strategy."""
 
     def __init__(
@@ -39,11 +47,16 @@ class Msft:
         compute_budget: float,
         peak_window: int | None = None,
         max_stages: int | None = None,
+        rule: PeakRule | None = None,
+        drop_count: int = 1,
+        floor: float | None = None,
     ) -> None:
         """Begin a run over ``sub_datasets``.
 
         ``compute_budget`` is C, in epochs of the active mixture; ``peak_window`` is W, in
-        evaluations; ``max_stages`` is twice the number of sub-datasets by default.
+        evaluations; ``max_stages`` is twice the number of sub-datasets by default; ``rule`` is the
+        paper's by default; ``floor`` is the share of an excluded sub-dataset's examples that an
+        epoch still has, none by default.
         """
         names = tuple(sorted(sub_datasets))
         if not names:
@@ -53,8 +66,13 @@ class Msft:
         self.mode: Mode = mode
         self.max_stages = 2 * len(names) if max_stages is None else max_stages
         self._peak_window = peak_window
+        self._rule = rule or PeakRule()
+        self._drop_count = drop_count
+        self._floor = floor
+        self._names = names
         self._first = self._stage = Stage(number=1, active=names, epochs=compute_budget)
         self._seen: list[Evaluation] = []
+        self._champions: list[Champion] = []
         self._best = BestOverall(mode)
         self._over = False
 
@@ -66,21 +84,25 @@ class Msft:
         """Return the active sub-datasets' champions and the best overall."""
         if self._over:
             return Needs()
-        return Needs(
-            champions=self._stage.active,
-            peak_window=self._peak_window,
-            newest=not self._best.found,
-        )
+        if self._rule == PeakRule():
+            return Needs(
+                champions=self._stage.active,
+                peak_window=self._peak_window,
+                newest=not self._best.found,
+            )
+        # What is best under another rule the store cannot tell; the newest may turn out to be.
+        held = dict.fromkeys(self._seen[champion.index].checkpoint for champion in self._champions)
+        return Needs(checkpoints=tuple(held), newest=True)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Continue within the budget; at its end, or with the peak window passed, go back."""
         check_order(evaluation, stage=self._stage, index=len(self._seen), over=self._over)
         self._seen.append(evaluation)
         self._best.add(evaluation)
-        champion = _earliest(self._seen, self._stage.active, self.mode)
-        if not evaluation.last and not self._window_passed(champion):
-            return Continue(reason=self._describe(champion))
-        return self._end_stage(champion)
+        self._champions = self._find_champions()
+        if not evaluation.last and not self._window_passed():
+            return Continue(reason=self._describe())
+        return self._end_stage()
 
     def end(self, *, why: str) -> Stop:
         """Stop after any evaluation of a stage, with the best overall so far."""
@@ -88,29 +110,41 @@ class Msft:
             raise ValueError("nothing of this stage was evaluated, so it cannot end")
         return self._stop(target=self._seen[-1], exclude=(), why=why)
 
-    def _window_passed(self, champion: Champion | None) -> bool:
-        if self._peak_window is None or champion is None:
-            return False
-        return len(self._seen) - 1 - champion.index >= self._peak_window
+    def _find_champions(self) -> list[Champion]:
+        curves, errors = {}, {}
+        for name in self._stage.active:
+            curves[name] = [evaluation.metrics[name] for evaluation in self._seen]
+            errors[name] = [evaluation.errors.get(name, math.nan) for evaluation in self._seen]
+        return champions(curves, errors, self.mode, self._rule)
 
-    def _end_stage(self, champion: Champion | None) -> Decision:
+    def _window_passed(self) -> bool:
+        if self._peak_window is None or not self._champions:
+            return False
+        return len(self._seen) - 1 - self._champions[0].index >= self._peak_window
+
+    def _end_stage(self) -> Decision:
         stage, end = self._stage, self._seen[-1]
-        if champion is None:
+        if not self._champions:
             return self._stop(
                 target=end,
                 exclude=(),
                 why="no active sub-dataset has a finite metric in this stage, so nobody peaked",
             )
-        if champion.index == end.index:
+        peaked = [one for one in self._champions if self._rule.has_passed(one.index, end.index)]
+        if not peaked:
             return self._next(
                 target=end, exclude=(), why=f"nobody peaked before epoch {end.epoch:.4g}"
             )
-        target = self._seen[champion.index]
-        age = end.index - champion.index
-        why = f"{champion.name} peaked first, at epoch {target.epoch:.4g} of stage {stage.number}"
+        first, *others = peaked[: self._drop_count]
+        target = self._seen[first.index]
+        age = end.index - first.index
+        why = f"{first.name} peaked first, at epoch {target.epoch:.4g} of stage {stage.number}"
         if not end.last:
             why += f", and was not beaten in {age} evaluations (peak window {self._peak_window})"
-        return self._next(target=target, exclude=(champion.name,), why=why)
+        for other in others:
+            why += f"; then {other.name}, at epoch {self._seen[other.index].epoch:.4g}"
+        exclude = tuple(sorted([first.name, *(other.name for other in others)]))
+        return self._next(target=target, exclude=exclude, why=why)
 
     def _next(self, *, target: Evaluation, exclude: tuple[str, ...], why: str) -> Decision:
         stage = self._stage
@@ -122,8 +156,14 @@ class Msft:
         if stage.number >= self.max_stages:
             why = f"{why}; stage {stage.number} of at most {self.max_stages} is over"
             return self._stop(target=target, exclude=exclude, why=why)
-        self._stage = Stage(number=stage.number + 1, active=active, epochs=stage.epochs)
-        self._seen = []
+        excluded = [name for name in self._names if name not in active]
+        self._stage = Stage(
+            number=stage.number + 1,
+            active=active,
+            epochs=stage.epochs,
+            shares={} if self._floor is None else dict.fromkeys(excluded, self._floor),
+        )
+        self._seen, self._champions = [], []
         return RollBack(
             checkpoint=target.checkpoint, exclude=exclude, stage=self._stage, reason=why
         )
@@ -133,13 +173,9 @@ class Msft:
         result, words = self._best.result(otherwise=target)
         return Stop(checkpoint=result, exclude=exclude, reason=f"{why}; {words}")
 
-    def _describe(self, champion: Champion | None) -> str:
-        if champion is None:
+    def _describe(self) -> str:
+        if not self._champions:
             return "no active sub-dataset has a finite metric yet"
-        at = self._seen[champion.index].epoch
-        return f"within the budget; the earliest champion is {champion.name}, at epoch {at:.4g}"
-
-
-def _earliest(seen: Sequence[Evaluation], active: Sequence[str], mode: Mode) -> Champion | None:
-    curves = {name: [evaluation.metrics[name] for evaluation in seen] for name in active}
-    return earliest_champion(curves, mode)
+        first = self._champions[0]
+        at = self._seen[first.index].epoch
+        return f"within the budget; the earliest champion is {first.name}, at epoch {at:.4g}"

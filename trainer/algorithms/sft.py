@@ -9,20 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.algorithms.best import BestOverall, check_order
-from trainer.strategy import Continue, Decision, Evaluation, Mode, Needs, Stage, Stop
+from trainer.algorithms.best import BestOverall, Unobserved, check_order
+from trainer.strategy import (
+    Continue,
+    Decision,
+    Evaluation,
+    ExampleLosses,
+    LookAhead,
+    Mode,
+    Needs,
+    Stage,
+    Stop,
+)
 
 
-class Sft:
+class Sft(Unobserved):
     """The plain SFT strategy."""
 
-    def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
+    def __init__(
+        self,
+        *,
+        sub_datasets: Iterable[str],
+        mode: Mode,
+        compute_budget: float,
+        observe: ExampleLosses | LookAhead | None = None,
+    ) -> None:
         """Begin a run over ``sub_datasets`` for ``compute_budget`` epochs."""
         names = tuple(sorted(sub_datasets))
         if not names:
             raise ValueError("no sub-dataset to train on")
         self.mode: Mode = mode
-        self._stage = Stage(number=1, active=names, epochs=compute_budget)
+        self._stage = Stage(number=1, active=names, epochs=compute_budget, observe=observe)
         self._count = 0
         self._best = BestOverall(mode)
         self._last: Evaluation | None = None
