@@ -134,7 +134,8 @@ class _Replay:
 
     def __init__(self, counted: Sequence[Record], start: Record, config: Config) -> None:
         self._stages = {group[0]["stage"]: group for group in _by_stage(counted)}
-        self._strategy: Strategy = make_strategy(config)
+        sizes = {name: float(row["train"]) for name, row in start["sub_datasets"].items()}
+        self._strategy: Strategy = make_strategy(config, sizes)
         self._budget = config.msft.compute_budget
         self._is_same_budget = self._budget == start["config"]["msft"]["compute_budget"]
         self._first = first_evaluations(counted)
