@@ -36,14 +36,7 @@ from trainer.observing import Observing
 from trainer.optim import reset
 from trainer.outbox import Line
 from trainer.progress import stage_bar
-from trainer.resume import (
-    Known,
-    Point,
-    Position,
-    Standing,
-    describe,
-    save_point,
-)
+from trainer.resume import Known, Point, Position, Standing, describe, save_point
 from trainer.schedule import Schedule
 from trainer.state import gather_rng
 from trainer.steps import StageSteps

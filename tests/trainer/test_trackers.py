@@ -56,7 +56,9 @@ def logged(config):
     """Return tag → [(step, value)] in the order in which it was written, over all processes."""
     values = defaultdict(list)
     folder = Path(config.output_dir) / "trackers" / config.log_project
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    # Their names have the second and the process, which do not order those of one second.
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in files:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
