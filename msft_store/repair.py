@@ -92,13 +92,13 @@ def plan_repair(backend: Backend) -> RepairPlan:
     :class:`StoreError` for what is no damage: no store there, another version, a file system that
     refuses.
     """
+    if not (backend.exists(CONFIG) or list_manifests(backend) or list_packs(backend)):
+        Catalog(backend)  # says so; a lock would leave its folder where no store is
     with backend.lock(shared=True, purpose="repair"):
         return _plan(backend, Verdicts())
 
 
 def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
-    if not (backend.exists(CONFIG) or list_manifests(backend) or list_packs(backend)):
-        Catalog(backend)
     overlay, mended = mend(backend)
     catalog = Catalog(overlay)
     catalog.refresh()

@@ -33,6 +33,7 @@ TRACKERS = (
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(x|kB|MB|GB|TB)")
+_MAX_EVALUATIONS = 1_000_000
 
 
 def to_bytes(size: str, full_bytes: int) -> int | None:
@@ -115,6 +116,12 @@ def check_settings(config: Config) -> None:
         raise ConfigError(
             f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
             f"or lower evaluation.eval_every ({evaluation.eval_every:g} epochs)"
+        )
+    if budget > _MAX_EVALUATIONS * evaluation.eval_every:
+        raise ConfigError(
+            f"msft.compute_budget ({budget:g} epochs) would be more than {_MAX_EVALUATIONS:,} "
+            f"evaluations a roll-out: lower it, or raise evaluation.eval_every "
+            f"({evaluation.eval_every:g} epochs)"
         )
     if config.restores_optimizer and config.msft.exclusion == "soft":
         raise ConfigError(

@@ -138,7 +138,11 @@ def _add(
     elif name != "simulate":
         parser.add_argument("config", metavar="CONFIG", help="a YAML file")
         parser.add_argument(
-            "overrides", metavar="KEY=VALUE", nargs="*", help="overrides, as in train.lr=2e-5"
+            "overrides",
+            metavar="KEY=VALUE",
+            nargs="*",
+            default=[],
+            help="overrides, as in train.lr=2e-5",
         )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -208,7 +208,10 @@ def test_what_a_newer_version_wrote_is_refused(store: Store, ckpt: Checkpoint) -
 def test_nothing_is_repaired_where_no_store_is(tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError):
         plan_repair(LocalBackend(tmp_path))
-    assert list(tmp_path.glob("*.json")) == []
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NotAStoreError, match="no store"):
+        plan_repair(LocalBackend(tmp_path / "nowhere"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commands_say_what_is_sound_and_what_was_done(

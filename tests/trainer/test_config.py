@@ -210,6 +210,11 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
             "or lower evaluation.eval_every (0.25 epochs)",
         ),
         (
+            "msft.compute_budget=1e300",
+            "msft.compute_budget (1e+300 epochs) would be more than 1,000,000 evaluations a "
+            "roll-out: lower it, or raise evaluation.eval_every (0.25 epochs)",
+        ),
+        (
             "train.batch_size=20",
             "train.batch_size (20) must be a multiple of train.micro_batch_size (16), "
             "or not larger",
