@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +30,7 @@ from msft_store.errors import (
     UnknownCheckpointError,
     VersionError,
     bare,
+    reason,
 )
 from msft_store.format import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.keytable import Keys, concatenate, unique, unlike
@@ -42,11 +44,13 @@ from msft_store.manifest import (
     read_tensors,
 )
 from msft_store.objects import Objects
+from msft_store.packs import list_packs
 from msft_store.refs import Ref, path_of_ref, read_refs, scan_refs
 from msft_store.tablescan import KeyScanner
 
 CONFIG = "store.json"
 _SHORTEST_PREFIX = 4
+_REPAIR_ALONE = "msft-store repair writes it anew (--dry-run shows what it would do)"
 
 
 def write_config(level: Level) -> bytes:
@@ -66,13 +70,27 @@ def check_level(level: Any) -> Level:
 def read_level(backend: Backend) -> Level:
     """Return the level of ``store.json``; a store that states none is fast."""
     what = backend.describe(CONFIG)
-    config = unseal(read_whole(backend, CONFIG), what, "msft-store")
+    try:
+        config = unseal(read_whole(backend, CONFIG), what, "msft-store")
+    except CorruptedError as error:
+        # Not even check opens such a store.
+        raise CorruptedError(f"{reason(error)}; {_REPAIR_ALONE}", file=what) from None
     if config.get("chunk_bytes") != CHUNK_BYTES:
         raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
     try:
         return check_level(config.get("level", LEVELS[0]))
     except InvalidInputError as error:
         raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
+
+
+def _hint(backend: Backend) -> str:
+    """Return what to do where there is no ``store.json``."""
+    with contextlib.suppress(StorageError):  # a file, or nothing that could be listed
+        if list_manifests(backend) or list_packs(backend):
+            return f"its {CONFIG} is gone, but checkpoints are there: {_REPAIR_ALONE}"
+    inside = backend.exists(f"store/{CONFIG}")
+    hint = "there is one in store/" if inside else "create one with: msft-store init"
+    return f"{hint}, or give --store PATH"
 
 
 class Catalog:
@@ -86,11 +104,7 @@ class Catalog:
         self._keys: dict[str, Keys] = {}
         self._scanner = KeyScanner()
         if not backend.exists(CONFIG):
-            inside = backend.exists(f"store/{CONFIG}")
-            hint = "there is one in store/" if inside else "create one with: msft-store init"
-            raise NotAStoreError(
-                f"no store at {backend.describe('')}; {hint}, or give --store PATH"
-            )
+            raise NotAStoreError(f"no store at {backend.describe('')}; {_hint(backend)}")
         self.level = read_level(backend)
 
     def refresh(self) -> None:

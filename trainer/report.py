@@ -34,7 +34,8 @@ _DRAWINGS = (
 
 DIVERGED = (
     "Training diverged, which ended the run: the result is its best checkpoint before that. Begin "
-    "again with a smaller train.lr, with train.max_grad_norm, or with train.on_divergence=rollback."
+    "again with a smaller train.lr or train.max_grad_norm, or with train.on_divergence=rollback if "
+    "that was not set."
 )
 
 

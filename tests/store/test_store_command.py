@@ -221,6 +221,23 @@ def test_no_store_there(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_lost_config_leads_to_repair_not_to_init(
+    capsys: pytest.CaptureFixture[str], run_store: Store, damage: str
+) -> None:
+    config = Path(run_store.path) / "store.json"
+    config.unlink() if damage == "gone" else config.write_bytes(b"{}")
+    for command in ("log", "check", "gc"):
+        code, out, err = run(capsys, "--store", run_store.path, command)
+        assert (code, out) == (1, "")
+        assert "store.json" in err
+        assert "msft-store repair" in err
+        assert "init" not in err
+        assert "msft-store check" not in err
+    assert run(capsys, "--store", run_store.path, "repair")[0] == 0
+    assert len(document(capsys, "log", "--store", run_store.path)) == 2
+
+
 def test_unknown_checkpoint_names_the_nearest(
     capsys: pytest.CaptureFixture[str], run_store: Store
 ) -> None:
