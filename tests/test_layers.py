@@ -37,13 +37,14 @@ __init__ cli_check cli_text cli __main__
 """
 
 TRAINER = """
-errors files strategy tables typed yamlfile statistics
-settings checks config peaks schedule divergence
+errors files strategy tables typed yamlfile statistics templates mixturefile sampling
+settings datapaths datachecks checks config peaks schedule divergence
 journal flops plan outbox observed
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.continual algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
 disk summary plots report
-pause interrupt progress together alarm data batches sampled weights snapshot model adapter result
+pause interrupt progress together alarm data sources loading batches sampled weights snapshot
+model adapter result
 forward optim evaluate
 state whole agreement resume course trackers directory workspace lookahead steps commits observing
 loop
@@ -60,6 +61,11 @@ PURE = (
     "settings",
     "checks",
     "config",
+    "datapaths",
+    "datachecks",
+    "templates",
+    "mixturefile",
+    "sampling",
     "peaks",
     "flops",
     "schedule",
@@ -76,7 +82,7 @@ UNPICKLED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "s
 
 CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 
-OPTIONAL: set[str] = {"peft"}
+OPTIONAL = {"datasets", "peft", "pyarrow"}
 """Dependencies that may be missing, and may therefore be imported inside a function."""
 
 

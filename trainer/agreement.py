@@ -19,6 +19,11 @@ def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
     """Raise :class:`ConfigError` where configuration, model and data do not go together."""
     splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
     if config.evaluation.metric == "exact_match":
+        if any(not example.graded for split in splits for example in split.examples):
+            raise ConfigError(
+                "evaluation.metric is exact_match, but rows of 'text' have no answer to match: set "
+                "it to loss, or give prompt and completion"
+            )
         references = {name: sub.validation.examples for name, sub in mixture.items()}
         check_answers(references, config.evaluation.answer_pattern)
     strange = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from trainer.datachecks import check_data
 from trainer.errors import ConfigError
-from trainer.settings import Config, SubDatasetConfig
-from trainer.strategy import OVERALL
+from trainer.settings import Config
 
 TRACKERS = (
     "aim",
@@ -31,7 +30,6 @@ TRACKERS = (
 )
 """The trackers that Accelerate knows, each by the name of its package."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(x|kB|MB|GB|TB)")
 _MAX_EVALUATIONS = 1_000_000
 
@@ -55,6 +53,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_disk", lambda text: to_bytes(text, 1) is not None, "such as 500MB, 2GB or 1.5x, or null"),
     ("log_every", lambda n: n >= 1, "at least 1"),
     ("data.max_length", lambda n: n >= 2, "at least 2"),
+    ("data.max_examples", lambda n: n >= 1, "at least 1, or null for all"),
+    ("data.validation_share", lambda x: 0 < x < 1, "above 0 and below 1, or null for none"),
+    ("data.seed", lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
+    ("data.temperature", lambda x: x > 0, "above 0, or null"),
     ("lora.r", lambda n: n >= 1, "at least 1"),
     ("lora.alpha", lambda n: n >= 1, "at least 1"),
     ("lora.dropout", lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -103,7 +105,7 @@ def check_ranges(config: Config) -> None:
 def check_settings(config: Config) -> None:
     """Raise :class:`ConfigError` for the first value that cannot work."""
     check_ranges(config)
-    _check_sub_datasets(config.data.sub_datasets)
+    check_data(config)
     _check_trackers(config.log_with)
     _check_precision(config)
     train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
@@ -151,24 +153,6 @@ def _check_precision(config: Config) -> None:
             f"snapshot_dtype {config.snapshot_dtype} rounds nothing, because {key} is {trained}: "
             f"remove it, or set {key} float32"
         )
-
-
-def _check_sub_datasets(sub_datasets: Mapping[str, SubDatasetConfig]) -> None:
-    if not sub_datasets:
-        raise ConfigError("data.sub_datasets is empty: name at least one sub-dataset and its files")
-    for name, files in sub_datasets.items():
-        at = f"data.sub_datasets.{name}"
-        if name == OVERALL:
-            raise ConfigError(f"{at}: {OVERALL!r} names the metric of the whole mixture; rename it")
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"{at}: a name begins with a letter or digit, and consists of letters, digits, "
-                "'_' and '-', at most 64 of them; rename it"
-            )
-        for part in ("train", "validation", "test"):
-            file = getattr(files, part)
-            if file is not None and not Path(file).is_file():
-                raise ConfigError(f"{at}.{part}: there is no file {file}")
 
 
 def _check_trackers(names: Sequence[str]) -> None:

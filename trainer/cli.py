@@ -25,10 +25,11 @@ from trainer.adapter import load_trained
 from trainer.agreement import check
 from trainer.comparison_tables import remarks
 from trainer.config import load_config
-from trainer.data import Example, load_mixture
+from trainer.data import Example
 from trainer.errors import PausedError, TrainerError
 from trainer.flops import ModelSize
 from trainer.interrupt import Interrupted
+from trainer.loading import load_mixture
 from trainer.plan import Counts, Plan, plan
 from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checks import check_settings
+from trainer.datapaths import resolve_data
 from trainer.errors import ConfigError
-from trainer.settings import Config, SubDatasetConfig
+from trainer.settings import Config
 from trainer.typed import build
 from trainer.yamlfile import override, read_yaml, write_yaml
 
-_TRAIN = ".train.jsonl"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -62,45 +62,13 @@ def dump(config: Config) -> str:
 
 
 def _resolve(config: Config, folder: Path) -> Config:
-    """Make paths absolute and spell out ``data.directory``."""
-    data = config.data
-    if data.directory is not None and data.sub_datasets:
-        raise ConfigError("data.directory and data.sub_datasets exclude each other: remove one")
-    if data.directory is not None:
-        sub_datasets = _scan(folder / data.directory)
-    else:
-        sub_datasets = {
-            name: SubDatasetConfig(
-                train=str(folder / files.train),
-                validation=str(folder / files.validation),
-                test=None if files.test is None else str(folder / files.test),
-            )
-            for name, files in data.sub_datasets.items()
-        }
+    """Make paths absolute and spell out where the data lies."""
     return replace(
         config,
         output_dir=str(Path(config.output_dir).absolute()),
         model=replace(config.model, path=_model_path(config.model.path, folder)),
-        data=replace(data, sub_datasets=sub_datasets, directory=None),
+        data=resolve_data(config.data, folder),
     )
-
-
-def _scan(directory: Path) -> dict[str, SubDatasetConfig]:
-    """Return the sub-datasets of a directory by their file names, sorted."""
-    if not directory.is_dir():
-        raise ConfigError(f"data.directory: there is no directory {directory}")
-    found = {}
-    for train in sorted(directory.glob(f"*{_TRAIN}")):
-        name = train.name[: -len(_TRAIN)]
-        test = directory / f"{name}.test.jsonl"
-        found[name] = SubDatasetConfig(
-            train=str(train),
-            validation=str(directory / f"{name}.validation.jsonl"),
-            test=str(test) if test.is_file() else None,
-        )
-    if not found:
-        raise ConfigError(f"data.directory: no file in {directory} is named NAME{_TRAIN}")
-    return found
 
 
 def _model_path(path: str, folder: Path) -> str:

@@ -1,34 +1,30 @@
-"""Sub-datasets from JSON Lines files, tokenized.
+"""Examples: rows as prompt and completion in tokens.
 
-A line is an object with either ``prompt`` and ``completion`` (strings), or ``messages``, a
-conversation that ends with the assistant's turn and is rendered with the tokenizer's chat template.
-Other keys are ignored, and so are blank lines. The loss is taken on the completion only, which for
-``messages`` is the last turn.
+A row has one of three forms: ``prompt`` and ``completion`` (strings); ``messages``, a conversation
+that ends with the assistant's turn and is rendered with the tokenizer's chat template; or ``text``,
+if it has nothing of the other two. Other columns are ignored. The loss is taken on the completion
+only, which for ``messages`` is the last turn, and for ``text`` is everything after the first token:
+BOS, or the text's own first token where the tokenizer adds no BOS.
 
 Prompt and completion are tokenized apart, so that the boundary between them is the same in training
 and in generation. A prompt begins with BOS if the tokenizer adds one by itself; a completion
-ends with EOS. An example of more than ``max_length`` tokens is dropped and counted.
+ends with EOS.
 
 Example::
 
-    split = load_split("arith/train.jsonl", tokenizer, max_length=512)
-    split.examples[0].prompt, split.examples[0].completion, split.too_long
+    example = encode({"prompt": "1+1=", "completion": "2"}, tokenizer, bos_prefix(tokenizer))
+    example.prompt, example.completion, example.reference
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import DataError
-from trainer.settings import DataConfig
-
-_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +37,8 @@ class Example:
     """Token ids with a loss; the last one is EOS."""
     reference: str
     """The text that a right generation has to match."""
+    graded: bool = True
+    """Whether there is a reference at all: ``text`` has none."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -49,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The usable examples of one file."""
+    """The usable examples of one source."""
 
     examples: tuple[Example, ...]
     too_long: int = 0
@@ -63,6 +61,8 @@ class SubDataset:
     train: Split
     validation: Split
     test: Split | None
+    set_aside: int = 0
+    """Validation examples that were taken from the training data."""
 
     @property
     def too_long(self) -> int:
@@ -73,88 +73,40 @@ class SubDataset:
 Mixture = Mapping[str, SubDataset]
 
 
-def load_mixture(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_validation: int | None = None
-) -> Mixture:
-    """Load all sub-datasets, sorted by name; of validation files the first ``max_validation``.
-
-    Raises :class:`DataError` for a file that is missing, damaged or has no usable example.
-    """
-    limits = {"train": None, "validation": max_validation, "test": None}
-    mixture = {}
-    for name, files in sorted(config.sub_datasets.items()):
-        splits: dict[str, Split | None] = {}
-        for split in _SPLITS:
-            path = getattr(files, split)
-            try:
-                splits[split] = (
-                    None
-                    if path is None
-                    else load_split(
-                        path, tokenizer, max_length=config.max_length, limit=limits[split]
-                    )
-                )
-            except DataError as error:
-                raise DataError(f"sub-dataset {name!r}, {split}: {error}") from None
-        train, validation = splits["train"], splits["validation"]
-        if train is None or validation is None:
-            raise DataError(f"sub-dataset {name!r} needs a train and a validation file")
-        mixture[name] = SubDataset(train=train, validation=validation, test=splits["test"])
-    return mixture
-
-
-def load_split(
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    limit: int | None = None,
-) -> Split:
-    """Load the first ``limit`` usable examples of one file (all of them by default)."""
-    prefix = bos_prefix(tokenizer)
-    examples: list[Example] = []
-    too_long = 0
-    for number, line in _lines(Path(path)):
-        if limit is not None and len(examples) >= limit:
-            break
-        try:
-            example = encode(_parse(line), tokenizer, prefix)
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-        if len(example) > max_length:
-            too_long += 1
-        else:
-            examples.append(example)
-    if not examples:
-        why = (
-            f"all {too_long} examples have more than max_length={max_length} tokens"
-            if too_long
-            else "it has no lines"
-        )
-        raise DataError(f"{path} has no usable example: {why}")
-    return Split(examples=tuple(examples), too_long=too_long)
-
-
 def encode(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...] = ()
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: tuple[int, ...] = (),
+    *,
+    reference: str | None = None,
 ) -> Example:
-    """Tokenize one line's object; ``prefix`` is what a prompt begins with, see :func:`bos_prefix`.
+    """Tokenize one row; ``prefix`` is what a prompt begins with, see :func:`bos_prefix`.
 
-    Raises :class:`DataError` if the object has not one of the two forms.
+    ``reference`` is what a generation has to match, if not the completion. A column that is None
+    counts as missing. Raises :class:`DataError` if the row has none of the three forms.
     """
-    if "messages" in record:
-        if "prompt" in record or "completion" in record:
+    given = {key for key in ("prompt", "completion", "messages", "text") if _has(record, key)}
+    if "messages" in given:
+        if given & {"prompt", "completion"}:
             raise DataError("it has both messages and prompt/completion; keep one of the two forms")
         return _encode_messages(record["messages"], tokenizer)
+    if given == {"text"}:
+        return _encode_text(record["text"], tokenizer, prefix)
     for key in ("prompt", "completion"):
-        if key not in record:
-            raise DataError(f"{key!r} is missing; a line has prompt and completion, or messages")
+        if key not in given:
+            columns = ", ".join(map(str, record)) or "none"
+            raise DataError(
+                f"{key!r} is missing; a row has prompt and completion, messages, or text; this "
+                f"one's columns are: {columns}"
+            )
         _check_text(record[key], f"{key!r}")
     prompt = prefix + _tokens(record["prompt"], tokenizer)
     if not prompt:
         raise DataError("the prompt is empty, so nothing predicts the completion's first token")
     completion = (*_tokens(record["completion"], tokenizer), _eos(tokenizer))
-    return Example(prompt=prompt, completion=completion, reference=record["completion"])
+    if reference is None:
+        reference = record["completion"]
+    return Example(prompt=prompt, completion=completion, reference=reference)
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -163,33 +115,17 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank with their numbers, from 1."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-                if text.strip():
-                    yield number, text
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+def _has(record: Mapping[str, Any], key: str) -> bool:
+    return record.get(key) is not None
 
 
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"not valid JSON ({error})") from None
-    except RecursionError:
-        raise DataError("not usable JSON (nested too deeply)") from None
-    if not isinstance(record, dict):
-        raise DataError(f"a line must be a JSON object, this one is a {type(record).__name__}")
-    return record
+def _encode_text(text: Any, tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...]) -> Example:
+    _check_text(text, "'text'")
+    tokens = _tokens(text, tokenizer)
+    if not tokens:
+        raise DataError("'text' is empty")
+    tokens = (*prefix, *tokens, _eos(tokenizer))
+    return Example(prompt=tokens[:1], completion=tokens[1:], reference="", graded=False)
 
 
 def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -11,7 +11,8 @@ as ``null``, and ``read`` gives NaN back wherever a number belongs.
 event              fields
 ================== ==============================================================================
 ``run_started``    version, method, config, model {path, parameters, trainable, layers, hidden,
-                   dtype}, mode, metric, sub_datasets {name: {train, validation, test, too_long}},
+                   dtype}, mode, metric,
+                   sub_datasets {name: {train, validation, test, too_long, set_aside}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
 ``stage_started``  stage, root (checkpoint id), active [names], shares {name: share of the examples

@@ -175,12 +175,14 @@ def _peak_text(summary: Summary, name: str) -> str:
 def _data_table(counted: Sequence[Record]) -> Table:
     """Return examples per sub-dataset, and how many were dropped for their length."""
     start = next(r for r in counted if r["event"] == "run_started")
-    parts = ("train", "validation", "test", "too_long")
+    titles = {"train": "train", "validation": "validation", "test": "test", "too_long": "too long"}
+    if any(sizes.get("set_aside") for sizes in start["sub_datasets"].values()):
+        titles["set_aside"] = "set aside for validation"
     rows = [
-        [name, *(count_text(sizes[part]) for part in parts)]
+        [name, *(count_text(sizes.get(part, 0)) for part in titles)]
         for name, sizes in sorted(start["sub_datasets"].items())
     ]
-    return Table(header=("sub-dataset", "train", "validation", "test", "too long"), rows=rows)
+    return Table(header=("sub-dataset", *titles.values()), rows=rows)
 
 
 def _decision_table(counted: Sequence[Record]) -> Table:

@@ -47,14 +47,61 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubDatasetConfig:
-    """The JSON Lines files of one sub-dataset."""
+class SourceConfig:
+    """Where rows come from, if not from a file that is given by its path alone."""
 
-    train: str
+    file: str | None = None
+    """A JSON Lines or Parquet file, or with ``category`` a mixture file."""
+    category: str | None = None
+    """Of a mixture file (see ``data.mixture``): the rows of this category."""
+    part: str | None = None
+    """Of a mixture file that holds several lists: the list; ``None``: that of the split's name."""
+    hub: str | None = None
+    """Instead of ``file``: a data set that the ``datasets`` package loads, by its id on the hub, or
+    a directory of one."""
+    config: str | None = None
+    """The configuration (subset) of that data set."""
+    split: str = "train"
+    """The split of that data set, also a slice such as ``train[:90%]``."""
+    revision: str | None = None
+    """The revision of that data set on the hub; ``None``: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldsConfig:
+    """Templates that make examples of a row's columns, see :mod:`trainer.templates`."""
+
+    prompt: str | None = None
+    """What is conditioned on, as in ``"Q: {question}\\nA:"``; with ``completion``."""
+    completion: str | None = None
+    """What is trained on, as in ``" {answer}"``."""
+    text: str | None = None
+    """Instead of the two: text of which all tokens are trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubDatasetConfig:
+    """One sub-dataset: JSON Lines or Parquet (``.parquet``) files, or other sources."""
+
+    train: str | SourceConfig
     """Training examples."""
-    validation: str
-    """Examples on which peaks are found."""
-    test: str | None = None
+    validation: str | SourceConfig | None = None
+    """Examples on which peaks are found; ``None``: what ``data.validation_share`` sets aside."""
+    test: str | SourceConfig | None = None
+    """Examples that are evaluated once, at the end."""
+    fields: FieldsConfig | None = None
+    """``None``: rows have ``prompt`` and ``completion``, ``messages``, or ``text`` as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """A mixture in one JSON file per split, or in one for all, see :mod:`trainer.mixturefile`."""
+
+    train: str | SourceConfig
+    """Training examples; the categories in it are the sub-datasets."""
+    validation: str | SourceConfig | None = None
+    """``None``: some training examples are set aside, ``data.validation_share``."""
+    test: str | SourceConfig | None = None
     """Examples that are evaluated once, at the end."""
 
 
@@ -63,12 +110,26 @@ class DataConfig:
     """The mixture (``data:``)."""
 
     sub_datasets: Mapping[str, SubDatasetConfig] = field(default_factory=dict)
-    """Name → files."""
+    """Name → sources."""
     directory: str | None = None
     """Instead of ``sub_datasets``: a directory in which every ``NAME.train.jsonl`` with its
     ``NAME.validation.jsonl`` and optional ``NAME.test.jsonl`` is one; loading spells it out."""
+    mixture: MixtureConfig | None = None
+    """Instead of ``sub_datasets``: mixture files; loading spells them out."""
     max_length: int = 512
     """Tokens; a longer example is dropped, counted and reported."""
+    max_examples: int | None = None
+    """Training examples used of each sub-dataset, chosen at random; ``None``: all."""
+    validation_share: float | None = None
+    """Of a sub-dataset without validation data: what is set aside for it, at random, of its
+    training examples; with ``max_examples`` that share of these, and on top of them."""
+    seed: int = 0
+    """Of these two choices. Not the run's: runs that differ in that have the same examples."""
+    sampling: Literal["proportional", "equal", "temperature"] = "proportional"
+    """How much of each sub-dataset an epoch has: every example once; as much of each; or
+    proportional to its size to the power of 1 / ``temperature``. An epoch's length is the same."""
+    temperature: float | None = None
+    """For ``sampling: temperature``; 1 is ``proportional``, a high one nearly ``equal``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Plain mappings into frozen dataclasses, checked against their annotations.
 
 Understands ``str``, ``bool``, ``int``, ``float``, ``Literal``, ``X | None``, tuples,
-mappings from names, and dataclasses of these. An integer serves as a number; nothing else is
-converted.
+mappings from names, dataclasses of these, and ``X | a dataclass``, which is the dataclass where a
+mapping is given. An integer serves as a number; nothing else is converted.
 
 Example::
 
@@ -62,8 +62,10 @@ def _convert(hint: Any, value: Any, *, at: str, root: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (arg for arg in args if arg is not types.NoneType)
-        return _convert(hint, value, at=at, root=root)
+        hints = [arg for arg in args if arg is not types.NoneType]
+        hint, *others = sorted(hints, key=dataclasses.is_dataclass)
+        chosen = others[0] if others and isinstance(value, Mapping) else hint
+        return _convert(chosen, value, at=at, root=root)
     if origin is Literal:
         if value not in args:
             near = difflib.get_close_matches(str(value), args, n=1)

@@ -43,11 +43,12 @@ from trainer.agreement import check
 from trainer.algorithms import metric_mode
 from trainer.checks import to_bytes
 from trainer.config import to_dict
-from trainer.data import Example, Mixture, load_mixture
+from trainer.data import Example, Mixture
 from trainer.directory import JOURNAL, STORE, locked
 from trainer.errors import RunError
 from trainer.forward import compute_in
 from trainer.journal import Journal, Record, read
+from trainer.loading import load_mixture
 from trainer.model import LoadedModel
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
@@ -297,6 +298,7 @@ def start_record(work: Workspace) -> Record:
                 "validation": len(sub.validation.examples),
                 "test": len(sub.test.examples) if sub.test else 0,
                 "too_long": sub.too_long,
+                "set_aside": sub.set_aside,
             }
             for name, sub in work.mixture.items()
         },

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer.support import make_tokenizer, write_lines
-from trainer.data import bos_prefix, encode, load_mixture, load_split
+from trainer.data import bos_prefix, encode
 from trainer.errors import DataError
 from trainer.forward import IGNORED, collate
+from trainer.loading import load_mixture, load_split
 from trainer.settings import DataConfig, SubDatasetConfig
 
 TOKENIZER = make_tokenizer()
@@ -108,7 +109,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "max_length", "message"),
-    [([], 9, "no usable example: it has no lines"), ([GOOD], 3, "all 1 examples have more than")],
+    [([], 9, "no usable example: it has no rows"), ([GOOD], 3, "all 1 examples have more than")],
 )
 def test_a_file_without_a_usable_example_is_an_error(tmp_path, lines, max_length, message):
     path = write_lines(tmp_path / "a.jsonl", lines)
