@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from trainer.batches import DataOrder
 from trainer.resume import Known
 from trainer.sampled import SampledOrder
+from trainer.sampling import shares
 from trainer.schedule import Schedule, stage_schedule, uneven_schedule
 from trainer.settings import Config
 from trainer.strategy import LookAhead, Stage
@@ -56,13 +57,16 @@ def course_of(
     )
 
 
-def examples_of(stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
+def examples_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return how many examples of each sub-dataset an epoch of a stage has, at least one of each.
 
-    ``sizes`` are all examples of all sub-datasets.
+    ``sizes`` are all examples of all sub-datasets. What ``data.sampling`` takes of each follows
+    from the whole mixture, so an exclusion does not change what the others have of an epoch.
     """
+    sampled = shares(sizes, config.data.sampling, config.data.temperature)
     return {
-        name: max(1, round(sizes[name] * stage.shares.get(name, 1.0))) for name in stage.trained
+        name: max(1, round(sizes[name] * sampled[name] * stage.shares.get(name, 1.0)))
+        for name in stage.trained
     }
 
 
@@ -73,6 +77,7 @@ def fresh_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataO
             seed=config.seed,
             stage=stage.number,
             sizes={name: sizes[name] for name in stage.trained},
+            counts=examples_of(config, stage, sizes),
             batch_size=config.train.batch_size,
         )
     return _plain_order(config, stage, sizes)
@@ -83,7 +88,7 @@ def _plain_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Data
         seed=config.seed,
         stage=stage.number,
         sizes={name: sizes[name] for name in stage.trained},
-        counts=examples_of(stage, sizes),
+        counts=examples_of(config, stage, sizes),
         limits=stage.limits,
         batch_size=config.train.batch_size,
     )
@@ -100,7 +105,7 @@ def schedule_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Sched
             epochs=stage.epochs,
         )
     return stage_schedule(
-        examples=sum(examples_of(stage, sizes).values()),
+        examples=sum(examples_of(config, stage, sizes).values()),
         batch_size=batch_size,
         eval_every=eval_every,
         epochs=stage.epochs,

@@ -88,7 +88,7 @@ class Loop:
         self._begun: dict[int, tuple[Stage, str | None]] = {}
         self._names = Names()
         self._observing = Observing(work, strategy, self._together)
-        self._sizes = {name: len(rows) for name, rows in work.split("train").items()}
+        self._sizes = work.train_sizes
         self._observed = Observed(self._sizes)
         self._global_step = 0
         self._position: Position | None = None
@@ -199,7 +199,7 @@ class Loop:
             limits=dict(stage.limits),
             epochs=stage.epochs,
             steps=schedule.steps,
-            examples=sum(examples_of(stage, self._sizes).values()),
+            examples=sum(examples_of(self._work.config, stage, self._sizes).values()),
         )
         self._say(f"stage {stage.number} trains {', '.join(stage.trained)}")
         if committed:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from trainer.checks import to_bytes
 from trainer.flops import ModelSize
+from trainer.sampling import shares
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
 from trainer.tables import Table, bytes_text, count_text, flops_text, too_long_text
@@ -187,9 +188,11 @@ def _bound(
     stages: Sequence[Sequence[str]],
 ) -> Bound:
     budget = config.msft.compute_budget
+    sizes = {name: part.train for name, part in counts.items()}
+    sampled = shares(sizes, config.data.sampling, config.data.temperature)
     schedules = [
         stage_schedule(
-            examples=sum(counts[name].train for name in active),
+            examples=sum(max(1, round(sizes[name] * sampled[name])) for name in active),
             batch_size=config.train.batch_size,
             eval_every=config.evaluation.eval_every,
             epochs=budget,
@@ -200,8 +203,10 @@ def _bound(
     trained = attended = 0.0
     for active, schedule in zip(stages, schedules, strict=True):
         epochs = schedule.steps / schedule.steps_per_epoch
-        trained += epochs * sum(counts[name].train_tokens for name in active)
-        attended += epochs * sum(counts[name].train_attention_tokens for name in active)
+        trained += epochs * sum(sampled[name] * counts[name].train_tokens for name in active)
+        attended += epochs * sum(
+            sampled[name] * counts[name].train_attention_tokens for name in active
+        )
     tokens, attention_tokens = _evaluation(config, counts)
     return Bound(
         stages=len(stages),

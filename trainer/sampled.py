@@ -32,17 +32,18 @@ class SampledOrder:
         stage: int,
         sizes: Mapping[str, int],
         batch_size: int,
-        weights: Mapping[str, float] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Begin with ``weights``, by default the proportions of the mixture.
+        """Begin with the proportions of ``counts``, by default the sizes.
 
-        As many examples make an epoch as the mixture has, so its last step may be smaller.
+        As many examples make an epoch as are counted, so its last step may be smaller.
         """
+        counts = sizes if counts is None else counts
         self._seed, self._stage, self._batch_size = seed, stage, batch_size
         self._sizes = dict(sorted(sizes.items()))
-        self._examples = sum(sizes.values())
-        begin = weights or {name: size / self._examples for name, size in self._sizes.items()}
-        self._weights = [(0, begin)]
+        self._examples = sum(counts.values())
+        begin = {name: counts[name] / self._examples for name in self._sizes}
+        self._weights: list[tuple[int, Mapping[str, float]]] = [(0, begin)]
         self._rows = {
             name: self._row(number, size) for number, (name, size) in enumerate(self._sizes.items())
         }

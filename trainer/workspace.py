@@ -52,6 +52,7 @@ from trainer.loading import load_mixture
 from trainer.model import LoadedModel
 from trainer.optim import make_optimizer
 from trainer.outbox import Outbox
+from trainer.sampling import shares
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
 from trainer.snapshot import Snapshots
@@ -111,10 +112,16 @@ class Workspace:
 
     @property
     def proportions(self) -> dict[str, float]:
-        """The sub-datasets in the order of the configuration, and their training examples."""
-        sizes = {name: float(len(sub.train.examples)) for name, sub in self.mixture.items()}
+        """The sub-datasets in the order of the configuration, and their examples in an epoch."""
+        data, sizes = self.config.data, self.train_sizes
+        sampled = shares(sizes, data.sampling, data.temperature)
         order = [*self.config.data.sub_datasets, *sizes]
-        return {name: sizes[name] for name in order if name in sizes}
+        return {name: sizes[name] * sampled[name] for name in order if name in sizes}
+
+    @property
+    def train_sizes(self) -> dict[str, int]:
+        """Training examples by sub-dataset."""
+        return {name: len(sub.train.examples) for name, sub in self.mixture.items()}
 
     def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
         """Restore what stage ``number`` begins from (``None``: the base's weights).
@@ -271,9 +278,8 @@ def _settled(work: Workspace) -> Iterator[None]:
 def start_record(work: Workspace) -> Record:
     """Return the fields of ``run_started``."""
     config, loaded = work.config, work.loaded
-    examples = sum(len(sub.train.examples) for sub in work.mixture.values())
     schedule = stage_schedule(
-        examples=examples,
+        examples=sum(max(1, round(examples)) for examples in work.proportions.values()),
         batch_size=config.train.batch_size,
         eval_every=config.evaluation.eval_every,
         epochs=config.msft.compute_budget,

@@ -15,6 +15,8 @@ _COUNTED = (
     "evaluated",
     "decided",
     "trained",
+    "looked_ahead",
+    "adjusted",
     "diverged",
     "tested",
     "finished",

@@ -39,8 +39,8 @@ class Continual(Unobserved):
         return self._first
 
     def needs(self) -> Needs:
-        """Return the best overall; a stage's end is its successor's root."""
-        return Needs(newest=not self._best.found)
+        """Return the best overall, and the newest: a stage's end is its successor's root."""
+        return Needs(newest=True)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Continue to the end of the stage, then take the next sub-dataset."""
