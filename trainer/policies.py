@@ -20,16 +20,23 @@ from trainer.commits import retention
 from trainer.errors import ConfigError, RunError
 from trainer.journal import Record
 from trainer.settings import Config, MsftConfig
-from trainer.strategy import OVERALL, Mode, Needs
+from trainer.strategy import OVERALL, Mode, Names, Needs
 from trainer.typed import build
 from trainer.yamlfile import override
 
 OPTIONS = {
     "compute_budget": "C, epochs of a roll-out; at most the run's",
     "peak_window": "W, evaluations after which a peak has passed; off: the paper's rule",
+    "peaks": "first_best (the paper's) or robust, to which the next three belong",
+    "smoothing": "evaluations whose mean stands for a value",
+    "margin": "standard errors by which a value must beat the best one",
+    "patience": "evaluations after which a peak has passed",
+    "drop_count": "sub-datasets that are excluded at once, at most",
     "max_stages": "stages at most",
 }
 """Key of ``msft`` → what it says."""
+
+_OF_ROBUST = ("smoothing", "margin", "patience")
 
 Retention = Callable[[Needs, Mode], Policy]
 
@@ -60,6 +67,9 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
     msft = build(MsftConfig, {**asdict(config.msft), **policy})
     changed: Any = replace(config, method=method, msft=msft)  # type: ignore[arg-type]
     check_ranges(changed)
+    idle = [key for key in _OF_ROBUST if key in policy and msft.peaks != "robust"]
+    if idle:
+        raise ConfigError(f"{idle[0]} has a meaning with peaks robust alone: add --peaks robust")
     train, budget = config.train, config.msft.compute_budget
     if msft.compute_budget > budget:
         raise ConfigError(
@@ -116,7 +126,7 @@ def retention_named(text: str) -> Retention:
     number = int(count) if count.isascii() and count.isdigit() else 0
     match name:
         case "needs" if not count:
-            return retention
+            return _needed
         case "all" if not count:
             return lambda needs, mode: KeepLast(2**62)
         case "last" if number:
@@ -124,6 +134,13 @@ def retention_named(text: str) -> Retention:
         case "best" if number:
             return lambda needs, mode: KeepBest(OVERALL, number, mode=mode)
     raise ConfigError(f"there is no retention {text!r}; there are needs, last:K, best:K and all")
+
+
+def _needed(needs: Needs, mode: Mode) -> Policy:
+    names = Names()
+    for checkpoint in needs.checkpoints:
+        names.add(checkpoint, checkpoint)
+    return retention(needs, mode, names)
 
 
 def _value(key: str, text: str) -> Any:

@@ -126,7 +126,20 @@ def simulate(records: Sequence[Record], config: Config) -> Simulation:
             f"a run of {start['method']} chooses its examples on the way, so its curves say "
             "nothing about another policy; simulate on a run of msft or sft"
         )
+    _check_errors(counted, config)
     return _Replay(counted, start, config).run()
+
+
+def _check_errors(counted: Sequence[Record], config: Config) -> None:
+    """Raise :class:`RunError` where a margin has no standard errors to go by."""
+    msft = config.msft
+    if config.method != "msft" or msft.peaks != "robust" or not msft.margin:
+        return
+    if not any(r.get("errors") for r in counted if r["event"] == "evaluated"):
+        raise RunError(
+            "the journal has no standard errors of the metric, so a margin cannot be told: it was "
+            "recorded by an earlier version; use --margin 0"
+        )
 
 
 class _Replay:
@@ -251,8 +264,14 @@ def _by_stage(counted: Sequence[Record]) -> Iterator[list[Record]]:
 
 def _is_same(stage: Stage, root: str | None, start: Record) -> bool:
     """Say whether a stage is the one that a record began; the first one's root is the base."""
-    is_same_root = root is None or start["root"] == root
-    return is_same_root and tuple(start["active"]) == stage.active and not start.get("limits")
+    recorded = start.get("shares") or {}
+    shares = {name: share for name, share in recorded.items() if name not in start["active"]}
+    return (
+        (root is None or start["root"] == root)
+        and tuple(start["active"]) == stage.active
+        and shares == stage.shares
+        and (start.get("limits") or {}) == stage.limits
+    )
 
 
 def _evaluation(record: Record, *, last: bool) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trainer.policies import recorded_config, retention_named, swept, with_polic
 from trainer.run import start
 from trainer.simulate import Simulation, simulate
 from trainer.simulated import Copies, outcome, recorded, to_text
+from trainer.turns import Turn
 
 
 def journal(tmp_path: Path, curve: str, method: str = "msft") -> list[Record]:
@@ -233,56 +235,108 @@ def test_sweeps_are_combined() -> None:
             retention_named(name)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "window": {"msft__peak_window": 1},
+    "robust": {
+        "msft__peaks": "robust",
+        "msft__smoothing": 1,
+        "msft__margin": 0.1,
+        "msft__patience": 1,
+        "msft__drop_count": 2,
+        "msft__exclusion": "soft",
+    },
+    "single_rollout": {"method": "single_rollout"},
+}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int | None, list[Record]]:
-    """Real runs that differ in their peak window alone."""
-    found: dict[int | None, list[Record]] = {}
-    for window in (None, 1):
-        directory = tmp_path_factory.mktemp("run")
-        config = make_config(
-            directory, train__lr=0.02, msft__compute_budget=3.0, msft__peak_window=window
-        )
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    """Real runs that differ in what decides alone."""
+    found = {}
+    for name, changes in VARIANTS.items():
+        directory = tmp_path_factory.mktemp(name)
+        config = make_config(directory, train__lr=0.02, **changes)
         start(config)
-        found[window] = read(Path(config.output_dir) / "journal.jsonl")
+        found[name] = read(Path(config.output_dir) / "journal.jsonl")
     return found
 
 
-def test_what_is_known_is_what_a_real_run_does(runs: dict[int | None, list[Record]]) -> None:
-    simulation = under(runs[None], peak_window=1)
-    real = under(runs[1], peak_window=1)
+def test_what_is_known_is_what_a_real_run_does(runs: dict[str, list[Record]]) -> None:
+    simulation = under(runs["paper"], peak_window=1)
+    real = recorded(runs["window"]).simulation
     known = len(simulation.stages)
     assert known >= 1
     for mine, its in zip(simulation.stages, real.stages, strict=False):
         assert mine.active == its.active
         assert mine.simulated is not None
         assert its.recorded is not None
-        assert (mine.simulated.epoch, mine.simulated.exclude) == (
-            its.recorded.epoch,
-            its.recorded.exclude,
-        )
-        assert (mine.simulated.to_stage, mine.simulated.to_epoch) == (
-            its.recorded.to_stage,
-            its.recorded.to_epoch,
-        )
+        assert place(mine.simulated) == place(its.recorded)
     curves = [
         [r["metrics"] for r in records if r["event"] == "evaluated" and r["stage"] <= known]
-        for records in (simulation.records, effective(runs[1]))
+        for records in (simulation.records, effective(runs["window"]))
     ]
     assert curves[0] == curves[1]
 
 
-def test_rollback_points_of_a_real_run_are_those_of_its_store(
-    runs: dict[int | None, list[Record]],
+def place(turn: Turn) -> tuple[Any, ...]:
+    """Return what two runs have in common, whose ids differ as their steps do."""
+    return turn.epoch, turn.exclude, turn.to_stage, turn.to_epoch
+
+
+def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
+    runs: dict[str, list[Record]],
 ) -> None:
-    for records in runs.values():
-        simulation = simulate(records, recorded_config(records))
-        holding = Holding({})
-        for moment in simulation.moments:
-            policy = retention_named("needs")(moment.needs, simulation.mode)
-            move = holding.roll_back if moment.is_roll_back else holding.commit
-            move(moment.record["checkpoint"], moment.record["metrics"], policy)
-        kept = [set(r["kept"]) for r in effective(records) if r["event"] == "committed"]
-        assert [set(point.alive) for point in holding.points] == kept
+    robust = recorded_config(runs["robust"]).msft
+    keys = ("peaks", "smoothing", "margin", "patience", "drop_count")
+    simulation = under(runs["paper"], **{key: getattr(robust, key) for key in keys})
+    mine, its = simulation.stages[0].simulated, recorded(runs["robust"]).simulation.stages[0]
+    assert mine is not None
+    assert its.recorded is not None
+    assert place(mine) == place(its.recorded)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_runs_own_policy_is_known_to_its_end_and_keeps_what_its_store_kept(
+    runs: dict[str, list[Record]], name: str
+) -> None:
+    simulation = recorded(runs[name]).simulation
+    assert simulation.ending == "result"
+    assert "with the run's own decisions" in simulation.why
+    assert simulation.simulated == simulation.recorded
+    holding = Holding({})
+    for moment in simulation.moments:
+        policy = retention_named("needs")(moment.needs, simulation.mode)
+        move = holding.roll_back if moment.is_roll_back else holding.commit
+        move(moment.record["checkpoint"], moment.record["metrics"], policy)
+    kept = [set(r["kept"]) for r in effective(runs[name]) if r["event"] == "committed"]
+    assert [set(point.alive) for point in holding.points] == kept
+
+
+def test_hard_exclusion_is_not_known_from_soft_one(runs: dict[str, list[Record]]) -> None:
+    records = [dict(record) for record in runs["robust"]]
+    config = recorded_config(records)
+    hard = replace(config, msft=replace(config.msft, exclusion="hard"))
+    simulation = simulate(records, hard)
+    assert simulation.ending == "left"
+    assert len(simulation.stages) == 1
+    assert "trains on other shares of the data" in simulation.why
+
+
+def test_a_margin_needs_standard_errors(tmp_path: Path) -> None:
+    records = journal(tmp_path, "ties")
+    with pytest.raises(RunError, match="no standard errors"):
+        under(records, peaks="robust")
+    simulation = under(records, peaks="robust", margin=0, smoothing=1, patience=3)
+    assert turns(simulation)[0] == (1.0, "roll_back", "s1e4", ())
+    with pytest.raises(ConfigError, match="patience has a meaning with peaks robust"):
+        under(records, patience=3)
+
+
+def test_several_at_once_leave_the_path_after_the_first_stage(tmp_path: Path) -> None:
+    simulation = under(journal(tmp_path, "ties"), drop_count=2)
+    assert turns(simulation) == [(1.0, "roll_back", "s1e2", ("a", "b"))]
+    assert simulation.ending == "left"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

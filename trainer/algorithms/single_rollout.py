@@ -2,9 +2,10 @@
 
 A baseline of the MSFT paper (arXiv 2603.21606, "SRO"). The first stage trains on the mixture for
 the compute budget and gives each sub-dataset's peak, its first best evaluation. The second one
-begins again at the base, with the same data in the same order, and leaves each sub-dataset out from
-its peak on; the batches stay full. A sub-dataset that was best at the end of the roll-out, or had
-no finite metric, stays to the end. The result is the first best overall checkpoint of both.
+begins again at the base, with another order of the examples as in every stage, and leaves each
+sub-dataset out from its peak on; the batches stay full. A sub-dataset that was best at the end of
+the roll-out, or had no finite metric, stays to the end. The result is the first best overall
+checkpoint of both.
 
 Example::
 
