@@ -145,6 +145,9 @@ class CheckpointWriter:
         self._catalog.refresh()
         stored_bytes = self._catalog.stored_bytes(checkpoint)
         if stored_bytes == checkpoint.stored_bytes:
+            # All is done already, by somebody who may not have got it durable.
+            self._backend.sync(PACKS)
+            self._backend.sync(MANIFESTS)
             return checkpoint
         found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
         self._catalog.add(found)

@@ -8,11 +8,11 @@ Example::
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from msft_store.backend import LocalBackend
 from msft_store.check import Report
+from msft_store.paths import local_path
 from msft_store.render import human
 from msft_store.repair import RepairPlan, plan_repair
 from msft_store.store import Store
@@ -33,7 +33,7 @@ def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
 
     Of a store whose ``store.json`` is damaged, too, which cannot be opened.
     """
-    plan = plan_repair(LocalBackend(Path(path).absolute()))
+    plan = plan_repair(LocalBackend(local_path(path)))
     document = _document(plan)
     if dry_run:
         return document, f"{plan}\nnothing was changed (--dry-run)"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.backend import (
+    TEMPORARY,
     LocalBackend,
     make_folder,
     move_folder,
@@ -180,12 +181,16 @@ def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBac
     if not source.is_dir() or not _stands_in(reader, source):
         return
     with translated("read", source):
-        files = sorted(source.iterdir())
-    for file in files:
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith("."):
-            size = file.stat().st_size
-            if size <= _LARGEST_COPIED_FILE:
-                publish(backend, file.name, read_file(file, 0, size))
+        sizes = {file: file.stat().st_size for file in sorted(source.iterdir()) if _comes(file)}
+    for file, size in sizes.items():
+        if size <= _LARGEST_COPIED_FILE:
+            publish(backend, file.name, read_file(file, 0, size))
+
+
+def _comes(file: Path) -> bool:
+    # The name of the backend's own folder, which is there while files are written, is left out.
+    other = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
+    return not other and file.is_file()
 
 
 def _stands_in(reader: BaseReader, folder: Path) -> bool:

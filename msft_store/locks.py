@@ -50,11 +50,17 @@ _MOST_NAMED = 3
 
 Step = Literal["go", "place", "withdraw", "wait"]
 
+# What a thread has, by store and owner: several Locks of one store in a thread have one lock.
+_of_thread = threading.local()
+
+
+_Key = tuple[str, Process]
+
 
 class Held:
     """A lock that this process has, and shows that it lives while it does."""
 
-    def __init__(self, path: Path, *, shared: bool, purpose: str, ended: Callable[[], None]):
+    def __init__(self, path: Path, *, shared: bool, purpose: str, ended: Callable[[], object]):
         self.shared = shared
         self.purpose = purpose
         self.process = os.getpid()
@@ -76,17 +82,22 @@ class Held:
             remove(self._path)
 
     def is_there(self) -> bool:
-        """Return whether nobody has taken the lock away."""
+        """Return whether nobody has taken the lock away; ``OSError`` where nothing is known."""
         try:
             # A network file system asks its server when a file is opened, and not always before.
             os.close(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             _touch(self._path)
+
+
+def _held() -> dict[_Key, Held]:
+    found: dict[_Key, Held] = _of_thread.__dict__.setdefault("held", {})
+    return found
 
 
 class Locks:
@@ -107,7 +118,6 @@ class Locks:
         self._folder = store / FOLDER
         self._timeout = timeout
         self._identify = identify
-        self._of_thread = threading.local()
 
     def acquire(self, *, shared: bool, purpose: str) -> Held:
         """Wait for the lock; :class:`BusyError` names the owners when that takes too long.
@@ -124,8 +134,9 @@ class Locks:
             held.depth += 1
             return held
         path = self._wait(shared=shared, purpose=purpose)
-        held = Held(path, shared=shared, purpose=purpose, ended=self._end)
-        self._of_thread.held = held
+        key = self._key()
+        held = Held(path, shared=shared, purpose=purpose, ended=lambda: _held().pop(key, None))
+        _held()[key] = held
         return held
 
     def confirm(self) -> None:
@@ -155,11 +166,11 @@ class Locks:
         return gone
 
     def _mine(self) -> Held | None:
-        held: Held | None = getattr(self._of_thread, "held", None)
+        held = _held().get(self._key())
         return held if held is not None and held.process == os.getpid() else None
 
-    def _end(self) -> None:
-        self._of_thread.held = None
+    def _key(self) -> _Key:
+        return os.path.realpath(self._store), self._identify()
 
     def _wait(self, *, shared: bool, purpose: str) -> Path:
         timeout = timeout_seconds() if self._timeout is None else self._timeout

@@ -14,7 +14,6 @@ Example::
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from msft_store.manifest import (
     path_of,
 )
 from msft_store.matching import check_match, chosen
+from msft_store.paths import PathLike, local_path
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.repair import RepairPlan, plan_repair
@@ -54,8 +54,6 @@ from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
 from msft_store.stats import Stats, held_bytes, stats
 from msft_store.tensors import check_tensors, memory_of
-
-PathLike = str | os.PathLike[str]
 
 
 class Store:
@@ -75,7 +73,7 @@ class Store:
         :class:`NotAStoreError` if there is a store already, or something else.
         """
         config = write_config(level)
-        root = Path(path).absolute()
+        root = local_path(path)
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(
@@ -94,7 +92,7 @@ class Store:
     @classmethod
     def open(cls, path: PathLike) -> Store:
         """Open a store; :class:`NotAStoreError` if there is none."""
-        return cls(LocalBackend(Path(path).absolute()))
+        return cls(LocalBackend(local_path(path)))
 
     @property
     def path(self) -> str:
@@ -112,7 +110,7 @@ class Store:
     def add_base(self, path: PathLike) -> Base:
         """Record a safetensors file, or a directory of them, by content; nothing is copied."""
         with self._backend.lock(shared=True, purpose="add-base"):
-            base = add_base(self._backend, Path(path))
+            base = add_base(self._backend, local_path(path))
         self._catalog.objects.add_base(base)
         return base
 
@@ -120,7 +118,7 @@ class Store:
         """Tell where a base's files are now; :class:`BaseError` if they hold another model."""
         known = self.base(base)
         with self._backend.lock(shared=True, purpose="relocate"):
-            moved = relocate(self._backend, known, Path(path))
+            moved = relocate(self._backend, known, local_path(path))
         self._catalog.objects.add_base(moved)
         return moved
 
@@ -351,7 +349,7 @@ class Store:
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""
         found = self.get(checkpoint)
-        return undisturbed(self._backend, lambda: export(self._catalog, found, Path(folder)))
+        return undisturbed(self._backend, lambda: export(self._catalog, found, local_path(folder)))
 
     def held_bytes(self) -> int:
         """Return the encoded bytes of forgotten checkpoints that others are differences of."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 STORE = """
 errors render
 strict cover
-kernels dtypes format
+kernels dtypes format paths
 tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
 processes lockfiles locks

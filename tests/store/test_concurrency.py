@@ -85,7 +85,8 @@ def test_who_meets_a_lock_is_told_whose_it_is(
     ckpt = store.save(state, parent=base)
     holder = LocalBackend(Path(store.path))
     hasty = Store(LocalBackend(Path(store.path), lock_timeout=0.0))
-    with holder.lock(shared=held_shared, purpose="long-gc"):
+
+    def meet() -> None:
         # Reading needs no lock.
         assert same_bits(hasty.load(ckpt), state)
         assert hasty.check() == []
@@ -98,4 +99,7 @@ def test_who_meets_a_lock_is_told_whose_it_is(
             hasty.forget(ckpt)
         with pytest.raises(BusyError, match="gc waited"):
             hasty.plan_gc().execute()
+
+    with holder.lock(shared=held_shared, purpose="long-gc"), ThreadPoolExecutor(1) as pool:
+        pool.submit(meet).result()
     hasty.forget(ckpt)

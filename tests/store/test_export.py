@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from msft_store import CorruptedError, InvalidInputError, Store
+from msft_store import BaseError, CorruptedError, InvalidInputError, OutOfSpaceError, Store
 from msft_store.backend import LocalBackend
 from msft_store.catalog import Catalog
 from msft_store.export import export
@@ -62,6 +63,53 @@ def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path, store: Store)
     with pytest.raises(InvalidInputError, match="complex128"):
         store.export(ckpt, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "w\ud800"])
+def test_a_name_that_safetensors_cannot_write_is_refused(
+    tmp_path: Path, store: Store, name: str
+) -> None:
+    ckpt = store.save({name: torch.ones(2)})
+    with pytest.raises(InvalidInputError, match="rename it"):
+        store.export(ckpt, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_certainly_has_no_room_is_refused_before_it_is_written(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = store.save(make_state())
+    monkeypatch.setattr(LocalBackend, "room", lambda self: ckpt.logical_bytes - 1)
+    monkeypatch.setattr(LocalBackend, "writer", lambda self: pytest.fail("it was written"))
+    with pytest.raises(OutOfSpaceError, match="do not fit"):
+        store.export(ckpt, tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_companions_come_from_the_bases_own_folder_alone(
+    tmp_path: Path, store: Store, model: Path
+) -> None:
+    (model / "tmp").write_text("a file of that name")
+    (model / "folder").mkdir()
+    ckpt = store.save(train_step(make_state(), 0.1, 1), parent=store.add_base(model))
+    files = store.export(ckpt, tmp_path / "out")
+    assert [path.name for path in files] == ["config.json", "model.safetensors", "tokenizer.json"]
+    write_base(model / "model.safetensors", make_state(7))
+    with pytest.raises(BaseError):
+        store.export(ckpt, tmp_path / "other")
+
+
+@pytest.mark.parametrize("act", [Store.open, Store.create])
+def test_no_path_has_a_nul_character(act: Callable[[str], Store]) -> None:
+    with pytest.raises(InvalidInputError, match="NUL"):
+        act("a\0b")
+
+
+def test_no_other_path_has_a_nul_character(store: Store) -> None:
+    ckpt = store.save({"w": torch.ones(2)})
+    for act in (store.add_base, lambda path: store.export(ckpt, path)):
+        with pytest.raises(InvalidInputError, match="NUL"):
+            act("a\0b")
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, store: Store, model: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +104,12 @@ def successors(state: tuple[Request, ...], modes: tuple[str, ...]) -> Iterator[t
         yield (*state[:who], step, *state[who + 1 :])
 
 
+def elsewhere(action: Callable[[], object]) -> None:
+    """Do something in another thread, which has no lock."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(action).result()
+
+
 def test_a_lock_is_an_empty_file_that_names_its_owner_and_goes_with_it(store: Store) -> None:
     with store.protecting("a commit"):
         (path,) = lock_files(store)
@@ -136,9 +144,40 @@ def test_a_thread_may_take_what_it_has_but_not_more(store: Store) -> None:
     assert locks.acquire(shared=True, purpose="pin") is alone
     alone.release()
     with pytest.raises(BusyError):
-        Locks(Path(store.path), timeout=0.0).acquire(shared=True, purpose="save")
+        elsewhere(lambda: locks.acquire(shared=True, purpose="save"))
     alone.release()
     assert lock_files(store) == []
+
+
+def test_stores_of_one_place_in_one_thread_have_one_lock(
+    tmp_path: Path, store: Store, ckpt: Checkpoint
+) -> None:
+    (tmp_path / "link").symlink_to(store.path)
+    again = Store.open(tmp_path / "link")
+    with store.protecting("a commit"):
+        again.pin(ckpt, "kept")
+        assert len(store.locks()) == 1
+        with pytest.raises(BusyError, match="the same thread holds its lock for a commit"):
+            again.plan_gc().execute()
+    again.plan_gc().execute()
+    assert store.refs() == {"kept": ckpt.id}
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_lock_that_was_removed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = Locks(Path(store.path), timeout=0.0)
+    held = locks.acquire(shared=True, purpose="save")
+
+    def failing(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            locks.confirm()
+    locks.confirm()
+    held.release()
 
 
 def test_a_save_in_a_commit_does_not_queue_behind_a_gc_that_waits_for_the_commit(
@@ -148,7 +187,7 @@ def test_a_save_in_a_commit_does_not_queue_behind_a_gc_that_waits_for_the_commit
     with mine.protecting("commit"):
         gc = plant(store, here())
         with pytest.raises(BusyError, match=r"save waited 0 s .* gc by process"):
-            hasty(store).save(state, parent=base)
+            elsewhere(lambda: hasty(store).save(state, parent=base))
         ckpt = mine.save(state, parent=base)
         mine.pin(ckpt, "kept")
     with pytest.raises(BusyError, match="pin waited"):
@@ -209,7 +248,7 @@ def test_a_forked_child_has_no_lock_and_takes_none_away(store: Store, ckpt: Chec
         assert len(lock_files(store)) == 1
         held.__exit__(None, None, None)
         with pytest.raises(BusyError, match="forget waited"):
-            hasty(store).forget(ckpt)
+            elsewhere(lambda: hasty(store).forget(ckpt))
     hasty(store).forget(ckpt)
 
 
@@ -367,7 +406,7 @@ def test_the_environment_says_how_long_a_lock_is_waited_for(
     monkeypatch.setenv(TIMEOUT, "0.01")
     late = pytest.raises(BusyError, match=r"forget waited 0\.01 s .* save by process")
     with LocalBackend(Path(store.path)).lock(shared=True, purpose="save"), late:
-        store.forget(ckpt)
+        elsewhere(lambda: store.forget(ckpt))
     for wrong in ("soon", "-1", "nan", "inf"):
         monkeypatch.setenv(TIMEOUT, wrong)
         with pytest.raises(InvalidInputError, match=f"{TIMEOUT} is a number of seconds"):

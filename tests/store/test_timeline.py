@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from msft_store import (
     Base,
+    BusyError,
     Champions,
     Checkpoint,
     DiskBudget,
@@ -207,8 +209,8 @@ def test_a_gc_between_saving_and_protecting_waits(
 
     def save_and_collect(*args: object, **kwargs: object) -> Checkpoint:
         ckpt = save(*args, **kwargs)  # type: ignore[arg-type]
-        with pytest.raises(Exception, match="waited 0 s for the lock"):
-            other.evict([ckpt.id])
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError, match="gc waited 0 s"):
+            pool.submit(other.evict, [ckpt.id]).result()
         refused.append(ckpt.id)
         return ckpt
 
