@@ -38,7 +38,7 @@ __init__ cli_check cli_text cli __main__
 
 TRAINER = """
 errors files strategy tables typed yamlfile statistics templates mixturefile sampling
-settings datapaths datachecks checks config peaks schedule divergence
+settings datapaths datachecks checks config peaks margins schedule divergence
 journal flops plan outbox observed
 algorithms.best algorithms.guarded algorithms.sft algorithms.msft
 algorithms.continual algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms

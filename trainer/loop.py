@@ -31,6 +31,7 @@ from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
 from trainer.interrupt import Interrupted, Interrupts
+from trainer.margins import margin_warnings
 from trainer.observed import Observed
 from trainer.observing import Observing
 from trainer.optim import reset
@@ -185,6 +186,10 @@ class Loop:
                 f"the {finding.what} is {finding.value} before any training: is model.path "
                 f"{self._work.config.model.path} sound, and is model.dtype wide enough for it?"
             )
+        if result:
+            sizes = {name: len(rows) for name, rows in self._work.split("validation").items()}
+            for line in margin_warnings(self._work.config, result.metrics, result.errors, sizes):
+                self._say(line)
         commit = self._commit(stage, 0.0, result) if result else None
         # The stage is told by its root, so there is nothing to do beside this commit.
         committed = commit.record() if commit else {}
