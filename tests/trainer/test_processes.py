@@ -13,7 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from msft_store import StorageError, Store
-from tests.trainer.support import make_config
+from tests.trainer.support import make_config, write_lines
 from trainer import run
 from trainer.cli import main
 from trainer.evaluate import Evaluator
@@ -90,6 +90,26 @@ def test_two_processes_decide_as_one(config, tmp_path, mode):
     assert main(ways[0]) == 0
     assert together(lambda rank: main(ways[1]), tmp_path) == {0: 0, 1: 0}
     assert decisions(tmp_path / "2") == decisions(tmp_path / "1")
+
+
+def peaks(directory):
+    """Sub-dataset → epochs of the checkpoint that was rolled back to when it was excluded."""
+    found = effective(read(Path(directory) / "journal.jsonl"))
+    places = {r["checkpoint"]: r["epoch"] for r in found if r["event"] == "evaluated"}
+    decided = [r for r in found if r["event"] == "decided" and r["exclude"]]
+    return {name: places[r["checkpoint"]] for r in decided[:2] for name in r["exclude"]}
+
+
+def test_two_processes_find_the_peaks_that_one_finds(tmp_path):
+    config = make_config(tmp_path, train__lr=0.02, msft__compute_budget=4.0, msft__max_stages=2)
+    # What is learned of one sub-dataset is wrong on its validation data, from early on.
+    rows = [{"prompt": f"say {a}{b}:", "completion": "no"} for a in "klm" for b in "rs"]
+    write_lines(tmp_path / "data" / "same.validation.jsonl", rows)
+    assert command(config, "1") == 0
+    alone = peaks(f"{config.output_dir}-1")
+    assert len(set(alone.values())) == len(alone) == 2, "the peaks are separated"
+    assert together(lambda rank: command(config, "2"), tmp_path) == {0: 0, 1: 0}
+    assert peaks(f"{config.output_dir}-2") == alone
 
 
 def test_an_error_in_the_main_process_ends_all_with_its_message(config, tmp_path):
