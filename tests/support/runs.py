@@ -65,19 +65,26 @@ def kill(
     child = os.fork()
     if child == 0:
         try:
-            original = getattr(owner, name)
-            calls = []
-
-            def dying(*arguments, **keywords):
-                result = original(*arguments, **keywords)
-                if like is None or all(result.get(key) == like[key] for key in like):
-                    calls.append(result)
-                if len(calls) == call:
-                    os._exit(9)
-                return result
-
-            setattr(owner, name, dying)
+            die_after(owner, name, call=call, like=like)
             action()
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def die_after(
+    owner: object, name: str, *, call: int, like: Mapping[str, Any] | None = None
+) -> None:
+    """Let this process die at once after call number ``call`` of a method, see :func:`kill`."""
+    original = getattr(owner, name)
+    calls = []
+
+    def dying(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        if like is None or all(result.get(key) == like[key] for key in like):
+            calls.append(result)
+        if len(calls) == call:
+            os._exit(9)
+        return result
+
+    setattr(owner, name, dying)

@@ -13,11 +13,13 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from msft_store import StorageError, Store
+from tests.support.runs import die_after, outcome
 from tests.trainer.support import make_config, write_lines
 from trainer import run
 from trainer.cli import main
 from trainer.evaluate import Evaluator
 from trainer.journal import effective, read
+from trainer.steps import StageSteps
 from trainer.summary import summarize
 
 LONG = 60.0
@@ -110,6 +112,45 @@ def test_two_processes_find_the_peaks_that_one_finds(tmp_path):
     assert len(set(alone.values())) == len(alone) == 2, "the peaks are separated"
     assert together(lambda rank: command(config, "2"), tmp_path) == {0: 0, 1: 0}
     assert peaks(f"{config.output_dir}-2") == alone
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run of two processes comes to that nothing happens to, and the steps of stage 1."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    config = make_config(directory, train__lr=0.02, msft__max_stages=2, log_every=1)
+    assert together(lambda rank: command(config, "2"), directory) == {0: 0, 1: 0}
+    directory = Path(f"{config.output_dir}-2")
+    steps = [r for r in read(directory / "journal.jsonl") if r["event"] == "trained"]
+    return config, outcome(directory), sum(record["stage"] == 1 for record in steps)
+
+
+@pytest.mark.parametrize("resume_every", [None, 2])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_run_of_two_processes_that_was_killed_ends_as_one_that_was_not(
+    undisturbed, tmp_path, resume_every, killed
+):
+    config, expected, steps = undisturbed
+    directory = tmp_path / "run"
+    path = str(Path(config.output_dir).parent / "config.yaml")
+    every = "null" if resume_every is None else str(resume_every)
+    overrides = [f"output_dir={directory}", f"resume_every={every}"]
+
+    def dying(rank):
+        if rank == killed:
+            die_after(StageSteps, "train", call=steps + 3)
+        return main(["run", path, *overrides, "--quiet"])
+
+    codes = together(dying, tmp_path)
+    assert codes[killed] == 9
+    assert codes[1 - killed] != 0
+    assert together(lambda rank: main(["resume", str(directory), "--quiet"]), tmp_path) == {
+        0: 0,
+        1: 0,
+    }
+    assert outcome(directory) == expected
+    (origin,) = [r["from"] for r in read(directory / "journal.jsonl") if r["event"] == "resumed"]
+    assert origin == ("stage_root" if resume_every is None else "resume_point")
 
 
 def test_an_error_in_the_main_process_ends_all_with_its_message(config, tmp_path):
