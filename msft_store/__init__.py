@@ -36,6 +36,7 @@ from msft_store.errors import (
 from msft_store.gc import GcPlan, GcResult
 from msft_store.lockfiles import Lock
 from msft_store.manifest import Checkpoint
+from msft_store.nested import flatten, unflatten
 from msft_store.repair import RepairPlan, RepairResult
 from msft_store.resident import Resident
 from msft_store.retention import (
@@ -92,4 +93,6 @@ __all__ = [
     "Timeline",
     "UnknownCheckpointError",
     "VersionError",
+    "flatten",
+    "unflatten",
 ]

@@ -12,7 +12,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -91,25 +91,39 @@ def decode_bytes(
 
     A tensor of several pieces comes whole.
     """
+    with closing(decode_chunks(objects, tensors, base=base, what=what)) as parts:
+        for _, _, data in parts:
+            yield data
 
-    def whole(name: str) -> Bytes:
+
+def decode_chunks(
+    objects: Objects, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
+) -> Generator[tuple[str, int, Bytes], None, None]:
+    """Yield names, first elements (counted row by row) and bytes of all chunks, in order.
+
+    A tensor of several pieces comes whole.
+    """
+
+    def whole(name: str) -> tuple[str, int, Bytes]:
         out = empty_like(tensors[name])
         for job in _reads(name, tensors[name], out, in_place=True):
             _restore(objects, base, what, job)
-        return view_bytes(out)
+        return name, 0, view_bytes(out)
 
-    def chunk(name: str, key: bytes, size: int) -> Bytes:
+    def chunk(name: str, start: int, key: bytes, size: int) -> tuple[str, int, Bytes]:
         with _named(f"{what}, tensor {name!r}"):
-            return objects.read(key, size, tensors[name].dtype, base)
+            return name, start, objects.read(key, size, tensors[name].dtype, base)
 
-    def jobs() -> Iterator[Callable[[], Bytes]]:
+    def jobs() -> Iterator[Callable[[], tuple[str, int, Bytes]]]:
         for name, entry in tensors.items():
             if len(entry.pieces) > 1:
                 yield partial(whole, name)
                 continue
             for piece in entry.pieces:
-                for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
-                    yield partial(chunk, name, key, size)
+                sizes, start = chunk_sizes(piece, entry.dtype), 0
+                for key, size in zip(piece.keys, sizes, strict=True):
+                    yield partial(chunk, name, start, key, size)
+                    start += size // entry.dtype.size
 
     with closing(in_order(lambda job: job(), jobs())) as parts:
         yield from parts

@@ -216,6 +216,11 @@ class Timeline:
         done = self.last_commit
         return dict(done.kept) if done else self._alive.kept(self.retention)
 
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return what is alive, oldest first, to be loaded or rolled back to."""
+        self.wait()
+        return self._alive.all()
+
     def close(self) -> None:
         """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``.
 

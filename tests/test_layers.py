@@ -32,6 +32,7 @@ store
 saver
 space traces alive
 timeline
+nested
 integrations.dcp integrations.hf integrations.remote integrations
 __init__ cli_check cli_text cli __main__
 """

@@ -1,0 +1,136 @@
+"""Nested state as tensors and JSON, and back: what a checkpoint can hold, without pickle.
+
+Optimizers, schedulers and generators give dictionaries and lists of tensors, numbers and strings.
+``flatten`` takes the tensors out, under names made of their path, and puts the rest into JSON.
+Invariant: ``unflatten`` gives back equal values of equal types: tuples, integer keys, NaN and
+numbers of any size included. Subclasses come back as what they extend, NumPy arrays as such.
+
+Example::
+
+    tensors, tree = flatten({"optimizer": optimizer.state_dict(), "step": 40})
+    ckpt = store.save({**weights, **tensors}, metadata={"state": tree})
+    state = unflatten(store.load(ckpt), ckpt.metadata["state"])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from msft_store.errors import InvalidInputError, MismatchError
+
+_TENSOR, _ARRAY, _TUPLE, _DICT = "$tensor", "$array", "$tuple", "$dict"
+_FLOAT, _INTEGER, _BYTES = "$float", "$integer", "$bytes"
+_LARGEST = 1 << 63
+_MOST_LEVELS = 40
+"""Each may take more than one level of the 64 that metadata can have."""
+
+
+def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the tensors of a nested value by name, and the rest as JSON that names them.
+
+    ``prefix`` begins every name. :class:`InvalidInputError` names what is neither a tensor nor a
+    number, string, ``bytes``, ``None``, or a mapping, list or tuple of such.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    return tensors, _to_json(tree, prefix, tensors, 0)
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
+    """Return the nested value that :func:`flatten` took apart; other tensors do not matter.
+
+    :class:`MismatchError` if a tensor is missing, :class:`InvalidInputError` if ``tree`` is not
+    :func:`flatten`'s.
+    """
+    try:
+        return _from_json(tree, tensors)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidInputError(f"this is no nested state: {error}") from None
+
+
+def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int) -> Any:
+    if level > _MOST_LEVELS:
+        raise InvalidInputError(f"{name[:80]!r} is nested more than {_MOST_LEVELS} levels deep")
+    if isinstance(value, torch.Tensor):
+        return {_TENSOR: _add(tensors, name, value)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {_ARRAY: _add(tensors, name, torch.from_numpy(np.array(value, order="C")))}
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if type(value) is int:
+        return value if -_LARGEST <= value < _LARGEST else {_INTEGER: str(value)}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_FLOAT: str(float(value))}
+    if isinstance(value, bytes):
+        return {_BYTES: value.hex()}
+    if isinstance(value, (list, tuple)):
+        items = [
+            _to_json(item, _below(name, at), tensors, level + 1) for at, item in enumerate(value)
+        ]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    if isinstance(value, Mapping):
+        return _mapping(value, name, tensors, level)
+    raise InvalidInputError(
+        f"{name or 'the state'} is a {type(value).__name__}; nested state holds tensors, numbers, "
+        "strings, bytes, None, and mappings, lists and tuples of them. Convert it, or leave it out"
+    )
+
+
+def _mapping(
+    value: Mapping[Any, Any], name: str, tensors: dict[str, torch.Tensor], level: int
+) -> Any:
+    for key in value:
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise InvalidInputError(f"{name or 'the state'} has the key {key!r}: no string or int")
+    below = {
+        key: _to_json(item, _below(name, key), tensors, level + 1) for key, item in value.items()
+    }
+    # Canonical JSON sorts its keys, and the order of a mapping matters to some who read it.
+    plain = all(isinstance(key, str) and not key.startswith("$") for key in below)
+    if plain and list(below) == sorted(below):
+        return below
+    return {_DICT: [[key, item] for key, item in below.items()]}
+
+
+def _below(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> str:
+    # Two paths may read alike, and a tensor may be all there is.
+    wanted = unique = name or "value"
+    number = 2
+    while unique in tensors:
+        unique, number = f"{wanted}~{number}", number + 1
+    tensors[unique] = tensor
+    return unique
+
+
+def _from_json(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_from_json(item, tensors) for item in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    if len(tree) != 1 or not next(iter(tree)).startswith("$"):
+        return {key: _from_json(item, tensors) for key, item in tree.items()}
+    ((kind, content),) = tree.items()
+    if kind in (_TENSOR, _ARRAY):
+        if content not in tensors:
+            raise MismatchError(f"the tensor {content!r} of this nested state is missing")
+        found = tensors[content]
+        return found if kind == _TENSOR else found.detach().cpu().numpy()
+    if kind == _TUPLE:
+        return tuple(_from_json(item, tensors) for item in content)
+    if kind == _DICT:
+        return {key: _from_json(item, tensors) for key, item in content}
+    if kind == _BYTES:
+        return bytes.fromhex(content)
+    if kind == _FLOAT:
+        return float(content)
+    if kind == _INTEGER:
+        return int(content)
+    raise ValueError(f"it has a part {kind[:80]!r} that is not known")
