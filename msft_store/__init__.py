@@ -17,6 +17,7 @@ Example::
 
 from msft_store.alive import Commit
 from msft_store.bases import Base
+from msft_store.boxes import Box, Part, Parts
 from msft_store.check import Finding, Report
 from msft_store.errors import (
     BaseError,
@@ -59,6 +60,7 @@ __all__ = [
     "AsyncSaver",
     "Base",
     "BaseError",
+    "Box",
     "BusyError",
     "Candidate",
     "Champions",
@@ -78,6 +80,8 @@ __all__ = [
     "NotAStoreError",
     "OutOfSpaceError",
     "OverBudgetError",
+    "Part",
+    "Parts",
     "PeakWindow",
     "PinnedError",
     "Policy",

@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from msft_store.bases import FOLDER as BASES
 from msft_store.bases import Base
 from msft_store.bounded import Bounded
+from msft_store.boxes import Box, Part, Parts, joined
 from msft_store.catalog import Catalog
 from msft_store.codecs import Level
 from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
@@ -29,6 +31,7 @@ from msft_store.format import canonical, digest
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
     Checkpoint,
+    Piece,
     TensorEntry,
     checkpoint_content,
     rewrite_manifest,
@@ -37,11 +40,14 @@ from msft_store.manifest import (
 )
 from msft_store.packs import FOLDER as PACKS
 from msft_store.packs import PackWriter
-from msft_store.pipeline import Totals, encode_anew, encode_state, table_bytes
+from msft_store.pipeline import Totals, encode_anew, encode_boxes, encode_state, table_bytes
+from msft_store.references import Planner
 from msft_store.render import human
 from msft_store.resident import Compared
 from msft_store.stats import own_bytes
 from msft_store.strict import LIMIT
+
+_T = TypeVar("_T")
 
 
 class CheckpointWriter:
@@ -54,7 +60,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, torch.Tensor] | Parts,
         *,
         parent: Base | Checkpoint | str | None,
         step: int | None,
@@ -70,11 +76,23 @@ class CheckpointWriter:
         )
         # Refused before anything is written.
         content_of(parent=None, base=None, tensors=b"", logical_bytes=0)
-        parent_id, base, parent_tensors = self._catalog.lineage(parent)
-        if base is not None and base not in self._durable_bases:
-            self._backend.sync(BASES)
-            self._durable_bases.add(base)
-        table, totals = self._encode(state, base, parent_tensors, level, compared)
+        parent_id, base, parent_tensors = self._lineage(parent)
+        if isinstance(state, Parts):
+            table, totals = self._joined(state, base)
+        else:
+            table, totals = self._encode(
+                lambda begin: encode_state(
+                    self._catalog.objects,
+                    state,
+                    begin,
+                    base=base,
+                    parent=parent_tensors,
+                    level=level,
+                    compared=compared,
+                ),
+                least=table_bytes(state),
+                whole=sum(tensor.nbytes for tensor in state.values()),
+            )
         line = tensor_table(table)
         content = content_of(
             parent=parent_id,
@@ -97,6 +115,73 @@ class CheckpointWriter:
         self._catalog.add(checkpoint)
         self._catalog.objects.refresh()
         return checkpoint
+
+    def encode(
+        self,
+        boxes: Sequence[Box],
+        *,
+        parent: Base | Checkpoint | str | None,
+        level: Level,
+    ) -> Part:
+        """Write the chunks of boxes; a checkpoint that is saved of parts makes something of it."""
+        _, base, parent_tensors = self._lineage(parent)
+        planner = Planner(self._catalog.objects, base, parent_tensors)
+        planner.match({box.name: box.shape for box in boxes})
+        entries, totals = self._encode(
+            lambda begin: encode_boxes(
+                self._catalog.objects, boxes, begin, planner=planner, base=base, level=level
+            ),
+            least=0,
+            whole=sum(box.tensor.nbytes for box in boxes),
+        )
+        self._catalog.objects.refresh()
+        pieces: dict[str, tuple[Piece, ...]] = {}
+        for box, entry in zip(boxes, entries, strict=True):
+            pieces[box.name] = (*pieces.get(box.name, ()), *entry.pieces)
+        table = {box.name: box.entry() for box in boxes}
+        return Part(
+            base=base,
+            tensors={name: replace(table[name], pieces=pieces[name]) for name in table},
+            stored_bytes=totals.stored_bytes,
+            unreferenced_bytes=totals.unreferenced_bytes,
+        )
+
+    def _lineage(
+        self, parent: Base | Checkpoint | str | None
+    ) -> tuple[str | None, str | None, Mapping[str, TensorEntry] | None]:
+        """Return the ids of the parent and of its base, which is durable, and its tensors."""
+        parent_id, base, tensors = self._catalog.lineage(parent)
+        if base is not None and base not in self._durable_bases:
+            self._backend.sync(BASES)
+            self._durable_bases.add(base)
+        return parent_id, base, tensors
+
+    def _joined(self, parts: Parts, base: str | None) -> tuple[dict[str, TensorEntry], Totals]:
+        """Return the table of parts, all of whose chunks are there, durably."""
+        if any(part.base != base for part in parts):
+            raise InvalidInputError(
+                "a part was encoded against another base than the checkpoint's: give all processes "
+                "the same parent"
+            )
+        table, objects = joined(parts), self._catalog.objects
+        # What another process published may be visible only.
+        self._backend.sync(PACKS)
+        objects.refresh()
+        for name, entry in table.items():
+            for key in (key for piece in entry.pieces for key in piece.keys):
+                stored = objects.find(key, base)
+                if objects.in_base(key, base) is None and (
+                    stored is None or not objects.is_whole(stored.record)
+                ):
+                    raise InvalidInputError(
+                        f"a chunk of {name!r} that a process encoded is gone: another process "
+                        "collected garbage in between. Hold the store with Store.protecting from "
+                        "before Store.encode until the save, and encode again"
+                    )
+        return table, Totals(
+            stored_bytes=sum(part.stored_bytes for part in parts),
+            unreferenced_bytes=sum(part.unreferenced_bytes for part in parts),
+        )
 
     def anchor(self, checkpoint: Checkpoint) -> Checkpoint:
         """Encode a checkpoint anew so that it needs nothing but its base."""
@@ -154,33 +239,19 @@ class CheckpointWriter:
         return found
 
     def _encode(
-        self,
-        state: Mapping[str, torch.Tensor],
-        base: str | None,
-        parent: Mapping[str, TensorEntry] | None,
-        level: Level,
-        compared: Compared | None,
-    ) -> tuple[dict[str, TensorEntry], Totals]:
+        self, encode: Callable[[Callable[[], PackWriter]], _T], *, least: int, whole: int
+    ) -> _T:
+        """Encode ``whole`` bytes into packs; ``least`` more will be written besides."""
         packs: list[PackWriter] = []
         try:
-            with self._packing(packs, least=table_bytes(state)) as begin:
-                table, totals = encode_state(
-                    self._catalog.objects,
-                    state,
-                    begin,
-                    base=base,
-                    parent=parent,
-                    level=level,
-                    compared=compared,
-                )
+            with self._packing(packs, least=least) as begin:
+                return encode(begin)
         except (OutOfSpaceError, OverBudgetError) as error:
-            whole = sum(tensor.nbytes for tensor in state.values())
             written = sum(pack.position for pack in packs)
             raise type(error)(
                 f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
                 f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost"
             ) from error
-        return table, totals
 
     @contextlib.contextmanager
     def _packing(

@@ -111,7 +111,7 @@ def decode_chunks(
         return name, 0, view_bytes(out)
 
     def chunk(name: str, start: int, key: bytes, size: int) -> tuple[str, int, Bytes]:
-        with _named(f"{what}, tensor {name!r}"):
+        with named(f"{what}, tensor {name!r}"):
             return name, start, objects.read(key, size, tensors[name].dtype, base)
 
     def jobs() -> Iterator[Callable[[], tuple[str, int, Bytes]]]:
@@ -152,14 +152,15 @@ def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.
 
 def _restore(objects: Objects, base: str | None, what: str, job: _Read) -> None:
     out = np.empty(job.size, np.uint8) if job.target is None else job.target
-    with _named(f"{what}, tensor {job.tensor!r}"):
+    with named(f"{what}, tensor {job.tensor!r}"):
         objects.read_into(out, job.key, job.dtype, base)
     if job.target is None:
         write_elements(job.box, job.start, out)
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def named(what: str) -> Iterator[None]:
+    """Let errors say what was to be read."""
     try:
         yield
     except StoreError as error:

@@ -266,17 +266,34 @@ class Objects:
         if at != out.size:
             raise CorruptedError(f"the references of chunk {record.key.hex()} have another length")
 
-    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
-        base, dtype = record.base, by_code(record.dtype)
+    def read_parts_into(
+        self, spans: tuple[ChunkSpan, ...], out: Bytes, dtype: DType, base: str | None
+    ) -> None:
+        """Fill ``out`` with parts of chunks, verified, one after the other."""
+        at = 0
+        for span in spans:
+            size, part = self._chunk_size(span, base), out[at : at + span.length]
+            if (span.start, span.length) == (0, size):
+                self.read_into(part, span.key, dtype, base)
+            else:
+                chunk = self.read(span.key, size, dtype, base)
+                part[:] = chunk[span.start : span.start + span.length]
+            at += span.length
+
+    def _chunk_size(self, span: ChunkSpan, base: str | None) -> int:
         located, stored = self.in_base(span.key, base), self.find(span.key, base)
         if located is not None and base is not None:
-            size = self.base(base).chunk_bytes(located)
-        elif stored is None:
+            return self.base(base).chunk_bytes(located)
+        if stored is None:
             raise CorruptedError(f"chunk {span.key.hex()}, a reference, is in no pack")
-        elif stored.record.depth >= record.depth:
+        return stored.record.size
+
+    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
+        base, dtype = record.base, by_code(record.dtype)
+        stored, size = self.find(span.key, base), self._chunk_size(span, base)
+        in_base = self.in_base(span.key, base) is not None
+        if not in_base and stored is not None and stored.record.depth >= record.depth:
             raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
-        else:
-            size = stored.record.size
         if (span.start, span.length) == (0, size) and out.size == size:
             self.read_into(out, span.key, dtype, base)
             return

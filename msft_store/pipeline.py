@@ -12,7 +12,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from msft_store import codecs
-from msft_store.dtypes import DType, by_torch
+from msft_store.boxes import Box, whole_box
+from msft_store.dtypes import DType
 from msft_store.errors import CorruptedError, InvalidInputError, StoreError
 from msft_store.format import (
     CHUNK_BYTES,
@@ -34,7 +35,7 @@ from msft_store.format import (
     chunk_key,
 )
 from msft_store.kernels import Bytes
-from msft_store.manifest import Piece, TensorEntry, chunk_sizes, tensor_table
+from msft_store.manifest import TensorEntry, chunk_sizes, tensor_table
 from msft_store.objects import Objects
 from msft_store.packs import Stored
 from msft_store.parallel import in_order
@@ -172,6 +173,9 @@ class Encoder:
         if isinstance(span, ChunkSpan):
             self._objects.read_into(out, span.key, dtype, self._base)
             return span.key
+        if isinstance(span, tuple):
+            self._objects.read_parts_into(span, out, dtype, self._base)
+            return chunk_key(out.data, dtype)
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
         return self._objects.base(base).read_verified_into(span, out, dtype)
@@ -181,7 +185,7 @@ def _improves(reference: Reference | None, stored: Record) -> bool:
     """Return whether a record with a reference would be preferred, and lets go of another chunk."""
     if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
         return stored.refers_to_chunk
-    if reference.span.key == stored.ref_key:
+    if isinstance(reference.span, ChunkSpan) and reference.span.key == stored.ref_key:
         return False
     # Of equal depth a later generation is preferred, if there is one.
     return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
@@ -243,6 +247,42 @@ class ChunkWriter:
         return encoded.key
 
 
+def encode_boxes(
+    objects: Objects,
+    boxes: Sequence[Box],
+    begin: Callable[[], Sink],
+    *,
+    planner: Planner,
+    base: str | None,
+    level: codecs.Level,
+    compared: Compared | None = None,
+) -> tuple[list[TensorEntry], Totals]:
+    """Store the chunks of boxes; return their entries, of one piece each, and what it took.
+
+    ``begin`` begins a pack; it is called only if there is a chunk to be written.
+    """
+    entries = [box.entry() for box in boxes]
+
+    def work() -> Iterator[Work]:
+        for box, entry in zip(boxes, entries, strict=True):
+            step, count = CHUNK_BYTES // entry.dtype.size, box.tensor.numel()
+            for number, start in enumerate(range(0, count, step)):
+                yield Work(
+                    read=partial(read_elements, box.tensor, start, min(start + step, count)),
+                    dtype=entry.dtype,
+                    reference=planner.reference(box.name, entry, 0, number),
+                    change=(compared or {}).get((box.name, number)),
+                )
+
+    writer = ChunkWriter(begin)
+    found = []
+    with closing(in_order(Encoder(objects, base, level).encode, work())) as results:
+        for box in boxes:
+            count = -(-box.tensor.nbytes // CHUNK_BYTES)
+            found.append(box.entry(tuple(writer.put(next(results)) for _ in range(count))))
+    return found, writer.totals
+
+
 def encode_state(
     objects: Objects,
     tensors: Mapping[str, torch.Tensor],
@@ -263,35 +303,25 @@ def encode_state(
     order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
     places: dict[tuple[object, ...], str] = {}
     first = {name: places.setdefault(memory_of(tensors[name]), name) for name in order}
-
-    def work() -> Iterator[Work]:
-        for name in places.values():
-            tensor, entry = tensors[name], _whole(tensors[name], ())
-            step, count = CHUNK_BYTES // entry.dtype.size, tensor.numel()
-            for number, start in enumerate(range(0, count, step)):
-                yield Work(
-                    read=partial(read_elements, tensor, start, min(start + step, count)),
-                    dtype=entry.dtype,
-                    reference=planner.reference(name, entry, 0, number),
-                    change=(compared or {}).get((name, number)),
-                )
-
-    writer = ChunkWriter(begin)
-    table = {}
-    with closing(in_order(Encoder(objects, base, level).encode, work())) as results:
-        for name in places.values():
-            count = -(-_whole(tensors[name], ()).nbytes // CHUNK_BYTES)
-            keys = tuple(writer.put(next(results)) for _ in range(count))
-            table[name] = _whole(tensors[name], keys)
-    table |= {name: table[first[name]] for name in order}
-    return table, writer.totals
+    entries, totals = encode_boxes(
+        objects,
+        [whole_box(name, tensors[name]) for name in places.values()],
+        begin,
+        planner=planner,
+        base=base,
+        level=level,
+        compared=compared,
+    )
+    table = dict(zip(places.values(), entries, strict=True))
+    return {name: table[first[name]] for name in order}, totals
 
 
 def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Return the bytes that the tensor table of a save will have, whatever the weights are."""
     key = bytes(KEY_BYTES)
     keys = {name: (key,) * -(-tensor.nbytes // CHUNK_BYTES) for name, tensor in tensors.items()}
-    return len(tensor_table({name: _whole(tensors[name], keys[name]) for name in tensors}))
+    whole = {name: whole_box(name, tensor) for name, tensor in tensors.items()}
+    return len(tensor_table({name: box.entry(keys[name]) for name, box in whole.items()}))
 
 
 def encode_anew(
@@ -336,9 +366,3 @@ def encode_anew(
     with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)
-
-
-def _whole(tensor: torch.Tensor, keys: tuple[bytes, ...]) -> TensorEntry:
-    shape = tuple(tensor.shape)
-    piece = Piece(offset=(0,) * len(shape), shape=shape, keys=keys)
-    return TensorEntry(dtype=by_torch(tensor.dtype), shape=shape, pieces=(piece,))

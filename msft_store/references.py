@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from msft_store.base_reader import convertible
 from msft_store.bases import BaseTensor
 from msft_store.format import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
-from msft_store.manifest import TensorEntry
+from msft_store.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 
 
@@ -27,7 +27,8 @@ class Reference:
     base: str | None
     depth: int
     """Of a record that uses it."""
-    span: BaseSpan | ChunkSpan
+    span: BaseSpan | ChunkSpan | tuple[ChunkSpan, ...]
+    """A whole chunk, or parts of several one after the other."""
 
 
 class Planner:
@@ -35,6 +36,8 @@ class Planner:
 
     A parent's chunk serves if decoding it needs nothing deeper than the base; if it is itself a
     change of another chunk, that one serves. So no chunk is ever more than ``MAX_DEPTH`` deep.
+    Where parent and checkpoint are cut into other pieces, but both by rows, the same elements of
+    the parent serve, wherever its chunks begin and end.
     """
 
     def __init__(
@@ -69,6 +72,11 @@ class Planner:
                     found = self._chunk(other.keys[chunk], size)
                     if found is not None:
                         return found
+                    break
+            else:
+                across = self._across(theirs, box, chunk)
+                if across is not None:
+                    return across
         match = self._names.get(name)
         if match is None or not convertible(self._theirs[match].dtype, entry.dtype):
             return None
@@ -78,6 +86,32 @@ class Planner:
             box=None if box.shape == entry.shape else (box.offset, box.shape),
         )
         return Reference(base=self._base, depth=1, span=span)
+
+    def _across(self, theirs: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+        """Return the parts of the parent's chunks that hold the elements of a chunk of a box."""
+        if not all(is_by_rows(piece, theirs.shape) for piece in (box, *theirs.pieces)):
+            return None
+        row = math.prod(theirs.shape[1:]) * theirs.dtype.size
+        begin = (box.offset[0] if box.offset else 0) * row + chunk * CHUNK_BYTES
+        end = begin + min(
+            math.prod(box.shape) * theirs.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
+        )
+        spans: list[ChunkSpan] = []
+        base: str | None = None
+        depth = 1
+        for piece in sorted(theirs.pieces, key=lambda piece: piece.offset):
+            at = (piece.offset[0] if piece.offset else 0) * row
+            for key, size in zip(piece.keys, chunk_sizes(piece, theirs.dtype), strict=True):
+                first, last = max(begin, at), min(end, at + size)
+                if first < last:
+                    whole = self._chunk(key, size)
+                    if whole is None:
+                        return None
+                    chunk_key = whole.span.key if isinstance(whole.span, ChunkSpan) else key
+                    base, depth = base or whole.base, max(depth, whole.depth)
+                    spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
+                at += size
+        return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
         located = self._objects.in_base(key, self._base)
@@ -93,6 +127,11 @@ class Planner:
         if record.reference is None and record.refers_to_chunk:
             return self._chunk(record.ref_key, size)
         return None
+
+
+def is_by_rows(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Return whether a piece is whole but for the first dimension: a run of the tensor's bytes."""
+    return piece.shape[1:] == shape[1:]
 
 
 def match_names(

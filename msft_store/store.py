@@ -23,6 +23,7 @@ import torch
 from msft_store.backend import TEMPORARY, Backend, LocalBackend, publish, translated
 from msft_store.bases import Base, add_base, relocate
 from msft_store.bounded import Bounded
+from msft_store.boxes import Box, Part, Parts, check_boxes
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, Report, examine
 from msft_store.checkpoint_writer import CheckpointWriter
@@ -46,6 +47,7 @@ from msft_store.manifest import (
 )
 from msft_store.matching import check_match, chosen
 from msft_store.paths import PathLike, local_path
+from msft_store.reboxing import decode_boxes
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
 from msft_store.repair import RepairPlan, plan_repair
@@ -139,7 +141,7 @@ class Store:
 
     def save(
         self,
-        tensors: Mapping[str, torch.Tensor] | torch.nn.Module,
+        tensors: Mapping[str, torch.Tensor] | torch.nn.Module | Parts,
         *,
         parent: Base | Checkpoint | str | None = None,
         step: int | None = None,
@@ -154,9 +156,9 @@ class Store:
         ``parent`` is the lineage: a base, a checkpoint, or ``None``. ``level`` is what encoding
         aims for, ``fast`` or ``small``; by default the store's. ``compared`` is what a
         :class:`Resident` found on the device. Saving equal content with equal metadata again
-        returns the checkpoint that is there.
+        returns the checkpoint that is there. Of :class:`Parts`, all is encoded already.
         """
-        state = check_tensors(tensors)
+        state = tensors if isinstance(tensors, Parts) else check_tensors(tensors)
         level = self.level if level is None else check_level(level)
         compared = check_compared(compared)
         with self._backend.lock(shared=True, purpose="save"):
@@ -171,6 +173,25 @@ class Store:
                 level=level,
                 compared=compared,
             )
+
+    def encode(
+        self,
+        boxes: Iterable[Box],
+        *,
+        parent: Base | Checkpoint | str | None = None,
+        level: Level | None = None,
+    ) -> Part:
+        """Write what this process holds of a checkpoint to come; ``save`` of all parts makes one.
+
+        Parts that no checkpoint is made of go with the next gc. Whoever saves holds gc off
+        meanwhile: ``with store.protecting("save")`` around all of it, in one of the processes.
+        """
+        mine = check_boxes(boxes)
+        check_tensors({box.name: box.tensor for box in mine})
+        level = self.level if level is None else check_level(level)
+        with self._backend.lock(shared=True, purpose="encode"):
+            self._catalog.refresh()
+            return self._writer.encode(mine, parent=parent, level=level)
 
     def load(
         self,
@@ -205,6 +226,21 @@ class Store:
         # Tied tensors are restored once: they are equal, or they would not match.
         once = {memory_of(tensor): name for name, tensor in state.items()}
         self._decode(found, {name: tensors[name] for name in once.values()}, state)
+
+    def load_boxes(self, checkpoint: Checkpoint | str, boxes: Iterable[Box]) -> None:
+        """Fill the tensors of boxes, in place, with what a checkpoint has there.
+
+        It may have been saved in any other pieces. :class:`MismatchError` names what differs in
+        shape or dtype; then nothing was changed.
+        """
+        found, tensors = self._entries(checkpoint)
+        wanted, what = list(boxes), f"checkpoint {found.id[:12]}"
+
+        def decode() -> None:
+            self._catalog.check_there(found)
+            decode_boxes(self._catalog.objects, tensors, wanted, base=found.base, what=what)
+
+        undisturbed(self._backend, decode)
 
     def chunks(
         self, checkpoint: Checkpoint | str, names: Iterable[str] | None = None

@@ -36,6 +36,7 @@ import torch
 
 from msft_store.alive import Alive, Commit
 from msft_store.bases import Base
+from msft_store.boxes import Parts
 from msft_store.errors import InvalidInputError
 from msft_store.gc import GcResult
 from msft_store.manifest import Checkpoint
@@ -119,7 +120,7 @@ class Timeline:
 
     def commit(
         self,
-        tensors: State | torch.nn.Module,
+        tensors: State | torch.nn.Module | Parts,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -260,12 +261,14 @@ class Timeline:
         if self._closed:
             raise InvalidInputError(f"timeline {self.name!r} is closed; make a new one")
 
-    def _compare(self, tensors: State | torch.nn.Module) -> Compared | None:
-        return None if self.resident is None else self.resident.compare(tensors)
+    def _compare(self, tensors: State | torch.nn.Module | Parts) -> Compared | None:
+        if self.resident is None or isinstance(tensors, Parts):
+            return None
+        return self.resident.compare(tensors)
 
     def _commit(
         self,
-        tensors: State | torch.nn.Module,
+        tensors: State | torch.nn.Module | Parts,
         policy: Policy,
         facts: Mapping[str, Any],
         compared: Compared | None,

@@ -23,10 +23,10 @@ keytable tablescan footer
 processes lockfiles locks
 backend
 bounded
-tensors refs manifest safetensors_file bases base_reader
+tensors refs manifest safetensors_file bases base_reader boxes
 retention slips
 packs overlay objects references liveness catalog salvage
-parallel resident pipeline decoding tree sources stats matching staging looking
+parallel resident pipeline decoding reboxing tree sources stats matching staging looking
 check mending survey conditions gc repair export checkpoint_writer
 store
 saver
