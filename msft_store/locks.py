@@ -41,6 +41,10 @@ from msft_store.lockfiles import (
 )
 from msft_store.processes import Process
 
+YIELDING = "ranks-save"
+"""The purpose of a shared lock that ends when its own thread wants the store alone: it is held by
+the one process that publishes what several save, and if that thread does something else meanwhile,
+the save has failed in another process."""
 BEAT_SECONDS = 30.0
 """How often an owner shows that it lives."""
 TIMEOUT = "MSFT_STORE_LOCK_TIMEOUT"
@@ -76,7 +80,12 @@ class Held:
     def release(self) -> None:
         """Give it back, as often as it was taken; in a forked child nothing happens."""
         self.depth -= 1
-        if self.depth == 0 and self.process == os.getpid():
+        if self.depth == 0:
+            self.end()
+
+    def end(self) -> None:
+        """Give it back, however often it was taken."""
+        if not self._released.is_set() and self.process == os.getpid():
             self._released.set()
             self._ended()
             remove(self._path)
@@ -122,9 +131,13 @@ class Locks:
     def acquire(self, *, shared: bool, purpose: str) -> Held:
         """Wait for the lock; :class:`BusyError` names the owners when that takes too long.
 
-        So it is, at once, where a thread that has the lock shared wants it alone.
+        So it is, at once, where a thread that has the lock shared wants it alone, unless it has it
+        for what is over (:data:`YIELDING`).
         """
         held = self._mine()
+        if held is not None and held.purpose == YIELDING and not shared:
+            held.end()
+            held = None
         if held is not None:
             if held.shared and not shared:
                 raise BusyError(

@@ -1,0 +1,90 @@
+"""Planners for ``torch.distributed.checkpoint`` that keep JSON where its own pickle.
+
+Example::
+
+    dcp.save(state, storage_writer=writer, planner=SavePlanner())
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
+
+from msft_store.errors import InvalidInputError, MismatchError
+from msft_store.format import canonical
+from msft_store.nested import flatten, unflatten
+
+OBJECTS = "dcp.json"
+"""The tensor of bytes with the values that are none, as JSON by name."""
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's own, with JSON in the place of pickles.
+
+    :class:`InvalidInputError` names a value that JSON has no word for, before anything is written.
+    """
+
+    def create_local_plan(self) -> SavePlan:
+        """Return what this rank would write."""
+        self._json = {
+            name: _to_json(name, value)
+            for name, value in self.state_dict.items()
+            if not isinstance(value, (torch.Tensor, ShardedTensor))
+        }
+        if OBJECTS in self.state_dict:
+            raise InvalidInputError(f"the name {OBJECTS!r} is the store's own; use another one")
+        plan: SavePlan = super().create_local_plan()
+        return plan
+
+    def json_of(self, write_item: WriteItem) -> bytes:
+        """Return the JSON of a value that is no tensor."""
+        return self._json[write_item.index.fqn]
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        """Return what is written of a value."""
+        is_tensor = write_item.type != WriteItemType.BYTE_IO
+        return object if is_tensor else io.BytesIO(self.json_of(write_item))
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """DCP's own, with JSON in the place of pickles."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value that is no tensor into its place."""
+        name = read_item.dest_index.fqn
+        found = unflatten({}, json.loads(value.getvalue()))
+        if not self.flatten_state_dict:
+            self.state_dict[name] = found
+            return
+        *way, last = self.mappings[name]
+        place: Any = self.original_state_dict
+        for key in way:
+            place = place[key]
+        try:
+            place[last] = found
+        except TypeError:
+            raise MismatchError(f"{name} stands in a {type(place).__name__}, not a list") from None
+
+
+def pickling(name: str, planner: str) -> InvalidInputError:
+    """Return the error for a value that DCP's own planner would pickle."""
+    return InvalidInputError(
+        f"{name} is no tensor, and DCP's own planner pickles it: pass planner={planner}() of "
+        "msft_store.integrations.dcp, which keeps JSON"
+    )
+
+
+def _to_json(name: str, value: Any) -> bytes:
+    tensors, tree = flatten(value, name)
+    if tensors:
+        raise InvalidInputError(
+            f"{name} holds arrays inside of a value that DCP keeps whole; make them tensors, in a "
+            "dictionary or a list"
+        )
+    return canonical(tree)

@@ -1,0 +1,391 @@
+"""``torch.distributed.checkpoint`` on the store, with real processes, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from msft_store import Base, InvalidInputError, MismatchError, Parts, Store, flatten
+from msft_store.integrations.dcp import (
+    LoadPlanner,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+    boxes_of,
+)
+from tests.support.ranks import in_ranks
+from tests.support.states import State, same_bits
+
+WIDTH = 48
+
+
+def make_model(seed: int = 0) -> torch.nn.Module:
+    """Return a small model, with a tied weight and a first dimension that no 4 divides."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(50, WIDTH),
+        torch.nn.Linear(WIDTH, 2 * WIDTH),
+        torch.nn.GELU(),
+        torch.nn.Linear(2 * WIDTH, WIDTH),
+        torch.nn.LayerNorm(WIDTH),
+    )
+    return model.to(torch.bfloat16)
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    for step in range(steps):
+        tokens = torch.arange(8).reshape(2, 4) + step
+        model(tokens).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def sharded(seed: int = 0) -> torch.nn.Module:
+    """Return the model under FSDP2, over all ranks."""
+    model = make_model(seed)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in (model[1], model[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def wrapped(seed: int = 0) -> torch.nn.Module:
+    """Return the model under DDP."""
+    return DistributedDataParallel(make_model(seed))
+
+
+def whole(tree: Any) -> State:
+    """Return all tensors of a nested state by name, gathered from all ranks."""
+    tensors, _ = flatten(tree)
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "epoch": 3, "losses": [0.5, float("nan")]}
+
+
+def save_here(
+    store: Path, expected: Path, make: Callable[[], torch.nn.Module], **options: Any
+) -> None:
+    """Train and save in all ranks; the first one also writes what is to come back."""
+    model = make()
+    optimizer = make_optimizer(model)
+    train(model, optimizer)
+    state = state_of(model, optimizer)
+    writer = StorageWriter(store, **options)
+    dcp.save(state, storage_writer=writer, planner=SavePlanner())
+    gathered = whole(state)
+    if torch.distributed.get_rank() == 0:
+        assert writer.checkpoint is not None
+        safetensors.torch.save_file(gathered, expected)
+
+
+def load_here(store: Path, expected: Path, make: Callable[[], torch.nn.Module], name: str) -> None:
+    """Load into a model with other weights and a fresh optimizer, and compare all that came."""
+    model = make()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 1)
+    state = state_of(model, optimizer)
+    state["epoch"], state["losses"] = 0, []
+    dcp.load(state, storage_reader=StorageReader(store, name=name), planner=LoadPlanner())
+    assert same_bits(whole(state), safetensors.torch.load_file(expected))
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    assert same_bits(whole(state_of(model, optimizer)), safetensors.torch.load_file(expected))
+    assert state["epoch"] == 3
+    assert str(state["losses"]) == "[0.5, nan]"
+
+
+MODELS = {"ddp": wrapped, "fsdp2": sharded}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (4, 2)])
+def test_what_some_ranks_save_others_load(
+    tmp_path: Path, kind: str, before: int, after: int
+) -> None:
+    store, expected, make = tmp_path / "store", tmp_path / "expected", MODELS[kind]
+
+    saves = in_ranks(
+        before, lambda _: save_here(store, expected, make, name="latest", step=2), tmp_path
+    )
+    loads = in_ranks(
+        after, lambda _: load_here(store, expected, lambda: make(1), "latest"), tmp_path
+    )
+
+    assert saves == [0] * before
+    assert loads == [0] * after
+    opened = Store.open(store)
+    assert opened.check() == []
+    assert [checkpoint.step for checkpoint in opened.log()] == [2]
+    if kind == "fsdp2":
+        assert len(list(store.glob("packs/*.pack"))) >= before
+
+
+def test_fsdp2_and_ddp_read_each_other(tmp_path: Path) -> None:
+    store, expected = tmp_path / "store", tmp_path / "expected"
+
+    def load(_: int) -> None:
+        model = wrapped(1)
+        state = {"model": get_state_dict(model, make_optimizer(model))[0]}
+        dcp.load(state, storage_reader=StorageReader(store, name="a"), planner=LoadPlanner())
+        saved = safetensors.torch.load_file(expected)
+        assert same_bits(whole(state), {n: t for n, t in saved.items() if n.startswith("model.")})
+
+    assert in_ranks(2, lambda _: save_here(store, expected, sharded, name="a"), tmp_path) == [0, 0]
+    assert in_ranks(2, load, tmp_path) == [0, 0]
+
+
+@pytest.fixture
+def based(tmp_path: Path) -> tuple[Path, Base]:
+    """A store with the untrained model as its base."""
+    safetensors.torch.save_file(make_model().state_dict(), tmp_path / "base.safetensors")
+    store = Store.create(tmp_path / "store")
+    return tmp_path / "store", store.add_base(tmp_path / "base.safetensors")
+
+
+def save_weights(store: Path, parent: str | None, name: str, steps: int) -> None:
+    model = sharded()
+    train(model, make_optimizer(model), steps)
+    writer = StorageWriter(store, name=name, parent=parent)
+    dcp.save({"model": model.state_dict()}, storage_writer=writer, planner=SavePlanner())
+
+
+def test_deltas_are_against_a_base_or_a_checkpoint_of_other_ranks(
+    tmp_path: Path, based: tuple[Path, Base]
+) -> None:
+    path, base = based
+    size = base.logical_bytes
+
+    assert in_ranks(2, lambda _: save_weights(path, base.id, "one", 1), tmp_path) == [0, 0]
+    assert in_ranks(4, lambda _: save_weights(path, "one", "two", 2), tmp_path) == [0] * 4
+
+    store = Store.open(path)
+    one, two = store.get("one"), store.get("two")
+    assert two.parent == one.id
+    assert (one.base, two.base) == (base.id, base.id)
+    # What is left are the few bytes of a norm, of which a plain copy is the smallest.
+    assert max(one.unreferenced_bytes, two.unreferenced_bytes) < 0.02 * size
+    assert max(one.stored_bytes, two.stored_bytes) < 0.4 * size
+    assert store.check() == []
+    expected = store.load(two)
+    store.anchor(two)
+    store.unpin("one")
+    store.forget(one)
+    store.plan_gc().execute()
+    assert store.check() == []
+    assert same_bits(store.load(two), expected)
+
+
+def test_a_checkpoint_is_one_like_any_other(tmp_path: Path, based: tuple[Path, Base]) -> None:
+    path, base = based
+
+    def save(_: int) -> None:
+        model = sharded()
+        train(model, make_optimizer(model))
+        writer = StorageWriter(path, name="flat", parent=base)
+        dcp.save(model.state_dict(), storage_writer=writer)
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    store = Store.open(path)
+    alone = make_model()
+    train(alone, make_optimizer(alone))
+
+    assert same_bits(store.load("flat"), alone.state_dict())
+    store.export("flat", tmp_path / "out")
+    exported = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert same_bits(exported, alone.state_dict())
+
+
+def test_what_the_store_saved_dcp_loads(tmp_path: Path, based: tuple[Path, Base]) -> None:
+    path, _ = based
+    state = make_model(5).state_dict()
+    Store.open(path).save(state)
+    identity = Store.open(path).log()[0].id
+
+    def load(_: int) -> None:
+        mine = sharded().state_dict()
+        dcp.load(mine, storage_reader=StorageReader(path, name=identity))
+        assert same_bits(whole(mine), state)
+
+    assert in_ranks(2, load, tmp_path) == [0, 0]
+
+
+def test_a_save_goes_on_in_the_background(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+
+    def save(_: int) -> None:
+        model = sharded()
+        before = whole({"model": model.state_dict()})
+        # One group for training, another one for what goes on beside it.
+        done = dcp.async_save(
+            {"model": model.state_dict()},
+            storage_writer=StorageWriter(store, name="early"),
+            planner=SavePlanner(),
+            process_group=torch.distributed.new_group(backend="gloo"),
+        )
+        train(model, make_optimizer(model))
+        done.result()
+        loaded = sharded(1).state_dict()
+        state = {"model": loaded}
+        dcp.load(state, storage_reader=StorageReader(store, name="early"), planner=LoadPlanner())
+        assert same_bits(whole(state), before)
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+
+
+class Dying(SavePlanner):
+    """Kills its process before it has written the last thing."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if write_item == self.plan.items[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().resolve_data(write_item)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_leaves_no_checkpoint_and_no_damage(
+    tmp_path: Path, victim: int
+) -> None:
+    store, expected = tmp_path / "store", tmp_path / "expected"
+    assert in_ranks(2, lambda _: save_here(store, expected, sharded, name="a"), tmp_path) == [0, 0]
+    before, size = Store.open(store).log(), Store.open(store).stats().stored_bytes
+
+    def save(rank: int) -> None:
+        planner = Dying() if rank == victim else SavePlanner()
+        writer = StorageWriter(store, name="a", parent="a")
+        dcp.save({"model": sharded(7).state_dict()}, storage_writer=writer, planner=planner)
+
+    codes = in_ranks(2, save, tmp_path)
+
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] != 0
+    opened = Store.open(store)
+    assert opened.log() == before
+    assert opened.check() == []
+    opened.plan_gc().execute()
+    assert opened.stats().stored_bytes <= size
+    assert in_ranks(2, lambda _: load_here(store, expected, lambda: sharded(1), "a"), tmp_path) == [
+        0,
+        0,
+    ]
+
+
+class Failing(SavePlanner):
+    def resolve_data(self, write_item: Any) -> Any:
+        raise OSError("no such luck")
+
+
+def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    def save(rank: int) -> None:
+        planner = SavePlanner() if rank == 0 else Failing()
+        state = {"model": sharded().state_dict()}
+        with pytest.raises(dcp.CheckpointException, match="no such luck"):
+            dcp.save(state, storage_writer=StorageWriter(path, name="a"), planner=planner)
+        torch.distributed.barrier()
+        if rank == 0:
+            store = Store.open(path)
+            assert store.log() == []
+            store.plan_gc().execute()
+        torch.distributed.barrier()
+        dcp.save(state, storage_writer=StorageWriter(path, name="a"), planner=SavePlanner())
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    assert Store.open(path).refs().keys() == {"a"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcps_own_planners_are_refused_where_they_would_pickle(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(3), "epoch": 3}
+
+    with pytest.raises(dcp.CheckpointException, match=r"planner=SavePlanner\(\)"):
+        dcp.save(state, storage_writer=StorageWriter(tmp_path / "store", name="a"))
+    dcp.save(
+        state, storage_writer=StorageWriter(tmp_path / "store", name="a"), planner=SavePlanner()
+    )
+    with pytest.raises(dcp.CheckpointException, match=r"planner=LoadPlanner\(\)"):
+        dcp.load(state, storage_reader=StorageReader(tmp_path / "store", name="a"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_json_has_no_word_for_is_refused_by_name(tmp_path: Path) -> None:
+    writer = StorageWriter(tmp_path / "store", name="a")
+
+    with pytest.raises(dcp.CheckpointException, match=r"extra\.callback"):
+        dcp.save({"extra": {"callback": print}}, storage_writer=writer, planner=SavePlanner())
+    assert Store.open(tmp_path / "store").log() == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_target_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(3)}, storage_writer=StorageWriter(tmp_path / "store", name="a"))
+
+    with pytest.raises(dcp.CheckpointException, match="Nothing was changed"):
+        dcp.load(
+            {"w": torch.ones(3).half()}, storage_reader=StorageReader(tmp_path / "store", name="a")
+        )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_checkpoint_id_of_dcp_is_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    state = {"w": torch.ones(3)}
+
+    dcp.save(state, checkpoint_id="step-1", storage_writer=StorageWriter(path))
+    target = {"w": torch.zeros(3)}
+    dcp.load(target, checkpoint_id="step-1", storage_reader=StorageReader(path))
+
+    assert same_bits(target, state)
+    with pytest.raises(InvalidInputError, match="name"):
+        StorageWriter(path, name="not a name")
+    with pytest.raises(dcp.CheckpointException, match="needs a name"):
+        dcp.load(target, storage_reader=StorageReader(path))
+
+
+def test_boxes_of_sharded_tensors_go_without_dcp(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    Store.create(path)
+    weights = make_model(3).state_dict()
+
+    def save(rank: int) -> None:
+        store, model = Store.open(path), sharded(3)
+        parts: list[Any] = [None, None]
+        torch.distributed.all_gather_object(parts, store.encode(boxes_of(model.state_dict())))
+        if rank == 0:
+            store.pin(store.save(Parts(parts)), "a")
+        torch.distributed.barrier()
+        other = sharded(4)
+        store.load_boxes("a", boxes_of(other.state_dict()))
+        assert same_bits(whole(other.state_dict()), weights)
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    with pytest.raises(MismatchError):
+        Store.open(path).load_boxes("a", boxes_of({"other": torch.ones(1)}))
