@@ -33,7 +33,8 @@ saver
 space traces alive
 timeline
 nested
-integrations.dcp_planners integrations.dcp integrations.hf integrations.remote integrations
+integrations.dcp_planners integrations.dcp
+integrations.training_state integrations.hf integrations.accelerate integrations.remote integrations
 __init__ cli_check cli_text cli __main__
 """
 

@@ -1,0 +1,135 @@
+"""Accelerate's states in a store: by its hooks, and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from msft_store import InvalidInputError, KeepLast, NotAStoreError, Store, Timeline, flatten
+from msft_store.integrations.accelerate import load_state, register, save_state
+from tests.support.states import same_bits
+
+
+class Counter:
+    """An object with a state of its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class Run:
+    """A small training with dropout, a schedule and an object of its own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.accelerator = Accelerator(cpu=True)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(
+            model, optimizer, schedule
+        )
+        self.counter = Counter()
+        self.accelerator.register_for_checkpointing(self.counter)
+
+    def train(self, steps: int = 3) -> None:
+        for _ in range(steps):
+            self.model(torch.randn(4, 8)).square().mean().backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.counter.count += 1
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Any]:
+        parts = [self.model, self.optimizer, self.schedule, self.counter]
+        tensors, rest = flatten([part.state_dict() for part in parts])
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}, rest
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def timeline(store: Store) -> Timeline:
+    return Timeline(store, None, retention=KeepLast(3))
+
+
+def equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    return same_bits(one[0], other[0]) and one[1] == other[1]
+
+
+def test_the_whole_state_comes_back_and_training_goes_on_alike(
+    store: Store, timeline: Timeline
+) -> None:
+    run = Run()
+    run.train()
+    saved = save_state(run.accelerator, timeline, step=3, metrics={"loss": 1.0})
+    before = run.state()
+    run.train()
+    after = run.state()
+
+    other = Run(seed=7)
+    load_state(other.accelerator, Store.open(store.path), saved)
+
+    assert equal(other.state(), before)
+    other.train()
+    assert equal(other.state(), after)
+    assert store.get(saved).step == 3
+
+
+def test_save_state_of_accelerate_leaves_the_weights_to_the_store(
+    tmp_path: Path, store: Store, timeline: Timeline
+) -> None:
+    run = Run()
+    register(run.accelerator, timeline, store)
+    run.train()
+    run.accelerator.save_state(str(tmp_path / "state"))
+    before = run.state()
+    run.train()
+
+    run.accelerator.load_state(str(tmp_path / "state"))
+
+    assert equal(run.state(), before)
+    names = {path.name for path in (tmp_path / "state").iterdir()}
+    assert "msft_store.json" in names
+    assert not {name for name in names if name.endswith(".safetensors")}
+    (saved,) = timeline.checkpoints()
+    assert same_bits(store.load(saved), run.model.state_dict())
+
+
+def test_a_folder_without_a_checkpoint_is_refused(
+    tmp_path: Path, store: Store, timeline: Timeline
+) -> None:
+    run = Run()
+    run.accelerator.save_state(str(tmp_path / "state"))
+    register(run.accelerator, timeline, store)
+
+    with pytest.raises(NotAStoreError, match="saved without a store"):
+        run.accelerator.load_state(str(tmp_path / "state"))
+
+
+def test_a_state_of_other_parts_is_refused(store: Store, timeline: Timeline) -> None:
+    run = Run()
+    saved = save_state(run.accelerator, timeline)
+    run.accelerator.register_for_checkpointing(Counter())
+
+    with pytest.raises(InvalidInputError, match="object0"):
+        load_state(run.accelerator, store, saved)
