@@ -175,7 +175,7 @@ class CheckpointWriter:
                 ):
                     raise InvalidInputError(
                         f"a chunk of {name!r} that a process encoded is gone: another process "
-                        "collected garbage in between. Hold the store with Store.protecting from "
+                        "collected garbage in between. Hold it off with Store.awaiting_parts from "
                         "before Store.encode until the save, and encode again"
                     )
         return table, Totals(

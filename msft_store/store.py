@@ -38,6 +38,7 @@ from msft_store.errors import (
 from msft_store.export import export
 from msft_store.gc import GcPlan, GcResult, evict, plan_gc
 from msft_store.lockfiles import Lock
+from msft_store.locks import YIELDING
 from msft_store.looking import undisturbed
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
@@ -183,8 +184,8 @@ class Store:
     ) -> Part:
         """Write what this process holds of a checkpoint to come; ``save`` of all parts makes one.
 
-        Parts that no checkpoint is made of go with the next gc. Whoever saves holds gc off
-        meanwhile: ``with store.protecting("save")`` around all of it, in one of the processes.
+        Parts that no checkpoint is made of go with the next gc. The process that saves holds it off
+        meanwhile: ``with store.awaiting_parts()`` around all of it.
         """
         mine = check_boxes(boxes)
         check_tensors({box.name: box.tensor for box in mine})
@@ -296,6 +297,14 @@ class Store:
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
         return self._backend.lock(shared=True, purpose=purpose)
+
+    def awaiting_parts(self) -> contextlib.AbstractContextManager[None]:
+        """Hold off every gc until what several processes encode is saved, in the one that saves.
+
+        It ends with the context, or when the same thread wants the store alone: then the save has
+        failed in another process.
+        """
+        return self._backend.lock(shared=True, purpose=YIELDING)
 
     def within(
         self, max_bytes: int | None, *, reserve: int = 0

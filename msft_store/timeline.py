@@ -36,7 +36,7 @@ import torch
 
 from msft_store.alive import Alive, Commit
 from msft_store.bases import Base
-from msft_store.boxes import Parts
+from msft_store.boxes import Box, Parts
 from msft_store.errors import InvalidInputError
 from msft_store.gc import GcResult
 from msft_store.manifest import Checkpoint
@@ -160,12 +160,15 @@ class Timeline:
         self._background.wait()
 
     def rollback(
-        self, checkpoint: Checkpoint | str, *, into: State | torch.nn.Module | None = None
+        self,
+        checkpoint: Checkpoint | str,
+        *,
+        into: State | torch.nn.Module | Sequence[Box] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Restore a checkpoint and start a new branch from it.
 
-        The tensors are restored into those of a module or a mapping, or returned (an empty
-        dictionary with ``into``).
+        The tensors are restored into those of a module or a mapping, or into boxes of them, or
+        returned (an empty dictionary with ``into``).
         Restored and verified first; then the checkpoint becomes the root, what the new branch does
         not need is evicted, the root is encoded so that it needs nothing but the base, and what
         else stays as a change of it.
@@ -176,9 +179,11 @@ class Timeline:
         tensors: dict[str, torch.Tensor] = {}
         if into is None:
             tensors = self._store.load(target)
+        elif isinstance(into, Sequence):
+            self._store.load_boxes(target, into)
         else:
             self._store.load_into(into, target)
-        if self.resident is not None:
+        if self.resident is not None and not isinstance(into, Sequence):
             # The old copy goes before the new one comes: there may be room for one only.
             self.resident = None
             self.resident = Resident(tensors if into is None else into)

@@ -28,6 +28,7 @@ from msft_store import (
     Timeline,
 )
 from trainer.errors import RunError
+from trainer.sharding import Shards
 from trainer.state import gather_rng
 from trainer.strategy import Mode, Names, Needs
 from trainer.whole import whole
@@ -73,20 +74,14 @@ def begin_commit(
 
     Without ``async_save`` it is done when this returns.
     """
-    restores = work.config.restores_optimizer
-    rows = gather_rng(work.accelerator) if restores else {}
-    if work.timeline is None:
-        return None
     began = time.monotonic()
-    tensors = work.snapshots.take()
-    if restores:
-        tensors = whole(tensors, work.optimizer, rows)
-    metadata = {"stage": stage, "epoch": epoch}
-    future: Future[Checkpoint] = Future()
-    if work.config.async_save:
-        future = work.timeline.commit_async(tensors, step, metrics, metadata)
+    facts = (step, metrics, {"stage": stage, "epoch": epoch})
+    if work.shards is None:
+        future = _commit_whole(work, facts)
     else:
-        future.set_result(work.timeline.commit(tensors, step, metrics, metadata))
+        future = _commit_parts(work, work.shards, facts)
+    if work.timeline is None or future is None:
+        return None
     return Committing(
         future=future,
         timeline=work.timeline,
@@ -94,6 +89,35 @@ def begin_commit(
         stage=stage,
         seconds=time.monotonic() - began,
     )
+
+
+_Facts = tuple[int, Mapping[str, float], Mapping[str, Any]]
+
+
+def _commit_whole(work: Workspace, facts: _Facts) -> Future[Checkpoint] | None:
+    """Commit the main process's weights, in the background if it is wanted."""
+    restores = work.config.restores_optimizer
+    rows = gather_rng(work.accelerator) if restores else {}
+    if work.timeline is None:
+        return None
+    tensors = work.snapshots.take()
+    if restores:
+        tensors = whole(tensors, work.optimizer, rows)
+    if work.config.async_save:
+        return work.timeline.commit_async(tensors, *facts)
+    future: Future[Checkpoint] = Future()
+    future.set_result(work.timeline.commit(tensors, *facts))
+    return future
+
+
+def _commit_parts(work: Workspace, shards: Shards, facts: _Facts) -> Future[Checkpoint] | None:
+    """Commit what all processes have, each its own; it is done when this returns."""
+    future: Future[Checkpoint] = Future()
+    with shards.parts(work.timeline, work.snapshots.take()) as parts:
+        if work.timeline is None:
+            return None
+        future.set_result(work.timeline.commit(parts, *facts))
+    return future
 
 
 def retention(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:

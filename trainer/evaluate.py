@@ -42,7 +42,9 @@ from trainer.forward import collate, target_losses
 from trainer.model import LoadedModel
 from trainer.peaks import overall
 from trainer.settings import EvalConfig
+from trainer.sharding import is_sharded
 from trainer.strategy import OVERALL
+from trainer.together import in_turns
 
 _WRONG, _RIGHT, _OPEN = 0, 1, 2
 
@@ -150,14 +152,15 @@ class Evaluator:
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
         batches = self._batches(order)
         losses, verdicts = [0.0] * len(examples), [0] * len(examples)
-        for batch in self._mine(batches):
+        for batch, mine in self._mine(model, batches):
             rows = [examples[i] for i in batch]
             tensors = collate(rows, pad_token_id=self._pad, device=self._accelerator.device)
             token_losses, logits = target_losses(model, tensors)
             sizes = [len(row.completion) for row in rows]
             sums = torch.stack([part.sum() for part in torch.split(token_losses, sizes)]).tolist()
             choices = [part.tolist() for part in torch.split(logits.argmax(dim=-1), sizes)]
-            for i, row, row_loss, row_choices in zip(batch, rows, sums, choices, strict=True):
+            results = zip(batch, rows, sums, choices, strict=True)
+            for i, row, row_loss, row_choices in results if mine else ():
                 losses[i] = row_loss
                 verdicts[i] = self._verdict(row, row_choices)
         cost = Cost()
@@ -191,8 +194,9 @@ class Evaluator:
         batches = self._batches(order)
         verdicts = [0] * len(examples)
         lengths = [0] * len(examples)
-        for batch in self._mine(batches):
-            for i, tokens in zip(batch, self._greedy(model, examples, batch), strict=True):
+        for batch, mine in self._mine(model, batches):
+            taken = zip(batch, self._greedy(model, examples, batch), strict=True)
+            for i, tokens in taken if mine else ():
                 verdicts[i] = int(self._is_right(self._decode(tokens), examples[i].reference))
                 lengths[i] = len(tokens)
         lengths = [int(length) for length in self._sum(lengths)]
@@ -243,12 +247,14 @@ class Evaluator:
         size = self._config.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _mine(self, batches: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Yield this process's share."""
-        for batch in batches[self._accelerator.process_index :: self._accelerator.num_processes]:
+    def _mine(
+        self, model: Any, batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], bool]]:
+        """Yield this process's share, and what it only helps another one with."""
+        for turn in in_turns(batches, self._accelerator, alike=is_sharded(model)):
             if self._check is not None:
                 self._check()
-            yield batch
+            yield turn
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Add up over processes; each value is not 0 on one of them at most, so this is exact."""
@@ -332,7 +338,8 @@ def _evaluating(model: Any) -> Iterator[None]:
     model.eval()
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        with torch.inference_mode():
+        # What inference mode makes, FSDP cannot train on with.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield
     finally:
         model.generation_config = settings

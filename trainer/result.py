@@ -10,6 +10,7 @@ Example::
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.adapter import write_adapter
@@ -18,8 +19,15 @@ from trainer.model import LoadedModel
 from trainer.snapshot import Snapshots
 
 
-def save_model(loaded: LoadedModel, snapshots: Snapshots, directory: str | Path) -> None:
+def save_model(
+    loaded: LoadedModel,
+    snapshots: Snapshots,
+    directory: str | Path,
+    export: Callable[[Path], object] | None = None,
+) -> None:
     """Write an ordinary Hugging Face directory, or PEFT's, with the tokenizer.
+
+    ``export`` writes it where this process does not have the weights.
 
     It appears under its name only when it is whole; one that is there already is replaced.
     """
@@ -30,7 +38,10 @@ def save_model(loaded: LoadedModel, snapshots: Snapshots, directory: str | Path)
         shutil.rmtree(leftover, ignore_errors=True)
     with enough_space("the model", directory, needed_bytes=loaded.full_bytes):
         try:
-            _write(loaded, snapshots, partial)
+            if export is None:
+                _write(loaded, snapshots, partial)
+            else:
+                export(partial)
             for path in (*partial.rglob("*"), partial):
                 make_readable(path)
                 sync(path)

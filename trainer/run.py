@@ -12,6 +12,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,9 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
     check = interrupts.check if work.accelerator.num_processes == 1 else None
     evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
     _test(work, evaluator, "result", stop.checkpoint)
-    if work.accelerator.is_main_process:
-        save_model(work.loaded, work.snapshots, work.directory / MODEL)
+    if work.store is not None:
+        export = None if work.shards is None else partial(work.store.export, stop.checkpoint)
+        save_model(work.loaded, work.snapshots, work.directory / MODEL, export)
     _load_base(work)
     _test(work, evaluator, "base", work.base.id if work.base else None)
     say(f"the result is in {work.directory / MODEL}")
@@ -252,6 +254,9 @@ def _load_base(work: Workspace) -> None:
         silence(work.loaded.model)
         return
     fresh = load_model(work.config.model).model.state_dict()
+    if work.shards is not None:
+        work.shards.copy(fresh)
+        return
     with torch.no_grad():
         for name, tensor in work.accelerator.unwrap_model(work.model).state_dict().items():
             tensor.copy_(fresh[name])

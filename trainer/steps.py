@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from trainer.batches import DataOrder, MicroBatch, Reference, Step, micro_batches
 from trainer.divergence import Finding, not_finite
@@ -29,7 +30,9 @@ from trainer.forward import collate, target_losses
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.sampled import SampledOrder
 from trainer.schedule import Schedule
+from trainer.sharding import is_sharded
 from trainer.strategy import Adjustment, ExampleLosses, Stage
+from trainer.together import in_turns
 from trainer.workspace import Workspace
 
 
@@ -85,7 +88,8 @@ class StageSteps:
         self._grad_norm = None
         if config.max_grad_norm is not None and batch:
             accelerator = self._work.accelerator
-            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._lr = self.lr(step)
         set_learning_rate(optimizer, self._lr)
         self._count(batch, passed, targets)
@@ -174,8 +178,10 @@ class StageSteps:
         # Outside of DDP, whose forward passes must be as many in every process.
         model = accelerator.unwrap_model(self._work.model)
         with torch.no_grad():
-            for micro in batch[accelerator.process_index :: accelerator.num_processes]:
-                self._note(micro, self._token_losses(model, micro), losses)
+            for micro, mine in in_turns(batch, accelerator, alike=is_sharded(model)):
+                token_losses = self._token_losses(model, micro)
+                if mine:
+                    self._note(micro, token_losses, losses)
 
     def _token_losses(self, model: Any, micro: MicroBatch) -> torch.Tensor:
         rows = [self._examples[i] for i in micro]

@@ -9,7 +9,8 @@ Example::
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,10 +18,28 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from trainer.errors import RunError
 
+_T = TypeVar("_T")
+
 
 def this_process() -> PartialState:
     """Return accelerate's view of the processes; on CPUs it must be told that there are several."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def in_turns(
+    items: Sequence[_T], accelerator: Accelerator, *, alike: bool
+) -> Iterator[tuple[_T, bool]]:
+    """Yield this process's share of items, and whether each is its own.
+
+    ``alike``: every process gets as many, the last one maybe another's, for a model that they have
+    only together.
+    """
+    count, rank = accelerator.num_processes, accelerator.process_index
+    for item in items[rank::count]:
+        yield item, True
+    rest = len(items) % count
+    if alike and 0 < rest <= rank:
+        yield items[0], False
 
 
 class Together:

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from trainer.outbox import Outbox
 from trainer.sampling import shares
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
+from trainer.sharding import Shards, check_sharded, is_sharded, prepare
 from trainer.snapshot import Snapshots
 from trainer.strategy import OVERALL
 from trainer.trackers import tracking
@@ -86,6 +87,8 @@ class Workspace:
     store: Store | None
     base: Base | None
     timeline: Timeline | None
+    shards: Shards | None
+    """Where no process has the whole model, how they commit and restore it together."""
 
     def record(self, event: str, **fields: Any) -> None:
         """Write to the journal, in the main process, behind what waits for a commit."""
@@ -140,13 +143,13 @@ class Workspace:
             else:
                 self.timeline.rewind(1)
                 tensors = self._load(self.store, root, whole=whole)
-        self._take(tensors, whole=whole)
+        self._take(tensors, root, whole=whole)
 
     def restore(self, checkpoint: str) -> None:
         """Restore what a checkpoint of this stage holds, in all processes; the stage goes on."""
         whole = self.config.restores_optimizer
         tensors = {} if self.store is None else self._load(self.store, checkpoint, whole=whole)
-        self._take(tensors, whole=whole)
+        self._take(tensors, checkpoint, whole=whole)
 
     def end_at(self, checkpoint: str) -> None:
         """Restore the result's weights in all processes; nothing else is kept in the store.
@@ -159,7 +162,7 @@ class Workspace:
                 self.timeline.retention = self.limited(KeepLast(1))
             self.store.pin(checkpoint, RESULT)
             self._roll_back(self.timeline, checkpoint, whole=False)
-        self._share_weights()
+        self._share_weights(checkpoint)
 
     def _roll_back(
         self, timeline: Timeline, checkpoint: str, *, whole: bool
@@ -174,7 +177,9 @@ class Workspace:
         else:
             tensors = {}
             room = self.snapshots.room()
-            timeline.rollback(checkpoint, into=room)
+            timeline.rollback(
+                checkpoint, into=room if self.shards is None else self.shards.boxes(room)
+            )
             self.snapshots.put_back(room)
         done = timeline.last_commit
         if done is not None:
@@ -187,21 +192,32 @@ class Workspace:
         if whole:
             return store.load(checkpoint)
         room = self.snapshots.room()
-        store.load_into(room, checkpoint)
+        if self.shards is None:
+            store.load_into(room, checkpoint)
+        else:
+            store.load_boxes(checkpoint, self.shards.boxes(room))
         self.snapshots.put_back(room)
         return {}
 
-    def _take(self, tensors: dict[str, torch.Tensor], *, whole: bool) -> None:
+    def _take(
+        self, tensors: dict[str, torch.Tensor], checkpoint: str | None, *, whole: bool
+    ) -> None:
         """Give all processes the main process's weights; of a ``whole`` checkpoint, the rest."""
         if whole:
             if tensors:
                 self.snapshots.put_back(tensors)
             put_back(tensors, self.optimizer, self.accelerator)
-        self._share_weights()
+        self._share_weights(checkpoint)
 
-    def _share_weights(self) -> None:
-        """Give the main process's weights to all others."""
-        if self.accelerator.num_processes > 1:
+    def _share_weights(self, checkpoint: str | None) -> None:
+        """Give the main process's weights, or each one's part of a checkpoint, to all others."""
+        if self.shards is not None:
+            self.accelerator.wait_for_everyone()
+            if checkpoint is not None and self.store is None:
+                room = self.snapshots.room()
+                self.shards.load(checkpoint, room)
+                self.snapshots.put_back(room)
+        elif self.accelerator.num_processes > 1:
             for tensor in weights_of(self.loaded.model).values():
                 broadcast(tensor)
 
@@ -218,6 +234,7 @@ def open_workspace(
     directory = Path(config.output_dir)
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    check_sharded(config, accelerator)
     with locked(directory, accelerator.is_main_process):
         loaded = load_trained(config)
         mixture = load_mixture(
@@ -228,8 +245,12 @@ def open_workspace(
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.train.compute_dtype is not None:
             compute_in(config.train.compute_dtype, loaded.model, accelerator.device.type)
-        model = accelerator.prepare(loaded.model)
-        optimizer = accelerator.prepare(make_optimizer(config.train, model))
+        optimizer = make_optimizer(config.train, loaded.model)
+        model, optimizer = prepare(accelerator, loaded.model, optimizer)
+        shards = None
+        if is_sharded(model):
+            loaded = replace(loaded, model=model)
+            shards = Shards(accelerator, model, directory / STORE)
         work = Workspace(
             config=config,
             directory=directory,
@@ -244,6 +265,7 @@ def open_workspace(
             store=None,
             base=None,
             timeline=None,
+            shards=shards,
         )
         if not accelerator.is_main_process:
             yield work

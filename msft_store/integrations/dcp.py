@@ -61,7 +61,6 @@ from msft_store.codecs import Level
 from msft_store.errors import InvalidInputError, MismatchError, UnknownCheckpointError
 from msft_store.format import canonical
 from msft_store.integrations.dcp_planners import OBJECTS, LoadPlanner, SavePlanner, pickling
-from msft_store.locks import YIELDING
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.refs import check_name
 from msft_store.store import Store
@@ -142,7 +141,7 @@ class StorageWriter(dcp.StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell every rank what the checkpoint is a change of; hold off gc until it exists."""
         store = Store.open(self.path)
-        self._holding.enter_context(store.protecting(YIELDING))
+        self._holding.enter_context(store.awaiting_parts())
         order = _Order(parent=_parent_id(store, self._parent))
         return [replace(plan, storage_data=order) for plan in plans]
 

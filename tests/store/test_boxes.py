@@ -51,7 +51,7 @@ def test_parts_make_a_checkpoint_of_the_whole(
 ) -> None:
     trained = train_step(state, 0.05, 1)
 
-    with store.protecting("save"):
+    with store.awaiting_parts():
         saved = store.save(encoded(store, cut(trained, count, dim=dim), base), parent=base, step=3)
 
     assert same_bits(Store.open(store.path).load(saved.id), trained)
@@ -85,7 +85,7 @@ def test_a_chunk_that_gc_took_in_between_is_noticed(store: Store, state: State) 
     parts = encoded(store, cut(state, 2))
     store.plan_gc().execute()
 
-    with pytest.raises(InvalidInputError, match=r"Store\.protecting"):
+    with pytest.raises(InvalidInputError, match=r"Store\.awaiting_parts"):
         store.save(parts)
 
 
@@ -102,7 +102,7 @@ def test_a_timeline_commits_parts(store: Store, base: Base, state: State) -> Non
 
     commits = []
     for step, each in enumerate(states):
-        with store.protecting("commit"):
+        with store.awaiting_parts():
             parts = encoded(store, cut(each, 2), timeline.root)
         commits.append(timeline.commit(parts, step))
 

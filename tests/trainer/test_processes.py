@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import select
-import socket
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from msft_store import StorageError, Store
 from tests.support.runs import die_after, outcome
+from tests.support.together import together
 from tests.trainer.support import make_config, write_lines
 from trainer import run
 from trainer.cli import main
@@ -21,9 +16,6 @@ from trainer.evaluate import Evaluator
 from trainer.journal import effective, read
 from trainer.steps import StageSteps
 from trainer.summary import summarize
-
-LONG = 60.0
-"""Seconds after which a process that hangs fails the test."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,43 +27,6 @@ def _without_plots(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     return make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
-
-
-def together(action, errors):
-    """Do ``action`` in two processes of one run; return their exit codes by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [process(rank, port, action, errors) for rank in (0, 1)]
-    codes, deadline = {}, time.monotonic() + LONG
-    for rank, child in enumerate(children):
-        descriptor = os.pidfd_open(child)
-        try:
-            left = max(0.0, deadline - time.monotonic())
-            ended, _, _ = select.select([descriptor], [], [], left)
-        finally:
-            os.close(descriptor)
-        if not ended:
-            for other in children[rank:]:
-                os.kill(other, 9)
-        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return codes
-
-
-def process(rank, port, action, errors):
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        sys.stderr = (errors / f"{rank}.txt").open("w", buffering=1)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        code = action(rank)
-    finally:
-        os._exit(code)
 
 
 def command(config, name):

@@ -1,0 +1,131 @@
+"""A model that no process has whole: FSDP2 in two processes, beside two that have it each."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from msft_store import Store
+from tests.support.runs import die_after, outcome
+from tests.support.states import same_bits
+from tests.support.together import SHARDED, together
+from tests.trainer.support import make_config
+from trainer import run
+from trainer.cli import main
+from trainer.journal import effective, read
+from trainer.sharding import Shards
+from trainer.steps import StageSteps
+from trainer.summary import summarize
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    monkeypatch.setattr(run, "write_report", lambda d: summarize(read(Path(d) / "journal.jsonl")))
+
+
+def start(config, name, *overrides):
+    path = Path(config.output_dir).parent / "config.yaml"
+    return main(["run", str(path), f"output_dir={place(config, name)}", *overrides, "--quiet"])
+
+
+def place(config, name):
+    return Path(f"{config.output_dir}-{name}")
+
+
+def told(directory):
+    """What a run has decided."""
+    found = effective(read(directory / "journal.jsonl"))
+    return [(r["decision"], r["exclude"]) for r in found if r["event"] == "decided"]
+
+
+def measured(directory):
+    """What a run has measured."""
+    found = effective(read(directory / "journal.jsonl"))
+    return [r["metrics"] for r in found if r["event"] in ("evaluated", "tested")]
+
+
+def weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory / "model", dtype="auto").state_dict()
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
+    # Nine validation examples in batches of two: one process has a batch more than the other.
+    config = make_config(
+        tmp_path,
+        train__lr=0.02,
+        train__max_grad_norm=1.0,
+        msft__max_stages=2,
+        evaluation__metric=metric,
+        evaluation__batch_size=2,
+        evaluation__max_examples=3,
+    )
+    both = {0: 0, 1: 0}
+    assert together(lambda rank: start(config, "whole"), tmp_path) == both
+    assert together(lambda rank: start(config, "sharded"), tmp_path, SHARDED) == both
+
+    store = Store.open(place(config, "sharded") / "store")
+    (result,) = store.log()
+    assert max(len(entry.pieces) for entry in store.tensors(result).values()) == 2
+    assert store.check() == []
+    saved = weights(place(config, "sharded"))
+    assert same_bits({name: store.load(result)[name] for name in saved}, saved)
+    assert told(place(config, "sharded")) == told(place(config, "whole"))
+    # Sums over shards are rounded otherwise than over all.
+    expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
+    assert measured(place(config, "sharded")) == expected
+
+
+def test_each_process_commits_and_restores_its_own_part_alone(tmp_path):
+    config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2)
+
+    def watching(rank):
+        boxes, seen = Shards.boxes, []
+
+        def watched(self, tensors):
+            found = boxes(self, tensors)
+            seen.append(sum(box.tensor.numel() for box in found))
+            return found
+
+        Shards.boxes = watched
+        code = start(config, "parts")
+        (tmp_path / f"largest-{rank}").write_text(str(max(seen)))
+        return code
+
+    assert together(watching, tmp_path, SHARDED) == {0: 0, 1: 0}
+    store = Store.open(place(config, "parts") / "store")
+    (result,) = store.log()
+    whole = sum(tensor.numel() for tensor in store.load(result).values())
+    for rank in (0, 1):
+        assert int((tmp_path / f"largest-{rank}").read_text()) < 0.6 * whole
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed):
+    config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
+    both = {0: 0, 1: 0}
+    assert together(lambda rank: start(config, "whole"), tmp_path, SHARDED) == both
+    trained = [r for r in read(place(config, "whole") / "journal.jsonl") if r["event"] == "trained"]
+    steps = sum(record["stage"] == 1 for record in trained)
+
+    def dying(rank):
+        if rank == killed:
+            die_after(StageSteps, "train", call=steps + 3)
+        return start(config, "killed")
+
+    assert together(dying, tmp_path, SHARDED)[killed] == 9
+    again = ["resume", str(place(config, "killed")), "--quiet"]
+    assert together(lambda rank: main(again), tmp_path, SHARDED) == both
+    assert outcome(place(config, "killed")) == outcome(place(config, "whole"))
+
+
+def test_what_does_not_go_with_shards_is_refused_at_the_beginning(tmp_path):
+    config = make_config(tmp_path)
+    overrides = ["resume_every=2", "msft.optimizer_on_rollback=restore"]
+
+    def refused(rank):
+        return start(config, "refused", *overrides)
+
+    assert set(together(refused, tmp_path, SHARDED).values()) == {1}
+    message = (tmp_path / "0.txt").read_text()
+    assert "with FSDP, resume_every, msft.optimizer_on_rollback=restore cannot be had" in message
