@@ -19,6 +19,7 @@ from msft_store.alive import Commit
 from msft_store.bases import Base
 from msft_store.boxes import Box, Part, Parts
 from msft_store.check import Finding, Report
+from msft_store.diff import TensorDiff
 from msft_store.errors import (
     BaseError,
     BusyError,
@@ -38,6 +39,7 @@ from msft_store.gc import GcPlan, GcResult
 from msft_store.lockfiles import Lock
 from msft_store.manifest import Checkpoint
 from msft_store.nested import flatten, unflatten
+from msft_store.repack import RepackPlan
 from msft_store.repair import RepairPlan, RepairResult
 from msft_store.resident import Resident
 from msft_store.retention import (
@@ -86,6 +88,7 @@ __all__ = [
     "PinnedError",
     "Policy",
     "Reason",
+    "RepackPlan",
     "RepairPlan",
     "RepairResult",
     "Report",
@@ -94,6 +97,7 @@ __all__ = [
     "StorageError",
     "Store",
     "StoreError",
+    "TensorDiff",
     "Timeline",
     "UnknownCheckpointError",
     "VersionError",

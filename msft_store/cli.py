@@ -24,13 +24,15 @@ from typing import Any
 from msft_store.bases import is_gone
 from msft_store.check import Report
 from msft_store.cli_check import examine, repair
+from msft_store.cli_space import add_keep_options, forget, gc, policy_of, repack
+from msft_store.cli_tensors import add_diff_options, add_import_options, diff, import_files
 from msft_store.cli_text import facts, gone, hush, listing, printable, say
 from msft_store.codecs import LEVELS
-from msft_store.errors import StoreError
-from msft_store.gc import GcPlan, Verdict
+from msft_store.completion import SHELLS, completion
+from msft_store.errors import InvalidInputError, StoreError
+from msft_store.figures import draw_lineage
 from msft_store.manifest import Checkpoint
 from msft_store.render import human, percent, table
-from msft_store.retention import KeepBest, KeepLast, Policy
 from msft_store.store import Store
 from msft_store.tree import lineage, metrics_text
 
@@ -124,7 +126,7 @@ def _inspect(options: argparse.Namespace) -> Output:
         ]
         listed = [_summary(checkpoint) for checkpoint in checkpoints]
         held = store.held_bytes()
-        document = {
+        document: dict[str, Any] = {
             "level": store.level,
             "bases": bases,
             "checkpoints": listed,
@@ -135,7 +137,13 @@ def _inspect(options: argparse.Namespace) -> Output:
         text += f"\nlevel {store.level}{gone(store.bases())}"
         if held:
             text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
+        if options.plot is not None:
+            path = draw_lineage(checkpoints, store.bases(), refs, options.plot)
+            document["plot"] = str(path)
+            text += f"\nthe lineage is drawn in {path}"
         return document, text
+    if options.plot is not None:
+        raise InvalidInputError("--plot draws the whole lineage: leave the checkpoint out")
     checkpoint = store.get(options.checkpoint)
     tensors = store.sources(checkpoint)
     rows = [
@@ -156,43 +164,8 @@ def _inspect(options: argparse.Namespace) -> Output:
 
 
 def _gc(options: argparse.Namespace) -> Output:
-    plan = _open(options).plan_gc(_policy(options))
-    document = _plan_document(plan)
-    if options.dry_run:
-        return document, f"{plan}\nnothing was changed (--dry-run)"
-    result = plan.execute()
-    return {**document, **dataclasses.asdict(result)}, f"{plan}\n{result}"
-
-
-def _policy(options: argparse.Namespace) -> Policy | None:
-    policies: list[Policy] = [KeepLast(options.keep_last)] if options.keep_last is not None else []
-    for wanted in options.keep_best:
-        metric, _, mode = wanted.rpartition(":")
-        if mode not in ("max", "min") or not metric:
-            metric, mode = wanted, "max"
-        policies.append(KeepBest(metric, 1, mode="min" if mode == "min" else "max"))
-    policy: Policy | None = None
-    for part in policies:
-        policy = part if policy is None else policy | part
-    return policy
-
-
-def _plan_document(plan: GcPlan) -> dict[str, Any]:
-    def verdicts(which: Sequence[Verdict]) -> list[dict[str, Any]]:
-        return [{"id": v.checkpoint.id, "reasons": v.reasons} for v in which]
-
-    return {
-        "keep": verdicts(plan.kept),
-        "forget": verdicts(plan.dropped),
-        "delete": [{"pack": w.path, "bytes": w.size} for w in plan.delete],
-        "rewrite": [
-            {"pack": w.path, "dead_bytes": w.dead_bytes, "live_bytes": w.live_bytes}
-            for w in plan.rewrite
-        ],
-        "leftovers": [{"file": path, "bytes": size} for path, size in plan.leftovers],
-        "held_bytes": plan.held_bytes,
-        "would_free_bytes": plan.freed_bytes,
-    }
+    store = _open(options)
+    return gc(store, policy_of(store, options), dry_run=options.dry_run)
 
 
 def _check(options: argparse.Namespace) -> Output:
@@ -219,10 +192,25 @@ def _unpin(options: argparse.Namespace) -> Output:
 
 def _forget(options: argparse.Namespace) -> Output:
     store = _open(options)
-    checkpoint = store.get(options.checkpoint)
-    store.forget(checkpoint)
-    text = f"forgot {checkpoint.id[:12]}; msft-store gc frees its space"
-    return {"checkpoint": checkpoint.id}, text
+    policy = policy_of(store, options)
+    return forget(store, options.checkpoints, policy, dry_run=options.dry_run)
+
+
+def _repack(options: argparse.Namespace) -> Output:
+    return repack(_open(options), dry_run=options.dry_run)
+
+
+def _diff(options: argparse.Namespace) -> Output:
+    return diff(_open(options), options.first, options.second, plot=options.plot)
+
+
+def _import(options: argparse.Namespace) -> Output:
+    return import_files(_open(options), options)
+
+
+def _completion(options: argparse.Namespace) -> Output:
+    script = completion(_parser(), options.shell)
+    return {"shell": options.shell, "script": script}, script
 
 
 def _unlock(options: argparse.Namespace) -> Output:
@@ -327,19 +315,20 @@ def _parser() -> argparse.ArgumentParser:
         "inspect 3fa9",
     )
     _add_checkpoint(inspect, nargs="?")
+    inspect.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg)")
 
-    gc = add(
+    differ = add(
+        "diff", _diff, "show what differs between two checkpoints, by bits", "diff 3fa9 best"
+    )
+    add_diff_options(differ)
+
+    collect = add(
         "gc", _gc, "free what nothing needs", "gc --keep-last 3 --keep-best loss:min --dry-run"
     )
-    gc.add_argument("--dry-run", action="store_true", help="only print the plan")
-    gc.add_argument("--keep-last", type=int, metavar="N", help="forget all but the N newest")
-    gc.add_argument(
-        "--keep-best",
-        action="append",
-        default=[],
-        metavar="METRIC[:min]",
-        help="and the best by a metric; may be repeated. Pinned checkpoints always stay",
-    )
+    add_keep_options(collect)
+
+    dense = add("repack", _repack, "make few dense packs of many", "repack --dry-run")
+    dense.add_argument("--dry-run", action="store_true", help="only print the plan")
 
     check = add("check", _check, "look for damage", "check --read-data")
     check.add_argument("--read-data", action="store_true", help="decode and compare everything")
@@ -351,6 +340,14 @@ def _parser() -> argparse.ArgumentParser:
         "repair --dry-run",
     )
     fix.add_argument("--dry-run", action="store_true", help="only print the plan")
+
+    bring = add(
+        "import",
+        _import,
+        "save a safetensors file or directory as a checkpoint",
+        "import my-model --parent 3fa9 --step 100",
+    )
+    add_import_options(bring)
 
     export = add(
         "export", _export, "write a checkpoint as plain safetensors", "export best my-model"
@@ -365,11 +362,22 @@ def _parser() -> argparse.ArgumentParser:
     unpin = add("unpin", _unpin, "remove a ref", "unpin best")
     unpin.add_argument("ref", help="name of the ref")
 
-    forget = add("forget", _forget, "make a checkpoint one no more", "forget 3fa9")
-    _add_checkpoint(forget)
+    drop = add(
+        "forget",
+        _forget,
+        "make checkpoints no more of one, by name or by rules for what stays",
+        "forget --keep-last 3 --keep-best loss:min --dry-run",
+    )
+    drop.add_argument("checkpoints", nargs="*", help="ids, unique prefixes of them, or refs")
+    add_keep_options(drop)
 
     unlock = add("unlock", _unlock, "remove dead owners' locks, list the others", "unlock --json")
     unlock.add_argument("--force", action="store_true", help="remove those of live owners too")
+
+    complete = add(
+        "completion", _completion, "print a shell's completion script", "completion bash"
+    )
+    complete.add_argument("shell", choices=SHELLS)
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     return parser

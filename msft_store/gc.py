@@ -148,7 +148,7 @@ class GcPlan:
 def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
     """Return what could go: without a policy, only bytes that no checkpoint needs."""
     catalog.refresh()
-    _refuse_damage(catalog)
+    refuse_damage(catalog)
     checkpoints, protected = catalog.checkpoints(), catalog.protected()
     kept: dict[str, tuple[str, ...]] = {
         checkpoint.id: (protected.get(checkpoint.id, "a checkpoint; no policy was given"),)
@@ -162,7 +162,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
             for identity, reasons in decided.items()
         }
     keep = [checkpoint for checkpoint in checkpoints if checkpoint.id in kept]
-    delete, rewrite, held = _waste(catalog, keep)
+    delete, rewrite, held = waste_of(catalog, keep)
     return GcPlan(
         kept=tuple(Verdict(checkpoint=c, reasons=kept[c.id]) for c in keep),
         dropped=tuple(
@@ -198,12 +198,12 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
     with backend.lock(shared=False, purpose="gc"):
         before = peak = disk_bytes(backend)
         catalog.refresh()
-        _refuse_damage(catalog)
+        refuse_damage(catalog)
         protected = catalog.protected()
         doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
         # First of all, for what is damaged beyond this is found here.
         keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
-        delete, rewrite, _ = _waste(catalog, keep)
+        delete, rewrite, _ = waste_of(catalog, keep)
         if doomed:
             # A ref that somebody removed must not come back without its checkpoint.
             backend.sync(REFS)
@@ -221,7 +221,7 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         left, hindrance = 0, None
         for number, waste in enumerate(rewrite):
             try:
-                _rewrite(catalog, waste)
+                rewrite_packs(catalog, [waste])
             except (OutOfSpaceError, OverBudgetError) as error:
                 # The others take more.
                 left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
@@ -239,21 +239,31 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         )
 
 
-def _rewrite(catalog: Catalog, waste: PackWaste) -> None:
-    require(catalog.backend, waste.live_bytes)
+def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
+    """Write what is live in packs into one new pack, durably; the old ones stay."""
+    require(catalog.backend, sum(waste.live_bytes for waste in wastes))
     with catalog.backend.writer() as writer:
         pack = PackWriter(writer)
-        for record in waste.live:
-            payload = catalog.backend.read(waste.path, record.offset, record.length)
-            if len(payload) != record.length:
-                raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
-            pack.append(replace(record, offset=pack.position), payload)
+        for waste in wastes:
+            for record in waste.live:
+                payload = catalog.backend.read(waste.path, record.offset, record.length)
+                if len(payload) != record.length:
+                    raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
+                pack.append(replace(record, offset=pack.position), payload)
         pack.publish()
 
 
-def _waste(
-    catalog: Catalog, keep: Sequence[Checkpoint]
+def waste_of(
+    catalog: Catalog,
+    keep: Sequence[Checkpoint],
+    *,
+    share: float = _REWRITE_FROM,
+    small: int = 0,
 ) -> tuple[tuple[PackWaste, ...], tuple[PackWaste, ...], int]:
+    """Return packs without anything that ``keep`` needs, packs to rewrite, and the bytes held.
+
+    To rewrite are those of which a ``share`` is dead, and all below ``small`` bytes.
+    """
     index = catalog.objects.index
     keys = catalog.keys_by_base(keep)
     needs = closure(catalog.objects, index, keys)
@@ -262,12 +272,12 @@ def _waste(
     delete, rewrite = [], []
     for path, rows in index.slices():
         live, lengths = needs.live[rows], index.lengths[rows]
-        if live.any() and live.all():
+        if live.any() and live.all() and not small:
             continue
         size, dead = catalog.backend.size(path), int(lengths[~live].sum())
         if not live.any():
             delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
-        elif dead >= _REWRITE_FROM * size:
+        elif (dead and dead >= share * size) or size < small:
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
             rivals = among(index.keys[rows][live], index.keys[~needs.live]).tolist()
             records = tuple(
@@ -293,7 +303,8 @@ def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
     return tuple(sizes(catalog.backend, TEMPORARY).items())
 
 
-def _refuse_damage(catalog: Catalog) -> None:
+def refuse_damage(catalog: Catalog) -> None:
+    """Raise where something of a store cannot be read, for then it is not known what it needs."""
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
         raise _damaged(error, type(error))
 

@@ -29,6 +29,7 @@ from msft_store.check import Finding, Report, examine
 from msft_store.checkpoint_writer import CheckpointWriter
 from msft_store.codecs import Level
 from msft_store.decoding import decode_chunks, decode_state, device_of, empty_like
+from msft_store.diff import TensorDiff, diff
 from msft_store.errors import (
     CorruptedError,
     NotAStoreError,
@@ -51,6 +52,7 @@ from msft_store.paths import PathLike, local_path
 from msft_store.reboxing import decode_boxes
 from msft_store.refs import FOLDER as REFS
 from msft_store.refs import Ref, check_name, delete_ref, write_ref
+from msft_store.repack import RepackPlan, plan_repack
 from msft_store.repair import RepairPlan, plan_repair
 from msft_store.resident import Compared, check_compared
 from msft_store.retention import Policy
@@ -385,6 +387,10 @@ class Store:
         """
         return undisturbed(self._backend, lambda: plan_gc(self._catalog, policy))
 
+    def plan_repack(self) -> RepackPlan:
+        """Return how few packs would do, without anything dead; ``print`` it, ``execute`` it."""
+        return undisturbed(self._backend, lambda: plan_repack(self._catalog))
+
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
         """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
         return evict(self._catalog, list(checkpoints))
@@ -409,6 +415,13 @@ class Store:
         """
         return plan_repair(self._backend)
 
+    def diff(
+        self, one: Base | Checkpoint | str, other: Base | Checkpoint | str
+    ) -> list[TensorDiff]:
+        """Return what differs between two checkpoints or bases, tensor by tensor, by bits."""
+        first, second = self._either(one), self._either(other)
+        return undisturbed(self._backend, lambda: diff(self._catalog, first, second))
+
     def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors; return its files."""
         found = self.get(checkpoint)
@@ -421,6 +434,17 @@ class Store:
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""
         return undisturbed(self._backend, lambda: stats(self._catalog))
+
+    def _either(self, name: Base | Checkpoint | str) -> Base | Checkpoint:
+        if isinstance(name, Base):
+            return self.base(name)
+        try:
+            return self.get(name)
+        except UnknownCheckpointError:
+            base = self._catalog.resolve_base(name) if isinstance(name, str) else None
+            if base is None:
+                raise
+            return base
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)

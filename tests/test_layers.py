@@ -27,7 +27,7 @@ tensors refs manifest safetensors_file bases base_reader boxes
 retention slips
 packs overlay objects references liveness catalog salvage
 parallel resident pipeline decoding reboxing tree sources stats matching staging looking
-check mending survey conditions gc repair export checkpoint_writer
+check mending survey conditions gc repack diff repair export checkpoint_writer
 store
 saver
 space traces alive
@@ -35,7 +35,8 @@ timeline
 nested
 integrations.dcp_planners integrations.dcp
 integrations.training_state integrations.hf integrations.accelerate integrations.remote integrations
-__init__ cli_check cli_text cli __main__
+figures importing completion
+__init__ cli_check cli_text cli_space cli_tensors cli __main__
 """
 
 TRAINER = """

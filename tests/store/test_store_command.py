@@ -18,6 +18,7 @@ from msft_store.cli import main
 COMMANDS = (
     *("init", "add-base", "relocate", "log", "inspect", "gc"),
     *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
+    *("diff", "repack", "import", "completion"),
 )
 
 
@@ -147,6 +148,122 @@ def test_gc_refuses_a_metric_that_nobody_has(
     assert len(run_store.log()) == 2
 
 
+def test_diff_tells_and_draws_what_changed(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    at, (root, tip) = ("--store", run_store.path), run_store.log()
+    code, out, _ = run(capsys, *at, "diff", root.id[:8], tip.id[:8])
+    assert code == 0
+    assert "1 of 2 tensors differ" in out
+    assert "layer1.weight" in out
+    assert "layer0.weight" not in out
+    picture = tmp_path / "heat.svg"
+    found = document(capsys, *at, "diff", tip.base, tip.id, "--plot", picture)
+    assert [tensor["kind"] for tensor in found["tensors"]] == ["changed", "changed"]
+    assert found["changed"] == sum(tensor["changed"] for tensor in found["tensors"])
+    assert picture.read_text().startswith("<?xml")
+    code, _, err = run(capsys, *at, "diff", root.id, "nobody")
+    assert (code, "nobody" in err) == (1, True)
+    code, _, err = run(capsys, *at, "diff", root.id, tip.id, "--plot", tmp_path / "heat.what")
+    assert (code, "heat.what" in err) == (1, True)
+
+
+def test_a_heat_map_has_a_row_a_layer(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+    state = {f"h.{n}.{kind}": torch.zeros(4, 4) for n in range(11) for kind in ("up", "down")}
+    one = store.save(state)
+    state["h.10.up"] = torch.ones(4, 4)
+    other = store.save(state)
+    _, out, _ = run(capsys, "--store", store.path, "diff", one.id, other.id)
+    rows = [line for line in out.splitlines() if line.endswith("|")]
+    assert [row.split("|")[0].strip() for row in rows] == [str(n) for n in range(11)]
+    assert [row for row in rows if "█" in row] == ["   10 |  ██|"]
+
+
+def test_the_lineage_is_drawn(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    at, picture = ("--store", run_store.path), tmp_path / "lineage.png"
+    assert document(capsys, *at, "inspect", "--plot", picture)["plot"] == str(picture)
+    assert picture.read_bytes()[1:4] == b"PNG"
+    code, _, err = run(capsys, *at, "inspect", run_store.log()[0].id, "--plot", picture)
+    assert (code, "whole lineage" in err) == (1, True)
+
+
+def test_forget_by_rules_is_planned_first(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    at = ("--store", run_store.path)
+    for name in run_store.refs():
+        run_store.unpin(name)
+    tagged = run_store.save({"w": torch.ones(1)}, tags=["keep"])
+    code, out, _ = run(
+        capsys, *at, "forget", "--keep-last", "1", "--keep-best", "arith", "--dry-run"
+    )
+    assert code == 0
+    assert "would forget 1 checkpoints" in out
+    assert "best arith (0.6)" in out
+    assert len(run_store.log()) == 3
+    found = document(capsys, *at, "forget", "--keep-tag", "keep")
+    assert (len(found["forget"]), [kept["id"] for kept in found["keep"]]) == (2, [tagged.id])
+    assert run_store.log() == [tagged]
+
+
+def test_forget_takes_names_or_rules(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
+    at, (root, tip) = ("--store", run_store.path), run_store.log()
+    for wrong in ([], [root.id, "--keep-last", "1"]):
+        code, _, err = run(capsys, *at, "forget", *wrong)
+        assert (code, "one of them" in err) == (1, True)
+    for name in run_store.refs():
+        run_store.unpin(name)
+    run_store.pin(tip, "best")
+    code, _, err = run(capsys, *at, "forget", root.id, tip.id)
+    assert (code, "unpin" in err) == (1, True)
+    assert len(run_store.log()) == 2
+    code, _, err = run(capsys, *at, "forget", "--keep-tag", "nobody")
+    assert (code, "no checkpoint has the tag nobody" in err) == (1, True)
+    assert run(capsys, *at, "forget", root.id)[0] == 0
+    assert run_store.log() == [tip]
+
+
+def test_repack_and_import(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    at, tip = ("--store", run_store.path), run_store.log()[-1]
+    assert document(capsys, *at, "repack", "--dry-run")["merge"]
+    assert document(capsys, *at, "repack")["bytes"] > 0
+    assert "nothing to do" in run(capsys, *at, "repack")[1]
+    assert run(capsys, *at, "export", tip.id, tmp_path / "out")[0] == 0
+    facts = ("--parent", tip.base, "--step", "7", "--metric", "loss=0.5", "--tag", "x")
+    found = document(capsys, *at, "import", tmp_path / "out", *facts, "--ref", "mine")
+    saved = run_store.get("mine")
+    assert (saved.id, saved.step, saved.tags) == (found["id"], 7, ("x",))
+    assert saved.metrics == {"loss": 0.5}
+    assert saved.stored_bytes == tip.stored_bytes
+    for wrong in (("--metric", "loss"), ("--metric", "=1"), ("--parent", "nobody")):
+        code, _, err = run(capsys, *at, "import", tmp_path / "out", *wrong)
+        assert (code, err.startswith("msft-store: ")) == (1, True)
+
+
+def test_a_shell_completes_commands_and_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, script, _ = run(capsys, "completion", "bash")
+    assert code == 0
+    (tmp_path / "complete.sh").write_text(script)
+    asked = """
+    source "$1"; COMP_WORDS=(msft-store $2); COMP_CWORD=1
+    $(complete -p msft-store | sed 's/.*-F \\([^ ]*\\) .*/\\1/') msft-store; echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["/bin/bash", "-c", asked, "bash", tmp_path / "complete.sh", "re"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {"relocate", "repack", "repair"} <= set(done.stdout.split())
+    assert document(capsys, "completion", "zsh")["shell"] == "zsh"
+
+
 def test_pins_protect(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
     at, tip = ("--store", run_store.path), run_store.log()[-1]
     assert run(capsys, *at, "pin", tip.id[:8], "best")[0] == 0
@@ -256,20 +373,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [
-        "init",
-        "add-base",
-        "relocate",
-        "log",
-        "inspect",
-        "gc",
-        "check",
-        "export",
-        "pin",
-        "unpin",
-        "forget",
-        "stats",
-    ]:
+    for name in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0

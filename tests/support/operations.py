@@ -121,6 +121,13 @@ def gc(store: Store, prepared: Prepared) -> None:
     assert left or store.plan_gc().freed_bytes == 0
 
 
+def repack(store: Store, prepared: Prepared) -> None:
+    store.plan_repack().execute()
+    plan = store.plan_repack()
+    assert not plan.delete
+    assert not plan.merge
+
+
 def gc_with_policy(store: Store, prepared: Prepared) -> None:
     for name, identity in zip("xyz", prepared.states, strict=False):
         store.pin(identity, name)
@@ -186,6 +193,7 @@ OPERATIONS = [
     anchor,
     rebase,
     gc,
+    repack,
     gc_with_policy,
     add_base,
     commit,

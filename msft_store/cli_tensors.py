@@ -1,0 +1,109 @@
+"""``msft-store diff`` and ``import``: tensors of two checkpoints, and of a directory.
+
+Example::
+
+    document, text = diff(store, "3fa9", "best", plot=None)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from msft_store.errors import InvalidInputError
+from msft_store.figures import draw_changes, heat_text
+from msft_store.importing import import_checkpoint
+from msft_store.render import human, percent, table
+from msft_store.store import Store
+
+
+def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
+    """Compare two checkpoints or bases; draw a heat map if a file is named."""
+    diffs = store.diff(one, other)
+    both = [tensor for tensor in diffs if tensor.kind in ("equal", "changed")]
+    changed = sum(tensor.changed for tensor in both)
+    elements = sum(tensor.elements for tensor in both)
+    differing = [tensor for tensor in diffs if tensor.kind != "equal"]
+    rows = [
+        (
+            tensor.name,
+            "x".join(map(str, tensor.shape)) or "scalar",
+            tensor.kind,
+            percent(tensor.changed, tensor.elements) if tensor in both else "",
+            "" if tensor.largest is None else f"{tensor.largest:.3g}",
+            human(tensor.stored_bytes),
+        )
+        for tensor in differing
+    ]
+    header = ("tensor", "shape", "", "changed", "largest", "stored")
+    text = f"{table(header, rows, align='<<<>>>')}\n" if rows else ""
+    text += (
+        f"{len(differing)} of {len(diffs)} tensors differ, "
+        f"{percent(changed, elements)} of the elements that both have"
+    )
+    picture = heat_text(diffs)
+    text += f"\n\n{picture}" if picture and differing else ""
+    document = {
+        "tensors": [{**dataclasses.asdict(t), "share": t.share} for t in diffs],
+        "changed": changed,
+        "elements": elements,
+    }
+    if plot is not None:
+        title = f"{one[:12]} to {other[:12]}: {percent(changed, elements)} changed"
+        path = draw_changes(diffs, plot, title=title)
+        document["plot"] = str(path)
+        text += f"\nthe heat map is in {path}"
+    return document, text
+
+
+def add_diff_options(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``diff``."""
+    command.add_argument("first", help="a checkpoint, a ref or a base")
+    command.add_argument("second", help="another one")
+    command.add_argument("--plot", metavar="FILE", help="draw a heat map over layers (.png, .svg)")
+
+
+def add_import_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`import_files` reads."""
+    command.add_argument("path", help="a safetensors file, or a directory of them")
+    command.add_argument("--parent", help="what it descends from: a checkpoint, a ref or a base")
+    command.add_argument("--step", type=int, help="optimizer step that it is of")
+    command.add_argument(
+        "--metric", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+    )
+    command.add_argument("--tag", action="append", default=[], help="may be repeated")
+    command.add_argument("--ref", help="name of a ref to point to it")
+
+
+def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
+    """Save a directory of safetensors as a checkpoint."""
+    metrics = dict(_metric(text) for text in options.metric)
+    saved = import_checkpoint(
+        store,
+        options.path,
+        parent=options.parent,
+        step=options.step,
+        metrics=metrics,
+        tags=options.tag,
+    )
+    if options.ref is not None:
+        store.pin(saved, options.ref)
+    size = f"{human(saved.stored_bytes)} for {human(saved.logical_bytes)}"
+    document = {
+        "id": saved.id,
+        "logical_bytes": saved.logical_bytes,
+        "stored_bytes": saved.stored_bytes,
+        "ref": options.ref,
+    }
+    return document, f"checkpoint {saved.id[:12]}: {size}"
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, sign, value = text.rpartition("=")
+    try:
+        if not (name and sign):
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise InvalidInputError(f"--metric is NAME=VALUE with a number, not {text!r}") from None

@@ -1,0 +1,87 @@
+"""What differs between two checkpoints, counted by bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msft_store import Base, Box, Parts, Store, TensorDiff, UnknownCheckpointError
+from tests.support.states import State, make_state, train_step
+
+
+def by_name(diffs: list[TensorDiff]) -> dict[str, TensorDiff]:
+    return {diff.name: diff for diff in diffs}
+
+
+def expected(one: torch.Tensor, other: torch.Tensor) -> tuple[int, float | None]:
+    bits = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    changed = one.view(bits) != other.view(bits)
+    distance = (other.double() - one.double()).abs()[changed]
+    finite = distance[distance.isfinite()]
+    return int(changed.sum()), float(finite.max()) if finite.numel() else None
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_every_tensor_is_counted(store: Store, big: bool) -> None:
+    state = make_state(big=big)
+    trained = train_step(state, 0.05, 1)
+    trained["model.layers.1.up.weight"] = state["model.layers.1.up.weight"]
+    one, other = store.save(state), store.save(trained)
+
+    found = by_name(store.diff(one, other))
+
+    assert found.keys() == state.keys()
+    for name, diff in found.items():
+        assert (diff.changed, diff.largest) == expected(state[name], trained[name]), name
+        assert diff.elements == state[name].numel()
+        assert diff.kind == ("changed" if diff.changed else "equal")
+    stored = {source.tensor: source.stored_bytes for source in store.sources(other)}
+    assert {name: diff.stored_bytes for name, diff in found.items()} == stored
+
+
+def test_bits_are_compared_not_numbers(store: Store) -> None:
+    one = {"w": torch.tensor([0.0, float("nan"), 1.0, float("inf")])}
+    other = {"w": torch.tensor([-0.0, float("nan"), 1.0, 3.0])}
+
+    (diff,) = store.diff(store.save(one), store.save(other))
+
+    assert (diff.changed, diff.largest) == (2, 0.0)
+    assert diff.share == 0.5
+
+
+def test_a_base_can_be_either_side(store: Store, base: Base, state: State) -> None:
+    trained = train_step(state, 0.05, 1)
+    ckpt = store.save(trained, parent=base)
+
+    forth, back = by_name(store.diff(base, ckpt)), by_name(store.diff(ckpt.id, base.id[:8]))
+
+    up = "model.layers.0.up.weight"
+    assert forth[up].changed == back[up].changed == expected(state[up], trained[up])[0]
+    # The base has a tied tensor under one of its names only.
+    assert (forth["lm_head.weight"].kind, back["lm_head.weight"].kind) == ("added", "removed")
+    with pytest.raises(UnknownCheckpointError):
+        store.diff(ckpt, "nobody")
+
+
+def test_what_cannot_be_compared_is_said(store: Store) -> None:
+    one = store.save({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)})
+    other = store.save({"a": torch.ones(4), "b": torch.ones(2).half(), "c": torch.ones(1)})
+
+    found = by_name(store.diff(one, other))
+
+    assert [found[name].kind for name in "abc"] == ["other", "other", "equal"]
+
+
+def test_other_pieces_are_compared_all_the_same(store: Store) -> None:
+    one, other = torch.arange(12.0).reshape(4, 3), torch.arange(12.0).reshape(4, 3)
+    other[2, 1] += 5
+    whole = store.save({"w": one})
+    halves = [
+        Box(name="w", shape=(4, 3), offset=(2 * at, 0), tensor=other[2 * at : 2 * at + 2])
+        for at in (0, 1)
+    ]
+    cut = store.save(Parts([store.encode(halves)]))
+
+    (diff,) = store.diff(whole, cut)
+
+    assert (diff.changed, diff.largest) == (1, 5.0)
