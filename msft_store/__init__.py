@@ -23,6 +23,7 @@ from msft_store.diff import TensorDiff
 from msft_store.errors import (
     BaseError,
     BusyError,
+    ConflictError,
     CorruptedError,
     InvalidInputError,
     MismatchError,
@@ -68,6 +69,7 @@ __all__ = [
     "Champions",
     "Checkpoint",
     "Commit",
+    "ConflictError",
     "CorruptedError",
     "DiskBudget",
     "Finding",

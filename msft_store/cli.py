@@ -24,6 +24,7 @@ from typing import Any
 from msft_store.bases import is_gone
 from msft_store.check import Report
 from msft_store.cli_check import examine, repair
+from msft_store.cli_remote import add_commands, open_store
 from msft_store.cli_space import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli_tensors import add_diff_options, add_import_options, diff, import_files
 from msft_store.cli_text import facts, gone, hush, listing, printable, say
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open(options: argparse.Namespace) -> Store:
-    return Store.open(_path(options))
+    return open_store(_path(options))
 
 
 def _path(options: argparse.Namespace) -> str:
@@ -259,7 +260,8 @@ def _parser() -> argparse.ArgumentParser:
         "--store",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=f"the store's directory (default: ${_STORE}, else the current directory)",
+        help=f"the store's directory, or a URL to read from (default: ${_STORE}, else the current "
+        "directory)",
     )
     common.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text"
@@ -380,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     complete.add_argument("shell", choices=SHELLS)
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
+    add_commands(add, _path)
     return parser
 
 

@@ -9,6 +9,7 @@ StoreError
 ├── PinnedError             a ref protects what should go
 ├── BaseError               a base's files are missing, changed, or not safetensors
 ├── CorruptedError          stored bytes are not what was written
+├── ConflictError           a ref was moved elsewhere, by somebody who is not known here
 ├── BusyError               somebody else holds the store's lock, or took it away
 ├── OutOfSpaceError         the disk is full
 ├── OverBudgetError         what must be kept exceeds a disk budget
@@ -78,6 +79,10 @@ class BaseError(StoreError):
 
 class CorruptedError(StoreError):
     """Stored bytes are not the bytes that were written."""
+
+
+class ConflictError(StoreError):
+    """A ref points somewhere else in another store, to what this one does not have."""
 
 
 class BusyError(StoreError):

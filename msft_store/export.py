@@ -181,10 +181,15 @@ def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBac
     if not source.is_dir() or not _stands_in(reader, source):
         return
     with translated("read", source):
-        sizes = {file: file.stat().st_size for file in sorted(source.iterdir()) if _comes(file)}
+        sizes = {file: file.stat().st_size for file in companions(source)}
     for file, size in sizes.items():
-        if size <= _LARGEST_COPIED_FILE:
-            publish(backend, file.name, read_file(file, 0, size))
+        publish(backend, file.name, read_file(file, 0, size))
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files that belong to a model besides its weights; ``OSError`` if that fails."""
+    files = sorted(file for file in folder.iterdir() if _comes(file))
+    return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
 
 
 def _comes(file: Path) -> bool:

@@ -192,8 +192,13 @@ def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str])
     ]
 
 
-def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
-    """Forget checkpoints, but those that a ref protects, and free what no other needs."""
+def evict(
+    catalog: Catalog, drop: Sequence[str], *, rewrite_from: float = _REWRITE_FROM
+) -> GcResult:
+    """Forget checkpoints, but those that a ref protects, and free what no other needs.
+
+    A pack is rewritten if at least a share ``rewrite_from`` of it is dead; 0: if anything is.
+    """
     backend = catalog.backend
     with backend.lock(shared=False, purpose="gc"):
         before = peak = disk_bytes(backend)
@@ -203,7 +208,7 @@ def evict(catalog: Catalog, drop: Sequence[str]) -> GcResult:
         doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
         # First of all, for what is damaged beyond this is found here.
         keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
-        delete, rewrite, _ = waste_of(catalog, keep)
+        delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
         if doomed:
             # A ref that somebody removed must not come back without its checkpoint.
             backend.sync(REFS)

@@ -25,20 +25,25 @@ _T = TypeVar("_T")
 
 
 def undisturbed(
-    backend: Backend, look: Callable[[], _T], is_fine: Callable[[_T], bool] = lambda _: True
+    backend: Backend,
+    look: Callable[[], _T],
+    is_fine: Callable[[_T], bool] = lambda _: True,
+    *,
+    times: int = 1,
 ) -> _T:
     """Return what ``look`` returns, or raise what it raises, once others have no part in it.
 
-    It may be called twice.
+    It may be called ``times`` times without the lock, for one that takes long, and once with it.
     """
-    before = _names(backend)
-    try:
-        found = look()
-        if is_fine(found) or _names(backend) == before:
-            return found
-    except StoreError:
-        if _names(backend) == before:
-            raise
+    for _ in range(times):
+        before = _names(backend)
+        try:
+            found = look()
+            if is_fine(found) or _names(backend) == before:
+                return found
+        except StoreError:
+            if _names(backend) == before:
+                raise
     with contextlib.ExitStack() as stack:
         # A store that cannot be written to is looked at all the same.
         with contextlib.suppress(BusyError, StorageError):

@@ -34,9 +34,13 @@ space traces alive
 timeline
 nested
 integrations.dcp_planners integrations.dcp
-integrations.training_state integrations.hf integrations.accelerate integrations.remote integrations
+integrations.training_state integrations.hf integrations.accelerate
+integrations.remotes integrations.object_remote integrations.fsspec_remote
+integrations.directory_remote integrations.addresses integrations.remote_backend
+integrations.ref_rules integrations.tally integrations.base_files integrations.shipping
+integrations.sending integrations.fetching integrations.remote integrations
 figures importing completion
-__init__ cli_check cli_text cli_space cli_tensors cli __main__
+__init__ cli_check cli_text cli_remote cli_space cli_tensors cli __main__
 """
 
 TRAINER = """
@@ -88,7 +92,7 @@ CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 DOORS = {"msft_store", "msft_store.integrations.dcp"}
 """What other packages may import from."""
 
-OPTIONAL = {"datasets", "peft", "pyarrow"}
+OPTIONAL = {"datasets", "fsspec", "obstore", "peft", "pyarrow"}
 """Dependencies that may be missing, and may therefore be imported inside a function."""
 
 

@@ -19,6 +19,7 @@ COMMANDS = (
     *("init", "add-base", "relocate", "log", "inspect", "gc"),
     *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
     *("diff", "repack", "import", "completion"),
+    *("push", "pull", "clone"),
 )
 
 

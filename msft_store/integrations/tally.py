@@ -1,0 +1,90 @@
+"""What went from one store to another, counted as it goes.
+
+Example::
+
+    print(push(store, url))          # "2 checkpoints in 1 pack, 12.3 kB; 1 ref"
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from msft_store.integrations.ref_rules import RefMove
+from msft_store.render import human
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What a push, pull or clone did."""
+
+    checkpoints: tuple[str, ...]
+    """Ids of those that are new in the target, oldest first."""
+    packs: int
+    bases: int
+    """Records of bases."""
+    refs: tuple[RefMove, ...]
+    bytes: int
+    """Of all files that went, a base's own aside."""
+    base_bytes: int
+    """Of the files of bases."""
+    unverified: int
+    """Chunks that could not be compared with their keys, because a base is not at hand."""
+
+    def __str__(self) -> str:
+        if not (self.bytes or self.base_bytes or self.refs):
+            return "nothing to do"
+        parts = [
+            f"{_count(len(self.checkpoints), 'checkpoint')} in {_count(self.packs, 'pack')}, "
+            f"{human(self.bytes)}",
+        ]
+        if self.base_bytes:
+            parts.append(f"{human(self.base_bytes)} of bases")
+        parts += [
+            f"{move.name} -> {move.after[:12]}"
+            + (f" (was {move.before[:12]})" if move.before else "")
+            for move in self.refs
+        ]
+        if self.unverified:
+            parts.append(
+                f"{_count(self.unverified, 'chunk')} not compared yet, for a base is not at hand: "
+                "relocate it, then msft-store check --read-data"
+            )
+        return "\n".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Counts; calls may come from several threads."""
+
+    checkpoints: list[str] = field(default_factory=list)
+    packs: int = 0
+    bases: int = 0
+    refs: list[RefMove] = field(default_factory=list)
+    bytes: int = 0
+    base_bytes: int = 0
+    unverified: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def went(self, size: int, *, pack: bool = False, base: bool = False) -> None:
+        """Count a file of some bytes."""
+        with self._counting:
+            self.bytes += size
+            self.packs += pack
+            self.bases += base
+
+    def result(self) -> Transfer:
+        """Return what was counted."""
+        return Transfer(
+            checkpoints=tuple(self.checkpoints),
+            packs=self.packs,
+            bases=self.bases,
+            refs=tuple(self.refs),
+            bytes=self.bytes,
+            base_bytes=self.base_bytes,
+            unverified=self.unverified,
+        )

@@ -1,0 +1,85 @@
+"""Places to push to, and a remote that fails at its n-th operation."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from msft_store import StorageError
+from msft_store.integrations.remotes import Remote
+
+
+class Died(BaseException):
+    """The process ends here."""
+
+
+class FaultyRemote:
+    """Another remote that fails at the n-th operation (from 0); what it put is kept."""
+
+    workers = 1
+
+    def __init__(self, inner: Remote, *, error: type[BaseException] = StorageError) -> None:
+        self.fail_at: int | None = None
+        self.count = 0
+        self.put_paths: list[str] = []
+        self.read_bytes = 0
+        self.before: Callable[[str, str], None] = lambda kind, path: None
+        self._inner = inner
+        self._error = error
+        self._counting = threading.Lock()
+
+    def describe(self, path: str) -> str:
+        return self._inner.describe(path)
+
+    def session(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+        return self._inner.session(purpose)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        self._operate("sizes", folder)
+        return self._inner.sizes(folder)
+
+    def size(self, path: str) -> int | None:
+        self._operate("size", path)
+        return self._inner.size(path)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        self._operate("read", path)
+        self.read_bytes += length
+        return self._inner.read(path, offset, length)
+
+    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
+        self._operate("whole", path)
+        return self._inner.whole(path, most)
+
+    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
+        self._operate("put", path)
+        self._inner.put(path, parts, size)
+        self.put_paths.append(path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._operate("create", path)
+        done = self._inner.create(path, data)
+        self.put_paths += [path] * done
+        # As if the reply were lost.
+        self._operate("created", path)
+        return done
+
+    def replace(self, path: str, data: bytes, version: Any) -> bool:
+        self._operate("replace", path)
+        done = self._inner.replace(path, data, version)
+        self.put_paths += [path] * done
+        self._operate("replaced", path)
+        return done
+
+    def settle(self, folder: str) -> None:
+        self._operate("settle", folder)
+        self._inner.settle(folder)
+
+    def _operate(self, kind: str, path: str) -> None:
+        self.before(kind, path)
+        with self._counting:
+            self.count += 1
+            if self.count - 1 == self.fail_at:
+                raise self._error(f"injected failure of operation {self.fail_at}: {kind} {path}")
