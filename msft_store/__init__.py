@@ -15,49 +15,7 @@ Example::
     timeline.rollback(ckpt, into=model)
 """
 
-from msft_store.alive import Commit
-from msft_store.bases import Base
-from msft_store.boxes import Box, Part, Parts
-from msft_store.check import Finding, Report
-from msft_store.diff import TensorDiff
-from msft_store.errors import (
-    BaseError,
-    BusyError,
-    ConflictError,
-    CorruptedError,
-    InvalidInputError,
-    MismatchError,
-    NotAStoreError,
-    OutOfSpaceError,
-    OverBudgetError,
-    PinnedError,
-    StorageError,
-    StoreError,
-    UnknownCheckpointError,
-    VersionError,
-)
-from msft_store.gc import GcPlan, GcResult
-from msft_store.lockfiles import Lock
-from msft_store.manifest import Checkpoint
-from msft_store.nested import flatten, unflatten
-from msft_store.repack import RepackPlan
-from msft_store.repair import RepairPlan, RepairResult
-from msft_store.resident import Resident
-from msft_store.retention import (
-    Candidate,
-    Champions,
-    DiskBudget,
-    KeepBest,
-    KeepLast,
-    KeepThese,
-    PeakWindow,
-    Policy,
-    Reason,
-)
-from msft_store.saver import AsyncSaver
-from msft_store.stats import Stats
-from msft_store.store import Store
-from msft_store.timeline import Timeline
+from importlib import import_module
 
 __all__ = [
     "AsyncSaver",
@@ -106,3 +64,64 @@ __all__ = [
     "flatten",
     "unflatten",
 ]
+
+# Each name is imported from its module when it is first used, so that importing the package takes
+# no time; type checkers read __init__.pyi instead.
+_HOMES: dict[str, tuple[str, ...]] = {
+    "alive": ("Commit",),
+    "bases": ("Base",),
+    "boxes": ("Box", "Part", "Parts"),
+    "check": ("Finding", "Report"),
+    "diff": ("TensorDiff",),
+    "errors": (
+        "BaseError",
+        "BusyError",
+        "ConflictError",
+        "CorruptedError",
+        "InvalidInputError",
+        "MismatchError",
+        "NotAStoreError",
+        "OutOfSpaceError",
+        "OverBudgetError",
+        "PinnedError",
+        "StorageError",
+        "StoreError",
+        "UnknownCheckpointError",
+        "VersionError",
+    ),
+    "gc": ("GcPlan", "GcResult"),
+    "lockfiles": ("Lock",),
+    "manifest": ("Checkpoint",),
+    "nested": ("flatten", "unflatten"),
+    "repack": ("RepackPlan",),
+    "repair": ("RepairPlan", "RepairResult"),
+    "resident": ("Resident",),
+    "retention": (
+        "Candidate",
+        "Champions",
+        "DiskBudget",
+        "KeepBest",
+        "KeepLast",
+        "KeepThese",
+        "PeakWindow",
+        "Policy",
+        "Reason",
+    ),
+    "saver": ("AsyncSaver",),
+    "stats": ("Stats",),
+    "store": ("Store",),
+    "timeline": ("Timeline",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
