@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CODE   := msft_store trainer tests bench examples
 
-.PHONY: help demo test test-crash test-soak check format lint types bench clean
+.PHONY: help demo test test-crash test-soak check format lint types docs wheel bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,12 @@ types: $(STAMP)  ## check types
 
 check: lint types test ## all of format, lint, types and tests
 
+docs: $(STAMP)   ## build the documentation site into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel:           ## build the wheel, install it into an empty environment and try it there
+	tests/wheel.sh $(PYTHON)
+
 bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an hour or two; renew the README's table
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev,bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check zipnn
@@ -52,4 +58,4 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.headline --write
 
 clean:           ## remove the environment and what runs have written
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -58,7 +58,7 @@ loop
 run
 children shifts grid comparison comparison_tables figures page comparison_report compare demo
 turns simulate holding policies simulated
-__init__ cli_compare cli_simulate cli __main__
+__init__ cli_compare cli_simulate cli entry __main__
 """
 
 LAYERS = {"msft_store": STORE.split(), "trainer": TRAINER.split()}

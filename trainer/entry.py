@@ -1,0 +1,34 @@
+"""Where the ``msft-train`` command begins: it says which extra is missing, if one is.
+
+Example::
+
+    sys.exit(main())
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+_OWN = ("trainer", "msft_store")
+
+
+def main() -> int:
+    """Run the command; return its exit code, 1 if what the trainer needs is not installed."""
+    try:
+        cli = importlib.import_module("trainer.cli")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in _OWN or not missing:
+            raise
+        print(
+            f"msft-train: {missing} is not installed: pip install 'msft-store[trainer]'",
+            file=sys.stderr,
+        )
+        return 1
+    code: int = cli.main()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
