@@ -54,6 +54,7 @@ pause interrupt progress together alarm data sources loading batches sampled
 weights sharding snapshot model adapter result
 forward optim evaluate
 state whole agreement resume course trackers directory workspace lookahead steps commits observing
+points
 loop
 run
 children shifts grid comparison comparison_tables figures page comparison_report compare demo

@@ -113,7 +113,7 @@ def _commit_whole(work: Workspace, facts: _Facts) -> Future[Checkpoint] | None:
 def _commit_parts(work: Workspace, shards: Shards, facts: _Facts) -> Future[Checkpoint] | None:
     """Commit what all processes have, each its own; it is done when this returns."""
     future: Future[Checkpoint] = Future()
-    with shards.parts(work.timeline, work.snapshots.take()) as parts:
+    with shards.parts(work.timeline, shards.boxes(work.snapshots.take())) as parts:
         if work.timeline is None:
             return None
         future.set_result(work.timeline.commit(parts, *facts))

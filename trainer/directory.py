@@ -21,11 +21,12 @@ from trainer.files import make_directory, write_atomic
 from trainer.settings import Config
 from trainer.together import this_process
 
-CONFIG, JOURNAL, STORE, RESUME, MODEL, LOCK = (
+CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, LOCK = (
     "config.yaml",
     "journal.jsonl",
     "store",
     "resume.safetensors",
+    "resume",
     "model",
     "lock",
 )

@@ -24,9 +24,9 @@ import numpy as np
 from accelerate.utils import set_seed
 
 from msft_store import Policy
+from trainer import points
 from trainer.commits import Committing, begin_commit, retention
 from trainer.course import Course, course_of, examples_of, fresh_order, schedule_of
-from trainer.directory import RESUME
 from trainer.divergence import Finding, names_not_finite, ruined
 from trainer.errors import RunError
 from trainer.evaluate import Evaluator, Result
@@ -37,9 +37,8 @@ from trainer.observing import Observing
 from trainer.optim import reset
 from trainer.outbox import Line
 from trainer.progress import stage_bar
-from trainer.resume import Known, Point, Position, Standing, describe, save_point
+from trainer.resume import Known, Point, Position, Standing, describe
 from trainer.schedule import Schedule
-from trainer.state import gather_rng
 from trainer.steps import StageSteps
 from trainer.strategy import (
     OVERALL,
@@ -364,14 +363,10 @@ class Loop:
     def _save_point(self, position: Position) -> None:
         """Replace the resume point; every process adds its random number generators."""
         work = self._work
-        states = gather_rng(work.accelerator)
         self._observing.write_losses(position)
-        if work.journal is None:
-            return
         work.outbox.settle()
-        point = Point(position=position, seq=work.journal.next_seq - 1)
-        model = work.accelerator.unwrap_model(work.model)
-        size = save_point(work.directory / RESUME, point, model, work.optimizer, states)
+        seq = 0 if work.journal is None else work.journal.next_seq - 1
+        size = points.save(work, Point(position=position, seq=seq))
         place = {"step": position.global_step, "stage": position.stage}
         work.record("resume_point", **place, bytes=size)
 

@@ -206,8 +206,7 @@ def save_point(
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
     tensors |= {f"rng.{name}": tensor for name, tensor in rng.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
-    content |= {"python": python_rng()}
+    content = content_of(point)
     temporary = path.with_name(f".{path.name}.tmp")
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with enough_space("the resume point", path, needed_bytes=needed):
@@ -221,14 +220,27 @@ def save_point(
     return path.stat().st_size
 
 
-def read_position(path: Path) -> Point | None:
-    """Return the position of a resume point; ``None`` if there is none that can be used."""
+def content_of(point: Point) -> dict[str, Any]:
+    """Return what a resume point holds besides tensors, as JSON values."""
+    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
+    return {**content, "python": python_rng()}
+
+
+def point_of(content: Mapping[str, Any]) -> Point | None:
+    """Return the position in what :func:`content_of` returned; ``None`` if it cannot be used."""
     try:
-        content = _content(path)
         position = Position(**content["position"])
         return (
             Point(position=position, seq=content["seq"]) if content["version"] == _VERSION else None
         )
+    except (KeyError, TypeError):
+        return None
+
+
+def read_position(path: Path) -> Point | None:
+    """Return the position of a resume point; ``None`` if there is none that can be used."""
+    try:
+        return point_of(_content(path))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 

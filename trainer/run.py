@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from msft_store import StoreError
+from trainer import points
 from trainer.adapter import silence
 from trainer.alarm import Alarm
 from trainer.algorithms import make_strategy
@@ -29,13 +30,11 @@ from trainer.directory import (
     CONFIG,
     JOURNAL,
     MODEL,
-    RESUME,
     create_directory,
     withdraw_directory,
 )
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.evaluate import Evaluator
-from trainer.files import sync
 from trainer.interrupt import Interrupted, Interrupts
 from trainer.journal import effective, read
 from trainer.loop import Loop, Say
@@ -47,13 +46,10 @@ from trainer.result import save_model
 from trainer.resume import (
     Position,
     Standing,
-    load_point,
-    read_position,
     replay,
     where_to_resume,
 )
 from trainer.settings import Config
-from trainer.state import set_rng
 from trainer.strategy import Stop, Strategy
 from trainer.summary import Summary, summarize
 from trainer.tables import too_long_text
@@ -163,7 +159,7 @@ def _stand(work: Workspace, strategy: Strategy, say: Say) -> tuple[Standing, Pos
     standing: Standing = shared[0]
     position: Position | None = shared[1]
     if position is not None:
-        _load_resume_point(work)
+        points.load(work)
         if work.timeline is not None:
             work.timeline.rewind(position.evaluations)
     elif standing.stop is None:
@@ -189,18 +185,12 @@ def _continue_journal(
             f"the model in {work.loaded.directory} is not the one that the run began with (its id "
             f"was {started}, now it is {work.base.id}): restore it, or begin a new run"
         )
-    point = read_position(work.directory / RESUME)
+    point = points.read(work)
     after, origin = where_to_resume(records, point)
     standing = replay([record for record in records if record["seq"] <= after], strategy)
     work.record("resumed", after=after, **{"from": origin})
     say(f"resumed stage {standing.stage.number} from its {origin.replace('_', ' ')}")
     return standing, point.position if point and origin == "resume_point" else None
-
-
-def _load_resume_point(work: Workspace) -> None:
-    """Restore weights, optimizer and generators from the resume point, in every process."""
-    model = work.accelerator.unwrap_model(work.model)
-    set_rng(load_point(work.directory / RESUME, model, work.optimizer), work.accelerator)
 
 
 def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> None:
@@ -220,8 +210,7 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts, say: Say) -> No
     if work.timeline is not None:
         work.timeline.close()
     if work.journal is not None:
-        (work.directory / RESUME).unlink(missing_ok=True)
-        sync(work.directory)
+        points.remove(work)
         # Last, for nobody looks at a finished run again.
         started = read(work.directory / JOURNAL)[0]["time"]
         work.record(

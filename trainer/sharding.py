@@ -4,12 +4,13 @@ Every process works on the part that it has: it commits it, restores it and neve
 What a roll-back needs is the same as elsewhere; :mod:`msft_store.integrations.dcp` has the boxes.
 
 Invariants: all processes make the same calls in the same order; the main process alone decides what
-is kept, and publishes checkpoints; no process ever holds more than its own part and a few chunks.
+is kept, and publishes checkpoints; no device ever holds more than its own part and one tensor; on
+the host, only the main process of a machine holds the whole, while it is loaded.
 
 Example::
 
-    shards = Shards(accelerator, directory / STORE)
-    with shards.parts(timeline, tensors) as parts:      # in every process
+    shards = split(accelerator, model, directory / STORE)
+    with shards.parts(timeline, shards.boxes(tensors)) as parts:        # in every process
         if timeline is not None:
             timeline.commit(parts, step, metrics)
     shards.load(checkpoint, tensors)
@@ -17,7 +18,8 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -36,6 +38,20 @@ from trainer.settings import Config
 from trainer.weights import weights_of
 
 _ASKED = "ACCELERATE_USE_FSDP"
+_LOAD_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""Lets transformers read the weights in one process of a machine, and give the others none."""
+
+
+def is_asked() -> bool:
+    """Return whether the processes were started for a model that is sharded."""
+    asked: bool = parse_flag_from_env(_ASKED)
+    return asked
+
+
+def load_once() -> None:
+    """Let no process but the main one of a machine load weights, where they are to be sharded."""
+    if is_asked():
+        os.environ[_LOAD_ONCE] = "true"
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -43,36 +59,57 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Return model and optimizer as the processes work on them, as Accelerate was asked to.
+def split(accelerator: Accelerator, model: Any, path: Path) -> Shards | None:
+    """Leave every process its part of a model, in place; ``None`` where each is to have it whole.
 
-    On CPUs it leaves FSDP2 to us: then each layer is a unit of its own, and the rest another one.
+    The weights are those of the main process, and the others need not have loaded any. Each layer
+    is a unit of its own, the rest another one. ``path`` is the run's store.
     """
-    asked = parse_flag_from_env(_ASKED) and accelerator.num_processes > 1
-    if not asked or accelerator.device.type != "cpu":
-        return tuple(accelerator.prepare(model, optimizer))
-    before = {id(parameter): name for name, parameter in model.named_parameters()}
-    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    if not is_asked() or accelerator.num_processes == 1:
+        return None
+    whole = model.state_dict()
+    _make_room(model)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    }
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        options["reshard_after_forward"] = plugin.reshard_after_forward
+        if plugin.cpu_offload:
+            options["offload_policy"] = plugin.cpu_offload
     layers = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    after = dict(model.named_parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [after[before[id(parameter)]] for parameter in group["params"]]
-    return model, accelerator.prepare(optimizer)
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    shards = Shards(accelerator, model, path)
+    shards.copy(whole)
+    return shards
+
+
+def _make_room(model: torch.nn.Module) -> None:
+    """Give memory to weights that were not loaded; it is not touched before they come."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            room = torch.empty_like(parameter, device="cpu")
+            fresh = torch.nn.Parameter(room, requires_grad=parameter.requires_grad)
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, made.setdefault(parameter, fresh))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, torch.empty_like(buffer, device="cpu"))
 
 
 def check_sharded(config: Config, accelerator: Accelerator) -> None:
     """Raise :class:`ConfigError` for what a sharded model does not go with, before it is loaded."""
-    if not parse_flag_from_env(_ASKED):
+    if not is_asked():
         return
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError("FSDP is supported in its version 2: accelerate launch --fsdp_version 2")
     wanted = {
-        "resume_every": config.resume_every is not None,
         "resident_reference": config.resident_reference,
         "max_disk": config.max_disk is not None,
         "msft.optimizer_on_rollback=restore": config.restores_optimizer,
@@ -82,8 +119,7 @@ def check_sharded(config: Config, accelerator: Accelerator) -> None:
     refused = [name for name, is_set in wanted.items() if is_set]
     if refused:
         raise ConfigError(
-            f"with FSDP, {', '.join(refused)} cannot be had: leave it out, or train without FSDP. "
-            "A run that is killed goes on from the root of its stage"
+            f"with FSDP, {', '.join(refused)} cannot be had: leave it out, or train without FSDP"
         )
 
 
@@ -98,34 +134,35 @@ class Shards:
         self._opened: Store | None = None
 
     @contextmanager
-    def parts(
-        self, timeline: Timeline | None, tensors: Mapping[str, torch.Tensor]
-    ) -> Iterator[Parts]:
+    def parts(self, timeline: Timeline | None, boxes: Sequence[Box]) -> Iterator[Parts]:
         """Encode what every process has; give all parts, for the main process's commit.
 
-        ``tensors`` are this process's own, as :func:`trainer.weights.weights_of` names them. In
-        the context of the main process no gc takes them away.
+        ``boxes`` are this process's own. In the context of the main process no gc takes them away.
         """
-        root = self._shared(None if timeline is None or timeline.root is None else timeline.root.id)
+        root = self.shared(None if timeline is None or timeline.root is None else timeline.root.id)
         store = self._store()
         if timeline is None:
-            yield self._gathered(store, root, tensors)
+            yield self._gathered(store, root, boxes)
             return
         with store.awaiting_parts():
-            yield self._gathered(store, root, tensors)
+            yield self._gathered(store, root, boxes)
 
     def load(self, checkpoint: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill this process's own tensors from a checkpoint."""
         self._store().load_boxes(checkpoint, self.boxes(tensors))
 
     def copy(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Give this process its own part of whole tensors."""
-        own = weights_of(self._model)
+        """Give every process its own part of the main process's tensors, one after the other."""
+        device = self._accelerator.device
         with torch.no_grad():
-            for box in self.boxes(own):
+            for box in self.boxes(weights_of(self._model)):
+                if self._accelerator.is_main_process:
+                    tensor = whole[box.name].to(device).contiguous()
+                else:
+                    tensor = torch.empty(box.shape, dtype=box.tensor.dtype, device=device)
+                broadcast(tensor)
                 sides = zip(box.offset, box.tensor.shape, strict=True)
-                place = tuple(slice(first, first + size) for first, size in sides)
-                box.tensor.copy_(whole[box.name][place])
+                box.tensor.copy_(tensor[tuple(slice(at, at + size) for at, size in sides)])
 
     def boxes(self, tensors: Mapping[str, torch.Tensor]) -> list[Box]:
         """Return this process's tensors with their places in the whole."""
@@ -133,15 +170,14 @@ class Shards:
             replace(box, tensor=tensors[box.name]) for box in boxes_of(self._model.state_dict())
         ]
 
-    def _gathered(
-        self, store: Store, root: str | None, tensors: Mapping[str, torch.Tensor]
-    ) -> Parts:
-        mine = store.encode(self.boxes(tensors), parent=root)
+    def _gathered(self, store: Store, root: str | None, boxes: Sequence[Box]) -> Parts:
+        mine = store.encode(boxes, parent=root)
         parts: list[Any] = [None] * self._accelerator.num_processes
         torch.distributed.all_gather_object(parts, mine)
         return Parts(parts)
 
-    def _shared(self, value: str | None) -> str | None:
+    def shared(self, value: str | None) -> str | None:
+        """Return the main process's value in every process."""
         shared = [value]
         broadcast_object_list(shared)
         return shared[0]

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from trainer.errors import RunError
+
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
     """Return an optimizer's state by number of the parameter and name; empty for a fresh one."""
@@ -50,7 +52,17 @@ def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 
 def set_rng(rows: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Give this process's generators the states that :func:`gather_rng` returned."""
+    """Give this process's generators the states that :func:`gather_rng` returned.
+
+    :class:`RunError` if they are of another number of processes.
+    """
+    for states in rows.values():
+        if len(states) != accelerator.num_processes:
+            raise RunError(
+                f"this state was saved by {len(states)} processes, and these are "
+                f"{accelerator.num_processes}: resume with as many. Or remove resume.safetensors "
+                "and resume/ from the run's directory, to go on from the root of the stage"
+            )
     # torch reads a state from where memory begins, so a row must not be a view of others.
     mine = {name: states[accelerator.process_index].cpu().clone() for name, states in rows.items()}
     torch.set_rng_state(mine["cpu"])

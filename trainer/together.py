@@ -9,6 +9,7 @@ Example::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +23,13 @@ _T = TypeVar("_T")
 
 
 def this_process() -> PartialState:
-    """Return accelerate's view of the processes; on CPUs it must be told that there are several."""
+    """Return accelerate's view of the processes; on CPUs it must be told that there are several.
+
+    ``accelerate launch --use_fsdp`` has no option for it, and without it every process would take
+    itself for the only one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from trainer.outbox import Outbox
 from trainer.sampling import shares
 from trainer.schedule import stage_schedule
 from trainer.settings import Config
-from trainer.sharding import Shards, check_sharded, is_sharded, prepare
+from trainer.sharding import Shards, check_sharded, load_once, split
 from trainer.snapshot import Snapshots
 from trainer.strategy import OVERALL
 from trainer.trackers import tracking
@@ -235,6 +235,7 @@ def open_workspace(
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     check_sharded(config, accelerator)
+    load_once()
     with locked(directory, accelerator.is_main_process):
         loaded = load_trained(config)
         mixture = load_mixture(
@@ -245,12 +246,11 @@ def open_workspace(
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.train.compute_dtype is not None:
             compute_in(config.train.compute_dtype, loaded.model, accelerator.device.type)
-        optimizer = make_optimizer(config.train, loaded.model)
-        model, optimizer = prepare(accelerator, loaded.model, optimizer)
-        shards = None
-        if is_sharded(model):
-            loaded = replace(loaded, model=model)
-            shards = Shards(accelerator, model, directory / STORE)
+        model = loaded.model
+        shards = split(accelerator, model, directory / STORE)
+        optimizer: Any = make_optimizer(config.train, model)
+        if shards is None:
+            model, optimizer = accelerator.prepare(model, optimizer)
         work = Workspace(
             config=config,
             directory=directory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,26 @@ def die_after(
     owner: object, name: str, *, call: int, like: Mapping[str, Any] | None = None
 ) -> None:
     """Let this process die at once after call number ``call`` of a method, see :func:`kill`."""
+    _act_after(lambda: os._exit(9), owner, name, call=call, like=like or {})
+
+
+def signal_after(owner: object, name: str, *, call: int) -> None:
+    """Send this process SIGTERM after call number ``call`` of a method."""
+    _act_after(lambda: signal.raise_signal(signal.SIGTERM), owner, name, call=call, like={})
+
+
+def _act_after(
+    act: Callable[[], None], owner: object, name: str, *, call: int, like: Mapping[str, Any]
+) -> None:
     original = getattr(owner, name)
     calls = []
 
-    def dying(*arguments, **keywords):
+    def acting(*arguments, **keywords):
         result = original(*arguments, **keywords)
-        if like is None or all(result.get(key) == like[key] for key in like):
+        if all(result.get(key) == like[key] for key in like):
             calls.append(result)
-        if len(calls) == call:
-            os._exit(9)
+            if len(calls) == call:
+                act()
         return result
 
-    setattr(owner, name, dying)
+    setattr(owner, name, acting)

@@ -11,7 +11,7 @@ import pytest
 
 from msft_store import StorageError, Store, Timeline
 from tests.trainer.support import make_config
-from trainer import loop, run
+from trainer import points, run
 from trainer.errors import RunError
 from trainer.journal import Journal, effective, read
 from trainer.outbox import Outbox
@@ -100,9 +100,9 @@ def test_training_goes_on_while_a_commit_is_under_way(config, reference, monkeyp
 def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, monkeypatch):
     config = replace(in_background(config, "points"), resume_every=1)
     journal = Path(config.output_dir) / "journal.jsonl"
-    settling, points = threading.Event(), []
+    settling, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, save_point = Outbox.settle, loop.save_point
+    settle, save_point = Outbox.settle, points.save_point
 
     def committing(self, *arguments, **keywords):
         settling.clear()
@@ -120,16 +120,16 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     def saving_point(path, point, *arguments):
         stage = [r for r in read(journal) if r.get("stage") == point.position.stage]
         decided = [r for r in stage if r["event"] == "decided" and r["seq"] <= point.seq]
-        points.append((len(decided), point.position.evaluations))
+        counted.append((len(decided), point.position.evaluations))
         return save_point(path, point, *arguments)
 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
     monkeypatch.setattr(Outbox, "settle", settled)
-    monkeypatch.setattr(loop, "save_point", saving_point)
+    monkeypatch.setattr(points, "save_point", saving_point)
     start(config)
-    assert len(points) > 10
-    assert all(decided == evaluations for decided, evaluations in points)
+    assert len(counted) > 10
+    assert all(decided == evaluations for decided, evaluations in counted)
 
 
 def test_a_commit_that_fails_ends_the_run_and_resume_repeats_it(config, reference, monkeypatch):

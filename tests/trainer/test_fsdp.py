@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from msft_store import Store
-from tests.support.runs import die_after, outcome
+from tests.support.runs import die_after, outcome, signal_after
 from tests.support.states import same_bits
 from tests.support.together import SHARDED, together
 from tests.trainer.support import make_config
@@ -44,6 +44,10 @@ def measured(directory):
     return [r["metrics"] for r in found if r["event"] in ("evaluated", "tested")]
 
 
+def resumed_from(directory):
+    return [r["from"] for r in read(directory / "journal.jsonl") if r["event"] == "resumed"]
+
+
 def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory / "model", dtype="auto").state_dict()
 
@@ -62,22 +66,6 @@ def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
     )
     both = {0: 0, 1: 0}
     assert together(lambda rank: start(config, "whole"), tmp_path) == both
-    assert together(lambda rank: start(config, "sharded"), tmp_path, SHARDED) == both
-
-    store = Store.open(place(config, "sharded") / "store")
-    (result,) = store.log()
-    assert max(len(entry.pieces) for entry in store.tensors(result).values()) == 2
-    assert store.check() == []
-    saved = weights(place(config, "sharded"))
-    assert same_bits({name: store.load(result)[name] for name in saved}, saved)
-    assert told(place(config, "sharded")) == told(place(config, "whole"))
-    # Sums over shards are rounded otherwise than over all.
-    expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
-    assert measured(place(config, "sharded")) == expected
-
-
-def test_each_process_commits_and_restores_its_own_part_alone(tmp_path):
-    config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2)
 
     def watching(rank):
         boxes, seen = Shards.boxes, []
@@ -88,21 +76,32 @@ def test_each_process_commits_and_restores_its_own_part_alone(tmp_path):
             return found
 
         Shards.boxes = watched
-        code = start(config, "parts")
+        code = start(config, "sharded")
         (tmp_path / f"largest-{rank}").write_text(str(max(seen)))
         return code
 
-    assert together(watching, tmp_path, SHARDED) == {0: 0, 1: 0}
-    store = Store.open(place(config, "parts") / "store")
+    assert together(watching, tmp_path, SHARDED) == both
+    store = Store.open(place(config, "sharded") / "store")
     (result,) = store.log()
-    whole = sum(tensor.numel() for tensor in store.load(result).values())
+    assert max(len(entry.pieces) for entry in store.tensors(result).values()) == 2
+    assert store.check() == []
+    # Each process commits and restores its own part alone.
+    total = sum(tensor.numel() for tensor in store.load(result).values())
     for rank in (0, 1):
-        assert int((tmp_path / f"largest-{rank}").read_text()) < 0.6 * whole
+        assert int((tmp_path / f"largest-{rank}").read_text()) < 0.6 * total
+    saved = weights(place(config, "sharded"))
+    assert same_bits({name: store.load(result)[name] for name in saved}, saved)
+    assert told(place(config, "sharded")) == told(place(config, "whole"))
+    # Sums over shards are rounded otherwise than over all.
+    expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
+    assert measured(place(config, "sharded")) == expected
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed):
-    config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
+@pytest.mark.parametrize(("killed", "resume_every"), [(0, None), (1, 2)])
+def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed, resume_every):
+    config = make_config(
+        tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1, resume_every=resume_every
+    )
     both = {0: 0, 1: 0}
     assert together(lambda rank: start(config, "whole"), tmp_path, SHARDED) == both
     trained = [r for r in read(place(config, "whole") / "journal.jsonl") if r["event"] == "trained"]
@@ -117,15 +116,41 @@ def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed
     again = ["resume", str(place(config, "killed")), "--quiet"]
     assert together(lambda rank: main(again), tmp_path, SHARDED) == both
     assert outcome(place(config, "killed")) == outcome(place(config, "whole"))
+    assert resumed_from(place(config, "killed")) == [
+        "resume_point" if resume_every else "stage_root"
+    ]
+    assert not (place(config, "killed") / "resume").exists()
+
+
+def test_a_sharded_run_that_a_signal_ends_goes_on_where_it_was(tmp_path):
+    config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
+    both = {0: 0, 1: 0}
+    assert together(lambda rank: start(config, "whole"), tmp_path, SHARDED) == both
+
+    def ended(rank):
+        if rank == 1:
+            signal_after(StageSteps, "train", call=3)
+        return start(config, "ended")
+
+    assert together(ended, tmp_path, SHARDED) == {0: 143, 1: 143}
+    (point,) = Store.open(place(config, "ended") / "resume").log()
+    assert (point.step, point.metadata["position"]["step"]) == (3, 3)
+    entries = Store.open(place(config, "ended") / "resume").tensors(point)
+    assert {name.partition(".")[0] for name in entries} == {"model", "optimizer", "rng"}
+
+    again = ["resume", str(place(config, "ended")), "--quiet"]
+    assert together(lambda rank: main(again), tmp_path, SHARDED) == both
+    assert outcome(place(config, "ended")) == outcome(place(config, "whole"))
+    assert resumed_from(place(config, "ended"))[-1] == "resume_point"
 
 
 def test_what_does_not_go_with_shards_is_refused_at_the_beginning(tmp_path):
     config = make_config(tmp_path)
-    overrides = ["resume_every=2", "msft.optimizer_on_rollback=restore"]
+    overrides = ["max_disk='2x'", "msft.optimizer_on_rollback=restore"]
 
     def refused(rank):
         return start(config, "refused", *overrides)
 
     assert set(together(refused, tmp_path, SHARDED).values()) == {1}
     message = (tmp_path / "0.txt").read_text()
-    assert "with FSDP, resume_every, msft.optimizer_on_rollback=restore cannot be had" in message
+    assert "with FSDP, max_disk, msft.optimizer_on_rollback=restore cannot be had" in message

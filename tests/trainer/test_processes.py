@@ -83,7 +83,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("resume_every", [None, 2])
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_run_of_two_processes_that_was_killed_ends_as_one_that_was_not(
-    undisturbed, tmp_path, resume_every, killed
+    undisturbed, tmp_path, resume_every, killed, capfd
 ):
     config, expected, steps = undisturbed
     directory = tmp_path / "run"
@@ -99,13 +99,16 @@ def test_a_run_of_two_processes_that_was_killed_ends_as_one_that_was_not(
     codes = together(dying, tmp_path)
     assert codes[killed] == 9
     assert codes[1 - killed] != 0
+    if resume_every is not None:
+        assert main(["resume", str(directory), "--quiet"]) == 1
+        assert "saved by 2 processes, and these are 1" in capfd.readouterr().err
     assert together(lambda rank: main(["resume", str(directory), "--quiet"]), tmp_path) == {
         0: 0,
         1: 0,
     }
     assert outcome(directory) == expected
-    (origin,) = [r["from"] for r in read(directory / "journal.jsonl") if r["event"] == "resumed"]
-    assert origin == ("stage_root" if resume_every is None else "resume_point")
+    origins = [r["from"] for r in read(directory / "journal.jsonl") if r["event"] == "resumed"]
+    assert origins[-1] == ("stage_root" if resume_every is None else "resume_point")
 
 
 def test_an_error_in_the_main_process_ends_all_with_its_message(config, tmp_path):
