@@ -37,9 +37,10 @@ class Member:
 
     def train(self, steps: int) -> None:
         """Train, each member on batches of its own order."""
+        seed = int.from_bytes(self.name.encode(), "big")
         optimizer = task.make_optimizer(self.model, self.lr)
         for step in range(self.steps, self.steps + steps):
-            task.train_step(self.model, optimizer, task.batch(step, seed=hash_of(self.name)))
+            task.train_step(self.model, optimizer, task.batch(step, seed=seed))
         self.steps += steps
 
     def go_on(self, steps: int) -> None:
@@ -52,11 +53,6 @@ class Member:
         metrics = task.evaluate_all(self.model)
         self.score = metrics["overall"]
         return self.timeline.commit(self.model, self.steps, metrics, {"lr": self.lr})
-
-
-def hash_of(name: str) -> int:
-    """Return a number that stays the same from one process to the next."""
-    return int.from_bytes(name.encode(), "big")
 
 
 def exploit(store: Store, loser: Member, winner: Checkpoint, meanwhile: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ Example::
 
     model = load_model()
     optimizer = make_optimizer(model)
-    loss = train_step(model, optimizer, batch(position, seed=0))
+    train_step(model, optimizer, batch(position, seed=0))["loss"]
     evaluate(model, "roman")
 """
 
@@ -74,14 +74,24 @@ def batch(position: int, *, seed: int = 0, tasks: tuple[str, ...] = TASKS, size:
     return collate(random.Random(f"{seed} {position}").sample(pool, size))  # noqa: S311
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, data: Batch) -> float:
-    """Do one step; return its loss."""
+def corrupted(position: int) -> Batch:
+    """Return the batch of a position; from 13 to 14 the completions are noise."""
+    data = batch(position)
+    if position in (13, 14):
+        noise = torch.randint_like(data["labels"], 500, generator=torch.Generator().manual_seed(1))
+        data["labels"] = torch.where(data["labels"] == IGNORED, IGNORED, noise)
+    return data
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, data: Batch) -> dict[str, float]:
+    """Do one step; return its ``loss`` and its ``gradient norm``."""
     model.train()
     loss = model(**data).loss
     loss.backward()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())
+    return {"loss": float(loss.detach()), "gradient norm": float(norm)}
 
 
 def evaluate(model: Any, task: str, count: int = 32) -> float:
