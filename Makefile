@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-CODE   := msft_store trainer tests bench examples
+CODE   := msft_store trainer tests bench examples docs
 
 .PHONY: help demo test test-crash test-soak check format lint types docs wheel bench clean
 
@@ -41,7 +41,7 @@ types: $(STAMP)  ## check types
 check: lint types test ## all of format, lint, types and tests
 
 docs: $(STAMP)   ## build the documentation site into site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/sphinx-build -W --keep-going -q -E docs site
 
 wheel:           ## build the wheel, install it into an empty environment and try it there
 	tests/wheel.sh $(PYTHON)

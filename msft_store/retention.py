@@ -5,7 +5,7 @@ least valuable first, and raises if what is protected does not fit. Policies are
 ``|``. Protected are pins, champions, what is named, and the very best by a metric.
 
 In a timeline a budget bounds all bytes of the store's directory, and what may be dropped goes only
-when a commit has no room; :meth:`Policy.rules` and :func:`expendable` are what it goes by.
+when a commit has no room; :meth:`Policy.rules` and ``expendable`` are what it goes by.
 
 Example::
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from bench import headline
+from msft_store import cli as store_cli
+from trainer import cli as train_cli
+from trainer.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +50,36 @@ def test_the_code_runs_and_the_store_is_sound_at_its_end(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert (tmp_path / "runs" / "readme-model" / "model.safetensors").is_file()
+
+
+def commands() -> list[list[str]]:
+    """Return the words of every command line of ours, in blocks and in the text."""
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    found = re.findall(r"^(?:\.venv/bin/)?(msft-(?:store|train) [^#\n]+)", blocks, re.MULTILINE)
+    found += re.findall(r"`(msft-store (?!\[)[^`]+)`", README)
+    found += [f"msft-train {rest}" for rest in re.findall(r"-m trainer ([^`]+)`", README)]
+    # A verb alone is only named.
+    return [words for line in found if len(words := shlex.split(line)) > 2]
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_one_that_is_understood(words: list[str]) -> None:
+    parser = {"msft-store": store_cli._parser, "msft-train": train_cli._parser}[words[0]]
+    parser().parse_args(words[1:])
+
+
+def test_the_configuration_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "config.yaml"
+    for name in re.findall(r"mine[.\w]+", block):
+        (tmp_path / name).touch()
+    path.write_text(f"output_dir: run\nmodel: {{path: base}}\n{block}", encoding="utf-8")
+    config = load_config(path)
+    assert list(config.data.sub_datasets) == ["mine", "gsm8k"]
 
 
 def test_everything_on_the_map_is_there() -> None:

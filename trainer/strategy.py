@@ -6,9 +6,9 @@ curves, and a run can be resumed by telling a fresh strategy the recorded evalua
 
 Example::
 
-    strategy = Msft(...)
+    strategy = Msft(sub_datasets=["arith", "dates"], mode="max", compute_budget=3.0)
     stage = strategy.first_stage()
-    decision = strategy.on_evaluation(Evaluation(...))
+    decision = strategy.on_evaluation(evaluation)
     if isinstance(decision, RollBack):
         stage = decision.stage
 """

@@ -16,8 +16,8 @@ Example::
 
     writer = StorageWriter("run/store", name="latest", parent=base, step=10)
     dcp.save({"model": model_state}, storage_writer=writer, planner=SavePlanner())
-    dcp.load({"model": model_state}, storage_reader=StorageReader("run/store", name="latest"),
-             planner=LoadPlanner())
+    reader = StorageReader("run/store", name="latest")
+    dcp.load({"model": model_state}, storage_reader=reader, planner=LoadPlanner())
 """
 
 from __future__ import annotations
