@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from msft_store.errors import InvalidInputError
+from msft_store.errors import InvalidInputError, PinnedError, UnknownCheckpointError
 from msft_store.gc import GcPlan, Verdict
 from msft_store.manifest import Checkpoint
 from msft_store.repack import RepackPlan
@@ -90,14 +90,34 @@ def forget(
     else:
         plan = store.plan_gc(policy)
         kept, dropped = plan.kept, plan.dropped
-    if not dry_run:
+    if not dry_run and policy is None:
         for verdict in dropped:
             store.forget(verdict.checkpoint)
+    elif not dry_run:
+        dropped, stay = _forget_unpinned(store, dropped)
+        kept += stay
     lines = [f"{'would forget' if dry_run else 'forgot'} {len(dropped)} checkpoints"]
     lines += [f"  forget {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in dropped]
     lines += [f"  keep   {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in kept]
     lines.append(UNCHANGED if dry_run else "msft-store gc frees their space")
     return {"forget": _verdicts(dropped), "keep": _verdicts(kept)}, "\n".join(lines)
+
+
+def _forget_unpinned(
+    store: Store, planned: Sequence[Verdict]
+) -> tuple[tuple[Verdict, ...], tuple[Verdict, ...]]:
+    """Forget what a plan drops; return what was, and what others have pinned since the plan."""
+    forgotten, stay = [], []
+    for verdict in planned:
+        try:
+            store.forget(verdict.checkpoint)
+            forgotten.append(verdict)
+        except PinnedError:
+            stay.append(Verdict(checkpoint=verdict.checkpoint, reasons=("pinned meanwhile",)))
+        except UnknownCheckpointError:
+            # Somebody else forgot it.
+            continue
+    return tuple(forgotten), tuple(stay)
 
 
 def repack(store: Store, *, dry_run: bool) -> tuple[dict[str, Any], str]:

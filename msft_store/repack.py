@@ -46,8 +46,10 @@ class RepackPlan:
 
     def __str__(self) -> str:
         before = len(self.delete) + sum(map(len, self.merge))
+        moved = max((sum(w.live_bytes for w in group) for group in self.merge), default=0)
         lines = [
-            f"would make {len(self.merge)} packs of {before}, and free {human(self.freed_bytes)}"
+            f"would make {len(self.merge)} packs of {before}, and free {human(self.freed_bytes)}; "
+            f"takes {human(moved)} for a moment"
         ]
         lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
         for number, group in enumerate(self.merge, 1):

@@ -1,7 +1,7 @@
 """Slips of the pen in retention policies, refused before they delete anything.
 
-A policy that ranks by a metric which nobody measured keeps nothing, and so would give everything
-up. Invariant: what is refused here has changed nothing.
+A policy that ranks by a metric which nobody measured, or which is nowhere finite, keeps nothing,
+and so would give everything up. Invariant: what is refused here has changed nothing.
 
 Example::
 
@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from msft_store.errors import InvalidInputError
@@ -28,15 +29,21 @@ def check_policy(policy: object) -> Policy:
 
 
 def check_ranked(policy: Policy, measured: Sequence[Metrics]) -> None:
-    """Refuse a policy that ranks by a metric which none of the checkpoints has.
+    """Refuse a policy that ranks by a metric which none of the checkpoints has as a finite number.
 
     :class:`InvalidInputError` names the nearest one that there is.
     """
     known = {metric for metrics in measured for metric in metrics}
+    finite = {m for metrics in measured for m, value in metrics.items() if math.isfinite(value)}
     for metric in policy.ranked_by:
         if measured and metric not in known:
             raise InvalidInputError(
                 f"no checkpoint has a metric {metric!r}; {_hint(metric, known)}"
+            )
+        if measured and metric not in finite:
+            raise InvalidInputError(
+                f"no checkpoint has a finite {metric!r}, so none is the best by it; "
+                "leave that rule out"
             )
 
 
