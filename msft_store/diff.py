@@ -1,7 +1,8 @@
 """What differs between two checkpoints, or a checkpoint and a base, tensor by tensor.
 
 By bits: -0.0 and 0.0 differ, a NaN equals itself. Parts with equal keys are equal and are not read;
-of the others a few are in memory at a time, unless the two are cut into other pieces.
+of the others a few are in memory at a time. What the two have in other pieces is read all through,
+some rows at a time.
 
 Example::
 
@@ -12,26 +13,34 @@ Example::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 
 from msft_store.bases import Base
+from msft_store.boxes import Box
 from msft_store.catalog import Catalog
-from msft_store.decoding import decode_state, empty_like, named
+from msft_store.decoding import named
 from msft_store.dtypes import DType
 from msft_store.kernels import Bytes
 from msft_store.manifest import Checkpoint, Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
+from msft_store.reboxing import decode_boxes
 from msft_store.sources import sources
 from msft_store.tensors import torch_dtype, view_bytes
 
 Kind = Literal["equal", "changed", "other", "added", "removed"]
+
+SLAB_BYTES = 64 << 20
+"""Bytes of each side that are in memory at once, of a tensor that the two have in other pieces."""
+_HELD_AS_FLOATS = ("float8_e8m0fnu",)
+"""Whose bits are no sign and magnitude, but whose values are floats all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,8 @@ class TensorDiff:
     changed: int
     """Elements whose bits differ; all of them where there is nothing to compare."""
     largest: float | None
-    """The largest absolute difference among values that are finite; ``None`` without any."""
+    """The largest absolute difference that is finite; ``None`` without any. Of whole numbers it is
+    exact up to the rounding of a float, of complex ones it is the absolute value."""
     stored_bytes: int
     """Encoded bytes of the second one's chunks."""
 
@@ -127,16 +137,32 @@ def _compare(
 def _changes(objects: Objects, name: str, first: _Side, second: _Side) -> tuple[int, float | None]:
     old, new = first.tensors[name], second.tensors[name]
     if [(p.offset, p.shape) for p in old.pieces] != [(p.offset, p.shape) for p in new.pieces]:
-        whole = [_whole(objects, name, side) for side in (first, second)]
-        return _count(view_bytes(whole[0]), view_bytes(whole[1]), new.dtype)
-    changed, largest = 0, None
+        return _total(_slabs(objects, name, first, second))
     jobs = _pairs(objects, name, first, second)
     with closing(in_order(lambda job: job(), jobs)) as counts:
-        for count, most in counts:
-            changed += count
-            if most is not None:
-                largest = most if largest is None else max(largest, most)
+        return _total(counts)
+
+
+def _total(counts: Iterable[tuple[int, float | None]]) -> tuple[int, float | None]:
+    changed, largest = 0, None
+    for count, most in counts:
+        changed += count
+        if most is not None:
+            largest = most if largest is None else max(largest, most)
     return changed, largest
+
+
+def _slabs(
+    objects: Objects, name: str, first: _Side, second: _Side
+) -> Iterator[tuple[int, float | None]]:
+    """Compare a tensor whose pieces differ, some rows at a time."""
+    entry = second.tensors[name]
+    row = math.prod(entry.shape[1:]) * entry.dtype.size
+    step = max(1, SLAB_BYTES // max(1, row))
+    for start in range(0, entry.shape[0], step):
+        rows = min(step, entry.shape[0] - start)
+        one, other = (_rows(objects, name, side, start, rows) for side in (first, second))
+        yield _count(one, other, entry.dtype)
 
 
 def _pairs(
@@ -159,10 +185,13 @@ def _read(objects: Objects, name: str, side: _Side, key: bytes, size: int) -> By
         return objects.read(key, size, side.tensors[name].dtype, side.base)
 
 
-def _whole(objects: Objects, name: str, side: _Side) -> torch.Tensor:
-    out = empty_like(side.tensors[name])
-    decode_state(objects, {name: side.tensors[name]}, {name: out}, base=side.base, what=side.what)
-    return out
+def _rows(objects: Objects, name: str, side: _Side, start: int, rows: int) -> Bytes:
+    entry = side.tensors[name]
+    out = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
+    offset = (start, *(0 for _ in entry.shape[1:]))
+    box = Box(name=name, shape=entry.shape, offset=offset, tensor=out)
+    decode_boxes(objects, {name: entry}, [box], base=side.base, what=side.what)
+    return view_bytes(out)
 
 
 def _count_of(reads: Sequence[Callable[[], Bytes]], dtype: DType) -> tuple[int, float | None]:
@@ -176,12 +205,24 @@ def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
     changed = int(differ.sum())
     if not changed:
         return 0, None
-    values = [
-        torch.from_numpy(data.reshape(-1, dtype.size)[differ].reshape(-1)).view(torch_dtype(dtype))
-        for data in (one, other)
-    ]
+    parts = [data.reshape(-1, dtype.size)[differ].reshape(-1) for data in (one, other)]
+    if not (dtype.floating or dtype.name in _HELD_AS_FLOATS):
+        return changed, _integers_apart(parts[0], parts[1], dtype)
+    values = [torch.from_numpy(part).view(torch_dtype(dtype)) for part in parts]
     if values[0].is_complex():
-        values = [torch.view_as_real(value.to(torch.complex64)) for value in values]
-    distance = (values[1].double() - values[0].double()).abs()
+        # Torch cannot turn half of a complex32 into a complex128.
+        small = dtype.size < torch.complex64.itemsize
+        values = [(v.to(torch.complex64) if small else v).to(torch.complex128) for v in values]
+    else:
+        values = [value.double() for value in values]
+    distance = (values[1] - values[0]).abs()
     finite = distance[torch.isfinite(distance)]
     return changed, float(finite.max()) if len(finite) else None
+
+
+def _integers_apart(one: Bytes, other: Bytes, dtype: DType) -> float:
+    # A float has no room for each of 64 bits, and a difference may be larger than an integer.
+    kind = np.dtype(np.uint8 if dtype.name == "bool" else dtype.name)
+    before, after = one.view(kind), other.view(kind)
+    above = np.maximum(before, after).astype(np.uint64)
+    return float((above - np.minimum(before, after).astype(np.uint64)).max())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from msft_store import Base, Box, Parts, Store, TensorDiff, UnknownCheckpointError
+from msft_store import diff as module
 from tests.support.states import State, make_state, train_step
 
 
@@ -72,16 +73,56 @@ def test_what_cannot_be_compared_is_said(store: Store) -> None:
     assert [found[name].kind for name in "abc"] == ["other", "other", "equal"]
 
 
-def test_other_pieces_are_compared_all_the_same(store: Store) -> None:
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize(
+    ("dtype", "one", "other", "largest"),
+    [
+        (torch.bool, True, False, 1.0),
+        (torch.uint8, 0, 255, 255.0),
+        (torch.int64, 2**60, 2**60 + 1, 1.0),
+        (torch.int64, -(2**63), 2**63 - 1, float(2**64)),
+        (torch.uint64, 2**64 - 1, 2**64 - 3, 2.0),
+        (torch.float8_e4m3fn, 2.0, -1.0, 3.0),
+        (torch.float8_e5m2fnuz, 2.0, -1.0, 3.0),
+        (torch.float8_e8m0fnu, 2.0, 8.0, 6.0),
+        (torch.float16, 2.0, 2.5, 0.5),
+        (torch.float64, 1.0, 1.0 + 2**-50, 2.0**-50),
+        (torch.float64, float("inf"), float("-inf"), None),
+        (torch.complex32, 1 + 1j, 4 + 5j, 5.0),
+        (torch.complex64, 1 + 1j, 4 + 5j, 5.0),
+        (torch.complex128, 1 + 1j, 1 + 2**-50 + 1j, 2.0**-50),
+    ],
+)
+def test_the_largest_change_is_right_in_every_dtype(
+    store: Store, dtype: torch.dtype, one: complex, other: complex, largest: float | None
+) -> None:
+    sides = [store.save({"w": torch.tensor([value, 1], dtype=dtype)}) for value in (one, other)]
+
+    (diff,) = store.diff(*sides)
+
+    assert (diff.changed, diff.largest) == (1, largest)
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 30, 1 << 20])
+def test_other_pieces_are_compared_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch, slab_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "SLAB_BYTES", slab_bytes)
     one, other = torch.arange(12.0).reshape(4, 3), torch.arange(12.0).reshape(4, 3)
     other[2, 1] += 5
+    other[0, 0] += 1
     whole = store.save({"w": one})
     halves = [
         Box(name="w", shape=(4, 3), offset=(2 * at, 0), tensor=other[2 * at : 2 * at + 2])
         for at in (0, 1)
     ]
-    cut = store.save(Parts([store.encode(halves)]))
+    sides = [
+        Box(name="w", shape=(4, 3), offset=(0, first), tensor=other[:, first:last])
+        for first, last in ((0, 2), (2, 3))
+    ]
 
-    (diff,) = store.diff(whole, cut)
+    for boxes in (halves, sides):
+        cut = store.save(Parts([store.encode(boxes)]))
+        (diff,) = store.diff(whole, cut)
 
-    assert (diff.changed, diff.largest) == (1, 5.0)
+        assert (diff.changed, diff.largest) == (2, 5.0)
