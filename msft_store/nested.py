@@ -3,7 +3,8 @@
 Optimizers, schedulers and generators give dictionaries and lists of tensors, numbers and strings.
 ``flatten`` takes the tensors out, under names made of their path, and puts the rest into JSON.
 Invariant: ``unflatten`` gives back equal values of equal types: tuples, integer keys, NaN and
-numbers of any size included. Subclasses come back as what they extend, NumPy arrays as such.
+numbers of any size included, and the ``Counter`` that a scheduler has. Other subclasses come back
+as what they extend, NumPy arrays as such, a tensor that several places share once for each.
 
 Example::
 
@@ -15,6 +16,7 @@ Example::
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +25,12 @@ import torch
 
 from msft_store.errors import InvalidInputError, MismatchError
 
-_TENSOR, _ARRAY, _TUPLE, _DICT = "$tensor", "$array", "$tuple", "$dict"
+_TENSOR, _ARRAY, _TUPLE = "$tensor", "$array", "$tuple"
+_DICT, _COUNTER = "$dict", "$counter"
 _FLOAT, _INTEGER, _BYTES = "$float", "$integer", "$bytes"
 _LARGEST = 1 << 63
+_MOST_BITS = 14_000
+"""Of an integer; Python reads and writes no more than 4,300 digits."""
 _MOST_LEVELS = 40
 """Each may take more than one level of the 64 that metadata can have."""
 
@@ -57,11 +62,13 @@ def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int
         raise InvalidInputError(f"{name[:80]!r} is nested more than {_MOST_LEVELS} levels deep")
     if isinstance(value, torch.Tensor):
         return {_TENSOR: _add(tensors, name, value)}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray) and _is_plain(value):
         return {_ARRAY: _add(tensors, name, torch.from_numpy(np.array(value, order="C")))}
     if value is None or isinstance(value, (bool, str)):
         return value
     if type(value) is int:
+        if value.bit_length() > _MOST_BITS:
+            raise InvalidInputError(f"{name or 'the state'} is a number of too many digits")
         return value if -_LARGEST <= value < _LARGEST else {_INTEGER: str(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_FLOAT: str(float(value))}
@@ -75,7 +82,7 @@ def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int
     if isinstance(value, Mapping):
         return _mapping(value, name, tensors, level)
     raise InvalidInputError(
-        f"{name or 'the state'} is a {type(value).__name__}; nested state holds tensors, numbers, "
+        f"{name or 'the state'} is a {_kind(value)}; nested state holds tensors, numbers, "
         "strings, bytes, None, and mappings, lists and tuples of them. Convert it, or leave it out"
     )
 
@@ -90,10 +97,22 @@ def _mapping(
         key: _to_json(item, _below(name, key), tensors, level + 1) for key, item in value.items()
     }
     # Canonical JSON sorts its keys, and the order of a mapping matters to some who read it.
+    counter = isinstance(value, Counter)
     plain = all(isinstance(key, str) and not key.startswith("$") for key in below)
-    if plain and list(below) == sorted(below):
+    if plain and not counter and list(below) == sorted(below):
         return below
-    return {_DICT: [[key, item] for key, item in below.items()]}
+    return {_COUNTER if counter else _DICT: [[key, item] for key, item in below.items()]}
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return f"{name} of {value.dtype}" if isinstance(value, np.ndarray) else name
+
+
+def _is_plain(array: np.ndarray[Any, Any]) -> bool:
+    """Return whether an array is its elements alone, of a type that torch has."""
+    native = array.dtype.isnative and array.dtype.kind in "biuf" and array.dtype.itemsize <= 8
+    return native and not isinstance(array, np.ma.MaskedArray)
 
 
 def _below(name: str, key: object) -> str:
@@ -125,8 +144,9 @@ def _from_json(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return found if kind == _TENSOR else found.detach().cpu().numpy()
     if kind == _TUPLE:
         return tuple(_from_json(item, tensors) for item in content)
-    if kind == _DICT:
-        return {key: _from_json(item, tensors) for key, item in content}
+    if kind in (_DICT, _COUNTER):
+        below = {key: _from_json(item, tensors) for key, item in content}
+        return Counter(below) if kind == _COUNTER else below
     if kind == _BYTES:
         return bytes.fromhex(content)
     if kind == _FLOAT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,35 @@ def test_paths_that_read_alike_get_names_of_their_own() -> None:
     assert plain(unflatten(tensors, rest)) == plain(tree)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, 1j, {(1, 2): 3}, {True: 1}])
+def test_a_schedulers_counter_and_any_integer_come_back(store: Store) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 2])
+    huge = 10**4000
+    _, tree = flatten({"scheduler": scheduler.state_dict(), "huge": huge, "less": -huge})
+
+    ckpt = store.save({"w": torch.ones(1)}, metadata={"state": tree})
+    found = unflatten({}, store.get(ckpt.id).metadata["state"])
+
+    assert (found["huge"], found["less"]) == (huge, -huge)
+    milestones = found["scheduler"]["milestones"]
+    assert isinstance(milestones, Counter)
+    assert milestones == scheduler.milestones
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {1, 2},
+        1j,
+        {(1, 2): 3},
+        {True: 1},
+        pytest.param(10**5000, id="10**5000"),
+        np.ma.masked_array([1.0, 2.0], [False, True]),
+        np.arange(3, dtype=np.dtype("f8").newbyteorder()),
+        np.array([1 + 1j]),
+    ],
+)
 def test_what_json_has_no_word_for_is_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidInputError, match=r"state\.deep"):
         flatten({"deep": value}, "state")
