@@ -26,8 +26,15 @@ from msft_store.check import Report
 from msft_store.cli_check import examine, repair
 from msft_store.cli_remote import add_commands, open_store
 from msft_store.cli_space import add_keep_options, forget, gc, policy_of, repack
-from msft_store.cli_tensors import add_diff_options, add_import_options, diff, import_files
-from msft_store.cli_text import facts, gone, hush, listing, printable, say
+from msft_store.cli_tensors import (
+    add_diff_options,
+    add_export_options,
+    add_import_options,
+    diff,
+    export_files,
+    import_files,
+)
+from msft_store.cli_text import counts, facts, gone, hush, printable, say
 from msft_store.codecs import LEVELS
 from msft_store.completion import SHELLS, completion
 from msft_store.errors import InvalidInputError, StoreError
@@ -39,6 +46,8 @@ from msft_store.tree import lineage, metrics_text
 
 _EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found something wrong"
 _STORE = "MSFT_STORE"
+_PATHS = ("store", "path", "plot", "directory", "base_directory", "like", "url")
+"""Arguments that a shell completes with names of files."""
 
 Output = tuple[Any, str]
 """What a command has to say: for ``--json``, and for people."""
@@ -64,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hush()
         print(f"msft-store: the output was cut off: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("msft-store: interrupted", file=sys.stderr)
+        return 130
     return 3 if isinstance(document, Report) and document.findings else 0
 
 
@@ -174,8 +186,7 @@ def _check(options: argparse.Namespace) -> Output:
 
 
 def _export(options: argparse.Namespace) -> Output:
-    files = _open(options).export(options.checkpoint, options.directory)
-    return {"files": [str(file) for file in files]}, "\n".join(str(file) for file in files)
+    return export_files(_open(options), options)
 
 
 def _pin(options: argparse.Namespace) -> Output:
@@ -210,7 +221,7 @@ def _import(options: argparse.Namespace) -> Output:
 
 
 def _completion(options: argparse.Namespace) -> Output:
-    script = completion(_parser(), options.shell)
+    script = completion(_parser(), options.shell, paths=_PATHS)
     return {"shell": options.shell, "script": script}, script
 
 
@@ -224,18 +235,7 @@ def _unlock(options: argparse.Namespace) -> Output:
 def _stats(options: argparse.Namespace) -> Output:
     store = _open(options)
     stats = store.stats()
-    rows = {
-        "checkpoints": str(stats.checkpoints),
-        "logical": f"{human(stats.logical_bytes)} as full copies",
-        "stored": f"{human(stats.stored_bytes)} in packs "
-        f"({percent(stats.stored_bytes, stats.logical_bytes)})",
-        "held": f"{human(stats.held_bytes)}, of forgotten checkpoints that others are changes of",
-        "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
-        "quarantine": f"{human(stats.quarantine_bytes)} of it, set aside by repairs",
-        "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
-        "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
-    }
-    return dataclasses.asdict(stats), listing(rows) + gone(store.bases())
+    return dataclasses.asdict(stats), counts(stats) + gone(store.bases())
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -355,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "write a checkpoint as plain safetensors", "export best my-model"
     )
     _add_checkpoint(export)
-    export.add_argument("directory", help="a new or empty directory")
+    add_export_options(export)
 
     pin = add("pin", _pin, "point a ref to a checkpoint, which then stays", "pin 3fa9 best")
     _add_checkpoint(pin)
@@ -386,12 +386,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_checkpoint(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    text = "id of a checkpoint, a unique prefix of one, or a ref"
-    if nargs is None:
-        command.add_argument("checkpoint", help=text)
-    else:
-        command.add_argument("checkpoint", nargs=nargs, help=text)
+def _add_checkpoint(command: argparse.ArgumentParser, **how: Any) -> None:
+    command.add_argument(
+        "checkpoint", help="id of a checkpoint, a unique prefix of one, or a ref", **how
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``msft-store diff`` and ``import``: tensors of two checkpoints, and of a directory.
+"""``msft-store diff``, ``import`` and ``export``: tensors of two checkpoints, and of a directory.
 
 Example::
 
@@ -12,8 +12,10 @@ import dataclasses
 from typing import Any
 
 from msft_store.errors import InvalidInputError
+from msft_store.export import is_configured
 from msft_store.figures import draw_changes, heat_text
 from msft_store.importing import import_checkpoint
+from msft_store.refs import check_name
 from msft_store.render import human, percent, table
 from msft_store.store import Store
 
@@ -21,7 +23,8 @@ from msft_store.store import Store
 def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
     """Compare two checkpoints or bases; draw a heat map if a file is named."""
     diffs = store.diff(one, other)
-    both = [tensor for tensor in diffs if tensor.kind in ("equal", "changed")]
+    comparable = ("equal", "changed")
+    both = [tensor for tensor in diffs if tensor.kind in comparable]
     changed = sum(tensor.changed for tensor in both)
     elements = sum(tensor.elements for tensor in both)
     differing = [tensor for tensor in diffs if tensor.kind != "equal"]
@@ -30,7 +33,7 @@ def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, 
             tensor.name,
             "x".join(map(str, tensor.shape)) or "scalar",
             tensor.kind,
-            percent(tensor.changed, tensor.elements) if tensor in both else "",
+            percent(tensor.changed, tensor.elements) if tensor.kind in comparable else "",
             "" if tensor.largest is None else f"{tensor.largest:.3g}",
             human(tensor.stored_bytes),
         )
@@ -43,7 +46,7 @@ def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, 
         f"{percent(changed, elements)} of the elements that both have"
     )
     picture = heat_text(diffs)
-    text += f"\n\n{picture}" if picture and differing else ""
+    text += f"\n\n{picture}" if picture else ""
     document = {
         "tensors": [{**dataclasses.asdict(t), "share": t.share} for t in diffs],
         "changed": changed,
@@ -79,6 +82,8 @@ def add_import_options(command: argparse.ArgumentParser) -> None:
 def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     """Save a directory of safetensors as a checkpoint."""
     metrics = dict(_metric(text) for text in options.metric)
+    if options.ref is not None:
+        check_name(options.ref)
     saved = import_checkpoint(
         store,
         options.path,
@@ -96,7 +101,33 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
         "stored_bytes": saved.stored_bytes,
         "ref": options.ref,
     }
-    return document, f"checkpoint {saved.id[:12]}: {size}"
+    text = f"checkpoint {saved.id[:12]}: {size}"
+    if saved.parent is None and store.bases():
+        text += "\nit is stored whole; with --parent, a base or a checkpoint, only what changed is"
+    return document, text
+
+
+def add_export_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`export_files` reads, after the checkpoint."""
+    command.add_argument("directory", help="a new or empty directory")
+    command.add_argument(
+        "--like",
+        metavar="DIRECTORY",
+        help="a model directory to take configuration and tokenizer from (default: the base's)",
+    )
+
+
+def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
+    """Write a checkpoint as a directory of safetensors."""
+    files = store.export(options.checkpoint, options.directory, like=options.like)
+    text = "\n".join(map(str, files))
+    configured = is_configured(files)
+    if not configured:
+        text += (
+            "\nthere is no configuration beside them, as the checkpoint has no base, or not in a "
+            "directory that is there; --like DIRECTORY takes it from another model"
+        )
+    return {"files": [str(file) for file in files], "configured": configured}, text
 
 
 def _metric(text: str) -> tuple[str, float]:

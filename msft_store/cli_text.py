@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from msft_store.bases import Base, is_gone
 from msft_store.manifest import Checkpoint
 from msft_store.render import human, percent
+from msft_store.stats import Stats
 from msft_store.store import Store
 
 
@@ -31,13 +32,17 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """Print text at once, so that an error of writing it is raised here."""
+    if sys.stdout is None:
+        # Whoever closed it wants nothing of it.
+        return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def hush() -> None:
     """Throw away what could not be printed; else it is tried again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def listing(rows: Mapping[str, str]) -> str:
@@ -69,6 +74,24 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
         }
     )
     return text + gone(base for base in store.bases() if base.id == checkpoint.base)
+
+
+def counts(stats: Stats) -> str:
+    """Return what is counted in a store."""
+    share = percent(stats.stored_bytes, stats.logical_bytes)
+    return listing(
+        {
+            "checkpoints": str(stats.checkpoints),
+            "logical": f"{human(stats.logical_bytes)} as full copies",
+            "stored": f"{human(stats.stored_bytes)} in packs ({share})",
+            "held": f"{human(stats.held_bytes)}, of forgotten checkpoints that others are changes "
+            "of",
+            "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
+            "quarantine": f"{human(stats.quarantine_bytes)} of it, set aside by repairs",
+            "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
+            "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
+        }
+    )
 
 
 def gone(bases: Iterable[Base]) -> str:

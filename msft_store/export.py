@@ -1,7 +1,8 @@
 """Out of the store: a checkpoint as an ordinary directory of safetensors.
 
 Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
-the result loads with ``from_pretrained``. The directory appears whole or not at all; an export that
+the result loads with ``from_pretrained``; for any other checkpoint ``like`` names a directory that
+has them. The directory appears whole or not at all; an export that
 is killed leaves a hidden one beside it, which the next export to that place removes.
 
 Example::
@@ -19,7 +20,7 @@ import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.safetensors_file import INDEX
 
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+_CONFIGS = ("config.json", "adapter_config.json")
+"""Of a model, and of an adapter (LoRA), whose weights have another name and are in one file."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
 _METADATA = "__metadata__"
@@ -49,13 +53,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def export(
-    catalog: Catalog, checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = 1 << 30
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    like: Path | None = None,
+    shard_bytes: int = 1 << 30,
 ) -> list[Path]:
     """Write a checkpoint to a new directory; return its files.
 
     ``shard_bytes`` bounds each safetensors file, unless one tensor is larger; of a shard, a few
-    chunks at a time are in memory. :class:`InvalidInputError` if the directory has something in it,
-    or a dtype is not safetensors'.
+    chunks at a time are in memory. ``like`` is a directory whose other files come along in the
+    place of the base's. :class:`InvalidInputError` if the directory has something in it, ``like``
+    has no configuration, or a dtype is not safetensors'.
     """
     with translated("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -71,12 +81,18 @@ def export(
             raise InvalidInputError(
                 f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
             )
+    beside = _beside(catalog, checkpoint, like)
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # What a manifest names again and again takes no room in the store, and all of it here.
         Bounded(backend).require(checkpoint.logical_bytes)
-        _write_shards(catalog, checkpoint, tensors, backend, shard_bytes)
-        _copy_companions(catalog, checkpoint, backend)
+        shards = list(_shards(tensors, shard_bytes))
+        if is_adapter(beside):
+            # A few tensors, which nothing reads in parts.
+            shards = [list(tensors)]
+        _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_adapter(beside))
+        for file, size in beside.items():
+            publish(backend, file.name, read_file(file, 0, size))
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())
@@ -123,12 +139,13 @@ def _write_shards(
     checkpoint: Checkpoint,
     tensors: dict[str, TensorEntry],
     backend: LocalBackend,
-    shard_bytes: int,
+    shards: Sequence[Sequence[str]],
+    *,
+    adapter: bool,
 ) -> None:
-    shards = list(_shards(tensors, shard_bytes))
     index = {}
     for number, names in enumerate(shards, 1):
-        file = _SINGLE
+        file = _ADAPTER if adapter else _SINGLE
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         # The largest elements first, so that all are aligned; then by name.
@@ -173,17 +190,33 @@ def _shards(tensors: dict[str, TensorEntry], shard_bytes: int) -> Iterator[list[
     yield names
 
 
-def _copy_companions(catalog: Catalog, checkpoint: Checkpoint, backend: LocalBackend) -> None:
+def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
+    """Return the files that come along, and their sizes in bytes."""
+    if like is not None:
+        with translated("read", like):
+            found = {file: file.stat().st_size for file in companions(like)}
+        if not is_configured(found):
+            raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
+        return found
     if checkpoint.base is None:
-        return
+        return {}
     reader = catalog.objects.base(checkpoint.base)
     source = Path(reader.base.path)
     if not source.is_dir() or not _stands_in(reader, source):
-        return
+        return {}
     with translated("read", source):
-        sizes = {file: file.stat().st_size for file in companions(source)}
-    for file, size in sizes.items():
-        publish(backend, file.name, read_file(file, 0, size))
+        return {file: file.stat().st_size for file in companions(source)}
+
+
+def is_configured(files: Iterable[Path]) -> bool:
+    """Return whether a configuration is among files, so that ``from_pretrained`` knows a model."""
+    return any(file.name in _CONFIGS for file in files)
+
+
+def is_adapter(files: Iterable[Path]) -> bool:
+    """Return whether files are beside an adapter's weights, not a model's."""
+    names = {file.name for file in files}
+    return _CONFIGS[1] in names and _CONFIGS[0] not in names
 
 
 def companions(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from msft_store.strict import mapping, name_of, parse, shape_of
 
 _MAX_HEADER_BYTES = 100 << 20
 INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def find_files(path: Path) -> list[Path]:
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise BaseError(f"no *.safetensors file in {path}")
+        raise BaseError(f"no *.safetensors file in {path}{_pickled(path.iterdir())}")
     return files
 
 
@@ -79,7 +80,10 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     (length,) = struct.unpack("<Q", start)
     size = path.stat().st_size
     if length > min(_MAX_HEADER_BYTES, size - 8):
-        raise BaseError(f"{path} is not a safetensors file: its header would be {length} bytes")
+        raise BaseError(
+            f"{path} is not a safetensors file: its header would be {length} bytes"
+            f"{_pickled([path])}"
+        )
     try:
         header = mapping(parse(read_file(path, 8, length), "utf-8"))
         header.pop("__metadata__", None)
@@ -90,6 +94,17 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         raise BaseError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BaseError(f"{path} is not a sound safetensors file: {error}") from None
+
+
+def _pickled(files: Iterable[Path]) -> str:
+    """Return what to do about files that are none of ours, if some are pickles by their names."""
+    found = sorted(file.name for file in files if file.suffix in _PICKLES)
+    return (
+        f"; {found[0]} may be a pickle, which can run code and is never read: load the model and "
+        "save_pretrained it, which writes safetensors"
+        if found
+        else ""
+    )
 
 
 def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:

@@ -139,7 +139,11 @@ class Store:
             self._catalog.refresh()
             found = self._catalog.resolve_base(base)
         if found is None:
-            raise UnknownCheckpointError(f"no base {base!r} in {self.path}; add it with add-base")
+            ids = ", ".join(known.id[:12] for known in self._catalog.objects.bases().values())
+            raise UnknownCheckpointError(
+                f"no base {base!r} in {self.path}, which has {ids or 'none'}; give one's id or at "
+                "least 4 characters that only it begins with, or add it with add-base"
+            )
         return found
 
     def save(
@@ -422,10 +426,17 @@ class Store:
         first, second = self._either(one), self._either(other)
         return undisturbed(self._backend, lambda: diff(self._catalog, first, second))
 
-    def export(self, checkpoint: Checkpoint | str, folder: PathLike) -> list[Path]:
-        """Write a checkpoint as an ordinary directory of safetensors; return its files."""
-        found = self.get(checkpoint)
-        return undisturbed(self._backend, lambda: export(self._catalog, found, local_path(folder)))
+    def export(
+        self, checkpoint: Checkpoint | str, folder: PathLike, *, like: PathLike | None = None
+    ) -> list[Path]:
+        """Write a checkpoint as an ordinary directory of safetensors; return its files.
+
+        Configuration and tokenizer come from the base's directory, or from the one that ``like``
+        names.
+        """
+        found, place = self.get(checkpoint), local_path(folder)
+        beside = None if like is None else local_path(like)
+        return undisturbed(self._backend, lambda: export(self._catalog, found, place, like=beside))
 
     def held_bytes(self) -> int:
         """Return the encoded bytes of forgotten checkpoints that others are differences of."""

@@ -41,6 +41,21 @@ def test_weights_and_companions_make_a_model_directory(
     assert again.stored_bytes == 0
 
 
+def test_an_adapter_has_the_name_that_peft_looks_for(tmp_path: Path, store: Store) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    state = {"base_model.model.q.lora_A.weight": torch.randn(4, 64)}
+    safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    ckpt = store.save(state, parent=store.add_base(folder))
+    bare = store.save(state, step=1)
+
+    like = store.export(bare, tmp_path / "like", like=folder)
+    for files in (store.export(ckpt, tmp_path / "out"), like):
+        assert [p.name for p in files] == ["adapter_config.json", "adapter_model.safetensors"]
+        assert same_bits(safetensors.torch.load_file(files[1]), state)
+
+
 def test_large_models_are_sharded_with_an_index(tmp_path: Path, store: Store) -> None:
     state = make_state()
     ckpt = store.save(state)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from msft_store import Champions, KeepBest, Store, Timeline
+from msft_store import Champions, InvalidInputError, KeepBest, KeepLast, Store, Timeline
 from msft_store.cli import main
+from msft_store.cli_space import forget
+from msft_store.figures import draw_changes, draw_lineage, heat_map, heat_text
+from msft_store.retention import Candidate, Reason
 
 COMMANDS = (
     *("init", "add-base", "relocate", "log", "inspect", "gc"),
@@ -149,6 +156,17 @@ def test_gc_refuses_a_metric_that_nobody_has(
     assert len(run_store.log()) == 2
 
 
+@pytest.mark.parametrize("command", ["gc", "forget"])
+def test_a_metric_without_a_finite_value_drops_nothing(
+    capsys: pytest.CaptureFixture[str], store: Store, command: str
+) -> None:
+    for step, loss in enumerate((math.nan, math.inf, -math.inf)):
+        store.save({"w": torch.ones(step + 1)}, step=step, metrics={"loss": loss})
+    code, _, err = run(capsys, "--store", store.path, command, "--keep-best", "loss:min")
+    assert (code, "no checkpoint has a finite 'loss'" in err) == (1, True)
+    assert len(store.log()) == 3
+
+
 def test_diff_tells_and_draws_what_changed(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
@@ -180,6 +198,46 @@ def test_a_heat_map_has_a_row_a_layer(capsys: pytest.CaptureFixture[str], store:
     assert [row for row in rows if "█" in row] == ["   10 |  ██|"]
 
 
+def test_stacks_and_experts_are_told_apart_in_a_heat_map(store: Store, tmp_path: Path) -> None:
+    names = [f"{stack}.{n}.fc.weight" for stack in ("encoder.h", "decoder.h") for n in (0, 1)]
+    one = store.save({name: torch.zeros(4) for name in names})
+    other = store.save({name: torch.tensor([1.0, 1, 0, at]) for at, name in enumerate(names)})
+
+    rows = heat_text(store.diff(one, other)).splitlines()[1:-1]
+
+    assert [row.split() for row in rows] == [
+        ["decoder.h.0", "|██|"],
+        ["decoder.h.1", "|██|"],
+        ["encoder.h.0", "|▓▓|"],
+        ["encoder.h.1", "|██|"],
+    ]
+    experts = [f"h.{n}.mlp.{at}.up" for n in (0, 1) for at in range(50)]
+    one = store.save({name: torch.zeros(1) for name in experts})
+    other = store.save({name: torch.tensor([float(name > "h.1.mlp.3")]) for name in experts})
+    layers, kinds, shares = heat_map(store.diff(one, other))
+    assert (layers, kinds, shares[0]) == (["0", "1"], ["mlp.*.up"], [0.0])
+    assert heat_text(store.diff(one, one)) == ""
+    with pytest.raises(InvalidInputError, match="in common"):
+        draw_changes(store.diff(one, store.save({"w": torch.ones(1)})), tmp_path / "heat.png")
+
+
+def test_a_picture_of_thousands_of_checkpoints_has_a_size_to_look_at(
+    store: Store, tmp_path: Path
+) -> None:
+    root = store.save({"w": torch.ones(1)}, step=0, metrics={"$\\frac$": 1.0})
+    chain = [root]
+    for step in range(1, 2000):
+        identity = f"{step:032x}"
+        chain.append(dataclasses.replace(chain[-1], id=identity, parent=chain[-1].id, step=step))
+    fork = [dataclasses.replace(root, id=f"f{n:031x}", parent=root.id, step=5) for n in range(3)]
+
+    path = draw_lineage([*chain, *fork], [], {"$\\frac$": root.id}, tmp_path / "lineage.png")
+
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    assert width < 2_000
+    assert height < 1_000
+
+
 def test_the_lineage_is_drawn(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
@@ -207,6 +265,23 @@ def test_forget_by_rules_is_planned_first(
     found = document(capsys, *at, "forget", "--keep-tag", "keep")
     assert (len(found["forget"]), [kept["id"] for kept in found["keep"]]) == (2, [tagged.id])
     assert run_store.log() == [tagged]
+
+
+def test_forget_by_rules_leaves_what_was_pinned_since(store: Store) -> None:
+    saved = [store.save({"w": torch.ones(n)}, step=n) for n in range(1, 5)]
+    other = Store.open(store.path)
+
+    class PinnedWhileDeciding(KeepLast):
+        def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+            other.pin(candidates[0].id, "mine")
+            return super().keep(candidates)
+
+    found, text = forget(store, [], PinnedWhileDeciding(1), dry_run=False)
+
+    assert [one["id"] for one in found["forget"]] == [saved[1].id, saved[2].id]
+    assert [one["id"] for one in found["keep"]] == [saved[3].id, saved[0].id]
+    assert "forgot 2 checkpoints" in text
+    assert store.log() == [saved[0], saved[3]]
 
 
 def test_forget_takes_names_or_rules(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
@@ -240,9 +315,17 @@ def test_repack_and_import(
     assert (saved.id, saved.step, saved.tags) == (found["id"], 7, ("x",))
     assert saved.metrics == {"loss": 0.5}
     assert saved.stored_bytes == tip.stored_bytes
-    for wrong in (("--metric", "loss"), ("--metric", "=1"), ("--parent", "nobody")):
+    known = run_store.log()
+    for wrong in (("--metric", "x"), ("--metric", "=1"), ("--parent", "nobody"), ("--ref", "a b")):
         code, _, err = run(capsys, *at, "import", tmp_path / "out", *wrong)
         assert (code, err.startswith("msft-store: ")) == (1, True)
+    assert run_store.log() == known
+    assert "--parent" in run(capsys, *at, "import", tmp_path / "out")[1]
+    (tmp_path / "old").mkdir()
+    torch.save({}, tmp_path / "old" / "pytorch_model.bin")
+    for path in (tmp_path / "old", tmp_path / "old" / "pytorch_model.bin"):
+        code, _, err = run(capsys, *at, "import", path)
+        assert (code, "pytorch_model.bin may be a pickle" in err) == (1, True)
 
 
 def test_a_shell_completes_commands_and_options(
@@ -252,16 +335,24 @@ def test_a_shell_completes_commands_and_options(
     assert code == 0
     (tmp_path / "complete.sh").write_text(script)
     asked = """
-    source "$1"; COMP_WORDS=(msft-store $2); COMP_CWORD=1
+    source "$1"; COMP_WORDS=(msft-store $2); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
     $(complete -p msft-store | sed 's/.*-F \\([^ ]*\\) .*/\\1/') msft-store; echo "${COMPREPLY[@]}"
     """
-    done = subprocess.run(
-        ["/bin/bash", "-c", asked, "bash", tmp_path / "complete.sh", "re"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert {"relocate", "repack", "repair"} <= set(done.stdout.split())
+    (tmp_path / "my-model").mkdir()
+
+    def completed(typed: str) -> set[str]:
+        done = subprocess.run(
+            ["/bin/bash", "-c", asked, "bash", tmp_path / "complete.sh", typed],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        return set(done.stdout.split())
+
+    assert {"relocate", "repack", "repair"} <= completed("re")
+    assert completed("forget --keep-t") == {"--keep-tag"}
+    assert completed("add-base my") == completed("export 3fa9 out --like my") == {"my-model"}
     assert document(capsys, "completion", "zsh")["shell"] == "zsh"
 
 
@@ -293,6 +384,21 @@ def test_export_is_a_plain_model_directory(
     code, _, err = run(capsys, "--store", run_store.path, "export", tip.id, tmp_path / "out")
     assert code == 1
     assert "not empty" in err
+
+
+def test_export_says_that_nothing_loads_it_yet(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    run_store.pin(run_store.save({"w": torch.ones(1)}), "bare")
+    at = ("--store", run_store.path, "export", "bare")
+    assert "--like DIRECTORY" in run(capsys, *at, tmp_path / "bare")[1]
+    found = document(capsys, *at, tmp_path / "whole", "--like", tmp_path / "model")
+    assert found["configured"] is True
+    assert (tmp_path / "whole" / "config.json").read_text() == "{}"
+    for wrong in (tmp_path / "nowhere", tmp_path / "store"):
+        code, _, err = run(capsys, *at, tmp_path / "new", "--like", wrong)
+        assert (code, wrong.name in err) == (1, True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_relocate(capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path) -> None:
@@ -400,6 +506,11 @@ def test_what_a_stranger_wrote_cannot_steer_the_terminal(
     code, _, err = run(capsys, "--store", store.path, "inspect", HOSTILE[:-1])
     assert code == 1
     assert err.replace("\n", "").isprintable()
+
+
+def test_a_closed_output_is_no_error(run_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--store", run_store.path, "log"]) == 0
 
 
 @pytest.mark.parametrize("command", [["log"], ["inspect", "--json"], ["stats"]])
