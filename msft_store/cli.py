@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -24,7 +23,8 @@ from typing import Any
 from msft_store.bases import is_gone
 from msft_store.check import Report
 from msft_store.cli_check import examine, repair
-from msft_store.cli_remote import add_commands, open_store
+from msft_store.cli_progress import INTERRUPTED, MESSAGE, interruptible
+from msft_store.cli_remote import TRANSFERS, add_commands, open_store
 from msft_store.cli_space import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli_tensors import (
     add_diff_options,
@@ -34,11 +34,12 @@ from msft_store.cli_tensors import (
     export_files,
     import_files,
 )
-from msft_store.cli_text import counts, facts, gone, hush, printable, say
+from msft_store.cli_text import as_json, counts, facts, gone, hush, listing, printable, say
 from msft_store.codecs import LEVELS
 from msft_store.completion import SHELLS, completion
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.figures import draw_lineage
+from msft_store.integrations.addresses import is_url
 from msft_store.manifest import Checkpoint
 from msft_store.render import human, percent, table
 from msft_store.store import Store
@@ -58,14 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], Output] = options.command
     try:
-        document, text = command(options)
+        # Who waits for a server waits in a library that does not hear of Ctrl-C.
+        away = options.name in TRANSFERS or is_url(_path(options))
+        document, text = interruptible(lambda: command(options)) if away else command(options)
         if getattr(options, "json", False):
-            say(json.dumps(document, indent=2, default=_plain))
+            say(as_json(document))
         elif text:
             say(printable(text))
     except StoreError as error:
         print(f"msft-store: {printable(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\n{MESSAGE}", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         hush()
         return 0
@@ -246,12 +252,6 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         for name, value in checkpoint.metrics.items()
     }
     return document
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{value!r} has no JSON form")
 
 
 def _parser() -> argparse.ArgumentParser:

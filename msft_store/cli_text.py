@@ -10,10 +10,12 @@ Example::
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from msft_store.bases import Base, is_gone
 from msft_store.manifest import Checkpoint
@@ -37,6 +39,17 @@ def say(text: str) -> None:
         return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def as_json(document: Any) -> str:
+    """Return what ``--json`` prints."""
+    return json.dumps(document, indent=2, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{value!r} has no JSON form")
 
 
 def hush() -> None:

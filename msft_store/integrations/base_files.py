@@ -7,8 +7,8 @@ tokenizer) by their digests.
 
 Example::
 
-    push_base(remote, base)
-    path = pull_base(remote, base.id, Path("bases"))
+    push_base(remote, base, tally)
+    path = pull_base(remote, base.id, Path("bases"), tally)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from msft_store.errors import BaseError, CorruptedError, StorageError
 from msft_store.export import companions
 from msft_store.format import VERSION, seal, unseal
 from msft_store.integrations.remotes import Remote, small, spans
+from msft_store.integrations.tally import Tally
 from msft_store.parallel import in_order
 from msft_store.safetensors_file import INDEX, find_files
 from msft_store.strict import id_of, natural, text
@@ -51,7 +52,7 @@ class _Listed:
     files: tuple[_File, ...]
 
 
-def push_base(remote: Remote, base: Base) -> int:
+def push_base(remote: Remote, base: Base, tally: Tally) -> int:
     """Send a base's files, unless they are there; return how many bytes were sent.
 
     :class:`BaseError` if the base's files are gone or hold something else.
@@ -70,6 +71,7 @@ def push_base(remote: Remote, base: Base) -> int:
                 f"base {base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
             )
+    tally.begin("read the base", 0)
     if recorded_anew(path)[0] != base.id:
         raise BaseError(
             f"{path} changed since it was added as base {base.id[:12]}; put the original back"
@@ -82,11 +84,16 @@ def push_base(remote: Remote, base: Base) -> int:
     sent = 0
     known = [_described(file) for file in files]
     there = remote.sizes(f"{FOLDER}/{base.id}")
-    for file, local in zip(known, files, strict=True):
-        place = _place(base.id, file)
-        if there.get(place) != file.size:
-            remote.put(place, partial(_parts, local, file.size), file.size)
-            sent += file.size
+    lacking = [
+        (file, local)
+        for file, local in zip(known, files, strict=True)
+        if there.get(_place(base.id, file)) != file.size
+    ]
+    tally.begin("send the base", sum(file.size for file, _ in lacking))
+    for file, local in lacking:
+        parts = tally.counted(partial(_parts, local, file.size))
+        remote.put(_place(base.id, file), parts, file.size)
+        sent += file.size
     content = {
         "format": "msft-base-files",
         "version": VERSION,
@@ -100,7 +107,7 @@ def push_base(remote: Remote, base: Base) -> int:
     return sent + len(data)
 
 
-def pull_base(remote: Remote, identity: str, folder: Path) -> tuple[Path, bytes, int]:
+def pull_base(remote: Remote, identity: str, folder: Path, tally: Tally) -> tuple[Path, bytes, int]:
     """Fetch a base's files into ``folder/<base id>``, unless they are there.
 
     Returns the path of the model, the record of it for a store, and how many bytes came.
@@ -119,11 +126,13 @@ def pull_base(remote: Remote, identity: str, folder: Path) -> tuple[Path, bytes,
     wanted = [file for file in listed.files if not _is_there(place / file.name, file)]
     came = sum(file.size for file in wanted)
     Bounded(backend).require(came)
+    tally.begin("fetch the base", came)
     for file in wanted:
-        _fetch(remote, _place(identity, file), file, backend)
+        _fetch(remote, _place(identity, file), file, backend, tally)
     if (place / TEMPORARY).is_dir():
         backend.clear_temporary()
     path = place if listed.directory else place / listed.files[0].name
+    tally.begin("read the base", 0)
     found, record = recorded_anew(path)
     if found != identity:
         what = remote.describe(_list_of(identity))
@@ -131,7 +140,7 @@ def pull_base(remote: Remote, identity: str, folder: Path) -> tuple[Path, bytes,
     return path, record, came
 
 
-def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend) -> None:
+def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend, tally: Tally) -> None:
     what, hasher = remote.describe(path), xxhash.xxh3_128()
     if remote.size(path) != file.size:
         raise CorruptedError(
@@ -143,6 +152,7 @@ def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend) -> Non
             for part in parts:
                 hasher.update(part)
                 writer.write(part)
+                tally.passed(len(part))
         if hasher.hexdigest() != file.digest:
             raise CorruptedError(f"{what} does not match its digest", file=what)
         writer.publish(file.name)

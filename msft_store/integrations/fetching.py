@@ -31,7 +31,15 @@ from msft_store.integrations.base_files import pull_base
 from msft_store.integrations.ref_rules import RefMove, decide, refusal, travels
 from msft_store.integrations.remote_backend import RemoteBackend, Staged
 from msft_store.integrations.remotes import Remote
-from msft_store.integrations.shipping import Shipment, choose, lacks, merged, objects_of, verify
+from msft_store.integrations.shipping import (
+    Piece,
+    Shipment,
+    choose,
+    lacks,
+    merged,
+    objects_of,
+    verify,
+)
 from msft_store.integrations.tally import Tally
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.manifest import (
@@ -83,7 +91,8 @@ def fetch(
         with contextlib.suppress(BusyError, StorageError):
             stack.enter_context(remote.session("pull"))
         _Fetching(remote, source, backend, catalog, tally).run(lacking, old)
-    for ref, before in moves:
+    # A pin may have come here meanwhile: what is to move is decided once more.
+    for ref, before in _decided([ref for ref, _ in moves], backend, source, ids, force=force):
         _write_ref(backend, source, ref, before, tally)
 
 
@@ -121,8 +130,7 @@ class _Fetching:
             keys += mended.items()
         shipments = choose(objects, source, target, merged(keys))
         backend.require(sum(shipment.size for shipment in shipments))
-        for shipment in shipments:
-            self._stage_pack(shipment)
+        self._stage_packs(shipments)
         try:
             unverified = self._verified(view, shipments)
         except CorruptedError:
@@ -130,8 +138,7 @@ class _Fetching:
             if not again:
                 raise
             # What an earlier pull left may be to blame.
-            for shipment in again:
-                self._stage_pack(shipment, anew=True)
+            self._stage_packs(again, anew=True)
             unverified = self._verified(view, shipments)
         self._tally.unverified += unverified
         self._settle([shipment.path for shipment in shipments], PACKS)
@@ -141,7 +148,7 @@ class _Fetching:
     def _verified(self, view: Staged, shipments: Sequence[Shipment]) -> int:
         objects = objects_of(view)
         try:
-            return verify(objects, (one for ship in shipments for one in ship.at_target()))
+            return verify(objects, shipments, self._tally, come=True)
         except CorruptedError as error:
             raise CorruptedError(
                 f"{reason(error)}; nothing of it was kept. Who has that checkpoint whole can "
@@ -171,18 +178,32 @@ class _Fetching:
             read_tensors(view, checkpoint)
         return sorted(checkpoints, key=lambda c: (c.created, c.id))
 
-    def _stage_pack(self, shipment: Shipment, *, anew: bool = False) -> None:
-        staged = f"{INCOMING}/{shipment.path}"
-        self._staged[shipment.path] = staged
-        there = self._backend.exists(staged) and self._backend.size(staged) == shipment.size
-        if there and not anew:
-            self._found.add(shipment.path)
-            return
-        with self._backend.writer() as writer:
-            for part in shipment.parts(self._source):
-                writer.write(part)
-            writer.publish(staged)
-        self._tally.went(shipment.size, pack=True)
+    def _stage_packs(self, shipments: Sequence[Shipment], *, anew: bool = False) -> None:
+        wanted = []
+        for shipment in shipments:
+            staged = f"{INCOMING}/{shipment.path}"
+            self._staged[shipment.path] = staged
+            there = self._backend.exists(staged) and self._backend.size(staged) == shipment.size
+            if there and not anew:
+                self._found.add(shipment.path)
+            else:
+                wanted.append(shipment)
+        self._tally.begin("fetch", sum(shipment.size for shipment in wanted))
+        pieces = ((shipment, piece) for shipment in wanted for piece in shipment.pieces())
+
+        def get(one: tuple[Shipment, Piece]) -> bytes:
+            return one[0].get(self._source, one[1])
+
+        # Also across packs: most are small, and a request takes its time.
+        with contextlib.closing(in_order(get, pieces, self._remote.workers)) as come:
+            for shipment in wanted:
+                with self._backend.writer() as writer:
+                    for _ in shipment.pieces():
+                        part = next(come)
+                        writer.write(part)
+                        self._tally.passed(len(part))
+                    writer.publish(self._staged[shipment.path])
+                self._tally.went(shipment.size, pack=True)
 
     def _settle(self, paths: Sequence[str], folder: str) -> None:
         for path in paths:
@@ -229,7 +250,7 @@ def _fetch_bases(
     for identity in _checked(source, BASES, list_bases(source)):
         path = path_of_base(identity)
         if folder is not None and (identity not in known or is_gone(known[identity])):
-            _, record, came = pull_base(remote, identity, folder)
+            _, record, came = pull_base(remote, identity, folder, tally)
             publish(backend, path, record)
             tally.base_bytes += came
             tally.went(len(record), base=True)

@@ -1,7 +1,9 @@
 """Object stores by way of obstore: S3 and what speaks like it, Google Cloud Storage, Azure.
 
-Credentials, region and endpoint come from where each platform's own tools look for them
-(``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, …), or from ``options``.
+Credentials, region and endpoint come from the environment, under the names that each platform's own
+tools know (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, …), or from ``options``; the profiles of
+``~/.aws`` by way of boto3, if it is installed. Until a server has answered once, a failure is told
+after some seconds; from then on, requests are repeated for minutes.
 
 Example::
 
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from msft_store.errors import InvalidInputError, StorageError
+from msft_store.integrations.object_errors import hint, is_final, lacks_keys, said
 from msft_store.integrations.remotes import PART_BYTES, ConnectionLostError, names, shown
 
 _SIMPLE = PART_BYTES
@@ -25,10 +29,15 @@ _MOST_PARTS = 9000
 """Of one file; S3 takes up to 10,000."""
 _AT_ONCE = 2
 """Parts of one file under way: with those of other files, some 100 MB are in memory."""
-_STATUS = re.compile(r"status code: (\d+)")
-_SAID = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
-_FINAL = re.compile("501|4(?!08|09|25|29)")
-"""What a server answers when the same request will do no better later."""
+_FIRST = {"timeout": "10s", "connect_timeout": "5s"}
+"""For requests before the first answer: a wrong address must not hold anybody up."""
+_LATER = {"timeout": "300s", "connect_timeout": "5s"}
+"""For the others: a slow line may take minutes for the parts that are under way at once."""
+_ENDPOINTS = ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url")
+_ENVIRONMENT = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_TOLD = ("access_key_id", "credential_provider", "skip_signature")
+_TOLD_ENVIRONMENT = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
+"""What settles whose requests these are."""
 SCHEMES = (*("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"),)
 
 
@@ -46,20 +55,74 @@ def library() -> Any:
 def object_remote(url: str, **options: Any) -> ObjectRemote:
     """Return what is at a URL; ``options`` are those of ``obstore.store.from_url``."""
     obstore = library()
-    patience = {
-        "max_retries": 6,
-        "retry_timeout": datetime.timedelta(seconds=60),
+    known = {**_plain_http(url, options), **options}
+    errors = (obstore.exceptions.BaseError, ValueError, TypeError)
+    try:
+        known |= _profile(url, known)
+        store, first = (
+            obstore.store.from_url(
+                url,
+                **{
+                    "retry_config": _retries(times, seconds),
+                    **known,
+                    "client_options": {**client, **known.get("client_options", {})},
+                },
+            )
+            for client, times, seconds in ((_LATER, 6, 60), (_FIRST, 4, 10))
+        )
+    except errors as error:
+        advice = hint(urlsplit(url).scheme, error)
+        text = f"{said(error)}{advice and f'; {advice}'}"
+        if lacks_keys(error):
+            raise StorageError(f"cannot reach {shown(url)}: {text}") from None
+        raise InvalidInputError(f"{shown(url)} is no place for a store: {text}") from None
+    return ObjectRemote(store, shown(url), first=first)
+
+
+def _retries(times: int, seconds: int) -> dict[str, Any]:
+    return {
+        "max_retries": times,
+        "retry_timeout": datetime.timedelta(seconds=seconds),
         "backoff": {
             "base": 2,
             "init_backoff": datetime.timedelta(milliseconds=100),
             "max_backoff": datetime.timedelta(seconds=5),
         },
     }
+
+
+def _plain_http(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leave to speak without TLS where the address that was given says so."""
+    config = {**(options.get("config") or {}), **options}
+    given = [str(config[name]) for name in _ENDPOINTS if name in config]
+    given = given or [os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)]
+    client = options.get("client_options") or {}
+    if any(address.startswith("http://") for address in (url, *given)):
+        client = {"allow_http": True, **client}
+    return {"client_options": client}
+
+
+def _profile(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what reads the profiles of ``~/.aws``, if nothing else is said and boto3 is there."""
+    config = {**(options.get("config") or {}), **options}
+    told = any(name.removeprefix("aws_") in _TOLD for name in map(str.lower, config))
+    parts = urlsplit(url)
+    if told or parts.scheme not in {"s3", "s3a"} or not parts.netloc:
+        return {}
+    if any(map(os.environ.get, _TOLD_ENVIRONMENT)):
+        return {}
     try:
-        store = obstore.store.from_url(url, **{"retry_config": patience, **options})
-    except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
-        raise InvalidInputError(f"{shown(url)} is no place for a store: {_line(error)}") from None
-    return ObjectRemote(store, shown(url))
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415
+    except ImportError:
+        return {}
+    try:
+        provider = Boto3CredentialProvider()
+    except Exception as error:
+        # A profile that is not there, a file that cannot be read: the library's own errors.
+        raise ValueError(error) from error
+    if any(map(os.environ.get, ("AWS_REGION", "AWS_DEFAULT_REGION"))):
+        provider.config = {}
+    return {"credential_provider": provider}
 
 
 class ObjectRemote:
@@ -67,11 +130,17 @@ class ObjectRemote:
 
     workers = 4
 
-    def __init__(self, store: Any, url: str) -> None:
+    def __init__(self, store: Any, url: str, *, first: Any = None) -> None:
         self._obstore = library()
         self._errors = self._obstore.exceptions
-        self._store = store
+        self._later = store
+        self._first = first
+        """The same with little patience, until something was answered."""
         self._url = url
+
+    @property
+    def _store(self) -> Any:
+        return self._later if self._first is None else self._first
 
     def describe(self, path: str) -> str:
         return f"{self._url}/{path}"
@@ -155,16 +224,10 @@ class ObjectRemote:
         try:
             yield
         except (errors.BaseError, OSError, NotImplementedError) as error:
-            status = _STATUS.search(str(error))
-            refused = status is not None and _FINAL.match(status[1]) is not None
-            kind = StorageError if refused or isinstance(error, final) else ConnectionLostError
+            refused = is_final(error) or isinstance(error, final) or self._first is not None
+            kind = StorageError if refused else ConnectionLostError
             where = self.describe(path)
-            raise kind(f"cannot {action} {where}: {_line(error)}", file=where) from error
-
-
-def _line(error: Exception) -> str:
-    """Return the one line of an error that helps a person."""
-    said = _SAID.search(str(error))
-    if said is not None:
-        return f"{said[1]}: {said[2]}"
-    return str(error).partition("\n")[0][:300]
+            advice = hint(self._url.partition(":")[0], error)
+            text = f"cannot {action} {where}: {said(error)}{advice and f'; {advice}'}"
+            raise kind(text, file=where) from error
+        self._first = None

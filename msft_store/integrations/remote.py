@@ -50,7 +50,7 @@ from msft_store.integrations.fetching import fetch
 from msft_store.integrations.remote_backend import RemoteBackend
 from msft_store.integrations.sending import send
 from msft_store.integrations.shipping import UnsoundTargetError
-from msft_store.integrations.tally import Tally, Transfer
+from msft_store.integrations.tally import Progress, Tally, Transfer
 from msft_store.looking import undisturbed
 from msft_store.overlay import Overlay
 from msft_store.paths import PathLike, local_path
@@ -69,17 +69,20 @@ def push(
     with_base: bool = False,
     force: bool = False,
     timelines: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
     """Send what a remote lacks of a store; it becomes one if there is nothing yet.
 
     Checkpoints may be saved and evicted meanwhile. ``url`` is a URL, a path or an obstore store,
     ``options`` are its own. ``with_base`` sends the files of bases too. ``force`` moves refs that
-    others moved. :class:`ConflictError` names such refs, :class:`CorruptedError` damaged files;
-    :class:`StorageError` tells that the remote cannot be reached or refuses.
+    others moved. ``progress`` is called with a step (``"send"``), its bytes so far and all of them
+    (0: not known), one call at a time, from several threads. :class:`ConflictError` names refs that
+    others moved, :class:`CorruptedError` damaged files; :class:`StorageError` tells that the remote
+    cannot be reached or refuses.
     """
     backend, remote = LocalBackend(_directory(store)), remote_at(url, **options)
-    tally = Tally()
+    tally = Tally(progress=progress)
 
     def attempt() -> None:
         catalog = Catalog(backend)
@@ -101,6 +104,7 @@ def pull(
     base_directory: PathLike | None = None,
     force: bool = False,
     timelines: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
     """Fetch what a store lacks of a remote; verified before any of it is in place.
@@ -111,7 +115,7 @@ def pull(
     """
     backend, remote = Bounded(LocalBackend(_directory(store))), remote_at(url, **options)
     bases = _base_directory(backend, base_directory) if with_base else None
-    tally = Tally()
+    tally = Tally(progress=progress)
 
     def whole() -> None:
         with backend.lock(shared=True, purpose="pull"):
@@ -128,6 +132,7 @@ def clone(
     with_base: bool = False,
     base_directory: PathLike | None = None,
     timelines: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
     """Make a store of a remote's content in a new or empty directory; arguments as of :func:`pull`.
@@ -159,6 +164,7 @@ def clone(
         with_base=with_base,
         base_directory=base_directory,
         timelines=timelines,
+        progress=progress,
     )
     with backend.lock(shared=False, purpose="clone"):
         backend.delete(_CLONING)

@@ -11,8 +11,8 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from msft_store.backend import MAX_WHOLE, Backend, Writer
 from msft_store.bases import FOLDER as BASES
@@ -22,9 +22,14 @@ from msft_store.lockfiles import Lock
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.packs import FOLDER as PACKS
 from msft_store.parallel import in_order
+from msft_store.refs import FOLDER as REFS
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _AHEAD = 16
 """How many requests for small parts are under way at once."""
+_SMALL = 1 << 16
+"""Bytes up to which a ref is read ahead."""
 _HEAD = 1 << 14
 _TAIL = 1 << 16
 """What is read first of a manifest, and last of a pack."""
@@ -73,7 +78,8 @@ class RemoteBackend(ReadOnly):
     """A remote's files; packs are read from ``nearby`` where they are there in the same size.
 
     What is listed of packs and manifests is read ahead, many at once, as far as who lists wants it
-    next; packs, manifests and bases are taken never to change.
+    next; packs, manifests and bases are taken never to change. Refs that were listed are read
+    together when the first of them is, and each is used once.
     """
 
     def __init__(self, remote: Remote, nearby: Backend | None = None) -> None:
@@ -81,6 +87,9 @@ class RemoteBackend(ReadOnly):
         self._nearby = nearby
         self._sizes: dict[str, int] = {}
         self._ahead: dict[tuple[str, int, int], bytes] = {}
+        self._listed: dict[str, int] = {}
+        self._unread: list[str] = []
+        self._refs: dict[str, bytes] = {}
 
     def describe(self, path: str) -> str:
         return self._remote.describe(path)
@@ -89,7 +98,7 @@ class RemoteBackend(ReadOnly):
         return self._remote.size(path) is not None
 
     def size(self, path: str) -> int:
-        size = self._sizes.get(path)
+        size = self._sizes.get(path, self._listed.pop(path, None))
         if size is None:
             size = self._remote.size(path)
             if size is None:
@@ -100,10 +109,8 @@ class RemoteBackend(ReadOnly):
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         if not _is_fixed(path):
-            found = self._remote.whole(path, MAX_WHOLE)
-            if found is None:
-                raise StorageError(f"{self.describe(path)} is not there")
-            return found[0][offset:] if length is None else found[0][offset : offset + length]
+            data = self._changeable(path)
+            return data[offset:] if length is None else data[offset : offset + length]
         rest = max(self.size(path) - offset, 0)
         length = rest if length is None else min(length, rest)
         if length == 0:
@@ -121,9 +128,26 @@ class RemoteBackend(ReadOnly):
         sizes = self._remote.sizes(folder)
         fresh = [path for path in sizes if path not in self._sizes]
         self._sizes |= {path: size for path, size in sizes.items() if _is_fixed(path)}
+        self._listed = {path: size for path, size in sizes.items() if not _is_fixed(path)}
         if folder in (PACKS, MANIFESTS):
             self._read_ahead(folder, fresh)
+        elif folder == REFS:
+            self._refs = {}
+            self._unread = [path for path, size in sizes.items() if size <= _SMALL]
         return sorted(sizes)
+
+    def _changeable(self, path: str) -> bytes:
+        if path in self._unread:
+            together, self._unread = self._unread, []
+            self._refs = {path: data for path, data in self._each(self._whole, together) if data}
+        data = self._refs.pop(path, b"") or self._whole(path)[1]
+        if data is None:
+            raise StorageError(f"{self.describe(path)} is not there")
+        return data
+
+    def _whole(self, path: str) -> tuple[str, bytes | None]:
+        found = self._remote.whole(path, MAX_WHOLE)
+        return path, None if found is None else found[0]
 
     def _read_ahead(self, folder: str, paths: Sequence[str]) -> None:
         def ranges() -> Iterator[tuple[str, int, int]]:
@@ -144,9 +168,12 @@ class RemoteBackend(ReadOnly):
                 # Who needs it will hear of it.
                 return place, b""
 
+        self._ahead |= {place: data for place, data in self._each(fetch, ranges()) if data}
+
+    def _each(self, act: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         workers = _AHEAD if self._remote.workers > 1 else 1
-        with contextlib.closing(in_order(fetch, ranges(), workers)) as found:
-            self._ahead |= {place: data for place, data in found if data}
+        with contextlib.closing(in_order(act, iter(items), workers)) as found:
+            yield from found
 
     def _is_nearby(self, path: str) -> bool:
         nearby = self._nearby

@@ -8,7 +8,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -43,6 +43,7 @@ _NOTHING = (f"{LOCKS}/", f"{TEMPORARY}/")
 _TRIES = 5
 """How often a ref is compared and written, while others write it too."""
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def send(
@@ -62,12 +63,12 @@ def send(
     _claim(backend, remote, tally)
     known = {checkpoint.id for checkpoint in catalog.checkpoints()}
     refs = _refs(backend, known, timelines=timelines)
-    _check_refs(backend, remote, refs, known, force=force)
+    refs = _to_move(backend, remote, refs, known, force=force)
     with remote.session("push"):
         _send_bases(backend, remote, tally)
         if with_base:
             for base in catalog.objects.bases().values():
-                tally.base_bytes += push_base(remote, base)
+                tally.base_bytes += push_base(remote, base, tally)
         _send_checkpoints(catalog, remote, tally)
     for ref in refs:
         _send_ref(backend, remote, ref, known, tally, force=force)
@@ -118,9 +119,8 @@ def _send_checkpoints(catalog: Catalog, remote: Remote, tally: Tally) -> None:
     mended = old if lacks(catalog.objects, objects, catalog.keys_by_base(old)) else []
     keys = catalog.keys_by_base([*mended, *new])
     shipments = choose(catalog.objects, backend, objects, keys)
-    tally.unverified += verify(
-        catalog.objects, (one for shipment in shipments for one in shipment.at_source())
-    )
+    tally.unverified += verify(catalog.objects, shipments, tally, come=False)
+    tally.begin("send", sum(shipment.size for shipment in shipments))
     _each(remote, partial(_send_pack, backend, remote, tally), shipments)
     remote.settle(PACKS)
     _each(remote, partial(_send_manifest, backend, remote, tally), new)
@@ -128,7 +128,7 @@ def _send_checkpoints(catalog: Catalog, remote: Remote, tally: Tally) -> None:
 
 
 def _send_pack(backend: Backend, remote: Remote, tally: Tally, shipment: Shipment) -> None:
-    remote.put(shipment.path, lambda: shipment.parts(backend), shipment.size)
+    remote.put(shipment.path, tally.counted(lambda: shipment.parts(backend)), shipment.size)
     tally.went(shipment.size, pack=True)
 
 
@@ -143,14 +143,12 @@ def _send_manifest(backend: Backend, remote: Remote, tally: Tally, checkpoint: C
     tally.checkpoints.append(checkpoint.id)
 
 
-def _each(remote: Remote, act: Callable[[_T], None], items: Iterable[_T]) -> None:
+def _each(remote: Remote, act: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """Return what comes of each item, as many at once as the remote takes."""
     if remote.workers == 1:
-        for item in items:
-            act(item)
-        return
+        return [act(item) for item in items]
     with contextlib.closing(in_order(act, iter(items), remote.workers)) as done:
-        for _ in done:
-            pass
+        return list(done)
 
 
 def _read_manifest(backend: Backend, identity: str) -> None:
@@ -180,20 +178,28 @@ def _refs(backend: Backend, known: set[str], *, timelines: bool) -> list[Ref]:
     return found
 
 
-def _check_refs(
-    backend: Backend, remote: Remote, refs: Iterable[Ref], known: set[str], *, force: bool
-) -> None:
-    """Refuse before anything goes what would be refused at the end."""
+def _to_move(
+    backend: Backend, remote: Remote, refs: Sequence[Ref], known: set[str], *, force: bool
+) -> list[Ref]:
+    """Return the refs that are not as they are here; refuse at once what would be in the end."""
     here, there = backend.describe("").rstrip("/"), remote.describe("").rstrip("/")
-    reasons = []
     listed = remote.sizes(REFS)
-    for ref in refs:
-        if path_of_ref(ref.name) in listed:
-            now, _ = _ref_there(backend, remote, ref.name, force=force)
-            if now is not None and decide(ref, now, known=known, force=force) == "refuse":
-                reasons.append(refusal(ref, now, here=here, there=there))
+
+    def look(ref: Ref) -> tuple[Ref, Ref | None]:
+        if path_of_ref(ref.name) not in listed:
+            return ref, None
+        return ref, _ref_there(backend, remote, ref.name, force=force)[0]
+
+    moves, reasons = [], []
+    for ref, now in _each(remote, look, refs):
+        decision = decide(ref, now, known=known, force=force)
+        if decision == "refuse" and now is not None:
+            reasons.append(refusal(ref, now, here=here, there=there))
+        elif decision != "same":
+            moves.append(ref)
     if reasons:
         raise _conflict(reasons)
+    return moves
 
 
 def _conflict(reasons: list[str]) -> ConflictError:

@@ -15,7 +15,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,8 @@ from msft_store.footer import (
     pack_header,
 )
 from msft_store.format import MAX_DEPTH, Record
-from msft_store.integrations.remotes import spans
+from msft_store.integrations.remotes import PART_BYTES, spans
+from msft_store.integrations.tally import Tally
 from msft_store.keytable import Keys, as_keys, concatenate
 from msft_store.liveness import closure
 from msft_store.objects import Objects
@@ -41,6 +42,8 @@ from msft_store.packs import Index, Stored, misnamed, path_of_pack
 from msft_store.parallel import in_order
 
 Rows = NDArray[np.bool_]
+Piece = bytes | tuple[int, int]
+"""Part of a pack as it goes: bytes, or offset and length of them where it comes from."""
 
 
 class UnsoundTargetError(StoreError):
@@ -64,16 +67,23 @@ class Shipment:
     needed: tuple[int, ...] = ()
     """Numbers of the records that checkpoints need."""
 
-    def parts(self, backend: Backend) -> Iterator[bytes]:
-        """Yield the bytes of the pack, from the backend that it comes from."""
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pack in order: bytes, or offset and length of them where it comes from."""
         if self.records is None:
-            for offset, length in spans(self.size):
-                yield _exactly(backend, self.source, offset, length)
+            yield from spans(self.size)
             return
         yield pack_header()
-        for record in self.records:
-            yield _exactly(backend, self.source, record.offset, record.length)
+        yield from _runs(self.records)
         yield self.end
+
+    def get(self, backend: Backend, piece: Piece) -> bytes:
+        """Return the bytes of a piece, from the backend that the pack comes from."""
+        return piece if isinstance(piece, bytes) else _exactly(backend, self.source, *piece)
+
+    def parts(self, backend: Backend) -> Iterator[bytes]:
+        """Yield the bytes of the pack, from the backend that it comes from."""
+        for piece in self.pieces():
+            yield self.get(backend, piece)
 
     def at_source(self) -> Iterator[Stored]:
         """Yield the needed records as they stand where the pack comes from."""
@@ -85,6 +95,19 @@ class Shipment:
         """Yield the needed records as they stand where the pack goes to."""
         for number in self.needed:
             yield Stored(pack=self.path, record=self.footer.record(number))
+
+
+def _runs(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of what records take up; neighbours together, as far as is read."""
+    start = end = 0
+    for record in records:
+        if record.offset != end or record.offset + record.length - start > PART_BYTES:
+            if end > start:
+                yield start, end - start
+            start = record.offset
+        end = record.offset + record.length
+    if end > start:
+        yield start, end - start
 
 
 def _exactly(backend: Backend, path: str, offset: int, length: int) -> bytes:
@@ -169,21 +192,30 @@ def whole_rows(objects: Objects, index: Index) -> Rows:
     return whole
 
 
-def verify(objects: Objects, stored: Iterable[Stored]) -> int:
-    """Decode representations of chunks and compare each with its key.
+def verify(objects: Objects, shipments: Sequence[Shipment], tally: Tally, *, come: bool) -> int:
+    """Decode what checkpoints need of shipments, and compare each chunk with its key.
+
+    ``come``: as they stand where they went to; else where they come from.
 
     Returns how many could not be decoded because a base is not at hand; :class:`CorruptedError`
     names the file that is to blame.
     """
 
+    def stored() -> Iterator[Stored]:
+        for shipment in shipments:
+            yield from shipment.at_target() if come else shipment.at_source()
+
+    tally.begin("verify", sum(one.record.length for one in stored()))
+
     def look(one: Stored) -> bool:
+        tally.passed(one.record.length)
         try:
             objects.verify(one)
         except BaseError:
             return False
         return True
 
-    with contextlib.closing(in_order(look, iter(stored))) as results:
+    with contextlib.closing(in_order(look, stored())) as results:
         return sum(not seen for seen in results)
 
 

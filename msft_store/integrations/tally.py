@@ -8,10 +8,17 @@ Example::
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from msft_store.integrations.ref_rules import RefMove
 from msft_store.render import human
+
+Part = bytes
+Parts = Callable[[], Iterator[Part]]
+"""Gives the bytes of a file from the beginning each time it is called."""
+Progress = Callable[[str, int, int], None]
+"""Is told a step (``"send"``), its bytes so far and all of them; 0 of all: that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,11 @@ class Tally:
     bytes: int = 0
     base_bytes: int = 0
     unverified: int = 0
+    progress: Progress | None = None
+    """Hears of each step: what is done, how many bytes of it are, and of how many."""
+    _step: str = ""
+    _done: int = 0
+    _total: int = 0
     _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def went(self, size: int, *, pack: bool = False, base: bool = False) -> None:
@@ -76,6 +88,37 @@ class Tally:
             self.bytes += size
             self.packs += pack
             self.bases += base
+
+    def begin(self, step: str, total: int) -> None:
+        """Say what comes next, and how many bytes that is; 0: it is not known."""
+        with self._counting:
+            self._step, self._done, self._total = step, 0, total
+            self._tell()
+
+    def passed(self, size: int) -> None:
+        """Count bytes of the step under way; fewer than none where they come once more."""
+        with self._counting:
+            self._done += size
+            self._tell()
+
+    def counted(self, parts: Parts) -> Parts:
+        """Return what gives the same parts and counts them, those of the last time only."""
+        before = 0
+
+        def give() -> Iterator[Part]:
+            nonlocal before
+            self.passed(-before)
+            before = 0
+            for part in parts():
+                yield part
+                before += len(part)
+                self.passed(len(part))
+
+        return give
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self._step, self._done, self._total)
 
     def result(self) -> Transfer:
         """Return what was counted."""
