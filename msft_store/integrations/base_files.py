@@ -79,8 +79,13 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
     files = find_files(path)
     if path.is_dir():
         with translated("read", path):
-            files += companions(path)
+            files += [file for file in companions(path) if _is_name(file.name)]
         files += [path / INDEX] if (path / INDEX).is_file() else []
+    for file in files:
+        if not _is_name(file.name):
+            raise BaseError(
+                f"{str(file)!a} cannot be sent under this name: rename it, then relocate"
+            )
     sent = 0
     known = [_described(file) for file in files]
     there = remote.sizes(f"{FOLDER}/{base.id}")
@@ -211,7 +216,11 @@ def _read_list(remote: Remote, identity: str) -> _Listed | None:
 def _file(name: object, size: object, digest: object) -> _File:
     # A list may be a stranger's, and a name becomes a file here.
     found = text(name)
-    plain = found.isprintable() and "/" not in found and "\\" not in found
-    if not plain or found.startswith(".") or found == TEMPORARY or not 0 < len(found) <= _LONGEST:
+    if not _is_name(found):
         raise ValueError(f"{found!r:.80} is no name for a file")
     return _File(name=found, size=natural(size), digest=id_of(digest))
+
+
+def _is_name(name: str) -> bool:
+    plain = name.isprintable() and "/" not in name and "\\" not in name
+    return plain and not name.startswith(".") and name != TEMPORARY and 0 < len(name) <= _LONGEST

@@ -15,7 +15,7 @@ Example::
     pull("elsewhere/store", "s3://bucket/run")           # later: what came since
     open_remote("s3://bucket/run", bases=["models/qwen"]).load("best")
 
-Or ``msft-store --store run/store push s3://bucket/run --with-base``, and so on.
+Or ``msft-store push run/store s3://bucket/run --with-base``, and so on.
 
 **Order.** ``store.json``, bases, packs, manifests, refs: whoever reads meanwhile sees whole
 checkpoints only. A file that is there in its size is not sent again. A manifest or the record of a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +71,6 @@ def place(kind: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -
         "AWS_ACCESS_KEY_ID": "anybody",
         "AWS_SECRET_ACCESS_KEY": "anything",
         "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
     }.items():
         monkeypatch.setenv(name, value)
     return f"s3://bucket/{uuid.uuid4().hex}/run"
@@ -213,6 +214,7 @@ def test_a_base_goes_along_where_it_is_asked_for(url: Any, tmp_path: Path) -> No
     write_base(tmp_path / "model" / "model.safetensors", state)
     (tmp_path / "model" / "config.json").write_text('{"a": 1}')
     (tmp_path / "model" / ".hidden").write_text("stays")
+    (tmp_path / "model" / "odd\nname.txt").write_text("stays: nobody could fetch it")
     store = Store.create(tmp_path / "store")
     base = store.add_base(tmp_path / "model")
     trained = train_step(state, 0.01, 1)
@@ -601,6 +603,91 @@ def test_a_missing_bucket_is_told(
     place("s3", tmp_path, s3, monkeypatch)
     with pytest.raises(StorageError, match=r"s3://nobody/run.*bucket does not exist"):
         push(store, "s3://nobody/run")
+
+
+def test_an_address_that_does_not_answer_is_told_in_seconds(
+    store: Store, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = place("s3", tmp_path, s3, monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    for endpoint, message in (
+        (f"http://127.0.0.1:{port}", f"refused by http://127.0.0.1:{port}; check .* AWS_ENDPOINT"),
+        (s3.replace("http:", "https:"), "does not speak TLS"),
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(StorageError, match=message) as raised:
+            push(store, url)
+        assert "\n" not in str(raised.value)
+    assert time.monotonic() - begun < 20
+
+
+def test_profiles_are_read_and_their_absence_is_told(
+    store: Store, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = place("s3", tmp_path, s3, monkeypatch)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        push(store, url)
+    (tmp_path / "credentials").write_text(
+        "[mine]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    push(store, url)
+    assert open_remote(url).log() == store.log()
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    with pytest.raises(InvalidInputError, match="other"):
+        push(store, url)
+
+
+def test_a_pin_during_a_pull_is_not_lost(
+    store: Store, states: dict[str, State], tmp_path: Path
+) -> None:
+    inner = remote_at(MemoryStore())
+    push(store, inner)
+    clone(inner, tmp_path / "clone")
+    copy, ids = Store.open(tmp_path / "clone"), store.refs()
+    store.pin(store.save(make_state(31), parent="first"), "first")
+    push(store, inner)
+    remote, mine = FaultyRemote(inner), []
+
+    def before(kind: str, path: str) -> None:
+        if kind == "read" and path.startswith("packs/") and not mine:
+            mine.append(copy.save(make_state(32)))
+            copy.pin(mine[0], "first")
+
+    remote.before = before
+    with pytest.raises(ConflictError, match=f"'first' points to {mine[0].id[:12] if mine else ''}"):
+        pull(copy, remote)
+    assert copy.refs()["first"] == mine[0].id != ids["first"]
+    assert copy.check() == []
+
+
+def test_few_requests_tell_of_many_checkpoints(store: Store) -> None:
+    inner = remote_at(MemoryStore())
+    parent: Any = None
+    for step in range(6):
+        parent = store.save({"x": make_state(step)["model.embed.weight"]}, parent=parent)
+        store.pin(parent, f"step-{step}")
+    push(store, inner)
+    remote, made = FaultyRemote(inner), []
+    remote.before = lambda kind, path: made.append(f"{kind} {path}")
+    there = open_remote(remote)
+    assert len(there.log()) == 6
+    assert there.refs() == store.refs()
+    assert (
+        len(made)
+        == len(set(made)) + made.count("sizes manifests") - 1 + made.count("size store.json") - 1
+    )
+    assert len(made) <= 2 * 6 + 8
+    made.clear()
+    assert push(store, remote).bytes == 0
+    assert sum(one.startswith("whole refs") for one in made) == 6
 
 
 def test_large_files_go_in_parts(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -140,3 +146,87 @@ def test_a_missing_package_is_named(
     code, _, err = run(capsys, "--store", store.path, "push", place)
     assert code == 1
     assert f"{package}: pip install 'msft-store[remote]'" in err
+
+
+def test_the_store_may_come_before_the_url(
+    capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
+) -> None:
+    assert run(capsys, "push", store.path, url, "--with-base")[0] == 0
+    assert run(capsys, "clone", tmp_path / "one", url)[0] == 0
+    assert run(capsys, "clone", url, tmp_path / "two")[0] == 0
+    copy = Store.open(tmp_path / "two")
+    copy.pin(copy.save(make_state(3), step=9), "new")
+    assert run(capsys, "--json", "push", copy.path, url)[0] == 0
+    assert document(capsys, "pull", tmp_path / "one", url)["packs"] == 1
+    assert Store.open(tmp_path / "one").refs() == copy.refs()
+    for arguments, part in (
+        (("push", url, store.path), "the store comes first"),
+        (("pull", store.path, url, "--store", tmp_path / "one"), "two stores are given"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (1, "")
+        assert part in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_it_is_and_nothing_of_it_stays(
+    capsys: pytest.CaptureFixture[str],
+    store: Store,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for arguments, steps in (
+        (("push", store.path, url, "--with-base"), ("read the base", "send the base", "send")),
+        (("clone", url, tmp_path / "clone"), ("fetch", "verify")),
+    ):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main([str(argument) for argument in arguments]) == 0
+        for step in steps:
+            assert f"\r\x1b[K{step}" in terminal.getvalue()
+        assert terminal.getvalue().endswith("\r\x1b[K")
+        assert "B of " in terminal.getvalue()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["pull", store.path, url, "--json"]) == 0
+    assert terminal.getvalue() == ""
+
+
+_STARTED = """
+import signal, sys
+from msft_store.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_ends_at_once_with_one_sentence(store: Store) -> None:
+    """Also while a library waits for a server that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", _STARTED, "push", store.path, "s3://bucket/run"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "AWS_ENDPOINT_URL": address,
+                "AWS_ACCESS_KEY_ID": "a",
+                "AWS_SECRET_ACCESS_KEY": "b",
+                "NO_PROXY": "127.0.0.1",
+            },
+        )
+        with waiting:
+            silent.accept()
+            begun = time.monotonic()
+            waiting.send_signal(signal.SIGINT)
+            _, err = waiting.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    assert waiting.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
