@@ -35,12 +35,13 @@ timeline
 nested
 integrations.dcp_planners integrations.dcp
 integrations.training_state integrations.hf integrations.accelerate
-integrations.remotes integrations.object_remote integrations.fsspec_remote
+integrations.remotes integrations.object_errors integrations.object_remote
+integrations.fsspec_remote
 integrations.directory_remote integrations.addresses integrations.remote_backend
 integrations.ref_rules integrations.tally integrations.base_files integrations.shipping
 integrations.sending integrations.fetching integrations.remote integrations
 figures importing completion
-__init__ cli_check cli_text cli_remote cli_space cli_tensors cli __main__
+__init__ cli_check cli_text cli_progress cli_remote cli_space cli_tensors cli __main__
 """
 
 TRAINER = """

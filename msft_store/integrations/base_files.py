@@ -81,11 +81,9 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
         with translated("read", path):
             files += [file for file in companions(path) if _is_name(file.name)]
         files += [path / INDEX] if (path / INDEX).is_file() else []
-    for file in files:
-        if not _is_name(file.name):
-            raise BaseError(
-                f"{str(file)!a} cannot be sent under this name: rename it, then relocate"
-            )
+    odd = [str(local) for local in files if not _is_name(local.name)]
+    if odd:
+        raise BaseError(f"{odd[0]!a} cannot be sent under this name: rename it, then relocate")
     sent = 0
     known = [_described(file) for file in files]
     there = remote.sizes(f"{FOLDER}/{base.id}")

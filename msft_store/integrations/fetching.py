@@ -92,6 +92,9 @@ def fetch(
             stack.enter_context(remote.session("pull"))
         _Fetching(remote, source, backend, catalog, tally).run(lacking, old)
     # A pin may have come here meanwhile: what is to move is decided once more.
+    if moves:
+        # Those that were listed are read together.
+        list_refs(source)
     for ref, before in _decided([ref for ref, _ in moves], backend, source, ids, force=force):
         _write_ref(backend, source, ref, before, tally)
 
