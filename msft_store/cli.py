@@ -34,7 +34,7 @@ from msft_store.cli_tensors import (
     export_files,
     import_files,
 )
-from msft_store.cli_text import as_json, counts, facts, gone, hush, listing, printable, say
+from msft_store.cli_text import as_json, counts, facts, gone, hush, printable, say
 from msft_store.codecs import LEVELS
 from msft_store.completion import SHELLS, completion
 from msft_store.errors import InvalidInputError, StoreError
@@ -79,9 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hush()
         print(f"msft-store: the output was cut off: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("msft-store: interrupted", file=sys.stderr)
-        return 130
     return 3 if isinstance(document, Report) and document.findings else 0
 
 
