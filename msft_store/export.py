@@ -2,8 +2,10 @@
 
 Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
 the result loads with ``from_pretrained``; for any other checkpoint ``like`` names a directory that
-has them. The directory appears whole or not at all; an export that
-is killed leaves a hidden one beside it, which the next export to that place removes.
+has them. What a checkpoint says of itself in its metadata, under ``export``, is heeded: tensors
+whose names begin with its ``without`` are a training's state and stay out, and with the settings of
+an ``adapter`` the result is a directory of PEFT. The directory appears whole or not at all; an
+export that is killed leaves a hidden one beside it, which the next export to that place removes.
 
 Example::
 
@@ -20,7 +22,7 @@ import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,11 @@ from msft_store.format import BaseSpan, canonical
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.safetensors_file import INDEX
 
+KEY = "export"
+"""Of the metadata: how a checkpoint is exported."""
 _SINGLE = "model.safetensors"
-_ADAPTER = "adapter_model.safetensors"
-_CONFIGS = ("config.json", "adapter_config.json")
+_ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_CONFIGS = ("config.json", _SETTINGS)
 """Of a model, and of an adapter (LoRA), whose weights have another name and are in one file."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
@@ -70,7 +74,7 @@ def export(
     with translated("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
-    tensors = catalog.tensors(checkpoint)
+    tensors, settings = _exported(catalog, checkpoint)
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
             raise InvalidInputError(
@@ -86,16 +90,30 @@ def export(
         backend = LocalBackend(partial)
         # What a manifest names again and again takes no room in the store, and all of it here.
         Bounded(backend).require(checkpoint.logical_bytes)
-        shards = list(_shards(tensors, shard_bytes))
-        if is_adapter(beside):
-            # A few tensors, which nothing reads in parts.
-            shards = [list(tensors)]
-        _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_adapter(beside))
+        is_peft = settings is not None or is_adapter(beside)
+        # An adapter is a few tensors, which nothing reads in parts.
+        shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
+        _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_peft)
         for file, size in beside.items():
             publish(backend, file.name, read_file(file, 0, size))
+        if settings is not None:
+            publish(backend, _SETTINGS, canonical(dict(settings)))
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())
+
+
+def _exported(
+    catalog: Catalog, checkpoint: Checkpoint
+) -> tuple[dict[str, TensorEntry], Mapping[str, Any] | None]:
+    """Return what of a checkpoint is exported, and the settings of an adapter."""
+    tensors, said = catalog.tensors(checkpoint), checkpoint.metadata.get(KEY)
+    if not isinstance(said, Mapping):
+        return tensors, None
+    without, adapter = said.get("without"), said.get("adapter")
+    if isinstance(without, str) and without:
+        tensors = {name: entry for name, entry in tensors.items() if not name.startswith(without)}
+    return tensors, adapter if isinstance(adapter, Mapping) else None
 
 
 @contextlib.contextmanager
@@ -148,18 +166,28 @@ def _write_shards(
         file = _ADAPTER if adapter else _SINGLE
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # The largest elements first, so that all are aligned; then by name.
-        part = {n: tensors[n] for n in sorted(names, key=lambda n: (-tensors[n].dtype.size, n))}
-        what = f"checkpoint {checkpoint.id[:12]}"
-        with backend.writer() as writer:
-            writer.write(_header(part))
-            for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
-                writer.write(data.data)
-            writer.publish(file)
+        _write_file(catalog, checkpoint, {n: tensors[n] for n in names}, backend, file)
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = {"total_size": checkpoint.logical_bytes}
         publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
+
+
+def _write_file(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    tensors: dict[str, TensorEntry],
+    backend: LocalBackend,
+    file: str,
+) -> None:
+    # The largest elements first, so that all are aligned; then by name.
+    part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
+    what = f"checkpoint {checkpoint.id[:12]}"
+    with backend.writer() as writer:
+        writer.write(_header(part))
+        for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
+            writer.write(data.data)
+        writer.publish(file)
 
 
 def _header(tensors: dict[str, TensorEntry]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,7 +16,7 @@ from msft_store.backend import LocalBackend
 from msft_store.catalog import Catalog
 from msft_store.export import export
 from tests.support.faults import changed_at
-from tests.support.states import make_state, same_bits, train_step, write_base
+from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 
 @pytest.fixture
@@ -133,3 +134,12 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, store: Store, model
     with pytest.raises(CorruptedError):
         store.export(ckpt, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]
+
+
+@pytest.mark.parametrize("said", [3, {"without": 3, "adapter": []}, {"without": ""}])
+def test_what_a_stranger_says_of_an_export_changes_nothing(
+    tmp_path: Path, store: Store, state: State, said: Any
+) -> None:
+    ckpt = store.save(state, metadata={"export": said})
+    store.export(ckpt, tmp_path / "out")
+    assert same_bits(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), state)
