@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from msft_store.backend import LocalBackend, publish
 from msft_store.boxes import whole_box
 from msft_store.errors import InvalidInputError, NotAStoreError
+from msft_store.export import KEY as EXPORT
+from msft_store.integrations.agreement import in_main_process
 from msft_store.integrations.training_state import (
     from_tensors,
     generators_of_all,
@@ -55,14 +56,21 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
     """Let ``accelerator.save_state`` commit the weights, and ``load_state`` restore them.
 
     ``timeline`` is the main process's, and may be ``None`` in others. What its retention policy
-    gives up cannot be loaded any more, whatever folders are left.
+    gives up cannot be loaded any more, whatever folders are left. An error of the main process is
+    raised in all.
     """
+    if accelerator.is_main_process:
+        _given(timeline)
 
     def save(models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
-        if timeline is not None and accelerator.is_main_process:
-            found = timeline.commit(_named(accelerator, models))
+        tensors = _named(accelerator, models)
+
+        def commit() -> None:
+            found = _given(timeline).commit(tensors)
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
             publish(LocalBackend(local_path(folder)), FILE, text)
+
+        in_main_process(commit)
         # Accelerate writes what is left in the list.
         weights.clear()
 
@@ -91,37 +99,43 @@ def save_state(
 ) -> str:
     """Commit everything that the accelerator has prepared; return the checkpoint's id.
 
-    All processes call it; the main one has the timeline.
+    All processes call it; the main one has the timeline. An error of it is raised in all.
     """
     rows = generators_of_all()
-    found: list[str | None] = [None]
-    if accelerator.is_main_process:
-        if timeline is None:
-            raise InvalidInputError("the main process needs a timeline to commit to")
+    weights = _named(accelerator, accelerator._models)
+
+    def commit() -> str:
         state = {"parts": _states(accelerator), "generators": rows}
-        tensors = {**_named(accelerator, accelerator._models), **to_tensors(state, STATE)}
-        found = [timeline.commit(tensors, step, metrics, metadata).id]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return str(found[0])
+        # An export of it is the weights.
+        said = {EXPORT: {"without": f"{STATE}."}, **(metadata or {})}
+        tensors = {**weights, **to_tensors(state, STATE)}
+        return _given(timeline).commit(tensors, step, metrics, said).id
+
+    return in_main_process(commit)
 
 
 def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | str) -> None:
     """Restore in every process what :func:`save_state` committed, in place and bit-exact."""
     found = store.get(checkpoint)
     state = from_tensors(store.load(found, names_of(store, found, STATE)), STATE)
-    _restore(accelerator, store, found, accelerator._models)
     parts = _parts(accelerator)
     if parts.keys() != state["parts"].keys():
         raise InvalidInputError(
             f"checkpoint {found.id[:12]} has the state of {', '.join(state['parts'])}; "
             f"this accelerator has prepared {', '.join(parts)}"
         )
+    _restore(accelerator, store, found, accelerator._models)
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     rows = state["generators"]
     if accelerator.process_index < len(rows):
         set_generators(rows[accelerator.process_index])
+
+
+def _given(timeline: Timeline | None) -> Timeline:
+    if timeline is None:
+        raise InvalidInputError("the main process needs a timeline to commit to")
+    return timeline
 
 
 def _parts(accelerator: Accelerator) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 
 from msft_store.errors import MismatchError
 from msft_store.format import canonical
+from msft_store.integrations.agreement import gathered
 from msft_store.manifest import Checkpoint
 from msft_store.nested import flatten, unflatten
 from msft_store.store import Store
@@ -75,11 +76,7 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 def generators_of_all() -> list[dict[str, Any]]:
     """Return the state of every process's generators, by rank; all processes must call this."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [generators()]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, generators())
-    return states
+    return gathered(generators())
 
 
 def _json(prefix: str) -> str:

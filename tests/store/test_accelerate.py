@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from msft_store import InvalidInputError, KeepLast, NotAStoreError, Store, Timeline, flatten
 from msft_store.integrations.accelerate import load_state, register, save_state
@@ -130,6 +131,28 @@ def test_a_state_of_other_parts_is_refused(store: Store, timeline: Timeline) -> 
     run = Run()
     saved = save_state(run.accelerator, timeline)
     run.accelerator.register_for_checkpointing(Counter())
+    run.train()
+    before = run.state()
 
     with pytest.raises(InvalidInputError, match="object0"):
         load_state(run.accelerator, store, saved)
+    assert equal(run.state(), before)
+
+
+def test_the_main_process_needs_a_timeline(tmp_path: Path, store: Store) -> None:
+    # Without one the weights would be nowhere.
+    run = Run()
+    with pytest.raises(InvalidInputError, match="timeline"):
+        register(run.accelerator, None, store)
+    with pytest.raises(InvalidInputError, match="timeline"):
+        save_state(run.accelerator, None)
+
+
+def test_an_export_of_a_state_is_the_weights(
+    tmp_path: Path, store: Store, timeline: Timeline
+) -> None:
+    run = Run()
+    saved = save_state(run.accelerator, timeline, metadata={"epoch": 1})
+    store.export(store.get(saved), tmp_path / "model")
+    assert same_bits(load_file(tmp_path / "model" / "model.safetensors"), run.model.state_dict())
+    assert store.get(saved).metadata["epoch"] == 1
