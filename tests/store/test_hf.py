@@ -11,97 +11,22 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_model
-from transformers import (
-    EarlyStoppingCallback,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
-from msft_store.integrations.hf import StoreCallback, weights_of
+from msft_store.integrations.hf import StoreCallback
 from tests.support.ranks import in_ranks
-from tests.support.states import State, same_bits
+from tests.support.states import same_bits
+from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "stdlib_tasks"
-
-
-def make_model(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attention_dropout=0.1,  # so that random numbers matter
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
-def examples(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, 64, (count, 8), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-EVALS = {"one": examples(4, 1), "two": examples(4, 2)}
-
-
-def make_trainer(
-    folder: Path, model: Any, callbacks: list[TrainerCallback], **arguments: Any
-) -> Trainer:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**{**options, **arguments}),
-        train_dataset=examples(10, 0),
-        eval_dataset=EVALS,
-        callbacks=callbacks,
-    )
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     make_model().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def state_of(model: torch.nn.Module) -> State:
-    return {name: tensor.detach().clone() for name, tensor in weights_of(model).items()}
-
-
-class Watch(TrainerCallback):
-    """Keeps the weights of every evaluation, and can fail."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.seen: dict[int, State] = {}
-        self._fail_after = fail_after
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen[state.global_step] = state_of(kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._fail_after:
-            raise KeyboardInterrupt
 
 
 def test_each_evaluation_is_a_commit_with_the_metrics_of_all_datasets(
@@ -142,23 +67,33 @@ def test_the_best_of_each_dataset_stays_and_is_restored(tmp_path: Path, base: Pa
 @pytest.mark.parametrize(
     ("killed", "saves"),
     [
-        (5, {"save_steps": 2, "eval_steps": 4}),
-        (8, {"save_strategy": "epoch", "eval_strategy": "epoch"}),
-        (7, {"save_steps": 3, "gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine"}),
+        (Watch(5), {"save_steps": 2, "eval_steps": 4}),
+        (Watch(8), {"save_strategy": "epoch", "eval_strategy": "epoch"}),
+        (Watch(7), {"gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine"}),
+        # A sampler that draws the order of an epoch from the global generators.
+        (Watch(8), {"train_sampling_strategy": "group_by_length", "background": True}),
+        # A save at the end of an epoch, whose evaluation is still to come.
+        (Watch(evaluated=10), {"eval_strategy": "epoch", "save_steps": 5}),
+        (Watch(2), {"eval_on_start": True, "eval_steps": 4}),
     ],
 )
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, base: Path, killed: int, saves: dict[str, Any]
+    tmp_path: Path, base: Path, killed: Watch, saves: dict[str, Any]
 ) -> None:
+    saves = dict(saves)
+    options = {"base": base, "retention": KeepLast(9), "background": saves.pop("background", False)}
+
     def callback_at(name: str) -> StoreCallback:
-        return StoreCallback(tmp_path / name, base=base, retention=KeepLast(9))
+        return StoreCallback(tmp_path / name, **options)
 
     whole = callback_at("whole")
     trainer = make_trainer(tmp_path / "a", make_model(), [whole], **saves)
     trainer.train(resume_from_checkpoint=whole.resume(tmp_path / "a"))
     broken = callback_at("broken")
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(tmp_path / "b", make_model(), [broken, Watch(killed)], **saves).train()
+        make_trainer(tmp_path / "b", make_model(), [broken, killed], **saves).train()
+    # This process goes on, and with it what is under way in the background.
+    assert broken.timeline.checkpoints()
 
     again = callback_at("broken")
     resumed = make_trainer(tmp_path / "b", make_model(9), [again], **saves)
@@ -178,18 +113,23 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
 def test_two_processes_commit_once_and_go_on_alike(tmp_path: Path, base: Path) -> None:
     weights = tmp_path / "weights.safetensors"
 
-    def run(rank: int, name: str, fail: int | None = None) -> Trainer:
+    def run(rank: int, name: str, fail: int | None = None, goes_on: bool = True) -> Trainer:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
         os.environ.update({key: str(value) for key, value in place.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
         AcceleratorState._reset_state(reset_partial_state=True)
-        # The store is there before all ranks look for it.
-        callback = StoreCallback(tmp_path / name, base=base, retention=KeepLast(9))
-        torch.distributed.barrier()
+        best = {"eval_one_loss": "min"}
+        callback = StoreCallback(tmp_path / name, base=base, best=best, retention=KeepLast(9))
         watch = [Watch(fail)] if fail else []
         folder = tmp_path / f"{name}-run"
         trainer = make_trainer(folder, make_model(), [callback, *watch], ddp_backend="gloo")
-        trainer.train(resume_from_checkpoint=callback.resume(folder))
+        trainer.train(resume_from_checkpoint=callback.resume(folder) if goes_on else None)
+        last = state_of(trainer.model)
+        found = [callback.best("eval_one_loss").id]
+        torch.distributed.broadcast_object_list(found)
+        assert found == [callback.best("eval_one_loss").id]
+        callback.restore(trainer.model, found[0])
+        trainer.model.load_state_dict(last)
         return trainer
 
     def whole(rank: int) -> None:
@@ -206,18 +146,16 @@ def test_two_processes_commit_once_and_go_on_alike(tmp_path: Path, base: Path) -
         expected = load_file(weights)
         assert same_bits({name: state[name] for name in expected}, expected)
 
-    for name in ("whole", "broken"):
-        Store.create(tmp_path / name)
-    for action in (whole, broken, resumed):
+    def refused(rank: int) -> None:
+        with pytest.raises(InvalidInputError, match="has a run 'main' already"):
+            run(rank, "broken", goes_on=False)
+
+    for action in (whole, broken, refused, resumed):
         assert in_ranks(2, action, tmp_path) == [0, 0]
     logs = [Store.open(tmp_path / name).log() for name in ("whole", "broken")]
     ids = [[c.id for c in log if c.metadata["timeline"]["name"] == "main"] for log in logs]
     assert ids[0] == ids[1]
     assert len(ids[0]) > 1
-
-
-def losses(trainer: Trainer) -> list[tuple[int, float]]:
-    return [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
 
 
 def test_another_run_in_a_used_store_is_refused(tmp_path: Path, base: Path) -> None:

@@ -1,0 +1,71 @@
+"""What training changes of a model: all of it, or its PEFT adapter; out of it and back into it.
+
+PEFT is optional, and there whenever a model has an adapter.
+
+Example::
+
+    store.save(weights_of(model), metadata={"export": {"adapter": adapter_of(model)}})
+    put_weights(model, store, checkpoint)
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from msft_store.boxes import whole_box
+from msft_store.manifest import Checkpoint
+from msft_store.store import Store
+from msft_store.tensors import memory_of
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that training changes; they share their memory with the model.
+
+    Of a model with an adapter of PEFT that is the active adapter, under the names of its files
+    (learned prompts are copies); of any other the whole state dict.
+    """
+    if not hasattr(model, "peft_config"):
+        return dict(model.state_dict())
+    from peft import get_peft_model_state_dict  # noqa: PLC0415
+
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=_active(model))
+    return found
+
+
+def put_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | str) -> None:
+    """Give a model the weights of a checkpoint, in place and bit-exact; other tensors stay out."""
+    weights = weights_of(model)
+    own = {memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if all(memory_of(tensor) in own for tensor in weights.values()):
+        store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in weights.items()])
+        return
+    from peft import set_peft_model_state_dict  # noqa: PLC0415
+
+    tensors = store.load(checkpoint, weights)
+    set_peft_model_state_dict(model, tensors, adapter_name=_active(model))
+
+
+def adapter_of(model: Any) -> dict[str, Any] | None:
+    """Return the settings of a model's active adapter, as far as JSON holds them."""
+    if not getattr(model, "peft_config", None):
+        return None
+    settings = model.peft_config[_active(model)].to_dict()
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+    return {key: value for key, value in plain.items() if _is_json(value)}
+
+
+def _active(model: Any) -> str:
+    # PEFT's own models have a property, those of transformers a method.
+    active = model.active_adapters
+    return str((active() if callable(active) else active)[0])
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

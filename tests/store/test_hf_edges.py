@@ -1,0 +1,301 @@
+"""Trainings with a StoreCallback that do not go by the book."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
+
+from msft_store import (
+    Checkpoint,
+    DiskBudget,
+    InvalidInputError,
+    KeepLast,
+    OverBudgetError,
+    Store,
+)
+from msft_store.backend import LocalBackend
+from msft_store.integrations.hf import StoreCallback
+from msft_store.integrations.trainer_rules import metrics_of
+from tests.support.children import begin, end_of
+from tests.support.faults import CHANGES, FaultyBackend
+from tests.support.states import same_bits
+from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def points_of(store: Store) -> list[Checkpoint]:
+    return [c for c in store.log() if c.metadata["timeline"]["name"] == "main-resume"]
+
+
+def test_a_run_that_has_ended_is_not_trained_further(tmp_path: Path, base: Path) -> None:
+    # In the middle of an epoch the Trainer does a step before it asks whether one is left.
+    def run() -> tuple[Trainer, StoreCallback]:
+        callback = StoreCallback(tmp_path / "store", base=base)
+        trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=3)
+        trainer.train(resume_from_checkpoint=callback.resume(tmp_path / "run"))
+        return trainer, callback
+
+    first, callback = run()
+    ids = [c.id for c in callback.timeline.checkpoints()]
+    again, other = run()
+
+    assert again.state.global_step == first.state.global_step == 3
+    assert same_bits(state_of(again.model), state_of(first.model))
+    assert losses(again) == losses(first)
+    assert [c.id for c in other.timeline.checkpoints()] == ids
+
+
+def test_what_an_interrupted_evaluation_found_belongs_to_no_other_step(
+    tmp_path: Path, base: Path
+) -> None:
+    callback = StoreCallback(tmp_path / "store", base=base, retention=KeepLast(9))
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback, Watch(evaluated=6)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=callback.resume(tmp_path / "run"))
+
+    kept = callback.timeline.checkpoints()
+    assert [c.step for c in kept] == [3, 6, 9, 10]
+    assert all(c.metrics.keys() == {"eval_one_loss", "eval_two_loss"} for c in kept)
+
+
+def test_a_kill_at_any_moment_of_a_commit_changes_nothing(tmp_path: Path, base: Path) -> None:
+    options = {"max_steps": 4, "eval_steps": 2, "save_steps": 1}
+
+    class Killed(BaseException):
+        def __init__(self, *told: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(name: str, fail_at: int | None = None) -> tuple[Trainer, StoreCallback, int]:
+        path = tmp_path / name
+        if not path.exists():
+            Store.create(path)
+        backend = FaultyBackend(LocalBackend(path), error=Killed, kinds=CHANGES)
+        backend.fail_at = fail_at
+        callback = StoreCallback(Store(backend), base=base, retention=KeepLast(9))
+        trainer = make_trainer(path / "run", make_model(), [callback], **options)
+        trainer.train(resume_from_checkpoint=callback.resume(path / "run"))
+        return trainer, callback, backend.count
+
+    def killed(name: str, at: int) -> Callable[[], int]:
+        def work() -> int:
+            torch.set_num_threads(1)
+            run(name, at)
+            return 0
+
+        return work
+
+    whole, expected, operations = run("whole")
+    for part in (0.4, 0.55, 0.7, 0.85):
+        name = f"part-{part}"
+        assert end_of(begin(killed(name, int(part * operations)))) == -signal.SIGKILL
+        trainer, callback, _ = run(name)
+        assert same_bits(state_of(trainer.model), state_of(whole.model))
+        assert losses(trainer) == losses(whole)
+        ids = [c.id for c in callback.timeline.checkpoints()]
+        assert ids == [c.id for c in expected.timeline.checkpoints()]
+        assert callback.store.check() == []
+
+
+def test_what_a_killed_process_left_to_resume_from_is_removed(tmp_path: Path, base: Path) -> None:
+    callback = StoreCallback(tmp_path / "store", base=base)
+    make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2, save_steps=1).train()
+
+    def work() -> int:
+        StoreCallback(tmp_path / "store", base=base).resume(tmp_path / "run")
+        return 0
+
+    assert end_of(begin(work)) == 0
+    (left,) = (tmp_path / "run").glob(".resume-*")
+    folder = callback.resume(tmp_path / "run")
+
+    assert folder is not None
+    assert [str(path) for path in (tmp_path / "run").glob(".resume-*")] == [folder]
+    assert str(left) != folder
+
+
+def test_commits_in_the_background_are_those_of_the_foreground(tmp_path: Path, base: Path) -> None:
+    ids = []
+    for background in (False, True):
+        folder = tmp_path / str(background)
+        callback = StoreCallback(
+            folder / "store", base=base, retention=KeepLast(9), background=background
+        )
+        make_trainer(folder / "run", make_model(), [callback], save_steps=1).train()
+        ids.append([c.id for c in callback.timeline.checkpoints()])
+        point = points_of(callback.store)
+        assert [c.step for c in point] == [10]
+        callback.close()
+    assert ids[0] == ids[1]
+
+
+def test_an_error_in_the_background_ends_the_training(tmp_path: Path, base: Path) -> None:
+    callback = StoreCallback(
+        tmp_path / "store", base=base, retention=DiskBudget(1000), background=True
+    )
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback], save_steps=1)
+    with pytest.raises(OverBudgetError):
+        trainer.train()
+    assert trainer.state.global_step < 10
+
+
+def test_without_a_finite_metric_no_best_is_restored(tmp_path: Path, base: Path) -> None:
+    callback, watch = StoreCallback(tmp_path / "store", base=base), Watch()
+    trainer = make_trainer(
+        tmp_path / "run",
+        make_model(),
+        [callback, watch],
+        load_best_model_at_end=True,
+        metric_for_best_model="one_loss",
+        learning_rate=1e38,
+        max_grad_norm=0,
+        max_steps=3,
+    )
+    with pytest.warns(UserWarning, match="eval_one_loss"):
+        trainer.train()
+    assert same_bits(state_of(trainer.model), watch.seen[3])
+
+
+def test_which_way_is_good_is_never_guessed(tmp_path: Path, base: Path) -> None:
+    def accuracy(evaluated: Any) -> dict[str, float]:
+        return {"accuracy": float(next(scores))}
+
+    scores = iter([0.1, 0.1, 0.9, 0.1, 0.3, 0.1])
+    options = {"metric_for_best_model": "one_accuracy", "greater_is_better": True}
+    callback = StoreCallback(tmp_path / "store", base=base, retention=KeepLast(9))
+    trainer = make_trainer(
+        tmp_path / "run",
+        make_model(),
+        [callback],
+        max_steps=3,
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        **options,
+    )
+    trainer.compute_metrics = accuracy
+    trainer.train()
+
+    assert callback.best("eval_one_accuracy").step == 2
+    reader = StoreCallback(tmp_path / "store")
+    assert reader.best("eval_one_accuracy", "max").step == 2
+    with pytest.raises(InvalidInputError, match="'max'"):
+        reader.best("eval_one_accuracy")
+
+
+def test_what_is_named_alike_for_all_datasets_is_told_apart() -> None:
+    metrics = {"eval_one_loss": 1.0, "eval_one_runtime": 3.0, "eval_entropy": 2.0}
+    counters = {"eval_num_tokens": 7, "epoch": 1.0, "eval_one_samples_per_second": 4.0}
+    assert metrics_of({**metrics, **counters}) == {
+        "eval_one_loss": 1.0,
+        "eval_entropy": 2.0,
+        "eval_one_entropy": 2.0,
+    }
+    assert metrics_of({"eval_loss": 1.0, "eval_runtime": 3.0}) == {"eval_loss": 1.0}
+
+
+class Asks(TrainerCallback):
+    """Wants a save after each evaluation."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = True
+
+
+def test_saves_that_other_callbacks_ask_for_are_commits(tmp_path: Path, base: Path) -> None:
+    options = {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"}
+    before = StoreCallback(tmp_path / "before", base=base)
+    make_trainer(tmp_path / "a", make_model(), [Asks(), before], **options).train()
+    assert list((tmp_path / "a").glob("checkpoint-*")) == []
+
+    after = StoreCallback(tmp_path / "after", base=base)
+    with pytest.warns(UserWarning, match="before StoreCallback"):
+        make_trainer(tmp_path / "b", make_model(), [after, Asks()], **options).train()
+    assert after.timeline.checkpoints()[-1].step == 2
+
+
+def test_callbacks_whose_state_would_be_lost_are_named(tmp_path: Path, base: Path) -> None:
+    options = {
+        "max_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "one_loss",
+    }
+    callback = StoreCallback(tmp_path / "store", base=base)
+    others: list[TrainerCallback] = [EarlyStoppingCallback(3)]
+    with pytest.warns(UserWarning, match="EarlyStoppingCallback would begin anew"):
+        make_trainer(tmp_path / "run", make_model(), [callback, *others], **options).train()
+
+    attached = StoreCallback(tmp_path / "attached", base=base)
+    trainer = make_trainer(tmp_path / "run", make_model(), [attached, *others], **options)
+    assert attached.attach(trainer) is attached
+    assert trainer.callback_handler.callbacks.count(attached) == 1
+
+
+def test_what_would_be_taken_for_something_else_is_refused(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(InvalidInputError, match="main-resume"):
+        StoreCallback(tmp_path / "store", base=base, name="main-resume")
+
+
+def test_a_resume_point_is_exported_as_a_model(tmp_path: Path, base: Path) -> None:
+    callback = StoreCallback(tmp_path / "store", base=base)
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2)
+    trainer.train()
+    (point,) = points_of(callback.store)
+    callback.store.export(point, tmp_path / "model")
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert same_bits(state_of(model), state_of(trainer.model))
+    assert not told["unexpected_keys"]
+
+
+def test_an_adapter_is_exported_as_one(tmp_path: Path, base: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    callback = StoreCallback(tmp_path / "store")
+    # It is its active adapter that a model is trained with, whatever its name.
+    model: PeftModel = get_peft_model(plain, config, adapter_name="mine")
+    make_trainer(tmp_path / "run", model, [callback], max_steps=2).train()
+
+    for name, checkpoint in (
+        ("commit", callback.timeline.checkpoints()[-1]),
+        ("point", points_of(callback.store)[0]),
+    ):
+        callback.store.export(checkpoint, tmp_path / name)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert same_bits(state_of(loaded), state_of(model))
+
+
+def test_learned_prompts_are_restored_too(tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    callback = StoreCallback(tmp_path / "store", retention=KeepLast(9))
+    watch = Watch()
+    model = get_peft_model(make_model(), config)
+    trainer = make_trainer(
+        tmp_path / "run", model, [callback, watch], max_steps=2, eval_steps=1, learning_rate=0.1
+    )
+    trainer.train()
+    first = callback.timeline.checkpoints()[0]
+    assert not same_bits(state_of(trainer.model), watch.seen[1])
+
+    callback.restore(trainer.model, first)
+    assert same_bits(state_of(trainer.model), watch.seen[1])
