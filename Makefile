@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## fine-tune the bundled example with MSFT and with plain SFT, print the comparison
 	$(BIN)/msft-train compare examples/stdlib_tasks/demo.yaml
 
-test: $(STAMP)   ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)   ## run the tests, one process a core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-crash: $(STAMP) ## inject faults for a few minutes: crashes, full disks, bit rot, kills
 	$(BIN)/python -m pytest tests/reliability

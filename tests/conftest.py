@@ -1,4 +1,6 @@
-"""What every test gets: forked processes that may use several threads at once.
+"""What every test gets: one thread for torch, and forked processes that may use several at once.
+
+Tests run beside each other, one on each core; more threads would only wait for each other.
 
 After a fork PyTorch replaces the thread pool that the child has inherited when it is next asked
 for. Two threads that ask at once, as those that load a model do, may find it gone ("Invalid thread
@@ -9,6 +11,8 @@ concerned.
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 

@@ -289,7 +289,6 @@ def test_what_cannot_name_a_tensor_is_refused(store: Store, name: object) -> Non
         {"parent": 3},
         {"parent": SimpleNamespace(id="x")},
     ],
-    ids=repr,
 )
 def test_arguments_that_cannot_be_kept_are_refused(
     store: Store, arguments: dict[str, object]
