@@ -55,6 +55,8 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.disk
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.bookkeeping
+	$(BIN)/python -m bench.huggingface
+	$(BIN)/python -m bench.imports
 	$(BIN)/python -m bench.headline --write
 
 clean:           ## remove the environment and what runs have written
