@@ -129,7 +129,12 @@ class Model:
 
     def unknown_metric(self, parts: Parts) -> bool:
         """Return whether a gc has to refuse a policy."""
-        measured = {metric for point in self.points.values() for metric in point.metrics}
+        measured = {
+            metric
+            for point in self.points.values()
+            for metric, value in point.metrics.items()
+            if math.isfinite(value)
+        }
         return bool(self.points) and not metrics_of(parts) <= measured
 
     def collect(self, parts: Parts) -> None:
