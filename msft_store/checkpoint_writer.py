@@ -46,6 +46,7 @@ from msft_store.render import human
 from msft_store.resident import Compared
 from msft_store.stats import own_bytes
 from msft_store.strict import LIMIT
+from msft_store.tensors import memory_of
 
 _T = TypeVar("_T")
 
@@ -127,17 +128,24 @@ class CheckpointWriter:
         _, base, parent_tensors = self._lineage(parent)
         planner = Planner(self._catalog.objects, base, parent_tensors)
         planner.match({box.name: box.shape for box in boxes})
-        entries, totals = self._encode(
+        # Tied ones are encoded once, under the name that has something to be compared with.
+        order = sorted(boxes, key=lambda box: not planner.knows(box.name))
+        firsts: dict[tuple[object, ...], Box] = {}
+        for box in order:
+            firsts.setdefault(_place(box), box)
+        once = list(firsts.values())
+        found, totals = self._encode(
             lambda begin: encode_boxes(
-                self._catalog.objects, boxes, begin, planner=planner, base=base, level=level
+                self._catalog.objects, once, begin, planner=planner, base=base, level=level
             ),
             least=0,
-            whole=sum(box.tensor.nbytes for box in boxes),
+            whole=sum(box.tensor.nbytes for box in once),
         )
         self._catalog.objects.refresh()
+        entries = dict(zip(firsts, found, strict=True))
         pieces: dict[str, tuple[Piece, ...]] = {}
-        for box, entry in zip(boxes, entries, strict=True):
-            pieces[box.name] = (*pieces.get(box.name, ()), *entry.pieces)
+        for box in boxes:
+            pieces[box.name] = (*pieces.get(box.name, ()), *entries[_place(box)].pieces)
         table = {box.name: box.entry() for box in boxes}
         return Part(
             base=base,
@@ -174,9 +182,10 @@ class CheckpointWriter:
                     stored is None or not objects.is_whole(stored.record)
                 ):
                     raise InvalidInputError(
-                        f"a chunk of {name!r} that a process encoded is gone: another process "
-                        "collected garbage in between. Hold it off with Store.awaiting_parts from "
-                        "before Store.encode until the save, and encode again"
+                        f"a chunk of {name!r} that a process encoded is not in this store: another "
+                        "process collected garbage in between, or it was encoded into another "
+                        "store. Hold gc off with Store.awaiting_parts from before Store.encode "
+                        "until the save, give all processes the same store, and encode again"
                     )
         return table, Totals(
             stored_bytes=sum(part.stored_bytes for part in parts),
@@ -280,3 +289,7 @@ class CheckpointWriter:
         known = self._catalog.checkpoints()
         later = max(time.time_ns(), known[-1].created + 1 if known else 0)
         return min(later, LIMIT - 1)
+
+
+def _place(box: Box) -> tuple[object, ...]:
+    return (memory_of(box.tensor), box.shape, box.offset)

@@ -1,7 +1,7 @@
 """Parts of tensors out of a checkpoint, whatever it was cut into: for loads in other processes.
 
 Invariants: every chunk is verified; only those are read that hold something wanted; where pieces
-are cut by rows, a few chunks at a time are in memory, and otherwise the rows of one piece.
+are cut by rows, a few chunks at a time are in memory, and otherwise some rows of one piece besides.
 
 Example::
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,12 +22,15 @@ from msft_store.boxes import Box
 from msft_store.decoding import named
 from msft_store.dtypes import by_torch
 from msft_store.errors import MismatchError
+from msft_store.format import CHUNK_BYTES
 from msft_store.kernels import Bytes
 from msft_store.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
 from msft_store.references import is_by_rows
 from msft_store.tensors import torch_dtype, view_bytes, write_elements
+
+_BAND_BYTES = 16 * CHUNK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,8 @@ def decode_boxes(
             pass
     for overlap in overlaps:
         if not _is_a_run(overlap):
-            _decode_across(objects, overlap, base, what)
+            for band in _bands(overlap):
+                _decode_across(objects, band, base, what)
 
 
 def _is_a_run(overlap: _Overlap) -> bool:
@@ -153,6 +157,15 @@ def _read_part(
     with named(what):
         data = read()
     write_elements(target, start, data[part])
+
+
+def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
+    """Yield what is shared in a few rows at a time; chunks between two bands are read for both."""
+    first, *rest = overlap.start
+    rows = max(1, _BAND_BYTES // (overlap.row * overlap.entry.dtype.size))
+    for at in range(0, overlap.rows, rows):
+        target = overlap.target[at : at + rows]
+        yield replace(overlap, start=(first + at, *rest), target=target)
 
 
 def _decode_across(objects: Objects, overlap: _Overlap, base: str | None, what: str) -> None:

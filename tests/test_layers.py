@@ -33,7 +33,7 @@ saver
 space traces alive
 timeline
 nested
-integrations.dcp_planners integrations.dcp
+integrations.dcp_boxes integrations.dcp_planners integrations.dcp
 integrations.agreement integrations.training_state integrations.adapters
 integrations.resume_folder integrations.run_commits integrations.trainer_rules
 integrations.hf integrations.accelerate

@@ -26,13 +26,15 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.storage as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -46,21 +48,31 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
-    WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner import LoadPlanner as AnyLoadPlanner
 from torch.distributed.checkpoint.planner import SavePlanner as AnySavePlanner
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
 from msft_store.bases import Base
 from msft_store.boxes import Box, Part, Parts, whole_box
+from msft_store.catalog import CONFIG
 from msft_store.codecs import Level
-from msft_store.errors import InvalidInputError, MismatchError, UnknownCheckpointError
+from msft_store.errors import (
+    InvalidInputError,
+    MismatchError,
+    NotAStoreError,
+    UnknownCheckpointError,
+)
 from msft_store.format import canonical
-from msft_store.integrations.dcp_planners import OBJECTS, LoadPlanner, SavePlanner, pickling
+from msft_store.integrations.dcp_boxes import box_of, boxes_of, size_of, tied
+from msft_store.integrations.dcp_planners import (
+    OBJECTS,
+    LoadPlanner,
+    SavePlanner,
+    check_caching,
+    pickling,
+)
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.refs import check_name
 from msft_store.store import Store
@@ -73,6 +85,8 @@ __all__ = ["LoadPlanner", "SavePlanner", "StorageReader", "StorageWriter", "boxe
 class _Order:
     """What the coordinator tells every rank."""
 
+    rank: int
+    """Of whom it is told."""
     parent: str | None
 
 
@@ -82,6 +96,15 @@ class _Written:
 
     part: Part
     json: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failed:
+    """What a rank tells the coordinator that could not write."""
+
+    rank: int
+    error: Exception
+    trace: traceback.StackSummary
 
 
 class StorageWriter(dcp.StorageWriter):
@@ -111,6 +134,8 @@ class StorageWriter(dcp.StorageWriter):
         self.checkpoint: Checkpoint | None = None
         """What was saved last, in the coordinator."""
         self._parent = parent
+        self._parent_id: str | None = None
+        """Of the save under way, in the coordinator: a ref may move meanwhile."""
         self._level = level
         self._facts: dict[str, Any] = {
             "step": step,
@@ -131,7 +156,7 @@ class StorageWriter(dcp.StorageWriter):
             raise InvalidInputError(
                 "without collectives nobody publishes the checkpoint: leave use_collectives=True"
             )
-        if is_coordinator and not (self.path.exists() and any(self.path.iterdir())):
+        if is_coordinator and not (self.path / CONFIG).exists():
             Store.create(self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -141,12 +166,36 @@ class StorageWriter(dcp.StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell every rank what the checkpoint is a change of; hold off gc until it exists."""
         store = Store.open(self.path)
-        self._holding.enter_context(store.awaiting_parts())
-        order = _Order(parent=_parent_id(store, self._parent))
-        return [replace(plan, storage_data=order) for plan in plans]
+        with contextlib.ExitStack() as holding:
+            holding.enter_context(store.awaiting_parts())
+            self._parent_id = _parent_id(store, self._parent)
+            self._holding = holding.pop_all()
+        return [
+            replace(plan, storage_data=_Order(rank=rank, parent=self._parent_id))
+            for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: AnySavePlanner) -> Future[list[dcp.WriteResult]]:
         """Encode what this rank holds into a pack of its own."""
+        order: _Order = plan.storage_data
+        results = [
+            dcp.WriteResult(index=item.index, size_in_bytes=size_of(item), storage_data=None)
+            for item in plan.items
+        ]
+        told: _Written | _Failed | None
+        try:
+            told = self._write(plan, planner, order) if results else None
+        except Exception as error:
+            # DCP would not call finish, and the coordinator would hold the store's lock on.
+            told = _Failed(rank=order.rank, error=error, trace=_trace(error))
+        if told is not None:
+            results[0] = replace(results[0], storage_data=told)
+        done: Future[list[dcp.WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write(self, plan: SavePlan, planner: AnySavePlanner, order: _Order) -> _Written:
+        check_caching(planner)
         values: dict[str, bytes] = {}
         boxes: list[Box] = []
         for item in plan.items:
@@ -155,38 +204,44 @@ class StorageWriter(dcp.StorageWriter):
                     raise pickling(item.index.fqn, "SavePlanner")
                 values[item.index.fqn] = planner.json_of(item)
             else:
-                boxes.append(_box_of(item, planner.resolve_data(item)))
-        results = [
-            dcp.WriteResult(index=item.index, size_in_bytes=_size_of(item), storage_data=None)
-            for item in plan.items
-        ]
-        if results:
-            order: _Order = plan.storage_data
-            part = Store.open(self.path).encode(boxes, parent=order.parent, level=self._level)
-            results[0] = replace(results[0], storage_data=_Written(part=part, json=values))
-        done: Future[list[dcp.WriteResult]] = Future()
-        done.set_result(results)
-        return done
+                boxes.append(box_of(item, planner.resolve_data(item)))
+        try:
+            store = Store.open(self.path)
+        except NotAStoreError as error:
+            raise NotAStoreError(
+                f"rank {order.rank} finds no store at {self.path}, where the coordinator has one: "
+                "give a path on a file system that all ranks share"
+            ) from error
+        part = store.encode([*boxes, *tied(boxes, planner)], parent=order.parent, level=self._level)
+        own = {box.name: part.tensors[box.name] for box in boxes if box.name in part.tensors}
+        return _Written(part=replace(part, tensors=own), json=values)
 
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        """Publish the checkpoint, and point the ref to it."""
-        written = [
-            result.storage_data
-            for of_rank in results
-            for result in of_rank
-            if result.storage_data is not None
-        ]
+        """Publish the checkpoint, and point the ref to it.
+
+        Where ranks could not write, :class:`CheckpointException` with their errors.
+        """
+        told = [result.storage_data for of_rank in results for result in of_rank]
+        failed = [each for each in told if isinstance(each, _Failed)]
+        written = [each for each in told if isinstance(each, _Written)]
+        with self._holding:
+            if failed:
+                raise CheckpointException(
+                    "write", {each.rank: (each.error, each.trace) for each in failed}
+                )
+            self._publish(written)
+
+    def _publish(self, written: Sequence[_Written]) -> None:
         parts = [each.part for each in written]
         values = {name: json.loads(text) for each in written for name, text in each.json.items()}
-        with self._holding:
-            store = Store.open(self.path)
-            parent = _parent_id(store, self._parent)
-            if values:
-                text = torch.frombuffer(bytearray(canonical(values)), dtype=torch.uint8)
-                parts.append(store.encode([whole_box(OBJECTS, text)], parent=parent))
-            self.checkpoint = store.save(Parts(parts), parent=parent, **self._facts)
-            if self.name is not None:
-                store.pin(self.checkpoint, self.name)
+        store, parent = Store.open(self.path), self._parent_id
+        if values:
+            text = torch.frombuffer(bytearray(canonical(values)), dtype=torch.uint8)
+            mine = [whole_box(OBJECTS, text)]
+            parts.append(store.encode(mine, parent=parent, level=self._level))
+        self.checkpoint = store.save(Parts(parts), parent=parent, **self._facts)
+        if self.name is not None:
+            store.pin(self.checkpoint, self.name)
 
     def close(self) -> None:
         """Give back what a save that failed in another rank still holds of the store."""
@@ -221,8 +276,9 @@ class StorageReader(dcp.StorageReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self.path = Path(path)
         self.name = name
-        self._store = Store.open(path)
+        self._opened: Store | None = None
         self._checkpoint: Checkpoint | None = None
         self._values: dict[str, Any] = {}
         self._tensors: dict[str, TensorEntry] = {}
@@ -233,15 +289,17 @@ class StorageReader(dcp.StorageReader):
             self.name = os.fspath(checkpoint_id)
         self._checkpoint = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **others: Any) -> Metadata:
         """Return the names, shapes, dtypes and boxes of what the checkpoint has."""
+        # Of an argument named kwargs, DCP infers metadata of each rank, and asks again for that.
         if self.name is None:
             raise InvalidInputError("StorageReader needs a name: a ref, or the id of a checkpoint")
-        found = self._checkpoint = self._store.get(self.name)
-        self._tensors = self._store.tensors(found)
+        store = self._opened = Store.open(self.path)
+        found = self._checkpoint = store.get(self.name)
+        self._tensors = store.tensors(found)
         self._values = {}
         if self._tensors.pop(OBJECTS, None) is not None:
-            text = self._store.load(found, [OBJECTS])[OBJECTS]
+            text = store.load(found, [OBJECTS])[OBJECTS]
             self._values = json.loads(text.numpy().tobytes())
         described: dict[str, Any] = {name: BytesStorageMetadata() for name in self._values}
         for name, entry in self._tensors.items():
@@ -264,7 +322,7 @@ class StorageReader(dcp.StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say which checkpoint this rank has found."""
-        return replace(plan, storage_data=self._found().id)
+        return replace(plan, storage_data=self._found()[1].id)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Refuse to load parts of several checkpoints."""
@@ -289,61 +347,23 @@ class StorageReader(dcp.StorageReader):
             shape = self._tensors[name].shape
             boxes.append(Box(name=name, shape=shape, offset=offset, tensor=target))
             targets.append((item, target))
-        self._store.load_boxes(self._found(), boxes)
+        store, found = self._found()
+        store.load_boxes(found, boxes)
         for item, target in targets:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _found(self) -> Checkpoint:
-        if self._checkpoint is None:
+    def _found(self) -> tuple[Store, Checkpoint]:
+        if self._opened is None or self._checkpoint is None:
             raise InvalidInputError("StorageReader is asked before read_metadata; use dcp.load")
-        return self._checkpoint
+        return self._opened, self._checkpoint
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether it can be the name of a ref, or an id."""
         return StorageWriter.validate_checkpoint_id(checkpoint_id)
-
-
-def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
-    """Return what this process holds of a flat state dict: shards of DTensors, other tensors whole.
-
-    They share their memory with it. For :meth:`Store.encode` and :meth:`Store.load_boxes` without
-    DCP; of a replicated DTensor every process has the whole.
-    """
-    return [box for name, tensor in state.items() for box in _shards(name, tensor)]
-
-
-def _shards(name: str, tensor: torch.Tensor) -> Iterable[Box]:
-    if not isinstance(tensor, DTensor):
-        return [whole_box(name, tensor.detach())]
-    if tensor.device_mesh.get_coordinate() is None:
-        return []
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    local = tensor.to_local().detach()
-    return [Box(name=name, shape=tuple(tensor.shape), offset=tuple(offset), tensor=local)]
-
-
-def _box_of(item: WriteItem, tensor: Any) -> Box:
-    data = item.tensor_data
-    if data is None:
-        raise InvalidInputError(f"{item.index.fqn} has no size; is this plan DCP's?")
-    offset, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-    return Box(
-        name=item.index.fqn,
-        shape=tuple(data.size),
-        offset=offset,
-        tensor=tensor.detach().reshape(sizes),
-    )
-
-
-def _size_of(item: WriteItem) -> int:
-    data = item.tensor_data
-    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 def _parent_id(store: Store, parent: Base | Checkpoint | str | None) -> str | None:
@@ -353,3 +373,11 @@ def _parent_id(store: Store, parent: Base | Checkpoint | str | None) -> str | No
         return store.get(parent).id
     except UnknownCheckpointError:
         return store.base(parent).id
+
+
+def _trace(error: Exception) -> traceback.StackSummary:
+    # Without the code objects that frames have since Python 3.13, which cannot be sent.
+    frames = traceback.extract_tb(error.__traceback__)
+    return traceback.StackSummary.from_list(
+        [(f.filename, f.lineno or 0, f.name, f.line) for f in frames]
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, 
 
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format import canonical
+from msft_store.integrations.dcp_boxes import check_whole
 from msft_store.nested import flatten, unflatten
 
 OBJECTS = "dcp.json"
@@ -32,6 +34,8 @@ class SavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         """Return what this rank would write."""
+        for name, value in self.state_dict.items():
+            check_whole(name, value)
         self._json = {
             name: _to_json(name, value)
             for name, value in self.state_dict.items()
@@ -41,6 +45,12 @@ class SavePlanner(DefaultSavePlanner):
             raise InvalidInputError(f"the name {OBJECTS!r} is the store's own; use another one")
         plan: SavePlan = super().create_local_plan()
         return plan
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Return what this rank is to write."""
+        plan: SavePlan = super().finish_plan(new_plan)
+        # A plan that DCP kept from the first save has what was said then.
+        return replace(plan, storage_data=new_plan.storage_data)
 
     def json_of(self, write_item: WriteItem) -> bytes:
         """Return the JSON of a value that is no tensor."""
@@ -60,7 +70,7 @@ class LoadPlanner(DefaultLoadPlanner):
         name = read_item.dest_index.fqn
         found = unflatten({}, json.loads(value.getvalue()))
         if not self.flatten_state_dict:
-            self.state_dict[name] = found
+            self.original_state_dict[name] = found
             return
         *way, last = self.mappings[name]
         place: Any = self.original_state_dict
@@ -78,6 +88,16 @@ def pickling(name: str, planner: str) -> InvalidInputError:
         f"{name} is no tensor, and DCP's own planner pickles it: pass planner={planner}() of "
         "msft_store.integrations.dcp, which keeps JSON"
     )
+
+
+def check_caching(planner: object) -> None:
+    """Raise :class:`InvalidInputError` for a planner that keeps what the first save was told."""
+    keeps = getattr(planner, "_enable_plan_caching", False)
+    if keeps and not isinstance(planner, SavePlanner):
+        raise InvalidInputError(
+            "DCP's own planner keeps the parent of its first save with the plan: pass "
+            "planner=SavePlanner(enable_plan_caching=True) of msft_store.integrations.dcp"
+        )
 
 
 def _to_json(name: str, value: Any) -> bytes:

@@ -179,3 +179,25 @@ def test_any_cut_follows_any_other(
     store.plan_gc().execute()
     assert same_bits(Store.open(store.path).load(second.id), trained)
     assert store.check() == []
+
+
+def test_columns_of_a_large_tensor_come_out_of_its_rows(store: Store) -> None:
+    # More than one band of rows, and no chunk of theirs ends where a row does.
+    large = (torch.arange(71 * 1_000_003) % 251).to(torch.uint8).reshape(71, 1_000_003)
+    saved = store.save({"w": large})
+    box = Box(name="w", shape=(71, 1_000_003), offset=(1, 7), tensor=torch.zeros(69, 5).byte())
+
+    store.load_boxes(saved, [box])
+
+    assert torch.equal(box.tensor, large[1:70, 7:12])
+
+
+def test_tied_boxes_are_encoded_once(store: Store, base: Base, state: State) -> None:
+    name = "model.layers.0.up.weight"
+    trained = train_step(state, 0.05, 1)
+    tied = {"head": trained[name], **trained}
+
+    (part,) = encoded(store, cut(tied, 1), base)
+
+    assert part.unreferenced_bytes == 0
+    assert same_bits(store.load(store.save(Parts([part]), parent=base)), tied)

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
 from msft_store import Base, InvalidInputError, MismatchError, Parts, Store, flatten
@@ -308,11 +308,14 @@ def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) 
     def save(rank: int) -> None:
         planner = SavePlanner() if rank == 0 else Failing()
         state = {"model": sharded().state_dict()}
-        with pytest.raises(dcp.CheckpointException, match="no such luck"):
-            dcp.save(state, storage_writer=StorageWriter(path, name="a"), planner=planner)
+        writer = StorageWriter(path, name="a")
+        with pytest.raises(dcp.CheckpointException, match=r"RANK 1(.|\n)*no such luck"):
+            dcp.save(state, storage_writer=writer, planner=planner)
         torch.distributed.barrier()
         if rank == 0:
             store = Store.open(path)
+            # Others may collect garbage, although the writer is still there.
+            assert store.locks() == []
             assert store.log() == []
             store.plan_gc().execute()
         torch.distributed.barrier()
@@ -320,6 +323,103 @@ def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) 
 
     assert in_ranks(2, save, tmp_path) == [0, 0]
     assert Store.open(path).refs().keys() == {"a"}
+
+
+def test_ranks_with_a_path_each_are_told_so(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "own-0")
+    store.pin(store.save({"w": torch.ones(3)}), "a")
+
+    def act(rank: int) -> None:
+        mine, state = tmp_path / f"own-{rank}", {"w": torch.zeros(3), "v": torch.zeros(3)}
+        with pytest.raises(dcp.CheckpointException, match=r"rank 1 finds no store(.|\n)*share"):
+            dcp.save(state, storage_writer=StorageWriter(mine, name="b"))
+        with pytest.raises(dcp.CheckpointException, match="no store"):
+            dcp.load({"w": torch.zeros(3)}, storage_reader=StorageReader(mine, name="a"))
+
+    assert in_ranks(2, act, tmp_path) == [0, 0]
+    assert store.refs().keys() == {"a"}
+
+
+def test_tied_tensors_are_compared_under_the_name_that_the_parent_has(
+    tmp_path: Path,
+) -> None:
+    weights = {"body": torch.randn(64, 64), "embed": torch.randn(64, 64)}
+    safetensors.torch.save_file(weights, tmp_path / "base.safetensors")
+    store = Store.create(tmp_path / "store")
+    base = store.add_base(tmp_path / "base.safetensors")
+    trained = {name: tensor + 1e-3 for name, tensor in weights.items()}
+    tied = {"head": trained["embed"], "body": trained["body"], "embed": trained["embed"]}
+
+    def save(_: int) -> None:
+        # DCP shares the names out: one rank has the head, the other one what it is tied to.
+        dcp.save(tied, storage_writer=StorageWriter(store.path, name="a", parent=base))
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    saved = store.get("a")
+    assert saved.unreferenced_bytes == 0
+    assert same_bits(store.load(saved), tied)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_plans_that_dcp_keeps_are_told_the_parent_anew(tmp_path: Path) -> None:
+    path, state = tmp_path / "store", {"w": torch.randn(64, 64), "step": 1}
+
+    def save(name: str, planner: Any, **options: Any) -> None:
+        dcp.save(
+            state,
+            storage_writer=StorageWriter(path, name=name, **options),
+            planner=planner,
+        )
+
+    save("one", SavePlanner(enable_plan_caching=True))
+    state["w"] = state["w"] + 1e-3
+    save("two", SavePlanner(enable_plan_caching=True), parent="one")
+
+    assert Store.open(path).get("two").unreferenced_bytes == 0
+    del state["step"]
+    with pytest.raises(dcp.CheckpointException, match="enable_plan_caching=True"):
+        save("three", dcp.DefaultSavePlanner(enable_plan_caching=True))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_parent_that_moves_during_a_save_is_the_one_it_was(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    one, two = store.save({"w": torch.ones(3)}), store.save({"w": torch.zeros(3)})
+    store.pin(one, "last")
+
+    class Moving(SavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            store.pin(two, "last")
+            return super().resolve_data(write_item)
+
+    writer = StorageWriter(store.path, parent="last")
+    dcp.save({"w": torch.ones(3)}, storage_writer=writer, planner=Moving())
+
+    assert writer.checkpoint is not None
+    assert writer.checkpoint.parent == one.id
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_that_is_not_flattened_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    # What a coordinator leaves that was killed while it made the store.
+    (path / "tmp").mkdir(parents=True)
+    state = {"w": torch.ones(3), "rest": {"epoch": 3, "names": ["a"]}}
+
+    dcp.save(
+        state,
+        storage_writer=StorageWriter(path, name="a"),
+        planner=SavePlanner(flatten_state_dict=False),
+    )
+    target: dict[str, Any] = {"w": torch.zeros(3), "rest": None}
+    dcp.load(
+        target,
+        storage_reader=StorageReader(path, name="a"),
+        planner=LoadPlanner(flatten_state_dict=False),
+    )
+
+    assert target["rest"] == state["rest"]
+    assert same_bits({"w": target["w"]}, {"w": state["w"]})
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -385,6 +485,12 @@ def test_boxes_of_sharded_tensors_go_without_dcp(tmp_path: Path) -> None:
         other = sharded(4)
         store.load_boxes("a", boxes_of(other.state_dict()))
         assert same_bits(whole(other.state_dict()), weights)
+        mesh = init_device_mesh("cpu", (2,))
+        terms = {"sum": DTensor.from_local(torch.ones(2), mesh, [Partial()])}
+        with pytest.raises(InvalidInputError, match="sum is a DTensor with partial"):
+            boxes_of(terms)
+        with pytest.raises(dcp.CheckpointException, match="sum is a DTensor with partial"):
+            dcp.save(terms, storage_writer=StorageWriter(path), planner=SavePlanner())
 
     assert in_ranks(2, save, tmp_path) == [0, 0]
     with pytest.raises(MismatchError):
