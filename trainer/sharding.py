@@ -4,8 +4,9 @@ Every process works on the part that it has: it commits it, restores it and neve
 What a roll-back needs is the same as elsewhere; :mod:`msft_store.integrations.dcp` has the boxes.
 
 Invariants: all processes make the same calls in the same order; the main process alone decides what
-is kept, and publishes checkpoints; no device ever holds more than its own part and one tensor; on
-the host, only the main process of a machine holds the whole, while it is loaded.
+is kept, and publishes checkpoints; no device ever holds more than its own part, of weights and of
+gradients, and one layer or tensor besides; on the host, only the main process of a machine holds
+the whole, while it is loaded.
 
 Example::
 
@@ -29,9 +30,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from msft_store import Box, Parts, Store, Timeline
+from msft_store import Box, Part, Parts, Store, StoreError, Timeline
 from msft_store.integrations.dcp import boxes_of
 from trainer.errors import ConfigError
 from trainer.settings import Config
@@ -59,11 +60,14 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def split(accelerator: Accelerator, model: Any, path: Path) -> Shards | None:
+def split(
+    accelerator: Accelerator, model: Any, path: Path, *, compute_dtype: str | None = None
+) -> Shards | None:
     """Leave every process its part of a model, in place; ``None`` where each is to have it whole.
 
     The weights are those of the main process, and the others need not have loaded any. Each layer
-    is a unit of its own, the rest another one. ``path`` is the run's store.
+    is a unit of its own, the rest another one. ``path`` is the run's store. With a
+    ``compute_dtype`` layers are gathered in it.
     """
     if not is_asked() or accelerator.num_processes == 1:
         return None
@@ -80,11 +84,26 @@ def split(accelerator: Accelerator, model: Any, path: Path) -> Shards | None:
     layers = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, **options)
+            fully_shard(module, **options, mp_policy=_policy(module, compute_dtype))
     fully_shard(model, **options)
     shards = Shards(accelerator, model, path)
     shards.copy(whole)
     return shards
+
+
+def _policy(layer: torch.nn.Module, compute_dtype: str | None) -> MixedPrecisionPolicy:
+    """Return in which dtypes a layer is gathered and its gradients are reduced.
+
+    What autocast makes of weights that come in their own dtype stays for the backward pass: a copy
+    of all layers, on every device.
+    """
+    if compute_dtype is None:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        param_dtype=getattr(torch, compute_dtype),
+        reduce_dtype=next(layer.parameters()).dtype,
+        cast_forward_inputs=False,
+    )
 
 
 def _make_room(model: torch.nn.Module) -> None:
@@ -137,6 +156,7 @@ class Shards:
     def parts(self, timeline: Timeline | None, boxes: Sequence[Box]) -> Iterator[Parts]:
         """Encode what every process has; give all parts, for the main process's commit.
 
+        What fails in one process is raised in all, for the others wait for its part.
         ``boxes`` are this process's own. In the context of the main process no gc takes them away.
         """
         root = self.shared(None if timeline is None or timeline.root is None else timeline.root.id)
@@ -171,9 +191,16 @@ class Shards:
         ]
 
     def _gathered(self, store: Store, root: str | None, boxes: Sequence[Box]) -> Parts:
-        mine = store.encode(boxes, parent=root)
+        mine: Part | Exception
+        try:
+            mine = store.encode(boxes, parent=root)
+        except (StoreError, OSError) as error:
+            mine = error
         parts: list[Any] = [None] * self._accelerator.num_processes
         torch.distributed.all_gather_object(parts, mine)
+        errors = [part for part in parts if isinstance(part, Exception)]
+        if errors:
+            raise mine if isinstance(mine, Exception) else errors[0]
         return Parts(parts)
 
     def shared(self, value: str | None) -> str | None:

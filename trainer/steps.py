@@ -160,7 +160,9 @@ class StageSteps:
             mine = turn * processes + rank
             weight = 1.0 if mine < len(batch) else 0.0
             micro = batch[mine if weight else 0]
-            with nullcontext() if turn == turns - 1 else accelerator.no_sync(model):
+            # Unreduced, FSDP2 would keep the gradients of the whole model in every process.
+            reduces = turn == turns - 1 or is_sharded(model)
+            with nullcontext() if reduces else accelerator.no_sync(model):
                 token_losses = self._token_losses(model, micro)
                 loss = token_losses.sum() * weight
                 # DDP averages gradients over processes, but the loss is a mean over all targets.

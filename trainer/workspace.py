@@ -247,7 +247,8 @@ def open_workspace(
         if config.train.compute_dtype is not None:
             compute_in(config.train.compute_dtype, loaded.model, accelerator.device.type)
         model = loaded.model
-        shards = split(accelerator, model, directory / STORE)
+        compute_dtype = config.train.compute_dtype
+        shards = split(accelerator, model, directory / STORE, compute_dtype=compute_dtype)
         optimizer: Any = make_optimizer(config.train, model)
         if shards is None:
             model, optimizer = accelerator.prepare(model, optimizer)
@@ -374,6 +375,9 @@ def _prepare_process(config: Config) -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would write to the memory of weights that a process is to have a part of only.
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False
 
 
 def quiet_libraries() -> None:

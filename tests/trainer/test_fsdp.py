@@ -3,19 +3,25 @@
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from msft_store import Store
+from msft_store import OutOfSpaceError, Store
 from tests.support.runs import die_after, outcome, signal_after
 from tests.support.states import same_bits
 from tests.support.together import SHARDED, together
 from tests.trainer.support import make_config
 from trainer import run
 from trainer.cli import main
+from trainer.forward import compute_in
 from trainer.journal import effective, read
-from trainer.sharding import Shards
+from trainer.sharding import Shards, split
 from trainer.steps import StageSteps
 from trainer.summary import summarize
+from trainer.together import this_process
+
+BASE = Path(__file__).parents[2] / "examples" / "stdlib_tasks" / "base"
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +160,46 @@ def test_what_does_not_go_with_shards_is_refused_at_the_beginning(tmp_path):
     assert set(together(refused, tmp_path, SHARDED).values()) == {1}
     message = (tmp_path / "0.txt").read_text()
     assert "with FSDP, max_disk, msft.optimizer_on_rollback=restore cannot be had" in message
+
+
+def test_a_process_without_room_pauses_all(tmp_path):
+    config = make_config(tmp_path)
+
+    def full(rank):
+        def encode(self, boxes, **options):
+            raise OutOfSpaceError("no space left")
+
+        if rank == 1:
+            Store.encode = encode
+        return start(config, "full")
+
+    assert together(full, tmp_path, SHARDED) == {0: 75, 1: 75}
+    for rank in (0, 1):
+        assert "paused, for there is no room" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def test_no_process_keeps_a_copy_of_the_layers_to_compute_in(tmp_path):
+    def watching(rank):
+        this_process()
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        compute_in("bfloat16", model, "cpu")
+        split(Accelerator(), model, tmp_path, compute_dtype="bfloat16")
+        shapes = {
+            shape for p in model.model.layers.parameters() for shape in (p.shape, p.shape[::-1])
+        }
+        kept = []
+
+        def keep(tensor):
+            if tensor.dim() == 2 and tensor.shape in shapes:
+                kept.append(tensor)
+            return tensor
+
+        ids = torch.arange(16)[None]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        held = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        loss.backward()
+        assert kept
+        return int(held > 0)
+
+    assert together(watching, tmp_path, SHARDED) == {0: 0, 1: 0}
