@@ -35,7 +35,7 @@ from trainer.report import DIVERGED, compare_table, write_report
 from trainer.run import resume, start
 from trainer.settings import Config
 from trainer.summary import Summary
-from trainer.together import this_process
+from trainer.together import is_alone, this_process
 from trainer.workspace import quiet_libraries
 
 _PAUSED = 75
@@ -76,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"{_sentence(error)}; lower train.micro_batch_size or evaluation.batch_size")
     except (TrainerError, StoreError, SafetensorError, OSError) as error:
         _complain(_sentence(error))
+    except RuntimeError as error:
+        if not is_alone(error):
+            raise
+        _complain(
+            "another process of this run has ended, so this one ends too; when what it says is put "
+            "right, continue with `msft-train resume RUN`"
+        )
     return 1
 
 

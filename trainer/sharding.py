@@ -32,9 +32,9 @@ from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_e
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from msft_store import Box, Part, Parts, Store, StoreError, Timeline
+from msft_store import Box, NotAStoreError, Part, Parts, Store, StoreError, Timeline
 from msft_store.integrations.dcp import boxes_of
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError, TrainerError
 from trainer.settings import Config
 from trainer.weights import weights_of
 
@@ -160,12 +160,11 @@ class Shards:
         ``boxes`` are this process's own. In the context of the main process no gc takes them away.
         """
         root = self.shared(None if timeline is None or timeline.root is None else timeline.root.id)
-        store = self._store()
         if timeline is None:
-            yield self._gathered(store, root, boxes)
+            yield self._gathered(root, boxes)
             return
-        with store.awaiting_parts():
-            yield self._gathered(store, root, boxes)
+        with self._store().awaiting_parts():
+            yield self._gathered(root, boxes)
 
     def load(self, checkpoint: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill this process's own tensors from a checkpoint."""
@@ -190,11 +189,11 @@ class Shards:
             replace(box, tensor=tensors[box.name]) for box in boxes_of(self._model.state_dict())
         ]
 
-    def _gathered(self, store: Store, root: str | None, boxes: Sequence[Box]) -> Parts:
+    def _gathered(self, root: str | None, boxes: Sequence[Box]) -> Parts:
         mine: Part | Exception
         try:
-            mine = store.encode(boxes, parent=root)
-        except (StoreError, OSError) as error:
+            mine = self._store().encode(boxes, parent=root)
+        except (StoreError, TrainerError, OSError) as error:
             mine = error
         parts: list[Any] = [None] * self._accelerator.num_processes
         torch.distributed.all_gather_object(parts, mine)
@@ -211,5 +210,11 @@ class Shards:
 
     def _store(self) -> Store:
         if self._opened is None:
-            self._opened = Store.open(self._path)
+            try:
+                self._opened = Store.open(self._path)
+            except NotAStoreError as error:
+                raise RunError(
+                    f"process {self._accelerator.process_index} finds no store at {self._path}: "
+                    "output_dir must be a directory that all machines share"
+                ) from error
         return self._opened

@@ -33,6 +33,13 @@ def this_process() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def is_alone(error: BaseException) -> bool:
+    """Return whether an error says that another process of the run has gone."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 def in_turns(
     items: Sequence[_T], accelerator: Accelerator, *, alike: bool
 ) -> Iterator[tuple[_T, bool]]:

@@ -118,7 +118,10 @@ def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed
             die_after(StageSteps, "train", call=steps + 3)
         return start(config, "killed")
 
-    assert together(dying, tmp_path, SHARDED)[killed] == 9
+    assert together(dying, tmp_path, SHARDED) == {killed: 9, 1 - killed: 1}
+    last = (tmp_path / f"{1 - killed}.txt").read_text()
+    assert "another process of this run has ended" in last
+    assert "Traceback" not in last
     again = ["resume", str(place(config, "killed")), "--quiet"]
     assert together(lambda rank: main(again), tmp_path, SHARDED) == both
     assert outcome(place(config, "killed")) == outcome(place(config, "whole"))
