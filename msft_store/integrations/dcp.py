@@ -219,7 +219,7 @@ class StorageWriter(dcp.StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         """Publish the checkpoint, and point the ref to it.
 
-        Where ranks could not write, :class:`CheckpointException` with their errors.
+        Where ranks could not write, ``CheckpointException`` with their errors.
         """
         told = [result.storage_data for of_rank in results for result in of_rank]
         failed = [each for each in told if isinstance(each, _Failed)]
