@@ -53,7 +53,10 @@ def find_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise BaseError(f"no safetensors file or model directory at {path}")
+        raise BaseError(
+            f"no safetensors file or model directory at {path}; of a model of the Hugging Face hub "
+            "name the directory that huggingface_hub.snapshot_download returns"
+        )
     index = path / INDEX
     if index.is_file():
         try:

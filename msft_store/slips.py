@@ -37,9 +37,7 @@ def check_ranked(policy: Policy, measured: Sequence[Metrics]) -> None:
     finite = {m for metrics in measured for m, value in metrics.items() if math.isfinite(value)}
     for metric in policy.ranked_by:
         if measured and metric not in known:
-            raise InvalidInputError(
-                f"no checkpoint has a metric {metric!r}; {_hint(metric, known)}"
-            )
+            raise InvalidInputError(f"no checkpoint has a metric {metric!r}; {hint(metric, known)}")
         if measured and metric not in finite:
             raise InvalidInputError(
                 f"no checkpoint has a finite {metric!r}, so none is the best by it; "
@@ -60,10 +58,11 @@ def check_commit(policy: Policy, commit: Candidate, others: Iterable[Metrics]) -
         metric = policy.ranked_by[0]
         raise InvalidInputError(
             f"the policy would evict every commit: it ranks by {metric!r}, which none has; "
-            f"{_hint(metric, set(commit.metrics))}"
+            f"{hint(metric, set(commit.metrics))}"
         )
 
 
-def _hint(metric: str, known: set[str]) -> str:
+def hint(metric: str, known: set[str]) -> str:
+    """Return which metric may have been meant."""
     near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.0)
     return f"the nearest is {near[0]!r}" if near else "they have no metrics"

@@ -36,7 +36,7 @@ nested
 integrations.dcp_boxes integrations.dcp_planners integrations.dcp
 integrations.agreement integrations.training_state integrations.adapters
 integrations.resume_folder integrations.run_commits integrations.trainer_rules
-integrations.hf integrations.accelerate
+integrations.hub integrations.hf integrations.accelerate
 integrations.remotes integrations.object_errors integrations.object_remote
 integrations.fsspec_remote
 integrations.directory_remote integrations.addresses integrations.remote_backend

@@ -42,9 +42,10 @@ from msft_store.errors import InvalidInputError, NotAStoreError, UnknownCheckpoi
 from msft_store.export import KEY as EXPORT
 from msft_store.integrations.adapters import adapter_of, put_weights, weights_of
 from msft_store.integrations.agreement import gathered, in_main_process
+from msft_store.integrations.hub import local_model
 from msft_store.integrations.resume_folder import write_folder
 from msft_store.integrations.run_commits import RunCommits
-from msft_store.integrations.trainer_rules import check_trainer, metrics_of
+from msft_store.integrations.trainer_rules import check_trainer, metrics_of, unknown_metrics
 from msft_store.integrations.training_state import (
     from_tensors,
     generators,
@@ -66,12 +67,13 @@ class StoreCallback(TrainerCallback):
     """Commits to a store, applies a retention policy, restores the best, resumes.
 
     ``store`` is one, or its directory, which is made if it is not there. ``base`` is the model that
-    training starts from: a directory, a safetensors file, or a :class:`Base`; for an adapter leave
-    it out. ``best`` names metrics and their directions: the best checkpoint of each stays.
-    ``retention`` is any further policy. ``name`` tells several runs in one store apart. Without
-    ``resumable`` there is no resume point, only weights. With ``background`` training waits for a
-    copy of what is committed in host memory, not for the commit. Where the Trainer's other
-    callbacks have state, or a gradient scaler does, :meth:`attach` instead of ``callbacks=[…]``.
+    training starts from: a directory, a safetensors file, an id of the hub whose model is in the
+    cache, or a :class:`Base`; for an adapter leave it out. ``best`` names metrics and their
+    directions: the best checkpoint of each stays. ``retention`` is any further policy. ``name``
+    tells several runs in one store apart. Without ``resumable`` there is no resume point, only
+    weights. With ``background`` training waits for a copy of what is committed in host memory, not
+    for the commit. Where the Trainer's other callbacks have state, or a gradient scaler does,
+    :meth:`attach` instead of ``callbacks=[…]``.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class StoreCallback(TrainerCallback):
     ) -> None:
         self.store = store if isinstance(store, Store) else _store_at(store)
         given = base is None or isinstance(base, Base)
-        self.base: Base | None = base if given else self.store.add_base(base)  # type: ignore[assignment,arg-type]
+        self.base: Base | None = base if given else self.store.add_base(local_model(base))  # type: ignore[assignment,arg-type]
         self.name = name
         self._best = dict(best or {})
         self._retention = retention
@@ -100,6 +102,8 @@ class StoreCallback(TrainerCallback):
         """What ``metric_for_best_model`` asks for."""
         self._metrics: dict[str, float] = {}
         self._due = False
+        self._evaluated = False
+        """Whether an evaluation was committed, whose metrics are those that there are."""
         self._commits = 0
         self._point: Checkpoint | None = None
         """What is to be resumed, until the Trainer has taken it up."""
@@ -108,6 +112,8 @@ class StoreCallback(TrainerCallback):
         self._epoch_began: dict[str, Any] | None = None
         """The generators as they were then: some samplers draw an epoch's order from them."""
         self._folder: Path | None = None
+        self._asked = False
+        """Whether :meth:`resume` was asked what there is to be resumed."""
 
     def attach(self, trainer: Any) -> StoreCallback:
         """Add this callback to a Trainer, and keep the state of its others; return it."""
@@ -129,6 +135,7 @@ class StoreCallback(TrainerCallback):
         processes each has one of its own.
         """
         self._drop_folder()
+        self._asked = True
         self._point = point = self._kept.point()
         if point is None:
             return None
@@ -290,7 +297,7 @@ class StoreCallback(TrainerCallback):
             policy = policy | KeepBest(metric, 1, mode=mode)
         if self._retention is not None:
             policy = policy | self._retention
-        return self._kept.begin(self.base, policy)
+        return self._kept.begin(self.base, policy, anew=self._asked)
 
     def _wanted_best(self) -> str | None:
         try:
@@ -310,6 +317,10 @@ class StoreCallback(TrainerCallback):
             self._trainer.store_flos()
         rows = gathered((generators(), self._epoch_began)) if self._resumable else []
         metrics, self._metrics, self._due = self._metrics, {}, False
+        if metrics and not self._evaluated:
+            self._evaluated = True
+            for line in unknown_metrics([*self._best, *self._wanted], metrics):
+                warnings.warn(line, stacklevel=2)
         self._commits += 1
         in_main_process(lambda: self._commit(state, metrics, rows))
 

@@ -26,6 +26,7 @@ from msft_store.retention import KeepLast, Policy
 from msft_store.saver import Background
 from msft_store.store import Store
 from msft_store.timeline import Timeline
+from msft_store.traces import KEY
 
 _RESUME = "-resume"
 Tensors = Mapping[str, torch.Tensor]
@@ -47,13 +48,20 @@ class RunCommits:
         self._weights: Timeline | None = None
         self._resume: Timeline | None = None
 
-    def begin(self, base: Base | None, policy: Policy) -> bool:
-        """Take up the timelines, or begin them; return whether there are commits already."""
+    def begin(self, base: Base | None, policy: Policy, *, anew: bool = False) -> bool:
+        """Take up the timelines, or begin them; return whether there are commits already.
+
+        With ``anew``, a run that ended between its first commit and its first resume point has
+        none: it cannot be resumed, and nothing of it is lost by beginning again.
+        """
         self.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)
         if self._resumable:
             name = f"{self._name}{_RESUME}"
             self._resume = Timeline(self._store, base, retention=KeepLast(1), name=name)
+            numbers = [c.metadata[KEY]["index"] for c in self._weights.checkpoints()]
+            if anew and numbers == [0] and not self._resume.checkpoints():
+                self._weights.rewind(0)
         return bool(self._weights.checkpoints())
 
     @property

@@ -9,7 +9,7 @@ Example::
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerState, TrainingArguments
 
 from msft_store.errors import InvalidInputError
+from msft_store.slips import hint
 
 _COUNTERS = ("_runtime", "_per_second", "_time", "_num_tokens", "epoch")
 """What an evaluation says besides its metrics; with it no two checkpoints would be equal."""
@@ -74,3 +75,12 @@ def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
         return found
     alike = {name: value for name, value in found.items() if not name.startswith(prefix)}
     return found | {prefix + name.removeprefix("eval_"): alike[name] for name in alike}
+
+
+def unknown_metrics(names: Iterable[str], metrics: Mapping[str, float]) -> list[str]:
+    """Return a warning for each metric that the best is to be kept of, and that nobody measures."""
+    return [
+        f"no evaluation gives {name!r}, so no best of it is kept; {hint(name, set(metrics))}"
+        for name in dict.fromkeys(names)
+        if name not in metrics
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import (
@@ -20,12 +22,15 @@ from peft import (
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from msft_store import (
+    BaseError,
     Checkpoint,
     DiskBudget,
     InvalidInputError,
     KeepLast,
+    OutOfSpaceError,
     OverBudgetError,
     Store,
+    Timeline,
 )
 from msft_store.backend import LocalBackend
 from msft_store.integrations.hf import StoreCallback
@@ -299,3 +304,64 @@ def test_learned_prompts_are_restored_too(tmp_path: Path) -> None:
 
     callback.restore(trainer.model, first)
     assert same_bits(state_of(trainer.model), watch.seen[1])
+
+
+def test_a_run_that_ended_before_its_first_resume_point_begins_again(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> tuple[Trainer, StoreCallback]:
+        callback = StoreCallback(tmp_path / name, base=base)
+        trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=4)
+        trainer.train(resume_from_checkpoint=callback.resume(tmp_path / "run"))
+        return trainer, callback
+
+    whole, callback = run("whole")
+    ids = [c.id for c in callback.timeline.checkpoints()]
+    commit, calls = Timeline.commit, []
+
+    def failing(self: Timeline, *arguments: Any, **named: Any) -> Checkpoint:
+        calls.append(self.name)
+        if self.name == "main-resume":
+            raise OutOfSpaceError("the disk is full")
+        return commit(self, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Timeline, "commit", failing)
+        with pytest.raises(OutOfSpaceError):
+            run("ended")
+    assert calls == ["main", "main-resume"]
+    # Who does not ask what there is to be resumed is not in the know, and is told.
+    other = StoreCallback(tmp_path / "ended", base=base)
+    with pytest.raises(InvalidInputError, match="has a run 'main' already"):
+        make_trainer(tmp_path / "run", make_model(), [other], max_steps=4).train()
+    again, callback = run("ended")
+    assert same_bits(state_of(again.model), state_of(whole.model))
+    assert [c.id for c in callback.timeline.checkpoints()] == ids
+
+
+def test_a_metric_that_nobody_measures_is_a_warning(tmp_path: Path, base: Path) -> None:
+    best = {"eval_one_los": "min", "eval_two_loss": "min"}
+    callback = StoreCallback(tmp_path / "store", base=base, best=best)  # type: ignore[arg-type]
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=4)
+    with pytest.warns(
+        UserWarning, match="'eval_one_los', so no best .* the nearest is 'eval_one_loss'"
+    ) as found:
+        trainer.train()
+    assert sum("no evaluation gives" in str(warning.message) for warning in found) == 1
+
+
+def test_a_base_may_be_an_id_of_the_hub_that_is_in_the_cache(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "cache" / "models--some--model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, model / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    callback = StoreCallback(tmp_path / "store", base="some/model")
+
+    assert callback.base is not None
+    assert callback.base.id == Store.open(tmp_path / "store").add_base(base).id
+    with pytest.raises(BaseError, match="not in the cache"):
+        StoreCallback(tmp_path / "store", base="some/other")
