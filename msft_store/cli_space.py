@@ -16,7 +16,7 @@ from msft_store.errors import InvalidInputError, PinnedError, UnknownCheckpointE
 from msft_store.gc import GcPlan, Verdict
 from msft_store.manifest import Checkpoint
 from msft_store.repack import RepackPlan
-from msft_store.retention import KeepBest, KeepLast, KeepThese, Policy
+from msft_store.retention import KeepBest, KeepLast, KeepThese, Mode, Policy
 from msft_store.store import Store
 
 UNCHANGED = "nothing was changed (--dry-run)"
@@ -46,10 +46,11 @@ def policy_of(store: Store, options: argparse.Namespace) -> Policy | None:
     """Return the policy that the options ask for; ``None`` if none of them does."""
     policies: list[Policy] = [KeepLast(options.keep_last)] if options.keep_last is not None else []
     for wanted in options.keep_best:
-        metric, _, mode = wanted.rpartition(":")
-        if mode not in ("max", "min") or not metric:
-            metric, mode = wanted, "max"
-        policies.append(KeepBest(metric, 1, mode="min" if mode == "min" else "max"))
+        metric, _, said = wanted.rpartition(":")
+        mode: Mode | None = "min" if said == "min" else "max" if said == "max" else None
+        if mode is None or not metric:
+            metric, mode = wanted, None
+        policies.append(KeepBest(metric, 1, mode=mode))
     if options.keep_tag:
         tags = set(options.keep_tag)
         tagged = frozenset(c.id for c in store.log() if tags & set(c.tags))

@@ -152,11 +152,14 @@ class KeepThese(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keep the ``k`` best by a metric, over all branches; earlier ones win ties."""
+    """Keep the ``k`` best by a metric, over all branches; earlier ones win ties.
+
+    Without a ``mode`` small is good for a metric whose name ends in ``loss``, and large for others.
+    """
 
     metric: str
     k: int = 1
-    mode: Mode = "max"
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, str):
@@ -164,14 +167,16 @@ class KeepBest(Policy):
                 f"k comes before mode: KeepBest({self.metric!r}, 1, {self.k!r})"
             )
         _check_count("KeepBest", self.k)
-        _check_mode(self.mode)
+        if self.mode is not None:
+            _check_mode(self.mode)
 
     @property
     def ranked_by(self) -> tuple[str, ...]:
         return (self.metric,)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        for rank, candidate in enumerate(_ranked(candidates, self.metric, self.mode)[: self.k]):
+        mode = self.mode or direction_of(self.metric)
+        for rank, candidate in enumerate(_ranked(candidates, self.metric, mode)[: self.k]):
             what = f"best {self.metric}" if rank == 0 else f"number {rank + 1} by {self.metric}"
             text = f"{what} ({candidate.metrics[self.metric]:.6g})"
             yield candidate, Reason(text=text, protected=rank == 0, rank=rank)
@@ -315,6 +320,11 @@ def _check_metrics(what: str, metrics: Mapping[str, Mode]) -> None:
         raise InvalidInputError(f"{what} takes a mapping from metrics to directions")
     for mode in metrics.values():
         _check_mode(mode)
+
+
+def direction_of(metric: str) -> Mode:
+    """Return which way is good, as far as a name tells it."""
+    return "min" if metric.endswith("loss") else "max"
 
 
 def _check_mode(mode: str) -> None:

@@ -31,6 +31,9 @@ CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, LOCK = (
     "lock",
 )
 
+COMPARISON = "compare.*"
+"""What a comparison writes into the directory that its runs are in."""
+
 
 def create_directory(config: Config) -> None:
     """Make the run directory and write ``config.yaml`` into it, in the main process.
@@ -46,6 +49,11 @@ def create_directory(config: Config) -> None:
         raise RunError(
             f"there is a run in {directory} already: continue it with `msft-train resume "
             f"{directory}`, or choose another output_dir"
+        )
+    if any(directory.glob(COMPARISON)):
+        raise RunError(
+            f"{directory} has a comparison of several runs: choose another output_dir, with "
+            "output_dir=… on the command line"
         )
     for name in (STORE, MODEL):
         if (directory / name).exists():

@@ -28,7 +28,7 @@ from msft_store.errors import (
     reason,
 )
 from msft_store.integrations.base_files import pull_base
-from msft_store.integrations.ref_rules import RefMove, decide, refusal, travels
+from msft_store.integrations.ref_rules import RefMove, decide, left_behind, refusal, travels
 from msft_store.integrations.remote_backend import RemoteBackend, Staged
 from msft_store.integrations.remotes import Remote
 from msft_store.integrations.shipping import (
@@ -81,6 +81,7 @@ def fetch(
     catalog.refresh()
     ids = _checked(source, MANIFESTS, list_manifests(source))
     refs = _refs(source, catalog, ids, timelines=timelines)
+    tally.timelines_left = left_behind(map(name_of_ref, list_refs(source)), timelines=timelines)
     moves = _decided(refs, backend, source, ids, force=force)
     _fetch_bases(remote, backend, catalog, tally, bases)
     old = [c for c in map(catalog.get, ids) if c is not None and _has_table(catalog, c)]

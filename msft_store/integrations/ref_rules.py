@@ -11,7 +11,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,12 @@ class RefMove:
 def travels(name: str, *, timelines: bool) -> bool:
     """Return whether a ref goes along; those of timelines only where that is asked for."""
     return timelines or not name.startswith(TIMELINES)
+
+
+def left_behind(names: Iterable[str], *, timelines: bool) -> int:
+    """Return how many timelines have refs among names that do not go along."""
+    left = (name for name in names if not travels(name, timelines=timelines))
+    return len({name.removeprefix(TIMELINES).partition("/")[0] for name in left})
 
 
 def decide(source: Ref, target: Ref | None, *, known: Collection[str], force: bool) -> Decision:

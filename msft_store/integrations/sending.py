@@ -24,7 +24,7 @@ from msft_store.errors import (
     bare,
 )
 from msft_store.integrations.base_files import push_base
-from msft_store.integrations.ref_rules import RefMove, decide, refusal, travels
+from msft_store.integrations.ref_rules import RefMove, decide, left_behind, refusal, travels
 from msft_store.integrations.remote_backend import RemoteBackend
 from msft_store.integrations.remotes import Remote, small
 from msft_store.integrations.shipping import Shipment, choose, lacks, objects_of, verify
@@ -63,6 +63,7 @@ def send(
     _claim(backend, remote, tally)
     known = {checkpoint.id for checkpoint in catalog.checkpoints()}
     refs = _refs(backend, known, timelines=timelines)
+    tally.timelines_left = left_behind(map(name_of_ref, list_refs(backend)), timelines=timelines)
     refs = _to_move(backend, remote, refs, known, force=force)
     with remote.session("push"):
         _send_bases(backend, remote, tally)

@@ -37,10 +37,16 @@ class Transfer:
     """Of the files of bases."""
     unverified: int
     """Chunks that could not be compared with their keys, because a base is not at hand."""
+    timelines_left: int = 0
+    """Timelines whose refs stayed, for nobody asked for them."""
 
     def __str__(self) -> str:
+        left = (
+            f"{_count(self.timelines_left, 'timeline')} not moved: --timelines takes them along, "
+            "to go on with a run elsewhere"
+        )
         if not (self.bytes or self.base_bytes or self.refs):
-            return "nothing to do"
+            return f"nothing to do\n{left}" if self.timelines_left else "nothing to do"
         parts = [
             f"{_count(len(self.checkpoints), 'checkpoint')} in {_count(self.packs, 'pack')}, "
             f"{human(self.bytes)}",
@@ -57,6 +63,8 @@ class Transfer:
                 f"{_count(self.unverified, 'chunk')} not compared yet, for a base is not at hand: "
                 "relocate it, then msft-store check --read-data"
             )
+        if self.timelines_left:
+            parts.append(left)
         return "\n".join(parts)
 
 
@@ -75,6 +83,7 @@ class Tally:
     bytes: int = 0
     base_bytes: int = 0
     unverified: int = 0
+    timelines_left: int = 0
     progress: Progress | None = None
     """Hears of each step: what is done, how many bytes of it are, and of how many."""
     _step: str = ""
@@ -130,4 +139,5 @@ class Tally:
             bytes=self.bytes,
             base_bytes=self.base_bytes,
             unverified=self.unverified,
+            timelines_left=self.timelines_left,
         )

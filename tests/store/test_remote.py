@@ -437,10 +437,10 @@ def test_refs_of_timelines_stay_at_home_unless_a_run_moves(
     for step in range(1, 4):
         timeline.commit(train_step(state, 0.02, step), step)
     kept, url = [c.id for c in timeline.checkpoints()], MemoryStore()
-    push(store, url)
+    assert "1 timeline not moved: --timelines" in str(push(store, url))
     assert open_remote(url).refs() == {}
     assert [c.id for c in open_remote(url).log()] == kept
-    push(store, url, timelines=True)
+    assert "not moved" not in str(push(store, url, timelines=True))
     clone(url, tmp_path / "clone", timelines=True)
     there = Timeline(Store.open(tmp_path / "clone"), base, retention=KeepLast(2), name="run")
     assert [c.id for c in there.checkpoints()] == kept

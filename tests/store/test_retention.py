@@ -60,6 +60,15 @@ def test_what_is_kept(policy: Policy, scores: tuple[float, ...], expected: str) 
     assert kept(policy, line(*scores)) == expected
 
 
+def test_the_best_loss_is_the_smallest_unless_somebody_says_otherwise() -> None:
+    losses = [
+        Candidate(id=id, metrics={"eval_one_loss": value}, index=index)
+        for index, (id, value) in enumerate((("a", 2.0), ("b", 1.0), ("c", 3.0)))
+    ]
+    assert kept(KeepBest("eval_one_loss"), losses) == "b"
+    assert kept(KeepBest("eval_one_loss", mode="max"), losses) == "c"
+
+
 def test_champions_are_of_the_current_branch_and_the_best_of_all() -> None:
     old = line(9, 8)
     new = [

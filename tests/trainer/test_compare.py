@@ -17,6 +17,7 @@ from trainer.errors import ConfigError, RunError
 from trainer.grid import grid
 from trainer.interrupt import Interrupted
 from trainer.journal import read
+from trainer.run import start
 from trainer.settings import Config
 
 
@@ -53,6 +54,8 @@ def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(config: 
     assert [journal.read_bytes() for journal in journals] == before
     assert again.to_dict() == comparison.to_dict()
     assert any("3 of them finished already" in line for line in said)
+    with pytest.raises(RunError, match="has a comparison of several runs"):
+        start(config)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(
