@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from msft_store.claims import Claim, claimed
 from msft_store.errors import CorruptedError, OutOfSpaceError, StorageError
 from msft_store.lockfiles import Lock
 from msft_store.locks import Locks
@@ -92,6 +93,9 @@ class Backend(Protocol):
         others have it for too long. Publishing and deleting in a lock that was taken away is
         :class:`BusyError` too, and does nothing.
         """
+
+    def claim(self, kind: str, name: str) -> Claim:
+        """Claim what has a name for this process; :class:`BusyError` if another one has it."""
 
     def locks(self) -> Sequence[Lock]:
         """Return the lock files that are there, those of some who wait included; oldest first."""
@@ -379,6 +383,10 @@ class LocalBackend:
         finally:
             with translated("unlock", self.root):
                 held.release()
+
+    def claim(self, kind: str, name: str) -> Claim:
+        with translated(f"claim {kind} {name!r} of", self.root):
+            return claimed(self.root, kind, name)
 
     def locks(self) -> Sequence[Lock]:
         with translated("list the locks of", self.root):

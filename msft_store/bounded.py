@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from msft_store.backend import Backend, Writer, disk_bytes
+from msft_store.claims import Claim
 from msft_store.errors import OutOfSpaceError, OverBudgetError
 from msft_store.lockfiles import Lock
 from msft_store.render import human
@@ -145,6 +146,9 @@ class Bounded:
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)
+
+    def claim(self, kind: str, name: str) -> Claim:
+        return self._inner.claim(kind, name)
 
     def locks(self) -> Sequence[Lock]:
         return self._inner.locks()

@@ -107,16 +107,21 @@ def turn_of(name: str) -> Turn:
 
 def create(folder: Path, name: str) -> float:
     """Create a lock, and the folder if it is not there; return the file system's time."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder)
-    if os.path.islink(folder):
-        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
+    make_locks_folder(folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(folder / name, flags, 0o666)
     try:
         return os.fstat(descriptor).st_mtime
     finally:
         os.close(descriptor)
+
+
+def make_locks_folder(folder: Path) -> None:
+    """Make the folder of locks if it is not there; ``OSError`` if it is a link."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    if os.path.islink(folder):
+        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
 
 
 def remove(path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from msft_store.backend import Backend, Writer
+from msft_store.claims import Claim
 from msft_store.errors import StorageError
 from msft_store.lockfiles import Lock
 
@@ -48,6 +49,9 @@ class Overlay:
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)
+
+    def claim(self, kind: str, name: str) -> Claim:
+        return Claim()
 
     def locks(self) -> Sequence[Lock]:
         return self._inner.locks()

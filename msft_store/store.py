@@ -27,6 +27,7 @@ from msft_store.boxes import Box, Part, Parts, check_boxes
 from msft_store.catalog import CONFIG, Catalog, check_level, write_config
 from msft_store.check import Finding, Report, examine
 from msft_store.checkpoint_writer import CheckpointWriter
+from msft_store.claims import Claim
 from msft_store.codecs import Level
 from msft_store.decoding import decode_chunks, decode_state, device_of, empty_like
 from msft_store.diff import TensorDiff, diff
@@ -303,6 +304,14 @@ class Store:
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
         return self._backend.lock(shared=True, purpose=purpose)
+
+    def claim(self, kind: str, name: str) -> Claim:
+        """Have what is named used by this process alone, until it ends or ends the claim.
+
+        A timeline does so; :class:`BusyError` names another process that has it. A second claim in
+        one process is the same one. A store that cannot be written has no claims.
+        """
+        return self._backend.claim(kind, name)
 
     def awaiting_parts(self) -> contextlib.AbstractContextManager[None]:
         """Hold off every gc until what several processes encode is saved, in the one that saves.

@@ -51,7 +51,12 @@ from msft_store.traces import KEY, ROOT, facts_of, find, protect, ref_of, releas
 
 
 class Timeline:
-    """Commits, roll-backs and eviction for one run."""
+    """Commits, roll-backs and eviction for one run.
+
+    A name has one user at a time: where another process has the timeline open, :class:`BusyError`
+    says which. It is free once it is closed there or no longer referred to, or that process has
+    ended. Within one process, and in a forked child, it may be opened again.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Timeline:
             raise InvalidInputError(f"the name of a timeline has no '/': {name!r}")
         self._retention = check_policy(retention)
         self.name = name
+        self._claim = store.claim("timeline", name)
         self._background = Background()
         self.resident: Resident | None = None
         """Set it to the weights that training starts from, on their device, to find changes there;
@@ -73,25 +79,15 @@ class Timeline:
         self._last_commit: Commit | None = None
         self._store = store
         self._start = base
-        traces = find(store, name)
-        self._since = traces.since
-        self._alive = Alive(traces)
         self._closed = False
         self._counted = False
         """Whether the number of the next commit is known, not guessed from what is left."""
         self._postponed: str | None = None
-        with bounded(store, retention):
-            # What it is given to start from stays, even where a killed one had not protected it.
-            given = base.id if isinstance(base, Checkpoint) else None
-            strays = [checkpoint for checkpoint in traces.strays if checkpoint.id != given]
-            if strays:
-                self._give_up(strays)
-            if self._alive.root is None:
-                self._begin(base)
-            else:
-                # A roll-back may have been interrupted before it was through.
-                self._encode_anew()
-        self._next = 1 + max(map(self._alive.index, self._alive.on_branch()), default=-1)
+        try:
+            self._take_up(base)
+        except BaseException:
+            self._claim.leave()
+            raise
 
     @property
     def root(self) -> Base | Checkpoint | None:
@@ -237,7 +233,10 @@ class Timeline:
         self._background.release()
         # Also where this fails: with some of its refs it is no timeline any more.
         self._closed = True
-        release(self._store, self.name)
+        try:
+            release(self._store, self.name)
+        finally:
+            self._claim.end()
 
     def __enter__(self) -> Timeline:
         return self
@@ -253,6 +252,25 @@ class Timeline:
             self.close()
         else:
             self._background.join()
+            self._claim.leave()
+
+    def _take_up(self, base: Base | Checkpoint | None) -> None:
+        """Go on from what an earlier timeline of this name left, or begin."""
+        traces = find(self._store, self.name)
+        self._since = traces.since
+        self._alive = Alive(traces)
+        with bounded(self._store, self.retention):
+            # What it is given to start from stays, even where a killed one had not protected it.
+            given = base.id if isinstance(base, Checkpoint) else None
+            strays = [checkpoint for checkpoint in traces.strays if checkpoint.id != given]
+            if strays:
+                self._give_up(strays)
+            if self._alive.root is None:
+                self._begin(base)
+            else:
+                # A roll-back may have been interrupted before it was through.
+                self._encode_anew()
+        self._next = 1 + max(map(self._alive.index, self._alive.on_branch()), default=-1)
 
     def _prepare(self, policy: Policy, facts: Mapping[str, Any]) -> None:
         """Wait until a commit may begin; refuse one that would be evicted by a slip of the pen."""

@@ -20,7 +20,7 @@ strict cover
 kernels dtypes format paths
 tables rans changes lowbits binary compiled loops classes adaptive codecs
 keytable tablescan footer
-processes lockfiles locks
+processes lockfiles locks claims
 backend
 bounded
 tensors refs manifest safetensors_file bases base_reader boxes

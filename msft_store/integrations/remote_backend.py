@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 from msft_store.backend import MAX_WHOLE, Backend, Writer
 from msft_store.bases import FOLDER as BASES
+from msft_store.claims import Claim
 from msft_store.errors import StorageError
 from msft_store.integrations.remotes import Remote
 from msft_store.lockfiles import Lock
@@ -51,6 +52,9 @@ class ReadOnly:
         purpose: str,
     ) -> contextlib.AbstractContextManager[None]:
         self._refuse(purpose)
+
+    def claim(self, kind: str, name: str) -> Claim:
+        return Claim()
 
     def unlock(self, *, force: bool) -> Sequence[Lock]:
         return ()

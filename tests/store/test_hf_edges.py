@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from msft_store import (
     BaseError,
+    BusyError,
     Checkpoint,
     DiskBudget,
     InvalidInputError,
@@ -136,6 +137,35 @@ def test_what_a_killed_process_left_to_resume_from_is_removed(tmp_path: Path, ba
     assert folder is not None
     assert [str(path) for path in (tmp_path / "run").glob(".resume-*")] == [folder]
     assert str(left) != folder
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(tmp_path: Path, base: Path) -> None:
+    told, tell = os.pipe()
+    wait, go_on = os.pipe()
+
+    def train() -> tuple[StoreCallback, Trainer]:
+        callback = StoreCallback(tmp_path / "store", base=base)
+        trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2)
+        trainer.train(resume_from_checkpoint=callback.resume(tmp_path / "run"))
+        return callback, trainer
+
+    def work() -> int:
+        os.close(go_on)
+        running = train()
+        os.write(tell, b"trained")
+        os.read(wait, 1)
+        return 0 if running else 1
+
+    child = begin(work)
+    os.close(tell)
+    assert os.read(told, 10) == b"trained"
+    ids = {c.id for c in Store.open(tmp_path / "store").log()}
+    with pytest.raises(BusyError, match=f"timeline 'main' of .*process {child} on"):
+        train()
+    assert {c.id for c in Store.open(tmp_path / "store").log()} == ids
+    os.close(go_on)
+    assert end_of(child) == 0
+    train()
 
 
 def test_commits_in_the_background_are_those_of_the_foreground(tmp_path: Path, base: Path) -> None:

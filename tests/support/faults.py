@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msft_store import Lock, StorageError
 from msft_store.backend import Backend, Writer
+from msft_store.claims import Claim
 
 CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
 EVERYTHING = CHANGES | {"exists", "read", "size", "list", "lock"}
@@ -86,6 +87,9 @@ class FaultyBackend:
         self._operate("lock")
         with self._inner.lock(shared=shared, purpose=purpose):
             yield
+
+    def claim(self, kind: str, name: str) -> Claim:
+        return self._inner.claim(kind, name)
 
     def locks(self) -> Sequence[Lock]:
         return self._inner.locks()
