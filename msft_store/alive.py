@@ -90,6 +90,7 @@ class Alive:
                 branch=self._branch_of(checkpoint),
                 index=self.index(checkpoint),
                 pinned="root of the branch" if self._is_root(checkpoint) else None,
+                step=checkpoint.step,
             )
             for checkpoint in self.all()
         ]

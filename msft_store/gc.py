@@ -187,6 +187,7 @@ def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str])
             stored_bytes=checkpoint.stored_bytes,
             index=index,
             pinned=protected.get(checkpoint.id),
+            step=checkpoint.step,
         )
         for index, checkpoint in enumerate(checkpoints)
     ]

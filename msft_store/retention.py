@@ -39,6 +39,8 @@ class Candidate:
     """How many commits came before it on its branch, evicted ones included."""
     pinned: str | None = None
     """Why it must stay whatever the policy says."""
+    step: int | None = None
+    """What it was saved with; ``None`` if with none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -276,9 +276,7 @@ class Timeline:
         """Wait until a commit may begin; refuse one that would be evicted by a slip of the pen."""
         self._check_open()
         self.wait()
-        check_commit(
-            policy, self._candidate(facts["metrics"]), [c.metrics for c in self._alive.all()]
-        )
+        check_commit(policy, self._candidate(facts), [c.metrics for c in self._alive.all()])
 
     def _check_open(self) -> None:
         if self._closed:
@@ -308,7 +306,7 @@ class Timeline:
                     partial(self._sacrifice, policy),
                 )
             except NoRoom as error:
-                commit = self._candidate(facts["metrics"])
+                commit = self._candidate(facts)
                 raise lost(error, policy, self._alive.candidates(), commit) from error
             done = self._evict(checkpoint, kept, [*before, checkpoint])
             self._last_commit = self._settle(done) if self._postponed else done
@@ -384,9 +382,15 @@ class Timeline:
         except NoRoom as error:
             self._postponed = str(error)
 
-    def _candidate(self, metrics: Mapping[str, float]) -> Candidate:
+    def _candidate(self, facts: Mapping[str, Any]) -> Candidate:
         # The commit to come, as a policy sees it.
-        return Candidate(id="", metrics=metrics, branch=self.branch, index=self._next)
+        return Candidate(
+            id="",
+            metrics=facts["metrics"],
+            branch=self.branch,
+            index=self._next,
+            step=facts["step"],
+        )
 
     def _protect(self, policy: Policy) -> dict[str, tuple[str, ...]]:
         # What a failed eviction, or somebody by hand, has removed is no candidate.

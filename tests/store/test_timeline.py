@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from msft_store import (
     Base,
     BusyError,
+    Candidate,
     Champions,
     Checkpoint,
     DiskBudget,
@@ -21,6 +23,7 @@ from msft_store import (
     PeakWindow,
     PinnedError,
     Policy,
+    Reason,
     Store,
     Timeline,
 )
@@ -250,6 +253,23 @@ def test_another_name_is_another_timeline(store: Store, base: Base, state: State
     assert other.branch == 0
     assert kept.id in alive(store)
     assert len(alive(store)) == 2
+
+
+def test_a_policy_sees_the_steps_of_commits(store: Store, base: Base, state: State) -> None:
+    class KeepEvery(Policy):
+        def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+            for candidate in candidates:
+                if candidate.step is not None and candidate.step % 2 == 0:
+                    yield candidate, Reason(text=f"step {candidate.step}", protected=True)
+
+    line = Timeline(store, base, retention=KeepEvery())
+    commit_all(line, state, 1, 2, 3)
+    line.commit(train_step(state, 0.02, 9))
+    assert [ckpt.step for ckpt in line.checkpoints()] == [0, 2]
+    line.close()
+    store.save(train_step(state, 0.02, 10), step=5)
+    store.plan_gc(KeepEvery()).execute()
+    assert [ckpt.step for ckpt in store.log()] == [0, 2]
 
 
 def test_rewinding_repeats_ids(store: Store, base: Base, state: State) -> None:
