@@ -149,7 +149,7 @@ def _inspect(options: argparse.Namespace) -> Output:
             "refs": refs,
             "held_bytes": held,
         }
-        text = lineage(checkpoints, store.bases(), refs) or "the store is empty"
+        text = lineage(checkpoints, store.bases(), refs, store.notes()) or "the store is empty"
         text += f"\nlevel {store.level}{gone(store.bases())}"
         if held:
             text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"

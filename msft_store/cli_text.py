@@ -22,6 +22,7 @@ from msft_store.manifest import Checkpoint
 from msft_store.render import human, percent
 from msft_store.stats import Stats
 from msft_store.store import Store
+from msft_store.tree import reasons_of
 
 
 def printable(text: str) -> str:
@@ -82,8 +83,7 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
             "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
             "unreferenced": human(checkpoint.unreferenced_bytes),
             # Others may pin and unpin while this looks.
-            "pins": "; ".join(f"{name}: {_reasons(notes.get(name, {}))}" for name in pins)
-            or "none",
+            "pins": "; ".join(_pin(name, notes.get(name, {})) for name in pins) or "none",
         }
     )
     return text + gone(base for base in store.bases() if base.id == checkpoint.base)
@@ -117,10 +117,8 @@ def gone(bases: Iterable[Base]) -> str:
     )
 
 
-def _reasons(note: Mapping[str, object]) -> str:
-    reasons = note.get("reasons")
-    # A note is JSON of whoever wrote it.
-    return ", ".join(map(str, reasons)) if reasons and isinstance(reasons, list) else "pinned"
+def _pin(name: str, note: Mapping[str, object]) -> str:
+    return f"{name}: {', '.join(reasons_of(note)) or 'pinned'}"
 
 
 def _one_line(text: str) -> str:

@@ -2,7 +2,7 @@
 
 Example::
 
-    print(lineage(store.log(), store.bases(), refs))
+    print(lineage(store.log(), store.bases(), refs, store.notes()))
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ _HEADER = ("checkpoint", "step", "metrics", "logical", "stored", "ratio", "kept 
 _METRICS_SHOWN = 4
 _DEEPEST = 16
 """Levels that are indented."""
+_WHY_SHOWN = 60
+"""Characters of what keeps a checkpoint; what does not fit is counted."""
 
 
 def lineage(
     checkpoints: Sequence[Checkpoint],
     bases: Sequence[Base],
     refs: Mapping[str, str],
+    notes: Mapping[str, Mapping[str, object]],
 ) -> str:
     """Return one line a checkpoint, each below the one that it descends from.
 
     A checkpoint whose parent was forgotten stands below its base. What is deeper than a screen has
-    room for is indented no further. An empty store gives no text.
+    room for is indented no further. What keeps a checkpoint is told by the names of its refs and
+    the reasons in their notes; a timeline's ref is named only where no reason is known. An empty
+    store gives no text.
     """
     known = {checkpoint.id for checkpoint in checkpoints}
     children: dict[str | None, list[Checkpoint]] = {}
@@ -37,21 +42,22 @@ def lineage(
     names: dict[str, list[str]] = {}
     for name, identity in sorted(refs.items()):
         names.setdefault(identity, []).append(name)
+    why = {identity: _why(found, notes) for identity, found in names.items()}
     rows: list[tuple[str, ...]] = []
     for base in bases:
         size, path = human(base.logical_bytes), short_path(base.path)
         rows.append((f"base {base.id[:12]}", "", "", size, "", "", path))
-        rows += _rows(children.get(base.id, []), children, names)
+        rows += _rows(children.get(base.id, []), children, why)
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))
-        rows += _rows(children[None], children, names)
+        rows += _rows(children[None], children, why)
     return table(_HEADER, rows, align="<><>>><") if rows else ""
 
 
 def _rows(
     top: Sequence[Checkpoint],
     children: Mapping[str | None, Sequence[Checkpoint]],
-    names: Mapping[str, Sequence[str]],
+    why: Mapping[str, str],
 ) -> Iterator[tuple[str, ...]]:
     # A list of what is to come, because a run may be a chain of thousands.
     pending = _level(top, "")
@@ -64,7 +70,7 @@ def _rows(
             human(checkpoint.logical_bytes),
             human(checkpoint.stored_bytes),
             percent(checkpoint.stored_bytes, checkpoint.logical_bytes),
-            ", ".join(_short(name) for name in names.get(checkpoint.id, ())),
+            why.get(checkpoint.id, ""),
         )
         deeper = indent + ("   " if last else "│  ")
         pending += _level(children.get(checkpoint.id, []), deeper[: len("│  ") * _DEEPEST])
@@ -81,6 +87,25 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
     shown = [f"{name}={metrics[name]:.4g}" for name in sorted(metrics)]
     more = f" +{len(shown) - _METRICS_SHOWN}" if len(shown) > _METRICS_SHOWN else ""
     return " ".join(shown[:_METRICS_SHOWN]) + more
+
+
+def reasons_of(note: Mapping[str, object]) -> list[str]:
+    """Return the reasons that a ref's note gives, each once; a note is JSON of whoever wrote it."""
+    reasons = note.get("reasons")
+    return list(dict.fromkeys(map(str, reasons))) if isinstance(reasons, list) else []
+
+
+def _why(names: Sequence[str], notes: Mapping[str, Mapping[str, object]]) -> str:
+    # Others may pin and unpin while this looks.
+    reasons = [reason for name in names for reason in reasons_of(notes.get(name, {}))]
+    own = [name for name in names if not name.startswith("timelines/")]
+    told = list(dict.fromkeys([*own, *(reasons or ([] if own else map(_short, names)))]))
+    fitting = 1
+    while fitting < len(told) and len(", ".join(told[: fitting + 1])) <= _WHY_SHOWN:
+        fitting += 1
+    text = ", ".join(told[:fitting])
+    text = text if len(text) <= _WHY_SHOWN else f"{text[: _WHY_SHOWN - 1]}…"
+    return text + (f" +{len(told) - fitting}" if fitting < len(told) else "")
 
 
 def _short(name: str) -> str:

@@ -108,11 +108,35 @@ def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store
     assert lines[2].startswith(f"└─ {root.id[:12]}")
     assert lines[3].startswith(f"   └─ {tip.id[:12]}")
     assert "arith=0.6" in lines[3]
-    assert "timelines/msft" in lines[3]
+    assert lines[2].endswith("root of the branch")
+    assert lines[3].endswith("champion of arith (0.6), best overall (0.6)")
     found = document(capsys, "--store", run_store.path, "inspect")
     assert [ckpt["step"] for ckpt in found["checkpoints"]] == [10, 20]
     assert found["checkpoints"][0]["metrics"]["odd"] == "nan"
     assert found["level"] == "fast"
+
+
+def test_what_keeps_a_checkpoint_is_told_once_and_briefly(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
+    twice, many, bare = (store.save({"w": torch.ones(n)}, step=n) for n in (1, 2, 3))
+    ref = "timelines/main/{0.id}".format
+    store.pin(twice, ref(twice), note={"reasons": ["best loss (1.9)", "best loss (1.9)"]})
+    store.pin(twice, "timelines/other/root", note={"branch": 1})
+    store.pin(many, ref(many), note={"reasons": [f"champion of task{n}" for n in range(9)]})
+    store.pin(many, "mine")
+    store.pin(bare, ref(bare), note={"reasons": 5})
+
+    _, out, _ = run(capsys, "--store", store.path, "inspect")
+
+    told = [line.rpartition(" %  ")[2] for line in out.splitlines()[2:5]]
+    assert told == [
+        "best loss (1.9)",
+        "mine, champion of task0, champion of task1 +7",
+        "timelines/main",
+    ]
+    _, out, _ = run(capsys, "--store", store.path, "inspect", twice.id)
+    assert f"{ref(twice)}: best loss (1.9); timelines/other/root: pinned\n" in out
 
 
 def test_inspect_shows_where_bytes_come_from(
