@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from msft_store.bases import is_gone
 from msft_store.check import Report
 from msft_store.cli_check import examine, repair
+from msft_store.cli_inspect import inspect, summary
 from msft_store.cli_progress import INTERRUPTED, MESSAGE, interruptible
 from msft_store.cli_remote import TRANSFERS, add_commands, open_store
 from msft_store.cli_space import add_keep_options, forget, gc, policy_of, repack
@@ -34,16 +33,14 @@ from msft_store.cli_tensors import (
     export_files,
     import_files,
 )
-from msft_store.cli_text import as_json, counts, facts, gone, hush, printable, say
+from msft_store.cli_text import as_json, counts, gone, hush, printable, say
 from msft_store.codecs import LEVELS
 from msft_store.completion import SHELLS, completion
-from msft_store.errors import InvalidInputError, StoreError
-from msft_store.figures import draw_lineage
+from msft_store.errors import StoreError
 from msft_store.integrations.addresses import is_url
-from msft_store.manifest import Checkpoint
-from msft_store.render import human, percent, table
+from msft_store.render import human, table
 from msft_store.store import Store
-from msft_store.tree import lineage, metrics_text
+from msft_store.tree import metrics_text
 
 _EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found something wrong"
 _STORE = "MSFT_STORE"
@@ -124,59 +121,11 @@ def _log(options: argparse.Namespace) -> Output:
     ]
     header = ("checkpoint", "step", "logical", "stored", "metrics", "tags")
     text = table(header, rows, align="<>>><<") if rows else "no checkpoints yet"
-    return [_summary(checkpoint) for checkpoint in checkpoints], text
+    return [summary(checkpoint) for checkpoint in checkpoints], text
 
 
 def _inspect(options: argparse.Namespace) -> Output:
-    store = _open(options)
-    if options.checkpoint is None:
-        checkpoints, refs = store.log(), store.refs()
-        bases = [
-            {
-                "id": base.id,
-                "path": base.path,
-                "logical_bytes": base.logical_bytes,
-                "gone": is_gone(base),
-            }
-            for base in store.bases()
-        ]
-        listed = [_summary(checkpoint) for checkpoint in checkpoints]
-        held = store.held_bytes()
-        document: dict[str, Any] = {
-            "level": store.level,
-            "bases": bases,
-            "checkpoints": listed,
-            "refs": refs,
-            "held_bytes": held,
-        }
-        text = lineage(checkpoints, store.bases(), refs, store.notes()) or "the store is empty"
-        text += f"\nlevel {store.level}{gone(store.bases())}"
-        if held:
-            text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
-        if options.plot is not None:
-            path = draw_lineage(checkpoints, store.bases(), refs, options.plot)
-            document["plot"] = str(path)
-            text += f"\nthe lineage is drawn in {path}"
-        return document, text
-    if options.plot is not None:
-        raise InvalidInputError("--plot draws the whole lineage: leave the checkpoint out")
-    checkpoint = store.get(options.checkpoint)
-    tensors = store.sources(checkpoint)
-    rows = [
-        (
-            source.tensor,
-            source.dtype,
-            "x".join(map(str, source.shape)) or "scalar",
-            human(source.logical_bytes),
-            human(source.stored_bytes),
-            percent(source.stored_bytes, source.logical_bytes),
-            "; ".join(source.how),
-        )
-        for source in tensors
-    ]
-    header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
-    text = f"{facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
-    return {**_summary(checkpoint), "tensors": tensors}, text
+    return inspect(_open(options), options.checkpoint, plot=options.plot)
 
 
 def _gc(options: argparse.Namespace) -> Output:
@@ -241,16 +190,6 @@ def _stats(options: argparse.Namespace) -> Output:
     return dataclasses.asdict(stats), counts(stats) + gone(store.bases())
 
 
-def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    document = dataclasses.asdict(checkpoint)
-    del document["tensor_digest"]
-    document["metrics"] = {
-        name: value if math.isfinite(value) else str(value)
-        for name, value in checkpoint.metrics.items()
-    }
-    return document
-
-
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -274,12 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], Output], summary: str, example: str
+        name: str, run: Callable[[argparse.Namespace], Output], about: str, example: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
             epilog=f"example: msft-store {example}\n{_EXIT}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[common],
@@ -307,14 +246,18 @@ def _parser() -> argparse.ArgumentParser:
 
     add("log", _log, "list the checkpoints, oldest first; * is pinned", "log --json")
 
-    inspect = add(
+    look = add(
         "inspect",
         _inspect,
-        "show the lineage as a tree, or one checkpoint's tensors and where their bytes come from",
+        "show the lineage as a tree, or the tensors of one checkpoint or base",
         "inspect 3fa9",
     )
-    _add_checkpoint(inspect, nargs="?")
-    inspect.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg)")
+    look.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="id of a checkpoint or of a base, a unique prefix of one, or a ref",
+    )
+    look.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg)")
 
     differ = add(
         "diff", _diff, "show what differs between two checkpoints, by bits", "diff 3fa9 best"

@@ -89,6 +89,22 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
     return text + gone(base for base in store.bases() if base.id == checkpoint.base)
 
 
+def facts_of_base(base: Base) -> str:
+    """Return what is known of a base, and whether its files are where they were."""
+    files = len(base.files)
+    there = "not where they were, or too short" if is_gone(base) else "there"
+    text = listing(
+        {
+            "base": base.id,
+            "path": base.path,
+            "tensors": str(len(base.tensors)),
+            "logical": human(base.logical_bytes),
+            "files": f"{files}, {human(sum(size for _, size in base.files))}, {there}",
+        }
+    )
+    return text + gone([base])
+
+
 def counts(stats: Stats) -> str:
     """Return what is counted in a store."""
     share = percent(stats.stored_bytes, stats.logical_bytes)

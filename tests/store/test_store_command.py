@@ -152,6 +152,24 @@ def test_inspect_shows_where_bytes_come_from(
     assert 0 < tensors[0]["stored_bytes"] < tensors[0]["logical_bytes"]
 
 
+def test_inspect_shows_a_base(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    at, base = ("--store", run_store.path), run_store.bases()[0]
+    code, out, _ = run(capsys, *at, "inspect", base.id[:6])
+    assert (code, out.splitlines()[0].split()) == (0, ["base", base.id])
+    assert "12.8 kB" in out
+    assert "1, 13.0 kB, there" in out
+    assert out.splitlines()[-1].split() == ["layer1.weight", "bfloat16", "64x50", "6.4", "kB"]
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert "msft-store relocate" in run(capsys, *at, "inspect", base.id)[1]
+    found = document(capsys, *at, "inspect", base.id)
+    assert (found["path"], found["gone"]) == (base.path, True)
+    assert [tensor["logical_bytes"] for tensor in found["tensors"]] == [6400, 6400]
+    code, _, err = run(capsys, *at, "inspect", "nobody")
+    assert (code, "no checkpoint 'nobody'" in err) == (1, True)
+
+
 def test_gc_plans_and_frees(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
     at = ("--store", run_store.path)
     for name in run_store.refs():
