@@ -125,11 +125,14 @@ def counts(stats: Stats) -> str:
 
 def gone(bases: Iterable[Base]) -> str:
     """Return a line for each base that checkpoints cannot be restored with as it is."""
-    return "".join(
-        f"\nbase {base.id[:12]} is no longer at {_one_line(base.path)}, or shorter than it was; "
-        f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
-        for base in bases
-        if is_gone(base)
+    return "".join(f"\n{missing(base)}" for base in bases if is_gone(base))
+
+
+def missing(base: Base, hence: str = "") -> str:
+    """Return the line about a base that is gone, and what comes of that."""
+    return (
+        f"base {base.id[:12]} is no longer at {_one_line(base.path)}, or shorter than it was"
+        f"{hence and f', and {hence}'}; if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
     )
 
 

@@ -25,6 +25,11 @@ def human(size: int) -> str:
     return f"{value:.1f} TB"
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things: "1 pack", "2 packs"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def short_path(path: str) -> str:
     """Return a path as seen from the current directory, if it is below it."""
     here = Path.cwd()

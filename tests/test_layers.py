@@ -43,7 +43,7 @@ integrations.directory_remote integrations.addresses integrations.remote_backend
 integrations.ref_rules integrations.tally integrations.base_files integrations.shipping
 integrations.sending integrations.fetching integrations.remote integrations
 figures importing completion
-__init__ cli_check cli_text cli_inspect cli_progress cli_remote cli_space cli_tensors cli __main__
+__init__ cli_text cli_check cli_inspect cli_progress cli_remote cli_space cli_tensors cli __main__
 """
 
 TRAINER = """

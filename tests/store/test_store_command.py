@@ -467,6 +467,51 @@ def test_check_reports_damage_with_its_own_exit_code(
     assert pack.name in out
 
 
+@pytest.mark.parametrize("how", [(), ("--read-data",)])
+def test_check_says_once_that_a_base_is_gone(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    (tmp_path / "model").rename(tmp_path / "moved")
+    at, base = ("--store", run_store.path), run_store.bases()[0].id[:12]
+    code, out, _ = run(capsys, *at, "check", *how)
+    told, verdict = out.splitlines()
+    assert code == 3
+    assert told.startswith(f"base {base} is no longer at {tmp_path / 'model'}")
+    assert "2 checkpoints cannot be restored without it" in told
+    assert told.endswith(f"msft-store relocate {base} NEW_PATH")
+    assert verdict.startswith("0 of 2 checkpoints are sound, 2 as soon as")
+    assert "damaged" not in out
+
+
+def test_check_tells_a_changed_base_from_damage(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
+) -> None:
+    at, (root, tip) = ("--store", run_store.path), run_store.log()
+    model = tmp_path / "model" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    data[-6401] ^= 1
+    model.write_bytes(data)
+    code, out, _ = run(capsys, *at, "check", "--read-data")
+    told, verdict = out.splitlines()
+    assert code == 3
+    assert told.startswith(f"base {run_store.bases()[0].id[:12]}, 2 of 2 tensors: {model} changed")
+    assert "2 checkpoints cannot be restored without it" in told
+    assert "repair" not in out
+    Path(run_store.path, "manifests", f"{tip.id}.json").write_text("{}")
+    code, out, _ = run(capsys, *at, "check", "--read-data")
+    damage, *_, told, verdict, advice = out.splitlines()
+    assert damage.startswith(f"checkpoint {tip.id[:12]}: ")
+    assert "; 1 checkpoint cannot" in told
+    assert "0 of 2 checkpoints are sound, 1 as soon as" in verdict
+    assert f"damaged: {tip.id[:12]} (" in verdict
+    assert "repair" in advice
+    code, out, _ = run(capsys, *at, "check", "--read-data", "--json")
+    found = json.loads(out)
+    assert len([one for one in found["findings"] if one["tensor"]]) == 4
+    assert found["damaged"] == [tip.id, root.id]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
