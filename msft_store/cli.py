@@ -265,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     add_diff_options(differ)
 
     collect = add(
-        "gc", _gc, "free what nothing needs", "gc --keep-last 3 --keep-best loss:min --dry-run"
+        "gc",
+        _gc,
+        "free the space that no checkpoint needs; with rules, first forget what they do not keep",
+        "gc --keep-last 3 --keep-best loss:min --dry-run",
     )
     add_keep_options(collect)
 
@@ -307,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     drop = add(
         "forget",
         _forget,
-        "make checkpoints no more of one, by name or by rules for what stays",
+        "forget checkpoints by name, or all that rules do not keep; their space stays until a gc",
         "forget --keep-last 3 --keep-best loss:min --dry-run",
     )
     drop.add_argument("checkpoints", nargs="*", help="ids, unique prefixes of them, or refs")

@@ -15,6 +15,7 @@ from typing import Any
 from msft_store.errors import InvalidInputError, PinnedError, UnknownCheckpointError
 from msft_store.gc import GcPlan, Verdict
 from msft_store.manifest import Checkpoint
+from msft_store.render import counted
 from msft_store.repack import RepackPlan
 from msft_store.retention import KeepBest, KeepLast, KeepThese, Mode, Policy
 from msft_store.store import Store
@@ -25,7 +26,9 @@ UNCHANGED = "nothing was changed (--dry-run)"
 def add_keep_options(command: argparse.ArgumentParser) -> None:
     """Add the options that :func:`policy_of` reads."""
     command.add_argument("--dry-run", action="store_true", help="only print the plan")
-    command.add_argument("--keep-last", type=int, metavar="N", help="forget all but the N newest")
+    command.add_argument(
+        "--keep-last", type=_count, metavar="N", help="forget all but the N newest"
+    )
     command.add_argument(
         "--keep-best",
         action="append",
@@ -40,6 +43,12 @@ def add_keep_options(command: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="and all with a tag; may be repeated",
     )
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up, not {text!r}")
+    return int(text)
 
 
 def policy_of(store: Store, options: argparse.Namespace) -> Policy | None:
@@ -70,7 +79,7 @@ def gc(store: Store, policy: Policy | None, *, dry_run: bool) -> tuple[dict[str,
     if dry_run:
         return document, f"{plan}\n{UNCHANGED}"
     result = plan.execute()
-    return {**document, **dataclasses.asdict(result)}, f"{plan}\n{result}"
+    return {**document, **dataclasses.asdict(result)}, "\n".join([str(result), *plan.steps()])
 
 
 def forget(
@@ -97,10 +106,12 @@ def forget(
     elif not dry_run:
         dropped, stay = _forget_unpinned(store, dropped)
         kept += stay
-    lines = [f"{'would forget' if dry_run else 'forgot'} {len(dropped)} checkpoints"]
+    did = "would forget" if dry_run else "forgot"
+    lines = [f"{did} {counted(len(dropped), 'checkpoint')}" if dropped else "nothing to forget"]
     lines += [f"  forget {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in dropped]
     lines += [f"  keep   {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in kept]
-    lines.append(UNCHANGED if dry_run else "msft-store gc frees their space")
+    if dropped:
+        lines.append(UNCHANGED if dry_run else "msft-store gc frees their space")
     return {"forget": _verdicts(dropped), "keep": _verdicts(kept)}, "\n".join(lines)
 
 
@@ -130,7 +141,8 @@ def repack(store: Store, *, dry_run: bool) -> tuple[dict[str, Any], str]:
     if dry_run:
         return document, f"{plan}\n{UNCHANGED}"
     result = plan.execute()
-    return {**document, **dataclasses.asdict(result)}, f"{plan}\n{result}"
+    text = "\n".join([f"made {plan.change()}; {result}", *plan.steps()])
+    return {**document, **dataclasses.asdict(result)}, text
 
 
 def _repack_document(plan: RepackPlan) -> dict[str, Any]:

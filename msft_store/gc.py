@@ -116,8 +116,11 @@ class GcPlan:
         )
 
     def __str__(self) -> str:
-        lines = [f"would free {human(self.freed_bytes)}"]
-        lines += [
+        return "\n".join([f"would free {human(self.freed_bytes)}", *self.steps()])
+
+    def steps(self) -> list[str]:
+        """Return what goes, in the order in which it does, and what stays; one line for each."""
+        lines = [
             f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
             for verdict in self.dropped
         ]
@@ -138,7 +141,7 @@ class GcPlan:
                 f"  {human(self.held_bytes)} of forgotten checkpoints, "
                 "because others are stored as differences of them"
             )
-        return "\n".join(lines)
+        return lines
 
     def execute(self) -> GcResult:
         """Carry the plan out; what was pinned or came to be needed since stays."""

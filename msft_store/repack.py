@@ -21,7 +21,7 @@ from msft_store.catalog import Catalog
 from msft_store.gc import GcResult, PackWaste, refuse_damage, rewrite_packs, waste_of
 from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.packs import FOLDER as PACKS
-from msft_store.render import human
+from msft_store.render import counted, human
 
 SMALL = 64 << 20
 """Bytes below which a pack is put together with others."""
@@ -45,20 +45,28 @@ class RepackPlan:
         return dead + sum(waste.size for waste in self.delete)
 
     def __str__(self) -> str:
-        before = len(self.delete) + sum(map(len, self.merge))
         moved = max((sum(w.live_bytes for w in group) for group in self.merge), default=0)
-        lines = [
-            f"would make {len(self.merge)} packs of {before}, and free {human(self.freed_bytes)}; "
+        heading = (
+            f"would make {self.change()}, and free {human(self.freed_bytes)}; "
             f"takes {human(moved)} for a moment"
-        ]
-        lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        )
+        return "\n".join([heading, *self.steps()])
+
+    def change(self) -> str:
+        """Return how many packs become how many: "1 pack of 4"."""
+        before = len(self.delete) + sum(map(len, self.merge))
+        return f"{counted(len(self.merge), 'pack')} of {before}"
+
+    def steps(self) -> list[str]:
+        """Return what happens to each pack, one line for each."""
+        lines = [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
         for number, group in enumerate(self.merge, 1):
             lines += [
                 f"  into {number:>3} {waste.path} ({human(waste.size)}, of which "
                 f"{human(waste.dead_bytes)} are dead)"
                 for waste in group
             ]
-        return "\n".join(lines)
+        return lines
 
     def execute(self) -> GcResult:
         """Carry it out, as far as it is still what the store needs."""

@@ -29,7 +29,7 @@ def test_many_packs_become_one_and_nothing_dead_is_left(
     before = {checkpoint.id: checkpoint for checkpoint in store.log()}
     plan = store.plan_repack()
 
-    assert "would make 1 packs" in str(plan)
+    assert "would make 1 pack of " in str(plan)
     result = plan.execute()
 
     assert result.freed_bytes > 0

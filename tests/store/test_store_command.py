@@ -301,12 +301,40 @@ def test_forget_by_rules_is_planned_first(
         capsys, *at, "forget", "--keep-last", "1", "--keep-best", "arith", "--dry-run"
     )
     assert code == 0
-    assert "would forget 1 checkpoints" in out
+    assert out.startswith("would forget 1 checkpoint\n")
     assert "best arith (0.6)" in out
     assert len(run_store.log()) == 3
     found = document(capsys, *at, "forget", "--keep-tag", "keep")
     assert (len(found["forget"]), [kept["id"] for kept in found["keep"]]) == (2, [tagged.id])
     assert run_store.log() == [tagged]
+
+
+def test_would_is_said_of_what_is_not_done(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
+    at = ("--store", store.path)
+    for n in range(1, 4):
+        store.save({"w": torch.ones(n)}, step=n)
+    for command, heading in (
+        (["repack"], "made 1 pack of 3; freed "),
+        (["forget", store.log()[0].id], "forgot 1 checkpoint\n"),
+        (["gc", "--keep-last", "1"], "freed "),
+    ):
+        planned = run(capsys, *at, *command, "--dry-run")[1]
+        assert planned.startswith("would ")
+        assert planned.endswith("nothing was changed (--dry-run)\n")
+        done = run(capsys, *at, *command)[1]
+        assert done.startswith(heading)
+        assert "would" not in done
+        assert done.splitlines()[1:2] == planned.splitlines()[1:2]
+
+
+def test_nothing_to_forget_is_said(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+    store.save({"w": torch.ones(1)})
+    for how in ([], ["--dry-run"]):
+        _, out, _ = run(capsys, "--store", store.path, "forget", "--keep-last", "1", *how)
+        assert out.splitlines()[0] == "nothing to forget"
+        assert "gc" not in out
 
 
 def test_forget_by_rules_leaves_what_was_pinned_since(store: Store) -> None:
@@ -564,6 +592,18 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_a_count_is_asked_for_in_the_words_of_the_command_line(
+    capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["forget", "--keep-last", number])
+    told = capsys.readouterr().err
+    assert "argument --keep-last: " in told
+    assert number in told
+    assert "KeepLast" not in told
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
