@@ -112,6 +112,8 @@ from msft_store.stats import Stats as Stats
 from msft_store.store import Store as Store
 from msft_store.timeline import Timeline as Timeline
 
+__version__: str
+
 __all__ = [
     "AsyncSaver",
     "Base",

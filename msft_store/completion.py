@@ -27,7 +27,8 @@ def completion(parser: argparse.ArgumentParser, shell: str, *, paths: Collection
         shtab = importlib.import_module("shtab")
     except ImportError:
         raise InvalidInputError(
-            "completion scripts are made by shtab, which is not installed: pip install shtab"
+            "completion scripts are made by shtab, which is not installed: pip install "
+            "'msft-store[report]'"
         ) from None
     _mark(parser, paths)
     script: str = shtab.complete(parser, shell=shell)

@@ -34,5 +34,7 @@ wants() {
 }
 wants remote msft-store --store store push s3://nowhere/run
 wants report msft-store --store store inspect --plot lineage.png
+wants report msft-store completion bash
 wants trainer msft-train --help
+msft-train --version
 echo "the wheel works in an empty environment"

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.metadata import version
 
 _OWN = ("trainer", "msft_store")
 
 
 def main() -> int:
-    """Run the command; return its exit code, 1 if what the trainer needs is not installed."""
+    """Run the command; return its exit code, 1 if what the trainer needs is not installed.
+
+    The version is told at once, and where nothing is installed.
+    """
+    if sys.argv[1:] == ["--version"]:
+        print(version("msft-store"))
+        return 0
     try:
         cli = importlib.import_module("trainer.cli")
     except ModuleNotFoundError as error:

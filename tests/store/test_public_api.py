@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_the_public_names_are_sorted_and_complete() -> None:
         assert getattr(msft_store, name).__module__ == f"msft_store.{msft_store._HOME[name]}"
     with pytest.raises(AttributeError, match="'Stor'"):
         _ = msft_store.Stor
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert msft_store.__version__ == version("msft-store")
+    assert "__version__" in dir(msft_store)
 
 
 def test_type_checkers_see_the_same_names() -> None:

@@ -426,6 +426,14 @@ def test_a_shell_completes_commands_and_options(
     assert document(capsys, "completion", "zsh")["shell"] == "zsh"
 
 
+def test_completion_names_the_extra_that_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, _, err = run(capsys, "completion", "bash")
+    assert (code, "pip install 'msft-store[report]'" in err) == (1, True)
+
+
 def test_pins_protect(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
     at, tip = ("--store", run_store.path), run_store.log()[-1]
     assert run(capsys, *at, "pin", tip.id[:8], "best")[0] == 0

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from msft_store import Store
 from tests.trainer.support import make_config
+from trainer import entry
 from trainer.cli import main
 from trainer.journal import read
 
@@ -208,6 +210,13 @@ def test_usage(capsys):
     assert "exit codes:" in out
     code, out, _ = call(capsys, "run", "--help")
     assert "msft-train run config.yaml train.lr=2e-5" in out
+
+
+def test_the_version_is_told_without_what_the_trainer_needs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["msft-train", "--version"])
+    monkeypatch.setitem(sys.modules, "trainer.cli", None)
+    assert entry.main() == 0
+    assert capsys.readouterr().out == f"{version('msft-store')}\n"
 
 
 def test_sigterm_ends_a_process_cleanly_and_resumably(capsys, directory):
