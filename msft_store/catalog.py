@@ -190,9 +190,12 @@ class Catalog:
             raise UnknownCheckpointError(
                 f"{name!r} stands for {len(matches)} checkpoints; give more characters"
             )
-        if matches and name:
+        # Some commands take a base as well.
+        known = [*self._checkpoints, *self.objects.bases()]
+        if 0 < len(name) < _SHORTEST_PREFIX and any(one.startswith(name) for one in known):
             raise UnknownCheckpointError(
-                f"{name!r} is too short; give at least {_SHORTEST_PREFIX} characters"
+                f"{name!r} is too short, as other ids may come to begin with it; give at least "
+                f"{_SHORTEST_PREFIX} characters"
             )
         for identity, damage in self._damaged.items():
             if identity.startswith(name) and len(name) >= _SHORTEST_PREFIX:

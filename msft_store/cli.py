@@ -40,7 +40,7 @@ from msft_store.errors import StoreError
 from msft_store.integrations.addresses import is_url
 from msft_store.render import human, table
 from msft_store.store import Store
-from msft_store.tree import metrics_text
+from msft_store.tree import kept_by, metrics_text
 
 _EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found something wrong"
 _STORE = "MSFT_STORE"
@@ -107,20 +107,21 @@ def _relocate(options: argparse.Namespace) -> Output:
 def _log(options: argparse.Namespace) -> Output:
     store = _open(options)
     checkpoints = store.log()
-    pinned = set(store.refs().values())
+    why = kept_by(store.refs(), store.notes())
     rows = [
         (
-            f"{checkpoint.id[:12]}{'*' if checkpoint.id in pinned else ''}",
+            checkpoint.id[:12],
             "" if checkpoint.step is None else str(checkpoint.step),
             human(checkpoint.logical_bytes),
             human(checkpoint.stored_bytes),
             metrics_text(checkpoint.metrics),
             " ".join(checkpoint.tags),
+            why.get(checkpoint.id, ""),
         )
         for checkpoint in checkpoints
     ]
-    header = ("checkpoint", "step", "logical", "stored", "metrics", "tags")
-    text = table(header, rows, align="<>>><<") if rows else "no checkpoints yet"
+    header = ("checkpoint", "step", "logical", "stored", "metrics", "tags", "kept by")
+    text = table(header, rows, align="<>>><<<") if rows else "no checkpoints yet"
     return [summary(checkpoint) for checkpoint in checkpoints], text
 
 
@@ -244,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     relocate.add_argument("base", help="id of the base, or a unique prefix")
     relocate.add_argument("path", help="the same model, in its new place")
 
-    add("log", _log, "list the checkpoints, oldest first; * is pinned", "log --json")
+    add("log", _log, "list the checkpoints, oldest first, and what keeps them", "log --json")
 
     look = add(
         "inspect",

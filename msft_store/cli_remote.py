@@ -8,15 +8,18 @@ Example::
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from msft_store.catalog import CONFIG
 from msft_store.cli_progress import line
 from msft_store.errors import InvalidInputError
 from msft_store.integrations.addresses import is_url
 from msft_store.integrations.remote import clone, open_remote, pull, push
 from msft_store.integrations.tally import Progress
+from msft_store.manifest import FOLDER as MANIFESTS
 from msft_store.store import Store
 
 TRANSFERS = ("push", "pull", "clone")
@@ -121,7 +124,14 @@ def _store(command: argparse.ArgumentParser) -> None:
 def _source(options: argparse.Namespace, path_of: Callable[[argparse.Namespace], str]) -> str:
     """Return the path of the store that is pushed, or pulled to."""
     if options.place is None:
-        return path_of(options)
+        path = path_of(options)
+        if path == os.curdir and not any(map(os.path.lexists, (CONFIG, MANIFESTS))):
+            store, url = ("STORE", options.url) if is_url(options.url) else (options.url, "URL")
+            raise InvalidInputError(
+                "no store in the current directory; say both, where the store is and where the "
+                f"other place is: msft-store {options.name} {store} {url}"
+            )
+        return path
     if getattr(options, "store", options.place) != options.place:
         raise InvalidInputError(
             f"two stores are given, {options.place} and --store {options.store}: leave one out"

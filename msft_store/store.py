@@ -83,7 +83,7 @@ class Store:
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(
-                f"there is a store at {root} already: use Store.open, or another path"
+                f"there is a store at {root} already: open that one, or choose another path"
             )
         with translated("read", root):
             # One that was killed here, or had no room, may have left its temporary file.

@@ -39,10 +39,7 @@ def lineage(
     for checkpoint in checkpoints:
         parent = checkpoint.parent if checkpoint.parent in known else checkpoint.base
         children.setdefault(parent, []).append(checkpoint)
-    names: dict[str, list[str]] = {}
-    for name, identity in sorted(refs.items()):
-        names.setdefault(identity, []).append(name)
-    why = {identity: _why(found, notes) for identity, found in names.items()}
+    why = kept_by(refs, notes)
     rows: list[tuple[str, ...]] = []
     for base in bases:
         size, path = human(base.logical_bytes), short_path(base.path)
@@ -80,6 +77,14 @@ def _level(checkpoints: Sequence[Checkpoint], indent: str) -> list[tuple[Checkpo
     """Return siblings, the last first, with their indent and whether each is the last."""
     found = [(c, indent, at == len(checkpoints) - 1) for at, c in enumerate(checkpoints)]
     return found[::-1]
+
+
+def kept_by(refs: Mapping[str, str], notes: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """Return what keeps each checkpoint that a ref points to, on one line, by id."""
+    names: dict[str, list[str]] = {}
+    for name, identity in sorted(refs.items()):
+        names.setdefault(identity, []).append(name)
+    return {identity: _why(found, notes) for identity, found in names.items()}
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

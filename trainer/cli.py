@@ -44,9 +44,9 @@ exit codes:
   0    done
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
+  3    training diverged; the run is over, its result is the best before that
   75   paused, for there is no room on the disk or within max_disk; one sentence on stderr says what
        is needed, `msft-train resume RUN` goes on
-  3    training diverged; the run is over, its result is the best before that
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
 """
 

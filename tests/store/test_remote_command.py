@@ -95,6 +95,22 @@ def test_a_store_at_a_url_can_be_looked_at_and_not_changed(
     assert not Path("memory:").exists()
 
 
+def test_one_place_where_two_are_needed_is_told_apart(
+    capsys: pytest.CaptureFixture[str],
+    store: Store,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in ("push", "pull"):
+        for place, right in ((store.path, f"{store.path} URL"), (url, f"STORE {url}")):
+            code, out, err = run(capsys, command, place)
+            assert (code, out) == (1, "")
+            assert err.endswith(f": msft-store {command} {right}\n")
+
+
 def test_refusals_are_one_sentence(
     capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_store_from_nothing(capsys: pytest.CaptureFixture[str], run_store: Sto
     code, _, err = run(capsys, "init", path)
     assert code == 1
     assert "already" in err
+    assert "Store." not in err
 
 
 def test_store_is_found_by_environment_and_current_directory(
@@ -593,6 +594,30 @@ def test_unknown_checkpoint_names_the_nearest(
     code, _, err = run(capsys, "--store", run_store.path, "inspect", wrong)
     assert code == 1
     assert f"the nearest is {tip.id}" in err
+
+
+def test_an_id_that_is_too_short_is_told_so(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    at, tip = ("--store", run_store.path), run_store.log()[-1]
+    for identity in (tip.id, run_store.bases()[0].id):
+        short = identity[:3]
+        for command in (("inspect", short), ("diff", short, tip.id)):
+            code, _, err = run(capsys, *at, *command)
+            assert (code, "at least 4 characters" in err) == (1, True)
+
+
+def test_log_tells_what_keeps_a_checkpoint(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    run_store.pin(run_store.save({"w": torch.ones(1)}, tags=["x"]), "mine")
+    lines = run(capsys, "--store", run_store.path, "log")[1].splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == [
+        "kept by",
+        "root of the branch",
+        "champion of arith (0.6), best overall (0.6)",
+        "mine",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("gc", "--keep-last", "many")])
