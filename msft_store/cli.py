@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="id of a checkpoint or of a base, a unique prefix of one, or a ref",
     )
-    look.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg)")
+    look.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg, .pdf)")
 
     differ = add(
         "diff", _diff, "show what differs between two checkpoints, by bits", "diff 3fa9 best"

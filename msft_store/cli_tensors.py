@@ -13,7 +13,7 @@ from typing import Any
 
 from msft_store.errors import InvalidInputError
 from msft_store.export import is_configured
-from msft_store.figures import draw_changes, heat_text
+from msft_store.figures import check_picture, draw_changes, heat_text
 from msft_store.importing import import_checkpoint
 from msft_store.refs import check_name
 from msft_store.render import human, percent, table
@@ -22,6 +22,8 @@ from msft_store.store import Store
 
 def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
     """Compare two checkpoints or bases; draw a heat map if a file is named."""
+    if plot is not None:
+        check_picture(plot)
     diffs = store.diff(one, other)
     comparable = ("equal", "changed")
     both = [tensor for tensor in diffs if tensor.kind in comparable]
@@ -64,7 +66,9 @@ def add_diff_options(command: argparse.ArgumentParser) -> None:
     """Add the arguments of ``diff``."""
     command.add_argument("first", help="a checkpoint, a ref or a base")
     command.add_argument("second", help="another one")
-    command.add_argument("--plot", metavar="FILE", help="draw a heat map over layers (.png, .svg)")
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw a heat map over layers (.png, .svg, .pdf)"
+    )
 
 
 def add_import_options(command: argparse.ArgumentParser) -> None:

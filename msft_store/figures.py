@@ -20,7 +20,7 @@ from msft_store.diff import TensorDiff
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.manifest import Checkpoint
 from msft_store.paths import PathLike, local_path
-from msft_store.render import human
+from msft_store.render import counted, human
 from msft_store.tree import metrics_text
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -29,9 +29,14 @@ _SHADES = " ░▒▓█"
 _MOST_KINDS = 40
 """Columns from which tensors are put together that differ by a number, such as an expert's."""
 _LONGEST_LABEL = 60
-_MOST_LABELS = 60
+_LONGEST_LINE = 130
+_LINE = 0.17
+"""Inches of a line of text."""
+_MOST = 60
+"""Lines of text at most."""
 _METRICS_OF = 12
-"""Checkpoints up to which each has its metrics beside it; of more, only those with a ref."""
+"""Checkpoints up to which each is told of by a line; of more, only those with a ref."""
+_KINDS_OF_FILES = (".png", ".svg", ".pdf")
 _TALLEST = 40.0
 """Inches; a picture with more rows has them closer together."""
 
@@ -85,21 +90,25 @@ def heat_text(diffs: Sequence[TensorDiff]) -> str:
 def draw_changes(diffs: Sequence[TensorDiff], path: PathLike, *, title: str = "") -> Path:
     """Draw the heat map as a file of the kind that its suffix says; return its path.
 
-    :class:`InvalidInputError` where no tensor can be compared.
+    :class:`InvalidInputError` where no tensor can be compared, and for a file that is none of
+    .png, .svg and .pdf.
     """
+    check_picture(path)
     layers, kinds, rows = heat_map(diffs)
     if not rows:
         raise InvalidInputError("there is no heat map of two that have no tensor in common")
-    figure, axes = _canvas(
-        min(_TALLEST, max(5.0, 0.5 * len(kinds) + 3)),
-        min(_TALLEST, max(3.0, 0.28 * len(layers) + 2.5)),
+    slanted = 0.07 * max(len(_label(kind)) for kind in kinds)
+    figure, (axes,) = _canvas(
+        min(_TALLEST, max(6.0, 0.4 * len(kinds) + 3)),
+        min(_TALLEST, max(1.2, 0.28 * len(layers)) + slanted + 1.0),
     )
     percents = [[math.nan if s is None else 100 * s for s in row] for row in rows]
     image = axes.imshow(percents, aspect="auto", cmap="viridis", vmin=0)
     _name_ticks(axes.set_xticks, kinds, rotation=60, ha="right")
     _name_ticks(axes.set_yticks, layers)
     axes.set_ylabel("layer")
-    figure.colorbar(image, label="weights changed, %")
+    # A label along the bar is longer than a bar of few layers.
+    figure.colorbar(image, format="%g %%").ax.set_xlabel("changed", fontsize=8)
     axes.set_title(_label(title), parse_math=False)
     return _save(figure, path)
 
@@ -112,25 +121,34 @@ def draw_lineage(
 ) -> Path:
     """Draw checkpoints by step and branch, each joined to its parent; return the file's path.
 
-    The area of a point tells its stored bytes. Those that a ref keeps are filled, with its name
-    unless it is a timeline's own. Of few checkpoints the metrics are told, of many those of refs.
+    The area of a point tells its stored bytes. Those that a ref keeps are filled. Lines below the
+    picture tell of bases and checkpoints by their number: refs, but for a timeline's own, and
+    metrics; where there are many checkpoints, of those with such a ref. :class:`InvalidInputError`
+    for a file that is none of .png, .svg and .pdf.
     """
-    counted = any(checkpoint.step is None for checkpoint in checkpoints)
-    steps = [number if counted else c.step or 0 for number, c in enumerate(checkpoints)]
+    check_picture(path)
+    in_order = any(checkpoint.step is None for checkpoint in checkpoints)
+    steps = [number if in_order else c.step or 0 for number, c in enumerate(checkpoints)]
     names, lanes = _lanes(checkpoints, steps)
-    figure, axes = _canvas(11.0, min(_TALLEST, max(3.0, 0.6 * len(names) + 1.5)))
     at: dict[str, tuple[float, int]] = {
         c.id: (x, lanes[c.id]) for c, x in zip(checkpoints, steps, strict=True)
     }
     first, last = min(steps, default=0), max(steps, default=0)
+    # A base is of no step: it stands before all of them.
+    before = first - max(1, 0.08 * (last - first))
     for base in bases:
         own = [lanes[c.id] for c in checkpoints if c.base == base.id]
         if not own:
             names.append("")
-        lane = min(own, default=len(names) - 1)
-        at[base.id] = first - max(1, 0.08 * (last - first)), lane
+        at[base.id] = before, min(own, default=len(names) - 1)
+    key = _key(checkpoints, bases, refs)
+    figure, (axes, below) = _canvas(
+        11.0,
+        min(_TALLEST, max(3.0, 0.6 * len(names) + 1.5)),
+        _LINE * len(key) + 0.1,
+    )
+    for base in bases:
         axes.plot(*at[base.id], marker="s", color="0.4", zorder=2)
-        _write(axes, f"base {base.id[:8]}", at[base.id], above=-17)
     # One line with gaps: thousands of lines take many seconds.
     corners: list[tuple[float, float]] = []
     for checkpoint in checkpoints:
@@ -149,14 +167,22 @@ def draw_lineage(
         edgecolor="tab:blue",
         zorder=3,
     )
-    for identity, text in _labels(checkpoints, refs)[:_MOST_LABELS]:
-        _write(axes, text, at[identity])
-    axes.set_xlabel("order" if counted else "step")
+    for row, (identity, mark, text) in enumerate(key):
+        _write(axes, mark, at[identity])
+        _tell(below, (row + 0.5) / len(key), mark, text)
+    below.set_axis_off()
+    axes.set_xlabel("order" if in_order else "step")
     axes.set_ylabel("branch")
-    axes.margins(x=0.08)
+    axes.margins(x=0.05)
     axes.set_ylim(-0.6, max(len(names), 1) - 0.2)
     _name_ticks(axes.set_yticks, names)
-    axes.set_title(f"{len(checkpoints)} checkpoints; the largest point is {human(most)}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    shown = {round(x): f"{x:.0f}" for x in axes.get_xticks() if first <= x <= last}
+    if bases:
+        shown[before] = "base"
+        axes.axvline((before + first) / 2, color="0.8", linestyle=":", linewidth=1, zorder=0)
+    axes.set_xticks(list(shown), list(shown.values()))
+    axes.set_title(f"{counted(len(checkpoints), 'checkpoint')}; the largest point is {human(most)}")
     return _save(figure, path)
 
 
@@ -206,34 +232,52 @@ def _branch(checkpoint: Checkpoint) -> tuple[str, int] | None:
     return str(place.get("name", "")), branch
 
 
-def _labels(checkpoints: Sequence[Checkpoint], refs: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return what is written beside checkpoints, by id."""
+def _key(
+    checkpoints: Sequence[Checkpoint], bases: Sequence[Base], refs: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
+    """Return id, mark and text of what the lines below the picture tell of."""
+    found = [
+        (base.id, f"b{number}", f"base {base.id[:12]}, {human(base.logical_bytes)}: {base.path}")
+        for number, base in enumerate(bases, 1)
+    ]
     names: dict[str, list[str]] = {}
     for name, identity in sorted(refs.items()):
         if not name.startswith("timelines/"):
             names.setdefault(identity, []).append(name)
-    labels = []
-    for checkpoint in checkpoints:
-        lines = [", ".join(names.get(checkpoint.id, ()))]
-        if lines[0] or len(checkpoints) <= _METRICS_OF:
-            lines.append(metrics_text(checkpoint.metrics))
-        text = "\n".join(_label(line) for line in lines if line)
-        if text:
-            labels.append((checkpoint.id, text))
-    return labels
+    for number, checkpoint in enumerate(checkpoints, 1):
+        own = ", ".join(names.get(checkpoint.id, ()))
+        if own or len(checkpoints) <= _METRICS_OF:
+            step = "" if checkpoint.step is None else f"step {checkpoint.step}"
+            parts = (step, _label(own), _label(metrics_text(checkpoint.metrics)))
+            text = ", ".join([checkpoint.id[:12], *(part for part in parts if part)])
+            found.append((checkpoint.id, str(number), text))
+    return [(identity, mark, _label(text, _LONGEST_LINE)) for identity, mark, text in found[:_MOST]]
 
 
-def _write(axes: Any, text: str, place: tuple[float, float], *, above: int = 9) -> None:
+def _write(axes: Any, mark: str, place: tuple[float, float]) -> None:
     axes.annotate(
-        text,
+        mark,
         place,
-        xytext=(0, above),
+        xytext=(0, 9),
         textcoords="offset points",
         ha="center",
         fontsize=8,
-        parse_math=False,
         zorder=4,
     )
+
+
+def _tell(axes: Any, down: float, mark: str, text: str) -> None:
+    for x, part, side in ((0.03, mark, "right"), (0.04, text, "left")):
+        axes.text(
+            x,
+            1 - down,
+            part,
+            ha=side,
+            va="center",
+            fontsize=8,
+            parse_math=False,
+            transform=axes.transAxes,
+        )
 
 
 def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], **how: Any) -> None:
@@ -243,10 +287,10 @@ def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], **how: Any)
     set_ticks(list(shown), [_label(names[at]) for at in shown], parse_math=False, **how)
 
 
-def _label(text: str) -> str:
+def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
     """Return text that any font has, on one line of a bounded length."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _share(cell: tuple[int, int] | None) -> float | None:
@@ -261,7 +305,17 @@ def _shade(share: float | None, most: float) -> str:
     return _SHADES[max(1, min(len(_SHADES) - 1, math.ceil(share / most * (len(_SHADES) - 1))))]
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
+def check_picture(path: PathLike) -> None:
+    """Raise :class:`InvalidInputError` for a file that is no kind of picture that is drawn."""
+    target = local_path(path)
+    if target.suffix.lower() not in _KINDS_OF_FILES:
+        raise InvalidInputError(
+            f"cannot draw {target}: a picture's name ends with {' or '.join(_KINDS_OF_FILES)}"
+        )
+
+
+def _canvas(width: float, *heights: float) -> tuple[Any, Sequence[Any]]:
+    """Return a figure, and its axes one below the other."""
     try:
         # No window is wanted, and none of its state.
         figures = importlib.import_module("matplotlib.figure")
@@ -269,8 +323,9 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
         raise InvalidInputError(
             "drawing needs matplotlib, which is not installed: pip install 'msft-store[report]'"
         ) from None
-    figure = figures.Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    figure = figures.Figure(figsize=(width, sum(heights)), layout="constrained")
+    rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    return figure, [row[0] for row in rows]
 
 
 def _save(figure: Any, path: PathLike) -> Path:

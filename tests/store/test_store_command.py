@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from msft_store import Champions, InvalidInputError, KeepBest, KeepLast, Store, Timeline
 from msft_store.cli import main
@@ -279,6 +281,72 @@ def test_a_picture_of_thousands_of_checkpoints_has_a_size_to_look_at(
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert width < 2_000
     assert height < 1_000
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Return a list to which every figure goes that is drawn."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        save(figure, *arguments, **options)
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_no_word_of_a_picture_is_cut_off(
+    drawn: list[Figure], run_store: Store, tmp_path: Path
+) -> None:
+    root = run_store.log()[0]
+    metrics = {f"eval_of_a_long_name_{n}_loss": 1.2345678 for n in range(9)}
+    chain = [root]
+    for n in range(1, 8):
+        chain.append(
+            dataclasses.replace(
+                root, id=f"{n:032x}", parent=chain[-1].id, step=500 + n, metrics=metrics
+            )
+        )
+    names = {"a-long-name-that-somebody-gave-to-it": chain[-1].id}
+    draw_lineage(chain, run_store.bases(), names, tmp_path / "lineage.png")
+    draw_lineage([], [], {}, tmp_path / "empty.svg")
+    diffs = run_store.diff(root.base or "", root)
+    draw_changes(diffs, tmp_path / "heat.png", title=f"{root.id[:12]} to {chain[-1].id[:12]}")
+    assert len(drawn) == 3
+    for figure in drawn:
+        # The file has other pixels than the figure.
+        figure.draw_without_rendering()
+        frame = figure.bbox.padded(1)
+        words = [word for word in figure.findobj(Text) if word.get_text() and word.get_visible()]
+        assert words
+        for word in words:
+            box = word.get_window_extent()
+            assert all(frame.contains(*corner) for corner in box.corners()), (word, box)
+
+
+def test_a_base_is_at_no_step(drawn: list[Figure], run_store: Store, tmp_path: Path) -> None:
+    draw_lineage(run_store.log(), run_store.bases(), {}, tmp_path / "lineage.pdf")
+    axis = drawn[0].axes[0].xaxis
+    ticks = {
+        tick.get_text(): place
+        for tick, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+    }
+    assert ticks.pop("base") < 10
+    assert ticks == {name: float(name) for name in ticks}
+    assert min(ticks.values()) == 10
+
+
+@pytest.mark.parametrize("name", ["heat.gif", "heat", "heat.png.txt"])
+def test_a_picture_is_of_a_kind_that_the_help_names(
+    capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path, name: str
+) -> None:
+    at, (root, tip) = ("--store", run_store.path), run_store.log()
+    for command in (("inspect",), ("diff", root.id, tip.id)):
+        code, _, err = run(capsys, *at, *command, "--plot", tmp_path / name)
+        assert (code, ".png or .svg or .pdf" in err) == (1, True)
+    assert not (tmp_path / name).exists()
 
 
 def test_the_lineage_is_drawn(
