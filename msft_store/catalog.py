@@ -282,11 +282,9 @@ class Catalog:
         reasons: dict[str, list[str]] = {}
         for name, ref in sorted(self.refs().items()):
             notes = ref.note.get("reasons")
-            why = (
-                f" ({', '.join(' '.join(str(one).split()) for one in notes)})"
-                if notes and isinstance(notes, list)
-                else ""
-            )
+            told = notes if isinstance(notes, list) else []
+            each = dict.fromkeys(" ".join(str(one).split()) for one in told)
+            why = f" ({', '.join(each)})" if each else ""
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 

@@ -140,6 +140,8 @@ def test_what_keeps_a_checkpoint_is_told_once_and_briefly(
     ]
     _, out, _ = run(capsys, "--store", store.path, "inspect", twice.id)
     assert f"{ref(twice)}: best loss (1.9); timelines/other/root: pinned\n" in out
+    _, out, _ = run(capsys, "--store", store.path, "gc", "--dry-run")
+    assert f"pinned as {ref(twice)} (best loss (1.9)); pinned as timelines/other/root\n" in out
 
 
 def test_inspect_shows_where_bytes_come_from(
