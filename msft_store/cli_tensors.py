@@ -14,10 +14,13 @@ from typing import Any
 from msft_store.errors import InvalidInputError
 from msft_store.export import is_configured
 from msft_store.figures import check_picture, draw_changes, heat_text
-from msft_store.importing import import_checkpoint
+from msft_store.importing import fitting_base, import_checkpoint
 from msft_store.refs import check_name
 from msft_store.render import human, percent, table
 from msft_store.store import Store
+
+NO_PARENT = "none"
+"""In the place of a parent: there is to be none."""
 
 
 def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
@@ -74,7 +77,11 @@ def add_diff_options(command: argparse.ArgumentParser) -> None:
 def add_import_options(command: argparse.ArgumentParser) -> None:
     """Add the options that :func:`import_files` reads."""
     command.add_argument("path", help="a safetensors file, or a directory of them")
-    command.add_argument("--parent", help="what it descends from: a checkpoint, a ref or a base")
+    command.add_argument(
+        "--parent",
+        help="what it descends from: a checkpoint, a ref or a base; none stores it whole (default: "
+        "the store's only base, if it has the same tensors)",
+    )
     command.add_argument("--step", type=int, help="optimizer step that it is of")
     command.add_argument(
         "--metric", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
@@ -88,10 +95,15 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     metrics = dict(_metric(text) for text in options.metric)
     if options.ref is not None:
         check_name(options.ref)
+    parent = options.parent
+    if parent is None:
+        parent = fitting_base(store, options.path)
+    elif parent == NO_PARENT:
+        parent = None
     saved = import_checkpoint(
         store,
         options.path,
-        parent=options.parent,
+        parent=parent,
         step=options.step,
         metrics=metrics,
         tags=options.tag,
@@ -103,10 +115,14 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
         "id": saved.id,
         "logical_bytes": saved.logical_bytes,
         "stored_bytes": saved.stored_bytes,
+        "parent": saved.parent,
         "ref": options.ref,
     }
     text = f"checkpoint {saved.id[:12]}: {size}"
-    if saved.parent is None and store.bases():
+    if options.parent is None and saved.parent is not None:
+        text += f"\nit is a change of base {saved.parent[:12]}, whose tensors it has"
+        text += f"; --parent {NO_PARENT} stores it whole"
+    if options.parent is None and saved.parent is None and store.bases():
         text += "\nit is stored whole; with --parent, a base or a checkpoint, only what changed is"
     return document, text
 

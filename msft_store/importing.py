@@ -22,6 +22,7 @@ from msft_store.boxes import Box, Parts, whole_box
 from msft_store.errors import BaseError
 from msft_store.manifest import Checkpoint
 from msft_store.paths import PathLike, local_path
+from msft_store.references import match_names
 from msft_store.safetensors_file import TensorPlace, find_files, read_header
 from msft_store.store import Store
 from msft_store.tensors import torch_dtype, view_bytes
@@ -49,6 +50,24 @@ def import_checkpoint(
         return store.save(
             Parts(parts), parent=parent, step=step, metrics=metrics, tags=tags, metadata=metadata
         )
+
+
+def fitting_base(store: Store, path: PathLike) -> Base | None:
+    """Return the store's only base, if safetensors files are of the same model by names and shapes.
+
+    Either the base has all of their tensors or they have all of the base's; a prefix such as
+    ``model.`` may differ. ``None`` otherwise, and where there are several bases.
+    :class:`BaseError` as :func:`import_checkpoint` raises it.
+    """
+    bases = store.bases()
+    if len(bases) != 1:
+        return None
+    theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
+    files = find_files(local_path(path))
+    shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
+    found = match_names(shapes, theirs)
+    fits = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
+    return bases[0] if fits else None
 
 
 def _groups(path: Path) -> Iterator[list[Box]]:

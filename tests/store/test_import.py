@@ -10,7 +10,7 @@ import torch
 
 from msft_store import Base, BaseError, Store
 from msft_store import importing as module
-from msft_store.importing import import_checkpoint
+from msft_store.importing import fitting_base, import_checkpoint
 from tests.support.states import State, same_bits, train_step
 
 
@@ -58,3 +58,24 @@ def test_what_is_not_sound_makes_no_checkpoint(tmp_path: Path, store: Store) -> 
     with pytest.raises(BaseError, match="twice"):
         import_checkpoint(store, tmp_path)
     assert store.log() == []
+
+
+def test_the_only_base_fits_what_has_its_tensors(
+    tmp_path: Path, store: Store, base: Base, state: State
+) -> None:
+    def fits(tensors: State) -> Base | None:
+        path = tmp_path / "asked.safetensors"
+        safetensors.torch.save_file({n: t.clone() for n, t in tensors.items()}, path)
+        return fitting_base(store, path)
+
+    names = list(state)
+    assert fits(state) == base
+    assert fits({f"module.{name}": tensor for name, tensor in state.items()}) == base
+    assert fits({name: state[name] for name in names[2:5]}) == base
+    assert fits(state | {"head.weight": torch.ones(2)}) == base
+    assert fits({name: state[name] for name in names[2:5]} | {"head.weight": torch.ones(2)}) is None
+    assert fits({name: state[name][:1] for name in names[2:5]}) is None
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, other)
+    store.add_base(other)
+    assert fits(state) is None

@@ -461,7 +461,15 @@ def test_repack_and_import(
         code, _, err = run(capsys, *at, "import", tmp_path / "out", *wrong)
         assert (code, err.startswith("msft-store: ")) == (1, True)
     assert run_store.log() == known
-    assert "--parent" in run(capsys, *at, "import", tmp_path / "out")[1]
+    plain = ("import", tmp_path / "out", "--step", "8")
+    assert f"a change of base {tip.base[:12]}" in run(capsys, *at, *plain)[1]
+    assert run_store.log()[-1].stored_bytes == tip.stored_bytes
+    assert document(capsys, *at, *plain, "--parent", "none")["parent"] is None
+    assert run_store.log()[-1].stored_bytes > 2 * tip.stored_bytes
+    # Of another model.
+    safetensors.torch.save_file({"odd": torch.ones(50)}, tmp_path / "odd.safetensors")
+    assert "--parent" in run(capsys, *at, "import", tmp_path / "odd.safetensors")[1]
+    assert run_store.log()[-1].parent is None
     (tmp_path / "old").mkdir()
     torch.save({}, tmp_path / "old" / "pytorch_model.bin")
     for path in (tmp_path / "old", tmp_path / "old" / "pytorch_model.bin"):
