@@ -13,8 +13,10 @@ from typing import Any
 
 from msft_store.errors import InvalidInputError
 from msft_store.export import is_configured
+from msft_store.exported import exported
 from msft_store.figures import check_picture, draw_changes, heat_text
 from msft_store.importing import fitting_base, import_checkpoint
+from msft_store.matching import listed
 from msft_store.refs import check_name
 from msft_store.render import human, percent, table
 from msft_store.store import Store
@@ -139,15 +141,27 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
 
 def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     """Write a checkpoint as a directory of safetensors."""
-    files = store.export(options.checkpoint, options.directory, like=options.like)
+    checkpoint = store.get(options.checkpoint)
+    files = store.export(checkpoint, options.directory, like=options.like)
     text = "\n".join(map(str, files))
+    tensors = store.tensors(checkpoint)
+    base = None if checkpoint.base is None else store.base(checkpoint.base)
+    chosen = exported(checkpoint, tensors, base)
+    if chosen.left_out:
+        size = human(sum(tensors[name].nbytes for name in chosen.left_out))
+        text += f"\nleft out, as no part of the model: {listed(chosen.left_out)} ({size})"
     configured = is_configured(files)
     if not configured:
         text += (
             "\nthere is no configuration beside them, as the checkpoint has no base, or not in a "
             "directory that is there; --like DIRECTORY takes it from another model"
         )
-    return {"files": [str(file) for file in files], "configured": configured}, text
+    document = {
+        "files": [str(file) for file in files],
+        "configured": configured,
+        "left_out": list(chosen.left_out),
+    }
+    return document, text
 
 
 def _metric(text: str) -> tuple[str, float]:

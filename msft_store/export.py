@@ -3,8 +3,8 @@
 Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
 the result loads with ``from_pretrained``; for any other checkpoint ``like`` names a directory that
 has them. What a checkpoint says of itself in its metadata, under ``export``, is heeded: tensors
-whose names begin with its ``without`` are a training's state and stay out, and with the settings of
-an ``adapter`` the result is a directory of PEFT. The directory appears whole or not at all; an
+that are a training's state stay out (:mod:`msft_store.exported`), and with the settings of an
+``adapter`` the result is a directory of PEFT. The directory appears whole or not at all; an
 export that is killed leaves a hidden one beside it, which the next export to that place removes.
 
 Example::
@@ -40,12 +40,11 @@ from msft_store.bounded import Bounded
 from msft_store.catalog import Catalog
 from msft_store.decoding import decode_bytes
 from msft_store.errors import InvalidInputError, StoreError
+from msft_store.exported import exported
 from msft_store.format import BaseSpan, canonical
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.safetensors_file import INDEX
 
-KEY = "export"
-"""Of the metadata: how a checkpoint is exported."""
 _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _CONFIGS = ("config.json", _SETTINGS)
@@ -74,7 +73,9 @@ def export(
     with translated("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
-    tensors, settings = _exported(catalog, checkpoint)
+    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
+    chosen = exported(checkpoint, catalog.tensors(checkpoint), base)
+    tensors, settings = chosen.tensors, chosen.adapter
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
             raise InvalidInputError(
@@ -89,7 +90,7 @@ def export(
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # What a manifest names again and again takes no room in the store, and all of it here.
-        Bounded(backend).require(checkpoint.logical_bytes)
+        Bounded(backend).require(chosen.nbytes)
         is_peft = settings is not None or is_adapter(beside)
         # An adapter is a few tensors, which nothing reads in parts.
         shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
@@ -101,19 +102,6 @@ def export(
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())
-
-
-def _exported(
-    catalog: Catalog, checkpoint: Checkpoint
-) -> tuple[dict[str, TensorEntry], Mapping[str, Any] | None]:
-    """Return what of a checkpoint is exported, and the settings of an adapter."""
-    tensors, said = catalog.tensors(checkpoint), checkpoint.metadata.get(KEY)
-    if not isinstance(said, Mapping):
-        return tensors, None
-    without, adapter = said.get("without"), said.get("adapter")
-    if isinstance(without, str) and without:
-        tensors = {name: entry for name, entry in tensors.items() if not name.startswith(without)}
-    return tensors, adapter if isinstance(adapter, Mapping) else None
 
 
 @contextlib.contextmanager
@@ -155,7 +143,7 @@ def _owned(folder: Path) -> Iterator[None]:
 def _write_shards(
     catalog: Catalog,
     checkpoint: Checkpoint,
-    tensors: dict[str, TensorEntry],
+    tensors: Mapping[str, TensorEntry],
     backend: LocalBackend,
     shards: Sequence[Sequence[str]],
     *,
@@ -169,14 +157,14 @@ def _write_shards(
         _write_file(catalog, checkpoint, {n: tensors[n] for n in names}, backend, file)
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        total = {"total_size": checkpoint.logical_bytes}
+        total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
         publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
 
 
 def _write_file(
     catalog: Catalog,
     checkpoint: Checkpoint,
-    tensors: dict[str, TensorEntry],
+    tensors: Mapping[str, TensorEntry],
     backend: LocalBackend,
     file: str,
 ) -> None:
@@ -206,7 +194,7 @@ def _header(tensors: dict[str, TensorEntry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shards(tensors: dict[str, TensorEntry], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, entry in tensors.items():

@@ -27,7 +27,7 @@ tensors refs manifest safetensors_file bases base_reader boxes
 retention slips
 packs overlay objects references liveness catalog salvage
 parallel resident pipeline decoding reboxing tree sources stats matching staging looking
-check mending survey conditions gc repack diff repair export checkpoint_writer
+check mending survey conditions gc repack diff repair exported export checkpoint_writer
 store
 saver
 space traces alive

@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from msft_store.backend import LocalBackend, publish
 from msft_store.boxes import whole_box
 from msft_store.errors import InvalidInputError, NotAStoreError
-from msft_store.export import KEY as EXPORT
+from msft_store.exported import KEY as EXPORT
 from msft_store.integrations.agreement import in_main_process
 from msft_store.integrations.training_state import (
     from_tensors,

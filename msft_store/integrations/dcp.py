@@ -64,6 +64,8 @@ from msft_store.errors import (
     NotAStoreError,
     UnknownCheckpointError,
 )
+from msft_store.exported import KEY as EXPORT
+from msft_store.exported import root_of_model
 from msft_store.format import canonical
 from msft_store.integrations.dcp_boxes import box_of, boxes_of, size_of, tied
 from msft_store.integrations.dcp_planners import (
@@ -72,6 +74,7 @@ from msft_store.integrations.dcp_planners import (
     SavePlanner,
     check_caching,
     pickling,
+    roots_of,
 )
 from msft_store.manifest import Checkpoint, TensorEntry
 from msft_store.refs import check_name
@@ -96,6 +99,8 @@ class _Written:
 
     part: Part
     json: Mapping[str, bytes]
+    roots: frozenset[str]
+    """As :func:`roots_of` gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,7 @@ class StorageWriter(dcp.StorageWriter):
             ) from error
         part = store.encode([*boxes, *tied(boxes, planner)], parent=order.parent, level=self._level)
         own = {box.name: part.tensors[box.name] for box in boxes if box.name in part.tensors}
-        return _Written(part=replace(part, tensors=own), json=values)
+        return _Written(part=replace(part, tensors=own), json=values, roots=roots_of(planner))
 
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         """Publish the checkpoint, and point the ref to it.
@@ -239,7 +244,16 @@ class StorageWriter(dcp.StorageWriter):
             text = torch.frombuffer(bytearray(canonical(values)), dtype=torch.uint8)
             mine = [whole_box(OBJECTS, text)]
             parts.append(store.encode(mine, parent=parent, level=self._level))
-        self.checkpoint = store.save(Parts(parts), parent=parent, **self._facts)
+        said: dict[str, str] = {"without": OBJECTS} if values else {}
+        base, facts = parts[0].base if parts else None, dict(self._facts)
+        if base is not None:
+            shapes = {name: entry.shape for part in parts for name, entry in part.tensors.items()}
+            roots = {root for each in written for root in each.roots}
+            within = root_of_model(shapes, store.base(base), roots)
+            said |= {"within": within} if within else {}
+        if said:
+            facts["metadata"] = {EXPORT: said, **(facts["metadata"] or {})}
+        self.checkpoint = store.save(Parts(parts), parent=parent, **facts)
         if self.name is not None:
             store.pin(self.checkpoint, self.name)
 

@@ -82,6 +82,14 @@ class LoadPlanner(DefaultLoadPlanner):
             raise MismatchError(f"{name} stands in a {type(place).__name__}, not a list") from None
 
 
+def roots_of(planner: object) -> frozenset[str]:
+    """Return what the names of each dictionary in a flattened state begin with: ``model.``, …."""
+    ways = getattr(planner, "mappings", {}).values()
+    return frozenset(
+        "".join(f"{key}." for key in way[:depth]) for way in ways for depth in range(1, len(way))
+    )
+
+
 def pickling(name: str, planner: str) -> InvalidInputError:
     """Return the error for a value that DCP's own planner would pickle."""
     return InvalidInputError(

@@ -39,7 +39,7 @@ from transformers.trainer_callback import ExportableState
 
 from msft_store.bases import Base
 from msft_store.errors import InvalidInputError, NotAStoreError, UnknownCheckpointError
-from msft_store.export import KEY as EXPORT
+from msft_store.exported import KEY as EXPORT
 from msft_store.integrations.adapters import adapter_of, put_weights, weights_of
 from msft_store.integrations.agreement import gathered, in_main_process
 from msft_store.integrations.hub import local_model

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
 from msft_store import Base, InvalidInputError, MismatchError, Parts, Store, flatten
+from msft_store.cli import main
 from msft_store.integrations.dcp import (
     LoadPlanner,
     SavePlanner,
@@ -221,6 +222,37 @@ def test_a_checkpoint_is_one_like_any_other(tmp_path: Path, based: tuple[Path, B
     store.export("flat", tmp_path / "out")
     exported = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert same_bits(exported, alone.state_dict())
+
+
+def test_an_export_is_the_model_alone_under_the_names_of_the_base(
+    tmp_path: Path, based: tuple[Path, Base], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, base = based
+
+    def save(_: int) -> None:
+        model = wrapped()
+        optimizer = make_optimizer(model)
+        train(model, optimizer)
+        state = state_of(model, optimizer)
+        for name, tree, parent in (("a", state, base), ("b", {"run": state}, base)):
+            writer = StorageWriter(path, name=name, parent=parent, metadata={"mine": 1})
+            dcp.save(tree, storage_writer=writer, planner=SavePlanner())
+        dcp.save(state, storage_writer=StorageWriter(path, name="c"), planner=SavePlanner())
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    store = Store.open(path)
+    alone = make_model()
+    train(alone, make_optimizer(alone))
+    for name in "ab":
+        capsys.readouterr()
+        assert main(["--store", str(path), "export", name, str(tmp_path / name)]) == 0
+        assert "left out, as no part of the model: " in capsys.readouterr().out
+        exported = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        assert same_bits(exported, alone.state_dict())
+        assert store.get(name).metadata["mine"] == 1
+    store.export("c", tmp_path / "c")
+    names = safetensors.torch.load_file(tmp_path / "c" / "model.safetensors").keys()
+    assert names == store.tensors("c").keys() - {"dcp.json"}
 
 
 def test_what_the_store_saved_dcp_loads(tmp_path: Path, based: tuple[Path, Base]) -> None:

@@ -143,3 +143,29 @@ def test_what_a_stranger_says_of_an_export_changes_nothing(
     ckpt = store.save(state, metadata={"export": said})
     store.export(ckpt, tmp_path / "out")
     assert same_bits(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), state)
+
+
+def test_names_lose_a_prefix_that_all_of_them_have(
+    tmp_path: Path, store: Store, model: Path
+) -> None:
+    base, state = store.add_base(model), train_step(make_state(), 0.1, 1)
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    store.export(store.save(wrapped, parent=base), tmp_path / "one")
+    assert same_bits(safetensors.torch.load_file(tmp_path / "one" / "model.safetensors"), state)
+
+    # A head that the base does not have is part of the model.
+    headed = wrapped | {"head.weight": torch.ones(2, 2)}
+    store.export(store.save(headed, parent=base), tmp_path / "two")
+    assert same_bits(safetensors.torch.load_file(tmp_path / "two" / "model.safetensors"), headed)
+
+
+def test_what_a_model_is_within_is_no_part_of_its_names(tmp_path: Path, store: Store) -> None:
+    state = {"m.a": torch.ones(2), "m.m.b": torch.ones(3), "o.a": torch.ones(4)}
+    said = {"within": "m.", "without": "m.m."}
+    store.export(store.save(state, metadata={"export": said}), tmp_path / "one")
+    found = safetensors.torch.load_file(tmp_path / "one" / "model.safetensors")
+    assert same_bits(found, {"a": state["m.a"]})
+
+    said = {"within": "nothing."}
+    store.export(store.save(state, metadata={"export": said}), tmp_path / "two")
+    assert same_bits(safetensors.torch.load_file(tmp_path / "two" / "model.safetensors"), state)
