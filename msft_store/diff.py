@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -32,6 +32,7 @@ from msft_store.manifest import Checkpoint, Piece, TensorEntry, chunk_sizes
 from msft_store.objects import Objects
 from msft_store.parallel import in_order
 from msft_store.reboxing import decode_boxes
+from msft_store.references import match_names
 from msft_store.sources import sources
 from msft_store.tensors import torch_dtype, view_bytes
 
@@ -74,14 +75,23 @@ class _Side:
     tensors: Mapping[str, TensorEntry]
     base: str | None
     what: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Of tensors that a checkpoint calls otherwise: its name → the base's."""
 
 
 def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> list[TensorDiff]:
-    """Return all tensors of both, by name."""
+    """Return all tensors of both, by name.
+
+    Against a base, what a checkpoint has under a prefix has the base's name.
+    """
     first, second = _side(catalog, one), _side(catalog, other)
+    first, second = _renamed(first, one, other), _renamed(second, other, one)
     stored = {}
     if isinstance(other, Checkpoint):
-        stored = {source.tensor: source.stored_bytes for source in sources(catalog, other)}
+        stored = {
+            second.names.get(source.tensor, source.tensor): source.stored_bytes
+            for source in sources(catalog, other)
+        }
     return [
         _compare(catalog.objects, name, first, second, stored.get(name, 0))
         for name in sorted(first.tensors.keys() | second.tensors.keys())
@@ -105,6 +115,22 @@ def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
         return _Side(tensors=table_of(one), base=one.id, what=f"base {one.id[:12]}")
     tensors = catalog.tensors(one)
     return _Side(tensors=tensors, base=one.base, what=f"checkpoint {one.id[:12]}")
+
+
+def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
+    """Return a checkpoint's side with the names of the base that it is compared with."""
+    if isinstance(one, Base) or not isinstance(other, Base):
+        return side
+    shapes = {name: entry.shape for name, entry in side.tensors.items()}
+    found = match_names(shapes, {name: tensor.shape for name, tensor in other.tensors.items()})
+    names: dict[str, str] = {}
+    taken = set(side.tensors)
+    for name, theirs in found.items():
+        if theirs not in taken:
+            names[name] = theirs
+            taken.add(theirs)
+    tensors = {names.get(name, name): entry for name, entry in side.tensors.items()}
+    return replace(side, tensors=tensors, names=names)
 
 
 def _compare(

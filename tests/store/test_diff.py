@@ -64,6 +64,25 @@ def test_a_base_can_be_either_side(store: Store, base: Base, state: State) -> No
         store.diff(ckpt, "nobody")
 
 
+def test_names_under_a_prefix_are_those_of_the_base(store: Store, base: Base, state: State) -> None:
+    trained = train_step(state, 0.05, 1)
+    plain = store.save(trained, parent=base)
+    moments = {"optimizer.layers.0.up": torch.ones(4)}
+    nested = store.save(
+        {f"model.{name}": tensor for name, tensor in trained.items()} | moments, parent=base
+    )
+
+    expected = by_name(store.diff(base, plain))
+    found = by_name(store.diff(base, nested))
+    assert found.pop("optimizer.layers.0.up").kind == "added"
+    # What the base does not have keeps its name.
+    assert found.pop("model.lm_head.weight").kind == expected.pop("lm_head.weight").kind == "added"
+    assert found == expected
+    back = by_name(store.diff(nested, base))
+    assert back["model.layers.0.up.weight"].kind == "changed"
+    assert back["optimizer.layers.0.up"].kind == "removed"
+
+
 def test_what_cannot_be_compared_is_said(store: Store) -> None:
     one = store.save({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)})
     other = store.save({"a": torch.ones(4), "b": torch.ones(2).half(), "c": torch.ones(1)})
