@@ -7,6 +7,9 @@ that are a training's state stay out (:mod:`msft_store.exported`), and with the 
 ``adapter`` the result is a directory of PEFT. The directory appears whole or not at all; an
 export that is killed leaves a hidden one beside it, which the next export to that place removes.
 
+Tensors that are tied are written once where the base's files have one of them and a configuration
+comes along, so that ``from_pretrained`` ties them again.
+
 Example::
 
     export(catalog, checkpoint, Path("my-model"))
@@ -49,6 +52,7 @@ _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _CONFIGS = ("config.json", _SETTINGS)
 """Of a model, and of an adapter (LoRA), whose weights have another name and are in one file."""
+_TIED = "tie_word_embeddings"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
 _METADATA = "__metadata__"
@@ -74,7 +78,8 @@ def export(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
-    chosen = exported(checkpoint, catalog.tensors(checkpoint), base)
+    beside = _beside(catalog, checkpoint, like)
+    chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(beside))
     tensors, settings = chosen.tensors, chosen.adapter
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
@@ -86,7 +91,6 @@ def export(
             raise InvalidInputError(
                 f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
             )
-    beside = _beside(catalog, checkpoint, like)
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # What a manifest names again and again takes no room in the store, and all of it here.
@@ -227,6 +231,24 @@ def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict
 def is_configured(files: Iterable[Path]) -> bool:
     """Return whether a configuration is among files, so that ``from_pretrained`` knows a model."""
     return any(file.name in _CONFIGS for file in files)
+
+
+def _ties(files: Mapping[Path, int]) -> bool:
+    """Return whether whoever reads the configuration among files ties what a model ties."""
+    for file, size in files.items():
+        if file.name == _CONFIGS[0]:
+            try:
+                said = json.loads(read_file(file, 0, size))
+            except ValueError:
+                return False
+            return isinstance(said, dict) and "model_type" in said and not _is_untied(said)
+    return False
+
+
+def _is_untied(config: Mapping[str, Any]) -> bool:
+    # A model of several has a configuration for each of them.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get(_TIED) is False for part in parts)
 
 
 def is_adapter(files: Iterable[Path]) -> bool:

@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ KEY = "export"
 """Of the metadata: how a checkpoint is exported."""
 
 
+_MATRIX = 2
+"""Dimensions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What an export writes."""
@@ -31,7 +36,7 @@ class Exported:
     tensors: Mapping[str, TensorEntry]
     """By the names that they get in the files."""
     left_out: tuple[str, ...]
-    """The checkpoint's names of all others."""
+    """The checkpoint's names of what is no part of the model."""
     adapter: Mapping[str, Any] | None
     """The settings of an adapter, if it is one."""
 
@@ -42,9 +47,17 @@ class Exported:
 
 
 def exported(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], base: Base | None
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    base: Base | None,
+    *,
+    ties: bool = False,
 ) -> Exported:
-    """Return what an export of a checkpoint with these tensors writes; ``base`` is its base."""
+    """Return what an export of a checkpoint with these tensors writes; ``base`` is its base.
+
+    ``ties``: whoever reads the files ties tensors as the configuration beside them says. Then what
+    the base's files have under one of its names is written under that name only.
+    """
     said = checkpoint.metadata.get(KEY)
     said = said if isinstance(said, Mapping) else {}
     without, within, adapter = said.get("without"), said.get("within"), said.get("adapter")
@@ -57,8 +70,11 @@ def exported(
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
         names = {name: new[len(prefix) :] for name, new in names.items()}
+    found = {new: tensors[name] for name, new in names.items()}
+    if base is not None and ties and not isinstance(adapter, Mapping):
+        found = _without_tied(found, base)
     return Exported(
-        tensors={new: tensors[name] for name, new in names.items()},
+        tensors=found,
         left_out=tuple(sorted(tensors.keys() - names.keys())),
         adapter=adapter if isinstance(adapter, Mapping) else None,
     )
@@ -76,6 +92,24 @@ def root_of_model(
     counts = {root: sum(name.startswith(root) for name in found) for root in sorted(roots)}
     best = max(counts, key=lambda root: (counts[root], len(root)), default=None)
     return best if best is not None and counts[best] else None
+
+
+def _without_tied(tensors: Mapping[str, TensorEntry], base: Base) -> dict[str, TensorEntry]:
+    """Return tensors without those that are tied to one of the base's, and not in its files.
+
+    Such a one is equal to exactly one that the base has, and no vector: those, such as the scales
+    of layer norms, are often equal by chance.
+    """
+    twins = Counter(_content(entry) for name, entry in tensors.items() if name in base.tensors)
+    return {
+        name: entry
+        for name, entry in tensors.items()
+        if name in base.tensors or len(entry.shape) < _MATRIX or twins[_content(entry)] != 1
+    }
+
+
+def _content(entry: TensorEntry) -> tuple[object, ...]:
+    return entry.dtype.name, entry.shape, entry.pieces
 
 
 def common_prefix(shapes: Mapping[str, tuple[int, ...]], base: Base) -> str:

@@ -145,6 +145,35 @@ def test_what_a_stranger_says_of_an_export_changes_nothing(
     assert same_bits(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), state)
 
 
+@pytest.mark.parametrize(
+    ("config", "once"),
+    [
+        ({"model_type": "x"}, True),
+        ({"model_type": "x", "tie_word_embeddings": False}, False),
+        ({"model_type": "x", "text_config": {"tie_word_embeddings": False}}, False),
+        ({}, False),
+    ],
+)
+def test_tied_tensors_are_written_as_the_base_has_them(
+    tmp_path: Path, store: Store, model: Path, config: dict[str, Any], once: bool
+) -> None:
+    (model / "config.json").write_text(json.dumps(config))
+    base, state = store.add_base(model), train_step(make_state(), 0.1, 1)
+    chance = state | {
+        "head.norm": torch.ones(64, dtype=torch.bfloat16),
+        "head.weight": state["model.layers.0.up.weight"] + 1,
+    }
+    store.export(store.save(chance, parent=base), tmp_path / "one")
+    found = safetensors.torch.load_file(tmp_path / "one" / "model.safetensors")
+    left = {name: t for name, t in chance.items() if not once or name != "lm_head.weight"}
+    assert same_bits(found, left)
+
+    # Tied no more: nothing can be left out.
+    apart = state | {"lm_head.weight": state["lm_head.weight"] + 1}
+    store.export(store.save(apart, parent=base), tmp_path / "two")
+    assert same_bits(safetensors.torch.load_file(tmp_path / "two" / "model.safetensors"), apart)
+
+
 def test_names_lose_a_prefix_that_all_of_them_have(
     tmp_path: Path, store: Store, model: Path
 ) -> None:
