@@ -102,7 +102,8 @@ def export(
         for file, size in beside.items():
             publish(backend, file.name, read_file(file, 0, size))
         if settings is not None:
-            publish(backend, _SETTINGS, canonical(dict(settings)))
+            text = json.dumps(settings, indent=2, sort_keys=True)
+            publish(backend, _SETTINGS, text.encode())
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())

@@ -49,10 +49,22 @@ def put_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | s
 
 
 def adapter_of(model: Any) -> dict[str, Any] | None:
-    """Return the settings of a model's active adapter, as far as JSON holds them."""
+    """Return the settings of a model's active adapter, as PEFT saves them: those that JSON holds.
+
+    They name the model that it is for, and where the adapter has no task, that model's class.
+    """
     if not getattr(model, "peft_config", None):
         return None
-    settings = model.peft_config[_active(model)].to_dict()
+    config = model.peft_config[_active(model)]
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings = {**config.to_dict(), "inference_mode": True}
+    if not settings.get("base_model_name_or_path"):
+        settings["base_model_name_or_path"] = getattr(own, "name_or_path", None) or None
+    if settings.get("task_type") is None:
+        settings["auto_mapping"] = {
+            "base_model_class": type(own).__name__,
+            "parent_library": type(own).__module__,
+        }
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     return {key: value for key, value in plain.items() if _is_json(value)}
 

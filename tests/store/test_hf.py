@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_model
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
+from msft_store.integrations.adapters import adapter_of, weights_of
 from msft_store.integrations.hf import StoreCallback
 from tests.support.ranks import in_ranks
 from tests.support.states import same_bits
@@ -246,6 +247,26 @@ def test_an_adapter_is_all_that_is_kept_of_a_model_with_one(tmp_path: Path) -> N
     resumed.train(resume_from_checkpoint=again.resume(tmp_path / "broken-run"))
 
     assert same_bits(state_of(resumed.model), state_of(whole.model))
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_exported_adapter_is_configured_as_peft_does_it(
+    tmp_path: Path, task: str | None
+) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type=task)
+    model = get_peft_model(loaded, config)
+    store = Store.create(tmp_path / "store")
+    said = {"export": {"adapter": adapter_of(model)}}
+    store.export(store.save(weights_of(model), metadata=said), tmp_path / "out")
+
+    model.save_pretrained(tmp_path / "peft")
+    for folder in ("out", "peft"):
+        found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert same_bits(state_of(found), state_of(model))
+    ours, theirs = ((tmp_path / f / "adapter_config.json").read_text() for f in ("out", "peft"))
+    assert ours == theirs
 
 
 def test_trls_trainer_commits_too(tmp_path: Path) -> None:
