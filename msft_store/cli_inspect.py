@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from msft_store.bases import Base, is_gone
-from msft_store.cli_text import facts, facts_of_base, gone
+from msft_store.cli_text import facts, facts_of_base, gone, measured
 from msft_store.errors import InvalidInputError, UnknownCheckpointError
 from msft_store.figures import draw_lineage
 from msft_store.manifest import Checkpoint
@@ -73,6 +73,7 @@ def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
 
 
 def _checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    checkpoint = measured(store, checkpoint)
     tensors = store.sources(checkpoint)
     rows = [
         (

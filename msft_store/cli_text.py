@@ -64,6 +64,13 @@ def listing(rows: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<13} {_one_line(value)}" for name, value in rows.items())
 
 
+def measured(store: Store, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with what it takes now, which is not always what its save took."""
+    now = store.encoded_bytes([checkpoint])
+    stored = now.get(checkpoint.id, checkpoint.stored_bytes)
+    return dataclasses.replace(checkpoint, stored_bytes=stored)
+
+
 def facts(store: Store, checkpoint: Checkpoint) -> str:
     """Return what a checkpoint says of itself."""
     notes = store.notes()

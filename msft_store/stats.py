@@ -7,6 +7,7 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from msft_store.backend import QUARANTINE, disk_bytes, sizes
@@ -45,6 +46,13 @@ def held_bytes(catalog: Catalog) -> int:
     index = catalog.objects.index
     needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
     return int(index.lengths[needs.held].sum())
+
+
+def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
+    """Return the encoded bytes of the chunks that checkpoints name, by id; of those that exist."""
+    catalog.refresh()
+    there = [checkpoint for checkpoint in checkpoints if catalog.get(checkpoint.id) is not None]
+    return {checkpoint.id: catalog.stored_bytes(checkpoint) for checkpoint in there}
 
 
 def own_bytes(catalog: Catalog, checkpoint: Checkpoint) -> int:

@@ -58,7 +58,7 @@ from msft_store.repair import RepairPlan, plan_repair
 from msft_store.resident import Compared, check_compared
 from msft_store.retention import Policy
 from msft_store.sources import TensorSources, sources
-from msft_store.stats import Stats, held_bytes, stats
+from msft_store.stats import Stats, encoded_bytes, held_bytes, stats
 from msft_store.tensors import check_tensors, memory_of, torch_dtype
 
 
@@ -446,6 +446,15 @@ class Store:
         found, place = self.get(checkpoint), local_path(folder)
         beside = None if like is None else local_path(like)
         return undisturbed(self._backend, lambda: export(self._catalog, found, place, like=beside))
+
+    def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
+        """Return the encoded bytes of the chunks that checkpoints name, as of now, by id.
+
+        Others may have stored a chunk anew since a checkpoint was saved. What was forgotten is not
+        in there.
+        """
+        found = list(checkpoints)
+        return undisturbed(self._backend, lambda: encoded_bytes(self._catalog, found))
 
     def held_bytes(self) -> int:
         """Return the encoded bytes of forgotten checkpoints that others are differences of."""

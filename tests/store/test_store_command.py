@@ -18,7 +18,16 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from msft_store import Champions, InvalidInputError, KeepBest, KeepLast, Store, Timeline
+from msft_store import (
+    Base,
+    Champions,
+    Checkpoint,
+    InvalidInputError,
+    KeepBest,
+    KeepLast,
+    Store,
+    Timeline,
+)
 from msft_store.cli import main
 from msft_store.cli_space import forget
 from msft_store.figures import draw_changes, draw_lineage, heat_map, heat_text
@@ -173,6 +182,19 @@ def test_inspect_shows_a_base(
     assert [tensor["logical_bytes"] for tensor in found["tensors"]] == [6400, 6400]
     code, _, err = run(capsys, *at, "inspect", "nobody")
     assert (code, "no checkpoint 'nobody'" in err) == (1, True)
+
+
+def test_inspect_tells_what_a_checkpoint_takes_now(
+    capsys: pytest.CaptureFixture[str], store: Store, base: Base, ckpt: Checkpoint
+) -> None:
+    # Stored whole, and so taken from there: a checkpoint without a base must never need one.
+    store.save({n: t for n, t in store.load(ckpt).items() if t.ndim}, step=8)
+    store.plan_gc().execute()
+    at = ("--store", store.path)
+    found = document(capsys, *at, "inspect", ckpt.id)["stored_bytes"]
+    assert found > 2 * ckpt.stored_bytes
+    assert found <= store.stats().stored_bytes
+    assert store.encoded_bytes([ckpt]) == {ckpt.id: found}
 
 
 def test_gc_plans_and_frees(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
