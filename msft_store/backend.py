@@ -158,8 +158,8 @@ def _open_regular(path: str | Path, *, follow: bool) -> int:
     return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
 
 
-def read_file(path: str | Path, offset: int, length: int, *, follow: bool = True) -> bytes:
-    """Return ``length`` bytes at ``offset`` of any file; fewer only at its end.
+def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool = True) -> bytes:
+    """Return ``length`` bytes at ``offset`` of any file, or all from there; fewer only at its end.
 
     ``follow``: whether it may be a symbolic link to one.
     """
@@ -167,6 +167,9 @@ def read_file(path: str | Path, offset: int, length: int, *, follow: bool = True
         descriptor = _open_regular(path, follow=follow)
         try:
             parts = []
+            if length is None:
+                # Of the file that is open: another one may have its name by now.
+                length = os.fstat(descriptor).st_size - offset
             while length > 0:
                 part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
                 if not part:
@@ -312,8 +315,6 @@ class LocalBackend:
                 return False
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        if length is None:
-            length = self.size(path) - offset
         return read_file(self.describe(path), offset, length, follow=False)
 
     def size(self, path: str) -> int:

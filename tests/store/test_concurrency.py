@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from msft_store import Base, BusyError, KeepLast, Store, Timeline
-from msft_store.backend import LocalBackend
+from msft_store import Base, BusyError, KeepLast, Store, Timeline, backend
+from msft_store.backend import LocalBackend, publish
 from tests.support.states import State, same_bits, train_step
 
 
@@ -103,3 +103,20 @@ def test_who_meets_a_lock_is_told_whose_it_is(
     with holder.lock(shared=held_shared, purpose="long-gc"), ThreadPoolExecutor(1) as pool:
         pool.submit(meet).result()
     hasty.forget(ckpt)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a ref is, whose note grows with every commit of another process.
+    local, opened = LocalBackend(tmp_path), backend._open_regular
+    publish(local, "refs/one.json", b"short")
+
+    def replaced(path: str | Path, *, follow: bool) -> int:
+        if str(path).endswith("one.json"):
+            (tmp_path / "other").write_bytes(b"much longer")
+            (tmp_path / "other").replace(tmp_path / "refs" / "one.json")
+        return opened(path, follow=follow)
+
+    monkeypatch.setattr(backend, "_open_regular", replaced)
+    assert local.read("refs/one.json") == b"much longer"
