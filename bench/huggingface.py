@@ -84,7 +84,7 @@ def store_callback(names: list[str], *, background: bool) -> list[TrainerCallbac
     """Return ours, with the best of every sub-dataset."""
     best = {f"eval_{name}_loss": "min" for name in names}
     store = OUTPUT / "store"
-    return [StoreCallback(store, base=BASE, best=best, background=background)]  # type: ignore[arg-type]
+    return [StoreCallback(store, base=BASE, best=best, background=background)]
 
 
 SAVES = {"save_strategy": "steps", "save_steps": EVERY}
