@@ -30,13 +30,13 @@ from bench.codec import RESULTS, machine
 from bench.lengths import write
 from bench.trajectories import DATA, EXAMPLE
 from msft_store import Timeline
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.journal import Journal
-from trainer.run import start
-from trainer.settings import Config
-from trainer.steps import StageSteps
-from trainer.tables import Table
-from trainer.workspace import quiet_libraries
+from trainer.text import Table
+from trainer.training.run import start
+from trainer.training.steps import StageSteps
+from trainer.training.workspace import quiet_libraries
 
 OUTPUT = DATA / "bookkeeping"
 TRAINING = "training"

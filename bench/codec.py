@@ -39,11 +39,11 @@ import zstandard
 from matplotlib.figure import Figure
 
 from bench.trajectories import DATA, ROOT
-from msft_store import adaptive, changes, classes, codecs, compiled
-from msft_store.dtypes import DType, by_torch
-from msft_store.format import CHUNK_BYTES
-from msft_store.kernels import Bytes, difference, lanes, split_planes
-from msft_store.tensors import to_bytes
+from msft_store.codec import adaptive_codec, changes, codecs, exponent_codec
+from msft_store.codec.kernels import Bytes, difference, lanes, split_planes
+from msft_store.format.dtypes import DType, by_torch
+from msft_store.format.layout import CHUNK_BYTES
+from msft_store.tensors.bytes import to_bytes
 
 RESULTS = ROOT / "bench" / "results"
 REPEATS = 3
@@ -143,10 +143,10 @@ def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
 
     def without(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            with patch.dict(os.environ, {compiled.VARIABLE: "0"}):
-                compiled.loops.cache_clear()
+            with patch.dict(os.environ, {codecs.VARIABLE: "0"}):
+                codecs.loops.cache_clear()
                 found = call(*arguments)
-            compiled.loops.cache_clear()
+            codecs.loops.cache_clear()
             return found
 
         return called
@@ -213,10 +213,10 @@ def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
         if layout is None or np.array_equal(new, old):
             continue
         lane_pair = lanes(new, dtype.lane), lanes(old, dtype.lane)
-        found = classes.find(*lane_pair, layout, compiled.loops())
+        found = exponent_codec.find(*lane_pair, layout, codecs.loops())
         runs = np.zeros(0, np.int64) if found.runs is None else found.runs
         for values in (runs, found.gaps):
-            symbols = classes.plain_symbols(0, values.astype(np.uint32)).astype(np.int64)
+            symbols = exponent_codec.plain_symbols(0, values.astype(np.uint32)).astype(np.int64)
             tokens = symbols >> 2 & changes.TOKENS - 1
             bits += conditional_entropy(np.zeros_like(tokens), tokens)
             bits += float(changes.EXTRA_BITS[tokens].sum(dtype=np.int64))
@@ -225,8 +225,8 @@ def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
             coded = found.symbols.astype(np.int64) & 0xFF
             low = changes.EXTRA_BITS[coded >> 2]
         else:
-            coded = adaptive.halved(found.symbols, found.distances).astype(np.int64)
-            low = adaptive.FINE_BITS[coded >> 2]
+            coded = adaptive_codec.halved(found.symbols, found.distances).astype(np.int64)
+            low = adaptive_codec.FINE_BITS[coded >> 2]
         bits += conditional_entropy(contexts, coded) + float(low.sum(dtype=np.int64))
     return bits / 8
 

@@ -28,14 +28,14 @@ from bench.codec import RESULTS, machine
 from bench.masters import train
 from bench.tasks import MIXTURE, write
 from bench.trajectories import DATA, EXAMPLE, REGIMES, ROOT, Regime
-from trainer.config import load_config
-from trainer.directory import JOURNAL
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.journal import Record, effective, read
-from trainer.run import is_finished, start
-from trainer.settings import Config
-from trainer.summary import summarize
-from trainer.tables import Table
-from trainer.workspace import quiet_libraries
+from trainer.report.summary import summarize
+from trainer.text import Table
+from trainer.training.directory import JOURNAL
+from trainer.training.run import is_finished, start
+from trainer.training.workspace import quiet_libraries
 
 RUNS = ROOT / "runs" / "bench-disk"
 SIZES = {"train": 64, "validation": 32}
@@ -61,7 +61,7 @@ the peak with temporary files and before eviction, the mean over evaluations. Th
 (a full copy per distinct champion and best overall) is counted on the same run. Alive: checkpoints
 in the store after eviction, with the stage's root. A commit: what it added, in full checkpoints.
 
-- bf16-1e-5: weights trained and saved in bf16, through `trainer.run.start`.
+- bf16-1e-5: weights trained and saved in bf16, through `trainer.training.run.start`.
 - masters-2e-5: weights trained in fp32, saved and restored in bf16, in the trainer's loop with a
   timeline that rounds (`bench/masters.py`).
 """

@@ -43,11 +43,11 @@ from transformers import (
 from bench.codec import RESULTS, machine
 from bench.trajectories import DATA, EXAMPLE
 from msft_store.integrations.hf import StoreCallback
-from trainer.config import load_config
-from trainer.loading import load_mixture
-from trainer.model import load_model
-from trainer.tables import Table
-from trainer.workspace import quiet_libraries
+from trainer.config.load import load_config
+from trainer.data.load import load_mixture
+from trainer.model.load import load_model
+from trainer.text import Table
+from trainer.training.workspace import quiet_libraries
 
 OUTPUT = DATA / "huggingface"
 ROUNDS = 3

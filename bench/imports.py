@@ -18,7 +18,7 @@ import sys
 import time
 
 from bench.codec import RESULTS, machine
-from trainer.tables import Table
+from trainer.text import Table
 
 ROUNDS = 25
 TORCH = "import torch"

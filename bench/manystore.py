@@ -21,19 +21,19 @@ from pathlib import Path
 import numpy as np
 
 from msft_store import Store
-from msft_store.backend import LocalBackend, Writer
-from msft_store.bases import Base, BaseTensor, base_id, write_base
-from msft_store.codecs import SPARSE
-from msft_store.dtypes import by_name
-from msft_store.format import CHUNK_BYTES, KEY_BYTES, BaseSpan, Record
-from msft_store.manifest import (
+from msft_store.codec.codecs import SPARSE
+from msft_store.format.dtypes import by_name
+from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, Record
+from msft_store.objects.bases import Base, BaseTensor, base_id, write_base
+from msft_store.objects.manifest import (
     Piece,
     TensorEntry,
     checkpoint_content,
     tensor_table,
     write_manifest,
 )
-from msft_store.packs import PackWriter
+from msft_store.objects.packs import PackWriter
+from msft_store.storage.backend import LocalBackend, Writer
 
 DTYPE = by_name("bfloat16")
 PAYLOAD = bytes(16)

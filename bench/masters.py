@@ -19,16 +19,16 @@ import torch
 
 from msft_store import Base, Checkpoint, Policy, Store, Timeline
 from trainer.algorithms import make_strategy
-from trainer.commits import retention
-from trainer.directory import JOURNAL, create_directory
-from trainer.interrupt import Interrupts
+from trainer.config.schema import Config
 from trainer.journal import read
-from trainer.loop import Loop
-from trainer.resume import replay
-from trainer.settings import Config
-from trainer.summary import Summary, summarize
-from trainer.weights import unique, weights_of
-from trainer.workspace import open_workspace, start_record
+from trainer.model.weights import unique, weights_of
+from trainer.report.summary import Summary, summarize
+from trainer.signals import Interrupts
+from trainer.training.commits import retention
+from trainer.training.directory import JOURNAL, create_directory
+from trainer.training.loop import Loop
+from trainer.training.replay import replay
+from trainer.training.workspace import open_workspace, start_record
 
 
 class RoundingTimeline(Timeline):

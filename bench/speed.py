@@ -41,16 +41,16 @@ from trl import SFTConfig, SFTTrainer
 from bench.codec import RESULTS, machine
 from bench.lengths import write
 from bench.trajectories import DATA, EXAMPLE
-from trainer.config import load_config
-from trainer.data import Example
-from trainer.forward import IGNORED
-from trainer.loading import load_mixture
-from trainer.model import LoadedModel, load_model
-from trainer.run import start
-from trainer.settings import Config
-from trainer.steps import StageSteps
-from trainer.tables import Table
-from trainer.workspace import quiet_libraries
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.data.examples import Example
+from trainer.data.load import load_mixture
+from trainer.model.forward import IGNORED
+from trainer.model.load import LoadedModel, load_model
+from trainer.text import Table
+from trainer.training.run import start
+from trainer.training.steps import StageSteps
+from trainer.training.workspace import quiet_libraries
 
 OUTPUT = DATA / "speed"
 ROUNDS = 3

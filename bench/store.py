@@ -41,10 +41,12 @@ from bench.codec import RESULTS, machine
 from bench.manystore import make
 from bench.trajectories import DATA, REGIMES
 from bench.ways import OURS, SAFETENSORS, WAYS, Ours, states
-from msft_store import AsyncSaver, Champions, Store, Timeline, cli, codecs
-from msft_store.dtypes import by_torch
-from msft_store.format import CHUNK_BYTES
-from msft_store.tensors import to_bytes
+from msft_store import AsyncSaver, Champions, Store, Timeline
+from msft_store.cli import main as cli
+from msft_store.codec import codecs
+from msft_store.format.dtypes import by_torch
+from msft_store.format.layout import CHUNK_BYTES
+from msft_store.tensors.bytes import to_bytes
 
 SMALL_MODEL = DATA / "causal-lm-2.5M"
 LONG_RUN, BRANCH = 200, 11

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bench.trajectories import DATA
-from msft_store import Store, codecs
+from msft_store import Store
+from msft_store.codec import codecs
 
 State = dict[str, torch.Tensor]
 MODEL = DATA / "encoder-22.7M"

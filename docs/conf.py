@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|accelerate|collections|contextlib|concurrent|pathlib|os)\..*"),
     ("py:.*", r"(io|typing)\..*"),
     ("py:class", r"(msft_store|trainer)(\.\w+){2,}"),
-    ("py:class", "trainer.strategy.AnyDecision"),
+    ("py:class", "trainer.algorithms.base.AnyDecision"),
     ("py:mod", ".*"),
 ]
 # Fields that have the name of a type.

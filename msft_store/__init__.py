@@ -68,11 +68,11 @@ __all__ = [
 # Each name is imported from its module when it is first used, so that importing the package takes
 # no time; type checkers read __init__.pyi instead.
 _HOMES: dict[str, tuple[str, ...]] = {
-    "alive": ("Commit",),
-    "bases": ("Base",),
-    "boxes": ("Box", "Part", "Parts"),
-    "check": ("Finding", "Report"),
-    "diff": ("TensorDiff",),
+    "timeline.state": ("Commit",),
+    "objects.bases": ("Base",),
+    "tensors.boxes": ("Box", "Part", "Parts"),
+    "maintenance.check": ("Finding", "Report"),
+    "maintenance.diff": ("TensorDiff",),
     "errors": (
         "BaseError",
         "BusyError",
@@ -89,13 +89,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "UnknownCheckpointError",
         "VersionError",
     ),
-    "gc": ("GcPlan", "GcResult"),
-    "lockfiles": ("Lock",),
-    "manifest": ("Checkpoint",),
-    "nested": ("flatten", "unflatten"),
-    "repack": ("RepackPlan",),
-    "repair": ("RepairPlan", "RepairResult"),
-    "resident": ("Resident",),
+    "maintenance.gc": ("GcPlan", "GcResult"),
+    "storage.lock_files": ("Lock",),
+    "objects.manifest": ("Checkpoint",),
+    "tensors.nested": ("flatten", "unflatten"),
+    "maintenance.repack": ("RepackPlan",),
+    "maintenance.repair.plan": ("RepairPlan", "RepairResult"),
+    "tensors.resident": ("Resident",),
     "retention": (
         "Candidate",
         "Champions",
@@ -108,9 +108,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Reason",
     ),
     "saver": ("AsyncSaver",),
-    "stats": ("Stats",),
+    "maintenance.stats": ("Stats",),
     "store": ("Store",),
-    "timeline": ("Timeline",),
+    "timeline.timeline": ("Timeline",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

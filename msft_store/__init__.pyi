@@ -1,21 +1,3 @@
-from msft_store.alive import Commit as Commit
-from msft_store.bases import Base as Base
-from msft_store.boxes import (
-    Box as Box,
-)
-from msft_store.boxes import (
-    Part as Part,
-)
-from msft_store.boxes import (
-    Parts as Parts,
-)
-from msft_store.check import (
-    Finding as Finding,
-)
-from msft_store.check import (
-    Report as Report,
-)
-from msft_store.diff import TensorDiff as TensorDiff
 from msft_store.errors import (
     BaseError as BaseError,
 )
@@ -58,28 +40,29 @@ from msft_store.errors import (
 from msft_store.errors import (
     VersionError as VersionError,
 )
-from msft_store.gc import (
+from msft_store.maintenance.check import (
+    Finding as Finding,
+)
+from msft_store.maintenance.check import (
+    Report as Report,
+)
+from msft_store.maintenance.diff import TensorDiff as TensorDiff
+from msft_store.maintenance.gc import (
     GcPlan as GcPlan,
 )
-from msft_store.gc import (
+from msft_store.maintenance.gc import (
     GcResult as GcResult,
 )
-from msft_store.lockfiles import Lock as Lock
-from msft_store.manifest import Checkpoint as Checkpoint
-from msft_store.nested import (
-    flatten as flatten,
-)
-from msft_store.nested import (
-    unflatten as unflatten,
-)
-from msft_store.repack import RepackPlan as RepackPlan
-from msft_store.repair import (
+from msft_store.maintenance.repack import RepackPlan as RepackPlan
+from msft_store.maintenance.repair.plan import (
     RepairPlan as RepairPlan,
 )
-from msft_store.repair import (
+from msft_store.maintenance.repair.plan import (
     RepairResult as RepairResult,
 )
-from msft_store.resident import Resident as Resident
+from msft_store.maintenance.stats import Stats as Stats
+from msft_store.objects.bases import Base as Base
+from msft_store.objects.manifest import Checkpoint as Checkpoint
 from msft_store.retention import (
     Candidate as Candidate,
 )
@@ -108,9 +91,26 @@ from msft_store.retention import (
     Reason as Reason,
 )
 from msft_store.saver import AsyncSaver as AsyncSaver
-from msft_store.stats import Stats as Stats
+from msft_store.storage.lock_files import Lock as Lock
 from msft_store.store import Store as Store
-from msft_store.timeline import Timeline as Timeline
+from msft_store.tensors.boxes import (
+    Box as Box,
+)
+from msft_store.tensors.boxes import (
+    Part as Part,
+)
+from msft_store.tensors.boxes import (
+    Parts as Parts,
+)
+from msft_store.tensors.nested import (
+    flatten as flatten,
+)
+from msft_store.tensors.nested import (
+    unflatten as unflatten,
+)
+from msft_store.tensors.resident import Resident as Resident
+from msft_store.timeline.state import Commit as Commit
+from msft_store.timeline.timeline import Timeline as Timeline
 
 __version__: str
 

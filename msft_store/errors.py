@@ -18,6 +18,9 @@ StoreError
 
 from __future__ import annotations
 
+import collections.abc
+import errno
+
 REPAIR = "msft-store check names what is still sound, msft-store repair keeps it"
 """What to do about damage, at the end of messages."""
 
@@ -99,3 +102,20 @@ class OverBudgetError(StoreError):
 
 class StorageError(StoreError):
     """The file system refused an operation."""
+
+
+def is_damage(error: StoreError) -> bool:
+    """Return whether an error says that stored bytes are lost, and not that they are out of reach.
+
+    A file system that refuses for any other reason than a bad medium may do otherwise tomorrow.
+    """
+    if isinstance(error, StorageError):
+        return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
+    return not isinstance(error, VersionError | BaseError)
+
+
+def require_damage(errors: collections.abc.Iterable[StoreError]) -> None:
+    """Raise the first error that is no damage."""
+    for error in errors:
+        if not is_damage(error):
+            raise error

@@ -20,46 +20,50 @@ from typing import Any
 
 import torch
 
-from msft_store.backend import TEMPORARY, Backend, LocalBackend, publish, translated
-from msft_store.bases import Base, add_base, relocate
-from msft_store.bounded import Bounded
-from msft_store.boxes import Box, Part, Parts, check_boxes
-from msft_store.catalog import CONFIG, Catalog, check_level, write_config
-from msft_store.check import Finding, Report, examine
-from msft_store.checkpoint_writer import CheckpointWriter
-from msft_store.claims import Claim
-from msft_store.codecs import Level
-from msft_store.decoding import decode_chunks, decode_state, device_of, empty_like
-from msft_store.diff import TensorDiff, diff
+from msft_store._util import PathLike, local_path
+from msft_store.codec.codecs import Level
 from msft_store.errors import (
     CorruptedError,
     NotAStoreError,
     PinnedError,
     UnknownCheckpointError,
 )
-from msft_store.export import export
-from msft_store.gc import GcPlan, GcResult, evict, plan_gc
-from msft_store.lockfiles import Lock
-from msft_store.locks import YIELDING
-from msft_store.looking import undisturbed
-from msft_store.manifest import FOLDER as MANIFESTS
-from msft_store.manifest import (
+from msft_store.maintenance.check import Finding, Report, examine
+from msft_store.maintenance.diff import TensorDiff, diff
+from msft_store.maintenance.export import export
+from msft_store.maintenance.gc import GcPlan, GcResult, evict, plan_gc
+from msft_store.maintenance.repack import RepackPlan, plan_repack
+from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
+from msft_store.maintenance.stats import (
+    Stats,
+    TensorSources,
+    encoded_bytes,
+    held_bytes,
+    sources,
+    stats,
+)
+from msft_store.objects.bases import Base, add_base, relocate
+from msft_store.objects.catalog import CONFIG, Catalog, check_level, undisturbed, write_config
+from msft_store.objects.manifest import (
+    MANIFESTS,
     Checkpoint,
     TensorEntry,
     path_of,
 )
-from msft_store.matching import check_match, chosen
-from msft_store.paths import PathLike, local_path
-from msft_store.reboxing import decode_boxes
-from msft_store.refs import FOLDER as REFS
-from msft_store.refs import Ref, check_name, delete_ref, write_ref
-from msft_store.repack import RepackPlan, plan_repack
-from msft_store.repair import RepairPlan, plan_repair
-from msft_store.resident import Compared, check_compared
+from msft_store.objects.refs import REFS, Ref, check_name, delete_ref, write_ref
+from msft_store.pipeline.decode import decode_chunks, decode_state, device_of, empty_like
+from msft_store.pipeline.reshard import decode_boxes
+from msft_store.pipeline.writer import CheckpointWriter
 from msft_store.retention import Policy
-from msft_store.sources import TensorSources, sources
-from msft_store.stats import Stats, encoded_bytes, held_bytes, stats
-from msft_store.tensors import check_tensors, memory_of, torch_dtype
+from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, publish, translated
+from msft_store.storage.claims import Claim
+from msft_store.storage.lock_files import Lock
+from msft_store.storage.locks import YIELDING
+from msft_store.storage.quota import Bounded
+from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
+from msft_store.tensors.bytes import check_tensors, memory_of, torch_dtype
+from msft_store.tensors.matching import check_match, chosen
+from msft_store.tensors.resident import Compared, check_compared
 
 
 class Store:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from msft_store import Candidate, KeepLast, Store, Timeline
 from msft_store.integrations.dcp import StorageWriter
-from trainer import strategy
+from trainer.algorithms import base as strategy
 from trainer.algorithms.msft import Msft
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stdlib_tasks"
 DATA = EXAMPLE / "data"

@@ -1,90 +1,61 @@
 """Imports only go down, as read from the sources.
 
-A new module gets its place in ``STORE`` or ``TRAINER``: it may import what stands before it, and
-only that. A name may stand there before its module exists.
+A new folder or top-level module gets its place in ``STORE`` or ``TRAINER``: it may import the
+groups of the rows above its own, and no others.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from docs.module_graph import (
+    ROOT,
+    group_of,
+    imports,
+    inner_imports,
+    module_graph,
+    reachable,
+    sources,
+)
 
 STORE = """
-errors render
-strict cover
-kernels dtypes format paths
-tables rans changes lowbits binary compiled loops classes adaptive codecs
-keytable tablescan footer
-processes lockfiles locks claims
-backend
-bounded
-tensors refs manifest safetensors_file bases base_reader boxes
-retention slips
-packs overlay objects references liveness catalog salvage
-parallel resident pipeline decoding reboxing tree sources stats matching staging looking
-check mending survey conditions gc repack diff repair exported export checkpoint_writer
+errors
+_util
+format retention
+codec storage
+objects
+tensors
+pipeline
+maintenance
 store
-saver
-space traces alive
+saver remote
 timeline
-nested
-integrations.dcp_boxes integrations.dcp_planners integrations.dcp
-integrations.agreement integrations.training_state integrations.adapters
-integrations.resume_folder integrations.run_commits integrations.trainer_rules
-integrations.hub integrations.hf integrations.accelerate
-integrations.remotes integrations.object_errors integrations.object_remote
-integrations.fsspec_remote
-integrations.directory_remote integrations.addresses integrations.remote_backend
-integrations.ref_rules integrations.tally integrations.base_files integrations.shipping
-integrations.sending integrations.fetching integrations.remote integrations
-figures importing completion
-__init__ cli_text cli_check cli_inspect cli_progress cli_remote cli_space cli_tensors cli __main__
+cli integrations
+__init__
 """
 
 TRAINER = """
-errors files strategy tables typed yamlfile statistics templates mixturefile sampling
-settings datapaths datachecks checks config peaks margins schedule divergence
-journal flops plan outbox observed
-algorithms.best algorithms.guarded algorithms.sft algorithms.msft
-algorithms.continual algorithms.single_rollout algorithms.ies algorithms.dynamix algorithms
-disk summary plots report
-pause interrupt progress together alarm data sources loading batches sampled
-weights sharding snapshot model adapter result
-forward optim evaluate
-state whole agreement resume course trackers directory workspace lookahead steps commits observing
-points
-loop
-run
-children shifts grid comparison comparison_tables figures page comparison_report compare demo
-turns simulate holding policies simulated
-__init__ cli_compare cli_simulate cli entry __main__
+errors signals text
+files distributed config
+journal data algorithms
+report model
+training
+comparison simulate
+cli
+__init__ __main__
 """
 
-LAYERS = {"msft_store": STORE.split(), "trainer": TRAINER.split()}
+ORDERS = {
+    package: {
+        group: row for row, groups in enumerate(order.split("\n")) for group in groups.split()
+    }
+    for package, order in (("msft_store", STORE), ("trainer", TRAINER))
+}
 
-PURE = (
-    "strategy",
-    "settings",
-    "checks",
-    "config",
-    "datapaths",
-    "datachecks",
-    "templates",
-    "mixturefile",
-    "sampling",
-    "peaks",
-    "flops",
-    "schedule",
-    "plan",
-    "journal",
-    "algorithms",
-)
-"""What decides, and what it builds on: no tensors, no devices."""
+PURE = ("config", "data.schedule", "data.sampling", "journal", "algorithms", "report.plan")
+"""Modules that decide, with their groups: no tensors, no devices."""
 
 HEAVY = {"torch", "accelerate", "transformers", "safetensors", "msft_store"}
 
@@ -94,59 +65,35 @@ UNPICKLED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "s
 CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 
 DOORS = {"msft_store", "msft_store.integrations.dcp"}
-"""What other packages may import from."""
+"""The modules of the store that the trainer may import from."""
 
 OPTIONAL = {"datasets", "fsspec", "obstore", "peft", "pyarrow"}
 """Dependencies that may be missing, and may therefore be imported inside a function."""
 
 
-def sources(package: str) -> dict[str, ast.Module]:
-    """Return the syntax trees of a package by dotted name inside it; ``__init__`` is its root."""
-    folder = ROOT / package
-    trees = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
-        if parts[-1] == "__init__" and len(parts) > 1:
-            parts = parts[:-1]
-        trees[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    return trees
-
-
-def imports(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """Yield (module, name) for each imported name, (module, None) for a plain import."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from ((node.module or "", alias.name) for alias in node.names)
-
-
-def inner_imports(tree: ast.AST, package: str, modules: set[str]) -> set[str]:
-    """Return the modules of ``package`` that a source imports, by dotted name inside it."""
-    found = set()
-    for module, name in imports(tree):
-        top, _, inside = module.partition(".")
-        if top != package:
-            continue
-        below = f"{inside}.{name}" if inside else str(name)
-        found.add(below if below in modules else inside or "__init__")
-    return found
-
-
-def upward(package: str, trees: dict[str, ast.Module]) -> list[str]:
-    """Return the imports that do not go down."""
-    order = {name: place for place, name in enumerate(LAYERS[package])}
+def upward(graph: dict[str, set[str]], order: dict[str, int]) -> list[str]:
+    """Return the imports between groups that do not go down."""
     return [
-        f"{name} imports {other}"
-        for name, tree in trees.items()
-        for other in sorted(inner_imports(tree, package, set(trees)))
-        if order.get(other, -1) >= order[name]
+        f"{module} imports {other}"
+        for module, imported in graph.items()
+        for other in sorted(imported)
+        if group_of(other) != group_of(module) and order[group_of(other)] >= order[group_of(module)]
+    ]
+
+
+def foreign_private_names(package: str, trees: dict[str, ast.Module]) -> list[str]:
+    """Return the underscore names that a group takes from another one."""
+    return [
+        f"{module} imports {name} from {source}"
+        for module, tree in trees.items()
+        for source, name in imports(tree)
+        if source.startswith(f"{package}.") and name and name.startswith("_")
+        if group_of(source.partition(".")[2]) != group_of(module)
     ]
 
 
 def imports_in_functions(tree: ast.AST) -> list[str]:
-    """Return what is imported inside functions, but for optional dependencies."""
+    """Return the modules imported inside functions, except optional dependencies."""
     return [
         module
         for node in ast.walk(tree)
@@ -164,17 +111,6 @@ def code_out_of_data(tree: ast.AST) -> list[str]:
     return found + [call for call in calls if call in CALLS]
 
 
-def reachable(start: str, package: str, trees: dict[str, ast.Module]) -> set[str]:
-    """Return ``start`` and all modules of the package that it imports, directly or not."""
-    seen: set[str] = set()
-    todo = {start} & set(trees)
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= inner_imports(trees[name], package, set(trees)) - seen
-    return seen
-
-
 def public_names(tree: ast.Module) -> set[str]:
     """Return ``__all__``."""
     for node in tree.body:
@@ -183,17 +119,26 @@ def public_names(tree: ast.Module) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("package", LAYERS)
-def test_every_module_has_its_place(package: str) -> None:
-    assert len(set(LAYERS[package])) == len(LAYERS[package])
-    missing = set(sources(package)) - set(LAYERS[package])
-    assert not missing, "give the new module its place in STORE or TRAINER"
+@pytest.mark.parametrize("package", ORDERS)
+def test_every_group_has_its_place_and_few_are_modules_at_the_top(package: str) -> None:
+    assert {group_of(module) for module in sources(package)} == set(ORDERS[package])
+    assert len(list((ROOT / package).glob("*.py"))) <= 10
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", ORDERS)
 def test_imports_only_go_down(package: str) -> None:
-    trees = {name: t for name, t in sources(package).items() if name in LAYERS[package]}
-    assert upward(package, trees) == []
+    assert upward(module_graph(package), ORDERS[package]) == []
+
+
+@pytest.mark.parametrize("package", ORDERS)
+def test_no_module_imports_itself_in_a_circle(package: str) -> None:
+    graph = module_graph(package)
+    assert [module for module in graph if module in reachable(module, graph)] == []
+
+
+@pytest.mark.parametrize("package", ORDERS)
+def test_no_group_takes_underscore_names_of_another(package: str) -> None:
+    assert foreign_private_names(package, sources(package)) == []
 
 
 def test_the_store_knows_nothing_of_the_trainer() -> None:
@@ -214,39 +159,38 @@ def test_the_trainer_uses_only_the_public_names_of_the_store() -> None:
 
 
 @pytest.mark.parametrize("start", PURE)
-def test_what_decides_is_pure(start: str) -> None:
-    trees = sources("trainer")
-    for name in reachable(start, "trainer", trees):
+def test_modules_that_decide_are_pure(start: str) -> None:
+    trees, graph = sources("trainer"), module_graph("trainer")
+    starts = {name for name in graph if name == start or name.startswith(f"{start}.")}
+    for name in starts.union(*(reachable(module, graph) for module in starts)):
         tops = {module.partition(".")[0] for module, _ in imports(trees[name])}
         assert not tops & HEAVY, f"{start} reaches {name}, which imports {tops & HEAVY}"
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", ORDERS)
 def test_no_import_inside_a_function(package: str) -> None:
     found = {name: imports_in_functions(tree) for name, tree in sources(package).items()}
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", ORDERS)
 def test_data_is_never_run_as_code(package: str) -> None:
     found = {name: code_out_of_data(tree) for name, tree in sources(package).items()}
     assert {name: uses for name, uses in found.items() if uses} == {}
 
 
-def test_an_upward_import_and_a_cycle_are_seen() -> None:
+def test_an_upward_import_a_circle_and_a_foreign_private_name_are_seen() -> None:
     trees = {
         "errors": ast.parse("from trainer import cli"),
-        "peaks": ast.parse("from trainer.peaks import first_best"),
-        "algorithms": ast.parse("from trainer.algorithms.msft import Msft"),
-        "algorithms.msft": ast.parse("if TYPE_CHECKING:\n    import trainer.algorithms"),
-        "cli": ast.parse("import trainer.errors"),
+        "data.peaks": ast.parse("from trainer.data import rows"),
+        "data.rows": ast.parse("if TYPE_CHECKING:\n    import trainer.data.peaks"),
+        "cli": ast.parse("import trainer.errors\nfrom trainer.data.rows import _load"),
     }
-    assert upward("trainer", trees) == [
-        "errors imports cli",
-        "peaks imports peaks",
-        "algorithms.msft imports algorithms",
-    ]
-    assert reachable("errors", "trainer", trees) == {"errors", "cli"}
+    graph = {name: inner_imports(tree, "trainer", trees) for name, tree in trees.items()}
+    assert upward(graph, {"errors": 0, "data": 1, "cli": 2}) == ["errors imports cli"]
+    circles = {name for name in graph if name in reachable(name, graph)}
+    assert circles == {"errors", "cli", "data.peaks", "data.rows"}
+    assert foreign_private_names("trainer", trees) == ["cli imports _load from trainer.data.rows"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from bench.mixture10.make_data import DATA, write
 from bench.mixture10.tasks import HELD_OUT, MIXTURE, split
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 SPLITS = ("train", "validation", "test")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bench import headline
-from msft_store import cli as store_cli
-from trainer import cli as train_cli
-from trainer.config import load_config
+from msft_store.cli import main as store_cli
+from trainer.cli import main as train_cli
+from trainer.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Multi-task supervised fine-tuning that goes back in time: MSFT and what it is compared with.
 
-The command is ``msft-train`` (:mod:`trainer.cli`), the algorithm is :mod:`trainer.algorithms.msft`,
-and the loop that acts on its decisions is :mod:`trainer.loop`.
+The command is ``msft-train`` (:mod:`trainer.cli.main`), the algorithm is
+:mod:`trainer.algorithms.msft`, and the loop that acts on its decisions is
+:mod:`trainer.training.loop`.
 
 Example::
 

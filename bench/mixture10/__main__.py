@@ -22,12 +22,12 @@ from bench.codec import machine
 from bench.mixture10.exact import exact_matches
 from bench.mixture10.make_data import DATA, write
 from bench.mixture10.results import Findings, publish, tables
-from trainer.compare import compare
-from trainer.comparison import Comparison, collect
-from trainer.comparison_report import write_comparison
-from trainer.config import load_config
-from trainer.settings import Config
-from trainer.workspace import quiet_libraries
+from trainer.comparison.compare import compare
+from trainer.comparison.report import write_comparison
+from trainer.comparison.results import Comparison, collect
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.training.workspace import quiet_libraries
 
 RECIPE = Path(__file__).parent / "mixture10.yaml"
 METHODS = ("sft", "continual", "single_rollout", "ies", "dynamix", "msft")

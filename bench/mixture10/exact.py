@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer.comparison import Comparison
-from trainer.data import Example, bos_prefix, encode
-from trainer.directory import MODEL
-from trainer.evaluate import Evaluator
+from trainer.comparison.results import Comparison
+from trainer.config.schema import Config
+from trainer.data.examples import Example, bos_prefix, encode
 from trainer.files import write_atomic
-from trainer.model import load_model
-from trainer.settings import Config
+from trainer.model.evaluate import Evaluator
+from trainer.model.load import load_model
+from trainer.training.directory import MODEL
 
 KEPT = "exact_match.json"
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.trajectories import ROOT
-from trainer.comparison import Comparison, Group, Row
-from trainer.comparison_tables import NOTES, head, remarks, sections
-from trainer.directory import JOURNAL
+from trainer.comparison.peak_shifts import StagePeak, distance, peaks_of_stage, shifts
+from trainer.comparison.results import Comparison, Estimate, Group, Row, estimate
+from trainer.comparison.tables import NOTES, head, remarks, sections
+from trainer.config.schema import OVERALL
 from trainer.journal import Record, effective, read
-from trainer.shifts import StagePeak, distance, peaks_of_stage, shifts
-from trainer.statistics import Estimate, estimate
-from trainer.strategy import OVERALL
-from trainer.tables import Table
+from trainer.text import Table
+from trainer.training.directory import JOURNAL
 
 RESULTS = ROOT / "docs" / "RESULTS.md"
 PAPER = {"sft": 61.9, "dynamix": 62.1, "ies": 62.5, "single_rollout": 63.4, "msft": 63.7}

@@ -29,22 +29,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from msft_store.backend import LocalBackend, publish
-from msft_store.boxes import whole_box
+from msft_store._util import local_path
 from msft_store.errors import InvalidInputError, NotAStoreError
-from msft_store.exported import KEY as EXPORT
-from msft_store.integrations.agreement import in_main_process
 from msft_store.integrations.training_state import (
     from_tensors,
     generators_of_all,
+    in_main_process,
     names_of,
     set_generators,
     to_tensors,
 )
-from msft_store.manifest import Checkpoint
-from msft_store.paths import local_path
+from msft_store.maintenance.export_names import KEY as EXPORT
+from msft_store.objects.manifest import Checkpoint
+from msft_store.storage.backend import LocalBackend, publish
 from msft_store.store import Store
-from msft_store.timeline import Timeline
+from msft_store.tensors.boxes import whole_box
+from msft_store.timeline.timeline import Timeline
 
 FILE = "msft_store.json"
 """What a folder of ``save_state`` has in the place of weights: which checkpoint has them."""

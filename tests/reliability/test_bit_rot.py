@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from msft_store import Store, StoreError
-from msft_store.check import Finding
+from msft_store.maintenance.check import Finding
 from tests.support.ledger import Ledger
 from tests.support.rot import STORES, WAYS, Kept, copy_of
 from tests.support.states import same_bits

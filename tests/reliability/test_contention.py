@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from msft_store import BusyError, Store
-from msft_store.backend import LocalBackend, Writer
-from msft_store.locks import Locks
-from msft_store.processes import Process
+from msft_store.storage.backend import LocalBackend, Writer
+from msft_store.storage.lock_files import Process
+from msft_store.storage.locks import Locks
 from tests.support import contenders
 from tests.support.children import LONG, begin, end_of, ended
 from tests.support.contenders import Record, arena, base_of, content

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from msft_store import OutOfSpaceError, StorageError, Store, StoreError
-from msft_store.backend import LocalBackend
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
 from tests.support.invariants import assert_tidied, assert_whole
 from tests.support.ledger import Ledger

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from msft_store import StorageError, Store
-from msft_store.backend import LocalBackend
-from msft_store.repair import plan_repair
+from msft_store.maintenance.repair.plan import plan_repair
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped, changed_at
 from tests.support.ledger import Ledger
 from tests.support.rot import STORES, Kept, copy_of, damage

@@ -16,11 +16,12 @@ from msft_store import Store
 from tests.support.ledger import Ledger
 from tests.trainer.support import make_config
 from tests.trainer.test_resume import outcome
-from trainer import cli, run
+from trainer.cli import main as cli
+from trainer.config.schema import Config
 from trainer.errors import PausedError
 from trainer.journal import read
-from trainer.run import resume, start
-from trainer.settings import Config
+from trainer.training import run
+from trainer.training.run import resume, start
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PAUSED = 75

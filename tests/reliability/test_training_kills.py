@@ -22,14 +22,13 @@ from tests.support.children import LONG, begin, end_of, ended
 from tests.support.ledger import Ledger
 from tests.support.runs import outcome
 from tests.trainer.support import make_config
-from trainer import run
-from trainer.cli import main
-from trainer.config import dump
-from trainer.journal import read
-from trainer.outbox import Outbox
-from trainer.settings import Config
-from trainer.steps import StageSteps
-from trainer.summary import summarize
+from trainer.cli.main import main
+from trainer.config.load import dump
+from trainer.config.schema import Config
+from trainer.journal import Outbox, read
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.steps import StageSteps
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 

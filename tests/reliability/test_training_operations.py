@@ -14,11 +14,11 @@ from tests.support.disk import Disk, Moment, Tree, after_kill, after_power_loss,
 from tests.support.ledger import Ledger
 from tests.support.runs import outcome
 from tests.trainer.support import make_config
-from trainer import run
+from trainer.config.schema import Config
 from trainer.journal import read
-from trainer.run import resume, start
-from trainer.settings import Config
-from trainer.summary import summarize
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.run import resume, start
 
 RUN = "runs/run"
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from hypothesis import settings
 
-from msft_store import adaptive, classes, compiled, dtypes
-from msft_store.changes import Layout, layout_of
-from msft_store.dtypes import DType
-from msft_store.kernels import Lanes
+from msft_store.codec import adaptive_codec, codecs, exponent_codec
+from msft_store.codec.changes import Layout, layout_of
+from msft_store.codec.kernels import Lanes
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
 
 DTYPES = [dtype for dtype in dtypes.DTYPES if layout_of(dtype) is not None]
 BF16 = dtypes.by_name("bfloat16")
-FAST = compiled.loops()
+FAST = codecs.loops()
 PATHS = (FAST, None)
 KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart")
 SEEDED = settings(deadline=None, derandomize=True)
@@ -72,15 +73,17 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
     return new.view(signed), old.view(signed)
 
 
-def packed(dtype: DType, new: Lanes, old: Lanes, fast: Any, codec: ModuleType = classes) -> bytes:
-    """Return the payload of :mod:`classes` or :mod:`adaptive` by one path."""
-    found = classes.find(new, old, layout(dtype), fast)
-    if codec is adaptive:
-        return adaptive.pack(old, layout(dtype), found, fast)
-    return classes.pack(found, fast)
+def packed(
+    dtype: DType, new: Lanes, old: Lanes, fast: Any, codec: ModuleType = exponent_codec
+) -> bytes:
+    """Return the payload of one of the two codecs by one path."""
+    found = exponent_codec.find(new, old, layout(dtype), fast)
+    if codec is adaptive_codec:
+        return adaptive_codec.pack(old, layout(dtype), found, fast)
+    return exponent_codec.pack(found, fast)
 
 
-def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = classes) -> bytes:
+def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_codec) -> bytes:
     """Assert that all paths agree and give back every bit; return the payload."""
     first, second = (packed(dtype, new, old, fast, codec) for fast in PATHS)
     assert first == second
@@ -90,7 +93,7 @@ def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = classes) -> 
 
 
 def outcomes(
-    payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = classes
+    payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = exponent_codec
 ) -> list[bytes | None]:
     """Return what each path makes of a payload, ``None`` for a refusal."""
     found: list[bytes | None] = []

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from msft_store import Store, adaptive, compiled, dtypes
-from msft_store.dtypes import DType
+from msft_store import Store
+from msft_store.codec import adaptive_codec, codecs
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
 from tests.store.pairs import (
     BF16,
     DTYPES,
@@ -56,20 +58,20 @@ CHANGES = [
 def test_both_paths_give_the_same_bytes_and_every_bit_back(
     dtype: DType, count: int, kind: str, seed: int
 ) -> None:
-    check(dtype, *pair_of(dtype, count, kind, seed), adaptive)
+    check(dtype, *pair_of(dtype, count, kind, seed), adaptive_codec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 def test_blocks_may_end_anywhere(dtype: DType, kind: str) -> None:
     for count in (127, 128, 129):
-        check(dtype, *pair_of(dtype, count, kind, count), adaptive)
+        check(dtype, *pair_of(dtype, count, kind, count), adaptive_codec)
 
 
 @pytest.mark.parametrize("kind", ["trained", "one", "far apart"])
 def test_many_blocks_may_end_anywhere(kind: str) -> None:
     for count in (128 * 256 - 1, 128 * 256, 128 * 256 + 1):
-        check(BF16, *pair_of(BF16, count, kind, 1), adaptive)
+        check(BF16, *pair_of(BF16, count, kind, 1), adaptive_codec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +79,7 @@ def test_many_blocks_may_end_anywhere(kind: str) -> None:
 def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -> None:
     for count in (1, 200, 3000):
         new, old = pair_of(dtype, count, kind, count)
-        payload = packed(dtype, new, old, FAST, adaptive)
+        payload = packed(dtype, new, old, FAST, adaptive_codec)
         mantissa = layout(dtype).shift
         again = read_adaptive(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
         assert again == new.tobytes()
@@ -89,10 +91,10 @@ def test_every_change_after_every_movement_comes_back(classes_from: int) -> None
     symbols = rng.permutation(np.array(CHANGES * 4, np.uint16))
     exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
     ends = classes_from, min(classes_from + 63, 255)
-    first, second = (adaptive._encode(symbols, exponents, *ends, fast) for fast in PATHS)
+    first, second = (adaptive_codec._encode(symbols, exponents, *ends, fast) for fast in PATHS)
     assert first == second
     for fast in PATHS:
-        assert np.array_equal(adaptive._decode(first, exponents, *ends, fast), symbols)
+        assert np.array_equal(adaptive_codec._decode(first, exponents, *ends, fast), symbols)
     read = Decisions(first, *ends).symbols(exponents.tolist())
     assert [(t << 1 | half) << 2 | smaller << 1 | s for t, s, smaller, half in read] == [*symbols]
 
@@ -102,9 +104,9 @@ def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
     symbols = np.zeros(30_000, np.uint16)
     symbols[surprise::5000] = CHANGES[-1]
     exponents = np.full(symbols.size, 120, np.int16)
-    first, second = (adaptive._encode(symbols, exponents, 120, 120, fast) for fast in PATHS)
+    first, second = (adaptive_codec._encode(symbols, exponents, 120, 120, fast) for fast in PATHS)
     assert first == second
-    assert np.array_equal(adaptive._decode(first, exponents, 120, 120, FAST), symbols)
+    assert np.array_equal(adaptive_codec._decode(first, exponents, 120, 120, FAST), symbols)
     assert len(first) < 200
 
 
@@ -120,16 +122,16 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
         shifted[-1].flags.writeable = False
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
-        payload = packed(dtype, now, was, fast, adaptive)
-        assert adaptive.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        payload = packed(dtype, now, was, fast, adaptive_codec)
+        assert adaptive_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
 
 
 def test_threads_change_no_byte() -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
-        payload = packed(BF16, *pair, FAST, adaptive)
-        assert (adaptive.unpack(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
+        payload = packed(BF16, *pair, FAST, adaptive_codec)
+        assert (adaptive_codec.unpack(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
         return payload
 
     some = slice(None) if FAST is not None else slice(1, 4)
@@ -151,7 +153,7 @@ def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) 
     code = (
         "import sys, safetensors.torch\n"
         "from msft_store import Store, compiled\n"
-        "assert compiled.loops() is None\n"
+        "assert codecs.loops() is None\n"
         "store = Store.open(sys.argv[1])\n"
         "safetensors.torch.save_file(store.load(store.log()[0]), sys.argv[2])\n"
     )
@@ -163,7 +165,7 @@ def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) 
         text=True,
         check=False,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": root, compiled.VARIABLE: "0"},
+        env={**os.environ, "PYTHONPATH": root, codecs.VARIABLE: "0"},
     )
     assert done.returncode == 0, done.stderr
     assert same_bits(load_file(out), changed)
@@ -177,7 +179,7 @@ def test_packs_of_the_level_small_are_equal_with_and_without_numba(
     source = write_base(tmp_path / "base.safetensors", state)
     packs = []
     for name, fast in zip("ab", PATHS, strict=True):
-        monkeypatch.setattr("msft_store.codecs.loops", lambda fast=fast: fast)
+        monkeypatch.setattr("msft_store.codec.codecs.loops", lambda fast=fast: fast)
         store = Store.create(tmp_path / name, level="small")
         store.save(changed, parent=store.add_base(source))
         packs.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("packs/*")})

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msft_store import adaptive, classes, dtypes, lowbits
-from msft_store.dtypes import DType
-from msft_store.kernels import Lanes
+from msft_store.codec import adaptive_codec, exponent_codec, kernels
+from msft_store.codec.kernels import Lanes
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
 from tests.store.pairs import BF16, DTYPES, SEEDED, check, outcomes, pair_of
 
 HEADER = "<5IBBH"
@@ -23,14 +24,14 @@ HEADER = "<5IBBH"
 def test_any_flipped_or_missing_byte_is_refused_or_gives_other_content(name: str) -> None:
     dtype = dtypes.by_name(name)
     new, old = pair_of(dtype, 400, "trained", 4)
-    payload = check(dtype, new, old, adaptive)
+    payload = check(dtype, new, old, adaptive_codec)
     assert 40 < len(payload) < 200
     for at in range(len(payload)):
         flipped = [
             payload[:at] + bytes([payload[at] ^ bits]) + payload[at + 1 :] for bits in (1, 255)
         ]
         for damaged in (*flipped, payload[:at], payload[:at] + payload[at + 1 :]):
-            one, other = outcomes(damaged, old, dtype, adaptive)
+            one, other = outcomes(damaged, old, dtype, adaptive_codec)
             assert one == other
 
 
@@ -48,14 +49,14 @@ def test_garbage_has_one_outcome(
 ) -> None:
     old = pair_of(dtype, count, "hostile", 1)[1]
     for payload in (rest, struct.pack(HEADER, *head) + rest):
-        one, other = outcomes(payload, old, dtype, adaptive)
+        one, other = outcomes(payload, old, dtype, adaptive_codec)
         assert one == other
 
 
 @pytest.mark.parametrize("field", range(8))
 def test_a_header_that_lies_costs_no_memory(field: int) -> None:
     new, old = pair_of(BF16, 700, "trained", 4)
-    payload = check(BF16, new, old, adaptive)
+    payload = check(BF16, new, old, adaptive_codec)
     head = list(struct.unpack_from(HEADER, payload))
     most = (2**32 - 1,) * 5 + (255, 255, 2**16 - 1)
     tried = {0, 1, head[field] - 1, head[field] + 1, 700, 701, 1 << 15, most[field]}
@@ -63,7 +64,7 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
         told = head.copy()
         told[field] = value
         tracemalloc.start()
-        one, other = outcomes(struct.pack(HEADER, *told) + payload[24:], old, BF16, adaptive)
+        one, other = outcomes(struct.pack(HEADER, *told) + payload[24:], old, BF16, adaptive_codec)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert one == other
@@ -94,22 +95,22 @@ def crafted(
     """
     blocks = [] if runs is None else runs
     plain = np.array([*blocks, *gaps], np.uint32)
-    coded = adaptive.halved(classes.plain_symbols(len(blocks), plain), plain)
+    coded = adaptive_codec.halved(exponent_codec.plain_symbols(len(blocks), plain), plain)
     symbols, distances = np.array(changes, np.uint16), np.array(numbers, np.uint32)
     room, unused = np.zeros(plain.size + symbols.size + 2, np.uint32), np.zeros(512, np.int64)
-    end = lowbits.gather(coded, plain, adaptive.FINE_BITS, unused, room, 0)
-    end = lowbits.gather(symbols, distances, adaptive.FINE_BITS, unused, room, end)
+    end = kernels.gather(coded, plain, adaptive_codec.FINE_BITS, unused, room, 0)
+    end = kernels.gather(symbols, distances, adaptive_codec.FINE_BITS, unused, room, end)
     low_bits = room[: -(-end // 32)].tobytes()
     low_bits = low_bits[: len(low_bits) + min(4 * words, 0)] + bytes(max(4 * words, 0))
     kinds = np.repeat(np.array([0, 1]), [len(blocks), len(gaps)])
-    first = adaptive._encode(coded, kinds, 0, 1, None)
-    second = adaptive._encode(symbols, np.full(symbols.size, 5), 5, 5, None)
-    busy = 0 if runs is not None else classes.ALL_BLOCKS
+    first = adaptive_codec._encode(coded, kinds, 0, 1, None)
+    second = adaptive_codec._encode(symbols, np.full(symbols.size, 5), 5, 5, None)
+    busy = 0 if runs is not None else exponent_codec.ALL_BLOCKS
     head = [len(changes), len(gaps), len(blocks), len(first), len(low_bits) // 4, 5, 5, busy]
     for field, value in (header or {}).items():
         head[field] = value
     payload = struct.pack(HEADER, *head) + first + low_bits + second + tail
-    return outcomes(payload, old, BF16, adaptive)
+    return outcomes(payload, old, BF16, adaptive_codec)
 
 
 def changed_at(old: Lanes, found: list[bytes | None]) -> list[int]:
@@ -220,6 +221,10 @@ def test_bytes_after_the_end_are_refused(old: Lanes, tail: bytes) -> None:
 
 def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes) -> None:
     old[140] = 0
-    one: dict[str, Any] = {"header": {7: classes.ALL_BLOCKS | 1}, "changes": UP, "numbers": (1,)}
+    one: dict[str, Any] = {
+        "header": {7: exponent_codec.ALL_BLOCKS | 1},
+        "changes": UP,
+        "numbers": (1,),
+    }
     assert changed_at(old, crafted(old, gaps=(140,), **one)) == [140]
     assert crafted(old, gaps=(140, 3), **one) == [None, None]

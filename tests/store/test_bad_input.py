@@ -23,9 +23,9 @@ from msft_store import (
     UnknownCheckpointError,
     VersionError,
 )
-from msft_store.backend import LocalBackend
-from msft_store.format import canonical, digest, seal
-from msft_store.manifest import checkpoint_content
+from msft_store.format.layout import canonical, digest, seal
+from msft_store.objects.manifest import checkpoint_content
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import FaultyBackend, changed_at
 from tests.support.states import State, train_step
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from msft_store import OutOfSpaceError, OverBudgetError
-from msft_store.backend import LocalBackend
-from msft_store.bounded import Bounded
+from msft_store.storage.backend import LocalBackend
+from msft_store.storage.quota import Bounded
 from tests.support.quota import bytes_on_disk
 
 

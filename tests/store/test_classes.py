@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msft_store import Store, changes, classes, codecs, compiled, dtypes
-from msft_store.changes import Found
-from msft_store.dtypes import DType
+from msft_store import Store
+from msft_store.codec import changes, codecs, exponent_codec
+from msft_store.codec.changes import Found
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
 from tests.store.pairs import BF16, DTYPES, FAST, KINDS, PATHS, SEEDED, Pair, check, layout, pair_of
 from tests.support.plain_codecs import read_classes
 from tests.support.states import make_state, same_bits, train_step, write_base
@@ -62,7 +64,7 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
 ) -> None:
     for count in (1, 129, 40_000):
         new, old = pair_of(dtype, count, kind, 3)
-        one = classes.find(new, old, layout(dtype), FAST)
+        one = exponent_codec.find(new, old, layout(dtype), FAST)
         other = changes.find(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
         for field in fields(Found):
             first, second = getattr(one, field.name), getattr(other, field.name)
@@ -81,8 +83,8 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
         shifted.append(data[1:].view(lanes.dtype))
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
-        payload = classes.pack(classes.find(now, was, layout(dtype), fast), fast)
-        assert classes.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        payload = exponent_codec.pack(exponent_codec.find(now, was, layout(dtype), fast), fast)
+        assert exponent_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
 
 
 @pytest.fixture
@@ -101,8 +103,8 @@ def test_read_only_arrays_stay_as_they_are_without_a_warning(fast: Any) -> None:
     before = old.tobytes()
     for lanes in (new, old):
         lanes.flags.writeable = False
-    payload = classes.pack(classes.find(new, old, layout(BF16), fast), fast)
-    assert classes.unpack(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
+    payload = exponent_codec.pack(exponent_codec.find(new, old, layout(BF16), fast), fast)
+    assert exponent_codec.unpack(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
     assert old.tobytes() == before
 
 
@@ -111,8 +113,8 @@ def test_threads_change_no_byte(fast: Any) -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
-        payload = classes.pack(classes.find(*pair, layout(BF16), fast), fast)
-        assert (classes.unpack(payload, pair[1], layout(BF16), fast) == pair[0]).all()
+        payload = exponent_codec.pack(exponent_codec.find(*pair, layout(BF16), fast), fast)
+        assert (exponent_codec.unpack(payload, pair[1], layout(BF16), fast) == pair[0]).all()
         return payload
 
     alone = [code(pair) for pair in pairs]
@@ -130,13 +132,13 @@ def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Return what sets the variable that switches Numba off."""
 
     def switch(value: str) -> None:
-        monkeypatch.setenv(compiled.VARIABLE, value)
-        compiled.loops.cache_clear()
-        assert value != "0" or compiled.loops() is None
+        monkeypatch.setenv(codecs.VARIABLE, value)
+        codecs.loops.cache_clear()
+        assert value != "0" or codecs.loops() is None
 
     yield switch
     monkeypatch.undo()
-    compiled.loops.cache_clear()
+    codecs.loops.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -13,10 +13,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msft_store import classes, dtypes
-from msft_store.changes import Found
-from msft_store.dtypes import DType
-from msft_store.kernels import Lanes
+from msft_store.codec import exponent_codec
+from msft_store.codec.changes import Found
+from msft_store.codec.kernels import Lanes
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
 from tests.store.pairs import BF16, DTYPES, SEEDED, check, layout, outcomes, pair_of
 
 
@@ -73,7 +74,7 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
 
 def crafted(old: Lanes, found: Found, **changed: Any) -> list[bytes | None]:
     """Return what each path makes of findings that no chunk leads to."""
-    return outcomes(classes.pack(replace(found, **changed), None), old, BF16)
+    return outcomes(exponent_codec.pack(replace(found, **changed), None), old, BF16)
 
 
 def with_tables(payload: bytes, rows: bytes) -> bytes:
@@ -95,7 +96,7 @@ def found(old: Lanes) -> Found:
     """Return one change of a quiet element, at 140."""
     new = old.copy()
     new[140] += 9
-    one = classes.find(new, old, layout(BF16), None)
+    one = exponent_codec.find(new, old, layout(BF16), None)
     runs, quiet = np.array([1, 1]), np.array([12])
     assert crafted(old, one, runs=runs, gaps=quiet) == [new.tobytes()] * 2
     return replace(one, runs=runs, gaps=quiet)
@@ -178,7 +179,7 @@ def test_every_limit_of_the_busy_fits_every_type(dtype: DType, busy: int) -> Non
         symbols=np.full(count, 2 << 8 | 1 << 2, np.uint16),
         distances=np.ones(count, np.uint32),
     )
-    one, other = outcomes(classes.pack(found, None), old, dtype)
+    one, other = outcomes(exponent_codec.pack(found, None), old, dtype)
     assert one == other
     assert one is not None
     assert np.count_nonzero(np.frombuffer(one, old.dtype) != old) == count
@@ -202,14 +203,14 @@ def test_a_context_without_a_table_is_refused(old: Lanes, found: Found) -> None:
 
 
 def test_runs_beside_the_mark_of_all_blocks_are_refused(old: Lanes, found: Found) -> None:
-    payload = bytearray(classes.pack(found, None))
+    payload = bytearray(exponent_codec.pack(found, None))
     payload[23] |= 0x80
     assert outcomes(bytes(payload), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("extra", [-4, -1, 1, 2, 4])
 def test_low_bits_and_words_fit_exactly(old: Lanes, found: Found, extra: int) -> None:
-    payload = classes.pack(found, None)
+    payload = exponent_codec.pack(found, None)
     if extra > 0:
         assert outcomes(payload + bytes(extra), old, BF16) == [None, None]
     else:
@@ -228,13 +229,13 @@ def test_low_bits_and_words_fit_exactly(old: Lanes, found: Found, extra: int) ->
 def test_tables_of_another_shape_are_refused(
     old: Lanes, found: Found, rows: int, columns: int
 ) -> None:
-    payload = classes.pack(replace(found, low=5, high=5), None)
+    payload = exponent_codec.pack(replace(found, low=5, high=5), None)
     assert outcomes(with_tables(payload, bytes(rows * columns)), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("level", [50, 255])
 def test_levels_that_do_not_exist_are_refused(old: Lanes, found: Found, level: int) -> None:
-    payload = classes.pack(replace(found, low=5, high=5), None)
+    payload = exponent_codec.pack(replace(found, low=5, high=5), None)
     assert outcomes(with_tables(payload, bytes([level, 0, 0])), old, BF16) == [None, None]
 
 
@@ -244,12 +245,12 @@ def test_any_tables_lead_to_the_same_outcome_by_every_path(levels: bytes, seed: 
     new, old = pair_of(BF16, 300, "one class", seed)
     table = np.frombuffer(levels[: len(levels) // 3 * 3], np.uint8).reshape(3, -1) % 50
     steps = np.diff(table, axis=0, prepend=np.zeros((1, table.shape[1]), np.uint8))
-    payload = classes.pack(classes.find(new, old, layout(BF16), None), None)
+    payload = exponent_codec.pack(exponent_codec.find(new, old, layout(BF16), None), None)
     one, other = outcomes(with_tables(payload, steps.tobytes()), old, BF16)
     assert one == other
 
 
 def test_tables_that_inflate_without_end_are_refused(old: Lanes, found: Found) -> None:
-    payload = classes.pack(found, None)
+    payload = exponent_codec.pack(found, None)
     for rows in (bytes(1 << 26), bytes(257 * 3)):
         assert outcomes(with_tables(payload, rows), old, BF16) == [None, None]

@@ -10,9 +10,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msft_store import dtypes
-from msft_store.changes import layout_of
-from msft_store.codecs import (
+from msft_store.codec.changes import layout_of
+from msft_store.codec.codecs import (
     ADAPTIVE,
     CLASSES,
     DELTA,
@@ -30,10 +29,11 @@ from msft_store.codecs import (
     decode_into,
     encode,
 )
-from msft_store.dtypes import DType
+from msft_store.codec.kernels import Bytes
 from msft_store.errors import VersionError
-from msft_store.format import CHUNK_BYTES, inflate
-from msft_store.kernels import Bytes
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
+from msft_store.format.layout import CHUNK_BYTES, inflate
 from tests.store.pairs import BF16, KINDS, PATHS, pair_of
 from tests.support.plain_codecs import read_turned
 
@@ -233,7 +233,7 @@ def test_turned_lanes_are_the_same_by_every_path_and_by_the_format_page(
         chunk.flags.writeable = False
         payloads = []
         for fast in PATHS:
-            monkeypatch.setattr("msft_store.codecs.loops", lambda fast=fast: fast)
+            monkeypatch.setattr("msft_store.codec.codecs.loops", lambda fast=fast: fast)
             payloads.append(TURNED.encode(chunk, None, dtype))
             for payload in payloads:
                 again = TURNED.decode(payload, chunk.size, None, dtype)
@@ -247,7 +247,7 @@ def test_turned_lanes_are_the_same_by_every_path_and_by_the_format_page(
 def test_a_damaged_turned_payload_is_refused_or_gives_bytes_of_the_right_size(
     monkeypatch: pytest.MonkeyPatch, name: str, fast: object
 ) -> None:
-    monkeypatch.setattr("msft_store.codecs.loops", lambda: fast)
+    monkeypatch.setattr("msft_store.codec.codecs.loops", lambda: fast)
     dtype = dtypes.by_name(name)
     chunk = chunk_of(dtype, 40, 3)
     payload = TURNED.encode(chunk, None, dtype)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from msft_store import Base, BusyError, KeepLast, Store, Timeline, backend
-from msft_store.backend import LocalBackend, publish
+from msft_store import Base, BusyError, KeepLast, Store, Timeline
+from msft_store.storage import backend
+from msft_store.storage.backend import LocalBackend, publish
 from tests.support.states import State, same_bits, train_step
 
 

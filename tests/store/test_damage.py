@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from msft_store import Base, Checkpoint, CorruptedError, Store, StoreError
-from msft_store.format import digest, seal
+from msft_store.format.layout import digest, seal
 from tests.support.faults import changed_at
 from tests.support.states import State, same_bits, train_step
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
 from msft_store import Base, InvalidInputError, MismatchError, Parts, Store, flatten
-from msft_store.cli import main
-from msft_store.integrations.dcp import (
+from msft_store.cli.main import main
+from msft_store.integrations.dcp.storage import (
     LoadPlanner,
     SavePlanner,
     StorageReader,

@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from msft_store import Base, Checkpoint, InvalidInputError, KeepLast, Store, pipeline
-from msft_store.backend import LocalBackend
-from msft_store.base_reader import BaseReader, box_runs
-from msft_store.codecs import DELTA
-from msft_store.dtypes import by_name
-from msft_store.format import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
-from msft_store.manifest import (
+from msft_store import Base, Checkpoint, InvalidInputError, KeepLast, Store
+from msft_store.codec.codecs import DELTA
+from msft_store.format.dtypes import by_name
+from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
+from msft_store.objects.base_reader import BaseReader, box_runs
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import (
     Piece,
     TensorEntry,
     checkpoint_content,
     tensor_table,
     write_manifest,
 )
-from msft_store.objects import Objects
-from msft_store.packs import PackWriter
-from msft_store.tensors import to_bytes
+from msft_store.objects.packs import PackWriter
+from msft_store.pipeline import encode
+from msft_store.storage.backend import LocalBackend
+from msft_store.tensors.bytes import to_bytes
 from tests.support.states import State, logical_bytes, make_state, same_bits, train_step, write_base
 
 BF16 = by_name("bfloat16")
@@ -333,7 +334,7 @@ def test_a_rebase_that_no_reader_would_follow_writes_nothing(
 def test_after_the_last_generation_a_chunk_may_still_be_an_anchor(
     store: Store, base: Base, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "MAX_GENERATION", 1)
+    monkeypatch.setattr(encode, "MAX_GENERATION", 1)
     root = store.save(train_step(state, 0.3, 1), parent=base)
     best_state = train_step(store.load(root), 0.02, 2)
     best = store.save(best_state, parent=root)
@@ -369,11 +370,11 @@ def test_the_number_of_threads_changes_no_byte(
 ) -> None:
     state = make_state(big=True)
     file = write_base(tmp_path / "b.safetensors", state)
-    in_order: Callable[..., object] = pipeline.in_order
+    in_order: Callable[..., object] = encode.in_order
     contents = []
     for workers in (1, 8):
         monkeypatch.setattr(
-            pipeline, "in_order", lambda f, items, n=workers: in_order(f, items, workers=n)
+            encode, "in_order", lambda f, items, n=workers: in_order(f, items, workers=n)
         )
         store = Store.create(tmp_path / str(workers))
         first = store.save(train_step(state, 0.01, 1), parent=store.add_base(file))
@@ -388,9 +389,9 @@ def test_results_come_in_order_and_errors_come_out() -> None:
             raise ValueError(n)
         return 2 * n
 
-    assert list(pipeline.in_order(shout, iter(range(7)), workers=3)) == [0, 2, 4, 6, 8, 10, 12]
+    assert list(encode.in_order(shout, iter(range(7)), workers=3)) == [0, 2, 4, 6, 8, 10, 12]
     with pytest.raises(ValueError, match="7"):
-        list(pipeline.in_order(shout, iter(range(50)), workers=3))
+        list(encode.in_order(shout, iter(range(50)), workers=3))
 
 
 def test_a_tensor_of_several_pieces_is_put_together(store: Store) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msft_store import Base, Box, Parts, Store, TensorDiff, UnknownCheckpointError
-from msft_store import diff as module
+from msft_store.maintenance import diff as module
 from tests.support.states import State, make_state, train_step
 
 

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 
 from msft_store import BaseError, CorruptedError, InvalidInputError, OutOfSpaceError, Store
-from msft_store.backend import LocalBackend
-from msft_store.catalog import Catalog
-from msft_store.export import export
+from msft_store.maintenance.export import export
+from msft_store.objects.catalog import Catalog
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import changed_at
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 

@@ -18,7 +18,7 @@ from msft_store import (
     Store,
     StoreError,
 )
-from msft_store.backend import LocalBackend
+from msft_store.storage.backend import LocalBackend
 from tests.support.quota import QuotaBackend, bytes_on_disk
 from tests.support.states import State, same_bits, train_step, write_base
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
-from msft_store.integrations.adapters import adapter_of, weights_of
 from msft_store.integrations.hf import StoreCallback
+from msft_store.integrations.hf.peft import adapter_of, weights_of
 from tests.support.ranks import in_ranks
 from tests.support.states import same_bits
 from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of

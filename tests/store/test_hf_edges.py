@@ -33,9 +33,9 @@ from msft_store import (
     Store,
     Timeline,
 )
-from msft_store.backend import LocalBackend
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.trainer_rules import metrics_of
+from msft_store.integrations.hf.trainer_checks import metrics_of
+from msft_store.storage.backend import LocalBackend
 from tests.support.children import begin, end_of
 from tests.support.faults import CHANGES, FaultyBackend
 from tests.support.states import same_bits

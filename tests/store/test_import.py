@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from msft_store import Base, BaseError, Store
-from msft_store import importing as module
-from msft_store.importing import fitting_base, import_checkpoint
+from msft_store.cli import import_ as module
+from msft_store.cli.import_ import fitting_base, import_checkpoint
 from tests.support.states import State, same_bits, train_step
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 
 from msft_store import Store
-from msft_store.dtypes import by_name
+from msft_store.format.dtypes import by_name
 from tests.fixtures.stores.write import PLACE, WRITERS, moved, sha256, sums_of, write
 from tests.support.plain_store import PlainStore
 from tests.support.states import same_bits

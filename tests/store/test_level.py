@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from msft_store import Base, InvalidInputError, Store, VersionError, codecs
-from msft_store.codecs import Level
-from msft_store.format import seal
+from msft_store import Base, InvalidInputError, Store, VersionError
+from msft_store.codec import codecs
+from msft_store.codec.codecs import Level
+from msft_store.format.layout import seal
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import pytest
 
 from msft_store import Base, BusyError, Checkpoint, InvalidInputError, StorageError, Store
-from msft_store.backend import LocalBackend
-from msft_store.cli import main
-from msft_store.lockfiles import FOLDER
-from msft_store.locks import TIMEOUT, Locks, next_step
-from msft_store.processes import UNKNOWN, Process, whereabouts
+from msft_store.cli.main import main
+from msft_store.storage.backend import LocalBackend
+from msft_store.storage.lock_files import LOCKS, UNKNOWN, Process, whereabouts
+from msft_store.storage.locks import TIMEOUT, Locks, next_step
 from tests.support.owners import ELSEWHERE, here, plant, silence
 from tests.support.states import State, same_bits, train_step
 
@@ -32,7 +31,7 @@ def hasty(store: Store) -> Store:
 
 
 def lock_files(store: Store) -> list[Path]:
-    return sorted(Path(store.path, FOLDER).iterdir())
+    return sorted(Path(store.path, LOCKS).iterdir())
 
 
 # The protocol
@@ -357,7 +356,7 @@ def test_unlock_takes_the_dead_and_with_force_all(store: Store, ckpt: Checkpoint
 
 
 def test_a_lock_of_a_form_to_come_is_respected(store: Store, ckpt: Checkpoint) -> None:
-    path = Path(store.path, FOLDER, "v9 of somebody")
+    path = Path(store.path, LOCKS, "v9 of somebody")
     path.touch()
     path.with_name(".hidden").touch()
     with pytest.raises(BusyError, match="something by process 0 on unknown"):
@@ -418,7 +417,7 @@ def test_the_environment_says_how_long_a_lock_is_waited_for(
 def test_a_store_without_a_place_for_locks_is_read_and_not_written(
     store: Store, ckpt: Checkpoint, state: State
 ) -> None:
-    folder = Path(store.path, FOLDER)
+    folder = Path(store.path, LOCKS)
     folder.rmdir()
     folder.write_text("in the way")
     assert same_bits(store.load(ckpt), train_step(state, 0.05, 1))

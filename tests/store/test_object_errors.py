@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from msft_store.integrations.object_errors import hint, is_final, said
+from msft_store.remote.transport.object_store import hint, is_final, said
 
 AT = "Error performing HEAD http://me:secret@host:9/b/store.json?sig=secret in 1.2ms"
 

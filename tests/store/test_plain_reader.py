@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from msft_store import Store
-from msft_store.codecs import LEVELS
+from msft_store.codec.codecs import LEVELS
 from tests.support.plain_store import PlainStore
 from tests.support.states import State, bits_of, make_state, train_step, write_base
 

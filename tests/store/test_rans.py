@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from msft_store import rans, tables
+from msft_store.codec import rans
 from tests.store.pairs import FAST, SEEDED
 
 Array = NDArray[Any]
@@ -34,7 +34,7 @@ def tables_of(*rows: list[int]) -> Array:
 
 def check_coder(symbols: Array, packed: Array) -> Array:
     """Assert that each path reads what either wrote; return the words."""
-    lanes, slots = rans.lanes_for(symbols.size), tables.slots_of(packed)
+    lanes, slots = rans.lanes_for(symbols.size), rans.slots_of(packed)
     words = rans.encode(symbols, packed)
     if FAST is not None:
         assert np.array_equal(FAST.encode(symbols, packed, lanes), words)
@@ -54,7 +54,7 @@ def check_coder(symbols: Array, packed: Array) -> Array:
 @pytest.mark.parametrize("size", SIZES)
 def test_symbols_of_several_contexts_come_back(size: int) -> None:
     histogram = tables_of(*HISTOGRAMS.values())
-    packed = tables.frequencies(tables.levels_of(histogram))
+    packed = rans.frequencies(rans.levels_of(histogram))
     rng = np.random.default_rng(size)
     for kinds in ([0], [3], range(len(HISTOGRAMS))):
         contexts = rng.choice(np.array(list(kinds)), size)
@@ -76,7 +76,7 @@ def test_skewed_symbols_take_about_their_entropy() -> None:
     histogram = np.bincount(symbols, minlength=256)
     share = histogram[histogram > 0] / symbols.size
     entropy = -(share * np.log2(share)).sum() * symbols.size / 16
-    words = check_coder(symbols, tables.frequencies(tables.levels_of(histogram)))
+    words = check_coder(symbols, rans.frequencies(rans.levels_of(histogram)))
     assert entropy < words.size < 1.01 * entropy + 2 * rans.lanes_for(symbols.size)
 
 
@@ -88,14 +88,14 @@ def test_skewed_symbols_take_about_their_entropy() -> None:
 @settings(SEEDED, max_examples=200)
 def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) -> None:
     histogram = tables_of(*rows)
-    levels = tables.levels_of(histogram)
-    packed = tables.frequencies(levels)
+    levels = rans.levels_of(histogram)
+    packed = rans.frequencies(levels)
     shares, starts = packed.reshape(-1, 256) >> 16, packed.reshape(-1, 256) & 0xFFFF
     assert ((shares > 0) == (histogram.reshape(-1, 256) > 0)).all()
     occurs = histogram.reshape(-1, 256).any(axis=1)
     assert (shares.sum(axis=1) == np.where(occurs, 4096, 0)).all()
     assert (starts == np.where(shares > 0, np.cumsum(shares, axis=1) - shares, 0)).all()
-    for slots in (tables.slots_of(packed), *([] if FAST is None else [FAST.slots_of(packed)])):
+    for slots in (rans.slots_of(packed), *([] if FAST is None else [FAST.slots_of(packed)])):
         expected = [np.repeat(np.arange(256), row) for row in shares[occurs]]
         assert np.array_equal(slots.reshape(-1, 4096)[occurs], np.array(expected).reshape(-1, 4096))
         assert not slots.reshape(-1, 4096)[~occurs].any()
@@ -107,7 +107,7 @@ def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) 
 @given(levels=st.lists(st.integers(0, 49), min_size=256, max_size=256))
 @settings(SEEDED, max_examples=100)
 def test_levels_that_no_histogram_leads_to_make_tables_too(levels: list[int]) -> None:
-    packed = tables.frequencies(np.array(levels, np.uint8))
+    packed = rans.frequencies(np.array(levels, np.uint8))
     assert (packed >> 16).sum() == (4096 if any(levels) else 0)
     if FAST is not None:
         assert np.array_equal(FAST.frequencies(np.array(levels, np.uint8)), packed)
@@ -116,7 +116,7 @@ def test_levels_that_no_histogram_leads_to_make_tables_too(levels: list[int]) ->
 @pytest.mark.parametrize("rare", [1, 100, 255])
 def test_rare_symbols_beside_a_frequent_one_leave_it_the_rest(rare: int) -> None:
     levels = np.array([49] + [1] * rare + [0] * (255 - rare), np.uint8)
-    shares = tables.frequencies(levels) >> 16
+    shares = rans.frequencies(levels) >> 16
     assert shares[0] == 4096 - rare
     assert (shares[1 : 1 + rare] == 1).all()
 
@@ -128,8 +128,8 @@ def test_a_plan_is_the_same_interpreted_and_compiled(seed: int) -> None:
     counts[:, rng.random(256) < 0.7] = 0
     counts[2] = counts[1] * rng.random(256)
     runs, step = int(rng.integers(0, 1000)), int(rng.choice([1, 8]))
-    plan = tables.plan(counts, runs, step)
+    plan = rans.plan(counts, runs, step)
     _, busy, low, high = plan
-    assert 0 <= low <= high < low + tables.MAX_CLASSES
-    assert busy <= tables.EXPONENTS
+    assert 0 <= low <= high < low + rans.MAX_CLASSES
+    assert busy <= rans.EXPONENTS
     assert FAST is None or FAST.plan(counts, runs, step) == plan

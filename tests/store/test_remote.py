@@ -26,9 +26,9 @@ from msft_store import (
     StoreError,
     Timeline,
 )
-from msft_store.integrations.addresses import remote_at
-from msft_store.integrations.remote import clone, open_remote, pull, push
-from msft_store.integrations.remotes import Persistent, small
+from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.remote.transport.base import Persistent, small
+from msft_store.remote.transport.url import remote_at
 from tests.support.faults import changed_at
 from tests.support.remotes import FaultyRemote
 from tests.support.states import State, make_state, same_bits, train_step, write_base

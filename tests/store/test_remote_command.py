@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from msft_store import Base, Store
-from msft_store.cli import main
+from msft_store.cli.main import main
 from tests.support.states import State, make_state, same_bits, train_step
 
 
@@ -215,7 +215,7 @@ def test_a_terminal_sees_how_far_it_is_and_nothing_of_it_stays(
 
 _STARTED = """
 import signal, sys
-from msft_store.cli import main
+from msft_store.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """

@@ -16,9 +16,9 @@ from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from msft_store import Base, NotAStoreError, StorageError, Store
-from msft_store.integrations.addresses import remote_at
-from msft_store.integrations.remote import clone, open_remote, pull, push
-from msft_store.integrations.remotes import ConnectionLostError, Persistent
+from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.remote.transport.base import ConnectionLostError, Persistent
+from msft_store.remote.transport.url import remote_at
 from tests.support.remotes import Died, FaultyRemote
 from tests.support.states import State, make_state, same_bits, train_step
 

@@ -13,8 +13,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from msft_store import NotAStoreError, StorageError, Store
-from msft_store.integrations.object_remote import ObjectRemote, object_remote
-from msft_store.integrations.remote import clone, open_remote, pull, push
+from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.remote.transport.object_store import ObjectRemote, object_remote
 from tests.support.cutting import CuttingProxy
 from tests.support.states import State, same_bits, train_step, write_base
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from msft_store import Base, PinnedError, Store
-from msft_store import repack as module
+from msft_store.maintenance import repack as module
 from tests.support.states import State, same_bits, train_step
 
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from msft_store import KeepLast, Resident, Store, Timeline
-from msft_store.format import CHUNK_BYTES
+from msft_store.format.layout import CHUNK_BYTES
 
 ROWS = CHUNK_BYTES // 2 // 512 + 3
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from msft_store import Checkpoint, Store
-from msft_store.backend import LocalBackend
-from msft_store.packs import read_pack
+from msft_store.objects.packs import read_pack
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import changed_at
 
 

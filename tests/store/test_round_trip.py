@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msft_store import Base, InvalidInputError, MismatchError, StorageError, Store, StoreError
-from msft_store.dtypes import DTYPES
+from msft_store.format.dtypes import DTYPES
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
 TORCH_DTYPES = [dtype.torch for dtype in DTYPES if dtype.torch is not None]

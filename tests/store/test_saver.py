@@ -28,7 +28,7 @@ from msft_store import (
     Store,
     Timeline,
 )
-from msft_store.backend import LocalBackend, Writer
+from msft_store.storage.backend import LocalBackend, Writer
 from tests.support.faults import CHANGES, FaultyBackend, Stopped
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 

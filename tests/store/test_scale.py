@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 
 from msft_store import Base, Store
-from msft_store.backend import LocalBackend
-from msft_store.catalog import Catalog
-from msft_store.cli import main
-from msft_store.dtypes import by_name
+from msft_store.cli.main import main
 from msft_store.errors import CorruptedError
-from msft_store.footer import decode_footer, decode_trailer, encode_footer
-from msft_store.format import BaseSpan, ChunkSpan, Record
-from msft_store.keytable import KeyTable, among, as_keys, counted, key_at, unique
-from msft_store.manifest import Piece, TensorEntry, read_tensors, tensor_table
-from msft_store.tablescan import KeyScanner
+from msft_store.format.dtypes import by_name
+from msft_store.format.key_table import (
+    KeyScanner,
+    KeyTable,
+    among,
+    as_keys,
+    counted,
+    key_at,
+    unique,
+)
+from msft_store.format.layout import BaseSpan, ChunkSpan, Record
+from msft_store.format.pack_footer import decode_footer, decode_trailer, encode_footer
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import Piece, TensorEntry, read_tensors, tensor_table
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import EVERYTHING, FaultyBackend
 from tests.support.states import State, make_state, train_step
 

@@ -28,9 +28,9 @@ from msft_store import (
     Store,
     Timeline,
 )
-from msft_store.cli import main
-from msft_store.cli_space import forget
-from msft_store.figures import draw_changes, draw_lineage, heat_map, heat_text
+from msft_store.cli.gc import forget
+from msft_store.cli.main import main
+from msft_store.cli.plots import draw_changes, draw_lineage, heat_map, heat_text
 from msft_store.retention import Candidate, Reason
 
 COMMANDS = (
@@ -779,7 +779,7 @@ def test_an_output_that_cannot_be_written_is_an_error_without_a_traceback(
 ) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "msft_store.cli", "--store", run_store.path, *command],
+            [sys.executable, "-m", "msft_store.cli.main", "--store", run_store.path, *command],
             check=False,
             stdout=full,
             stderr=subprocess.PIPE,

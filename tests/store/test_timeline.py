@@ -27,8 +27,8 @@ from msft_store import (
     Store,
     Timeline,
 )
-from msft_store.backend import LocalBackend
-from msft_store.objects import Objects
+from msft_store.objects.chunks import Objects
+from msft_store.storage.backend import LocalBackend
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
 

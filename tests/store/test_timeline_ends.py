@@ -23,7 +23,7 @@ from msft_store import (
     Timeline,
     UnknownCheckpointError,
 )
-from msft_store.backend import LocalBackend
+from msft_store.storage.backend import LocalBackend
 from tests.support.faults import CHANGES, FaultyBackend, Stopped
 from tests.support.states import State, same_bits, train_step
 

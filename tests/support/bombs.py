@@ -20,8 +20,8 @@ from typing import Any
 import zstandard
 
 from msft_store import Store
-from msft_store.dtypes import by_name
-from msft_store.format import BaseSpan, ChunkSpan, chunk_key
+from msft_store.format.dtypes import by_name
+from msft_store.format.layout import BaseSpan, ChunkSpan, chunk_key
 from tests.support.forge import chunk, entry, forge_checkpoint, forge_pack
 from tests.support.hostile import Manifest, Pack, sealed
 from tests.support.plain_store import unsealed

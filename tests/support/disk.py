@@ -43,7 +43,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from msft_store.lockfiles import FOLDER as LOCKS
+from msft_store.storage.lock_files import LOCKS
 from tests.support.faults import Stopped
 
 CALLS = ("fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")

@@ -13,9 +13,9 @@ import sys
 
 import numpy as np
 
-from msft_store import codecs
-from msft_store.compiled import loops
-from msft_store.dtypes import by_name
+from msft_store.codec import codecs
+from msft_store.codec.codecs import loops
+from msft_store.format.dtypes import by_name
 
 LANES = 5000
 

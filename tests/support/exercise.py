@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from msft_store import KeepLast, Store, StoreError, Timeline
-from msft_store.cli import main as command
+from msft_store.cli.main import main as command
 
 ROOM = 1 << 30
 """Bytes of address space besides what an idle process has."""

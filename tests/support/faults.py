@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msft_store import Lock, StorageError
-from msft_store.backend import Backend, Writer
-from msft_store.claims import Claim
+from msft_store.storage.backend import Backend, Writer
+from msft_store.storage.claims import Claim
 
 CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
 EVERYTHING = CHANGES | {"exists", "read", "size", "list", "lock"}

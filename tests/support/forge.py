@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from msft_store import Checkpoint, Store
-from msft_store.backend import LocalBackend
-from msft_store.dtypes import DType
-from msft_store.format import Record, chunk_key
-from msft_store.manifest import (
+from msft_store.format.dtypes import DType
+from msft_store.format.layout import Record, chunk_key
+from msft_store.objects.manifest import (
     Piece,
     TensorEntry,
     checkpoint_content,
     tensor_table,
     write_manifest,
 )
-from msft_store.packs import PackWriter
+from msft_store.objects.packs import PackWriter
+from msft_store.storage.backend import LocalBackend
 
 
 def chunk(data: bytes, dtype: DType, **fields: Any) -> Record:

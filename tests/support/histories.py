@@ -40,7 +40,7 @@ from msft_store import (
     StoreError,
     Timeline,
 )
-from msft_store.backend import LocalBackend
+from msft_store.storage.backend import LocalBackend
 from tests.support.changes import in_float32, small_state
 from tests.support.faults import FaultyBackend, Stopped
 from tests.support.invariants import assert_tidied

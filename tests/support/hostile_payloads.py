@@ -16,9 +16,10 @@ import sys
 import numpy as np
 import zstandard
 
-from msft_store import StoreError, codecs
-from msft_store.changes import layout_of
-from msft_store.codecs import (
+from msft_store import StoreError
+from msft_store.codec import codecs
+from msft_store.codec.changes import layout_of
+from msft_store.codec.codecs import (
     ADAPTIVE,
     CLASSES,
     DELTA,
@@ -30,7 +31,7 @@ from msft_store.codecs import (
     ZSTD,
     Codec,
 )
-from msft_store.dtypes import DTYPES, DType
+from msft_store.format.dtypes import DTYPES, DType
 
 CODECS: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED]
 _HEADER = struct.Struct("<5IBBH")

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from msft_store import Store
-from msft_store.lockfiles import EXPIRY_SECONDS, FOLDER, create, name_of
-from msft_store.processes import Process
+from msft_store.storage.lock_files import EXPIRY_SECONDS, LOCKS, Process, create, name_of
 
 ELSEWHERE = Process(
     pid=1234, start=5678, boot="0123456789ab", namespace="0123456789ab", machine="0123456789ab"
@@ -32,7 +31,7 @@ def plant(
     """Write a lock of a process, asked for now or some seconds later; return its file."""
     fields = name_of(shared=shared, purpose=purpose, process=process).split("_")
     fields[1] = str(int(fields[1]) + int(later * 1e9))
-    folder, name = Path(store.path, FOLDER), "_".join(fields)
+    folder, name = Path(store.path, LOCKS), "_".join(fields)
     create(folder, name)
     return folder / name
 

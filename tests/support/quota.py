@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from msft_store import OutOfSpaceError
-from msft_store.backend import LocalBackend, Writer
+from msft_store.storage.backend import LocalBackend, Writer
 
 
 def bytes_on_disk(root: Path) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from msft_store import StorageError
-from msft_store.integrations.remotes import Remote
+from msft_store.remote.transport.base import Remote
 
 
 class Died(BaseException):

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from msft_store.integrations.adapters import weights_of
+from msft_store.integrations.hf.peft import weights_of
 from tests.support.states import State
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.algorithms import Msft
-from trainer.strategy import OVERALL, Decision, Evaluation, RollBack, Stop, Strategy
+from trainer.algorithms.base import Decision, Evaluation, RollBack, Stop, Strategy
+from trainer.config.schema import OVERALL
 
 EVAL_EVERY = 0.25
 STEPS_BETWEEN_EVALUATIONS = 10

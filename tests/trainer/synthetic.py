@@ -15,8 +15,9 @@ from typing import Any
 from recorded import Told, make_msft, play
 
 from trainer.algorithms import Sft
+from trainer.algorithms.base import Continue, RollBack, Stage, Stop
+from trainer.config.schema import OVERALL
 from trainer.journal import Journal
-from trainer.strategy import OVERALL, Continue, RollBack, Stage, Stop
 
 FULL = 1000
 

@@ -11,13 +11,12 @@ import pytest
 
 from msft_store import StorageError, Store, Timeline
 from tests.trainer.support import make_config
-from trainer import points, run
+from trainer.algorithms.base import Continue, Names, RollBack, Stage, Stop
 from trainer.errors import RunError
-from trainer.journal import Journal, effective, read
-from trainer.outbox import Outbox
-from trainer.run import resume, start
-from trainer.steps import StageSteps
-from trainer.strategy import Continue, Names, RollBack, Stage, Stop
+from trainer.journal import Journal, Outbox, effective, read
+from trainer.training import resume_point, run
+from trainer.training.run import resume, start
+from trainer.training.steps import StageSteps
 
 LONG = 60.0
 """Seconds after which a test that hangs fails."""
@@ -102,7 +101,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     journal = Path(config.output_dir) / "journal.jsonl"
     settling, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, save_point = Outbox.settle, points.save_point
+    settle, save_point = Outbox.settle, resume_point.save_point
 
     def committing(self, *arguments, **keywords):
         settling.clear()
@@ -126,7 +125,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
     monkeypatch.setattr(Outbox, "settle", settled)
-    monkeypatch.setattr(points, "save_point", saving_point)
+    monkeypatch.setattr(resume_point, "save_point", saving_point)
     start(config)
     assert len(counted) > 10
     assert all(decided == evaluations for decided, evaluations in counted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.batches import DataOrder, micro_batches
+from trainer.data.batches import DataOrder, micro_batches
 
 LENGTHS = np.random.default_rng(1).integers(3, 60, size=203).tolist()
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.support import make_config
-from trainer.children import run_children
-from trainer.cli import main
-from trainer.compare import compare
+from trainer.cli.main import main
+from trainer.comparison.compare import compare
+from trainer.comparison.grid import grid
+from trainer.comparison.subprocesses import run_children
+from trainer.config.schema import Config
 from trainer.errors import ConfigError, RunError
-from trainer.grid import grid
-from trainer.interrupt import Interrupted
 from trainer.journal import read
-from trainer.run import start
-from trainer.settings import Config
+from trainer.signals import Interrupted
+from trainer.training.run import start
 
 
 @pytest.fixture

@@ -14,17 +14,17 @@ from recorded import load_curve
 from synthetic import write_run
 
 from tests.trainer.support import make_config
-from trainer.comparison import Comparison, Outcome, collect, total
-from trainer.comparison_report import write_comparison
-from trainer.comparison_tables import remarks, score_table, sections, to_text, work_table
+from trainer.comparison.grid import Case, config_of, equal_budget, grid
+from trainer.comparison.html import Picture, Tabular, Text, page
+from trainer.comparison.peak_shifts import Shift, StagePeak, distance, peaks_of_stage, shifts
+from trainer.comparison.report import write_comparison
+from trainer.comparison.results import Comparison, Outcome, collect, total
+from trainer.comparison.tables import remarks, score_table, sections, to_text, work_table
+from trainer.config.schema import OVERALL
 from trainer.errors import ConfigError
-from trainer.grid import Case, config_of, equal_budget, grid
 from trainer.journal import effective, read
-from trainer.page import Picture, Tabular, Text, page
-from trainer.shifts import Shift, StagePeak, distance, peaks_of_stage, shifts
-from trainer.strategy import OVERALL
-from trainer.summary import Scores, Summary, summarize
-from trainer.tables import Table
+from trainer.report.summary import Scores, Summary, summarize
+from trainer.text import Table
 
 METHODS = ("sft", "msft")
 

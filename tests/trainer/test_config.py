@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.checks import to_bytes
-from trainer.config import dump, load_config, to_dict
+from trainer.config.checks import to_bytes
+from trainer.config.load import dump, load_config, to_dict
+from trainer.config.schema import Config
 from trainer.errors import ConfigError
-from trainer.settings import Config
 
 MINIMAL = """\
 output_dir: runs/a

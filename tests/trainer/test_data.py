@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer.support import make_tokenizer, write_lines
-from trainer.data import bos_prefix, encode
+from trainer.config.schema import DataConfig, SubDatasetConfig
+from trainer.data.examples import bos_prefix, encode
+from trainer.data.load import load_mixture, load_split
 from trainer.errors import DataError
-from trainer.forward import IGNORED, collate
-from trainer.loading import load_mixture, load_split
-from trainer.settings import DataConfig, SubDatasetConfig
+from trainer.model.forward import IGNORED, collate
 
 TOKENIZER = make_tokenizer()
 GOOD = {"prompt": "1+1=", "completion": "2"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import dump, load_config
+from trainer.config.load import dump, load_config
+from trainer.config.schema import Config, FieldsConfig, SourceConfig
 from trainer.errors import ConfigError
-from trainer.settings import Config, FieldsConfig, SourceConfig
 
 ROWS = [
     {"input": "1?", "answer": "1", "category": "org/a"},

@@ -16,10 +16,10 @@ from bench.masters import rounded, train
 from bench.tasks import MIXTURE, split, write
 from bench.trajectories import REGIMES
 from msft_store import Store
-from trainer.directory import JOURNAL, STORE
 from trainer.journal import read
-from trainer.run import is_finished
-from trainer.workspace import RESULT
+from trainer.training.directory import JOURNAL, STORE
+from trainer.training.run import is_finished
+from trainer.training.workspace import RESULT
 
 BF16, MASTERS = (next(r for r in REGIMES if r.name == name) for name in TARGETS)
 ROW = Row(

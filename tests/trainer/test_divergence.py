@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config
-from trainer import run
-from trainer.cli import main
-from trainer.divergence import names_not_finite, not_finite, ruined
+from trainer.algorithms.divergence import names_not_finite, not_finite, ruined
+from trainer.cli.main import main
 from trainer.errors import RunError
-from trainer.evaluate import Evaluator
 from trainer.journal import Journal, effective, read
-from trainer.run import resume, start
-from trainer.steps import StageSteps
+from trainer.model.evaluate import Evaluator
+from trainer.training import run
+from trainer.training.run import resume, start
+from trainer.training.steps import StageSteps
 
 
 def records(at, event=None):

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from tests.trainer.support import make_tokenizer, write_model
-from trainer.data import encode
+from trainer.config.schema import EvalConfig, ModelConfig
+from trainer.data.examples import encode
 from trainer.errors import ConfigError
-from trainer.evaluate import Evaluator, answer, check_answers
-from trainer.forward import collate, target_losses
-from trainer.model import load_model
-from trainer.settings import EvalConfig, ModelConfig
+from trainer.model.evaluate import Evaluator, answer, check_answers
+from trainer.model.forward import collate, target_losses
+from trainer.model.load import load_model
 
 TOKENIZER = make_tokenizer()
 TEXTS = [

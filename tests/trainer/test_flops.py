@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.flops import Account, ModelSize, Work, path_ends
+from trainer.report.flops import Account, ModelSize, Work, path_ends
 
 START = {"event": "run_started", "model": {"parameters": 100, "layers": 2, "hidden": 5}}
 

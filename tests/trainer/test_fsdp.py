@@ -12,14 +12,14 @@ from tests.support.runs import die_after, outcome, signal_after
 from tests.support.states import same_bits
 from tests.support.together import SHARDED, together
 from tests.trainer.support import make_config
-from trainer import run
-from trainer.cli import main
-from trainer.forward import compute_in
+from trainer.cli.main import main
+from trainer.distributed import this_process
 from trainer.journal import effective, read
-from trainer.sharding import Shards, split
-from trainer.steps import StageSteps
-from trainer.summary import summarize
-from trainer.together import this_process
+from trainer.model.forward import compute_in
+from trainer.model.sharding import Shards, split
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.steps import StageSteps
 
 BASE = Path(__file__).parents[2] / "examples" / "stdlib_tasks" / "base"
 

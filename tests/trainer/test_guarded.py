@@ -8,16 +8,8 @@ import pytest
 from recorded import load_curve, make_msft, play
 
 from trainer.algorithms import Guarded, Msft, Sft
-from trainer.strategy import (
-    OVERALL,
-    Continue,
-    Divergence,
-    Evaluation,
-    Needs,
-    RollBack,
-    Skip,
-    Stop,
-)
+from trainer.algorithms.base import Continue, Divergence, Evaluation, Needs, RollBack, Skip, Stop
+from trainer.config.schema import OVERALL
 
 NAMES = ("a", "b")
 

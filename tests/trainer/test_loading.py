@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from tests.trainer.support import make_config, make_tokenizer, write_lines
+from trainer.config.schema import DataConfig, FieldsConfig, SubDatasetConfig
+from trainer.data.load import load_mixture, load_split
 from trainer.errors import ConfigError, DataError
-from trainer.loading import load_mixture, load_split
-from trainer.report import write_report
-from trainer.run import start
-from trainer.settings import DataConfig, FieldsConfig, SubDatasetConfig
+from trainer.report.report import write_report
+from trainer.training.run import start
 
 TOKENIZER = make_tokenizer()
 

@@ -11,18 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msft_store import Champions, KeepBest, PeakWindow, Store
 from tests.trainer.support import make_config
-from trainer.batches import DataOrder
-from trainer.commits import retention
-from trainer.directory import create_directory
+from trainer.algorithms.base import Needs, Stage
+from trainer.config.schema import TrainConfig
+from trainer.data.batches import DataOrder
+from trainer.data.schedule import stage_schedule
 from trainer.errors import RunError
 from trainer.journal import effective, read
-from trainer.optim import learning_rate
-from trainer.run import start
-from trainer.schedule import stage_schedule
-from trainer.settings import TrainConfig
-from trainer.steps import StageSteps
-from trainer.strategy import Needs, Stage
-from trainer.workspace import open_workspace
+from trainer.model.optim import learning_rate
+from trainer.training.commits import retention
+from trainer.training.directory import create_directory
+from trainer.training.run import start
+from trainer.training.steps import StageSteps
+from trainer.training.workspace import open_workspace
 
 
 @pytest.fixture(scope="module")

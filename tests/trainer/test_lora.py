@@ -17,18 +17,18 @@ from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config
 from tests.trainer.test_processes import together
-from trainer import run
-from trainer.adapter import load_trained
-from trainer.cli import main
-from trainer.config import load_config
+from trainer.cli.main import main
+from trainer.config.load import load_config
 from trainer.errors import ConfigError
-from trainer.evaluate import Evaluator
-from trainer.flops import Account, ModelSize
 from trainer.journal import Journal, effective, read
-from trainer.run import resume, start
-from trainer.summary import summarize
-from trainer.weights import weights_of
-from trainer.workspace import open_workspace
+from trainer.model.evaluate import Evaluator
+from trainer.model.lora import load_trained
+from trainer.model.weights import weights_of
+from trainer.report.flops import Account, ModelSize
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.run import resume, start
+from trainer.training.workspace import open_workspace
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.1}
 

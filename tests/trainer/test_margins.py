@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.trainer.support import make_config
-from trainer import run
-from trainer.margins import indistinct
-from trainer.run import start
+from trainer.algorithms.peaks import indistinct
+from trainer.training import run
+from trainer.training.run import start
 
 
 def test_a_margin_hides_too_much_from_a_tenth_of_the_metric_on():

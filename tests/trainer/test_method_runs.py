@@ -11,10 +11,10 @@ import torch
 
 from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config
-from trainer import observing, run
 from trainer.journal import Journal, effective, read
-from trainer.run import resume, start
-from trainer.state import optimizer_tensors, python_rng
+from trainer.model.training_state import optimizer_tensors, python_rng
+from trainer.training import observe, run
+from trainer.training.run import resume, start
 
 METHODS = ("continual", "single_rollout", "ies", "dynamix")
 
@@ -93,7 +93,7 @@ def test_the_weights_of_the_sub_datasets_follow_the_rewards(method):
 
 
 def test_looking_ahead_leaves_no_trace(shared, tmp_path, monkeypatch):
-    look_ahead, looks = observing.look_ahead, []
+    look_ahead, looks = observe.look_ahead, []
 
     def watched(work, stage, **arguments):
         before = state_of(work)
@@ -102,7 +102,7 @@ def test_looking_ahead_leaves_no_trace(shared, tmp_path, monkeypatch):
         looks.append(found)
         return found
 
-    monkeypatch.setattr(observing, "look_ahead", watched)
+    monkeypatch.setattr(observe, "look_ahead", watched)
     train = replace(shared.train, optimizer="adamw", weight_decay=0.1, max_grad_norm=1.0)
     start(replace(shared, method="dynamix", output_dir=str(tmp_path / "run"), train=train))
     assert len(looks) == 5

@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from recorded import play
 
 from trainer.algorithms import Continual, Dynamix, Ies, Msft, Sft, SingleRollout
-from trainer.algorithms.dynamix import probabilities, scaled
-from trainer.algorithms.ies import is_mastered
-from trainer.peaks import PeakRule
-from trainer.strategy import (
-    OVERALL,
+from trainer.algorithms.base import (
     Continue,
     Evaluation,
     ExampleLosses,
@@ -26,6 +22,10 @@ from trainer.strategy import (
     Stage,
     Stop,
 )
+from trainer.algorithms.dynamix import probabilities, scaled
+from trainer.algorithms.ies import is_mastered
+from trainer.algorithms.peaks import PeakRule
+from trainer.config.schema import OVERALL
 
 SIZES = {"a": 30.0, "b": 10.0, "c": 60.0}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from recorded import Told, curve_names, load_curve, make_msft, play
 
 from trainer.algorithms import Msft
-from trainer.strategy import OVERALL, Continue, Evaluation, Needs, RollBack, Stage, Stop
+from trainer.algorithms.base import Continue, Evaluation, Needs, RollBack, Stage, Stop
+from trainer.config.schema import OVERALL
 
 
 def as_expected(told: Told) -> dict[str, Any]:

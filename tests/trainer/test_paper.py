@@ -9,10 +9,10 @@ import datasets
 import pytest
 
 from tests.trainer.support import make_tokenizer
-from trainer.config import dump, load_config
-from trainer.evaluate import check_answers
-from trainer.loading import load_mixture
-from trainer.settings import Config, SourceConfig
+from trainer.config.load import dump, load_config
+from trainer.config.schema import Config, SourceConfig
+from trainer.data.load import load_mixture
+from trainer.model.evaluate import check_answers
 
 PAPER = Path(__file__).parent.parent.parent / "examples" / "paper.yaml"
 LABELLED = {"text": ["sand", "milk", "rock", "air"], "label": ["A", "B", "C", "D"]}

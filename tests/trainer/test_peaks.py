@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.peaks import Champion, PeakRule, champions, first_best, is_better, overall
-from trainer.strategy import Mode
+from trainer.algorithms.base import Mode
+from trainer.algorithms.peaks import Champion, PeakRule, champions, first_best, is_better, overall
 
 
 @pytest.mark.parametrize(

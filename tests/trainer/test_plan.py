@@ -9,10 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.flops import ModelSize
-from trainer.plan import Counts, plan
-from trainer.schedule import Schedule, stage_schedule
-from trainer.settings import Config, DataConfig, EvalConfig, ModelConfig, MsftConfig, TrainConfig
+from trainer.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MsftConfig,
+    TrainConfig,
+)
+from trainer.data.schedule import Schedule, stage_schedule
+from trainer.report.flops import ModelSize
+from trainer.report.plan import Counts, plan
 
 SIZE = ModelSize(parameters=100, layers=2, hidden=5)
 COUNTS = {

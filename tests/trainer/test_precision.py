@@ -14,16 +14,15 @@ from transformers import AutoModelForCausalLM
 from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config, make_model
-from trainer import run
 from trainer.errors import ConfigError
-from trainer.evaluate import Evaluator
-from trainer.forward import collate, compute_in, target_losses
 from trainer.journal import Journal, effective, read
-from trainer.run import resume, start
-from trainer.snapshot import Snapshots
-from trainer.summary import summarize
-from trainer.weights import weights_of
-from trainer.workspace import open_workspace
+from trainer.model.evaluate import Evaluator
+from trainer.model.forward import collate, compute_in, target_losses
+from trainer.model.weights import Snapshots, weights_of
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.run import resume, start
+from trainer.training.workspace import open_workspace
 
 
 @pytest.fixture(autouse=True)

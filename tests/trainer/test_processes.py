@@ -10,12 +10,12 @@ from msft_store import StorageError, Store
 from tests.support.runs import die_after, outcome
 from tests.support.together import together
 from tests.trainer.support import make_config, write_lines
-from trainer import run
-from trainer.cli import main
-from trainer.evaluate import Evaluator
+from trainer.cli.main import main
 from trainer.journal import effective, read
-from trainer.steps import StageSteps
-from trainer.summary import summarize
+from trainer.model.evaluate import Evaluator
+from trainer.report.summary import summarize
+from trainer.training import run
+from trainer.training.steps import StageSteps
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,11 @@ import pytest
 from recorded import load_curve
 from synthetic import FULL, write_run
 
-from trainer.disk import disk_points
 from trainer.errors import RunError
-from trainer.flops import Work
 from trainer.journal import Journal, effective, read
-from trainer.report import compare_table, disk_text, write_report
-from trainer.summary import Peak, Result, Scores, Summary, summarize
+from trainer.report.flops import Work
+from trainer.report.report import compare_table, disk_text, write_report
+from trainer.report.summary import Peak, Result, Scores, Summary, disk_points, summarize
 
 PLOTS = ("curves", "loss", "disk")
 

@@ -15,17 +15,22 @@ from transformers import AutoModelForCausalLM
 from msft_store import KeepLast, Store
 from tests.support.states import bits_of
 from tests.trainer.support import make_config
-from trainer import loop, run
-from trainer.batches import DataOrder
-from trainer.course import course_of
-from trainer.flops import ModelSize
+from trainer.algorithms.base import Continue, Needs, RollBack, Stage, Stop
+from trainer.data.batches import DataOrder
 from trainer.journal import effective, read
-from trainer.plan import Counts, plan
-from trainer.resume import Known
-from trainer.run import start
-from trainer.state import load_optimizer, optimizer_tensors, python_rng, set_python_rng
-from trainer.steps import StageSteps
-from trainer.strategy import Continue, Needs, RollBack, Stage, Stop
+from trainer.model.training_state import (
+    load_optimizer,
+    optimizer_tensors,
+    python_rng,
+    set_python_rng,
+)
+from trainer.report.flops import ModelSize
+from trainer.report.plan import Counts, plan
+from trainer.training import loop, run
+from trainer.training.replay import Known
+from trainer.training.run import start
+from trainer.training.stage import course_of
+from trainer.training.steps import StageSteps
 
 NAMES = ("copy", "same", "sum")
 

@@ -13,11 +13,11 @@ import pytest
 from msft_store import Store, Timeline
 from tests.support.runs import kill, outcome
 from tests.trainer.support import make_config
-from trainer import run
 from trainer.errors import RunError
-from trainer.interrupt import Interrupted
 from trainer.journal import Journal, read
-from trainer.run import resume, start
+from trainer.signals import Interrupted
+from trainer.training import run
+from trainer.training.run import resume, start
 
 
 @pytest.fixture(autouse=True)

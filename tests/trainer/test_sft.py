@@ -8,7 +8,8 @@ import pytest
 from recorded import Stages, play
 
 from trainer.algorithms import Sft
-from trainer.strategy import OVERALL, Continue, Mode, Needs, Stage, Stop
+from trainer.algorithms.base import Continue, Mode, Needs, Stage, Stop
+from trainer.config.schema import OVERALL
 
 
 def run(stages: Stages, mode: Mode = "max", epochs: float = 0.75) -> list[object]:

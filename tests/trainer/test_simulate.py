@@ -13,16 +13,16 @@ from synthetic import FULL, write_run
 
 from msft_store import KeepLast
 from tests.trainer.support import make_config
-from trainer.cli import main
+from trainer.cli.main import main
 from trainer.errors import ConfigError, RunError
-from trainer.flops import Work
-from trainer.holding import Holding
 from trainer.journal import Record, effective, read
-from trainer.policies import recorded_config, retention_named, swept, with_policy
-from trainer.run import start
-from trainer.simulate import Simulation, simulate
-from trainer.simulated import Copies, outcome, recorded, to_text
-from trainer.turns import Turn
+from trainer.report.flops import Work
+from trainer.simulate.policies import recorded_config, retention_named, swept, with_policy
+from trainer.simulate.replay import Simulation, simulate
+from trainer.simulate.report import Copies, outcome, recorded, to_text
+from trainer.simulate.retained import Holding
+from trainer.simulate.stage_ends import Turn
+from trainer.training.run import start
 
 
 def journal(tmp_path: Path, curve: str, method: str = "msft") -> list[Record]:

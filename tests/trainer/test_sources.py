@@ -10,11 +10,11 @@ import huggingface_hub
 import pytest
 
 from tests.trainer.support import make_tokenizer
-from trainer.data import encode
+from trainer.config.schema import DataConfig, FieldsConfig, SourceConfig, SubDatasetConfig
+from trainer.data.examples import encode
+from trainer.data.load import load_mixture
+from trainer.data.sources import Sources
 from trainer.errors import DataError
-from trainer.loading import load_mixture
-from trainer.settings import DataConfig, FieldsConfig, SourceConfig, SubDatasetConfig
-from trainer.sources import Sources
 
 ROWS = [
     {

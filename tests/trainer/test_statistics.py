@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.statistics import Estimate, estimate, paired, spread
+from trainer.comparison.results import Estimate, estimate, paired, spread
 
 numbers = st.floats(-1e6, 1e6)
 by_seed = st.dictionaries(st.integers(0, 9), numbers, max_size=6)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer.tables import Table, bytes_text, count_text, flops_text, metric_text
+from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
 
 TABLE = Table(header=("name", "test"), rows=[("arith", "0.4"), ("b", "10.25")])
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.config.templates import check, columns, render
 from trainer.errors import DataError
-from trainer.templates import check, columns, render
 
 ROW = {
     "q": "Why?",

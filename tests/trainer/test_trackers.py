@@ -17,13 +17,13 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from tests.support.runs import kill
 from tests.trainer.support import make_config
-from trainer import run
-from trainer.checks import TRACKERS
+from trainer.config.checks import TRACKERS
 from trainer.errors import ConfigError
-from trainer.interrupt import Interrupted
 from trainer.journal import effective, read
-from trainer.run import resume, start
-from trainer.trackers import values_of
+from trainer.signals import Interrupted
+from trainer.training import run
+from trainer.training.run import resume, start
+from trainer.training.trackers import values_of
 
 SPEED = "train/tokens_per_second"
 """Differs from run to run."""

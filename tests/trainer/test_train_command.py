@@ -15,8 +15,8 @@ import yaml
 
 from msft_store import Store
 from tests.trainer.support import make_config
-from trainer import entry
-from trainer.cli import main
+from trainer import __main__
+from trainer.cli.main import main
 from trainer.journal import read
 
 
@@ -190,7 +190,9 @@ def test_a_run_is_not_begun_twice(capsys, directory):
 
 def test_a_changed_base_is_noticed_on_resume(capsys, directory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.run._finish", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(
+            "trainer.training.run._finish", lambda *_: (_ for _ in ()).throw(OSError("no space"))
+        )
         assert call(capsys, "run", directory / "config.yaml", "--quiet")[0] == 1
     weights = directory / "base/model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -214,8 +216,8 @@ def test_usage(capsys):
 
 def test_the_version_is_told_without_what_the_trainer_needs(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["msft-train", "--version"])
-    monkeypatch.setitem(sys.modules, "trainer.cli", None)
-    assert entry.main() == 0
+    monkeypatch.setitem(sys.modules, "trainer.cli.main", None)
+    assert __main__.main() == 0
     assert capsys.readouterr().out == f"{version('msft-store')}\n"
 
 

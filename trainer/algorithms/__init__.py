@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from trainer.algorithms.base import Mode, Strategy
 from trainer.algorithms.continual import Continual
+from trainer.algorithms.divergence import Guarded, Method
 from trainer.algorithms.dynamix import Dynamix
-from trainer.algorithms.guarded import Guarded, Method
 from trainer.algorithms.ies import Ies
 from trainer.algorithms.msft import Msft
+from trainer.algorithms.peaks import PeakRule
 from trainer.algorithms.sft import Sft
 from trainer.algorithms.single_rollout import SingleRollout
-from trainer.peaks import PeakRule
-from trainer.settings import Config, MsftConfig
-from trainer.strategy import Mode, Strategy
+from trainer.config.schema import Config, MsftConfig
 
 __all__ = [
     "Continual",

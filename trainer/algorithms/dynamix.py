@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from trainer.algorithms.base import Adjustment, LookAhead, Mode, Observation
 from trainer.algorithms.sft import Sft
-from trainer.strategy import Adjustment, LookAhead, Mode, Observation
 
 
 class Dynamix(Sft):

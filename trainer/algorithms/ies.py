@@ -21,8 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.algorithms.base import Adjustment, ExampleLosses, Mode, Observation
 from trainer.algorithms.sft import Sft
-from trainer.strategy import Adjustment, ExampleLosses, Mode, Observation
 
 
 class Ies(Sft):

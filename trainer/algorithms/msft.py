@@ -31,9 +31,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from trainer.algorithms.best import BestOverall, Unobserved, check_order
-from trainer.peaks import Champion, PeakRule, champions
-from trainer.strategy import Continue, Decision, Evaluation, Mode, Needs, RollBack, Stage, Stop
+from trainer.algorithms.base import (
+    Continue,
+    Decision,
+    Evaluation,
+    Mode,
+    Needs,
+    RollBack,
+    Stage,
+    Stop,
+)
+from trainer.algorithms.common import BestOverall, Unobserved, check_order
+from trainer.algorithms.peaks import Champion, PeakRule, champions
 
 
 class Msft(Unobserved):

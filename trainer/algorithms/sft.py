@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.algorithms.best import BestOverall, Unobserved, check_order
-from trainer.strategy import (
+from trainer.algorithms.base import (
     Continue,
     Decision,
     Evaluation,
@@ -21,6 +20,7 @@ from trainer.strategy import (
     Stage,
     Stop,
 )
+from trainer.algorithms.common import BestOverall, Unobserved, check_order
 
 
 class Sft(Unobserved):

@@ -16,9 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.algorithms.best import BestOverall, Unobserved, check_order
-from trainer.peaks import first_best
-from trainer.strategy import Continue, Decision, Evaluation, Mode, Needs, RollBack, Stage, Stop
+from trainer.algorithms.base import (
+    Continue,
+    Decision,
+    Evaluation,
+    Mode,
+    Needs,
+    RollBack,
+    Stage,
+    Stop,
+)
+from trainer.algorithms.common import BestOverall, Unobserved, check_order
+from trainer.algorithms.peaks import first_best
 
 
 class SingleRollout(Unobserved):

@@ -1,0 +1,95 @@
+"""Into the store: safetensors files as a checkpoint, in bounded memory.
+
+Invariants: files are read at positions; no more than :data:`GROUP_BYTES`, or one tensor, is in
+memory at a time; nothing is a checkpoint before all of it is encoded.
+
+Example::
+
+    ckpt = import_checkpoint(store, "my-model", parent=base, step=100)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msft_store._util import PathLike, local_path
+from msft_store.errors import BaseError
+from msft_store.objects.bases import Base
+from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.reference_planner import match_names
+from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
+from msft_store.storage.backend import read_file_into
+from msft_store.store import Store
+from msft_store.tensors.boxes import Box, Parts, whole_box
+from msft_store.tensors.bytes import torch_dtype, view_bytes
+
+GROUP_BYTES = 1 << 30
+
+
+def import_checkpoint(
+    store: Store,
+    path: PathLike,
+    *,
+    parent: Base | Checkpoint | str | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Save a safetensors file, or a directory of them, as a checkpoint.
+
+    The facts are those of :meth:`Store.save`. :class:`BaseError` if there are no files, or one is
+    not sound.
+    """
+    with store.awaiting_parts():
+        parts = [store.encode(group, parent=parent) for group in _groups(local_path(path))]
+        return store.save(
+            Parts(parts), parent=parent, step=step, metrics=metrics, tags=tags, metadata=metadata
+        )
+
+
+def fitting_base(store: Store, path: PathLike) -> Base | None:
+    """Return the store's only base, if safetensors files are of the same model by names and shapes.
+
+    Either the base has all of their tensors or they have all of the base's; a prefix such as
+    ``model.`` may differ. ``None`` otherwise, and where there are several bases.
+    :class:`BaseError` as :func:`import_checkpoint` raises it.
+    """
+    bases = store.bases()
+    if len(bases) != 1:
+        return None
+    theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
+    files = find_files(local_path(path))
+    shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
+    found = match_names(shapes, theirs)
+    fits = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
+    return bases[0] if fits else None
+
+
+def _groups(path: Path) -> Iterator[list[Box]]:
+    """Yield the tensors of the files, a number of them at a time."""
+    seen: set[str] = set()
+    group: list[Box] = []
+    size = 0
+    for file in find_files(path):
+        for name, place in read_header(file).items():
+            if name in seen:
+                raise BaseError(f"{path} holds the tensor {name!r} twice")
+            seen.add(name)
+            if group and size + place.nbytes > GROUP_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(whole_box(name, _read(file, place)))
+            size += place.nbytes
+    yield group
+
+
+def _read(file: Path, place: TensorPlace) -> torch.Tensor:
+    tensor = torch.empty(place.shape, dtype=torch_dtype(place.dtype))
+    if place.nbytes and read_file_into(file, place.offset, view_bytes(tensor).data) != place.nbytes:
+        raise BaseError(f"{file} is shorter than its header says")
+    return tensor

@@ -1,0 +1,124 @@
+"""``msft-store inspect``: a whole store, a checkpoint or a base.
+
+Example::
+
+    document, text = inspect(store, "3fa9", plot=None)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+from msft_store._util import human, percent, table
+from msft_store.cli.lineage import lineage
+from msft_store.cli.output import facts, facts_of_base, gone, measured
+from msft_store.cli.plots import draw_lineage
+from msft_store.errors import InvalidInputError, UnknownCheckpointError
+from msft_store.objects.bases import Base, is_gone
+from msft_store.objects.manifest import Checkpoint
+from msft_store.store import Store
+
+
+def inspect(store: Store, name: str | None, *, plot: str | None) -> tuple[dict[str, Any], str]:
+    """Show a store's lineage, and draw it if a file is named; or one checkpoint or base."""
+    if name is None:
+        return _whole(store, plot)
+    if plot is not None:
+        raise InvalidInputError("--plot draws the whole lineage: leave the checkpoint out")
+    found = _found(store, name)
+    return _base(found) if isinstance(found, Base) else _checkpoint(store, found)
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what ``--json`` tells of a checkpoint."""
+    document = dataclasses.asdict(checkpoint)
+    del document["tensor_digest"]
+    document["metrics"] = {
+        name: value if math.isfinite(value) else str(value)
+        for name, value in checkpoint.metrics.items()
+    }
+    return document
+
+
+def _found(store: Store, name: str) -> Checkpoint | Base:
+    try:
+        return store.get(name)
+    except UnknownCheckpointError:
+        with contextlib.suppress(UnknownCheckpointError):
+            return store.base(name)
+        raise
+
+
+def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
+    checkpoints, refs, bases, held = store.log(), store.refs(), store.bases(), store.held_bytes()
+    document: dict[str, Any] = {
+        "level": store.level,
+        "bases": [_summary_of_base(base) for base in bases],
+        "checkpoints": [summary(checkpoint) for checkpoint in checkpoints],
+        "refs": refs,
+        "held_bytes": held,
+    }
+    text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
+    text += f"\nlevel {store.level}{gone(bases)}"
+    if held:
+        text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
+    if plot is not None:
+        path = draw_lineage(checkpoints, bases, refs, plot)
+        document["plot"] = str(path)
+        text += f"\nthe lineage is drawn in {path}"
+    return document, text
+
+
+def _checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    checkpoint = measured(store, checkpoint)
+    tensors = store.sources(checkpoint)
+    rows = [
+        (
+            source.tensor,
+            source.dtype,
+            _shape(source.shape),
+            human(source.logical_bytes),
+            human(source.stored_bytes),
+            percent(source.stored_bytes, source.logical_bytes),
+            "; ".join(source.how),
+        )
+        for source in tensors
+    ]
+    header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
+    text = f"{facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
+    return {**summary(checkpoint), "tensors": tensors}, text
+
+
+def _base(base: Base) -> tuple[dict[str, Any], str]:
+    tensors = [
+        {
+            "tensor": name,
+            "dtype": tensor.dtype.name,
+            "shape": tensor.shape,
+            "logical_bytes": tensor.nbytes,
+            "file": base.files[tensor.file][0],
+        }
+        for name, tensor in base.tensors.items()
+    ]
+    rows = [
+        (name, tensor.dtype.name, _shape(tensor.shape), human(tensor.nbytes))
+        for name, tensor in base.tensors.items()
+    ]
+    listed = table(("tensor", "dtype", "shape", "bytes"), rows, align="<<<>")
+    return {**_summary_of_base(base), "tensors": tensors}, f"{facts_of_base(base)}\n\n{listed}"
+
+
+def _summary_of_base(base: Base) -> dict[str, Any]:
+    return {
+        "id": base.id,
+        "path": base.path,
+        "logical_bytes": base.logical_bytes,
+        "gone": is_gone(base),
+    }
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,174 @@
+"""``msft-store diff``, ``import`` and ``export``: tensors of two checkpoints, and of a directory.
+
+Example::
+
+    document, text = diff(store, "3fa9", "best", plot=None)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from msft_store._util import human, percent, table
+from msft_store.cli.import_ import fitting_base, import_checkpoint
+from msft_store.cli.plots import check_picture, draw_changes, heat_text
+from msft_store.errors import InvalidInputError
+from msft_store.maintenance.export import is_configured
+from msft_store.maintenance.export_names import exported
+from msft_store.objects.refs import check_name
+from msft_store.store import Store
+from msft_store.tensors.matching import listed
+
+NO_PARENT = "none"
+"""In the place of a parent: there is to be none."""
+
+
+def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
+    """Compare two checkpoints or bases; draw a heat map if a file is named."""
+    if plot is not None:
+        check_picture(plot)
+    diffs = store.diff(one, other)
+    comparable = ("equal", "changed")
+    both = [tensor for tensor in diffs if tensor.kind in comparable]
+    changed = sum(tensor.changed for tensor in both)
+    elements = sum(tensor.elements for tensor in both)
+    differing = [tensor for tensor in diffs if tensor.kind != "equal"]
+    rows = [
+        (
+            tensor.name,
+            "x".join(map(str, tensor.shape)) or "scalar",
+            tensor.kind,
+            percent(tensor.changed, tensor.elements) if tensor.kind in comparable else "",
+            "" if tensor.largest is None else f"{tensor.largest:.3g}",
+            human(tensor.stored_bytes),
+        )
+        for tensor in differing
+    ]
+    header = ("tensor", "shape", "", "changed", "largest", "stored")
+    text = f"{table(header, rows, align='<<<>>>')}\n" if rows else ""
+    text += (
+        f"{len(differing)} of {len(diffs)} tensors differ, "
+        f"{percent(changed, elements)} of the elements that both have"
+    )
+    picture = heat_text(diffs)
+    text += f"\n\n{picture}" if picture else ""
+    document = {
+        "tensors": [{**dataclasses.asdict(t), "share": t.share} for t in diffs],
+        "changed": changed,
+        "elements": elements,
+    }
+    if plot is not None:
+        title = f"{one[:12]} to {other[:12]}: {percent(changed, elements)} changed"
+        path = draw_changes(diffs, plot, title=title)
+        document["plot"] = str(path)
+        text += f"\nthe heat map is in {path}"
+    return document, text
+
+
+def add_diff_options(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``diff``."""
+    command.add_argument("first", help="a checkpoint, a ref or a base")
+    command.add_argument("second", help="another one")
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw a heat map over layers (.png, .svg, .pdf)"
+    )
+
+
+def add_import_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`import_files` reads."""
+    command.add_argument("path", help="a safetensors file, or a directory of them")
+    command.add_argument(
+        "--parent",
+        help="what it descends from: a checkpoint, a ref or a base; none stores it whole (default: "
+        "the store's only base, if it has the same tensors)",
+    )
+    command.add_argument("--step", type=int, help="optimizer step that it is of")
+    command.add_argument(
+        "--metric", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+    )
+    command.add_argument("--tag", action="append", default=[], help="may be repeated")
+    command.add_argument("--ref", help="name of a ref to point to it")
+
+
+def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
+    """Save a directory of safetensors as a checkpoint."""
+    metrics = dict(_metric(text) for text in options.metric)
+    if options.ref is not None:
+        check_name(options.ref)
+    parent = options.parent
+    if parent is None:
+        parent = fitting_base(store, options.path)
+    elif parent == NO_PARENT:
+        parent = None
+    saved = import_checkpoint(
+        store,
+        options.path,
+        parent=parent,
+        step=options.step,
+        metrics=metrics,
+        tags=options.tag,
+    )
+    if options.ref is not None:
+        store.pin(saved, options.ref)
+    size = f"{human(saved.stored_bytes)} for {human(saved.logical_bytes)}"
+    document = {
+        "id": saved.id,
+        "logical_bytes": saved.logical_bytes,
+        "stored_bytes": saved.stored_bytes,
+        "parent": saved.parent,
+        "ref": options.ref,
+    }
+    text = f"checkpoint {saved.id[:12]}: {size}"
+    if options.parent is None and saved.parent is not None:
+        text += f"\nit is a change of base {saved.parent[:12]}, whose tensors it has"
+        text += f"; --parent {NO_PARENT} stores it whole"
+    if options.parent is None and saved.parent is None and store.bases():
+        text += "\nit is stored whole; with --parent, a base or a checkpoint, only what changed is"
+    return document, text
+
+
+def add_export_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`export_files` reads, after the checkpoint."""
+    command.add_argument("directory", help="a new or empty directory")
+    command.add_argument(
+        "--like",
+        metavar="DIRECTORY",
+        help="a model directory to take configuration and tokenizer from (default: the base's)",
+    )
+
+
+def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
+    """Write a checkpoint as a directory of safetensors."""
+    checkpoint = store.get(options.checkpoint)
+    files = store.export(checkpoint, options.directory, like=options.like)
+    text = "\n".join(map(str, files))
+    tensors = store.tensors(checkpoint)
+    base = None if checkpoint.base is None else store.base(checkpoint.base)
+    chosen = exported(checkpoint, tensors, base)
+    if chosen.left_out:
+        size = human(sum(tensors[name].nbytes for name in chosen.left_out))
+        text += f"\nleft out, as no part of the model: {listed(chosen.left_out)} ({size})"
+    configured = is_configured(files)
+    if not configured:
+        text += (
+            "\nthere is no configuration beside them, as the checkpoint has no base, or not in a "
+            "directory that is there; --like DIRECTORY takes it from another model"
+        )
+    document = {
+        "files": [str(file) for file in files],
+        "configured": configured,
+        "left_out": list(chosen.left_out),
+    }
+    return document, text
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, sign, value = text.rpartition("=")
+    try:
+        if not (name and sign):
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise InvalidInputError(f"--metric is NAME=VALUE with a number, not {text!r}") from None

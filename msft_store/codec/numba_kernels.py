@@ -1,0 +1,374 @@
+"""The class codec's loops, compiled by Numba; importing this takes it, and half a second.
+
+They give what :mod:`msft_store.codec.changes` and :mod:`msft_store.codec.rans` give, at many times
+the speed, release the GIL, and are compiled once a machine. Indices are unsigned where Numba would
+otherwise test each for being negative. Nothing here checks bounds: callers check sizes before.
+
+Example::
+
+    from msft_store.codec.codecs import loops
+    fast = loops()                    # this module, or None without Numba
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import int64, njit, uint16, uint32, uint64
+
+from msft_store.codec import arithmetic_coder, rans
+from msft_store.codec.changes import DIRECT, FIRST_CLASS
+from msft_store.codec.rans import BLOCK, LOWEST, PROBABILITY_BITS
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_INVERSE_SLACK = 1 + 2.0**-50
+"""So that a product with an inverse is never below the quotient of a multiple."""
+_TOGETHER = 1024
+"""Elements at a time, for buffers that stay in the nearest cache."""
+
+
+def _compiled(function: _F) -> _F:
+    try:
+        compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        # Nowhere to write a cache: compiled anew in each process.
+        compiled = njit(nogil=True, error_model="numpy")(function)
+    return cast("_F", compiled)
+
+
+def _naming(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """Return a function for which some global names mean something else."""
+    known = {**function.__globals__, **names}
+    return FunctionType(function.__code__, known, function.__name__)
+
+
+plan = _compiled(rans.plan)
+levels_of = _compiled(rans.levels_of)
+frequencies = _compiled(rans.frequencies)
+slots_of = _compiled(rans.slots_of)
+
+decide = njit(inline="always", error_model="numpy")(arithmetic_coder.decide)
+code = _compiled(_naming(arithmetic_coder.code, decide=decide))
+
+
+@_compiled
+def survey(
+    new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
+) -> Any:
+    """See :func:`msft_store.codec.changes.survey`; words are the whole blocks as uint64."""
+    blocks = -(-new.size // BLOCK)
+    whole = new.size // BLOCK
+    changed = np.zeros(blocks, np.bool_)
+    same = np.zeros(rans.EXPONENTS, np.int64)
+    seen = np.zeros(rans.EXPONENTS, np.int64)
+    moved = np.zeros(rans.EXPONENTS, np.int64)
+    bits, by = uint64(mask), uint64(shift)
+    width = new_words.size // whole if whole > 0 else 0
+    for block in range(whole):
+        differs, start = uint64(0), block * width
+        for i in range(width):
+            differs |= new_words[start + i] ^ old_words[start + i]
+        changed[block] = differs != 0
+    for i in range(whole * BLOCK, new.size):
+        changed[blocks - 1] |= new[i] != old[i]
+    for block in range(0, blocks, step):
+        first, end = block * BLOCK, min(block * BLOCK + BLOCK, new.size)
+        if changed[block]:
+            for i in range(first, end):
+                e = (uint64(old[i]) & bits) >> by
+                seen[e] += 1
+                moved[e] += int64(new[i] != old[i])
+        else:
+            for i in range(first, end):
+                same[(uint64(old[i]) & bits) >> by] += 1
+    runs = 0
+    before = False
+    for block in range(blocks):
+        runs += changed[block] != before
+        before = changed[block]
+    return changed, np.stack((same, seen, moved)), runs
+
+
+@_compiled
+def listing(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
+    """Return what is listed in the blocks that are marked: positions, and gaps of the quiet ones.
+
+    Positions, uint32, are of changed and of busy elements; gaps, int64, are counted in the marked
+    blocks only.
+    """
+    positions = np.empty(new.size + 1, np.uint32)
+    gaps = np.empty(new.size + 1, np.int64)
+    marks = np.zeros(BLOCK, np.uint8)
+    eights = marks.view(np.uint64)
+    count, quiet = uint64(0), uint64(0)
+    start, before = 0, -1
+    for block in range(blocks.size):
+        if not blocks[block]:
+            continue
+        first = block * BLOCK
+        length = min(BLOCK, new.size - first)
+        any_quiet = False
+        for i in range(length):
+            reference = old[first + i]
+            changed, busy = new[first + i] != reference, (reference & mask) < limit
+            marks[i] = changed | busy
+            any_quiet |= changed & (not busy)
+        if any_quiet:
+            for i in range(length):
+                reference = old[first + i]
+                if new[first + i] != reference and (reference & mask) >= limit:
+                    gaps[quiet] = start + i - before - 1
+                    quiet += uint64(1)
+                    before = start + i
+        start += BLOCK
+        marks[length:] = 0
+        for eight in range(eights.size):
+            if eights[eight] != 0:
+                for i in range(8 * eight, 8 * eight + 8):
+                    positions[count] = first + i
+                    count += uint64(marks[i])
+    return positions[:count], gaps[:quiet].copy()
+
+
+@_compiled
+def placing(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
+    """Return positions of busy elements and of the ``quiet`` ones, in the blocks marked.
+
+    ``quiet`` ascends, counted in those blocks only. Empty, if it goes beyond them.
+    """
+    positions = np.empty(old.size + 1, np.uint32)
+    marks = np.zeros(BLOCK, np.uint8)
+    eights = marks.view(np.uint64)
+    count = uint64(0)
+    reached = uint64(0)
+    start = uint64(0)
+    for block in range(blocks.size):
+        if not blocks[block]:
+            continue
+        first = block * BLOCK
+        length = min(BLOCK, old.size - first)
+        for i in range(length):
+            marks[i] = (old[first + i] & mask) < limit
+        marks[length:] = 0
+        while reached < quiet.size and quiet[reached] < start + uint64(length):
+            marks[quiet[reached] - start] = 1
+            reached += uint64(1)
+        start += uint64(BLOCK)
+        for eight in range(eights.size):
+            if eights[eight] != 0:
+                for i in range(8 * eight, 8 * eight + 8):
+                    positions[count] = first + i
+                    count += uint64(marks[i])
+    return positions[: count if reached == quiet.size else 0]
+
+
+@_compiled
+def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any, high: Any) -> Any:
+    """See :func:`msft_store.codec.changes.describe`."""
+    symbols = np.empty(positions.size, np.uint16)
+    distances = np.empty(positions.size, np.uint32)
+    # First together, then computed: the second loop is one that a compiler can vectorise.
+    before, after = np.empty(_TOGETHER, np.int64), np.empty(_TOGETHER, np.int64)
+    for first in range(0, positions.size, _TOGETHER):
+        length = min(_TOGETHER, positions.size - first)
+        at = positions[first : first + length]
+        for k in range(length):
+            before[k], after[k] = old[at[k]], new[at[k]]
+        some, steps = symbols[first : first + length], distances[first : first + length]
+        for k in range(length):
+            was, now = before[k] & mask, after[k] & mask
+            change = now - was
+            negative = change >> 63
+            distance = (change ^ negative) - negative
+            halves = int64(np.float64(distance).view(np.int64) >> 51) - 2046
+            token = distance if distance < DIRECT else halves
+            context = min(max(was >> shift, low), high) - low + FIRST_CLASS
+            flipped = int64((before[k] ^ after[k]) & (mask + 1) != 0)
+            some[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
+            steps[k] = uint32(distance)
+    return symbols, distances
+
+
+@_compiled
+def gather(symbols: Any, distances: Any, bits: Any, histogram: Any, words: Any, start: Any) -> Any:
+    """See :func:`msft_store.codec.kernels.gather`."""
+    tokens = uint16(bits.size - 1)
+    other = np.zeros(histogram.size, np.int64)
+    used, one = uint64(start >> 5), uint64(1)
+    hold, have = uint64(words[used]), uint64(start & 31)
+    for k in range(symbols.size):
+        symbol = symbols[k]
+        # Two histograms, as equal neighbours would wait for each other.
+        if k & 1:
+            histogram[symbol] += 1
+        else:
+            other[symbol] += 1
+        more = uint64(bits[(symbol >> uint16(2)) & tokens])
+        hold |= (uint64(distances[k]) & ((one << more) - one)) << have
+        have += more
+        if have >= uint64(32):
+            words[used] = uint32(hold)
+            used += one
+            hold >>= uint64(32)
+            have -= uint64(32)
+    words[used] = uint32(hold)
+    for i in range(other.size):
+        histogram[i] += other[i]
+    return 32 * int64(used) + int64(have)
+
+
+@_compiled
+def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
+    """See :func:`msft_store.codec.rans.encode`."""
+    inverse = np.empty(packed.size, np.float64)
+    for i in range(packed.size):
+        share = packed[i] >> uint32(16)
+        inverse[i] = _INVERSE_SLACK / share if share > 0 else 0.0
+    words = np.empty(symbols.size + 2 * lanes + 1, np.uint16)
+    state = np.full(lanes, LOWEST, np.uint32)
+    at, turn, one = uint64(words.size - 1), uint64(lanes - 1), uint64(1)
+    left = uint64(symbols.size)
+    while left > uint64(0):
+        left -= one
+        symbol = symbols[left]
+        entry = packed[symbol]
+        share, now = uint32(entry >> uint32(16)), state[left & turn]
+        full = uint64((now >> uint32(32 - PROBABILITY_BITS)) >= share)
+        words[at] = uint16(now)
+        at -= full
+        now = uint32(now >> uint32(full << uint64(4)))
+        quotient = uint32(now * inverse[symbol])
+        state[left & turn] = uint32(
+            (quotient << uint32(PROBABILITY_BITS))
+            + (now - quotient * share)
+            + (entry & uint32(0xFFFF))
+        )
+    for lane in range(lanes - 1, -1, -1):
+        words[at] = uint16(state[lane])
+        words[at - one] = uint16(state[lane] >> uint32(16))
+        at -= uint64(2)
+    return words[at + one :]
+
+
+@_compiled
+def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> Any:
+    """See :func:`msft_store.codec.rans.decode`."""
+    symbols = np.empty(contexts.size, np.uint8)
+    state = np.empty(lanes, np.uint32)
+    at, one = uint64(0), uint64(1)
+    for lane in range(lanes):
+        state[lane] = uint32(words[at]) << uint32(16) | uint32(words[at + one])
+        at += uint64(2)
+    turn = uint64(lanes - 1)
+    for i in range(contexts.size):
+        lane = uint64(i) & turn
+        now, context = state[lane], uint64(contexts[i])
+        slot = now & uint32((1 << PROBABILITY_BITS) - 1)
+        symbol = uint64(slots[(context << uint64(PROBABILITY_BITS)) + slot])
+        entry = packed[(context << uint64(8)) + symbol]
+        now = uint32(
+            (entry >> uint32(16)) * (now >> uint32(PROBABILITY_BITS))
+            + slot
+            - (entry & uint32(0xFFFF))
+        )
+        low = now < uint32(LOWEST)
+        refilled = uint32(now << uint32(16) | uint32(words[at]))
+        at += uint64(low)
+        state[lane] = refilled if low else now
+        symbols[i] = symbol
+    return symbols, at
+
+
+@_compiled
+def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
+    """Return the context of each position, uint8."""
+    contexts = np.empty(positions.size, np.uint8)
+    for k in range(positions.size):
+        exponent = (uint64(old[positions[k]]) & uint64(mask)) >> uint64(shift)
+        contexts[k] = first[exponent] >> uint16(8)
+    return contexts
+
+
+@_compiled
+def distances_of(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
+    """See :func:`msft_store.codec.kernels.distances_of`."""
+    distances = np.zeros(symbols.size, np.uint32)
+    at, one = uint64(start), uint64(1)
+    for k in range(symbols.size):
+        token = symbols[k] >> 2
+        more = uint64(bits[token])
+        word = at >> uint64(5)
+        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        distances[k] = uint32(least[token]) + uint32(low)
+        at += more
+        if at > uint64(end):
+            break
+    return distances, int64(at)
+
+
+@_compiled
+def apply(
+    new: Any,
+    positions: Any,
+    symbols: Any,
+    words: Any,
+    start: Any,
+    end: Any,
+    sign: Any,
+    bits: Any,
+    least: Any,
+) -> Any:
+    """See :func:`msft_store.codec.kernels.apply`."""
+    at, one = uint64(start), uint64(1)
+    for k in range(positions.size):
+        i = positions[k]
+        symbol = uint64(symbols[k])
+        token = symbol >> uint64(2)
+        more = uint64(bits[token])
+        word = at >> uint64(5)
+        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        distance = uint64(least[token]) + low
+        negative = uint64(0) - ((symbol >> one) & one)
+        change = (distance ^ negative) - negative
+        new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change
+        at += more
+        if at > uint64(end):
+            break
+    return int64(at)
+
+
+@_compiled
+def split_turned(values: Any, width: Any) -> Any:
+    """Return ``split_planes(turn(values))`` of :mod:`msft_store.codec.kernels`."""
+    planes = np.empty(width * values.size, np.uint8)
+    last = uint64(8 * width - 1)
+    for number in range(width):
+        plane, shift = planes[number * values.size : (number + 1) * values.size], uint64(8 * number)
+        for i in range(values.size):
+            value = uint64(values[i])
+            plane[i] = ((value << uint64(1)) | (value >> last)) >> shift
+    return planes
+
+
+@_compiled
+def join_turned(planes: Any, values: Any, width: Any) -> None:
+    """Fill ``values`` with ``turn_back(join_planes(planes))``."""
+    count = values.size
+    last = uint64(8 * width - 1)
+    if width == 2:
+        low, high = planes[:count], planes[count:]
+        for i in range(count):
+            turned = uint64(high[i]) << uint64(8) | uint64(low[i])
+            values[i] = turned >> uint64(1) | turned << last
+    else:
+        a, b = planes[:count], planes[count : 2 * count]
+        c, d = planes[2 * count : 3 * count], planes[3 * count :]
+        for i in range(count):
+            turned = uint64(d[i]) << uint64(24) | uint64(c[i]) << uint64(16)
+            turned |= uint64(b[i]) << uint64(8) | uint64(a[i])
+            values[i] = turned >> uint64(1) | turned << last

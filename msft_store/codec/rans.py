@@ -1,0 +1,254 @@
+"""An interleaved range coder with fixed tables (rANS), in NumPy: the reference.
+
+Many coders take turns, one a *lane*, so that a step over all lanes is a few array operations, and
+compiled code (:mod:`msft_store.codec.numba_kernels`) keeps several multiplications under way. Both
+give the same words. ``docs/FORMAT.md``, section 5, has the steps; the method is J. Duda's (arXiv
+1311.2540).
+
+Example::
+
+    words = encode(symbols, packed)              # symbols: context << 8 | symbol
+    again, used = decode(words, contexts, packed, slots)
+
+Small decisions of the class codec, in integers alone: its plan and its frequency tables.
+
+Written as plain loops, so that the same source runs compiled
+(:mod:`msft_store.codec.numba_kernels`) and interpreted, and gives the same bytes on every machine.
+The formulas are in ``docs/FORMAT.md``, section 5; what :func:`plan` decides is the encoder's choice
+and stands in the payload.
+
+Example::
+
+    blocks, busy, low, high = plan(counts, runs, step)
+    levels = levels_of(histogram)
+    packed = frequencies(levels)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BLOCK = 128
+"""Lanes of a block; blocks without any change are left out where that pays."""
+SYMBOLS = 256
+"""Symbols of one table."""
+EXPONENTS = 256
+MAX_CLASSES = 64
+PROBABILITY_BITS = 12
+LEVELS = np.array([(64, 76, 91, 108)[j % 4] << j // 4 for j in range(49)], np.int64)
+"""Weights a quarter of an octave apart; a symbol's frequency is kept as one of them."""
+_BOUNDS = LEVELS[:-1] + LEVELS[1:]
+"""A share of 2^19 belongs to the first level whose bound is above it, or else to the last one."""
+_WEIGHTS = np.append(0, LEVELS)
+"""Of each level plus 1; none of 0."""
+RUN_BITS = 4
+"""What one run of blocks costs at least, in expected changes that it must save."""
+CLASS_ELEMENTS = 128
+"""Classes with fewer elements are merged with their neighbour."""
+_SAMPLED_BLOCKS = 256
+_SAMPLING = 8
+
+
+def sampling(blocks: int) -> int:
+    """Return how far apart the blocks are that a plan counts."""
+    return _SAMPLING if blocks >= _SAMPLED_BLOCKS else 1
+
+
+def plan(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
+    """Return (leave out unchanged blocks, busy exponents below, lowest class, highest class).
+
+    ``counts``, int64 of shape (3, 256), holds for each exponent of the reference the elements of
+    unchanged blocks, those of changed blocks, and those that changed, of every ``step``-th block;
+    ``runs`` is how often a run of changed or unchanged blocks begins.
+    """
+    expected = 0
+    for e in range(EXPONENTS):
+        total = counts[0, e] + counts[1, e]
+        if total > 0:
+            expected += counts[0, e] * counts[2, e] // total
+    blocks = step * expected > RUN_BITS * runs
+    busy = 0
+    listed = 0
+    for e in range(EXPONENTS):
+        seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
+        if counts[2, e] >= 4 and 8 * counts[2, e] >= seen:
+            busy = e + 1
+    low, high = -1, 0
+    for e in range(EXPONENTS):
+        seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
+        listed += step * (seen if e < busy else counts[2, e])
+        if low < 0 and listed >= CLASS_ELEMENTS:
+            low = e
+    if low < 0:
+        return blocks, busy, 0, 0
+    above = 0
+    for k in range(EXPONENTS):
+        e = EXPONENTS - 1 - k
+        seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
+        above += step * (seen if e < busy else counts[2, e])
+        if above >= CLASS_ELEMENTS:
+            high = e
+            break
+    high = max(low, min(high, low + MAX_CLASSES - 1))
+    return blocks, busy, low, high
+
+
+def levels_of(histogram: Array) -> Array:
+    """Return each symbol's level plus 1, or 0 if it does not occur; uint8, shape as given.
+
+    ``histogram`` is int64 of shape (contexts * 256,).
+    """
+    levels = np.zeros(histogram.size, np.uint8)
+    totals = histogram.reshape(-1, SYMBOLS).sum(axis=1)
+    used = np.flatnonzero(histogram)
+    scaled = (histogram[used] << 19) // totals[used >> 8]
+    levels[used] = (np.searchsorted(_BOUNDS, scaled, side="right") + 1).astype(np.uint8)
+    return levels
+
+
+def frequencies(levels: Array) -> Array:
+    """Return ``frequency << 16 | sum of those before``, uint32; each context's sum is 4096."""
+    packed = np.zeros(levels.size, np.uint32)
+    weights = _WEIGHTS[levels].reshape(-1, SYMBOLS)
+    totals = weights.sum(axis=1)
+    for context in np.flatnonzero(totals):
+        used = np.flatnonzero(weights[context])
+        shares = np.maximum((weights[context][used] << PROBABILITY_BITS) // totals[context], 1)
+        rest = (1 << PROBABILITY_BITS) - shares.sum()
+        while rest != 0:
+            most = np.argmax(shares)
+            change = max(rest, -(shares[most] // 2))
+            shares[most] += change
+            rest -= change
+        before = np.cumsum(shares) - shares
+        packed[context * SYMBOLS + used] = ((shares << 16) | before).astype(np.uint32)
+    return packed
+
+
+def slots_of(packed: Array) -> Array:
+    """Return the symbol of each of a context's 4096 slots; uint8, shape (contexts * 4096,)."""
+    slots = np.zeros(packed.size << 4, np.uint8)
+    for index in np.flatnonzero(packed):
+        share, before = np.int64(packed[index] >> 16), np.int64(packed[index] & 0xFFFF)
+        start = (index >> 8 << PROBABILITY_BITS) + before
+        slots[start : start + share] = index & 255
+    return slots
+
+
+LOWEST = 1 << 16
+"""Between two symbols a state is at least this and below 2^32."""
+_SLOT = (1 << PROBABILITY_BITS) - 1
+_FEW = 8
+"""Lanes up to which Python's integers are faster than arrays of as many."""
+_SYMBOLS_PER_LANE = 1024
+_MAX_LANES = 1024
+
+
+def lanes_for(count: int) -> int:
+    """Return how many coders share ``count`` symbols: a power of two, or 0."""
+    if count == 0:
+        return 0
+    return 1 << min(max(count // _SYMBOLS_PER_LANE, 1), _MAX_LANES).bit_length() - 1
+
+
+def encode(symbols: Array, packed: Array) -> Array:
+    """Return uint16 words: two a lane for its state, high half first, then those of the symbols.
+
+    ``symbols`` is uint16, ``context << 8 | symbol``; ``packed`` as of
+    :func:`msft_store.codec.rans.frequencies`.
+    """
+    lanes = lanes_for(symbols.size)
+    entries = packed[symbols]
+    if lanes <= _FEW:
+        return _encode_few(entries.tolist(), lanes)
+    steps = -(-symbols.size // lanes)
+    # What is not there is coded as a certainty, which changes nothing.
+    rows = np.full((steps, lanes), 1 << 16 + PROBABILITY_BITS, np.uint32)
+    rows.reshape(-1)[: entries.size] = entries
+    shares, before = rows >> 16, rows & 0xFFFF
+    limits = (shares.astype(np.uint64) << 32 - PROBABILITY_BITS) - np.uint64(1)
+    full, states = np.empty((steps, lanes), bool), np.empty((steps, lanes), np.uint32)
+    state, quotient, rest = np.full((3, lanes), LOWEST, np.uint32)
+    turns = zip(shares, before, limits.astype(np.uint32), full, states, strict=True)
+    for share, start, limit, is_full, was in reversed(list(turns)):
+        np.greater(state, limit, out=is_full)
+        was[:] = state
+        np.right_shift(state, 16, out=state, where=is_full)
+        np.divmod(state, share, out=(quotient, rest))
+        np.left_shift(quotient, PROBABILITY_BITS, out=quotient)
+        np.add(quotient, rest, out=state)
+        np.add(state, start, out=state)
+    halves = np.stack([state >> 16, state], axis=1).reshape(-1)
+    words: Array = np.concatenate([halves, states[full]]).astype(np.uint16)
+    return words
+
+
+def _encode_few(entries: list[int], lanes: int) -> Array:
+    state, words = [LOWEST] * lanes, []
+    for i in range(len(entries) - 1, -1, -1):
+        share, now, lane = entries[i] >> 16, state[i % lanes], i % lanes
+        if now >> 32 - PROBABILITY_BITS >= share:
+            words.append(now & 0xFFFF)
+            now >>= 16
+        state[lane] = (now // share << PROBABILITY_BITS) + now % share + (entries[i] & 0xFFFF)
+    for now in reversed(state):
+        words += [now & 0xFFFF, now >> 16]
+    return np.array(words[::-1], np.uint16)
+
+
+def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[Array, int]:
+    """Return the symbols, uint8, one a context, and how many words they took.
+
+    ``words`` must go on for two words a lane and one a symbol, with anything.
+    """
+    lanes = lanes_for(contexts.size)
+    if lanes <= _FEW:
+        return _decode_few(words.tolist(), contexts.tolist(), packed.tolist(), slots.tobytes())
+    given = words.astype(np.int64)
+    state = given[: 2 * lanes : 2] << 16 | given[1 : 2 * lanes : 2]
+    numbers = np.arange(slots.size)
+    entries = packed[(numbers >> PROBABILITY_BITS << 8) + slots].astype(np.int64)
+    shares, biases = entries >> 16, (numbers & _SLOT) - (entries & 0xFFFF)
+    chosen = contexts.astype(np.int64) << PROBABILITY_BITS
+    used, factor = 2 * lanes, np.empty(lanes, np.int64)
+    for start in range(0, chosen.size, lanes):
+        slot = chosen[start : start + lanes]
+        if slot.size < lanes:
+            state, factor = state[: slot.size], factor[: slot.size]
+        np.bitwise_and(state, _SLOT, out=factor)
+        np.add(slot, factor, out=slot)
+        shares.take(slot, out=factor, mode="clip")
+        np.right_shift(state, PROBABILITY_BITS, out=state)
+        np.multiply(state, factor, out=state)
+        biases.take(slot, out=factor, mode="clip")
+        np.add(state, factor, out=state)
+        low = (state < LOWEST).nonzero()[0]
+        state[low] = state[low] << 16 | given[used : used + low.size]
+        used += low.size
+    symbols: Array = slots[chosen]
+    return symbols, used
+
+
+def _decode_few(
+    words: list[int], contexts: list[int], packed: list[int], slots: bytes
+) -> tuple[Array, int]:
+    lanes = lanes_for(len(contexts))
+    state = [words[2 * lane] << 16 | words[2 * lane + 1] for lane in range(lanes)]
+    symbols, used = bytearray(len(contexts)), 2 * lanes
+    for i, context in enumerate(contexts):
+        now = state[i % lanes]
+        slot = now & _SLOT
+        symbol = slots[(context << PROBABILITY_BITS) + slot]
+        entry = packed[(context << 8) + symbol]
+        now = (entry >> 16) * (now >> PROBABILITY_BITS) + slot - (entry & 0xFFFF)
+        if now < LOWEST:
+            now = now << 16 | words[used]
+            used += 1
+        state[i % lanes] = now
+        symbols[i] = symbol
+    return np.frombuffer(symbols, np.uint8), used

@@ -1,0 +1,312 @@
+"""The footer of a pack in bytes: what the pack holds.
+
+Invariants: a footer is checked for its digest and its sizes when it is parsed. Its records stay the
+array that they are in the file, because a store has them by the hundred thousand, and its
+references stay JSON until the first one is needed.
+
+Example::
+
+    footer = decode_footer(data, trailer, "packs/00ff.pack")
+    footer.record(0).codec
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from msft_store.errors import CorruptedError, InvalidInputError
+from msft_store.format.dtypes import DTYPES
+from msft_store.format.key_table import Keys, is_zero
+from msft_store.format.layout import (
+    CHUNK_BYTES,
+    KEY_BYTES,
+    MAX_DEPTH,
+    VERSION,
+    BaseSpan,
+    ChunkSpan,
+    Record,
+    canonical,
+    inflate,
+)
+from msft_store.format.strict_json import id_of, mapping, name_of, natural, parse, shape_of, texts
+
+PACK_MAGIC = b"msftpack"
+PACK_HEADER = struct.Struct("<8sII")
+PACK_TRAILER = struct.Struct("<QIIII16s8s")
+NONE = 0xFFFFFFFF
+"""The index of what a record does not have."""
+_MAX_TABLE = 1 << 20
+_MAX_TABLE_OF_RECORD = 1 << 10
+"""Bytes of JSON: of any pack, and more for each record. Compressed, JSON may be next to nothing."""
+_MAX_FOOTER = 1 << 29
+_MAX_EXCESS = 1 << 16
+"""Bytes that a payload may have more than the chunk."""
+_MAX_SPANS = 16
+_SIZES = np.ones(256, np.uint32)
+_SIZES[[dtype.code for dtype in DTYPES]] = [dtype.size for dtype in DTYPES]
+_CHUNKS = b'"chunks"'
+_BASES = re.compile(rb'\{"bases":(\[[0-9a-f",]*\]),"references":')
+_RECORD = np.dtype(
+    [
+        ("key", "<u8", 2),
+        ("ref_key", "<u8", 2),
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("size", "<u4"),
+        ("codec", "u1"),
+        ("dtype", "u1"),
+        ("depth", "u1"),
+        ("generation", "u1"),
+        ("reference", "<u4"),
+        ("base", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+RECORD_BYTES = _RECORD.itemsize
+
+Rows = NDArray[np.void]
+"""Records as they stand in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trailer:
+    """The last bytes of a pack: where its footer is."""
+
+    offset: int
+    length: int
+    size: int
+    """Decoded length of the footer, bytes."""
+    count: int
+    """Number of records."""
+    check: bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Footer:
+    """The records of a pack."""
+
+    rows: Rows = field(repr=False)
+    bases: tuple[str, ...]
+    refers_to_chunk: NDArray[np.bool_] = field(repr=False)
+    """Which records need another chunk, not only the base, to be decoded."""
+    what: str
+    """The file, in messages."""
+    check: bytes
+    """Digest of the footer as it stands in the file: the pack's id."""
+    _table: memoryview = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.record(row) for row in range(len(self.rows)))
+
+    @cached_property
+    def references(self) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
+        """The references that records name by index; :class:`CorruptedError` if they are none."""
+        return _references(bytes(self._table), self.rows, self.what)
+
+    def record(self, row: int) -> Record:
+        """Return one record."""
+        here = self.rows[row]
+        key, ref_key, offset, length, size, codec, dtype, depth = list(here)[:8]
+        reference, base = here["reference"], here["base"]
+        return Record(
+            key=key.tobytes(),
+            offset=int(offset),
+            length=int(length),
+            size=int(size),
+            codec=int(codec),
+            dtype=int(dtype),
+            depth=int(depth),
+            base=None if base == NONE else self.bases[base],
+            ref_key=ref_key.tobytes(),
+            reference=None if reference == NONE else self.references[reference],
+            generation=int(here["generation"]),
+        )
+
+
+def keys_of(rows: Rows) -> Keys:
+    """Return the keys of records."""
+    keys: Keys = rows["key"]
+    return keys
+
+
+def pack_header() -> bytes:
+    """Return the first bytes of a pack file."""
+    return PACK_HEADER.pack(PACK_MAGIC, VERSION, 0)
+
+
+def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]:
+    """Return footer and trailer of a pack whose payloads end at ``offset``, and its digest."""
+    bases: dict[str, int] = {}
+    references: list[Any] = []
+    rows = []
+    for record in records:
+        place = NONE
+        if record.reference is not None:
+            place = len(references)
+            references.append(_reference_to_json(record.reference))
+        rows.append(
+            (
+                struct.unpack("<2Q", record.key),
+                struct.unpack("<2Q", record.ref_key),
+                record.offset,
+                record.length,
+                record.size,
+                record.codec,
+                record.dtype,
+                record.depth,
+                record.generation,
+                place,
+                NONE if record.base is None else bases.setdefault(record.base, len(bases)),
+                0,
+            )
+        )
+    table = canonical({"bases": list(bases), "references": references})
+    raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
+    if len(raw) > longest(len(rows)):
+        raise InvalidInputError(
+            "the names of tensors are too long for so many; shorten those of more than 900 letters"
+        )
+    footer = zstandard.ZstdCompressor(level=3).compress(raw)
+    check = xxhash.xxh3_128_digest(footer)
+    sizes = (len(footer), len(raw), len(records))
+    trailer = PACK_TRAILER.pack(offset, *sizes, 0, check, PACK_MAGIC)
+    return footer + trailer, check
+
+
+def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
+    """Parse the last bytes of a pack file of ``file_size`` bytes."""
+    if len(data) != PACK_TRAILER.size:
+        raise CorruptedError(f"{what} is truncated")
+    offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
+    if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
+        raise CorruptedError(f"{what} is truncated or damaged at its end")
+    if size > longest(count) or length > size + _MAX_EXCESS or count * KEY_BYTES > length + 64:
+        raise CorruptedError(f"{what} declares a footer that its length rules out")
+    return Trailer(offset=offset, length=length, size=size, count=count, check=check)
+
+
+def longest(count: int) -> int:
+    """Return the decoded length that a footer of so many records may have."""
+    of_record = _MAX_TABLE_OF_RECORD + _RECORD.itemsize
+    return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)
+
+
+def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
+    """Parse a pack's footer."""
+    if xxhash.xxh3_128_digest(data) != trailer.check:
+        raise CorruptedError(f"the footer of {what} does not match its digest")
+    try:
+        raw = inflate(data, trailer.size)
+        (length,) = struct.unpack_from("<I", raw)
+        table = bytes(raw[4 : 4 + length])
+        if 4 + length + trailer.count * _RECORD.itemsize != trailer.size:
+            raise ValueError("it has another length than its parts")
+        rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
+        bases = _bases(table)
+    except (ValueError, KeyError, struct.error) as error:
+        raise _unreadable(what, error) from None
+    _check_rows(rows, what)
+    if ((rows["base"] >= len(bases)) & (rows["base"] != NONE)).any():
+        raise _unreadable(what, "a record names a base that is not there")
+    end = rows["offset"] + rows["length"]
+    if (end > trailer.offset).any() or (end < rows["offset"]).any():
+        raise CorruptedError(f"the footer of {what} points beyond its payloads")
+    refers = _refers_to_chunk(table, rows, what)
+    view = raw[4 : 4 + length]
+    return Footer(
+        rows=rows,
+        bases=bases,
+        refers_to_chunk=refers,
+        what=what,
+        check=trailer.check,
+        _table=view,
+    )
+
+
+def _check_rows(rows: Rows, what: str) -> None:
+    sizes, lengths = rows["size"], rows["length"].astype(np.int64)
+    if (sizes > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
+        raise _unreadable(what, "a chunk is larger or deeper than the format allows")
+    if (sizes == 0).any() or (sizes % _SIZES[rows["dtype"]]).any():
+        raise _unreadable(what, "a chunk is empty or ends within an element")
+    if (lengths > sizes.astype(np.int64) + _MAX_EXCESS).any():
+        raise _unreadable(what, "a payload is much longer than its chunk")
+    if rows["reserved"].any():
+        raise _unreadable(what, "a record has something where zeros belong")
+
+
+def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:
+    named = rows["reference"]
+    refers: NDArray[np.bool_] = (named == NONE) & ~is_zero(rows["ref_key"])
+    if _CHUNKS in table or b"\\" in table:
+        chunks = [isinstance(reference, tuple) for reference in _references(table, rows, what)]
+        explicit = np.flatnonzero(named != NONE)
+        refers[explicit] = np.array(chunks, bool)[named[explicit]]
+    return refers
+
+
+def _references(
+    table: bytes, rows: Rows, what: str
+) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
+    try:
+        found = tuple(map(_reference_from_json, mapping(parse(table))["references"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(what, error) from None
+    named = rows["reference"]
+    if (named[named != NONE] >= len(found)).any():
+        raise _unreadable(what, "a record names a reference that is not there")
+    return found
+
+
+def _bases(table: bytes) -> tuple[str, ...]:
+    canonical_bases = _BASES.match(table)
+    found = parse(canonical_bases[1] if canonical_bases else table)
+    return tuple(map(id_of, texts(found if canonical_bases else mapping(found)["bases"])))
+
+
+def _unreadable(what: str, reason: object) -> CorruptedError:
+    return CorruptedError(f"the footer of {what} cannot be read: {reason}")
+
+
+def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
+    if isinstance(reference, BaseSpan):
+        entry: dict[str, Any] = {"tensor": reference.tensor, "start": reference.start}
+        if reference.box is not None:
+            entry["box"] = [list(reference.box[0]), list(reference.box[1])]
+        return entry
+    return {"chunks": [[span.key.hex(), span.start, span.length] for span in reference]}
+
+
+def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
+    if "tensor" in mapping(entry):
+        box = None
+        if "box" in entry:
+            offset, shape = entry["box"]
+            box = shape_of(offset), shape_of(shape)
+            if len(box[0]) != len(box[1]):
+                raise ValueError("a box has an offset of other dimensions")
+        return BaseSpan(tensor=name_of(entry["tensor"]), start=natural(entry["start"]), box=box)
+    spans = tuple(_span(*span) for span in entry["chunks"])
+    if not 0 < len(spans) <= _MAX_SPANS:
+        raise ValueError(f"a reference has {len(spans)} parts")
+    return spans
+
+
+def _span(key: Any, start: Any, length: Any) -> ChunkSpan:
+    # Not of no bytes: each part takes a whole chunk to read.
+    if natural(start) + natural(length) > CHUNK_BYTES or length == 0:
+        raise ValueError("a reference is to bytes that no chunk has")
+    return ChunkSpan(key=bytes.fromhex(id_of(key)), start=start, length=length)

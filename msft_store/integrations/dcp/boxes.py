@@ -1,0 +1,94 @@
+"""What a rank holds of a state dict, as boxes: DTensors, plain tensors, the items of DCP's plans.
+
+Example::
+
+    store.encode(boxes_of(model.state_dict()), parent=base)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from msft_store.errors import InvalidInputError
+from msft_store.tensors.boxes import Box, whole_box
+from msft_store.tensors.bytes import memory_of
+
+
+def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
+    """Return what this process holds of a flat state dict: shards of DTensors, other tensors whole.
+
+    They share their memory with it. For :meth:`Store.encode` and :meth:`Store.load_boxes` without
+    DCP; of a replicated DTensor every process has the whole.
+    """
+    return [box for name, tensor in state.items() for box in _shards(name, tensor)]
+
+
+def _shards(name: str, tensor: torch.Tensor) -> Iterable[Box]:
+    if not isinstance(tensor, DTensor):
+        return [whole_box(name, tensor.detach())]
+    if tensor.device_mesh.get_coordinate() is None:
+        return []
+    check_whole(name, tensor)
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    local = tensor.to_local().detach()
+    return [Box(name=name, shape=tuple(tensor.shape), offset=tuple(offset), tensor=local)]
+
+
+def box_of(item: WriteItem, tensor: Any) -> Box:
+    data = item.tensor_data
+    if data is None:
+        raise InvalidInputError(f"{item.index.fqn} has no size; is this plan DCP's?")
+    offset, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+    return Box(
+        name=item.index.fqn,
+        shape=tuple(data.size),
+        offset=offset,
+        tensor=tensor.detach().reshape(sizes),
+    )
+
+
+def tied(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
+    """Return boxes under the other names that their tensors have in this rank.
+
+    Ranks that hold the same share out the names, and the base may have another one than this
+    rank's: it has something to compare with under that one only.
+    """
+    state = getattr(planner, "state_dict", None)
+    if not isinstance(state, Mapping):
+        return []
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            local = value.to_local() if isinstance(value, DTensor) else value
+            names.setdefault(memory_of(local), []).append(name)
+    own = {box.name for box in boxes}
+    return [
+        replace(box, name=name)
+        for box in boxes
+        if box.tensor.numel()
+        for name in names.get(memory_of(box.tensor), ())
+        if name not in own
+    ]
+
+
+def size_of(item: WriteItem) -> int:
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise :class:`InvalidInputError` for a tensor of which ranks hold terms of a sum."""
+    if isinstance(value, DTensor) and any(place.is_partial() for place in value.placements):
+        raise InvalidInputError(
+            f"{name} is a DTensor with partial placements, {value.placements}: redistribute it to "
+            "Shard or Replicate first"
+        )

@@ -1,0 +1,86 @@
+"""What the Trainer asks for that a store cannot do, and what its evaluations measure.
+
+Example::
+
+    check_trainer(args, state, model, attached=False, resumable=True)
+    metrics_of({"eval_one_loss": 0.4, "eval_one_runtime": 1.2})     # {"eval_one_loss": 0.4}
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerState, TrainingArguments
+
+from msft_store.errors import InvalidInputError
+from msft_store.retention import hint
+
+_COUNTERS = ("_runtime", "_per_second", "_time", "_num_tokens", "epoch")
+"""What an evaluation says besides its metrics; with it no two checkpoints would be equal."""
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+def check_trainer(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: torch.nn.Module,
+    *,
+    attached: bool,
+    resumable: bool,
+) -> None:
+    """Refuse what cannot be kept; warn of callbacks whose state would be lost."""
+    if args.save_strategy == "best":
+        raise InvalidInputError(
+            'save_strategy="best" decides when the callback has no say any more: use "steps" '
+            'or "epoch", and best={metric: direction} of StoreCallback'
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise InvalidInputError(
+            "enable_jit_checkpoint writes checkpoint-* and asks nobody: leave it out"
+        )
+    if args.fp16 and not attached:
+        raise InvalidInputError("fp16 has a gradient scaler: use callback.attach(trainer)")
+    kind = AcceleratorState().distributed_type.value
+    if kind in _SHARDED or any(hasattr(tensor, "placements") for tensor in model.parameters()):
+        raise InvalidInputError(
+            f"the model or its optimizer is sharded ({kind}): use msft_store.integrations.dcp, "
+            "in which every process saves what it holds"
+        )
+    known: Any = state.stateful_callbacks or {}
+    others = ", ".join(sorted(set(known) - {"TrainerControl"}))
+    if others and resumable and not attached:
+        warnings.warn(
+            f"after a resume {others} would begin anew: use callback.attach(trainer)", stacklevel=3
+        )
+
+
+def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of one evaluation, without what it counts besides.
+
+    Of several evaluation sets each comes by itself, as ``eval_NAME_loss``. What is named alike for
+    all of them, ``eval_entropy``, is there a second time as ``eval_NAME_entropy``.
+    """
+    found = {
+        name: float(value)
+        for name, value in evaluation.items()
+        if isinstance(value, (int, float)) and not name.endswith(_COUNTERS)
+    }
+    times = [name for name in evaluation if name.endswith("_runtime")]
+    prefix = times[0].removesuffix("runtime") if len(times) == 1 else ""
+    if not prefix.startswith("eval_"):
+        return found
+    alike = {name: value for name, value in found.items() if not name.startswith(prefix)}
+    return found | {prefix + name.removeprefix("eval_"): alike[name] for name in alike}
+
+
+def unknown_metrics(names: Iterable[str], metrics: Mapping[str, float]) -> list[str]:
+    """Return a warning for each metric that the best is to be kept of, and that nobody measures."""
+    return [
+        f"no evaluation gives {name!r}, so no best of it is kept; {hint(name, set(metrics))}"
+        for name in dict.fromkeys(names)
+        if name not in metrics
+    ]

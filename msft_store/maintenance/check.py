@@ -1,0 +1,269 @@
+"""Is a store sound? What is wrong with it, and which checkpoints are whole all the same.
+
+Example::
+
+    report = examine(catalog, read_data=True)
+    print(report)                      # "11 of 12 checkpoints are sound"
+    for finding in report.findings:
+        print(finding.checkpoint, finding.tensor, finding.file)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from msft_store.errors import CorruptedError, StoreError, bare
+from msft_store.format.dtypes import DType, by_code
+from msft_store.format.key_table import Keys, as_keys, key_at
+from msft_store.format.layout import BaseSpan
+from msft_store.objects.bases import path_of_base
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import (
+    Checkpoint,
+    TensorEntry,
+    chunk_sizes,
+    list_manifests,
+    path_of,
+)
+from msft_store.objects.packs import misnamed
+from msft_store.objects.reachability import closure
+from msft_store.objects.refs import path_of_ref, scan_refs
+
+Kind = Literal["manifest", "ref", "pack", "base", "chunk"]
+Known = dict[tuple[bytes, int, DType, str | None], StoreError | None]
+"""What is wrong with each chunk that was looked at: key, size, dtype and base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is wrong."""
+
+    where: str
+    """A checkpoint and tensor, a ref, a base, or a file."""
+    what: str
+    kind: Kind
+    checkpoint: str | None = None
+    """Id of the checkpoint that cannot be restored because of it; ``None`` if none is by itself."""
+    tensor: str | None = None
+    base: str | None = None
+    """Id of the base whose files or record are to blame."""
+    file: str | None = None
+    """The file that is to blame, where that can be told."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is wrong with a store, and what is not."""
+
+    findings: tuple[Finding, ...]
+    sound: tuple[str, ...]
+    """Ids of the checkpoints that can be restored, as far as was looked."""
+    damaged: tuple[str, ...]
+    """Ids of those that cannot be, at least not now."""
+
+    def __str__(self) -> str:
+        count = len(self.sound) + len(self.damaged)
+        text = f"{len(self.sound)} of {count} checkpoints are sound"
+        if self.damaged:
+            text += f"{_ids(': ', self.sound)}{_ids('; damaged: ', self.damaged)}"
+        return text
+
+
+def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
+    """Return what is wrong with a store.
+
+    Without ``read_data``, structure only: every chunk has a representation, every ref a target,
+    every base its files. With it, every chunk is decoded and compared with its key, and so are the
+    bases.
+    """
+    catalog.refresh()
+    findings = list(_check_files(catalog))
+    findings += _check_packs(catalog)
+    findings += _check_refs(catalog)
+    bases = list(_check_bases(catalog, read_data=read_data))
+    findings += bases
+    # Where data is read, each checkpoint shows what it needs of a base; else all of it counts.
+    gone = set() if read_data else {finding.base for finding in bases}
+    known: Known = {}
+    sound: list[str] = []
+    damaged = list(catalog.damaged)
+    for checkpoint in catalog.checkpoints():
+        found = list(_check_checkpoint(catalog, checkpoint, known, read_data=read_data))
+        findings += found
+        whole = not found and (checkpoint.base is None or checkpoint.base not in gone)
+        (sound if whole else damaged).append(checkpoint.id)
+    return Report(findings=tuple(findings), sound=tuple(sound), damaged=tuple(damaged))
+
+
+def _ids(before: str, identities: tuple[str, ...]) -> str:
+    return before * bool(identities) + ", ".join(identity[:12] for identity in identities)
+
+
+def _check_files(catalog: Catalog) -> Iterator[Finding]:
+    describe = catalog.backend.describe
+    for identity, error in catalog.damaged.items():
+        yield Finding(
+            where=f"checkpoint {identity[:12]}",
+            what=str(error),
+            kind="manifest",
+            checkpoint=identity,
+            file=describe(path_of(identity)),
+        )
+    for path, error in catalog.objects.damaged.items():
+        kind: Kind = "pack" if path.endswith(".pack") else "base"
+        yield Finding(where=path, what=str(error), kind=kind, file=describe(path))
+
+
+def _check_packs(catalog: Catalog) -> Iterator[Finding]:
+    for path, footer in catalog.objects.packs.items():
+        what = catalog.backend.describe(path)
+        try:
+            list(footer)
+            if misnamed(path, footer):
+                raise CorruptedError(f"it holds pack {footer.check.hex()}; msft-store repair")
+        except StoreError as error:
+            yield Finding(where=path, what=str(error), kind="pack", file=what)
+
+
+def _check_refs(catalog: Catalog) -> Iterator[Finding]:
+    refs, damaged = scan_refs(catalog.backend)
+    for path, error in damaged.items():
+        file = catalog.backend.describe(path)
+        yield Finding(where=path, what=str(error), kind="ref", file=file)
+    # Some may have come since, but then they were there before the refs.
+    there = set(list_manifests(catalog.backend)) - catalog.damaged.keys()
+    for ref in refs.values():
+        if catalog.get(ref.checkpoint) is None and ref.checkpoint not in there:
+            yield Finding(
+                where=f"ref {ref.name}",
+                what="points to a checkpoint that is not there or cannot be read",
+                kind="ref",
+                file=catalog.backend.describe(path_of_ref(ref.name)),
+            )
+
+
+def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
+    for base in catalog.objects.bases().values():
+        reader = catalog.objects.base(base.id)
+        said: set[str] = set()
+        for name, tensor in base.tensors.items():
+            elements = tensor.nbytes // tensor.dtype.size
+            try:
+                if read_data:
+                    reader.verify_span(BaseSpan(tensor=name, start=0), elements)
+                elif elements:
+                    # The last element shows whether the file is still there and long enough.
+                    reader.read_span(BaseSpan(tensor=name, start=elements - 1), 1, tensor.dtype)
+            except StoreError as error:
+                # A file that is gone is one finding, not one for each of its tensors.
+                if str(error) not in said:
+                    said.add(str(error))
+                    yield Finding(
+                        where=f"base {base.id[:12]}, tensor {name}",
+                        what=str(error),
+                        kind="base",
+                        tensor=name,
+                        base=base.id,
+                        file=error.file,
+                    )
+
+
+def _check_checkpoint(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    known: Known,
+    *,
+    read_data: bool,
+) -> Iterator[Finding]:
+    label = f"checkpoint {checkpoint.id[:12]}"
+    try:
+        tensors = catalog.tensors(checkpoint)
+    except StoreError as error:
+        yield Finding(
+            where=label,
+            what=str(error),
+            kind="manifest",
+            checkpoint=checkpoint.id,
+            file=catalog.backend.describe(path_of(checkpoint.id)),
+        )
+        return
+    try:
+        if checkpoint.base is not None:
+            catalog.objects.base(checkpoint.base)
+    except StoreError as error:
+        yield Finding(
+            where=label,
+            what=str(error),
+            kind="base",
+            checkpoint=checkpoint.id,
+            base=checkpoint.base,
+            file=catalog.backend.describe(path_of_base(checkpoint.base or "")),
+        )
+        return
+    keys = catalog.keys_by_base([checkpoint])
+    if not read_data and _is_whole(catalog, keys, tensors.values()):
+        return
+    for name, entry in tensors.items():
+        for key, size in _chunks(entry):
+            place = (key, size, entry.dtype, checkpoint.base)
+            if place not in known:
+                known[place] = _problem(catalog, *place, read_data=read_data)
+            problem = known[place]
+            if problem is not None:
+                yield Finding(
+                    where=f"{label}, tensor {name}",
+                    what=str(problem),
+                    kind="chunk",
+                    checkpoint=checkpoint.id,
+                    tensor=name,
+                    file=problem.file,
+                )
+
+
+def _problem(
+    catalog: Catalog, key: bytes, size: int, dtype: DType, base: str | None, *, read_data: bool
+) -> StoreError | None:
+    try:
+        if read_data:
+            catalog.objects.read(key, size, dtype, base)
+        else:
+            _resolve(catalog, key, dtype, base)
+    except StoreError as error:
+        return bare(error)
+    return None
+
+
+def _chunks(entry: TensorEntry) -> Iterator[tuple[bytes, int]]:
+    for piece in entry.pieces:
+        yield from zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True)
+
+
+def _is_whole(
+    catalog: Catalog, keys: Mapping[str | None, Keys], entries: Iterable[TensorEntry]
+) -> bool:
+    """Return whether nothing is missing, all keys at once; what is, is found one by one."""
+    index = catalog.objects.index
+    if len(closure(catalog.objects, index, keys).missing):
+        return False
+    for entry in entries:
+        named = as_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
+        for base in keys:
+            rows = index.find_all(named, base)
+            if (index.dtypes[rows[rows >= 0]] != entry.dtype.code).any():
+                return False
+    return True
+
+
+def _resolve(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
+    objects = catalog.objects
+    missing = closure(objects, objects.index, {base: as_keys(key)}).missing
+    if len(missing):
+        raise StoreError(f"chunk {key_at(missing, 0).hex()} is in no pack")
+    stored = catalog.objects.find(key, base)
+    if stored is not None and by_code(stored.record.dtype) != dtype:
+        raise StoreError(f"chunk {key.hex()} in {stored.pack} has another dtype")

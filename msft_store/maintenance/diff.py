@@ -1,0 +1,254 @@
+"""What differs between two checkpoints, or a checkpoint and a base, tensor by tensor.
+
+By bits: -0.0 and 0.0 differ, a NaN equals itself. Parts with equal keys are equal and are not read;
+of the others a few are in memory at a time. What the two have in other pieces is read all through,
+some rows at a time.
+
+Example::
+
+    for tensor in diff(catalog, "3fa9", "best"):
+        print(tensor.name, tensor.changed / tensor.elements, tensor.largest)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from msft_store.codec.kernels import Bytes
+from msft_store.format.dtypes import DType
+from msft_store.maintenance.stats import sources
+from msft_store.objects.bases import Base
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunk_sizes
+from msft_store.objects.reference_planner import match_names
+from msft_store.pipeline.decode import named
+from msft_store.pipeline.parallel import in_order
+from msft_store.pipeline.reshard import decode_boxes
+from msft_store.tensors.boxes import Box
+from msft_store.tensors.bytes import torch_dtype, view_bytes
+
+Kind = Literal["equal", "changed", "other", "added", "removed"]
+
+SLAB_BYTES = 64 << 20
+"""Bytes of each side that are in memory at once, of a tensor that the two have in other pieces."""
+_HELD_AS_FLOATS = ("float8_e8m0fnu",)
+"""Whose bits are no sign and magnitude, but whose values are floats all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorDiff:
+    """One tensor of two checkpoints."""
+
+    name: str
+    kind: Kind
+    """``other``: of another shape or dtype; ``added``, ``removed``: only the second, the first has
+    it."""
+    dtype: str
+    shape: tuple[int, ...]
+    """As the second one has it, or the first, if that alone does."""
+    elements: int
+    changed: int
+    """Elements whose bits differ; all of them where there is nothing to compare."""
+    largest: float | None
+    """The largest absolute difference that is finite; ``None`` without any. Of whole numbers it is
+    exact up to the rounding of a float, of complex ones it is the absolute value."""
+    stored_bytes: int
+    """Encoded bytes of the second one's chunks."""
+
+    @property
+    def share(self) -> float:
+        """Return the share of elements that changed."""
+        return self.changed / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    tensors: Mapping[str, TensorEntry]
+    base: str | None
+    what: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Of tensors that a checkpoint calls otherwise: its name → the base's."""
+
+
+def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> list[TensorDiff]:
+    """Return all tensors of both, by name.
+
+    Against a base, what a checkpoint has under a prefix has the base's name.
+    """
+    first, second = _side(catalog, one), _side(catalog, other)
+    first, second = _renamed(first, one, other), _renamed(second, other, one)
+    stored = {}
+    if isinstance(other, Checkpoint):
+        stored = {
+            second.names.get(source.tensor, source.tensor): source.stored_bytes
+            for source in sources(catalog, other)
+        }
+    return [
+        _compare(catalog.objects, name, first, second, stored.get(name, 0))
+        for name in sorted(first.tensors.keys() | second.tensors.keys())
+    ]
+
+
+def table_of(base: Base) -> dict[str, TensorEntry]:
+    """Return a base's tensors as those of a checkpoint, each of one piece."""
+    return {
+        name: TensorEntry(
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            pieces=(Piece(offset=(0,) * len(tensor.shape), shape=tensor.shape, keys=tensor.keys),),
+        )
+        for name, tensor in base.tensors.items()
+    }
+
+
+def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
+    if isinstance(one, Base):
+        return _Side(tensors=table_of(one), base=one.id, what=f"base {one.id[:12]}")
+    tensors = catalog.tensors(one)
+    return _Side(tensors=tensors, base=one.base, what=f"checkpoint {one.id[:12]}")
+
+
+def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
+    """Return a checkpoint's side with the names of the base that it is compared with."""
+    if isinstance(one, Base) or not isinstance(other, Base):
+        return side
+    shapes = {name: entry.shape for name, entry in side.tensors.items()}
+    found = match_names(shapes, {name: tensor.shape for name, tensor in other.tensors.items()})
+    names: dict[str, str] = {}
+    taken = set(side.tensors)
+    for name, theirs in found.items():
+        if theirs not in taken:
+            names[name] = theirs
+            taken.add(theirs)
+    tensors = {names.get(name, name): entry for name, entry in side.tensors.items()}
+    return replace(side, tensors=tensors, names=names)
+
+
+def _compare(
+    objects: Objects, name: str, first: _Side, second: _Side, stored_bytes: int
+) -> TensorDiff:
+    old, new = first.tensors.get(name), second.tensors.get(name)
+    entry = new or old
+    if entry is None:
+        raise KeyError(name)
+    elements = math.prod(entry.shape)
+    kind: Kind = "removed" if new is None else "added"
+    changed, largest = elements, None
+    if old is not None and new is not None:
+        kind = "other"
+        if (old.dtype, old.shape) == (new.dtype, new.shape):
+            changed, largest = _changes(objects, name, first, second)
+            kind = "changed" if changed else "equal"
+    return TensorDiff(
+        name=name,
+        kind=kind,
+        dtype=entry.dtype.name,
+        shape=entry.shape,
+        elements=elements,
+        changed=changed,
+        largest=largest,
+        stored_bytes=stored_bytes,
+    )
+
+
+def _changes(objects: Objects, name: str, first: _Side, second: _Side) -> tuple[int, float | None]:
+    old, new = first.tensors[name], second.tensors[name]
+    if [(p.offset, p.shape) for p in old.pieces] != [(p.offset, p.shape) for p in new.pieces]:
+        return _total(_slabs(objects, name, first, second))
+    jobs = _pairs(objects, name, first, second)
+    with closing(in_order(lambda job: job(), jobs)) as counts:
+        return _total(counts)
+
+
+def _total(counts: Iterable[tuple[int, float | None]]) -> tuple[int, float | None]:
+    changed, largest = 0, None
+    for count, most in counts:
+        changed += count
+        if most is not None:
+            largest = most if largest is None else max(largest, most)
+    return changed, largest
+
+
+def _slabs(
+    objects: Objects, name: str, first: _Side, second: _Side
+) -> Iterator[tuple[int, float | None]]:
+    """Compare a tensor whose pieces differ, some rows at a time."""
+    entry = second.tensors[name]
+    row = math.prod(entry.shape[1:]) * entry.dtype.size
+    step = max(1, SLAB_BYTES // max(1, row))
+    for start in range(0, entry.shape[0], step):
+        rows = min(step, entry.shape[0] - start)
+        one, other = (_rows(objects, name, side, start, rows) for side in (first, second))
+        yield _count(one, other, entry.dtype)
+
+
+def _pairs(
+    objects: Objects, name: str, first: _Side, second: _Side
+) -> Iterator[Callable[[], tuple[int, float | None]]]:
+    old, new = first.tensors[name], second.tensors[name]
+    for before, after in zip(old.pieces, new.pieces, strict=True):
+        sizes = chunk_sizes(after, new.dtype)
+        for key, other, size in zip(before.keys, after.keys, sizes, strict=True):
+            if key != other:
+                reads = [
+                    partial(_read, objects, name, side, key, size)
+                    for side, key in ((first, key), (second, other))
+                ]
+                yield partial(_count_of, reads, new.dtype)
+
+
+def _read(objects: Objects, name: str, side: _Side, key: bytes, size: int) -> Bytes:
+    with named(f"{side.what}, tensor {name!r}"):
+        return objects.read(key, size, side.tensors[name].dtype, side.base)
+
+
+def _rows(objects: Objects, name: str, side: _Side, start: int, rows: int) -> Bytes:
+    entry = side.tensors[name]
+    out = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
+    offset = (start, *(0 for _ in entry.shape[1:]))
+    box = Box(name=name, shape=entry.shape, offset=offset, tensor=out)
+    decode_boxes(objects, {name: entry}, [box], base=side.base, what=side.what)
+    return view_bytes(out)
+
+
+def _count_of(reads: Sequence[Callable[[], Bytes]], dtype: DType) -> tuple[int, float | None]:
+    one, other = (read() for read in reads)
+    return _count(one, other, dtype)
+
+
+def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
+    """Return how many elements differ, and by how much at most."""
+    differ = (one != other).reshape(-1, dtype.size).any(axis=1)
+    changed = int(differ.sum())
+    if not changed:
+        return 0, None
+    parts = [data.reshape(-1, dtype.size)[differ].reshape(-1) for data in (one, other)]
+    if not (dtype.floating or dtype.name in _HELD_AS_FLOATS):
+        return changed, _integers_apart(parts[0], parts[1], dtype)
+    values = [torch.from_numpy(part).view(torch_dtype(dtype)) for part in parts]
+    if values[0].is_complex():
+        # Torch cannot turn half of a complex32 into a complex128.
+        small = dtype.size < torch.complex64.itemsize
+        values = [(v.to(torch.complex64) if small else v).to(torch.complex128) for v in values]
+    else:
+        values = [value.double() for value in values]
+    distance = (values[1] - values[0]).abs()
+    finite = distance[torch.isfinite(distance)]
+    return changed, float(finite.max()) if len(finite) else None
+
+
+def _integers_apart(one: Bytes, other: Bytes, dtype: DType) -> float:
+    # A float has no room for each of 64 bits, and a difference may be larger than an integer.
+    kind = np.dtype(np.uint8 if dtype.name == "bool" else dtype.name)
+    before, after = one.view(kind), other.view(kind)
+    above = np.maximum(before, after).astype(np.uint64)
+    return float((above - np.minimum(before, after).astype(np.uint64)).max())

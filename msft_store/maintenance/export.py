@@ -1,0 +1,289 @@
+"""Out of the store: a checkpoint as an ordinary directory of safetensors.
+
+Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
+the result loads with ``from_pretrained``; for any other checkpoint ``like`` names a directory that
+has them. What a checkpoint says of itself in its metadata, under ``export``, is heeded: tensors
+that are a training's state stay out (:mod:`msft_store.maintenance.export_names`), and with the
+settings of an ``adapter`` the result is a directory of PEFT. The directory appears whole or not at
+all; an export that is killed leaves a hidden one beside it, which the next export to that place
+removes.
+
+Tensors that are tied are written once where the base's files have one of them and a configuration
+comes along, so that ``from_pretrained`` ties them again.
+
+Example::
+
+    export(catalog, checkpoint, Path("my-model"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import struct
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msft_store.errors import InvalidInputError, StoreError
+from msft_store.format.layout import BaseSpan, canonical
+from msft_store.maintenance.export_names import exported
+from msft_store.objects.base_reader import BaseReader
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import Checkpoint, TensorEntry
+from msft_store.objects.safetensors_header import INDEX
+from msft_store.pipeline.decode import decode_bytes
+from msft_store.storage.backend import (
+    TEMPORARY,
+    LocalBackend,
+    make_folder,
+    move_folder,
+    publish,
+    read_file,
+    translated,
+)
+from msft_store.storage.quota import Bounded
+
+_SINGLE = "model.safetensors"
+_ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_CONFIGS = ("config.json", _SETTINGS)
+"""Of a model, and of an adapter (LoRA), whose weights have another name and are in one file."""
+_TIED = "tie_word_embeddings"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
+_LARGEST_COPIED_FILE = 1 << 30
+_METADATA = "__metadata__"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def export(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    like: Path | None = None,
+    shard_bytes: int = 1 << 30,
+) -> list[Path]:
+    """Write a checkpoint to a new directory; return its files.
+
+    ``shard_bytes`` bounds each safetensors file, unless one tensor is larger; of a shard, a few
+    chunks at a time are in memory. ``like`` is a directory whose other files come along in the
+    place of the base's. :class:`InvalidInputError` if the directory has something in it, ``like``
+    has no configuration, or a dtype is not safetensors'.
+    """
+    with translated("read", folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InvalidInputError(f"{folder} is not empty; export to a new directory")
+    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
+    beside = _beside(catalog, checkpoint, like)
+    chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(beside))
+    tensors, settings = chosen.tensors, chosen.adapter
+    for name, entry in tensors.items():
+        if entry.dtype.safetensors is None:
+            raise InvalidInputError(
+                f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
+                "load the checkpoint and convert it"
+            )
+        if name == _METADATA or _SURROGATE.search(name):
+            raise InvalidInputError(
+                f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
+            )
+    with _under_way(folder.absolute()) as partial:
+        backend = LocalBackend(partial)
+        # What a manifest names again and again takes no room in the store, and all of it here.
+        Bounded(backend).require(chosen.nbytes)
+        is_peft = settings is not None or is_adapter(beside)
+        # An adapter is a few tensors, which nothing reads in parts.
+        shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
+        _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_peft)
+        for file, size in beside.items():
+            publish(backend, file.name, read_file(file, 0, size))
+        if settings is not None:
+            text = json.dumps(settings, indent=2, sort_keys=True)
+            publish(backend, _SETTINGS, text.encode())
+        backend.clear_temporary()
+        move_folder(partial, folder)
+    return sorted(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _under_way(folder: Path) -> Iterator[Path]:
+    """Give a new directory beside ``folder``, which is removed if it is still there at the end.
+
+    Those of earlier exports to ``folder`` that were killed are removed, too.
+    """
+    prefix = f".{folder.name}-"
+    partial = folder.parent / f"{prefix}{uuid.uuid4().hex}"
+    with translated("create", partial):
+        make_folder(folder.parent)
+        for path in folder.parent.iterdir():
+            if path.name.startswith(prefix) and len(path.name) == len(partial.name):
+                with contextlib.suppress(OSError), _owned(path):
+                    shutil.rmtree(path, ignore_errors=True)
+        os.mkdir(partial)
+    try:
+        with contextlib.ExitStack() as stack:
+            # Some network file systems cannot; then nobody can tell that it was left behind.
+            with contextlib.suppress(OSError):
+                stack.enter_context(_owned(partial))
+            yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold a directory's lock, which ends with the process; ``OSError`` if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_shards(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    backend: LocalBackend,
+    shards: Sequence[Sequence[str]],
+    *,
+    adapter: bool,
+) -> None:
+    index = {}
+    for number, names in enumerate(shards, 1):
+        file = _ADAPTER if adapter else _SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(catalog, checkpoint, {n: tensors[n] for n in names}, backend, file)
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
+        publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
+
+
+def _write_file(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    backend: LocalBackend,
+    file: str,
+) -> None:
+    # The largest elements first, so that all are aligned; then by name.
+    part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
+    what = f"checkpoint {checkpoint.id[:12]}"
+    with backend.writer() as writer:
+        writer.write(_header(part))
+        for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
+            writer.write(data.data)
+        writer.publish(file)
+
+
+def _header(tensors: dict[str, TensorEntry]) -> bytes:
+    """Return what a safetensors file begins with: a length, and JSON padded to eight bytes."""
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {
+            "dtype": entry.dtype.safetensors,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, entry in tensors.items():
+        if names and size + entry.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += entry.nbytes
+    yield names
+
+
+def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
+    """Return the files that come along, and their sizes in bytes."""
+    if like is not None:
+        with translated("read", like):
+            found = {file: file.stat().st_size for file in companions(like)}
+        if not is_configured(found):
+            raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
+        return found
+    if checkpoint.base is None:
+        return {}
+    reader = catalog.objects.base(checkpoint.base)
+    source = Path(reader.base.path)
+    if not source.is_dir() or not _stands_in(reader, source):
+        return {}
+    with translated("read", source):
+        return {file: file.stat().st_size for file in companions(source)}
+
+
+def is_configured(files: Iterable[Path]) -> bool:
+    """Return whether a configuration is among files, so that ``from_pretrained`` knows a model."""
+    return any(file.name in _CONFIGS for file in files)
+
+
+def _ties(files: Mapping[Path, int]) -> bool:
+    """Return whether whoever reads the configuration among files ties what a model ties."""
+    for file, size in files.items():
+        if file.name == _CONFIGS[0]:
+            try:
+                said = json.loads(read_file(file, 0, size))
+            except ValueError:
+                return False
+            return isinstance(said, dict) and "model_type" in said and not _is_untied(said)
+    return False
+
+
+def _is_untied(config: Mapping[str, Any]) -> bool:
+    # A model of several has a configuration for each of them.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get(_TIED) is False for part in parts)
+
+
+def is_adapter(files: Iterable[Path]) -> bool:
+    """Return whether files are beside an adapter's weights, not a model's."""
+    names = {file.name for file in files}
+    return _CONFIGS[1] in names and _CONFIGS[0] not in names
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files that belong to a model besides its weights; ``OSError`` if that fails."""
+    files = sorted(file for file in folder.iterdir() if _comes(file))
+    return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
+
+
+def _comes(file: Path) -> bool:
+    # The name of the backend's own folder, which is there while files are written, is left out.
+    other = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
+    return not other and file.is_file()
+
+
+def _stands_in(reader: BaseReader, folder: Path) -> bool:
+    """Return whether a folder is the base's: its weights are there, by a sample of each file.
+
+    A stranger's store may name any folder; what is in it must not come along for that.
+    """
+    smallest: dict[int, tuple[int, str]] = {}
+    for name, tensor in reader.base.tensors.items():
+        if tensor.nbytes and Path(reader.base.files[tensor.file][0]).parent == folder:
+            here = tensor.nbytes, name
+            smallest[tensor.file] = min(here, smallest.get(tensor.file, here))
+    try:
+        for _, name in smallest.values():
+            reader.verify_span(BaseSpan(tensor=name, start=0), 1)
+    except StoreError:
+        return False
+    return bool(smallest)

@@ -1,0 +1,325 @@
+"""Freeing space: a plan that can be printed first, and its execution.
+
+Invariants: nothing that a checkpoint needs, directly or as a reference, is ever deleted; manifests
+go before the packs that they name, and rewritten packs are durable before the old ones go, so that
+a crash at any point leaves every remaining checkpoint whole. What a key stands for stays the same.
+Deleting excludes saves. What needs no room is freed first; a pack for whose rewriting there is none
+then stays as it is, and that is said.
+
+Example::
+
+    plan = plan_gc(catalog, KeepBest("overall", 3))
+    print(plan)
+    plan.execute()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+import numpy as np
+
+from msft_store._util import human
+from msft_store.errors import (
+    REPAIR,
+    CorruptedError,
+    OutOfSpaceError,
+    OverBudgetError,
+    StoreError,
+    reason,
+)
+from msft_store.format.key_table import among
+from msft_store.format.layout import Record
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import MANIFESTS, Checkpoint, path_of
+from msft_store.objects.packs import PACKS, PackWriter, ahead
+from msft_store.objects.reachability import closure
+from msft_store.objects.refs import REFS
+from msft_store.retention import Candidate, Policy, check_policy, check_ranked
+from msft_store.storage.backend import TEMPORARY, disk_bytes, sizes
+from msft_store.storage.quota import require
+
+_REWRITE_FROM = 0.2
+"""Dead share of a pack from which rewriting it pays for the copying."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What happens to a checkpoint, and why."""
+
+    checkpoint: Checkpoint
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackWaste:
+    """A pack with bytes that no checkpoint needs."""
+
+    path: str
+    size: int
+    dead_bytes: int
+    live: tuple[Record, ...]
+
+    @property
+    def live_bytes(self) -> int:
+        """Return the room that rewriting it takes until it is deleted, the footer aside."""
+        return sum(record.length for record in self.live)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcResult:
+    """What an executed plan did, in bytes on disk."""
+
+    freed_bytes: int
+    bytes: int
+    """All bytes of the store afterwards."""
+    peak_bytes: int
+    """All bytes of the store at the worst moment."""
+    left_bytes: int = 0
+    """Dead bytes of packs for whose rewriting there was no room; a later gc frees them."""
+    hindrance: str | None = None
+    """Why they were left."""
+
+    def __str__(self) -> str:
+        text = f"freed {human(self.freed_bytes)}"
+        if self.left_bytes:
+            text += f"; left {human(self.left_bytes)} for a later gc, for {self.hindrance}"
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcPlan:
+    """What a gc would do; nothing happens before :meth:`execute`."""
+
+    kept: tuple[Verdict, ...]
+    dropped: tuple[Verdict, ...]
+    delete: tuple[PackWaste, ...]
+    rewrite: tuple[PackWaste, ...]
+    leftovers: tuple[tuple[str, int], ...]
+    """Files of saves that never ended, and their sizes in bytes."""
+    held_bytes: int
+    """Bytes that no checkpoint names but that others are differences of."""
+    _catalog: Catalog = field(repr=False, compare=False)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that executing frees, footers aside."""
+        return (
+            sum(waste.size for waste in self.delete)
+            + sum(waste.dead_bytes for waste in self.rewrite)
+            + sum(size for _, size in self.leftovers)
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([f"would free {human(self.freed_bytes)}", *self.steps()])
+
+    def steps(self) -> list[str]:
+        """Return what goes, in the order in which it does, and what stays; one line for each."""
+        lines = [
+            f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
+            for verdict in self.dropped
+        ]
+        lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        lines += [
+            f"  rewrite  {waste.path} ({human(waste.dead_bytes)} of {human(waste.size)} is dead; "
+            f"takes {human(waste.live_bytes)} for a moment)"
+            for waste in self.rewrite
+        ]
+        lines += [f"  leftover {path} ({human(size)})" for path, size in self.leftovers]
+        if self.kept:
+            lines.append("keeps")
+        lines += [
+            f"  {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}" for verdict in self.kept
+        ]
+        if self.held_bytes:
+            lines.append(
+                f"  {human(self.held_bytes)} of forgotten checkpoints, "
+                "because others are stored as differences of them"
+            )
+        return lines
+
+    def execute(self) -> GcResult:
+        """Carry the plan out; what was pinned or came to be needed since stays."""
+        return evict(self._catalog, [verdict.checkpoint.id for verdict in self.dropped])
+
+
+def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
+    """Return what could go: without a policy, only bytes that no checkpoint needs."""
+    catalog.refresh()
+    refuse_damage(catalog)
+    checkpoints, protected = catalog.checkpoints(), catalog.protected()
+    kept: dict[str, tuple[str, ...]] = {
+        checkpoint.id: (protected.get(checkpoint.id, "a checkpoint; no policy was given"),)
+        for checkpoint in checkpoints
+    }
+    if policy is not None:
+        check_ranked(check_policy(policy), [checkpoint.metrics for checkpoint in checkpoints])
+        decided = policy.decide(_candidates(checkpoints, protected))
+        kept = {
+            identity: tuple(reason.text for reason in reasons)
+            for identity, reasons in decided.items()
+        }
+    keep = [checkpoint for checkpoint in checkpoints if checkpoint.id in kept]
+    delete, rewrite, held = waste_of(catalog, keep)
+    return GcPlan(
+        kept=tuple(Verdict(checkpoint=c, reasons=kept[c.id]) for c in keep),
+        dropped=tuple(
+            Verdict(checkpoint=c, reasons=("no rule of the policy keeps it",))
+            for c in checkpoints
+            if c.id not in kept
+        ),
+        delete=delete,
+        rewrite=rewrite,
+        leftovers=_leftovers(catalog),
+        held_bytes=held,
+        _catalog=catalog,
+    )
+
+
+def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:
+    # To a policy of the whole store, timelines and their branches are one line of checkpoints.
+    return [
+        Candidate(
+            id=checkpoint.id,
+            metrics=checkpoint.metrics,
+            stored_bytes=checkpoint.stored_bytes,
+            index=index,
+            pinned=protected.get(checkpoint.id),
+            step=checkpoint.step,
+        )
+        for index, checkpoint in enumerate(checkpoints)
+    ]
+
+
+def evict(
+    catalog: Catalog, drop: Sequence[str], *, rewrite_from: float = _REWRITE_FROM
+) -> GcResult:
+    """Forget checkpoints, but those that a ref protects, and free what no other needs.
+
+    A pack is rewritten if at least a share ``rewrite_from`` of it is dead; 0: if anything is.
+    """
+    backend = catalog.backend
+    with backend.lock(shared=False, purpose="gc"):
+        before = peak = disk_bytes(backend)
+        catalog.refresh()
+        refuse_damage(catalog)
+        protected = catalog.protected()
+        doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
+        # First of all, for what is damaged beyond this is found here.
+        keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
+        delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
+        if doomed:
+            # A ref that somebody removed must not come back without its checkpoint.
+            backend.sync(REFS)
+        for identity in doomed:
+            backend.delete(path_of(identity))
+            catalog.remove(identity)
+        if delete or rewrite:
+            # Nor a checkpoint without its chunks; and what serves in their place must stay.
+            backend.sync(MANIFESTS)
+            backend.sync(PACKS)
+        for path, _ in _leftovers(catalog):
+            backend.delete(path)
+        for waste in delete:
+            backend.delete(waste.path)
+        left, hindrance = 0, None
+        for number, waste in enumerate(rewrite):
+            try:
+                rewrite_packs(catalog, [waste])
+            except (OutOfSpaceError, OverBudgetError) as error:
+                # The others take more.
+                left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
+                break
+            peak = max(peak, disk_bytes(backend))
+            backend.delete(waste.path)
+        catalog.refresh()
+        after = disk_bytes(backend)
+        return GcResult(
+            freed_bytes=before - after,
+            bytes=after,
+            peak_bytes=peak,
+            left_bytes=left,
+            hindrance=hindrance,
+        )
+
+
+def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
+    """Write what is live in packs into one new pack, durably; the old ones stay."""
+    require(catalog.backend, sum(waste.live_bytes for waste in wastes))
+    with catalog.backend.writer() as writer:
+        pack = PackWriter(writer)
+        for waste in wastes:
+            for record in waste.live:
+                payload = catalog.backend.read(waste.path, record.offset, record.length)
+                if len(payload) != record.length:
+                    raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
+                pack.append(replace(record, offset=pack.position), payload)
+        pack.publish()
+
+
+def waste_of(
+    catalog: Catalog,
+    keep: Sequence[Checkpoint],
+    *,
+    share: float = _REWRITE_FROM,
+    small: int = 0,
+) -> tuple[tuple[PackWaste, ...], tuple[PackWaste, ...], int]:
+    """Return packs without anything that ``keep`` needs, packs to rewrite, and the bytes held.
+
+    To rewrite are those of which a ``share`` is dead, and all below ``small`` bytes.
+    """
+    index = catalog.objects.index
+    keys = catalog.keys_by_base(keep)
+    needs = closure(catalog.objects, index, keys)
+    if len(needs.missing):
+        _name_missing(catalog, keep)
+    delete, rewrite = [], []
+    for path, rows in index.slices():
+        live, lengths = needs.live[rows], index.lengths[rows]
+        if live.any() and live.all() and not small:
+            continue
+        size, dead = catalog.backend.size(path), int(lengths[~live].sum())
+        if not live.any():
+            delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
+        elif (dead and dead >= share * size) or size < small:
+            footer, alive = index.packs[path], np.flatnonzero(live).tolist()
+            rivals = among(index.keys[rows][live], index.keys[~needs.live]).tolist()
+            records = tuple(
+                ahead(footer.record(row)) if rival else footer.record(row)
+                for row, rival in zip(alive, rivals, strict=True)
+            )
+            rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
+    # The one that takes the least room first: what it frees, the next one has.
+    rewrite.sort(key=lambda waste: waste.live_bytes)
+    return tuple(delete), tuple(rewrite), int(index.lengths[needs.held].sum())
+
+
+def _name_missing(catalog: Catalog, keep: Sequence[Checkpoint]) -> NoReturn:
+    for checkpoint in keep:
+        alone = catalog.keys_by_base([checkpoint])
+        missing = closure(catalog.objects, catalog.objects.index, alone).missing
+        if len(missing):
+            raise _damaged(f"{len(missing)} chunks of {_label(checkpoint)} are in no pack")
+    raise _damaged("chunks are in no pack")
+
+
+def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
+    return tuple(sizes(catalog.backend, TEMPORARY).items())
+
+
+def refuse_damage(catalog: Catalog) -> None:
+    """Raise where something of a store cannot be read, for then it is not known what it needs."""
+    for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
+        raise _damaged(error, type(error))
+
+
+def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
+    told = reason(what) if isinstance(what, StoreError) else what
+    return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR}")
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    step = "" if checkpoint.step is None else f" step {checkpoint.step}"
+    return f"{checkpoint.id[:12]}{step}"

@@ -1,0 +1,113 @@
+"""Fewer and denser packs: all that is dead goes, and small packs become large ones.
+
+A gc rewrites a pack only where that pays for the copying; a repack does what it leaves. Invariants:
+as with gc, new packs are durable before old ones go, deleting excludes saves, ids stay, and what a
+key stands for stays the same.
+
+Example::
+
+    plan = plan_repack(catalog)
+    print(plan)
+    plan.execute()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from msft_store._util import counted, human
+from msft_store.maintenance.gc import GcResult, PackWaste, refuse_damage, rewrite_packs, waste_of
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import MANIFESTS
+from msft_store.objects.packs import PACKS
+from msft_store.storage.backend import disk_bytes
+
+SMALL = 64 << 20
+"""Bytes below which a pack is put together with others."""
+LARGEST = 1 << 30
+"""Bytes of chunks that are put together at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepackPlan:
+    """What a repack would do; nothing happens before :meth:`execute`."""
+
+    delete: tuple[PackWaste, ...]
+    merge: tuple[tuple[PackWaste, ...], ...]
+    """Packs that become one, or one that loses what is dead in it."""
+    _catalog: Catalog = field(repr=False, compare=False)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that executing frees, footers aside."""
+        dead = sum(waste.dead_bytes for group in self.merge for waste in group)
+        return dead + sum(waste.size for waste in self.delete)
+
+    def __str__(self) -> str:
+        moved = max((sum(w.live_bytes for w in group) for group in self.merge), default=0)
+        heading = (
+            f"would make {self.change()}, and free {human(self.freed_bytes)}; "
+            f"takes {human(moved)} for a moment"
+        )
+        return "\n".join([heading, *self.steps()])
+
+    def change(self) -> str:
+        """Return how many packs become how many: "1 pack of 4"."""
+        before = len(self.delete) + sum(map(len, self.merge))
+        return f"{counted(len(self.merge), 'pack')} of {before}"
+
+    def steps(self) -> list[str]:
+        """Return what happens to each pack, one line for each."""
+        lines = [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        for number, group in enumerate(self.merge, 1):
+            lines += [
+                f"  into {number:>3} {waste.path} ({human(waste.size)}, of which "
+                f"{human(waste.dead_bytes)} are dead)"
+                for waste in group
+            ]
+        return lines
+
+    def execute(self) -> GcResult:
+        """Carry it out, as far as it is still what the store needs."""
+        backend = self._catalog.backend
+        with backend.lock(shared=False, purpose="repack"):
+            before = peak = disk_bytes(backend)
+            # What was saved since is not in the plan that was printed, and is not harmed by this.
+            plan = plan_repack(self._catalog)
+            if plan.delete or plan.merge:
+                backend.sync(MANIFESTS)
+                backend.sync(PACKS)
+            for waste in plan.delete:
+                backend.delete(waste.path)
+            for group in plan.merge:
+                rewrite_packs(self._catalog, group)
+                peak = max(peak, disk_bytes(backend))
+                for waste in group:
+                    backend.delete(waste.path)
+            self._catalog.refresh()
+            after = disk_bytes(backend)
+        return GcResult(freed_bytes=before - after, bytes=after, peak_bytes=peak)
+
+
+def plan_repack(catalog: Catalog) -> RepackPlan:
+    """Return what could be put together; :class:`StoreError` in a damaged store."""
+    catalog.refresh()
+    refuse_damage(catalog)
+    delete, wasteful, _ = waste_of(catalog, catalog.checkpoints(), share=0.0, small=SMALL)
+    small = [waste for waste in wasteful if waste.live_bytes < SMALL]
+    alone = [(waste,) for waste in wasteful if waste.live_bytes >= SMALL and waste.dead_bytes]
+    groups = [group for group in _groups(small) if len(group) > 1 or group[0].dead_bytes]
+    return RepackPlan(delete=delete, merge=(*groups, *alone), _catalog=catalog)
+
+
+def _groups(wastes: Sequence[PackWaste]) -> list[tuple[PackWaste, ...]]:
+    """Put packs together, the smallest first, until a group is large enough."""
+    groups: list[tuple[PackWaste, ...]] = []
+    group: list[PackWaste] = []
+    for waste in sorted(wastes, key=lambda waste: (waste.live_bytes, waste.path)):
+        if group and sum(w.live_bytes for w in group) + waste.live_bytes > LARGEST:
+            groups.append(tuple(group))
+            group = []
+        group.append(waste)
+    return [*groups, tuple(group)] if group else groups

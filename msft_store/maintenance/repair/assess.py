@@ -1,0 +1,340 @@
+"""What of a damaged store is sound: every chunk that a checkpoint needs is read.
+
+Invariants: nothing is written. A record is blamed only after what it refers to was found sound. One
+that is damaged, or whose reference is lost, is left out; then another representation of its chunk
+serves, if there is one, and is read in its turn.
+
+Example::
+
+    found = survey(backend, Verdicts())
+    found.sound, found.lost, found.packs
+
+Which checkpoints and packs a survey found sound, and what is the matter with the others.
+
+Example::
+
+    for condition in Conditions(survey).lost:
+        print(condition.checkpoint, condition.reasons)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.errors import (
+    BaseError,
+    CorruptedError,
+    StorageError,
+    StoreError,
+    bare,
+    reason,
+    require_damage,
+)
+from msft_store.format.dtypes import DType
+from msft_store.format.key_table import Numbers, among
+from msft_store.format.layout import MAX_DEPTH, Record
+from msft_store.format.pack_footer import Footer
+from msft_store.maintenance.repair.salvage import salvage_footer
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import Checkpoint, chunk_sizes
+from msft_store.objects.packs import Stored, ahead, list_packs, path_of_pack, read_pack
+from msft_store.objects.reachability import closure
+from msft_store.pipeline.parallel import in_order
+from msft_store.storage.backend import Backend
+
+Row = tuple[str, int]
+"""A record: the path of its pack, and its number there."""
+
+
+class Verdicts:
+    """What was found out about records. Packs never change, so a second survey is quick."""
+
+    def __init__(self) -> None:
+        self.damaged: dict[Row, str] = {}
+        """Records whose payload is not what was written, and why."""
+        self.mended: dict[str, str] = {}
+        """What is wrong with packs that could be read all the same, by path."""
+        self.sound: set[Row] = set()
+        self._footers: dict[str, Footer] = {}
+
+    def footer(self, backend: Backend, path: str) -> Footer:
+        """Return all records of a pack, read in spite of damage where that is possible."""
+        if path not in self._footers:
+            try:
+                self._footers[path] = read_pack(backend, path)
+            except CorruptedError as error:
+                self._footers[path] = salvage_footer(backend, path)
+                self.mended[path] = reason(error)
+        return self._footers[path]
+
+
+class Survey:
+    """One look at the chunks that checkpoints need."""
+
+    def __init__(self, catalog: Catalog, verdicts: Verdicts) -> None:
+        self.catalog = catalog
+        """Which finds only what can be used."""
+        self.verdicts = verdicts
+        self.stranded: dict[Row, str] = {}
+        """Records whose references are lost, and why."""
+        self.waiting: dict[Row, str] = {}
+        """Records that need a base which is not as it was, and why."""
+        self.live: NDArray[np.bool_] = np.zeros(0, bool)
+        """Which rows of the catalog's index checkpoints need."""
+        self.places: list[Row] = []
+        """Where each row of the catalog's index stands."""
+        self.unreadable: dict[str, StoreError] = dict(catalog.damaged)
+        """Checkpoints whose manifests cannot be read, and why, by id."""
+        for checkpoint in catalog.checkpoints():
+            try:
+                catalog.tensors(checkpoint)
+            except StoreError as error:
+                self.unreadable[checkpoint.id] = bare(error)
+        require_damage(self.unreadable.values())
+        while not self._look():
+            pass
+
+    @cached_property
+    def needed(self) -> set[Row]:
+        """The records that checkpoints need."""
+        return {self.places[row] for row in np.flatnonzero(self.live).tolist()}
+
+    def numbers(self, path: str) -> Numbers:
+        """Return the numbers of a pack's usable records."""
+        count = len(self.verdicts.footer(self.catalog.backend, path))
+        unusable = self.verdicts.damaged.keys() | self.stranded.keys()
+        return np.array([n for n in range(count) if (path, n) not in unusable], np.int64)
+
+    def needs_without(self, path: str) -> bool:
+        """Return whether a chunk is needed of which a stranded record stands in a pack.
+
+        That record would be taken for it.
+        """
+        here = [number for at, number in self.stranded if at == path]
+        keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
+        return bool(among(keys, self.catalog.objects.index.keys[self.live]).any())
+
+    def can_serve(self, stored: Stored, place: Row) -> bool:
+        """Return whether a record is sound, or cannot be judged before its base is back."""
+        return place in self.verdicts.sound or self._judge(place, stored) is None
+
+    def _look(self) -> bool:
+        """Judge what is needed; return whether all of it can be used."""
+        catalog = self.catalog
+        catalog.objects = Objects(catalog.backend, self._usable)
+        catalog.objects.refresh()
+        require_damage(catalog.objects.damaged.values())
+        known = catalog.objects.bases()
+        named = catalog.keys_by_base(
+            checkpoint
+            for checkpoint in catalog.checkpoints()
+            if checkpoint.id not in self.unreadable
+            and (checkpoint.base is None or checkpoint.base in known)
+        )
+        index = catalog.objects.index
+        self.live = closure(catalog.objects, index, named).live
+        self.places = [
+            (path, int(number)) for path, _ in index.slices() for number in self.numbers(path)
+        ]
+        before = len(self.verdicts.damaged) + len(self.stranded)
+        for depth in range(MAX_DEPTH + 1):
+            rows = np.flatnonzero(self.live & (index.depths == depth)).tolist()
+            work = ((self.places[row], index.stored(row)) for row in rows)
+            with closing(in_order(lambda item: self._judge(*item), work)) as verdicts:
+                for _ in verdicts:
+                    pass
+            if len(self.verdicts.damaged) + len(self.stranded) > before:
+                # Deeper ones may refer to what cannot be used, and must not be blamed for it.
+                return False
+        return True
+
+    def _usable(self, backend: Backend, path: str) -> Footer:
+        footer, rows = self.verdicts.footer(backend, path), self.numbers(path)
+        if len(rows) == len(footer):
+            return footer
+        return replace(footer, rows=footer.rows[rows], refers_to_chunk=footer.refers_to_chunk[rows])
+
+    def _judge(self, place: Row, stored: Stored) -> str | None:
+        """Read a record, unless that was done; return why it cannot be used."""
+        objects, base = self.catalog.objects, stored.record.base
+        if base is not None and base not in objects.bases():
+            self.waiting[place] = f"base {base[:12]} has no record that can be read"
+            return None
+        if not objects.is_whole(stored.record):
+            self.stranded[place] = "what it refers to is lost"
+            return self.stranded[place]
+        if place not in self.verdicts.sound:
+            try:
+                objects.verify(stored)
+                self.verdicts.sound.add(place)
+            except BaseError as error:
+                self.waiting[place] = reason(error)
+            except StorageError as error:
+                return self._blame(place, stored, error)
+            except StoreError as error:
+                require_damage([error])
+                self.verdicts.damaged[place] = reason(error)
+        return self.verdicts.damaged.get(place)
+
+    def _blame(self, place: Row, stored: Stored, error: StorageError) -> str | None:
+        """Tell a pack that cannot be read from a base that cannot."""
+        try:
+            self.catalog.backend.read(stored.pack, stored.record.offset, stored.record.length)
+        except StorageError as own:
+            require_damage([own])
+            self.verdicts.damaged[place] = reason(own)
+            return reason(own)
+        self.waiting[place] = reason(error)
+        return None
+
+
+_REASONS = 3
+"""How many are given of a checkpoint; one damaged pack may be the reason a thousand times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """A checkpoint that cannot be restored, and why."""
+
+    checkpoint: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint[:12]}: {'; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCondition:
+    """A pack that is not as it should be."""
+
+    path: str
+    why: str
+    records: int
+    """How many it has; 0 if that cannot be told."""
+    usable: tuple[Record, ...]
+    """Those that are sound, and those that cannot be judged before a base is back."""
+    right_path: str
+    """Where it belongs, by its footer; its own path if that cannot be read."""
+    damaged: bool = True
+    """Whether more is wrong with it than its name."""
+
+
+class Conditions:
+    """What is the matter with checkpoints and packs."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._catalog = survey.catalog
+        self._known: dict[tuple[bytes, int, DType, str | None], StoreError | None] = {}
+        self._reasons = self._unusable()
+        sound: list[str] = []
+        waiting: list[Condition] = []
+        lost = [
+            Condition(checkpoint=identity, reasons=(reason(error),))
+            for identity, error in survey.unreadable.items()
+        ]
+        for checkpoint in self._catalog.checkpoints():
+            if checkpoint.id not in survey.unreadable:
+                problems = self._problems(checkpoint)
+                fatal = [error for error in problems if not isinstance(error, BaseError)]
+                texts = tuple(dict.fromkeys(map(str, fatal or problems)))[:_REASONS]
+                condition = Condition(checkpoint=checkpoint.id, reasons=texts)
+                if not problems:
+                    sound.append(checkpoint.id)
+                else:
+                    (lost if fatal else waiting).append(condition)
+        self.sound = tuple(sound)
+        """Ids of the checkpoints that can be restored, oldest first."""
+        self.waiting = tuple(waiting)
+        """Those that need a base which is not there or not as it was, and may come back."""
+        self.lost = tuple(lost)
+        self.packs = tuple(self._packs())
+
+    def _unusable(self) -> dict[bytes, str]:
+        """Return why records cannot be used, by the key of their chunk."""
+        backend, verdicts = self._catalog.backend, self._survey.verdicts
+        return {
+            verdicts.footer(backend, path).rows["key"][number].tobytes(): why
+            for places in (self._survey.stranded, verdicts.damaged)
+            for (path, number), why in places.items()
+        }
+
+    def _problems(self, checkpoint: Checkpoint) -> list[StoreError]:
+        base = checkpoint.base
+        if base is not None and base not in self._catalog.objects.bases():
+            # Not lost: the same model, added again, is the same base.
+            text = f"base {base[:12]} has no record that can be read; msft-store add-base PATH"
+            return [BaseError(f"{text} with the same model brings it back")]
+        problems: list[StoreError] = []
+        for name, entry in self._catalog.tensors(checkpoint).items():
+            for piece in entry.pieces:
+                for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
+                    place = (key, size, entry.dtype, base)
+                    if place not in self._known:
+                        self._known[place] = self._problem(*place)
+                    problem = self._known[place]
+                    if problem is not None:
+                        problems.append(type(problem)(f"tensor {name}: {problem}"))
+        return problems
+
+    def _problem(self, key: bytes, size: int, dtype: DType, base: str | None) -> StoreError | None:
+        objects = self._catalog.objects
+        if objects.in_base(key, base) is not None:
+            try:
+                objects.read(key, size, dtype, base)
+            except StoreError as error:
+                return BaseError(reason(error))
+            return None
+        row = objects.index.find(key, base)
+        if row < 0:
+            return CorruptedError(self._reasons.get(key, f"chunk {key.hex()} is in no pack"))
+        record = objects.index.stored(row).record
+        if (record.size, record.dtype) != (size, dtype.code):
+            return CorruptedError(f"chunk {key.hex()} has another size or dtype")
+        waiting = self._survey.waiting.get(self._survey.places[row])
+        return None if waiting is None else BaseError(waiting)
+
+    def _packs(self) -> Iterator[PackCondition]:
+        backend, verdicts = self._catalog.backend, self._survey.verdicts
+        unreadable = self._catalog.objects.damaged
+        for path in list_packs(backend):
+            if path in unreadable:
+                why = reason(unreadable[path])
+                yield PackCondition(path=path, why=why, records=0, usable=(), right_path=path)
+                continue
+            footer = verdicts.footer(backend, path)
+            reasons = [why for (at, _), why in verdicts.damaged.items() if at == path]
+            if path in verdicts.mended:
+                reasons.append(verdicts.mended[path])
+            if self._survey.needs_without(path):
+                reasons.append("it has chunks whose references are lost")
+            right = path_of_pack(footer.check)
+            if reasons or path != right:
+                yield PackCondition(
+                    path=path,
+                    why=reasons[0] if reasons else "it stands under another name than its own",
+                    records=len(footer),
+                    usable=tuple(self._usable(path, footer)) if reasons else (),
+                    right_path=right,
+                    damaged=bool(reasons),
+                )
+
+    def _usable(self, path: str, footer: Footer) -> list[Record]:
+        found = [(number, footer.record(number)) for number in self._survey.numbers(path).tolist()]
+        usable = [
+            (number, record)
+            for number, record in found
+            if self._survey.can_serve(Stored(pack=path, record=record), (path, number))
+        ]
+        if len(usable) == len(footer):
+            # The same pack again, under the same name.
+            return [record for _, record in usable]
+        needed = self._survey.needed
+        return [ahead(record) if (path, n) in needed else record for n, record in usable]

@@ -1,0 +1,149 @@
+"""The small files of a damaged store as they were, where that can be told.
+
+Invariants: nothing is written. A digest proves what is mended; but of a ref it may be that only the
+checkpoint which it names could be read, and of a config only its level, if that.
+
+Example::
+
+    overlay, why = mend(backend)
+    Catalog(overlay).refresh()            # reads the mended files
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from msft_store.codec.codecs import LEVELS, Level
+from msft_store.errors import StoreError, is_damage
+from msft_store.maintenance.repair.salvage import mended_manifest, mended_sealed
+from msft_store.objects.bases import list_bases, path_of_base, read_base, recorded_anew
+from msft_store.objects.catalog import CONFIG, read_level, write_config
+from msft_store.objects.manifest import list_manifests, path_of, read_checkpoint, read_tensors
+from msft_store.objects.refs import Ref, list_refs, name_of_ref, read_ref, ref_record
+from msft_store.storage.backend import Backend, read_whole
+from msft_store.storage.overlay import Overlay
+
+_TOLD = "damaged; what was written could be told"
+_PATH = re.compile(rb'"path":("(?:[^"\\]|\\.)*")')
+_TARGET = re.compile(rb'"checkpoint":"([0-9a-f]{32})"')
+_TIMELINES = "timelines/"
+
+Way = Callable[[bytes], bytes | None]
+"""Returns what a file should hold, given what it does; ``None`` if it does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    path: str
+    check: Callable[[Backend], object]
+    """Raises what is wrong with it."""
+    ways: tuple[tuple[str, Way], ...]
+    """How it may be mended, each with what is said of it."""
+
+    def problem(self, backend: Backend) -> StoreError | None:
+        try:
+            self.check(backend)
+        except StoreError as error:
+            return error
+        return None
+
+
+def mend(backend: Backend) -> tuple[Overlay, dict[str, str]]:
+    """Return the store with its small files mended, and what was wrong with each, by path.
+
+    What cannot be mended is as it was. :class:`StoreError` for what is no damage: another version,
+    a file system that refuses.
+    """
+    overlay, why = Overlay(backend), dict[str, str]()
+    for file in _files(backend):
+        problem = file.problem(overlay)
+        there = backend.exists(file.path)
+        if problem is None or not (there or file.path == CONFIG):
+            continue
+        if there and not is_damage(problem):
+            raise problem
+        data = _read(backend, file.path) if there else b""
+        for said, way in file.ways:
+            mended = way(data)
+            if mended is not None:
+                overlay.replaced[file.path] = mended
+                if file.problem(overlay) is None:
+                    why[file.path] = said
+                    break
+                del overlay.replaced[file.path]
+    return overlay, why
+
+
+def _files(backend: Backend) -> Iterator[_File]:
+    lost = "damaged or gone; its level is not known, and fast is taken"
+    yield _File(
+        path=CONFIG,
+        check=read_level,
+        ways=(
+            (_TOLD, mended_sealed),
+            *((f"damaged; its level is {level}", _config_of(level)) for level in LEVELS),
+            (lost, lambda data: write_config(LEVELS[0])),
+        ),
+    )
+    for identity in list_bases(backend):
+        yield _File(
+            path=path_of_base(identity),
+            check=partial(read_base, identity=identity),
+            ways=((_TOLD, mended_sealed), ("damaged; recorded anew from the model", _base_again)),
+        )
+    for identity in list_manifests(backend):
+        yield _File(
+            path=path_of(identity),
+            check=partial(_read_manifest, identity=identity),
+            ways=((_TOLD, mended_manifest),),
+        )
+    for path in list_refs(backend):
+        yield _File(
+            path=path,
+            check=partial(read_ref, path=path),
+            ways=((_TOLD, mended_sealed), ("damaged; its note is lost", _ref_again(backend, path))),
+        )
+
+
+def _read_manifest(backend: Backend, identity: str) -> None:
+    read_tensors(backend, read_checkpoint(backend, identity))
+
+
+def _read(backend: Backend, path: str) -> bytes:
+    try:
+        return read_whole(backend, path)
+    except StoreError as error:
+        if not is_damage(error):
+            raise
+        return b""
+
+
+def _config_of(level: Level) -> Way:
+    return lambda data: write_config(level) if f'"level":"{level}"'.encode() in data else None
+
+
+def _base_again(data: bytes) -> bytes | None:
+    """Return the record of the model that stands where a damaged record says."""
+    found = _PATH.search(data)
+    try:
+        return None if found is None else recorded_anew(Path(str(json.loads(found[1]))))[1]
+    except (StoreError, ValueError):
+        return None
+
+
+def _ref_again(backend: Backend, path: str) -> Way:
+    def again(data: bytes) -> bytes | None:
+        found, name = _TARGET.search(data), name_of_ref(path)
+        # A timeline's refs mean nothing without their notes.
+        if found is None or name.startswith(_TIMELINES):
+            return None
+        target = found[1].decode()
+        known = backend.exists(path_of(target))
+        return ref_record(Ref(name=name, checkpoint=target)) if known else None
+
+    return again

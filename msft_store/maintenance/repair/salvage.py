@@ -1,0 +1,168 @@
+"""What can still be read of a damaged file.
+
+Invariant: whatever is returned is proven by a digest, so it is what was written. One flipped bit of
+a small file is found by trying all of them; what was appended to a file is cut off; a pack whose
+header or trailer is damaged is read by its footer.
+
+Example::
+
+    mended_sealed(data)                      # the line as it was, or None
+    salvage_footer(backend, "packs/00ff.pack").record(0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import xxhash
+import zstandard
+
+from msft_store.errors import CorruptedError
+from msft_store.format.layout import KEY_BYTES, digest, inflate
+from msft_store.format.pack_footer import (
+    PACK_MAGIC,
+    PACK_TRAILER,
+    RECORD_BYTES,
+    Footer,
+    Trailer,
+    decode_footer,
+    decode_trailer,
+    longest,
+)
+from msft_store.objects.packs import path_of_pack, read_pack
+from msft_store.storage.backend import Backend
+
+_MOST_TRIED = 1 << 14
+"""Bytes up to which all flipped bits are tried: a second or two."""
+_MOST_SEARCHED = 1 << 26
+"""Bytes in which the footer of a pack, or the end of a line, is looked for."""
+_MOST_PLACES = 64
+"""How many of them may be one."""
+_SEAL = re.compile(rb',"digest":"([0-9a-f]{32})"')
+_TABLE = re.compile(rb'"tensors":"([0-9a-f]{32})"')
+_FRAME = b"\x28\xb5\x2f\xfd"
+"""How a zstd frame begins."""
+
+
+def flipped_back(data: bytes, right: Callable[[bytes], bool]) -> bytes | None:
+    """Return the data that is right, if one flipped bit or none makes it so; else ``None``."""
+    if right(data):
+        return data
+    trial = bytearray(data if len(data) <= _MOST_TRIED else b"")
+    for at in range(len(trial)):
+        for bit in range(8):
+            trial[at] ^= 1 << bit
+            if right(bytes(trial)):
+                return bytes(trial)
+            trial[at] ^= 1 << bit
+    return None
+
+
+@lru_cache(maxsize=32)
+def mended_sealed(data: bytes) -> bytes | None:
+    """Return a line of sealed JSON as it was written, or ``None`` if that cannot be told."""
+    whole = flipped_back(data, _is_sealed)
+    if whole is None:
+        try:
+            text = data[:_MOST_SEARCHED].decode("ascii", "replace")
+            _, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return None
+        whole = data[:end] if _is_sealed(data[:end]) else None
+    return whole
+
+
+@lru_cache(maxsize=32)
+def mended_manifest(data: bytes) -> bytes | None:
+    """Return a manifest's two lines as they were written, or ``None`` if that cannot be told."""
+    line, _, rest = data.partition(b"\n")
+    head = mended_sealed(line)
+    stated = None if head is None else _TABLE.search(head)
+    if head is None or stated is None:
+        return None
+    wanted = stated[1].decode()
+    # A third line was appended; the last one ends with a byte that may be the damaged one.
+    first = rest.partition(b"\n")[0]
+    right = digest(first) == wanted
+    table = first if right else flipped_back(rest[:-1], lambda some: digest(some) == wanted)
+    return None if table is None else head + b"\n" + table + b"\n"
+
+
+def salvage_footer(backend: Backend, path: str) -> Footer:
+    """Return the footer of a pack whose header or trailer may be damaged.
+
+    What :func:`read_pack` raises, if there is none to be found.
+    """
+    try:
+        return read_pack(backend, path)
+    except CorruptedError as error:
+        size = backend.size(path)
+        begin = max(size - _MOST_SEARCHED, 0)
+        tail = backend.read(path, begin, size - begin)
+        for trailer in _trailers(tail, begin, path):
+            footer = _footer(tail, begin, trailer, backend.describe(path))
+            if footer is not None:
+                return footer
+        raise error
+
+
+def _footer(tail: bytes, begin: int, trailer: Trailer, what: str) -> Footer | None:
+    at = trailer.offset - begin
+    if at < 0:
+        return None
+    data = flipped_back(
+        tail[at : at + trailer.length],
+        lambda some: xxhash.xxh3_128_digest(some) == trailer.check,
+    )
+    try:
+        return None if data is None else decode_footer(data, trailer, what)
+    except CorruptedError:
+        return None
+
+
+def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
+    """Yield what may be the trailer of a pack of which ``tail`` is the end, from ``begin`` on."""
+    end = len(tail)
+    # What stands behind the last one was appended.
+    for _ in range(_MOST_PLACES):
+        magic = tail.rfind(PACK_MAGIC, 0, end)
+        if magic < 0:
+            break
+        end, stop = magic, magic + len(PACK_MAGIC)
+        with contextlib.suppress(CorruptedError):
+            piece = tail[max(stop - PACK_TRAILER.size, 0) : stop]
+            yield decode_trailer(piece, begin + stop, path)
+    # A pack is named after its footer, which stands before a damaged trailer.
+    end = stop = len(tail) - PACK_TRAILER.size
+    for _ in range(_MOST_PLACES):
+        at = tail.rfind(_FRAME, 0, max(end, 0))
+        if at < 0:
+            return
+        end, found = at + len(_FRAME) - 1, tail[at:stop]
+        check = xxhash.xxh3_128_digest(found)
+        if path == path_of_pack(check):
+            yield from _described(found, begin + at, check)
+
+
+def _described(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
+    """Yield the trailer that a footer should have."""
+    with contextlib.suppress(ValueError, struct.error, zstandard.ZstdError):
+        size = zstandard.get_frame_parameters(footer).content_size
+        if size <= longest(len(footer) // KEY_BYTES):
+            raw = inflate(footer, size)
+            (length,) = struct.unpack_from("<I", raw)
+            count = (size - 4 - length) // RECORD_BYTES
+            yield Trailer(offset=offset, length=len(footer), size=size, count=count, check=check)
+
+
+def _is_sealed(data: bytes) -> bool:
+    """Return whether a line holds the digest of what it is without it."""
+    return any(
+        digest(data[: seal.start()] + data[seal.end() :]) == seal[1].decode()
+        for seal in _SEAL.finditer(data)
+    )

@@ -1,0 +1,137 @@
+"""Counting what a store holds.
+
+Example::
+
+    stats(catalog).on_disk_bytes
+
+Where the bytes of a checkpoint's tensors come from.
+
+Example::
+
+    for source in sources(catalog, checkpoint):
+        print(source.tensor, source.how, source.stored_bytes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from msft_store.codec import codecs
+from msft_store.format.key_table import among, concatenate, counted, unique
+from msft_store.format.layout import BaseSpan
+from msft_store.objects.catalog import Catalog
+from msft_store.objects.manifest import Checkpoint, chunk_sizes
+from msft_store.objects.reachability import closure
+from msft_store.storage.backend import QUARANTINE, disk_bytes, sizes
+
+IN_BASE = "equal to base"
+MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSources:
+    """One tensor of a checkpoint and how its chunks are kept."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    logical_bytes: int
+    stored_bytes: int
+    how: tuple[str, ...]
+    """Distinct ways, the one with the most logical bytes first."""
+
+
+def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]:
+    """Yield the tensors of a checkpoint by name."""
+    for name, entry in catalog.tensors(checkpoint).items():
+        ways: dict[str, int] = {}
+        stored_bytes = 0
+        for piece in entry.pieces:
+            for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
+                how, length = _how(catalog, key, checkpoint.base)
+                ways[how] = ways.get(how, 0) + size
+                stored_bytes += length
+        yield TensorSources(
+            tensor=name,
+            dtype=entry.dtype.name,
+            shape=entry.shape,
+            logical_bytes=entry.nbytes,
+            stored_bytes=stored_bytes,
+            how=tuple(sorted(ways, key=lambda way: (-ways[way], way))),
+        )
+
+
+def _how(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
+    if catalog.objects.in_base(key, base) is not None:
+        return IN_BASE, 0
+    stored = catalog.objects.find(key, base)
+    if stored is None:
+        return MISSING, 0
+    record = stored.record
+    codec = codecs.by_code(record.codec)
+    if not codec.needs_reference:
+        return f"{codec.name}, no reference", record.length
+    against = "base" if isinstance(record.reference, BaseSpan) else "checkpoint"
+    return f"{codec.name} against {against}", record.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a store holds, in bytes and counts."""
+
+    checkpoints: int
+    logical_bytes: int
+    """Of all checkpoints, as if each were a full copy."""
+    stored_bytes: int
+    """Encoded bytes of all chunks in packs."""
+    held_bytes: int
+    """Those of chunks that no checkpoint names but that others are changes of."""
+    on_disk_bytes: int
+    """All files of the store, temporary ones included; bases are elsewhere."""
+    quarantine_bytes: int
+    """Of those, what repairs have set aside."""
+    base_bytes: int
+    """Of the bases that it refers to."""
+    chunks: int
+    """Distinct chunks that checkpoints name."""
+    shared_chunks: int
+    """Those that more than one checkpoint names, or that stand in a base."""
+
+
+def held_bytes(catalog: Catalog) -> int:
+    """Return the encoded bytes that no checkpoint names but that others are changes of."""
+    catalog.refresh()
+    index = catalog.objects.index
+    needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
+    return int(index.lengths[needs.held].sum())
+
+
+def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
+    """Return the encoded bytes of the chunks that checkpoints name, by id; of those that exist."""
+    catalog.refresh()
+    there = [checkpoint for checkpoint in checkpoints if catalog.get(checkpoint.id) is not None]
+    return {checkpoint.id: catalog.stored_bytes(checkpoint) for checkpoint in there}
+
+
+def stats(catalog: Catalog) -> Stats:
+    """Return what a store holds, counted now."""
+    catalog.refresh()
+    checkpoints, objects = catalog.checkpoints(), catalog.objects
+    index, keys = objects.index, catalog.keys_by_base(checkpoints)
+    needs = closure(objects, index, keys)
+    uses = [unique(catalog.keys(checkpoint)) for checkpoint in checkpoints]
+    named, times = counted(concatenate(uses))
+    in_base = [some[objects.in_base_all(some, base)] for base, some in keys.items()]
+    shared = (times > 1) | among(named, concatenate(in_base))
+    return Stats(
+        checkpoints=len(checkpoints),
+        logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
+        stored_bytes=int(index.lengths.sum()),
+        held_bytes=int(index.lengths[needs.held].sum()),
+        on_disk_bytes=disk_bytes(catalog.backend),
+        quarantine_bytes=sum(sizes(catalog.backend, QUARANTINE).values()),
+        base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
+        chunks=len(named),
+        shared_chunks=int(shared.sum()),
+    )

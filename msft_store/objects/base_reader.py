@@ -1,0 +1,233 @@
+"""Reading a base by span: elements of one of its tensors, or of a box of it.
+
+Elements of a base in another dtype are rounded to the one that is asked for, so that a float32
+model on disk serves a bfloat16 run. The base is somebody else's file: it may have moved or changed,
+which is a :class:`BaseError` that says so, never wrong bytes.
+
+Example::
+
+    reader = BaseReader(backend, base)
+    reader.read_span(BaseSpan(tensor="lm_head.weight", start=0), 4096, by_name("bfloat16"))
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msft_store.codec.kernels import Bytes
+from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageError
+from msft_store.format.dtypes import DType
+from msft_store.format.key_table import Keys, KeyTable, as_keys
+from msft_store.format.layout import CHUNK_BYTES, BaseSpan, chunk_key
+from msft_store.objects.bases import Base, BaseTensor, path_of_base, read_base
+from msft_store.storage.backend import Backend, read_file_into
+
+
+class BaseReader:
+    """Reads a base's bytes by span; who decodes checks them, the file may have changed."""
+
+    def __init__(self, backend: Backend, base: Base) -> None:
+        self.base = base
+        self._backend = backend
+        self.chunks = {
+            key: BaseSpan(tensor=name, start=number * CHUNK_BYTES // tensor.dtype.size)
+            for name, tensor in base.tensors.items()
+            for number, key in enumerate(tensor.keys)
+        }
+        self._record = backend.describe(path_of_base(base.id))
+
+    @cached_property
+    def _table(self) -> KeyTable:
+        keys = as_keys(b"".join(self.chunks))
+        return KeyTable(keys, np.arange(len(keys)))
+
+    def holds(self, keys: Keys) -> NDArray[np.bool_]:
+        """Return which chunks the base holds unchanged."""
+        return self._table.contains(keys)
+
+    def where(self, span: BaseSpan) -> str:
+        """Return the file that holds a span."""
+        return self.base.files[self._tensor(span.tensor).file][0]
+
+    def chunk_bytes(self, span: BaseSpan) -> int:
+        """Return the size of the chunk that begins where a span does."""
+        tensor = self._tensor(span.tensor)
+        return min(CHUNK_BYTES, tensor.nbytes - span.start * tensor.dtype.size)
+
+    def verify_span(self, span: BaseSpan, count: int) -> None:
+        """Compare what a span touches with its keys; :class:`BaseError` if it changed."""
+        tensor = self._tensor(span.tensor)
+        step = CHUNK_BYTES // tensor.dtype.size
+        touched: set[int] = set()
+        for start, length in self._runs(span, count):
+            touched.update(range(start // step, -(-(start + length) // step)))
+        for number in sorted(touched):
+            whole = BaseSpan(tensor=span.tensor, start=number * step)
+            size = self.chunk_bytes(whole) // tensor.dtype.size
+            self.verify(whole, self.read_span(whole, size, tensor.dtype), tensor.keys[number])
+
+    def verify(self, span: BaseSpan, data: Bytes, key: bytes) -> None:
+        """Compare with its key what was read of a chunk; :class:`BaseError` if it changed."""
+        if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
+            raise BaseError(
+                f"{self.where(span)} changed since it was added as base {self.base.id[:12]} "
+                f"(tensor {span.tensor!r}); put the original file back",
+                file=self.where(span),
+            )
+
+    def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
+        """Return ``count`` elements, rounded to ``dtype`` if the base has another."""
+        out: Bytes = np.empty(count * dtype.size, np.uint8)
+        self.read_span_into(span, out, dtype)
+        return out
+
+    def read_span_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> None:
+        """Fill ``out`` with elements, rounded to ``dtype`` if the base has another."""
+        tensor = self._tensor(span.tensor)
+        same = tensor.dtype == dtype
+        raw = out if same else np.empty(out.size // dtype.size * tensor.dtype.size, np.uint8)
+        filled = 0
+        for start, length in self._runs(span, out.size // dtype.size):
+            nbytes = length * tensor.dtype.size
+            self._fill(span.tensor, start, raw[filled : filled + nbytes])
+            filled += nbytes
+        if filled != raw.size:
+            raise self._too_short(tensor)
+        if not same:
+            out[:] = _convert(raw, tensor.dtype, dtype)
+
+    def read_verified_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> bytes:
+        """Do as :meth:`read_span_into`, from chunks that equal their keys; return the key of it.
+
+        :class:`BaseError` if the base changed. For who takes a difference against it: a change that
+        goes unnoticed would make checkpoints that need what is not recorded anywhere.
+        """
+        tensor, count = self._tensor(span.tensor), out.size // dtype.size
+        runs = list(self._runs(span, count))
+        if len(runs) != 1:
+            self.verify_span(span, count)
+            self.read_span_into(span, out, dtype)
+            return chunk_key(out.data, dtype)
+        (start, length), step = runs[0], CHUNK_BYTES // tensor.dtype.size
+        numbers = range(start // step, -(-(start + length) // step))
+        begin, end = (
+            numbers.start * step,
+            min(numbers.stop * step, tensor.nbytes // tensor.dtype.size),
+        )
+        whole = tensor.dtype == dtype and (begin, end) == (start, start + length)
+        raw = out if whole else np.empty((end - begin) * tensor.dtype.size, np.uint8)
+        self._fill(span.tensor, begin, raw)
+        for at, number in enumerate(numbers):
+            data = raw[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]
+            self.verify(
+                BaseSpan(tensor=span.tensor, start=number * step), data, tensor.keys[number]
+            )
+        if whole and len(numbers) == 1:
+            return tensor.keys[numbers.start]
+        if not whole:
+            at = (start - begin) * tensor.dtype.size
+            out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
+        return chunk_key(out.data, dtype)
+
+    def _runs(self, span: BaseSpan, count: int) -> Iterator[tuple[int, int]]:
+        shape = self._tensor(span.tensor).shape
+        offset, box = span.box or ((0,) * len(shape), shape)
+        return box_runs(shape, offset, box, span.start, count)
+
+    def _fill(self, name: str, start: int, out: Bytes) -> None:
+        base = self.base
+        tensor = base.tensors[name]
+        path, _ = base.files[tensor.file]
+        try:
+            got = read_file_into(path, tensor.offset + start * tensor.dtype.size, out.data)
+        except StorageError as error:
+            if os.path.isfile(path):
+                raise
+            # Another process may have recorded since where it is now.
+            self.base = read_base(self._backend, base.id)
+            if self.base.files != base.files:
+                self._fill(name, start, out)
+                return
+            raise BaseError(
+                f"base {self.base.id[:12]} is no longer at {path}; "
+                f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH",
+                file=path,
+            ) from error
+        if got != out.size:
+            raise self._too_short(tensor)
+
+    def _too_short(self, tensor: BaseTensor) -> BaseError:
+        return BaseError(
+            f"{self.base.files[tensor.file][0]} is shorter than when it was added as base "
+            f"{self.base.id[:12]}; put the original file back or use relocate",
+            file=self.base.files[tensor.file][0],
+        )
+
+    def _tensor(self, name: str) -> BaseTensor:
+        try:
+            return self.base.tensors[name]
+        except KeyError:
+            raise CorruptedError(f"{self._record} has no tensor {name!r}") from None
+
+
+def box_runs(
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    box: tuple[int, ...],
+    start: int,
+    count: int,
+) -> Iterator[tuple[int, int]]:
+    """Yield (first element, elements) runs of a row-major tensor that make up part of a box.
+
+    The part is ``count`` elements from element ``start`` of the box.
+    """
+    if len(offset) != len(shape) or any(
+        o + n > s for o, n, s in zip(offset, box, shape, strict=True)
+    ):
+        raise MismatchError(f"the box {offset} + {box} lies outside the shape {shape}")
+    split = len(shape)
+    while split > 0 and box[split:] == shape[split:]:
+        split -= 1
+    # Dimensions from `split` on are contiguous in the tensor.
+    run = math.prod(box[split:])
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    end = min(start + count, math.prod(box))
+    while start < end:
+        row, within = divmod(start, run)
+        length = min(run - within, end - start)
+        position = within + sum(o * s for o, s in zip(offset, strides, strict=True))
+        for axis in reversed(range(split)):
+            row, index = divmod(row, box[axis])
+            position += index * strides[axis]
+        yield position, length
+        start += length
+
+
+def convertible(have: DType, want: DType) -> bool:
+    """Return whether a base's elements of one type serve as references for another."""
+    return have == want or (_rounds(have) and _rounds(want))
+
+
+def _rounds(dtype: DType) -> bool:
+    return dtype.floating and dtype.size == dtype.lane > 1
+
+
+def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
+    if have == want:
+        return data
+    if have.torch is None or want.torch is None or not convertible(have, want):
+        raise MismatchError(f"{have.name} is not converted to {want.name}")
+    source = torch.from_numpy(data.copy()).view(have.torch)
+    converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()
+    nan = source.isnan()
+    if nan.any():
+        # Which NaN a conversion gives depends on the processor and the position.
+        converted.reshape(-1, want.size)[nan.numpy()] = 0
+    return converted

@@ -1,0 +1,230 @@
+"""Bases: models on disk that a store refers to by content; never copied, never changed.
+
+``bases/<id>.json`` records the keys of all chunks and where they stand. The id is the digest of
+names, dtypes, shapes and keys, so a base keeps its id when its files move (:func:`relocate`) or are
+sharded anew.
+
+Example::
+
+    base = add_base(backend, Path("Qwen2.5-0.5B"))
+    base.tensors["lm_head.weight"].shape
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msft_store.errors import BaseError, CorruptedError
+from msft_store.format.dtypes import DType, by_name
+from msft_store.format.layout import (
+    CHUNK_BYTES,
+    VERSION,
+    canonical,
+    chunk_key,
+    digest,
+    join_keys,
+    seal,
+    split_keys,
+    unseal,
+)
+from msft_store.format.strict_json import mapping, name_of, natural, shape_of, text
+from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
+from msft_store.storage.backend import Backend, publish, read_file, read_whole, translated
+
+BASES = "bases"
+_SUFFIX = ".json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTensor:
+    """A tensor of a base."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    """Of its first byte in the file."""
+    keys: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A model on disk that checkpoints are differences against."""
+
+    id: str
+    path: str
+    """The file or directory that was added."""
+    files: tuple[tuple[str, int], ...]
+    """Its safetensors files and their sizes in bytes."""
+    tensors: Mapping[str, BaseTensor] = field(repr=False)
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def add_base(backend: Backend, path: Path) -> Base:
+    """Read a safetensors file, or a directory of them, once and record it by content."""
+    with translated("read", path):
+        base = _scan(path.absolute())
+    write_base(backend, base)
+    return base
+
+
+def relocate(backend: Backend, base: Base, path: Path) -> Base:
+    """Record that a base's files moved; :class:`BaseError` if the content there is another."""
+    with translated("read", path):
+        found = _scan(path.absolute())
+    if found.id != base.id:
+        raise BaseError(f"{path} holds base {found.id[:12]}, not {base.id[:12]}: wrong model")
+    write_base(backend, found)
+    return found
+
+
+def write_base(backend: Backend, base: Base) -> None:
+    """Make a base durable, in place of an earlier record of it."""
+    publish(backend, path_of_base(base.id), _to_json(base))
+
+
+def _scan(path: Path) -> Base:
+    files = find_files(path)
+    places: dict[str, tuple[int, TensorPlace]] = {}
+    for number, file in enumerate(files):
+        for name, place in read_header(file).items():
+            if name in places:
+                raise BaseError(f"{path} holds the tensor {name!r} twice")
+            places[name] = (number, place)
+    with ThreadPoolExecutor() as pool:
+        tensors = {
+            name: BaseTensor(
+                dtype=place.dtype,
+                shape=place.shape,
+                file=number,
+                offset=place.offset,
+                keys=tuple(pool.map(lambda span: _key_at(*span), _spans(files[number], place))),
+            )
+            for name, (number, place) in sorted(places.items())
+        }
+    return Base(
+        id=base_id(tensors),
+        path=str(path),
+        files=tuple((str(file), file.stat().st_size) for file in files),
+        tensors=tensors,
+    )
+
+
+def recorded_anew(path: Path) -> tuple[str, bytes]:
+    """Return the id and the record of the model at a path; nothing is written."""
+    with translated("read", path):
+        base = _scan(path)
+    return base.id, _to_json(base)
+
+
+def is_gone(base: Base) -> bool:
+    """Return whether a file of a base is not there any more, or is too short."""
+    try:
+        return any(os.stat(path).st_size < size for path, size in base.files)
+    except OSError:
+        return True
+
+
+def path_of_base(identity: str) -> str:
+    """Return where the record of a base stands."""
+    return f"{BASES}/{identity}{_SUFFIX}"
+
+
+def list_bases(backend: Backend) -> list[str]:
+    """Return the ids of all bases."""
+    skip = len(BASES) + 1
+    return [path[skip : -len(_SUFFIX)] for path in backend.list(BASES) if path.endswith(_SUFFIX)]
+
+
+def read_base(backend: Backend, identity: str) -> Base:
+    """Read the record of a base."""
+    return _from_json(backend, identity)
+
+
+def _spans(file: Path, place: TensorPlace) -> Iterator[tuple[Path, int, int, DType]]:
+    for at in range(0, place.nbytes, CHUNK_BYTES):
+        yield file, place.offset + at, min(CHUNK_BYTES, place.nbytes - at), place.dtype
+
+
+def _key_at(file: Path, offset: int, length: int, dtype: DType) -> bytes:
+    return chunk_key(read_file(file, offset, length), dtype)
+
+
+def base_id(tensors: Mapping[str, BaseTensor]) -> str:
+    """Return the id of a base: the digest of names, dtypes, shapes and keys."""
+    return digest(canonical(_content(tensors)))
+
+
+def _content(tensors: Mapping[str, BaseTensor]) -> dict[str, Any]:
+    return {
+        name: {
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "chunks": join_keys(tensor.keys),
+        }
+        for name, tensor in tensors.items()
+    }
+
+
+def _to_json(base: Base) -> bytes:
+    return seal(
+        {
+            "format": "msft-base",
+            "version": VERSION,
+            "id": base.id,
+            "path": base.path,
+            "files": [list(file) for file in base.files],
+            "content": _content(base.tensors),
+            "places": {name: [t.file, t.offset] for name, t in base.tensors.items()},
+        }
+    )
+
+
+def _from_json(backend: Backend, identity: str) -> Base:
+    path = path_of_base(identity)
+    what = backend.describe(path)
+    record = unseal(read_whole(backend, path), what, "msft-base")
+    try:
+        if digest(canonical(record["content"])) != record["id"] or record["id"] != identity:
+            raise CorruptedError(f"{what} does not hold the base that its name says")
+        files = tuple((_path(name), natural(size)) for name, size in record["files"])
+        places = mapping(record["places"])
+        tensors = {
+            name_of(name): _tensor(mapping(entry), places[name], files)
+            for name, entry in mapping(record["content"]).items()
+        }
+        return Base(id=identity, path=_path(record["path"]), files=files, tensors=tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptedError(f"{what} cannot be read: {error!r}") from None
+
+
+def _tensor(entry: Mapping[str, Any], place: Any, files: Sequence[tuple[str, int]]) -> BaseTensor:
+    dtype, shape = by_name(entry["dtype"]), shape_of(entry["shape"])
+    nbytes = math.prod(shape) * dtype.size
+    file, offset = shape_of(place)
+    if file >= len(files) or offset + nbytes > files[file][1]:
+        raise ValueError("a tensor stands in no file that is listed")
+    keys = split_keys(text(entry["chunks"]), nbytes)
+    return BaseTensor(dtype=dtype, shape=shape, file=file, offset=offset, keys=keys)
+
+
+def _path(value: Any) -> str:
+    path = text(value)
+    if not os.path.isabs(os.fsencode(path)) or "\0" in path:
+        raise ValueError(f"{path!r:.80} is no absolute path")
+    return path

@@ -1,0 +1,353 @@
+"""What a store directory holds, without any policy: checkpoints, refs, bases, chunks.
+
+The rooms above (gc, check, export, the store itself) share one catalog. It caches what cannot
+change and reads the rest again on :meth:`Catalog.refresh`.
+
+Example::
+
+    catalog = Catalog(LocalBackend(path))
+    catalog.refresh()
+    catalog.resolve("3fa9").step
+
+A look at a whole store while others forget, move and delete.
+
+Reading takes no lock, so what was listed may have gone when it is read. That is no damage: where a
+look fails or finds something wrong, and files have come or gone, it is repeated while nobody may
+delete.
+
+Example::
+
+    plan = undisturbed(backend, lambda: plan_gc(catalog))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from msft_store.codec.codecs import LEVELS, Level
+from msft_store.errors import (
+    REPAIR,
+    BusyError,
+    CorruptedError,
+    InvalidInputError,
+    NotAStoreError,
+    StorageError,
+    StoreError,
+    UnknownCheckpointError,
+    VersionError,
+    bare,
+    reason,
+)
+from msft_store.format.key_table import Keys, KeyScanner, concatenate, unique, unlike
+from msft_store.format.layout import CHUNK_BYTES, VERSION, seal, unseal
+from msft_store.objects.bases import Base
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import (
+    MANIFESTS,
+    Checkpoint,
+    TensorEntry,
+    list_manifests,
+    path_of,
+    read_checkpoint,
+    read_keys,
+    read_tensors,
+)
+from msft_store.objects.packs import PACKS, list_packs
+from msft_store.objects.refs import REFS, Ref, path_of_ref, read_refs, scan_refs
+from msft_store.storage.backend import Backend, read_whole
+
+_T = TypeVar("_T")
+
+
+def undisturbed(
+    backend: Backend,
+    look: Callable[[], _T],
+    is_fine: Callable[[_T], bool] = lambda _: True,
+    *,
+    times: int = 1,
+) -> _T:
+    """Return what ``look`` returns, or raise what it raises, once others have no part in it.
+
+    It may be called ``times`` times without the lock, for one that takes long, and once with it.
+    """
+    for _ in range(times):
+        before = _names(backend)
+        try:
+            found = look()
+            if is_fine(found) or _names(backend) == before:
+                return found
+        except StoreError:
+            if _names(backend) == before:
+                raise
+    with contextlib.ExitStack() as stack:
+        # A store that cannot be written to is looked at all the same.
+        with contextlib.suppress(BusyError, StorageError):
+            stack.enter_context(backend.lock(shared=True, purpose="look"))
+        return look()
+
+
+def _names(backend: Backend) -> set[str]:
+    return {path for folder in (MANIFESTS, PACKS, REFS) for path in backend.list(folder)}
+
+
+CONFIG = "store.json"
+_SHORTEST_PREFIX = 4
+_REPAIR_ALONE = "msft-store repair writes it anew (--dry-run shows what it would do)"
+
+
+def write_config(level: Level) -> bytes:
+    """Return the content of a new store's ``store.json``."""
+    config = {"format": "msft-store", "version": VERSION, "chunk_bytes": CHUNK_BYTES}
+    return seal({**config, "level": check_level(level)})
+
+
+def check_level(level: Any) -> Level:
+    """Return what an encoder may aim for; :class:`InvalidInputError` for anything else."""
+    if level not in LEVELS:
+        raise InvalidInputError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
+    found: Level = level
+    return found
+
+
+def read_level(backend: Backend) -> Level:
+    """Return the level of ``store.json``; a store that states none is fast."""
+    what = backend.describe(CONFIG)
+    try:
+        config = unseal(read_whole(backend, CONFIG), what, "msft-store")
+    except CorruptedError as error:
+        # Not even check opens such a store.
+        raise CorruptedError(f"{reason(error)}; {_REPAIR_ALONE}", file=what) from None
+    if config.get("chunk_bytes") != CHUNK_BYTES:
+        raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
+    try:
+        return check_level(config.get("level", LEVELS[0]))
+    except InvalidInputError as error:
+        raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
+
+
+def _hint(backend: Backend) -> str:
+    """Return what to do where there is no ``store.json``."""
+    with contextlib.suppress(StorageError):  # a file, or nothing that could be listed
+        if list_manifests(backend) or list_packs(backend):
+            return f"its {CONFIG} is gone, but checkpoints are there: {_REPAIR_ALONE}"
+    inside = backend.exists(f"store/{CONFIG}")
+    hint = "there is one in store/" if inside else "create one with: msft-store init"
+    return f"{hint}, or give --store PATH"
+
+
+class Catalog:
+    """Everything in one store directory."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.objects = Objects(backend)
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._damaged: dict[str, StoreError] = {}
+        self._keys: dict[str, Keys] = {}
+        self._scanner = KeyScanner()
+        if not backend.exists(CONFIG):
+            raise NotAStoreError(f"no store at {backend.describe('')}; {_hint(backend)}")
+        self.level = read_level(backend)
+
+    def refresh(self) -> None:
+        """Read what other processes added or removed since."""
+        identities = set(list_manifests(self.backend))
+        # A copy, for other threads add to it at the same time.
+        known, damaged = dict(self._checkpoints), {}
+        checkpoints = {identity: known[identity] for identity in known if identity in identities}
+        for identity in sorted(identities - checkpoints.keys()):
+            try:
+                checkpoints[identity] = read_checkpoint(self.backend, identity)
+            except StoreError as error:
+                # One that was forgotten since it was listed is no damage.
+                if self.backend.exists(path_of(identity)):
+                    damaged[identity] = bare(error)
+        self._checkpoints, self._damaged = checkpoints, damaged
+        keys = dict(self._keys)
+        self._keys = {identity: keys[identity] for identity in keys if identity in checkpoints}
+        self.objects.refresh()
+
+    @property
+    def damaged(self) -> dict[str, StoreError]:
+        """Manifests that cannot be read, by id; they are left out of :meth:`checkpoints`."""
+        return self._damaged
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first."""
+        return sorted(self._checkpoints.values(), key=lambda ckpt: (ckpt.created, ckpt.id))
+
+    def get(self, identity: str) -> Checkpoint | None:
+        """Return the checkpoint of an exact id."""
+        return self._checkpoints.get(identity)
+
+    def intact(self, identity: str) -> Checkpoint | None:
+        """Return the checkpoint of an exact id, if its manifest is still what was written."""
+        found = self.get(identity)
+        try:
+            if found is not None:
+                read_checkpoint(self.backend, identity)
+                self.tensors(found)
+        except CorruptedError:
+            return None
+        return found
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint known that was just written."""
+        self._checkpoints[checkpoint.id] = checkpoint
+
+    def remove(self, identity: str) -> None:
+        """Make known that a checkpoint is one no more."""
+        self._checkpoints.pop(identity, None)
+
+    def resolve(self, name: str | Checkpoint) -> Checkpoint:
+        """Return a checkpoint by id, unique prefix of an id, or name of a ref.
+
+        :class:`UnknownCheckpointError` names the nearest one.
+        """
+        if isinstance(name, Checkpoint):
+            name = name.id
+        if not isinstance(name, str):
+            raise InvalidInputError(f"a checkpoint, an id or the name of a ref, not {name!r}")
+        found = self._checkpoints.get(name)
+        if found is not None:
+            return found
+        # A ref that cannot be read stands in the way of no other name.
+        refs, unreadable = scan_refs(self.backend)
+        if path_of_ref(name) in unreadable:
+            raise unreadable[path_of_ref(name)]
+        wanted = refs[name].checkpoint if name in refs else name
+        target = self._checkpoints.get(wanted)
+        if target is not None:
+            return target
+        if wanted in self._damaged:
+            raise self._damaged[wanted]
+        if name in refs:
+            raise CorruptedError(
+                f"the ref {name!r} points to a checkpoint that is not there; {REPAIR}"
+            )
+        matches = [c for c in self.checkpoints() if c.id.startswith(name)]
+        if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
+            return matches[0]
+        if len(matches) > 1 and name:
+            raise UnknownCheckpointError(
+                f"{name!r} stands for {len(matches)} checkpoints; give more characters"
+            )
+        # Some commands take a base as well.
+        known = [*self._checkpoints, *self.objects.bases()]
+        if 0 < len(name) < _SHORTEST_PREFIX and any(one.startswith(name) for one in known):
+            raise UnknownCheckpointError(
+                f"{name!r} is too short, as other ids may come to begin with it; give at least "
+                f"{_SHORTEST_PREFIX} characters"
+            )
+        for identity, damage in self._damaged.items():
+            if identity.startswith(name) and len(name) >= _SHORTEST_PREFIX:
+                raise damage
+        raise UnknownCheckpointError(self._no_such(name, refs))
+
+    def resolve_base(self, name: str | Base) -> Base | None:
+        """Return a base by id or unique prefix; ``None`` if there is none."""
+        if isinstance(name, Base):
+            name = name.id
+        if not isinstance(name, str):
+            raise InvalidInputError(f"a base or the id of one, not {name!r}")
+        bases = self.objects.bases()
+        matches = [base for base in bases.values() if base.id.startswith(name)]
+        exact = bases.get(name)
+        if exact is not None or len(matches) != 1 or len(name) < _SHORTEST_PREFIX:
+            return exact
+        return matches[0]
+
+    def lineage(
+        self, parent: Base | Checkpoint | str | None
+    ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
+        """Return the ids of a parent and of its base, and the tensors of a checkpoint."""
+        if parent is None:
+            return None, None, None
+        base = None if isinstance(parent, Checkpoint) else self.resolve_base(parent)
+        if base is not None:
+            return base.id, base.id, None
+        if isinstance(parent, Base):
+            raise UnknownCheckpointError(
+                f"base {parent.id[:12]} is not one of {self.backend.describe('')}; "
+                "add it with add_base"
+            )
+        if not isinstance(parent, Checkpoint | str):
+            raise InvalidInputError(f"a parent is a base or a checkpoint, not {parent!r}")
+        found = self.resolve(parent)
+        return found.id, found.base, self.tensors(found)
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+        """Return a checkpoint's tensor table."""
+        self.check_there(checkpoint)
+        try:
+            return read_tensors(self.backend, checkpoint)
+        except StorageError:
+            # It may have gone since.
+            self.check_there(checkpoint)
+            raise
+
+    def keys(self, checkpoint: Checkpoint) -> Keys:
+        """Return the keys of all chunks that a checkpoint names; some stand repeatedly."""
+        found = self._keys.get(checkpoint.id)
+        if found is None:
+            try:
+                found = read_keys(self.backend, checkpoint, self._scanner)
+            except StorageError:
+                self.check_there(checkpoint)
+                raise
+            self._keys[checkpoint.id] = found
+        return found
+
+    def keys_by_base(self, checkpoints: Iterable[Checkpoint]) -> dict[str | None, Keys]:
+        """Return the keys of all chunks that checkpoints name, by the checkpoints' base."""
+        parts: dict[str | None, list[Keys]] = {}
+        before: dict[str | None, Keys] = {}
+        for checkpoint in checkpoints:
+            keys, base = self.keys(checkpoint), checkpoint.base
+            # Most of what a checkpoint names stood in the same place in the one before it.
+            parts.setdefault(base, []).append(unlike(keys, before.get(base)))
+            before[base] = keys
+        return {base: concatenate(keys) for base, keys in parts.items()}
+
+    def stored_bytes(self, checkpoint: Checkpoint) -> int:
+        """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
+        keys, base, index = unique(self.keys(checkpoint)), checkpoint.base, self.objects.index
+        rows = index.find_all(keys[~self.objects.in_base_all(keys, base)], base)
+        return int(index.lengths[rows[rows >= 0]].sum())
+
+    def refs(self) -> dict[str, Ref]:
+        """Return all refs by name."""
+        return read_refs(self.backend)
+
+    def protected(self) -> dict[str, str]:
+        """Return the ids of checkpoints that refs point to, and why they stay."""
+        reasons: dict[str, list[str]] = {}
+        for name, ref in sorted(self.refs().items()):
+            notes = ref.note.get("reasons")
+            told = notes if isinstance(notes, list) else []
+            each = dict.fromkeys(" ".join(str(one).split()) for one in told)
+            why = f" ({', '.join(each)})" if each else ""
+            reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
+        return {identity: "; ".join(texts) for identity, texts in reasons.items()}
+
+    def check_there(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`UnknownCheckpointError` for a checkpoint that was forgotten."""
+        if not self.backend.exists(path_of(checkpoint.id)):
+            self.remove(checkpoint.id)
+            raise UnknownCheckpointError(
+                f"checkpoint {checkpoint.id} is no longer in {self.backend.describe('')}: "
+                "it was forgotten"
+            )
+
+    def _no_such(self, name: str, refs: dict[str, Ref]) -> str:
+        where = self.backend.describe("")
+        if not self._checkpoints:
+            return f"no checkpoint {name!r} in {where}: it holds none yet"
+        near = difflib.get_close_matches(name, [*self._checkpoints, *refs], n=1, cutoff=0.0)
+        ckpt = self._checkpoints.get(near[0]) if near else None
+        step = f" (step {ckpt.step})" if ckpt is not None and ckpt.step is not None else ""
+        hint = f"; the nearest is {near[0]}{step}" if near else ""
+        return f"no checkpoint {name!r} in {where}{hint}"

@@ -1,0 +1,311 @@
+"""Chunks by key: packs, their records, and the bases that records refer to.
+
+A key may have several representations. A checkpoint of base B may use those that need no base or B
+itself, so that no checkpoint ever depends on a base that is not its own. What a record refers to is
+looked up with the record's base, not the checkpoint's: a record that needs no base serves every
+checkpoint. References only point to what is less deep (``Record.depth``), so they are acyclic, and
+restoring takes at most ``MAX_DEPTH + 1`` decodings a chunk.
+
+Example::
+
+    objects = Objects(backend)
+    data = objects.read(key, size, dtype, base_id)        # verified against the key
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.codec import codecs
+from msft_store.codec.kernels import Bytes
+from msft_store.errors import REPAIR, CorruptedError, StoreError, UnknownCheckpointError, bare
+from msft_store.format.dtypes import DType, by_code
+from msft_store.format.key_table import Keys
+from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
+from msft_store.format.pack_footer import Footer
+from msft_store.objects.base_reader import BaseReader
+from msft_store.objects.bases import Base, list_bases, path_of_base, read_base
+from msft_store.objects.packs import Index, Stored, list_packs, read_pack
+from msft_store.storage.backend import Backend
+
+
+class _Scratch(threading.local):
+    """A buffer of one thread: fresh memory of this size costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self.buffer: Bytes = np.empty(CHUNK_BYTES, np.uint8)
+
+
+class Objects:
+    """All chunks of a store, read and verified by key."""
+
+    def __init__(
+        self, backend: Backend, read: Callable[[Backend, str], Footer] = read_pack
+    ) -> None:
+        """``read`` gives what a pack is taken to hold, by its path."""
+        self._backend = backend
+        self._read_pack = read
+        self._snapshot = Index({})
+        self._damaged_packs: dict[str, StoreError] = {}
+        self._damaged_bases: dict[str, StoreError] = {}
+        self._readers: dict[str, BaseReader] = {}
+        # What is read is compared with what was asked for: packs are read when first needed.
+        self._wanted = self._have_packs = self._have_bases = 0
+        self._reading = threading.RLock()
+        self._scratch = _Scratch()
+        self._sound: set[tuple[str, int]] = set()
+
+    @property
+    def index(self) -> Index:
+        """What all packs hold, as of the last :meth:`refresh` or later."""
+        if self._have_packs != self._wanted:
+            with self._reading:
+                self._read_packs()
+        return self._snapshot
+
+    @property
+    def packs(self) -> Mapping[str, Footer]:
+        """What each pack holds, by its path."""
+        return self.index.packs
+
+    @property
+    def damaged(self) -> Mapping[str, StoreError]:
+        """Packs and bases that cannot be read, by path; they are left out of everything else."""
+        with self._reading:
+            self._read_packs()
+            self._read_bases()
+        return {**self._damaged_packs, **self._damaged_bases}
+
+    def refresh(self) -> None:
+        """See from here on what other processes added or removed."""
+        with self._reading:
+            self._wanted += 1
+
+    def _read_packs(self) -> None:
+        wanted, known = self._wanted, self._snapshot.packs
+        if self._have_packs == wanted:
+            return
+        paths = list_packs(self._backend)
+        packs = {path: known[path] for path in paths if path in known}
+        damaged: dict[str, StoreError] = {}
+        for path in paths:
+            try:
+                if path not in known:
+                    packs[path] = self._read_pack(self._backend, path)
+            except StoreError as error:
+                # One that a gc removed since it was listed is no loss.
+                if self._backend.exists(path):
+                    damaged[path] = bare(error)
+        if packs.keys() != known.keys():
+            self._snapshot = Index(packs)
+        self._damaged_packs, self._have_packs = damaged, wanted
+
+    def _read_bases(self) -> None:
+        wanted = self._wanted
+        if self._have_bases == wanted:
+            return
+        damaged: dict[str, StoreError] = {}
+        for identity in list_bases(self._backend):
+            if identity not in self._readers:
+                try:
+                    self.add_base(read_base(self._backend, identity))
+                except StoreError as error:
+                    damaged[path_of_base(identity)] = bare(error)
+        self._damaged_bases, self._have_bases = damaged, wanted
+
+    def add_base(self, base: Base) -> None:
+        """Make a base known that was just recorded, or recorded anew in another place."""
+        # Replaced whole, for other threads read it at the same time.
+        self._readers = {**self._readers, base.id: BaseReader(self._backend, base)}
+
+    def bases(self) -> dict[str, Base]:
+        """Return all bases by id."""
+        if self._have_bases != self._wanted:
+            with self._reading:
+                self._read_bases()
+        return {identity: reader.base for identity, reader in self._readers.items()}
+
+    def base(self, identity: str) -> BaseReader:
+        """Return the reader of a base."""
+        if identity not in self._readers:
+            self.bases()
+        try:
+            return self._readers[identity]
+        except KeyError:
+            damage = self._damaged_bases.get(path_of_base(identity))
+            if damage is not None:
+                raise damage from None
+            raise UnknownCheckpointError(
+                f"this store has no base {identity[:12]}; add it with add-base"
+            ) from None
+
+    def in_base(self, key: bytes, base: str | None) -> BaseSpan | None:
+        """Return where a chunk stands unchanged in a base."""
+        return None if base is None else self.base(base).chunks.get(key)
+
+    def in_base_all(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
+        """Return which chunks stand unchanged in a base."""
+        return np.zeros(len(keys), bool) if base is None else self.base(base).holds(keys)
+
+    def find(self, key: bytes, base: str | None) -> Stored | None:
+        """Return the representation to decode a key with, as :meth:`Index.find_all` chooses it."""
+        index = self.index
+        row = index.find(key, base)
+        return None if row < 0 else index.stored(row)
+
+    def is_whole(self, record: Record) -> bool:
+        """Return whether all is there that a record refers to.
+
+        It is for whatever a checkpoint needs. Of the rest a gc may leave records in a pack whose
+        references it removed.
+        """
+        keys: tuple[bytes, ...] = ()
+        if record.refers_to_chunk:
+            spans = record.reference if isinstance(record.reference, tuple) else None
+            keys = (record.ref_key,) if spans is None else tuple(span.key for span in spans)
+        for key in keys:
+            if self.in_base(key, record.base) is None:
+                found = self.find(key, record.base)
+                if found is None or found.record.depth >= record.depth:
+                    return False
+                if not self.is_whole(found.record):
+                    return False
+        return True
+
+    def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
+        """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
+        out: Bytes = np.empty(size, np.uint8)
+        self.read_into(out, key, dtype, base)
+        return out
+
+    def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
+        """Fill ``out`` with a chunk, verified; after an error its content means nothing."""
+        span = self.in_base(key, base)
+        if span is not None and base is not None:
+            self.base(base).read_span_into(span, out, dtype)
+            self.base(base).verify(span, out, key)
+            return
+        stored = self.find(key, base)
+        if stored is not None:
+            with contextlib.suppress(StoreError):
+                self._decode(stored, out, dtype)
+                return
+        # A gc may have moved the chunk, or what it refers to, since it was indexed.
+        self.refresh()
+        stored = self.find(key, base)
+        if stored is None:
+            hint = "".join(f"; {error}" for error in self.damaged.values())
+            raise CorruptedError(
+                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; {REPAIR}"
+            )
+        self._decode(stored, out, dtype)
+
+    def verify(self, stored: Stored) -> None:
+        """Decode one representation of a chunk; raise what reading it would."""
+        record = stored.record
+        self._decode(stored, np.empty(record.size, np.uint8), by_code(record.dtype))
+
+    def verify_once(self, stored: Stored) -> None:
+        """Do as :meth:`verify`, but not again for what was found sound before."""
+        place = (stored.pack, stored.record.offset)
+        if place not in self._sound:
+            self.verify(stored)
+            self._sound.add(place)
+
+    def scratch(self, size: int) -> Bytes:
+        """Return memory of this thread for a reference; the next call returns the same."""
+        return self._scratch.buffer[:size]
+
+    def _decode(self, stored: Stored, out: Bytes, dtype: DType) -> None:
+        record, what = stored.record, self._backend.describe(stored.pack)
+        if record.size != out.size or record.dtype != dtype.code:
+            raise CorruptedError(
+                f"chunk {record.key.hex()} in {what} has another size or dtype", file=what
+            )
+        self._reference(record, out)
+        try:
+            payload = self._backend.read(stored.pack, record.offset, record.length)
+            codecs.decode_into(record.codec, payload, out, dtype)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            if chunk_key(out.data, dtype) == record.key:
+                return
+            reason = "its content does not match its key"
+        if record.ref_key != bytes(KEY_BYTES):
+            # Decoded in its place, so it is read again.
+            self._reference(record, out)
+            if chunk_key(out.data, dtype) != record.ref_key:
+                self._blame_reference(record)
+        raise CorruptedError(
+            f"chunk {record.key.hex()} in {what} is damaged: {reason}; {REPAIR}", file=what
+        )
+
+    def _reference(self, record: Record, out: Bytes) -> None:
+        """Fill ``out`` with what a record refers to, if it does."""
+        if record.reference is None and record.ref_key == bytes(KEY_BYTES):
+            if codecs.by_code(record.codec).needs_reference:
+                raise CorruptedError(f"chunk {record.key.hex()} is a change of nothing")
+            return
+        dtype = by_code(record.dtype)
+        if isinstance(record.reference, BaseSpan):
+            if record.base is None:
+                raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
+            self.base(record.base).read_span_into(record.reference, out, dtype)
+            return
+        whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
+        at = 0
+        for span in record.reference or whole:
+            self._read_part(span, out[at : at + span.length], record)
+            at += span.length
+        if at != out.size:
+            raise CorruptedError(f"the references of chunk {record.key.hex()} have another length")
+
+    def read_parts_into(
+        self, spans: tuple[ChunkSpan, ...], out: Bytes, dtype: DType, base: str | None
+    ) -> None:
+        """Fill ``out`` with parts of chunks, verified, one after the other."""
+        at = 0
+        for span in spans:
+            size, part = self._chunk_size(span, base), out[at : at + span.length]
+            if (span.start, span.length) == (0, size):
+                self.read_into(part, span.key, dtype, base)
+            else:
+                chunk = self.read(span.key, size, dtype, base)
+                part[:] = chunk[span.start : span.start + span.length]
+            at += span.length
+
+    def _chunk_size(self, span: ChunkSpan, base: str | None) -> int:
+        located, stored = self.in_base(span.key, base), self.find(span.key, base)
+        if located is not None and base is not None:
+            return self.base(base).chunk_bytes(located)
+        if stored is None:
+            raise CorruptedError(f"chunk {span.key.hex()}, a reference, is in no pack")
+        return stored.record.size
+
+    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
+        base, dtype = record.base, by_code(record.dtype)
+        stored, size = self.find(span.key, base), self._chunk_size(span, base)
+        in_base = self.in_base(span.key, base) is not None
+        if not in_base and stored is not None and stored.record.depth >= record.depth:
+            raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
+        if (span.start, span.length) == (0, size) and out.size == size:
+            self.read_into(out, span.key, dtype, base)
+            return
+        chunk: Bytes = np.empty(size, np.uint8)
+        self.read_into(chunk, span.key, dtype, base)
+        part = chunk[span.start : span.start + span.length]
+        if part.size != out.size:
+            raise CorruptedError(f"chunk {record.key.hex()} refers to bytes beyond another chunk")
+        out[:] = part
+
+    def _blame_reference(self, record: Record) -> None:
+        if isinstance(record.reference, BaseSpan) and record.base is not None:
+            count = record.size // by_code(record.dtype).size
+            self.base(record.base).verify_span(record.reference, count)
+        raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")

@@ -1,0 +1,380 @@
+"""Manifests: a checkpoint exists if and only if its manifest file does.
+
+``manifests/<id>.json`` has two lines. The first, sealed, is what a listing needs; the second is
+the tensor table, whose digest the first holds. The id is the digest of the canonical content:
+tensor keys and metadata, never encodings, sizes on disk, places or times. So saving equal content
+again gives the same checkpoint, and repacking never changes an id.
+
+Example::
+
+    checkpoint = read_checkpoint(backend, identity)
+    read_tensors(backend, checkpoint)["lm_head.weight"].pieces[0].keys
+
+Do boxes cover a tensor, each element once? In time that grows with their number alone.
+
+Each corner of a box counts 1 or -1, in turns along each dimension. A sum of boxes is told by these
+counts, and so it equals the tensor if and only if its corners do. Dimensions along which no box
+is cut are left out.
+
+Example::
+
+    covers([((0, 0), (2, 3)), ((2, 0), (1, 3))], (3, 3))            # True
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError
+from msft_store.format.dtypes import DType, by_name
+from msft_store.format.key_table import Keys, KeyScanner, as_keys
+from msft_store.format.layout import (
+    CHUNK_BYTES,
+    VERSION,
+    canonical,
+    digest,
+    join_keys,
+    seal,
+    split_keys,
+    unseal,
+)
+from msft_store.format.strict_json import (
+    LIMIT,
+    id_of,
+    mapping,
+    name_of,
+    natural,
+    parse,
+    shallow,
+    shape_of,
+    text,
+    texts,
+)
+from msft_store.storage.backend import MAX_WHOLE, Backend, publish, read_whole
+
+MAX_CUT = 4
+"""Dimensions along which a tensor may be cut into pieces."""
+
+Shape = tuple[int, ...]
+
+
+def covers(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bool:
+    """Return whether boxes, (offset, shape) each, cover a shape and do not overlap.
+
+    They must lie inside it. :class:`ValueError` if it is cut along more than :data:`MAX_CUT`
+    dimensions.
+    """
+    if math.prod(shape) == 0:
+        return True
+    cut = [axis for axis, count in enumerate(shape) if any(box[axis] != count for _, box in boxes)]
+    if len(cut) > MAX_CUT:
+        raise ValueError(f"a tensor is cut along more than {MAX_CUT} dimensions")
+    corners: Counter[Shape] = Counter()
+    whole = ((0,) * len(shape), shape)
+    for (offset, box), weight in [(whole, -1), *((one, 1) for one in boxes)]:
+        for ends in product((0, 1), repeat=len(cut)):
+            corner = tuple(
+                offset[axis] + end * box[axis] for axis, end in zip(cut, ends, strict=True)
+            )
+            corners[corner] += -weight if sum(ends) % 2 else weight
+    return not any(corners.values())
+
+
+MANIFESTS = "manifests"
+_SUFFIX = ".json"
+_FIRST_READ = 1 << 14
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a tensor: the part that one process held."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    """The chunks of its row-major little-endian bytes, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A named tensor: pieces that cover it without overlap."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An immutable set of named tensors with metadata."""
+
+    id: str
+    parent: str | None
+    """Id of the checkpoint, or of the base, that it descends from."""
+    base: str | None
+    """Id of the base that its lineage began with."""
+    step: int | None
+    metrics: Mapping[str, float]
+    tags: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    logical_bytes: int
+    """Bytes of its tensors."""
+    stored_bytes: int
+    """Encoded bytes of the chunks that it names; a chunk shared by several counts for each."""
+    unreferenced_bytes: int
+    """Bytes that were encoded anew without any reference to take a difference against."""
+    created: int
+    """Nanoseconds since 1970; not part of the content."""
+    tensor_digest: str = field(repr=False)
+
+
+def checkpoint_content(
+    *,
+    parent: str | None,
+    base: str | None,
+    step: int | None,
+    metrics: Mapping[str, float],
+    tags: Sequence[str],
+    metadata: Mapping[str, Any],
+    tensors: bytes,
+    logical_bytes: int,
+) -> dict[str, Any]:
+    """Return the canonical content of a checkpoint, of which its id is the digest.
+
+    ``tensors`` is :func:`tensor_table`'s. Metrics that JSON has no number for become the strings
+    ``NaN``, ``Infinity`` and ``-Infinity``. :class:`InvalidInputError` for anything not storable.
+    """
+    if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
+        raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
+    listed = isinstance(tags, Sequence) and not isinstance(tags, str)
+    if not listed or any(not isinstance(tag, str) for tag in tags):
+        raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")
+    if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
+        raise InvalidInputError("metadata must be an object of JSON with strings as keys")
+    content = {
+        "parent": parent,
+        "base": base,
+        "step": step,
+        "metrics": {_metric_name(name): _metric_to_json(metrics[name]) for name in metrics},
+        "tags": list(tags),
+        "metadata": dict(metadata),
+        "tensors": digest(tensors),
+        "logical_bytes": logical_bytes,
+    }
+    # What the caller changes later, and what JSON has no word for, stays out of the checkpoint.
+    normal: dict[str, Any] = json.loads(canonical(content))
+    try:
+        shallow(normal["metadata"])
+    except ValueError as error:
+        raise InvalidInputError(f"metadata cannot be kept: {error}") from None
+    return normal
+
+
+def _metric_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise InvalidInputError(f"the name of a metric must be a string, not {name!r}")
+    return name
+
+
+def _metric_to_json(value: Any) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InvalidInputError(f"a metric must be a number, not {value!r}") from None
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return number
+
+
+def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
+    """Return the second line of a manifest."""
+    return canonical(
+        {
+            name: {
+                "dtype": entry.dtype.name,
+                "shape": list(entry.shape),
+                "pieces": [
+                    {
+                        "offset": list(piece.offset),
+                        "shape": list(piece.shape),
+                        "chunks": join_keys(piece.keys),
+                    }
+                    for piece in entry.pieces
+                ],
+            }
+            for name, entry in tensors.items()
+        }
+    )
+
+
+def write_manifest(
+    backend: Backend,
+    content: Mapping[str, Any],
+    tensors: bytes,
+    *,
+    created: int,
+    stored_bytes: int,
+    unreferenced_bytes: int,
+) -> Checkpoint:
+    """Publish a manifest: from here on the checkpoint exists."""
+    identity = digest(canonical(content))
+    head = {
+        "format": "msft-manifest",
+        "version": VERSION,
+        "id": identity,
+        "content": content,
+        "created": created,
+        "stored_bytes": stored_bytes,
+        "unreferenced_bytes": unreferenced_bytes,
+    }
+    data = seal(head) + b"\n" + tensors + b"\n"
+    if len(data) > MAX_WHOLE:
+        raise InvalidInputError(f"a manifest of {len(data)} bytes; at most {MAX_WHOLE} can be kept")
+    publish(backend, path_of(identity), data)
+    return _checkpoint(head)
+
+
+def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
+    """Record how many bytes a checkpoint's chunks take now; its id does not depend on it."""
+    data = read_whole(backend, path_of(checkpoint.id))
+    line, _, tensors = data.partition(b"\n")
+    head = unseal(line, backend.describe(path_of(checkpoint.id)), "msft-manifest")
+    head["stored_bytes"] = stored_bytes
+    publish(backend, path_of(checkpoint.id), seal(head) + b"\n" + tensors)
+    return _checkpoint(head)
+
+
+def path_of(identity: str) -> str:
+    """Return where the manifest of a checkpoint stands."""
+    return f"{MANIFESTS}/{identity}{_SUFFIX}"
+
+
+def list_manifests(backend: Backend) -> list[str]:
+    """Return the ids of all checkpoints."""
+    skip = len(MANIFESTS) + 1
+    return [
+        path[skip : -len(_SUFFIX)] for path in backend.list(MANIFESTS) if path.endswith(_SUFFIX)
+    ]
+
+
+def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
+    """Read the first line of a manifest."""
+    path = path_of(identity)
+    data = backend.read(path, 0, _FIRST_READ)
+    while b"\n" not in data:
+        more = backend.read(path, len(data), len(data))
+        if not more or len(data) > MAX_WHOLE:
+            what = backend.describe(path)
+            raise CorruptedError(f"{what} is truncated; {REPAIR}", file=what)
+        data += more
+    return _parse_head(data[: data.index(b"\n")], identity, backend.describe(path))
+
+
+def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """Read the tensor table of a checkpoint, sorted by name."""
+    table, what = _table(backend, checkpoint)
+    try:
+        named = mapping(parse(table)).items()
+        entries = {name_of(name): _entry(mapping(value)) for name, value in named}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptedError(f"the tensor table in {what} cannot be read: {error}") from None
+    if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
+        raise CorruptedError(f"the tensor table in {what} does not have the size that it states")
+    return entries
+
+
+def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> Keys:
+    """Read the keys of all chunks that a checkpoint names, in order; some stand repeatedly."""
+    table, _ = _table(backend, checkpoint)
+    keys = scanner.scan(table)
+    if keys is None:
+        entries = read_tensors(backend, checkpoint).values()
+        named = (key for entry in entries for piece in entry.pieces for key in piece.keys)
+        keys = as_keys(b"".join(named))
+    return keys
+
+
+def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
+    path = path_of(checkpoint.id)
+    data, what = read_whole(backend, path), backend.describe(path)
+    table = data[data.find(b"\n") + 1 : -1]
+    if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
+        raise CorruptedError(
+            f"the tensor table in {what} does not match its digest; {REPAIR}", file=what
+        )
+    return table, what
+
+
+def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
+    """Yield the decoded size of each chunk of a piece: full ones, then the rest."""
+    rest = math.prod(piece.shape) * dtype.size
+    while rest > 0:
+        yield min(rest, CHUNK_BYTES)
+        rest -= CHUNK_BYTES
+
+
+def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
+    head = unseal(line, what, "msft-manifest")
+    try:
+        if digest(canonical(head["content"])) != head["id"] or head["id"] != identity:
+            raise CorruptedError(f"{what} does not hold the checkpoint that its name says")
+        return _checkpoint(head)
+    except (KeyError, ValueError) as error:
+        raise CorruptedError(f"{what} cannot be read: {error!r}") from None
+
+
+def _checkpoint(head: Mapping[str, Any]) -> Checkpoint:
+    content = mapping(head["content"])
+    parent, base, step = content["parent"], content["base"], content["step"]
+    return Checkpoint(
+        id=id_of(head["id"]),
+        parent=None if parent is None else id_of(parent),
+        base=None if base is None else id_of(base),
+        step=None if step is None else natural(step),
+        metrics={name: _metric(value) for name, value in mapping(content["metrics"]).items()},
+        tags=texts(content["tags"]),
+        metadata=shallow(content["metadata"]),
+        logical_bytes=natural(content["logical_bytes"]),
+        stored_bytes=natural(head["stored_bytes"]),
+        unreferenced_bytes=natural(head["unreferenced_bytes"]),
+        created=natural(head["created"]),
+        tensor_digest=id_of(content["tensors"]),
+    )
+
+
+def _metric(value: Any) -> float:
+    if type(value) is not float and value not in _NOT_FINITE:
+        raise ValueError("a metric is not a number")
+    return float(value)
+
+
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
+    dtype, shape = by_name(value["dtype"]), shape_of(value["shape"])
+    pieces = tuple(_piece(mapping(piece), shape, dtype) for piece in value["pieces"])
+    if not covers([(piece.offset, piece.shape) for piece in pieces], shape):
+        raise ValueError("pieces do not cover their tensor, or overlap")
+    return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
+
+
+def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
+    offset, shape = shape_of(value["offset"]), shape_of(value["shape"])
+    if not all(o + n <= s for o, n, s in zip(offset, shape, whole, strict=True)):
+        raise ValueError("a piece lies outside its tensor")
+    keys = split_keys(text(value["chunks"]), math.prod(shape) * dtype.size)
+    return Piece(offset=offset, shape=shape, keys=keys)

@@ -1,0 +1,206 @@
+"""Packs: files of encoded chunks, and finding a chunk's representations in all of them.
+
+A pack exists once it is published and never changes. An :class:`Index` is a snapshot of the packs
+of a store; its rows are their records, pack by pack, and what asks for many keys at once is
+answered in arrays.
+
+Example::
+
+    index = Index({path: read_pack(backend, path) for path in paths})
+    index.stored(index.find(key, base_id)).record.codec
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.errors import CorruptedError
+from msft_store.format.key_table import Keys, KeyTable, Numbers, concatenate
+from msft_store.format.layout import MAX_GENERATION, Record
+from msft_store.format.pack_footer import (
+    NONE,
+    PACK_HEADER,
+    PACK_TRAILER,
+    Footer,
+    decode_footer,
+    decode_trailer,
+    encode_footer,
+    keys_of,
+    pack_header,
+)
+from msft_store.storage.backend import Backend, Writer
+
+PACKS = "packs"
+_N = TypeVar("_N", bound=np.generic)
+_SUFFIX = ".pack"
+_TAIL = 1 << 16
+"""Read at once from the end of a pack: the whole footer of most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A record and the pack that it stands in."""
+
+    pack: str
+    """Path of the pack."""
+    record: Record
+
+
+class PackWriter:
+    """Collects encoded chunks into one pack, which exists once :meth:`publish` returns."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.records: list[Record] = []
+        self._writer = writer
+        writer.write(pack_header())
+
+    @property
+    def position(self) -> int:
+        """Where the next payload will begin."""
+        return self._writer.position
+
+    def append(self, record: Record, payload: bytes) -> None:
+        """Add a chunk; the record's ``offset`` must be :attr:`position`."""
+        self._writer.write(payload)
+        self.records.append(record)
+
+    def publish(self) -> str:
+        """Make the pack durable; return its path."""
+        footer, check = encode_footer(self.records, self.position)
+        path = path_of_pack(check)
+        self._writer.write(footer)
+        self._writer.publish(path)
+        return path
+
+
+def list_packs(backend: Backend) -> list[str]:
+    """Return the paths of all packs."""
+    return [path for path in backend.list(PACKS) if path.endswith(_SUFFIX)]
+
+
+def read_pack(backend: Backend, path: str) -> Footer:
+    """Return the footer of a pack."""
+    what, size = backend.describe(path), backend.size(path)
+    start = max(size - _TAIL, 0)
+    tail = backend.read(path, start, size - start)
+    trailer = decode_trailer(tail[-PACK_TRAILER.size :], size, what)
+    begin = tail if start == 0 else backend.read(path, 0, PACK_HEADER.size)
+    if begin[: PACK_HEADER.size] != pack_header():
+        raise CorruptedError(f"{what} does not begin like a pack of this version")
+    if trailer.offset >= start:
+        at = trailer.offset - start
+        return decode_footer(tail[at : at + trailer.length], trailer, what)
+    return decode_footer(backend.read(path, trailer.offset, trailer.length), trailer, what)
+
+
+def misnamed(path: str, footer: Footer) -> bool:
+    """Return whether a pack stands under the name of another one."""
+    return path != path_of_pack(footer.check)
+
+
+def path_of_pack(check: bytes) -> str:
+    """Return where the pack stands whose footer has a digest."""
+    return f"{PACKS}/{check.hex()}{_SUFFIX}"
+
+
+def ahead(record: Record) -> Record:
+    """Return a record to be moved to another pack, where none of its equals may come before it.
+
+    The last thing that equals are told apart by is the name of their pack, and what an equal that
+    nobody needed refers to may be gone.
+    """
+    return replace(record, generation=min(record.generation + 1, MAX_GENERATION))
+
+
+class Index:
+    """What packs hold, by key."""
+
+    def __init__(self, packs: Mapping[str, Footer]) -> None:
+        self.packs = dict(sorted(packs.items()))
+        self._paths = list(self.packs)
+        footers = list(self.packs.values())
+        self._starts = np.cumsum([0, *(len(footer) for footer in footers)])
+        self.keys = concatenate([keys_of(footer.rows) for footer in footers])
+        self.ref_keys: Keys = concatenate([footer.rows["ref_key"] for footer in footers])
+        self.lengths = self._column("length", np.uint32)
+        self.dtypes = self._column("dtype", np.uint8)
+        self.depths = self._column("depth", np.uint8)
+        self._ages = MAX_GENERATION - self._column("generation", np.uint8)
+        self._numbers: dict[str, int] = {}
+        numbers = [np.array([*map(self._number, f.bases), -1], np.int32) for f in footers]
+        self.bases = _joined(
+            [
+                number[np.minimum(footer.rows["base"], len(footer.bases))]
+                for number, footer in zip(numbers, footers, strict=True)
+            ],
+            np.int32,
+        )
+        """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
+        self.explicit = self._column("reference", np.uint32) != NONE
+        """Which rows have a reference that is written out, and is not a whole chunk."""
+        self.refers_to_chunk = _joined([footer.refers_to_chunk for footer in footers], np.bool_)
+        self._tables: dict[int, KeyTable] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def find(self, key: bytes, base: str | None) -> int:
+        """Return the row to decode a key with; -1 if there is none."""
+        return self._table_of(base).get(key)
+
+    def find_all(self, keys: Keys, base: str | None) -> Numbers:
+        """Return the row to decode each key with; -1 where there is none.
+
+        Of the rows that need ``base`` or none, the shallowest; of those, one that needs no other
+        chunk; of those, one of the latest generation; of those, the smallest; of those, the one
+        whose pack's name sorts first.
+        """
+        return self._table_of(base).find(keys)
+
+    def stored(self, row: int) -> Stored:
+        """Return the record of a row."""
+        pack = int(np.searchsorted(self._starts, row, side="right")) - 1
+        path = self._paths[pack]
+        return Stored(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """Yield the path of each pack and its rows."""
+        ends = self._starts.tolist()
+        yield from zip(self._paths, map(slice, ends, ends[1:]), strict=True)
+
+    def base_of(self, number: int) -> str | None:
+        """Return the id of a base by its number in :attr:`bases`."""
+        return None if number < 0 else list(self._numbers)[number]
+
+    def explicit_keys(self, row: int) -> list[bytes]:
+        """Return the keys of the chunks that a row's explicit reference names."""
+        reference = self.stored(row).record.reference
+        return [span.key for span in reference] if isinstance(reference, tuple) else []
+
+    def _number(self, base: str) -> int:
+        return self._numbers.setdefault(base, len(self._numbers))
+
+    def _column(self, name: str, dtype: type[_N]) -> NDArray[_N]:
+        return _joined([footer.rows[name] for footer in self.packs.values()], dtype)
+
+    def _table_of(self, base: str | None) -> KeyTable:
+        number = self._numbers.get(base, -1) if base is not None else -1
+        table = self._tables.get(number)
+        if table is None:
+            table = self._tables[number] = self._table(number)
+        return table
+
+    def _table(self, number: int) -> KeyTable:
+        rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
+        depths, ages, lengths = self.depths[rows], self._ages[rows], self.lengths[rows]
+        preference = (depths, self.refers_to_chunk[rows], ages, lengths)
+        return KeyTable(self.keys[rows], rows, preference)
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:
+    return np.concatenate([np.empty(0, dtype), *(part.astype(dtype, copy=False) for part in parts)])

@@ -1,0 +1,172 @@
+"""What a chunk is compared with: the parent's chunk in the same place, or the base's elements.
+
+Example::
+
+    planner = Planner(objects, base.id, parent_tensors)
+    planner.match({"lm_head.weight": (512, 192)})
+    planner.reference("lm_head.weight", entry, piece=0, chunk=0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
+from msft_store.objects.base_reader import convertible
+from msft_store.objects.bases import BaseTensor
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a chunk is compared with."""
+
+    base: str | None
+    depth: int
+    """Of a record that uses it."""
+    span: BaseSpan | ChunkSpan | tuple[ChunkSpan, ...]
+    """A whole chunk, or parts of several one after the other."""
+
+
+class Planner:
+    """Chooses references: the parent's chunk in the same place, or the base's elements.
+
+    A parent's chunk serves if decoding it needs nothing deeper than the base; if it is itself a
+    change of another chunk, that one serves. So no chunk is ever more than ``MAX_DEPTH`` deep.
+    Where parent and checkpoint are cut into other pieces, but both by rows, the same elements of
+    the parent serve, wherever its chunks begin and end.
+    """
+
+    def __init__(
+        self, objects: Objects, base: str | None, parent: Mapping[str, TensorEntry] | None
+    ) -> None:
+        self._objects = objects
+        self._base = base
+        self._parent = parent or {}
+        self._theirs: Mapping[str, BaseTensor] = {}
+        self._names: dict[str, str] = {}
+
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the base's tensors that tensors of these names and shapes are compared with."""
+        if self._base is not None:
+            self._theirs = self._objects.base(self._base).base.tensors
+            theirs = {name: tensor.shape for name, tensor in self._theirs.items()}
+            self._names = match_names(shapes, theirs)
+
+    def knows(self, name: str) -> bool:
+        """Return whether a tensor may have references."""
+        return name in self._parent or name in self._names
+
+    def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
+        """Return what one chunk is compared with; ``None`` if there is nothing like it."""
+        box = entry.pieces[piece]
+        theirs = self._parent.get(name)
+        if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
+            for other in theirs.pieces:
+                if (other.offset, other.shape) == (box.offset, box.shape):
+                    rest = math.prod(other.shape) * entry.dtype.size - chunk * CHUNK_BYTES
+                    size = min(rest, CHUNK_BYTES)
+                    found = self._chunk(other.keys[chunk], size)
+                    if found is not None:
+                        return found
+                    break
+            else:
+                across = self._across(theirs, box, chunk)
+                if across is not None:
+                    return across
+        match = self._names.get(name)
+        if match is None or not convertible(self._theirs[match].dtype, entry.dtype):
+            return None
+        span = BaseSpan(
+            tensor=match,
+            start=chunk * CHUNK_BYTES // entry.dtype.size,
+            box=None if box.shape == entry.shape else (box.offset, box.shape),
+        )
+        return Reference(base=self._base, depth=1, span=span)
+
+    def _across(self, theirs: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+        """Return the parts of the parent's chunks that hold the elements of a chunk of a box."""
+        if not all(is_by_rows(piece, theirs.shape) for piece in (box, *theirs.pieces)):
+            return None
+        row = math.prod(theirs.shape[1:]) * theirs.dtype.size
+        begin = (box.offset[0] if box.offset else 0) * row + chunk * CHUNK_BYTES
+        end = begin + min(
+            math.prod(box.shape) * theirs.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
+        )
+        spans: list[ChunkSpan] = []
+        base: str | None = None
+        depth = 1
+        for piece in sorted(theirs.pieces, key=lambda piece: piece.offset):
+            at = (piece.offset[0] if piece.offset else 0) * row
+            for key, size in zip(piece.keys, chunk_sizes(piece, theirs.dtype), strict=True):
+                first, last = max(begin, at), min(end, at + size)
+                if first < last:
+                    whole = self._chunk(key, size)
+                    if whole is None:
+                        return None
+                    chunk_key = whole.span.key if isinstance(whole.span, ChunkSpan) else key
+                    base, depth = base or whole.base, max(depth, whole.depth)
+                    spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
+                at += size
+        return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None
+
+    def _chunk(self, key: bytes, size: int) -> Reference | None:
+        located = self._objects.in_base(key, self._base)
+        if located is not None:
+            return Reference(base=self._base, depth=1, span=located)
+        stored = self._objects.find(key, self._base)
+        if stored is None:
+            return None
+        record = stored.record
+        if record.depth < MAX_DEPTH:
+            span = ChunkSpan(key=key, start=0, length=size)
+            return Reference(base=record.base, depth=record.depth + 1, span=span)
+        if record.reference is None and record.refers_to_chunk:
+            return self._chunk(record.ref_key, size)
+        return None
+
+
+def is_by_rows(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Return whether a piece is whole but for the first dimension: a run of the tensor's bytes."""
+    return piece.shape[1:] == shape[1:]
+
+
+def match_names(
+    shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Return which tensor of a base each tensor is compared with: name → base name.
+
+    Equal names first; then, where one side carries a prefix such as ``model.`` or ``module.``, the
+    prefix that matches most names. Shapes must agree.
+    """
+    matches = {name: name for name, shape in shapes.items() if base.get(name) == shape}
+    rest = [name for name in shapes if name not in matches]
+    votes: dict[tuple[str, str], int] = {}
+    by_tail: dict[str, list[str]] = {}
+    for other in base:
+        by_tail.setdefault(other.rsplit(".", 1)[-1], []).append(other)
+    for name in rest:
+        for other in by_tail.get(name.rsplit(".", 1)[-1], ()):
+            if base[other] == shapes[name]:
+                prefixes = _prefixes(name, other)
+                if prefixes is not None:
+                    votes[prefixes] = votes.get(prefixes, 0) + 1
+    for added, removed in sorted(votes, key=lambda prefixes: (-votes[prefixes], prefixes)):
+        for name in rest:
+            if name in matches or not name.startswith(added):
+                continue
+            other = removed + name[len(added) :]
+            if base.get(other) == shapes[name]:
+                matches[name] = other
+    return matches
+
+
+def _prefixes(name: str, other: str) -> tuple[str, str] | None:
+    if name.endswith("." + other):
+        return name[: -len(other)], ""
+    if other.endswith("." + name):
+        return "", other[: -len(name)]
+    return None

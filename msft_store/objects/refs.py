@@ -1,0 +1,132 @@
+"""Refs: named pointers to checkpoints. What a ref points to is never evicted.
+
+One sealed JSON file each, ``refs/<name>.json``. A ref may carry a note (JSON), in which a timeline
+says why it keeps a checkpoint.
+
+Example::
+
+    write_ref(backend, Ref(name="best", checkpoint=ckpt.id))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError, bare
+from msft_store.format.layout import VERSION, seal, unseal
+from msft_store.format.strict_json import id_of, shallow
+from msft_store.storage.backend import Backend, publish, read_whole
+
+REFS = "refs"
+_SUFFIX = ".json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
+_MAX_NAME = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ref:
+    """A named pointer."""
+
+    name: str
+    checkpoint: str
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_name(name: str) -> str:
+    """Return a ref's name; :class:`InvalidInputError` if it cannot be one."""
+    if not isinstance(name, str) or not _is_name(name):
+        raise InvalidInputError(
+            f"{name!r} cannot be the name of a ref: use letters, digits, '.', '_', '+' and '-', "
+            f"with '/' between parts, at most {_MAX_NAME} characters"
+        )
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
+
+
+def read_refs(backend: Backend) -> dict[str, Ref]:
+    """Return all refs by name; :class:`StoreError` if one of them cannot be read."""
+    refs, damaged = scan_refs(backend)
+    for error in damaged.values():
+        raise error
+    return refs
+
+
+def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
+    """Return the refs that can be read by name, and why the others cannot, by path."""
+    refs: dict[str, Ref] = {}
+    damaged: dict[str, StoreError] = {}
+    for path in list_refs(backend):
+        try:
+            ref = read_ref(backend, path)
+            refs[ref.name] = ref
+        except StoreError as error:
+            # A ref may go between the listing and the look at it.
+            if backend.exists(path):
+                damaged[path] = bare(error)
+    return refs, damaged
+
+
+def list_refs(backend: Backend) -> list[str]:
+    """Return the paths of all refs."""
+    return [path for path in backend.list(REFS) if path.endswith(_SUFFIX)]
+
+
+def path_of_ref(name: str) -> str:
+    """Return where a ref stands."""
+    return f"{REFS}/{name}{_SUFFIX}"
+
+
+def name_of_ref(path: str) -> str:
+    """Return the name of the ref at a path."""
+    return path[len(REFS) + 1 : -len(_SUFFIX)]
+
+
+def read_ref(backend: Backend, path: str) -> Ref:
+    """Return the ref at a path."""
+    what = backend.describe(path)
+    content = unseal(read_whole(backend, path), what, "msft-ref")
+    name = name_of_ref(path)
+    try:
+        target, note = id_of(content.get("checkpoint")), shallow(content.get("note"))
+        if content.get("name") != name or not _is_name(name):
+            raise ValueError("it has another name")
+    except ValueError as error:
+        raise CorruptedError(
+            f"{what} does not hold the ref {name!a:.80}: {error}; {REPAIR}", file=what
+        ) from None
+    return Ref(name=name, checkpoint=target, note=note)
+
+
+def write_ref(backend: Backend, ref: Ref) -> None:
+    """Create or replace a ref."""
+    publish(backend, path_of_ref(check_name(ref.name)), ref_record(ref))
+
+
+def ref_record(ref: Ref) -> bytes:
+    """Return what the file of a ref holds."""
+    if not isinstance(ref.note, Mapping):
+        raise InvalidInputError(f"the note of {ref.name!r} must be a mapping, not {ref.note!r}")
+    content = {
+        "format": "msft-ref",
+        "version": VERSION,
+        "name": ref.name,
+        "checkpoint": ref.checkpoint,
+        "note": dict(ref.note),
+    }
+    try:
+        data = seal(content)
+        shallow(content["note"])
+    except ValueError as error:
+        raise InvalidInputError(f"the note of {ref.name!r} cannot be kept: {error}") from None
+    return data
+
+
+def delete_ref(backend: Backend, name: str) -> None:
+    """Remove a ref."""
+    backend.delete(path_of_ref(check_name(name)))

@@ -1,0 +1,129 @@
+"""The headers of safetensors files, read at positions and checked before anything is believed.
+
+The library's own reader maps files into memory, which kills the interpreter when a file is
+truncated under it; a base is somebody else's file, so only the header is parsed here and the data
+is read by position. Format: 8 bytes of header length, a JSON header, then the data.
+
+Example::
+
+    for file in find_files(Path("Qwen2.5-0.5B")):
+        read_header(file)["lm_head.weight"].offset
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msft_store.errors import BaseError, InvalidInputError
+from msft_store.format.dtypes import DType, by_safetensors
+from msft_store.format.strict_json import mapping, name_of, parse, shape_of
+from msft_store.storage.backend import read_file
+
+_MAX_HEADER_BYTES = 100 << 20
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace:
+    """Where a tensor's bytes stand in a safetensors file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+def find_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a model: the file itself, or those of a directory.
+
+    Where a directory has an index of shards, the files that it names. :class:`BaseError` if there
+    are none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BaseError(
+            f"no safetensors file or model directory at {path}; of a model of the Hugging Face hub "
+            "name the directory that huggingface_hub.snapshot_download returns"
+        )
+    index = path / INDEX
+    if index.is_file():
+        try:
+            listed = parse(read_file(index, 0, _MAX_HEADER_BYTES), "utf-8")
+            names = sorted({name_of(name) for name in mapping(listed["weight_map"]).values()})
+            files = [path / name for name in names]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BaseError(f"{index} is not an index of shards: {error!r}") from None
+        missing = [str(file) for file in files if file.parent != path or not file.is_file()]
+        if missing:
+            raise BaseError(f"{index} names files that are not there: {', '.join(missing)}")
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise BaseError(f"no *.safetensors file in {path}{_pickled(path.iterdir())}")
+    return files
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """Return the tensors of a file; :class:`BaseError` if it is not a sound safetensors file."""
+    start = read_file(path, 0, 8)
+    if len(start) < 8:
+        raise BaseError(f"{path} is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", start)
+    size = path.stat().st_size
+    if length > min(_MAX_HEADER_BYTES, size - 8):
+        raise BaseError(
+            f"{path} is not a safetensors file: its header would be {length} bytes"
+            f"{_pickled([path])}"
+        )
+    try:
+        header = mapping(parse(read_file(path, 8, length), "utf-8"))
+        header.pop("__metadata__", None)
+        places = {name_of(name): _place(entry, 8 + length, size) for name, entry in header.items()}
+        _check_apart(places.values())
+        return places
+    except InvalidInputError as error:
+        raise BaseError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseError(f"{path} is not a sound safetensors file: {error}") from None
+
+
+def _pickled(files: Iterable[Path]) -> str:
+    """Return what to do about files that are none of ours, if some are pickles by their names."""
+    found = sorted(file.name for file in files if file.suffix in _PICKLES)
+    return (
+        f"; {found[0]} may be a pickle, which can run code and is never read: load the model and "
+        "save_pretrained it, which writes safetensors"
+        if found
+        else ""
+    )
+
+
+def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:
+    (begin, end), shape = shape_of(entry["data_offsets"]), shape_of(entry["shape"])
+    place = TensorPlace(
+        dtype=by_safetensors(entry["dtype"]), shape=shape, offset=data_start + begin
+    )
+    if end - begin != place.nbytes or data_start + end > file_size:
+        raise ValueError("a tensor does not fit its place in the file")
+    return place
+
+
+def _check_apart(places: Iterable[TensorPlace]) -> None:
+    # Each byte of a file belongs to one tensor; else a small file would be a huge model.
+    reached = 0
+    for place in sorted(places, key=lambda place: (place.offset, place.nbytes)):
+        if place.offset < reached:
+            raise ValueError("two tensors stand in the same place")
+        reached = place.offset + place.nbytes

@@ -1,0 +1,367 @@
+"""A state dict through the codecs: in parallel, in order, in bounded memory.
+
+Invariants: chunks are worked on by threads but written in one order, so the same bytes
+come out whatever the number of threads; no more than a few chunks per thread are in memory at a
+time, whatever the size, device and layout of the tensors; every encoded chunk is decoded again and
+compared before it is written.
+
+Example::
+
+    table, totals = encode_state(objects, tensors, begin_pack, base=base.id, parent=None)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from msft_store.codec import codecs
+from msft_store.codec.kernels import Bytes
+from msft_store.errors import CorruptedError, InvalidInputError, StoreError, is_damage
+from msft_store.format.dtypes import DType
+from msft_store.format.layout import (
+    CHUNK_BYTES,
+    KEY_BYTES,
+    MAX_GENERATION,
+    BaseSpan,
+    ChunkSpan,
+    Record,
+    chunk_key,
+)
+from msft_store.objects.chunks import Objects
+from msft_store.objects.manifest import TensorEntry, chunk_sizes, tensor_table
+from msft_store.objects.packs import Stored
+from msft_store.objects.reference_planner import Planner, Reference
+from msft_store.pipeline.parallel import in_order
+from msft_store.tensors.boxes import Box, whole_box
+from msft_store.tensors.bytes import memory_of, read_elements
+from msft_store.tensors.resident import Change, Compared
+
+
+class Sink(Protocol):
+    """Where encoded chunks go; :class:`msft_store.objects.packs.PackWriter` is one."""
+
+    @property
+    def position(self) -> int:
+        """Where the next payload will begin."""
+
+    def append(self, record: Record, payload: bytes) -> None:
+        """Add a chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One chunk to be stored."""
+
+    read: Callable[[], Bytes]
+    """Gives its bytes."""
+    dtype: DType
+    reference: Reference | None
+    """What it is compared with."""
+    change: Change | None = None
+    """What changed, if it was found already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One chunk as it will be stored; ``record`` is ``None`` where the store holds it already."""
+
+    key: bytes
+    size: int
+    stored_bytes: int
+    record: Record | None = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a save amounted to, in bytes."""
+
+    stored_bytes: int
+    unreferenced_bytes: int
+
+
+class Encoder:
+    """Encodes chunks, each against the reference that a planner chose for it."""
+
+    def __init__(
+        self, objects: Objects, base: str | None, level: codecs.Level, *, alone: bool = False
+    ) -> None:
+        """``alone``: also encode what is stored already, but as a change of another chunk."""
+        self._objects = objects
+        self._base = base
+        self._level = level
+        self._alone = alone
+
+    def encode(self, work: Work) -> Encoded:
+        """Return a chunk in the smallest representation, or as one that the store has."""
+        data, dtype = work.read(), work.dtype
+        key, size = chunk_key(data.data, dtype), data.size
+        if self._objects.in_base(key, self._base) is not None:
+            return Encoded(key=key, size=size, stored_bytes=0)
+        stored, reference = self._objects.find(key, self._base), work.reference
+        if stored is not None and not self._serves(stored):
+            # Of what may replace it, only what refers to no chunk is sure to be preferred.
+            reference = None
+        elif stored is not None and not (self._alone and _improves(reference, stored.record)):
+            return Encoded(key=key, size=size, stored_bytes=stored.record.length)
+        old, ref_key = None, bytes(KEY_BYTES)
+        if reference is not None:
+            old = self._objects.scratch(size)
+            try:
+                ref_key = self._read(reference, old, dtype)
+            except StoreError as error:
+                if not is_damage(error):
+                    raise
+                # What a difference of it would be, nobody could ever restore.
+                old = reference = None
+        change = work.change if work.change and work.change.reference == ref_key else None
+        codec, payload = codecs.encode(
+            data, old, dtype, level=self._level, found=change.found if change else None
+        )
+        if not codec.needs_reference:
+            reference, ref_key = None, bytes(KEY_BYTES)
+        # Over the reference, which nobody needs any more.
+        again = self._objects.scratch(size) if old is None else old
+        if not _restores(codec.code, payload, data, again, dtype):
+            if change is not None:
+                # The weights went on after they were compared; what is saved is what is here.
+                return self.encode(replace(work, change=None))
+            raise CorruptedError(
+                f"the {codec.name} codec did not restore a chunk of {size} bytes; "
+                "nothing was saved. This is a fault of the program or of the memory"
+            )
+        record = Record(
+            key=key,
+            offset=0,
+            length=len(payload),
+            size=size,
+            codec=codec.code,
+            dtype=dtype.code,
+            depth=0 if reference is None else reference.depth,
+            base=None if reference is None else reference.base,
+            ref_key=ref_key,
+            reference=_explicit(reference),
+            generation=0 if stored is None else min(stored.record.generation + 1, MAX_GENERATION),
+        )
+        return Encoded(
+            key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
+        )
+
+    def _serves(self, stored: Stored) -> bool:
+        """Return whether a chunk that the store has can be relied on; it is read once to see."""
+        if not self._objects.is_whole(stored.record):
+            return False
+        try:
+            self._objects.verify_once(stored)
+        except StoreError as error:
+            if not is_damage(error):
+                raise
+            return False
+        return True
+
+    def _read(self, reference: Reference, out: Bytes, dtype: DType) -> bytes:
+        """Read a reference; return its key. The base's bytes only if they are what was added."""
+        span, base = reference.span, reference.base
+        if isinstance(span, ChunkSpan):
+            self._objects.read_into(out, span.key, dtype, self._base)
+            return span.key
+        if isinstance(span, tuple):
+            self._objects.read_parts_into(span, out, dtype, self._base)
+            return chunk_key(out.data, dtype)
+        if base is None:
+            raise InvalidInputError("a reference in a base must name the base")
+        return self._objects.base(base).read_verified_into(span, out, dtype)
+
+
+def _improves(reference: Reference | None, stored: Record) -> bool:
+    """Return whether a record with a reference would be preferred, and lets go of another chunk."""
+    if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
+        return stored.refers_to_chunk
+    if isinstance(reference.span, ChunkSpan) and reference.span.key == stored.ref_key:
+        return False
+    # Of equal depth a later generation is preferred, if there is one.
+    return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
+
+
+def _restores(code: int, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
+    try:
+        codecs.decode_into(code, payload, again, dtype)
+    except ValueError:
+        return False
+    return _equal(again, data)
+
+
+def _equal(one: Bytes, other: Bytes) -> bool:
+    # Eight bytes at a time, the last few alone.
+    words = one.size & ~7
+    return (
+        one.size == other.size
+        and np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))
+        and np.array_equal(one[words:], other[words:])
+    )
+
+
+def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] | None:
+    # A whole chunk is named by the record's ref_key alone.
+    if reference is None or isinstance(reference.span, ChunkSpan):
+        return None
+    return reference.span
+
+
+class ChunkWriter:
+    """Writes encoded chunks, each once, into a pack that is begun when the first one comes."""
+
+    def __init__(self, begin: Callable[[], Sink]) -> None:
+        self._begin = begin
+        self._sink: Sink | None = None
+        self._stored: dict[bytes, int] = {}
+        self._unreferenced = 0
+
+    @property
+    def totals(self) -> Totals:
+        """What was put so far."""
+        return Totals(
+            stored_bytes=sum(self._stored.values()),
+            unreferenced_bytes=self._unreferenced,
+        )
+
+    def put(self, encoded: Encoded) -> bytes:
+        """Write a chunk unless it is stored already; return its key."""
+        if encoded.key in self._stored:
+            return encoded.key
+        self._stored[encoded.key] = encoded.stored_bytes
+        if encoded.record is not None:
+            if self._sink is None:
+                self._sink = self._begin()
+            record = replace(encoded.record, offset=self._sink.position)
+            self._sink.append(record, encoded.payload)
+            self._unreferenced += encoded.size if record.depth == 0 else 0
+        return encoded.key
+
+
+def encode_boxes(
+    objects: Objects,
+    boxes: Sequence[Box],
+    begin: Callable[[], Sink],
+    *,
+    planner: Planner,
+    base: str | None,
+    level: codecs.Level,
+    compared: Compared | None = None,
+) -> tuple[list[TensorEntry], Totals]:
+    """Store the chunks of boxes; return their entries, of one piece each, and what it took.
+
+    ``begin`` begins a pack; it is called only if there is a chunk to be written.
+    """
+    entries = [box.entry() for box in boxes]
+
+    def work() -> Iterator[Work]:
+        for box, entry in zip(boxes, entries, strict=True):
+            step, count = CHUNK_BYTES // entry.dtype.size, box.tensor.numel()
+            for number, start in enumerate(range(0, count, step)):
+                yield Work(
+                    read=partial(read_elements, box.tensor, start, min(start + step, count)),
+                    dtype=entry.dtype,
+                    reference=planner.reference(box.name, entry, 0, number),
+                    change=(compared or {}).get((box.name, number)),
+                )
+
+    writer = ChunkWriter(begin)
+    found = []
+    with closing(in_order(Encoder(objects, base, level).encode, work())) as results:
+        for box in boxes:
+            count = -(-box.tensor.nbytes // CHUNK_BYTES)
+            found.append(box.entry(tuple(writer.put(next(results)) for _ in range(count))))
+    return found, writer.totals
+
+
+def encode_state(
+    objects: Objects,
+    tensors: Mapping[str, torch.Tensor],
+    begin: Callable[[], Sink],
+    *,
+    base: str | None,
+    parent: Mapping[str, TensorEntry] | None,
+    level: codecs.Level,
+    compared: Compared | None = None,
+) -> tuple[dict[str, TensorEntry], Totals]:
+    """Store the chunks of a state dict; return its tensor table and what it took.
+
+    ``begin`` begins a pack; it is called only if there is a chunk to be written.
+    """
+    planner = Planner(objects, base, parent)
+    planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    # A tied tensor may stand under one of its names only in the base: that name goes first.
+    order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
+    places: dict[tuple[object, ...], str] = {}
+    first = {name: places.setdefault(memory_of(tensors[name]), name) for name in order}
+    entries, totals = encode_boxes(
+        objects,
+        [whole_box(name, tensors[name]) for name in places.values()],
+        begin,
+        planner=planner,
+        base=base,
+        level=level,
+        compared=compared,
+    )
+    table = dict(zip(places.values(), entries, strict=True))
+    return {name: table[first[name]] for name in order}, totals
+
+
+def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes that the tensor table of a save will have, whatever the weights are."""
+    key = bytes(KEY_BYTES)
+    keys = {name: (key,) * -(-tensor.nbytes // CHUNK_BYTES) for name, tensor in tensors.items()}
+    whole = {name: whole_box(name, tensor) for name, tensor in tensors.items()}
+    return len(tensor_table({name: box.entry(keys[name]) for name, box in whole.items()}))
+
+
+def encode_anew(
+    objects: Objects,
+    tensors: Mapping[str, TensorEntry],
+    begin: Callable[[], Sink],
+    *,
+    base: str | None,
+    level: codecs.Level,
+    onto: Mapping[str, TensorEntry] | None = None,
+) -> None:
+    """Store stored chunks once more: without any reference but the base, or as changes of ``onto``.
+
+    Chunks that need none but the base already, or one of ``onto``, are left as they are.
+    """
+    planner = Planner(objects, base, onto)
+    planner.match({name: entry.shape for name, entry in tensors.items()})
+    enough = {
+        key for entry in (onto or {}).values() for piece in entry.pieces for key in piece.keys
+    }
+
+    def left(key: bytes) -> bool:
+        stored = objects.find(key, base)
+        return objects.in_base(key, base) is not None or (
+            stored is not None
+            and (not stored.record.refers_to_chunk or stored.record.ref_key in enough)
+        )
+
+    def work() -> Iterator[Work]:
+        for name, entry in tensors.items():
+            for at, piece in enumerate(entry.pieces):
+                sizes = chunk_sizes(piece, entry.dtype)
+                for number, (key, size) in enumerate(zip(piece.keys, sizes, strict=True)):
+                    if not left(key):
+                        yield Work(
+                            read=partial(objects.read, key, size, entry.dtype, base),
+                            dtype=entry.dtype,
+                            reference=planner.reference(name, entry, at, number),
+                        )
+
+    writer = ChunkWriter(begin)
+    with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
+        for encoded in results:
+            writer.put(encoded)

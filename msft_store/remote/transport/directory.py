@@ -1,0 +1,95 @@
+"""A store in another directory, as a remote: its lock is taken, and all is durable.
+
+Example::
+
+    remote = DirectoryRemote(Path("/mnt/nas/run"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from msft_store.errors import StorageError
+from msft_store.objects.manifest import path_of
+from msft_store.objects.refs import REFS, read_ref
+from msft_store.storage.backend import LocalBackend, publish, sizes
+from msft_store.storage.overlay import Overlay
+
+
+class DirectoryRemote:
+    """A directory of this machine's file systems."""
+
+    workers = 1
+
+    def __init__(self, root: Path) -> None:
+        self.backend = LocalBackend(root)
+
+    def describe(self, path: str) -> str:
+        return self.backend.describe(path)
+
+    @contextlib.contextmanager
+    def session(self, purpose: str) -> Iterator[None]:
+        self.backend.make_root()
+        with self.backend.lock(shared=True, purpose=purpose):
+            yield
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return sizes(self.backend, folder)
+
+    def size(self, path: str) -> int | None:
+        return self.backend.size(path) if self.backend.exists(path) else None
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        data = self.backend.read(path, offset, length)
+        if len(data) != length:
+            raise StorageError(f"{self.describe(path)} is shorter than it was")
+        return data
+
+    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
+        size = self.size(path)
+        if size is None:
+            return None
+        if size > most:
+            raise StorageError(f"{self.describe(path)} has more than {most} bytes")
+        data = self.backend.read(path)
+        return data, data
+
+    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
+        self.backend.make_root()
+        with self.backend.writer() as writer:
+            for part in parts():
+                writer.write(part)
+            writer.publish(path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        return self._exchange(path, data, None)
+
+    def replace(self, path: str, data: bytes, version: Any) -> bool:
+        return self._exchange(path, data, version)
+
+    def _exchange(self, path: str, data: bytes, before: bytes | None) -> bool:
+        """Write a file if it is still as it was; alone, for others may pin at the same time."""
+        self.backend.make_root()
+        with self.backend.lock(shared=False, purpose="push"):
+            if (self.backend.read(path) if self.backend.exists(path) else None) != before:
+                return False
+            if path.startswith(f"{REFS}/"):
+                self._check_target(path, data)
+            publish(self.backend, path, data)
+            return True
+
+    def _check_target(self, path: str, data: bytes) -> None:
+        overlay = Overlay(self.backend)
+        overlay.replaced[path] = data
+        target = read_ref(overlay, path).checkpoint
+        if not self.backend.exists(path_of(target)):
+            raise StorageError(
+                f"checkpoint {target[:12]} was forgotten at {self.describe('')} "
+                "before a ref could point to it; push again"
+            )
+
+    def settle(self, folder: str) -> None:
+        self.backend.sync(folder)

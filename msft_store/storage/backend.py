@@ -1,0 +1,404 @@
+"""All input and output of a store, behind one small protocol.
+
+Invariants: a published file is complete and durable or not there at all (temporary name, fsync,
+rename, fsync of the directory); a failed fsync fails the operation and is never retried; every
+failure is a :class:`StoreError`. Files are read at positions, never mapped, because a truncated
+mapping kills the interpreter.
+
+Example::
+
+    backend = LocalBackend(Path("store"))
+    with backend.lock(shared=True, purpose="save"), backend.writer() as writer:
+        writer.write(b"...")
+        writer.publish("packs/00ff.pack")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msft_store.errors import CorruptedError, OutOfSpaceError, StorageError
+from msft_store.storage.claims import Claim, claimed
+from msft_store.storage.lock_files import Lock
+from msft_store.storage.locks import Locks
+
+TEMPORARY = "tmp"
+QUARANTINE = "quarantine"
+"""What repairs have set aside; without meaning to a reader, and anybody may remove it."""
+_MOST_AT_ONCE = 1 << 30
+MAX_WHOLE = 1 << 28
+"""Bytes of a file that is read whole: anything but a pack."""
+
+
+class Writer(Protocol):
+    """A file under way; leaving its context without :meth:`publish` discards it."""
+
+    @property
+    def position(self) -> int:
+        """Return the bytes written so far."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+
+    def publish(self, path: str) -> None:
+        """Make the file durable and visible under ``path``, replacing what was there."""
+
+
+class Backend(Protocol):
+    """Files by relative path, with ``/`` between the parts."""
+
+    def describe(self, path: str) -> str:
+        """Return a path as a person would look for it."""
+
+    def exists(self, path: str) -> bool:
+        """Return whether a file is there."""
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return ``length`` bytes from ``offset``; fewer only at the end of the file."""
+
+    def size(self, path: str) -> int:
+        """Return a file's size in bytes."""
+
+    def list(self, folder: str) -> list[str]:
+        """Return the paths of all files below a folder, sorted; none if it does not exist."""
+
+    def writer(self) -> contextlib.AbstractContextManager[Writer]:
+        """Begin a file."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file, durably; one that is not there is no error."""
+
+    def move(self, path: str, target: str) -> None:
+        """Give a file another path, durably; its bytes are not read."""
+
+    def sync(self, folder: str) -> None:
+        """Make durable which files are below a folder, whoever wrote or removed them.
+
+        A process that is killed may leave a file that can be read and is lost in a power loss, or
+        that has gone and comes back. What builds on other processes' files does this first.
+        """
+
+    def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the store's lock: shared with other shared owners, or alone.
+
+        A thread may take it again; shared it then has what it had before. :class:`BusyError` if
+        others have it for too long. Publishing and deleting in a lock that was taken away is
+        :class:`BusyError` too, and does nothing.
+        """
+
+    def claim(self, kind: str, name: str) -> Claim:
+        """Claim what has a name for this process; :class:`BusyError` if another one has it."""
+
+    def locks(self) -> Sequence[Lock]:
+        """Return the lock files that are there, those of some who wait included; oldest first."""
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        """Remove the locks of owners that are dead or count as dead, or all; return them."""
+
+
+def publish(backend: Backend, path: str, data: bytes) -> None:
+    """Write a whole small file atomically."""
+    with backend.writer() as writer:
+        writer.write(data)
+        writer.publish(path)
+
+
+def read_whole(backend: Backend, path: str) -> bytes:
+    """Return a whole file of JSON; :class:`CorruptedError` if no such file is as large."""
+    if backend.size(path) > MAX_WHOLE:
+        what = backend.describe(path)
+        raise CorruptedError(f"{what} has more than {MAX_WHOLE} bytes", file=what)
+    return backend.read(path)
+
+
+def sizes(backend: Backend, folder: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a folder, by path."""
+    found = {}
+    for path in backend.list(folder):
+        try:
+            found[path] = backend.size(path)
+        except StorageError:
+            # A file may go between the listing and the look at it.
+            if backend.exists(path):
+                raise
+    return found
+
+
+def disk_bytes(backend: Backend) -> int:
+    """Return the bytes of all files, temporary ones included."""
+    return sum(sizes(backend, "").values())
+
+
+@contextlib.contextmanager
+def translated(action: str, path: object) -> Iterator[None]:
+    """Turn what the operating system says into a :class:`StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpaceError(
+                f"no space left to {action} {path}: make room on that disk, or run msft-store gc"
+            ) from error
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def _open_regular(path: str | Path, *, follow: bool) -> int:
+    """Open what is a file and nothing else: a pipe would block, a device may do anything."""
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+
+
+def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool = True) -> bytes:
+    """Return ``length`` bytes at ``offset`` of any file, or all from there; fewer only at its end.
+
+    ``follow``: whether it may be a symbolic link to one.
+    """
+    with translated("read", path):
+        descriptor = _open_regular(path, follow=follow)
+        try:
+            parts = []
+            if length is None:
+                # Of the file that is open: another one may have its name by now.
+                length = os.fstat(descriptor).st_size - offset
+            while length > 0:
+                part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
+                if not part:
+                    break
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        finally:
+            os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
+    """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
+    with translated("read", path):
+        descriptor, filled = _open_regular(path, follow=True), 0
+        try:
+            while filled < len(target):
+                part = target[filled : filled + _MOST_AT_ONCE]
+                got = os.preadv(descriptor, [part], offset + filled)
+                if got == 0:
+                    break
+                filled += got
+        finally:
+            os.close(descriptor)
+    return filled
+
+
+class _LocalWriter:
+    def __init__(self, root: Path, folders: _Folders, confirm: Callable[[], None]) -> None:
+        self.position = 0
+        self._root = root
+        self._folders = folders
+        self._confirm = confirm
+        self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
+        with translated("create", self._path):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._path.parent)
+            _refuse_link(self._path.parent)
+            self._file = self._path.open("xb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        with translated(f"write {len(data)} more bytes to", self._path):
+            self._file.write(data)
+        self.position += len(data)
+
+    def publish(self, path: str) -> None:
+        target = self._root / path
+        with translated(f"write the {self.position} bytes of", target):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._folders.make(target.parent)
+            self._confirm()
+            os.replace(self._path, target)
+            _sync_folder(target.parent)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def _refuse_link(folder: str | Path) -> None:
+    if os.path.islink(folder):
+        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
+
+
+class _Folders:
+    """Makes folders of a store, each durable before a file in it is published."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._durable = {root}
+
+    def make(self, folder: Path) -> None:
+        if folder != self._root:
+            self.make(folder.parent)
+            _refuse_link(folder)
+        if folder not in self._durable or not folder.is_dir():
+            make_folder(folder)
+            self._durable.add(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder durable, and those above it that are not there."""
+    if not folder.is_dir():
+        if not folder.parent.is_dir():
+            make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+    # Also one that is there: who made it may have been killed. Not every directory that one may
+    # write to can be opened.
+    with contextlib.suppress(PermissionError):
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder, durably, to a place where there is none or an empty one."""
+    with translated("write", target):
+        os.replace(source, target)
+        _sync_folder(target.absolute().parent)
+
+
+class LocalBackend:
+    """A folder of a local file system."""
+
+    def __init__(self, root: Path, *, lock_timeout: float | None = None) -> None:
+        self.root = root
+        self._prefix = f"{root}{os.sep}"
+        self._folders = _Folders(root)
+        self._locks = Locks(root, timeout=lock_timeout)
+
+    def make_root(self) -> None:
+        """Create the folder itself."""
+        with translated("create", self.root):
+            make_folder(self.root.absolute())
+
+    def room(self) -> int | None:
+        """Return the free bytes of the file system; ``None`` where it does not say."""
+        with translated("look at", self.root):
+            found = os.statvfs(self.root)
+        return found.f_bfree * found.f_frsize if found.f_blocks else None
+
+    def describe(self, path: str) -> str:
+        return self._prefix + path
+
+    def exists(self, path: str) -> bool:
+        target = self.describe(path)
+        with translated("look at", target):
+            try:
+                return not stat.S_ISDIR(os.lstat(target).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        return read_file(self.describe(path), offset, length, follow=False)
+
+    def size(self, path: str) -> int:
+        target = self.describe(path)
+        with translated("read", target):
+            return os.lstat(target).st_size
+
+    def list(self, folder: str) -> list[str]:
+        top = self.describe(folder).rstrip(os.sep)
+        with translated("list", top):
+            if folder:
+                _refuse_link(top)
+            return sorted(
+                f"{parent}{os.sep}{name}"[len(self._prefix) :].replace(os.sep, "/")
+                for parent, _, names in os.walk(top, onerror=_unless_absent)
+                for name in names
+            )
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[Writer]:
+        writer = _LocalWriter(self.root, self._folders, self._locks.confirm)
+        try:
+            yield writer
+        finally:
+            writer.discard()
+
+    def delete(self, path: str) -> None:
+        target = self.root / path
+        with translated("delete", target):
+            self._locks.confirm()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
+            if target.parent.is_dir():
+                _sync_folder(target.parent)
+
+    def move(self, path: str, target: str) -> None:
+        source, place = self.root / path, self.root / target
+        with translated(f"move {source} to", place):
+            self._folders.make(place.parent)
+            self._locks.confirm()
+            os.replace(source, place)
+            # The new entry first: after a power loss the file may have two names, never none.
+            _sync_folder(place.parent)
+            _sync_folder(source.parent)
+
+    def sync(self, folder: str) -> None:
+        top = self.root / folder
+        with translated("sync", top):
+            if not top.is_dir():
+                return
+            self._folders.make(top)
+            for parent, _, _ in os.walk(top, onerror=_unless_absent):
+                _sync_folder(Path(parent))
+
+    def clear_temporary(self) -> None:
+        """Remove the folder of unpublished files; nothing may be under way."""
+        with translated("delete", self.root / TEMPORARY):
+            shutil.rmtree(self.root / TEMPORARY)
+            _sync_folder(self.root)
+
+    @contextlib.contextmanager
+    def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
+        with translated("lock", self.root):
+            held = self._locks.acquire(shared=shared, purpose=purpose)
+        try:
+            yield
+        finally:
+            with translated("unlock", self.root):
+                held.release()
+
+    def claim(self, kind: str, name: str) -> Claim:
+        with translated(f"claim {kind} {name!r} of", self.root):
+            return claimed(self.root, kind, name)
+
+    def locks(self) -> Sequence[Lock]:
+        with translated("list the locks of", self.root):
+            return self._locks.all()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        with translated("unlock", self.root):
+            return self._locks.unlock(force=force)
+
+
+def _unless_absent(error: OSError) -> None:
+    # A folder that cannot be listed is not an empty one: gc would believe it.
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -1,0 +1,135 @@
+"""Between torch tensors and the bytes of pieces.
+
+Invariant: bits go through unchanged. A tensor of any layout becomes its row-major little-endian
+bytes, and back.
+
+Example::
+
+    data = to_bytes(tensor)                       # a view where the tensor allows it
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    view_bytes(out)[:] = data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from msft_store.codec.kernels import Bytes
+from msft_store.errors import InvalidInputError, VersionError
+from msft_store.format.dtypes import DType, by_torch
+from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
+
+
+def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
+    """Return what can be saved; :class:`InvalidInputError` names the first thing that cannot."""
+    if isinstance(tensors, torch.nn.Module):
+        tensors = tensors.state_dict()
+    if not isinstance(tensors, Mapping):
+        raise InvalidInputError(
+            f"save takes a mapping from names to tensors, or a module, not {type(tensors).__name__}"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name or len(name) > MAX_NAME or "\0" in name:
+            raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            raise InvalidInputError(f"{name!r} has no plain memory (sparse, meta or nested)")
+        if tensor.is_quantized:
+            raise InvalidInputError(f"{name!r} is quantized; save its integers and scales")
+        if hasattr(tensor, "placements"):
+            raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise InvalidInputError(f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
+        by_torch(tensor.dtype)
+    return dict(tensors)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what is equal for tied tensors only: the place and its interpretation."""
+    place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+    return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+
+
+def may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Return whether elements of a tensor may share memory; odd strides are suspected."""
+    reach = 0
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, count in sorted(pair for pair in sizes if pair[1] > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (count - 1)
+    return False
+
+
+def to_bytes(tensor: torch.Tensor) -> Bytes:
+    """Return a tensor's row-major bytes; they share memory with a contiguous CPU tensor."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    data: Bytes = plain.reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
+def read_elements(tensor: torch.Tensor, start: int, stop: int) -> Bytes:
+    """Return the bytes of some elements, counted row by row; a view where there can be one.
+
+    Of another tensor no more than about three times these elements is copied.
+    """
+    return to_bytes(_elements(tensor.detach(), start, stop))
+
+
+def write_elements(tensor: torch.Tensor, start: int, data: Bytes) -> None:
+    """Set some elements, counted row by row, of a tensor of any layout and device."""
+    _set(tensor.detach(), start, torch.from_numpy(data).view(tensor.dtype))
+
+
+def has_plain_bytes(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's memory is its row-major bytes, for :func:`view_bytes`."""
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
+
+
+def view_bytes(tensor: torch.Tensor) -> Bytes:
+    """Return a writable view of a contiguous CPU tensor's bytes."""
+    data: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
+def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[start:stop]
+    row = tensor.numel() // tensor.shape[0]
+    first, last = start // row, -(-stop // row)
+    if row <= stop - start:
+        return tensor[first:last].reshape(-1)[start - first * row : stop - first * row]
+    parts = [
+        _elements(tensor[at], max(start - at * row, 0), min(stop - at * row, row))
+        for at in range(first, last)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _set(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
+    if tensor.is_contiguous():
+        tensor.reshape(-1)[start : start + values.numel()].copy_(values)
+        return
+    row = tensor.numel() // tensor.shape[0]
+    while values.numel():
+        at, within = divmod(start, row)
+        rows = values.numel() // row if within == 0 else 0
+        if rows:
+            count = rows * row
+            tensor[at : at + rows].copy_(values[:count].reshape(rows, *tensor.shape[1:]))
+        else:
+            count = min(row - within, values.numel())
+            _set(tensor[at], within, values[:count])
+        start, values = start + count, values[count:]
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's dtype; :class:`VersionError` if this torch has none."""
+    if dtype.torch is None:
+        raise VersionError(f"torch {torch.__version__} has no dtype {dtype.name}; use a newer one")
+    return dtype.torch

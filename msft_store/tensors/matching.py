@@ -1,0 +1,85 @@
+"""Do the tensors to be restored and a checkpoint's agree? Strictly: names, shapes and dtypes.
+
+Example::
+
+    check_match(checkpoint, entries, module.state_dict())      # MismatchError names what differs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from msft_store.errors import InvalidInputError, MismatchError
+from msft_store.format.dtypes import by_torch
+from msft_store.objects.manifest import Checkpoint, TensorEntry
+from msft_store.tensors.bytes import memory_of
+
+_NAMES_SHOWN = 5
+
+
+def check_match(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorEntry],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Raise :class:`MismatchError`, which names what differs, unless all tensors agree."""
+    problems = []
+    missing = sorted(state.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - state.keys())
+    if missing:
+        problems.append(f"the checkpoint lacks {listed(missing)}")
+    if extra:
+        problems.append(f"the target lacks {listed(extra)}")
+    for name in sorted(state.keys() & tensors.keys()):
+        have, want = state[name], tensors[name]
+        if tuple(have.shape) != want.shape:
+            problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
+        elif have.is_meta:
+            problems.append(f"{name} is on the meta device and has no memory")
+        elif 0 in (s for s, n in zip(have.stride(), have.shape, strict=True) if n > 1):
+            problems.append(f"{name} is expanded: its elements share memory")
+        elif by_torch(have.dtype) != want.dtype:
+            problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
+    problems += _torn(tensors, state) if not problems else []
+    if problems:
+        more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
+        raise MismatchError(
+            f"the target does not match checkpoint {checkpoint.id[:12]}: "
+            f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
+        )
+
+
+def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    # Tied tensors share memory: only one content can be restored into it.
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        first = seen.setdefault(memory_of(tensor), name)
+        if tensor.numel() and _content(tensors[name]) != _content(tensors[first]):
+            yield f"{first} and {name} are one tensor, in the checkpoint they differ"
+
+
+def _content(entry: TensorEntry) -> list[tuple[object, ...]]:
+    return [(piece.offset, piece.shape, piece.keys) for piece in entry.pieces]
+
+
+def chosen(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], names: Iterable[str]
+) -> dict[str, TensorEntry]:
+    """Return the tensors of some names; :class:`MismatchError` if the checkpoint lacks one."""
+    wanted = None if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if wanted is None or not all(isinstance(name, str) for name in wanted):
+        raise InvalidInputError(
+            f"names are those of tensors, such as ['lm_head.weight'], not {names!r}"
+        )
+    absent = sorted(set(wanted) - tensors.keys())
+    if absent:
+        raise MismatchError(f"checkpoint {checkpoint.id[:12]} has no {listed(absent)}")
+    return {name: tensors[name] for name in wanted}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few of many names."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
+    return ", ".join(names[:_NAMES_SHOWN]) + more

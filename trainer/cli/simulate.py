@@ -1,0 +1,63 @@
+"""What ``msft-train simulate`` takes, and what it prints.
+
+Example::
+
+    add_options(parser)
+    tree, text = simulations(parser.parse_args(["runs/demo", "--peak-window", "4"]))
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trainer.journal import read
+from trainer.simulate.policies import OPTIONS, swept
+from trainer.simulate.report import outcome, recorded, to_text
+from trainer.training.directory import JOURNAL
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    parser.add_argument("journal", metavar="JOURNAL", help="the directory of a run, or its journal")
+    for key, text in OPTIONS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", dest=key, metavar="VALUE", help=text)
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="several values of an option above, as in peak-window=2,4,off; repeated: all pairs",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("msft", "sft"),
+        default="msft",
+        help="whose decisions are replayed; sft: what the first stage alone comes to",
+    )
+    parser.add_argument(
+        "--retention",
+        default="needs",
+        metavar="RULE",
+        help="rollback points that are kept: needs (what the method may still ask for; the "
+        "default), last:K, best:K (by the overall metric), all",
+    )
+
+
+def simulations(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return all simulations that were asked for, as JSON values and as text.
+
+    Raises :class:`RunError` for a journal that cannot be simulated on, :class:`ConfigError` for an
+    option that cannot work.
+    """
+    path = Path(options.journal)
+    records = read(path / JOURNAL if path.is_dir() else path)
+    given = {key: value for key in OPTIONS if (value := getattr(options, key)) is not None}
+    run = recorded(records)
+    outcomes = [
+        outcome(records, policy, method=options.method, retention=options.retention)
+        for policy in swept(given, options.sweep)
+    ]
+    tree = {"run": run.to_dict(), "policies": [one.to_dict() for one in outcomes]}
+    return tree, to_text(run, outcomes)

@@ -1,0 +1,161 @@
+"""What a comparison leaves in its directory: ``compare.md``, ``.json``, ``.html``, and pictures.
+
+Derived from the journals of the runs alone.
+
+Example::
+
+    write_comparison(Path("runs/all"), comparison)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from trainer.comparison.html import Picture, Tabular, Text, page
+from trainer.comparison.peak_shifts import distance, peaks_of_stage, shifts
+from trainer.comparison.plots import (
+    Curves,
+    draw_budgets,
+    draw_losses,
+    draw_peaks,
+    draw_shifts,
+    standalone,
+)
+from trainer.comparison.results import Comparison, estimate
+from trainer.comparison.tables import NOTES, head, remarks, sections
+from trainer.files import make_directory, write_atomic
+from trainer.journal import Record, effective, read
+from trainer.report.report import compare_table
+from trainer.report.summary import Summary
+
+_WHOLE_MIXTURE = ("sft", "single_rollout", "msft")
+"""Methods whose first stage is a roll-out on the whole mixture from the base, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A picture with what it shows."""
+
+    name: str
+    """File name without its ending."""
+    title: str
+    caption: str
+    svg: str
+
+
+def write_comparison(directory: Path, comparison: Comparison) -> None:
+    """Write all files of a comparison; some run of it must have finished."""
+    drawn = plots(directory, comparison)
+    if summaries := plain_summaries(comparison):
+        markdown = f"# Comparison\n\n{compare_table(summaries, markdown=True)}\n"
+        tree = {label: summary.to_dict() for label, summary in summaries.items()}
+    else:
+        markdown, tree = to_markdown(comparison, drawn), comparison.to_dict()
+        make_directory(directory / "plots")
+        for plot in drawn:
+            write_atomic(directory / "plots" / f"{plot.name}.svg", standalone(plot.svg))
+    content = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(directory / "compare.md", markdown.encode())
+    write_atomic(directory / "compare.json", f"{content}\n".encode())
+    write_atomic(directory / "compare.html", to_html(comparison, drawn).encode())
+
+
+def plain_summaries(comparison: Comparison) -> dict[str, Summary]:
+    """Return the summaries by label where the comparison has one run a method, otherwise none."""
+    return {
+        case.label: outcome.summary
+        for case, outcome in comparison.outcomes.items()
+        if case.plain and outcome.summary is not None
+    }
+
+
+def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
+    """Return ``compare.md``; the pictures are referred to by their relative paths."""
+    said = [f"- {escape(text, quote=False)}" for text in remarks(comparison)]
+    parts = ["# Comparison", head(comparison), *said]
+    for section in sections(comparison):
+        parts += [f"## {section.title}", section.table.to_markdown()]
+    parts += ["## How to read this", *NOTES, "## Plots"]
+    for plot in drawn:
+        parts += [f"### {plot.title}", f"![{plot.title}](plots/{plot.name}.svg)", plot.caption]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(comparison: Comparison, drawn: Sequence[Plot]) -> str:
+    """Return ``compare.html``, which needs no other file."""
+    return page(
+        "Comparison",
+        [
+            Text(text=head(comparison)),
+            *(Text(text=text) for text in remarks(comparison)),
+            *(Tabular(title=s.title, table=s.table) for s in sections(comparison)),
+            *(Text(text=text) for text in NOTES),
+            *(Picture(title=p.title, caption=p.caption, svg=p.svg) for p in drawn),
+        ],
+    )
+
+
+def plots(directory: Path, comparison: Comparison) -> list[Plot]:
+    """Draw what the finished runs allow; curves are those of the largest budget."""
+    largest = max(case.budget for case in comparison.outcomes)
+    curves: dict[str, dict[int, Sequence[Record]]] = {}
+    labels = {}
+    for case, outcome in comparison.outcomes.items():
+        if outcome.summary is not None and case.budget == largest and not case.equal:
+            records = effective(read(directory / case.path / "journal.jsonl"))
+            curves.setdefault(case.method, {})[case.seed] = records
+            labels[case.method] = case.label
+    at = f"C = {largest:g}"
+    found = []
+    whole = next((method for method in _WHOLE_MIXTURE if method in curves), None)
+    if whole is not None:
+        found.append(_peaks(curves[whole], f"first stage of {labels[whole]}, {at}"))
+    if any(shifts(counted) for counted in curves.get("msft", {}).values()):
+        found.append(_shifts(curves["msft"], at))
+    found.append(
+        Plot(
+            name="budgets",
+            title="Metric and FLOPs over C",
+            caption="Mean over seeds with its standard error. Hollow: given MSFT's FLOPs.",
+            svg=draw_budgets(comparison),
+        )
+    )
+    seed = min((seed for runs in curves.values() for seed in runs), default=None)
+    losses = {labels[m]: runs[seed] for m, runs in curves.items() if seed in runs}
+    if losses:
+        caption = f"Mean token loss of the training batches; seed {seed}, {at}."
+        svg = draw_losses(losses)
+        found.append(Plot(name="losses", title="Stepwise loss", caption=caption, svg=svg))
+    return found
+
+
+def _peaks(curves: Curves, where: str) -> Plot:
+    distances = [distance(peaks_of_stage(counted, 1)) for counted in curves.values()]
+    mean = estimate(value for value in distances if value is not None)
+    apart = "" if mean is None else f" They are {mean.mean:.2f} epochs from it on average."
+    return Plot(
+        name="peaks",
+        title="Peaks of the sub-datasets against the mixture's",
+        caption=f"First best evaluation on validation data; {where}.{apart}",
+        svg=draw_peaks(curves),
+    )
+
+
+def _shifts(curves: Curves, at: str) -> Plot:
+    found = [shift for counted in curves.values() for shift in shifts(counted)]
+    known = [abs(shift.epochs) for shift in found if shift.known]
+    mean = f"they moved by {sum(known) / len(known):.2f} epochs on average" if known else "none"
+    return Plot(
+        name="shifts",
+        title="Shift of the peaks after an exclusion",
+        caption=(
+            "Each dot is a sub-dataset that stayed when another was excluded: epochs from the "
+            f"roll-back to its peak, in the stage before and in the stage after; MSFT, {at}. "
+            f"{len(known)} of {len(found)} pairs had both peaks passed; {mean}."
+        ),
+        svg=draw_shifts(curves),
+    )

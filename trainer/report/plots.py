@@ -1,0 +1,198 @@
+"""Pictures of a run: validation curves, training loss, disk; drawn from effective journal records.
+
+Roll-backs are dashed vertical lines. Steps never go back, so a curve is one piece a stage.
+
+Example::
+
+    png = draw_curves(effective(read(run / "journal.jsonl")))
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from trainer.config.schema import OVERALL
+from trainer.journal import Record
+from trainer.report.flops import seqs_on_path
+from trainer.report.summary import disk_points, goes_back, stop_decision, sub_dataset_peaks
+
+_BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
+
+
+def draw_curves(counted: Sequence[Record]) -> bytes:
+    """Draw each sub-dataset's validation metric, and the overall one, over steps; returns a PNG.
+
+    A sub-dataset's curve is pale in the stages that do not train on it; a dot marks the peak that
+    it was excluded for, a star the result.
+    """
+    start = _first(counted, "run_started")
+    names = [*sorted(start["sub_datasets"]), OVERALL]
+    columns = min(len(names), min((3, 4), key=lambda columns: -len(names) % columns))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.3 * rows + 0.8), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axis, name in zip(axes, names, strict=False):
+        _draw_curve(axis, name, counted)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(names) - columns) : len(names)]:
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("optimizer step")
+    direction = "higher" if start["mode"] == "max" else "lower"
+    figure.suptitle(f"Validation {start['metric'].replace('_', ' ')} ({direction} is better)")
+    _legend(figure)
+    return _png(figure)
+
+
+def draw_loss(counted: Sequence[Record]) -> bytes:
+    """Draw the training loss over steps, what was rolled back pale; returns a PNG."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    on_path = seqs_on_path(counted)
+    for stage in _stages(counted):
+        points = [r for r in counted if r["event"] == "trained" and r["stage"] == stage]
+        _line(axis, points, _PALE, key="loss")
+        kept = [{**r, "loss": r["loss"] if r["seq"] in on_path else math.nan} for r in points]
+        _line(axis, kept, _BLUE, key="loss")
+    _draw_roll_backs(axis, counted)
+    _frame(axis, title="Training loss", y="mean token loss", x="optimizer step")
+    handles = [
+        Line2D([], [], color=_BLUE, label="on the path to the result"),
+        Line2D([], [], color=_PALE, label="not on it: rolled back, or after the result"),
+        _roll_back_handle(),
+    ]
+    axis.legend(handles=handles, frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def draw_disk(counted: Sequence[Record]) -> bytes:
+    """Draw the disk of the rollback points over steps, in full checkpoints; returns a PNG."""
+    start = _first(counted, "run_started")
+    unit = start["full_checkpoint_bytes"]
+    points = disk_points(counted)
+    steps = [point.step for point in points]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.step(
+        steps,
+        [point.paper_copies for point in points],
+        where="post",
+        color=_ORANGE,
+        label="the paper's disk-managed policy, full copies",
+    )
+    axis.step(
+        steps,
+        [point.bytes / unit for point in points],
+        where="post",
+        color=_BLUE,
+        label="this run, after eviction",
+    )
+    axis.plot(
+        steps,
+        [point.peak_bytes / unit for point in points],
+        linestyle="none",
+        marker=".",
+        color=_BLUE,
+        label="this run, before eviction",
+    )
+    axis.axhline(1, color=_GREY, linewidth=0.8, label="one full checkpoint")
+    _draw_roll_backs(axis, counted)
+    axis.set_ylim(bottom=0)
+    _frame(
+        axis,
+        title=f"Rollback points on disk (lr {start['config']['train']['lr']:g}, "
+        f"{start['model']['dtype']})",
+        y="full checkpoints",
+        x="optimizer step",
+    )
+    handles, _ = axis.get_legend_handles_labels()
+    figure.legend(
+        handles=[*handles, _roll_back_handle()],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+    )
+    return _png(figure)
+
+
+def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
+    stages = {r["stage"]: r["active"] for r in counted if r["event"] == "stage_started"}
+    for stage, active in stages.items():
+        points = [r for r in _evaluated(counted) if r["stage"] == stage]
+        color = _BLUE if name == OVERALL or name in active else _PALE
+        values = [r["metrics"][name] for r in points]
+        axis.plot([r["step"] for r in points], values, color=color, marker=".", markersize=4)
+    _draw_roll_backs(axis, counted)
+    peak = sub_dataset_peaks(counted).get(name)
+    if peak is not None and peak.excluded:
+        at = next(
+            r for r in _evaluated(counted) if (r["stage"], r["epoch"]) == (peak.stage, peak.epoch)
+        )
+        axis.plot(at["step"], at["metrics"][name], marker="o", color=_RED, markersize=6)
+    stop = stop_decision(counted)
+    if name == OVERALL and stop is not None:
+        result = next(r for r in _evaluated(counted) if r["checkpoint"] == stop["checkpoint"])
+        axis.plot(result["step"], result["metrics"][name], marker="*", color=_RED, markersize=11)
+    _frame(axis, title=name)
+
+
+def _draw_roll_backs(axis: Axes, counted: Sequence[Record]) -> None:
+    for decided in counted:
+        if decided["event"] == "decided" and goes_back(decided, _evaluated(counted)):
+            axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9)
+
+
+def _legend(figure: Figure) -> None:
+    handles = [
+        Line2D([], [], color=_BLUE, marker=".", label="trained on"),
+        Line2D([], [], color=_PALE, marker=".", label="excluded"),
+        Line2D([], [], color=_RED, marker="o", linestyle="none", label="peak, then excluded"),
+        Line2D([], [], color=_RED, marker="*", linestyle="none", markersize=9, label="result"),
+        _roll_back_handle(),
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small"
+    )
+
+
+def _roll_back_handle() -> Line2D:
+    return Line2D([], [], color=_GREY, linestyle="--", linewidth=0.9, label="roll-back")
+
+
+def _line(axis: Axes, points: Sequence[Record], color: str, *, key: str) -> None:
+    axis.plot([r["step"] for r in points], [r[key] for r in points], color=color)
+
+
+def _frame(axis: Axes, *, title: str, y: str = "", x: str = "") -> None:
+    axis.set_title(title, fontsize="medium")
+    axis.set_ylabel(y)
+    axis.set_xlabel(x)
+    axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _evaluated(counted: Sequence[Record]) -> list[Record]:
+    return [r for r in counted if r["event"] == "evaluated"]
+
+
+def _stages(counted: Sequence[Record]) -> list[int]:
+    return [r["stage"] for r in counted if r["event"] == "stage_started"]
+
+
+def _first(counted: Sequence[Record], event: str) -> Record:
+    return next(r for r in counted if r["event"] == event)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,267 @@
+"""The report of a run, and the comparison of runs, from their journals alone.
+
+``write_report`` writes ``report.md``, ``plots/*.png`` and ``result.json`` beside the journal.
+
+Example::
+
+    msft, sft = write_report(run / "msft"), write_report(run / "sft")
+    print(compare_table({"SFT": sft, "MSFT": msft}))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainer.algorithms.divergence import names_not_finite
+from trainer.config.schema import OVERALL
+from trainer.files import write_atomic
+from trainer.journal import Record, effective, read
+from trainer.report.flops import Work
+from trainer.report.plots import draw_curves, draw_disk, draw_loss
+from trainer.report.summary import Peak, Scores, Summary, summarize
+from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
+
+_DRAWINGS = (
+    ("curves", "Validation curves", draw_curves),
+    ("loss", "Training loss", draw_loss),
+    ("disk", "Disk of the rollback points", draw_disk),
+)
+
+
+DIVERGED = (
+    "Training diverged, which ended the run: the result is its best checkpoint before that. Begin "
+    "again with a smaller train.lr or train.max_grad_norm, or with train.on_divergence=rollback if "
+    "that was not set."
+)
+
+
+def write_report(run: str | os.PathLike[str]) -> Summary:
+    """Write the report of the run in a directory, finished or not, and return its summary."""
+    run = Path(run)
+    records = read(run / "journal.jsonl")
+    summary = summarize(records)
+    counted = effective(records)
+    plots = run / "plots"
+    plots.mkdir(exist_ok=True)
+    for name, _, draw in _DRAWINGS:
+        write_atomic(plots / f"{name}.png", draw(counted))
+    write_atomic(run / "report.md", report_markdown(summary, counted).encode())
+    result = json.dumps(summary.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(run / "result.json", f"{result}\n".encode())
+    return summary
+
+
+def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
+    """Return ``report.md``; the plots are referred to by their relative paths."""
+    parts = [
+        f"# {summary.method.upper()} run",
+        _facts(summary),
+        "## Result",
+        _result_text(summary),
+        _score_table({summary.method.upper(): summary}).to_markdown(),
+        "## Data",
+        _data_table(counted).to_markdown(),
+        "## Decisions",
+        _decision_table(counted).to_markdown(),
+        *_epoch_0_parts(summary),
+        *_divergence_parts(counted),
+        "## Disk",
+        "Not known before the first commit."
+        if summary.disk is None
+        else _markdown_lines(disk_text(summary)),
+        "## Work",
+        _work_table({summary.method.upper(): summary}).to_markdown(),
+        "## Plots",
+        *(f"![{title}](plots/{name}.png)" for name, title, _ in _DRAWINGS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -> str:
+    """Return runs of one mixture side by side: metrics, disk, work; for the terminal, or Markdown.
+
+    ``summaries`` are by label. The base's metrics are those of the first run.
+    """
+    first = next(iter(summaries.values()))
+    tables = [_score_table(summaries), _work_table(summaries)]
+    scores, work = [table.to_markdown() if markdown else table.to_text() for table in tables]
+    disks = [
+        f"{label} {disk_text(summary)}"
+        for label, summary in summaries.items()
+        if summary.disk is not None and summary.method != "sft"
+    ]
+    rules = ", ".join(f"{label}: {summary.rule}" for label, summary in summaries.items())
+    direction = "higher" if first.mode == "max" else "lower"
+    head = (
+        f"{first.metric.replace('_', ' ')} ({direction} is better), "
+        f"peaks found on validation data; {rules}"
+    )
+    if markdown:
+        disks = [_markdown_lines(text) for text in disks]
+    return "\n\n".join([head, scores, *disks, work])
+
+
+def disk_text(summary: Summary) -> str:
+    """Return the disk overhead of a run in three lines; the run must have committed something."""
+    disk = summary.disk
+    if disk is None:
+        raise ValueError("nothing was committed, so there is no disk to speak of")
+    limit = f"; max_disk {disk.max_disk}" if disk.max_disk else ""
+    point = bytes_text(disk.resume_bytes) if disk.resume_bytes else "none (resume_every is not set)"
+    what = "rollback points with optimizer" if disk.with_optimizer else "rollback points"
+    return (
+        f"{what} on disk: peak {disk.peak:.2f}, mean {disk.mean:.2f} of one full "
+        f"checkpoint ({bytes_text(disk.peak_bytes)}, {bytes_text(disk.mean_bytes)} of "
+        f"{bytes_text(disk.checkpoint_bytes)}; lr {summary.lr:g}, {summary.dtype}{limit})\n"
+        f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "
+        f"mean {disk.paper_mean_copies:.2f} (a full copy per distinct champion and best overall)\n"
+        f"besides: base {bytes_text(disk.base_bytes)}, resume point {point}"
+    )
+
+
+def _markdown_lines(text: str) -> str:
+    return "\n".join(f"- {line}" for line in text.splitlines())
+
+
+def _facts(summary: Summary) -> str:
+    return (
+        f"{summary.rule.capitalize()}; {summary.metric.replace('_', ' ')} ({summary.mode}), peaks "
+        "found on validation data, test data used once, at the end; "
+        f"lr {summary.lr:g}, {summary.dtype}, seed {summary.seed}. "
+        f"{summary.stages} stage{'s' * (summary.stages != 1)}, "
+        f"{summary.roll_backs} roll-backs, {count_text(summary.steps)} steps, "
+        f"{summary.evaluations} evaluations, {summary.seconds:.0f} s."
+    )
+
+
+def _result_text(summary: Summary) -> str:
+    result = summary.result
+    if result is None:
+        return "The run is not over."
+    text = f"Checkpoint `{result.checkpoint}`, from stage {result.stage}, epoch {result.epoch:.2f}."
+    return f"{text} {DIVERGED}" if summary.diverged else text
+
+
+def _score_table(summaries: Mapping[str, Summary]) -> Table:
+    first = next(iter(summaries.values()))
+    peaked = {label: s for label, s in summaries.items() if s.method != "sft"} or summaries
+    header = ["sub-dataset", *(f"{label} peak" for label in peaked), "base val", "base test"]
+    header += [f"{label} {part}" for label in summaries for part in ("val", "test")]
+    rows = []
+    for name in [*first.scores, OVERALL]:
+        scores = [_of(summary, name) for summary in summaries.values()]
+        peaks = ["" if name == OVERALL else _peak_text(s, name) for s in peaked.values()]
+        values = [scores[0].base_validation, scores[0].base_test]
+        values += [value for one in scores for value in (one.validation, one.test)]
+        rows.append([name, *peaks, *map(metric_text, values)])
+    return Table(header=header, rows=rows)
+
+
+def _of(summary: Summary, name: str) -> Scores:
+    return summary.overall if name == OVERALL else summary.scores[name]
+
+
+def _peak_text(summary: Summary, name: str) -> str:
+    peak: Peak | None = summary.peaks.get(name)
+    if peak is None or (summary.method != "sft" and not peak.excluded):
+        return "none"
+    return f"stage {peak.stage}, epoch {peak.epoch:.2f}"
+
+
+def _data_table(counted: Sequence[Record]) -> Table:
+    """Return examples per sub-dataset, and how many were dropped for their length."""
+    start = next(r for r in counted if r["event"] == "run_started")
+    titles = {"train": "train", "validation": "validation", "test": "test", "too_long": "too long"}
+    if any(sizes.get("set_aside") for sizes in start["sub_datasets"].values()):
+        titles["set_aside"] = "set aside for validation"
+    rows = [
+        [name, *(count_text(sizes.get(part, 0)) for part in titles)]
+        for name, sizes in sorted(start["sub_datasets"].items())
+    ]
+    return Table(header=("sub-dataset", *titles.values()), rows=rows)
+
+
+def _decision_table(counted: Sequence[Record]) -> Table:
+    """Return all decisions but those to train on."""
+    epochs = {(r["stage"], r["index"]): r["epoch"] for r in counted if r["event"] == "evaluated"}
+    rows = [
+        [
+            _decision_text(r),
+            str(r["stage"]),
+            f"{epochs[r['stage'], r['index']]:.2f}",
+            count_text(r["step"]),
+            ", ".join(r["exclude"]) or "-",
+            r["reason"],
+        ]
+        for r in counted
+        if r["event"] == "decided" and r["decision"] != "continue"
+    ]
+    return Table(
+        header=("decision", "stage", "epoch", "step", "excludes", "reason"),
+        rows=rows,
+        numeric=False,
+    )
+
+
+def _epoch_0_parts(summary: Summary) -> list[str]:
+    """Return a sentence on sub-datasets that training no longer made better, if there are any."""
+    found = [f"{name} (stage {p.stage})" for name, p in summary.peaks.items() if p.epoch == 0]
+    if not found:
+        return []
+    return [
+        "Peaked at epoch 0 of the last stage that trained on them, so that its training made them "
+        f"no better than they were when it began: {', '.join(found)}."
+    ]
+
+
+def _divergence_parts(counted: Sequence[Record]) -> list[str]:
+    """Return a section on numbers that are not finite; nothing where there are none."""
+    lines = [
+        f"- Stage {r['stage']}, epoch {r['epoch']:.2f}, step {count_text(r['step'])}: the "
+        f"{r['what']} was {r['value']}."
+        for r in counted
+        if r["event"] == "diverged"
+    ]
+    evaluated = [r for r in counted if r["event"] == "evaluated" and not r["reused"]]
+    unsound = Counter(name for r in evaluated for name in names_not_finite(r["metrics"]))
+    lines += [
+        f"- The metric of {name} was not finite in {count} of {len(evaluated)} evaluations, none "
+        "of which counted as a best or a peak."
+        for name, count in sorted(unsound.items())
+    ]
+    return ["## Not finite", "\n".join(lines)] if lines else []
+
+
+def _decision_text(record: Record) -> str:
+    """Return what a decision is called: where nobody peaked, nothing is rolled back."""
+    if record["decision"] == "roll_back" and not record["exclude"]:
+        return "next stage"
+    return str(record["decision"]).replace("_", " ")
+
+
+def _work_table(summaries: Mapping[str, Summary]) -> Table:
+    rows = []
+    for label, summary in summaries.items():
+        account = summary.account
+        goes_back = summary.method in ("msft", "single_rollout")
+        thrown = "rolled back" if goes_back else "after its result"
+        works: list[tuple[str, Work]] = [
+            ("training, kept", account.kept),
+            (f"training, {thrown}", account.rolled_back),
+            ("padding", account.padding),
+            ("evaluation", account.evaluation),
+            ("generation", account.generation),
+        ]
+        if account.selection.tokens:
+            works.insert(2, ("selection of examples", account.selection))
+        if account.repeated.tokens:
+            works.append(("repeated after a resume", account.repeated))
+        rows += [
+            [f"{label} {name}", count_text(work.tokens), flops_text(work.flops)]
+            for name, work in works
+        ]
+    return Table(header=("work", "tokens", "model FLOPs"), rows=rows)

@@ -1,0 +1,151 @@
+"""The policies that can be simulated, from what the command line says.
+
+A policy is a part of the ``msft`` section that decides without changing what a stage trains on.
+
+Example::
+
+    swept({"drop_count": "2"}, ["peak-window=1,2,off"])     # three of them, each with drop_count 2
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from msft_store import KeepBest, KeepLast, Policy
+from trainer.algorithms.base import Mode, Names, Needs
+from trainer.config.checks import check_ranges
+from trainer.config.load import build
+from trainer.config.schema import OVERALL, Config, MsftConfig
+from trainer.config.yaml import override
+from trainer.errors import ConfigError, RunError
+from trainer.journal import Record
+from trainer.training.commits import retention
+
+OPTIONS = {
+    "compute_budget": "C, epochs of a roll-out; at most the run's",
+    "peak_window": "W, evaluations after which a peak has passed; off: the paper's rule",
+    "peaks": "first_best (the paper's) or robust, to which the next three belong",
+    "smoothing": "evaluations whose mean stands for a value",
+    "margin": "standard errors by which a value must beat the best one",
+    "patience": "evaluations after which a peak has passed",
+    "drop_count": "sub-datasets that are excluded at once, at most",
+    "max_stages": "stages at most",
+}
+"""Key of ``msft`` → what it says."""
+
+_OF_ROBUST = ("smoothing", "margin", "patience")
+
+Retention = Callable[[Needs, Mode], Policy]
+
+_NONE = ("off", "none", "null")
+
+
+def recorded_config(records: Sequence[Record]) -> Config:
+    """Return the configuration of a journal's run.
+
+    Raises :class:`RunError` for a journal without one, or of a version that this one cannot read.
+    """
+    start = next((r for r in records if r["event"] == "run_started"), None)
+    if start is None:
+        raise RunError("the journal has no run_started record: the run ended before it began")
+    try:
+        return build(Config, start["config"])
+    except (ConfigError, KeyError) as error:
+        raise RunError(
+            f"the journal's configuration is of another version ({error}): simulate with that one"
+        ) from None
+
+
+def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msft") -> Config:
+    """Return a run's configuration under another policy, and another method where that is said.
+
+    Raises :class:`ConfigError` for a value that cannot work.
+    """
+    msft = build(MsftConfig, {**asdict(config.msft), **policy})
+    changed: Any = replace(config, method=method, msft=msft)  # type: ignore[arg-type]
+    check_ranges(changed)
+    idle = [key for key in _OF_ROBUST if key in policy and msft.peaks != "robust"]
+    if idle:
+        raise ConfigError(f"{idle[0]} has a meaning with peaks robust alone: add --peaks robust")
+    train, budget = config.train, config.msft.compute_budget
+    if msft.compute_budget > budget:
+        raise ConfigError(
+            f"compute_budget {msft.compute_budget:g} is more than the run's {budget:g}: there are "
+            "no curves for it"
+        )
+    decays = train.schedule != "constant" or train.warmup_ratio > 0
+    if msft.compute_budget < budget and decays:
+        raise ConfigError(
+            "the run's learning rate follows its compute budget, so its curves are not those of a "
+            "smaller one; only a constant rate without warm-up allows it"
+        )
+    return replace(config, method=changed.method, msft=msft)
+
+
+def swept(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the policies of all combinations; ``sweeps`` are of the form ``KEY=VALUE,VALUE``.
+
+    Raises :class:`ConfigError` for a key that is none, or comes twice.
+    """
+    choices: dict[str, list[str]] = {}
+    for text in sweeps:
+        name, equals, values = text.partition("=")
+        key = name.strip().replace("-", "_")
+        if not equals or key not in OPTIONS:
+            known = ", ".join(option.replace("_", "-") for option in OPTIONS)
+            raise ConfigError(f"--sweep {text!r} is not of the form KEY=VALUE,…; KEY: {known}")
+        if key in choices or key in given:
+            raise ConfigError(f"--sweep {text!r}: {name.strip()} is given twice")
+        choices[key] = values.split(",")
+    fixed = {key: _value(key, text) for key, text in given.items()}
+    return [
+        {**fixed, **{key: _value(key, value) for key, value in zip(choices, row, strict=True)}}
+        for row in itertools.product(*choices.values())
+    ]
+
+
+def label(policy: Mapping[str, Any]) -> str:
+    """Return what a policy is called."""
+    parts = [
+        f"{key.replace('_', ' ')} {'off' if value is None else value}"
+        for key, value in policy.items()
+    ]
+    return ", ".join(parts) or "the run's own"
+
+
+def retention_named(text: str) -> Retention:
+    """Return how rollback points are kept.
+
+    ``needs``: what the method may still ask for; ``last:K`` the newest; ``best:K`` the best
+    overall; ``all``. Raises :class:`ConfigError` for any other.
+    """
+    name, _, count = text.partition(":")
+    number = int(count) if count.isascii() and count.isdigit() else 0
+    match name:
+        case "needs" if not count:
+            return _needed
+        case "all" if not count:
+            return lambda needs, mode: KeepLast(2**62)
+        case "last" if number:
+            return lambda needs, mode: KeepLast(number)
+        case "best" if number:
+            return lambda needs, mode: KeepBest(OVERALL, number, mode=mode)
+    raise ConfigError(f"there is no retention {text!r}; there are needs, last:K, best:K and all")
+
+
+def _needed(needs: Needs, mode: Mode) -> Policy:
+    names = Names()
+    for checkpoint in needs.checkpoints:
+        names.add(checkpoint, checkpoint)
+    return retention(needs, mode, names)
+
+
+def _value(key: str, text: str) -> Any:
+    if text.strip().lower() in _NONE:
+        return None
+    tree: dict[str, Any] = {}
+    override(tree, f"{key}={text}")
+    return tree[key]

@@ -1,0 +1,49 @@
+"""Do configuration, model and data go together? Checked before anything is trained.
+
+Example::
+
+    check(config, loaded, mixture)              # ConfigError says what to change
+"""
+
+from __future__ import annotations
+
+from trainer.config.schema import Config
+from trainer.data.examples import Mixture
+from trainer.errors import ConfigError
+from trainer.model.evaluate import check_answers
+from trainer.model.load import LoadedModel, max_positions
+from trainer.model.training_state import is_weight
+
+
+def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
+    """Raise :class:`ConfigError` where configuration, model and data do not go together."""
+    splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
+    if config.evaluation.metric == "exact_match":
+        if any(not example.graded for split in splits for example in split.examples):
+            raise ConfigError(
+                "evaluation.metric is exact_match, but rows of 'text' have no answer to match: set "
+                "it to loss, or give prompt and completion"
+            )
+        references = {name: sub.validation.examples for name, sub in mixture.items()}
+        check_answers(references, config.evaluation.answer_pattern)
+    strange = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)
+    if config.restores_optimizer and strange is not None:
+        raise ConfigError(
+            f"the model has a weight {strange!r}, but msft.optimizer_on_rollback=restore uses such "
+            "names for the optimizer: set it to reset"
+        )
+    positions = max_positions(loaded.model)
+    if positions is None:
+        return
+    if config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has {positions} positions"
+        )
+    prompt = max(len(example.prompt) for split in splits for example in split.examples)
+    needed = prompt + config.evaluation.max_new_tokens
+    if config.evaluation.metric == "exact_match" and needed > positions:
+        raise ConfigError(
+            f"evaluation.max_new_tokens is {config.evaluation.max_new_tokens} and the longest "
+            f"prompt has {prompt} tokens, but the model has {positions} positions: lower "
+            "max_new_tokens or data.max_length"
+        )
