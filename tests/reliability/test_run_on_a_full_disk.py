@@ -14,8 +14,8 @@ import pytest
 
 from msft_store import Store
 from tests.support.ledger import Ledger
-from tests.trainer.support import make_config
-from tests.trainer.test_resume import outcome
+from tests.support.tiny_runs import make_config
+from tests.trainer.training.test_resume import outcome
 from trainer.cli import main as cli
 from trainer.config.schema import Config
 from trainer.errors import PausedError

@@ -21,7 +21,7 @@ from msft_store import Store, Timeline
 from tests.support.children import LONG, begin, end_of, ended
 from tests.support.ledger import Ledger
 from tests.support.runs import outcome
-from tests.trainer.support import make_config
+from tests.support.tiny_runs import make_config
 from trainer.cli.main import main
 from trainer.config.load import dump
 from trainer.config.schema import Config

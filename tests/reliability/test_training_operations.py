@@ -13,7 +13,7 @@ from msft_store import Store
 from tests.support.disk import Disk, Moment, Tree, after_kill, after_power_loss, write_tree
 from tests.support.ledger import Ledger
 from tests.support.runs import outcome
-from tests.trainer.support import make_config
+from tests.support.tiny_runs import make_config
 from trainer.config.schema import Config
 from trainer.journal import read
 from trainer.report.summary import summarize

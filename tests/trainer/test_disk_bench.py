@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_config, make_model
 
 from bench.disk import TARGETS, Row, Run, config_of, measure, runs, table, verdicts
 from bench.masters import rounded, train
 from bench.tasks import MIXTURE, split, write
 from bench.trajectories import REGIMES
 from msft_store import Store
+from tests.support.tiny_runs import make_config, make_model
 from trainer.journal import read
 from trainer.training.directory import JOURNAL, STORE
 from trainer.training.run import is_finished

@@ -1,0 +1,186 @@
+"""The adaptive codec gives every bit back, and the same bytes by every path.
+
+Interpreted it is slow, so what both paths do here is small.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from msft_store import Store
+from msft_store.codec import adaptive_codec, codecs
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
+from tests.support.pairs import (
+    BF16,
+    DTYPES,
+    FAST,
+    KINDS,
+    PATHS,
+    SEEDED,
+    Pair,
+    check,
+    layout,
+    packed,
+    pair_of,
+)
+from tests.support.plain_codecs import Decisions, read_adaptive
+from tests.support.states import State, same_bits, train_step, write_base
+
+CHANGES = [
+    (token << 1 | half) << 2 | smaller << 1 | flipped
+    for token in range(64)
+    for half in range(2 if token >= 4 else 1)
+    for smaller in range(2 if token else 1)
+    for flipped in range(2)
+]
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, 300),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32),
+)
+@settings(SEEDED, max_examples=100)
+def test_both_paths_give_the_same_bytes_and_every_bit_back(
+    dtype: DType, count: int, kind: str, seed: int
+) -> None:
+    check(dtype, *pair_of(dtype, count, kind, seed), adaptive_codec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_blocks_may_end_anywhere(dtype: DType, kind: str) -> None:
+    for count in (127, 128, 129):
+        check(dtype, *pair_of(dtype, count, kind, count), adaptive_codec)
+
+
+@pytest.mark.parametrize("kind", ["trained", "one", "far apart"])
+def test_many_blocks_may_end_anywhere(kind: str) -> None:
+    for count in (128 * 256 - 1, 128 * 256, 128 * 256 + 1):
+        check(BF16, *pair_of(BF16, count, kind, 1), adaptive_codec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -> None:
+    for count in (1, 200, 3000):
+        new, old = pair_of(dtype, count, kind, count)
+        payload = packed(dtype, new, old, FAST, adaptive_codec)
+        mantissa = layout(dtype).shift
+        again = read_adaptive(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
+        assert again == new.tobytes()
+
+
+@pytest.mark.parametrize("classes_from", [0, 100, 255])
+def test_every_change_after_every_movement_comes_back(classes_from: int) -> None:
+    rng = np.random.default_rng(classes_from)
+    symbols = rng.permutation(np.array(CHANGES * 4, np.uint16))
+    exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
+    ends = classes_from, min(classes_from + 63, 255)
+    first, second = (adaptive_codec._encode(symbols, exponents, *ends, fast) for fast in PATHS)
+    assert first == second
+    for fast in PATHS:
+        assert np.array_equal(adaptive_codec._decode(first, exponents, *ends, fast), symbols)
+    read = Decisions(first, *ends).symbols(exponents.tolist())
+    assert [(t << 1 | half) << 2 | smaller << 1 | s for t, s, smaller, half in read] == [*symbols]
+
+
+@pytest.mark.parametrize("surprise", [2, 7])
+def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
+    symbols = np.zeros(30_000, np.uint16)
+    symbols[surprise::5000] = CHANGES[-1]
+    exponents = np.full(symbols.size, 120, np.int16)
+    first, second = (adaptive_codec._encode(symbols, exponents, 120, 120, fast) for fast in PATHS)
+    assert first == second
+    assert np.array_equal(adaptive_codec._decode(first, exponents, 120, 120, FAST), symbols)
+    assert len(first) < 200
+
+
+@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "interpreted"])
+def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
+    dtype = dtypes.by_name("float32")
+    new, old = pair_of(dtype, 1000, "trained", 1)
+    shifted = []
+    for lanes in (new, old):
+        data = np.zeros(lanes.nbytes + 1, np.uint8)
+        data[1:] = lanes.view(np.uint8)
+        shifted.append(data[1:].view(lanes.dtype))
+        shifted[-1].flags.writeable = False
+    assert not shifted[0].flags.aligned
+    for now, was in (shifted, (old, old)):
+        payload = packed(dtype, now, was, fast, adaptive_codec)
+        assert adaptive_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+
+
+def test_threads_change_no_byte() -> None:
+    pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
+
+    def code(pair: Pair) -> bytes:
+        payload = packed(BF16, *pair, FAST, adaptive_codec)
+        assert (adaptive_codec.unpack(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
+        return payload
+
+    some = slice(None) if FAST is not None else slice(1, 4)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(code, pairs[some])) == [code(pair) for pair in pairs[some]]
+
+
+def small_state() -> State:
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(2, 400, generator=generator)
+    return {"half": weights[0].bfloat16(), "single": weights[1], "integers": torch.arange(9)}
+
+
+def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) -> None:
+    state = small_state()
+    changed = train_step(state, 0.3, 1)
+    store = Store.create(tmp_path / "store", level="small")
+    store.save(changed, parent=store.add_base(write_base(tmp_path / "base.safetensors", state)))
+    code = (
+        "import sys, safetensors.torch\n"
+        "from msft_store import Store, compiled\n"
+        "assert codecs.loops() is None\n"
+        "store = Store.open(sys.argv[1])\n"
+        "safetensors.torch.save_file(store.load(store.log()[0]), sys.argv[2])\n"
+    )
+    out = tmp_path / "loaded.safetensors"
+    root = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.path, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": root, codecs.VARIABLE: "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert same_bits(load_file(out), changed)
+
+
+def test_packs_of_the_level_small_are_equal_with_and_without_numba(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = small_state()
+    changed = train_step(state, 0.3, 1)
+    source = write_base(tmp_path / "base.safetensors", state)
+    packs = []
+    for name, fast in zip("ab", PATHS, strict=True):
+        monkeypatch.setattr("msft_store.codec.codecs.loops", lambda fast=fast: fast)
+        store = Store.create(tmp_path / name, level="small")
+        store.save(changed, parent=store.add_base(source))
+        packs.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("packs/*")})
+    assert packs[0] == packs[1] != {}

@@ -1,0 +1,182 @@
+"""The class codec gives every bit back, and the same bytes by every path."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msft_store import Store
+from msft_store.codec import changes, codecs, exponent_codec
+from msft_store.codec.changes import Found
+from msft_store.format import dtypes
+from msft_store.format.dtypes import DType
+from tests.support.pairs import (
+    BF16,
+    DTYPES,
+    FAST,
+    KINDS,
+    PATHS,
+    SEEDED,
+    Pair,
+    check,
+    layout,
+    pair_of,
+)
+from tests.support.plain_codecs import read_classes
+from tests.support.states import make_state, same_bits, train_step, write_base
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, 300),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32),
+)
+@settings(SEEDED, max_examples=300)
+def test_all_paths_give_the_same_bytes_and_every_bit_back(
+    dtype: DType, count: int, kind: str, seed: int
+) -> None:
+    check(dtype, *pair_of(dtype, count, kind, seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_blocks_and_their_sampling_may_end_anywhere(dtype: DType, kind: str) -> None:
+    for blocks in (1, 256):
+        for count in (128 * blocks - 1, 128 * blocks, 128 * blocks + 1):
+            check(dtype, *pair_of(dtype, count, kind, blocks))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -> None:
+    for count in (1, 200, 5000):
+        new, old = pair_of(dtype, count, kind, count)
+        payload = check(dtype, new, old)
+        mantissa = layout(dtype).shift
+        again = read_classes(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
+        assert again == new.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
+    dtype: DType, kind: str
+) -> None:
+    for count in (1, 129, 40_000):
+        new, old = pair_of(dtype, count, kind, 3)
+        one = exponent_codec.find(new, old, layout(dtype), FAST)
+        other = changes.find(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
+        for field in fields(Found):
+            first, second = getattr(one, field.name), getattr(other, field.name)
+            assert (first is None) == (second is None), field.name
+            assert np.array_equal(first, second), field.name
+
+
+@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
+def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
+    dtype = dtypes.by_name("float32")
+    new, old = pair_of(dtype, 3000, "trained", 1)
+    shifted = []
+    for lanes in (new, old):
+        data = np.zeros(lanes.nbytes + 1, np.uint8)
+        data[1:] = lanes.view(np.uint8)
+        shifted.append(data[1:].view(lanes.dtype))
+    assert not shifted[0].flags.aligned
+    for now, was in (shifted, (old, old)):
+        payload = exponent_codec.pack(exponent_codec.find(now, was, layout(dtype), fast), fast)
+        assert exponent_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+
+
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("every_warning")
+@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
+def test_read_only_arrays_stay_as_they_are_without_a_warning(fast: Any) -> None:
+    new, old = pair_of(BF16, 3000, "trained", 1)
+    before = old.tobytes()
+    for lanes in (new, old):
+        lanes.flags.writeable = False
+    payload = exponent_codec.pack(exponent_codec.find(new, old, layout(BF16), fast), fast)
+    assert exponent_codec.unpack(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
+    assert old.tobytes() == before
+
+
+@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
+def test_threads_change_no_byte(fast: Any) -> None:
+    pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
+
+    def code(pair: Pair) -> bytes:
+        payload = exponent_codec.pack(exponent_codec.find(*pair, layout(BF16), fast), fast)
+        assert (exponent_codec.unpack(payload, pair[1], layout(BF16), fast) == pair[0]).all()
+        return payload
+
+    alone = [code(pair) for pair in pairs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(code, pairs)) == alone
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return what sets the variable that switches Numba off."""
+
+    def switch(value: str) -> None:
+        monkeypatch.setenv(codecs.VARIABLE, value)
+        codecs.loops.cache_clear()
+        assert value != "0" or codecs.loops() is None
+
+    yield switch
+    monkeypatch.undo()
+    codecs.loops.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_stores_with_and_without_numba_are_equal_and_read_each_other(
+    tmp_path: Path, numba: Callable[[str], None], dtype: torch.dtype
+) -> None:
+    state = make_state(dtype=dtype)
+    changed = train_step(state, 0.05, 1)
+    source = write_base(tmp_path / "base.safetensors", state)
+    packs, saved = [], []
+    for value in ("0", "1"):
+        numba(value)
+        store = Store.create(tmp_path / value)
+        saved.append(store.save(changed, parent=store.add_base(source)).id)
+        packs.append({path.name: path.read_bytes() for path in (tmp_path / value).glob("packs/*")})
+    assert packs[0] == packs[1] != {}
+    assert saved[0] == saved[1]
+    for value in ("0", "1"):
+        numba(value)
+        for written in ("0", "1"):
+            assert same_bits(Store.open(tmp_path / written).load(saved[0]), changed)
+
+
+def test_a_chunk_near_its_reference_costs_less_than_as_gaps_and_changes() -> None:
+    new, old = pair_of(BF16, 1 << 16, "trained", 1)
+    mine, theirs = (
+        codec.encode(new.view(np.uint8), old.view(np.uint8), BF16)
+        for codec in (codecs.CLASSES, codecs.SPARSE)
+    )
+    assert len(mine) < len(theirs)

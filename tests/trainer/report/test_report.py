@@ -1,0 +1,252 @@
+"""Summary, report, plots and comparison of a recorded run, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from tests.support.recorded import load_curve
+from tests.support.synthetic import FULL, write_run
+from trainer.errors import RunError
+from trainer.journal import Journal, effective, read
+from trainer.report.flops import Work
+from trainer.report.report import compare_table, disk_text, write_report
+from trainer.report.summary import Peak, Result, Scores, Summary, disk_points, summarize
+
+PLOTS = ("curves", "loss", "disk")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "msft", "ties")
+
+
+def make_run(directory: Path, curve: str, method: str = "msft") -> Path:
+    directory.mkdir()
+    write_run(directory / "journal.jsonl", load_curve(curve), method=method)
+    return directory
+
+
+def summary_of(directory: Path) -> Summary:
+    return summarize(read(directory / "journal.jsonl"))
+
+
+def test_the_summary_of_an_msft_run(run: Path) -> None:
+    summary = summary_of(run)
+    assert (summary.method, summary.rule, summary.metric) == (
+        "msft",
+        "the paper's rule",
+        "exact_match",
+    )
+    assert (summary.lr, summary.dtype, summary.seed) == (1e-5, "bfloat16", 7)
+    assert (summary.stages, summary.roll_backs, summary.steps) == (3, 2, 120)
+    assert summary.evaluations == 13
+    assert summary.result == Result(checkpoint="s2e2", stage=2, epoch=0.5)
+    assert summary.peaks == {
+        "a": Peak(stage=1, epoch=0.5, excluded=True),
+        "b": Peak(stage=2, epoch=0.5, excluded=True),
+        "c": Peak(stage=3, epoch=0.25, excluded=True),
+    }
+    assert summary.scores["b"] == Scores(
+        base_validation=0.2, base_test=0.125, validation=0.8, test=0.5
+    )
+    assert summary.overall.validation == 0.57
+    assert summary.seconds == 24 * 0.5 + 13 * (0.25 + 1.0) + 2 * 1.0
+
+
+def test_work_is_split_into_kept_and_rolled_back(run: Path) -> None:
+    account = summary_of(run).account
+    assert account.kept == Work(tokens=4000, flops=600 * 4000 + 120 * 40_000)
+    assert account.rolled_back == Work(tokens=8000, flops=600 * 8000 + 120 * 80_000)
+    assert account.evaluation == Work(tokens=15 * 50, flops=15 * (200 * 50 + 40 * 500))
+    assert account.generation == Work(tokens=15 * 20, flops=15 * (200 * 20 + 40 * 400))
+    assert account.padding == Work(tokens=600, flops=600 * 600)
+
+
+def test_disk_beside_the_papers_policy_at_the_same_evaluations(run: Path) -> None:
+    points = disk_points(effective(read(run / "journal.jsonl")))
+    assert [point.paper_copies for point in points] == [0, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2]
+    assert [point.bytes for point in points] == [100, 200] + [300] * 11
+    disk = summary_of(run).disk
+    assert disk is not None
+    assert (disk.peak_bytes, disk.peak) == (420, 0.42)
+    assert disk.mean == pytest.approx(3600 / 13 / FULL)
+    assert disk.paper_peak_copies == 2
+    assert disk.paper_mean_copies == pytest.approx(19 / 13)
+    assert (disk.resume_bytes, disk.base_bytes) == (3 * FULL, FULL)
+
+
+def test_plain_sft_would_keep_one_copy_under_the_papers_policy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sft", "ties", method="sft")
+    points = disk_points(effective(read(run / "journal.jsonl")))
+    assert [point.paper_copies for point in points] == [0, 1, 1, 1, 1]
+
+
+def test_a_sub_dataset_that_was_never_excluded_has_a_best_but_no_peak(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "nobody_peaks")
+    summary = write_report(run)
+    assert summary.roll_backs == 0
+    assert summary.peaks["a"] == Peak(stage=4, epoch=0.5, excluded=False)
+    row = next(
+        line for line in compare_table({"MSFT": summary}).splitlines() if line.startswith("a ")
+    )
+    assert row.split()[1] == "none"
+
+
+def test_a_peak_window_is_named_as_the_rule(tmp_path: Path) -> None:
+    summary = summary_of(make_run(tmp_path / "run", "peak_window"))
+    assert summary.rule == "peak window 2"
+    assert "MSFT: peak window 2" in compare_table({"MSFT": summary})
+
+
+def test_losses_are_reported_as_lower_is_better(tmp_path: Path) -> None:
+    summary = summary_of(make_run(tmp_path / "run", "min"))
+    assert summary.overall.validation == 0.95
+    assert compare_table({"MSFT": summary}).startswith("loss (lower is better)")
+
+
+def test_nan_is_a_dash_in_tables_and_null_in_json(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "overall_never_finite")
+    summary = write_report(run)
+    assert summary.overall.validation is not None
+    assert math.isnan(summary.overall.validation)
+    tree = json.loads((run / "result.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert tree["overall"]["validation"] is None
+    row = next(
+        line for line in compare_table({"MSFT": summary}).splitlines() if line.startswith("overall")
+    )
+    assert row.split() == ["overall", "-", "0.125", "-", "0.500"]
+
+
+def test_the_report_is_written_with_plots_that_are_pictures(run: Path) -> None:
+    summary = write_report(run)
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# MSFT run\n")
+    assert "a peaked first, at epoch 0.5 of stage 1" in report
+    assert "Checkpoint `s2e2`, from stage 2, epoch 0.50." in report
+    assert "| a           |     9 |          4 |    4 |        2 |" in report.splitlines()
+    for name in PLOTS:
+        assert f"(plots/{name}.png)" in report
+        content = (run / "plots" / f"{name}.png").read_bytes()
+        image = matplotlib.image.imread(io.BytesIO(content), format="png")
+        assert min(image.shape[:2]) > 200
+        assert image[..., :3].std() > 0.02
+    tree = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    assert tree == json.loads(json.dumps(summary.to_dict()))
+    assert tree["disk"]["peak"] == 0.42
+    assert sorted(path.name for path in run.iterdir()) == [
+        "journal.jsonl",
+        "plots",
+        "report.md",
+        "result.json",
+    ]
+
+
+def test_a_peak_at_epoch_0_of_a_stage_is_reported_as_such(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "peak_at_epoch_0")
+    write_report(run)
+    assert EPOCH_0 in (run / "report.md").read_text(encoding="utf-8")
+    other = make_run(tmp_path / "other", "ties")
+    write_report(other)
+    assert "epoch 0 of the last stage" not in (other / "report.md").read_text(encoding="utf-8")
+
+
+def test_writing_the_report_again_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    write_report(run)
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(run / "journal.jsonl", again)
+    write_report(again)
+    for name in ("report.md", "result.json", *(f"plots/{plot}.png" for plot in PLOTS)):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_run_at_any_point_of_its_journal_can_be_reported(run: Path) -> None:
+    lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for count in range(1, len(lines) + 1):
+        (run / "journal.jsonl").write_bytes(b"".join(lines[:count]))
+        summary = summary_of(run)
+        assert compare_table({"MSFT": summary})
+    assert summary.result is not None
+    (run / "journal.jsonl").write_bytes(b"".join(lines[:2]))
+    assert write_report(run).result is None
+    assert "The run is not over." in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_a_resume_made_void_is_only_counted_as_repeated(run: Path, tmp_path: Path) -> None:
+    whole = read(run / "journal.jsonl")
+    cut = 17
+    path = tmp_path / "resumed.jsonl"
+    with Journal.open(path) as journal:
+        for record in [*whole[:cut], {"event": "resumed", "after": 1}, *whole[2:]]:
+            journal.append(**{k: v for k, v in record.items() if k not in ("seq", "time")})
+    resumed, uninterrupted = summarize(read(path)), summarize(whole)
+    assert resumed.account.repeated.tokens > 0
+    assert resumed.to_dict() | {"account": None} == uninterrupted.to_dict() | {"account": None}
+    assert resumed.account.trained == uninterrupted.account.trained
+
+
+def test_a_journal_without_a_run_is_refused() -> None:
+    with pytest.raises(RunError, match="no run_started record"):
+        summarize([])
+
+
+def test_the_comparison_of_two_runs(run: Path, tmp_path: Path) -> None:
+    sft = summary_of(make_run(tmp_path / "sft", "ties", method="sft"))
+    assert compare_table({"SFT": sft, "MSFT": summary_of(run)}) == COMPARISON
+
+
+def test_the_comparison_as_markdown(run: Path) -> None:
+    text = compare_table({"MSFT": summary_of(run)}, markdown=True)
+    assert (
+        "| b           | stage 2, epoch 0.50 |    0.200 |     0.125 |    0.800 |     0.500 |"
+        in (text.splitlines())
+    )
+    assert "\n- besides: base 1.0 kB, resume point 3.0 kB\n" in text
+
+
+def test_disk_of_a_run_without_a_commit_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match="nothing was committed"):
+        disk_text(summarize(read(run / "journal.jsonl")[:2]))
+
+
+COMPARISON = """\
+exact match (higher is better), peaks found on validation data; SFT: one stage, MSFT: the \
+paper's rule
+
+sub-dataset            MSFT peak  base val  base test  SFT val  SFT test  MSFT val  MSFT test
+---------------------------------------------------------------------------------------------
+a            stage 1, epoch 0.50     0.100      0.125    0.500     0.500     0.400      0.500
+b            stage 2, epoch 0.50     0.200      0.125    0.600     0.500     0.800      0.500
+c            stage 3, epoch 0.25     0.100      0.125    0.400     0.500     0.500      0.500
+overall                              0.130      0.125    0.500     0.500     0.570      0.500
+
+MSFT rollback points on disk: peak 0.42, mean 0.28 of one full checkpoint (420 B, 277 B of \
+1.0 kB; lr 1e-05, bfloat16)
+the paper's disk-managed policy on the same run: peak 2.00, mean 1.46 (a full copy per distinct \
+champion and best overall)
+besides: base 1.0 kB, resume point 3.0 kB
+
+work                            tokens    model FLOPs
+-----------------------------------------------------
+SFT training, kept               3,000    5.40 MFLOPs
+SFT training, after its result   1,000    1.80 MFLOPs
+SFT padding                        200  120.00 kFLOPs
+SFT evaluation                     350  210.00 kFLOPs
+SFT generation                     140  140.00 kFLOPs
+MSFT training, kept              4,000    7.20 MFLOPs
+MSFT training, rolled back       8,000   14.40 MFLOPs
+MSFT padding                       600  360.00 kFLOPs
+MSFT evaluation                    750  450.00 kFLOPs
+MSFT generation                    300  300.00 kFLOPs"""
+
+EPOCH_0 = (
+    "Peaked at epoch 0 of the last stage that trained on them, so that its training made them no "
+    "better than they were when it began: a (stage 1), c (stage 2)."
+)

@@ -1,0 +1,137 @@
+"""The methods beside MSFT in real runs: after a kill, beside looking ahead, and with sampling."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.runs import kill, outcome
+from tests.support.tiny_runs import make_config
+from trainer.journal import Journal, effective, read
+from trainer.model.training_state import optimizer_tensors, python_rng
+from trainer.training import observe, run
+from trainer.training.run import resume, start
+
+METHODS = ("continual", "single_rollout", "ies", "dynamix")
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    """Reports are written after the end, and drawing them would take half of the time here."""
+    monkeypatch.setattr(run, "write_report", lambda directory: None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A mixture of four steps an epoch, in which IES masters and DynamixSFT looks ahead often."""
+    return make_config(
+        tmp_path_factory.mktemp("methods"),
+        train__lr=0.02,
+        log_every=1,
+        msft__compute_budget=4.0,
+        ies={"delta": 0.3},
+        dynamix={"every": 3, "examples": 4},
+    )
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(shared, request):
+    """A method's configuration, and the outcome of a run that nothing happened to."""
+    directory = f"{shared.output_dir}-{request.param}"
+    config = replace(shared, method=request.param, output_dir=directory)
+    start(config)
+    return config, outcome(Path(directory))
+
+
+def events(directory, event):
+    records = effective(read(Path(directory) / "journal.jsonl"))
+    return [record for record in records if record["event"] == event]
+
+
+PLACES = {
+    "before a decision": ("evaluated", 5, {}),
+    "in the middle of an epoch": ("trained", 11, {}),
+    "at the end of the third epoch": ("trained", 12, {}),
+    "late": ("trained", 15, {}),
+}
+
+
+@pytest.mark.parametrize("resume_every", [None, 5])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_changes_nothing(method, place, resume_every):
+    config, expected = method
+    config = replace(config, output_dir=f"{config.output_dir}-killed", resume_every=resume_every)
+    shutil.rmtree(config.output_dir, ignore_errors=True)
+    event, number, fields = PLACES[place]
+    kill(lambda: start(config), Journal, "append", call=number, like={"event": event, **fields})
+    resume(config.output_dir)
+    assert outcome(Path(config.output_dir)) == expected
+
+
+@pytest.mark.parametrize("method", ["ies"], indirect=True)
+def test_what_is_mastered_is_left_out_of_the_training(method):
+    config, _ = method
+    adjusted = events(config.output_dir, "adjusted")
+    mastered = [sum(map(len, record["mastered"].values())) for record in adjusted]
+    assert mastered[:2] == [0, 0], "three epochs make the first second difference"
+    assert max(mastered) > 0
+    trained = events(config.output_dir, "trained")
+    assert sum(record["forward_tokens"] for record in trained) > 0
+
+
+@pytest.mark.parametrize("method", ["dynamix"], indirect=True)
+def test_the_weights_of_the_sub_datasets_follow_the_rewards(method):
+    config, _ = method
+    weights = [record["weights"] for record in events(config.output_dir, "adjusted")]
+    assert len(weights) == 5, "16 steps, asked after each third one, not at the end"
+    assert all(sum(row.values()) == pytest.approx(1) for row in weights)
+    assert len({tuple(row.values()) for row in weights}) > 1
+
+
+def test_looking_ahead_leaves_no_trace(shared, tmp_path, monkeypatch):
+    look_ahead, looks = observe.look_ahead, []
+
+    def watched(work, stage, **arguments):
+        before = state_of(work)
+        found = look_ahead(work, stage, **arguments)
+        assert state_of(work) == before
+        looks.append(found)
+        return found
+
+    monkeypatch.setattr(observe, "look_ahead", watched)
+    train = replace(shared.train, optimizer="adamw", weight_decay=0.1, max_grad_norm=1.0)
+    start(replace(shared, method="dynamix", output_dir=str(tmp_path / "run"), train=train))
+    assert len(looks) == 5
+
+
+def state_of(work):
+    """Everything that the next steps depend on, in bits."""
+    tensors = {**work.loaded.model.state_dict(), **optimizer_tensors(work.optimizer)}
+    bits = {
+        name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()
+        for name, tensor in tensors.items()
+    }
+    rates = [group["lr"] for group in work.optimizer.param_groups]
+    gradients = [p.grad is None for p in work.loaded.model.parameters()]
+    return bits, rates, gradients, torch.get_rng_state().tolist(), repr(python_rng())
+
+
+@pytest.mark.parametrize("name", ["sft", "dynamix", "msft"])
+def test_an_epoch_has_of_each_what_the_sampling_says(shared, tmp_path, name):
+    data = replace(shared.data, sampling="equal")
+    msft = replace(shared.msft, compute_budget=1.0, max_stages=2)
+    config = replace(shared, method=name, output_dir=str(tmp_path / "run"), data=data, msft=msft)
+    start(config)
+    begun = events(config.output_dir, "stage_started")
+    whole = sum(
+        sub["train"] for sub in events(config.output_dir, "run_started")[0]["sub_datasets"].values()
+    )
+    third = round(whole / 3)
+    assert [record["examples"] for record in begun] == [
+        len(record["active"]) * third for record in begun
+    ]
+    assert len(begun) == (2 if name == "msft" else 1)

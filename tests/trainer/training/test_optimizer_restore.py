@@ -1,0 +1,226 @@
+"""``optimizer_on_rollback: restore``: a roll-back brings everything back that training needs."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from msft_store import KeepLast, Store
+from tests.support.states import bits_of
+from tests.support.tiny_runs import make_config
+from trainer.algorithms.base import Continue, Needs, RollBack, Stage, Stop
+from trainer.data.batches import DataOrder
+from trainer.journal import effective, read
+from trainer.model.training_state import (
+    load_optimizer,
+    optimizer_tensors,
+    python_rng,
+    set_python_rng,
+)
+from trainer.report.flops import ModelSize
+from trainer.report.plan import Counts, plan
+from trainer.training import loop, run
+from trainer.training.replay import Known
+from trainer.training.run import start
+from trainer.training.stage import course_of
+from trainer.training.steps import StageSteps
+
+NAMES = ("copy", "same", "sum")
+
+
+def records(at, event):
+    counted = effective(read(Path(at) / "journal.jsonl"))
+    return [record for record in counted if record["event"] == event]
+
+
+class GoesBack:
+    """Trains to the end of its budget, goes back to the middle, and excludes nothing."""
+
+    mode = "min"
+
+    def __init__(self):
+        self._middle = None
+
+    def first_stage(self):
+        return Stage(number=1, active=NAMES, epochs=3.0)
+
+    def needs(self):
+        return Needs()
+
+    def on_evaluation(self, evaluation):
+        if (evaluation.stage, evaluation.index) == (1, 3):
+            self._middle = evaluation
+        if evaluation.last and evaluation.stage == 2:
+            return Stop(checkpoint=evaluation.checkpoint, reason="the end")
+        if evaluation.last:
+            stage = Stage(number=2, active=NAMES, epochs=3.0 - self._middle.epoch)
+            return RollBack(
+                checkpoint=self._middle.checkpoint, exclude=(), stage=stage, reason="again"
+            )
+        return Continue(reason="on")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A model with dropout, AdamW with clipping, and a rate that rises and falls."""
+    directory = tmp_path_factory.mktemp("restore")
+    config = make_config(
+        directory,
+        log_every=1,
+        msft__optimizer_on_rollback="restore",
+        train__optimizer="adamw",
+        train__weight_decay=0.1,
+        train__max_grad_norm=1.0,
+        train__schedule="cosine",
+        train__warmup_ratio=0.2,
+    )
+    path = directory / "base" / "config.json"
+    model = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**model, "attention_dropout": 0.3}), encoding="utf-8")
+    return config
+
+
+def state_of(work):
+    """Everything that the next steps depend on, in bits."""
+    tensors = {**work.loaded.model.state_dict(), **optimizer_tensors(work.optimizer)}
+    bits = {name: bits_of(tensor) for name, tensor in tensors.items()}
+    return bits, bits_of(torch.get_rng_state()), json.dumps(python_rng())
+
+
+def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(config, monkeypatch):
+    train, before = StageSteps.train, {}
+
+    def training(self, step):
+        before[self._stage.number, step] = state_of(self._work)
+        finding = train(self, step)
+        lrs[self._stage.number, step] = self._lr
+        return finding
+
+    lrs = {}
+    monkeypatch.setattr(StageSteps, "train", training)
+    monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
+    monkeypatch.setattr(loop, "retention", lambda *_: KeepLast(99))
+    at = f"{config.output_dir}-again"
+    start(replace(config, output_dir=at))
+    stages = records(at, "stage_started")
+    assert stages[1]["active"] == stages[0]["active"]
+    middle = next(r for r in records(at, "evaluated") if (r["stage"], r["index"]) == (1, 3))
+    assert stages[1]["root"] == middle["checkpoint"]
+    back = stages[1]["steps"]
+    assert back > 4
+    for step in range(back):
+        assert before[2, step] == before[1, middle["step"] + step]
+        assert lrs[2, step] == lrs[1, middle["step"] + step]
+    assert len(set(lrs.values())) > back
+    first, second = ([r for r in records(at, "trained") if r["stage"] == n] for n in (1, 2))
+    told = ("loss", "lr", "grad_norm", "tokens", "target_tokens", "padded_tokens")
+    assert [[r[k] for k in told] for r in second] == [[r[k] for k in told] for r in first[-back:]]
+    ends = [[r for r in records(at, "evaluated") if r["stage"] == n][-1] for n in (1, 2)]
+    assert ends[0]["metrics"] == ends[1]["metrics"]
+
+
+def test_without_it_the_optimizer_begins_anew(config, monkeypatch):
+    train, sizes = StageSteps.train, {}
+
+    def training(self, step):
+        sizes[self._stage.number, step] = len(optimizer_tensors(self._work.optimizer))
+        return train(self, step)
+
+    monkeypatch.setattr(StageSteps, "train", training)
+    monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
+    monkeypatch.setattr(loop, "retention", lambda *_: KeepLast(99))
+    at = f"{config.output_dir}-fresh"
+    msft = replace(config.msft, optimizer_on_rollback="reset")
+    start(replace(config, output_dir=at, msft=msft))
+    assert sizes[1, 1] > 0
+    assert sizes[2, 0] == 0
+
+
+@pytest.fixture(scope="module")
+def finished(config):
+    """The directory of an MSFT run with roll-backs."""
+    at = f"{config.output_dir}-msft"
+    start(replace(config, output_dir=at, train=replace(config.train, lr=0.02)))
+    assert any(r["exclude"] for r in records(at, "decided"))
+    return Path(at)
+
+
+def test_the_result_and_its_export_are_the_model_alone(finished, tmp_path):
+    store = Store.open(finished / "store")
+    assert store.check(read_data=True) == []
+    (result,) = store.log()
+    assert store.refs() == {"result": result.id}
+    assert result.metadata["weights_of"] == records(finished, "finished")[0]["checkpoint"]
+    store.export("result", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert set(store.tensors(result)) == set(model.state_dict())
+    kept = AutoModelForCausalLM.from_pretrained(finished / "model", dtype="auto").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, kept[name])
+
+
+def test_the_report_says_that_the_optimizer_counts(finished):
+    text = (finished / "report.md").read_text(encoding="utf-8")
+    assert "rollback points with optimizer on disk: peak" in text
+
+
+def test_the_plan_bounds_rollback_points_with_the_optimizer(config):
+    counts = Counts(
+        train=10,
+        train_tokens=100,
+        train_attention_tokens=1000,
+        validation=5,
+        validation_tokens=50,
+        validation_attention_tokens=500,
+    )
+    size = ModelSize(parameters=10, layers=1, hidden=2)
+    made = plan(config, {"a": counts}, size, 1000)
+    assert made.rollback_bytes == made.checkpoints * 3000
+    assert replace(made, rollback_point_bytes=1000).rollback_bytes == made.checkpoints * 1000
+
+
+def test_generators_and_optimizer_come_back_to_the_bit():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer.step()
+    held = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
+    states = json.loads(json.dumps(python_rng()))
+    drawn = random.getrandbits(60), np.random.rand()
+    optimizer.step()
+    load_optimizer(optimizer, held)
+    set_python_rng(states)
+    assert (random.getrandbits(60), np.random.rand()) == drawn
+    again = optimizer_tensors(optimizer)
+    assert {n: bits_of(t) for n, t in again.items()} == {n: bits_of(t) for n, t in held.items()}
+    load_optimizer(optimizer, {})
+    assert optimizer_tensors(optimizer) == {}
+
+
+def test_a_course_follows_the_roots_back_to_the_first_stage():
+    def fresh(stage):
+        sizes = dict.fromkeys(stage.active, 20)
+        return DataOrder.fresh(seed=0, stage=stage.number, sizes=sizes, batch_size=8)
+
+    def known(stage, step):
+        return Known(metrics={}, losses=None, stage=stage, step=step)
+
+    stages = [
+        Stage(number=number, active=active, epochs=1.0)
+        for number, active in enumerate([("a", "b", "c"), ("a", "b"), ("b",)], start=1)
+    ]
+    begun = {1: (stages[0], None), 2: (stages[1], "x"), 3: (stages[2], "y")}
+    points = {"x": known(1, 3), "y": known(2, 2)}
+    course = course_of(3, begun, points, fresh=fresh, carries=True)
+    assert course.steps_before == 5
+    second = fresh(stages[0]).continued(step=3, active=["a", "b"])
+    assert course.order == second.continued(step=2, active=["b"])
+    anew = course_of(3, begun, points, fresh=fresh, carries=False)
+    assert (anew.order, anew.steps_before) == (fresh(stages[2]), 0)
