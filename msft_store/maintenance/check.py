@@ -29,7 +29,7 @@ from msft_store.objects.manifest import (
 )
 from msft_store.objects.packs import misnamed
 from msft_store.objects.reachability import closure
-from msft_store.objects.refs import path_of_ref, scan_refs
+from msft_store.objects.refs import RefReader, path_of_ref
 
 Kind = Literal["manifest", "ref", "pack", "base", "chunk"]
 Known = dict[tuple[bytes, int, DType, str | None], StoreError | None]
@@ -131,7 +131,7 @@ def _check_packs(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _check_refs(catalog: Catalog) -> Iterator[Finding]:
-    refs, damaged = scan_refs(catalog.backend)
+    refs, damaged = RefReader(catalog.backend).scan()
     for path, error in damaged.items():
         file = catalog.backend.describe(path)
         yield Finding(where=path, what=str(error), kind="ref", file=file)

@@ -56,7 +56,7 @@ from msft_store.objects.manifest import (
     read_tensors,
 )
 from msft_store.objects.packs import PACKS, list_packs
-from msft_store.objects.refs import REFS, Ref, path_of_ref, read_refs, scan_refs
+from msft_store.objects.refs import REFS, Ref, RefReader, path_of_ref
 from msft_store.storage.backend import Backend, read_whole
 
 _T = TypeVar("_T")
@@ -144,6 +144,7 @@ class Catalog:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.objects = Objects(backend)
+        self._refs = RefReader(backend)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
         self._keys: dict[str, Keys] = {}
@@ -215,7 +216,7 @@ class Catalog:
         if found is not None:
             return found
         # A ref that cannot be read stands in the way of no other name.
-        refs, unreadable = scan_refs(self.backend)
+        refs, unreadable = self._refs.scan()
         if path_of_ref(name) in unreadable:
             raise unreadable[path_of_ref(name)]
         wanted = refs[name].checkpoint if name in refs else name
@@ -320,7 +321,7 @@ class Catalog:
 
     def refs(self) -> dict[str, Ref]:
         """Return all refs by name."""
-        return read_refs(self.backend)
+        return self._refs.read()
 
     def protected(self) -> dict[str, str]:
         """Return the ids of checkpoints that refs point to, and why they stay."""

@@ -11,7 +11,7 @@ Example::
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,27 +49,39 @@ def _is_name(name: str) -> bool:
     return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
 
 
-def read_refs(backend: Backend) -> dict[str, Ref]:
-    """Return all refs by name; :class:`StoreError` if one of them cannot be read."""
-    refs, damaged = scan_refs(backend)
-    for error in damaged.values():
-        raise error
-    return refs
+class RefReader:
+    """Reads all refs of a store; a file that was not written since is not read again."""
 
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._known: dict[str, tuple[Hashable, Ref]] = {}
 
-def scan_refs(backend: Backend) -> tuple[dict[str, Ref], dict[str, StoreError]]:
-    """Return the refs that can be read by name, and why the others cannot, by path."""
-    refs: dict[str, Ref] = {}
-    damaged: dict[str, StoreError] = {}
-    for path in list_refs(backend):
-        try:
-            ref = read_ref(backend, path)
-            refs[ref.name] = ref
-        except StoreError as error:
-            # A ref may go between the listing and the look at it.
-            if backend.exists(path):
-                damaged[path] = bare(error)
-    return refs, damaged
+    def read(self) -> dict[str, Ref]:
+        """Return all refs by name; :class:`StoreError` if one of them cannot be read."""
+        refs, damaged = self.scan()
+        for error in damaged.values():
+            raise error
+        return refs
+
+    def scan(self) -> tuple[dict[str, Ref], dict[str, StoreError]]:
+        """Return the refs that can be read by name, and the errors of the others by path."""
+        known: dict[str, tuple[Hashable, Ref]] = {}
+        damaged: dict[str, StoreError] = {}
+        for path, found in self._backend.scan(REFS).items():
+            if not path.endswith(_SUFFIX):
+                continue
+            version, ref = self._known.get(path, (None, None))
+            try:
+                if ref is None or version is None or version != found.version:
+                    ref = read_ref(self._backend, path)
+                known[path] = (found.version, ref)
+            except StoreError as error:
+                # Another process may delete a ref after the scan.
+                if self._backend.exists(path):
+                    damaged[path] = bare(error)
+        # Replaced as a whole, because other threads read it at the same time.
+        self._known = known
+        return {ref.name: ref for _, ref in known.values()}, damaged
 
 
 def list_refs(backend: Backend) -> list[str]:

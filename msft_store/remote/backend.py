@@ -21,7 +21,7 @@ from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transport.base import Remote
-from msft_store.storage.backend import MAX_WHOLE, Backend, Writer
+from msft_store.storage.backend import MAX_WHOLE, Backend, FileStat, Writer, scan_by_size
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 
@@ -140,6 +140,11 @@ class RemoteBackend(ReadOnly):
             self._unread = [path for path, size in sizes.items() if size <= _SMALL]
         return sorted(sizes)
 
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        paths = self.list(folder)
+        known = self._sizes | self._listed
+        return {path: FileStat(known[path]) for path in paths}
+
     def _changeable(self, path: str) -> bytes:
         if path in self._unread:
             together, self._unread = self._unread, []
@@ -222,3 +227,6 @@ class Staged(ReadOnly):
     def list(self, folder: str) -> list[str]:
         staged = {path for path in self._places if path.startswith(f"{folder}/")}
         return sorted(staged.union(self._inner.list(folder)))
+
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        return scan_by_size(self, folder)

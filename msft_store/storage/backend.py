@@ -20,8 +20,10 @@ import errno
 import os
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -34,8 +36,21 @@ TEMPORARY = "tmp"
 QUARANTINE = "quarantine"
 """What repairs have set aside; without meaning to a reader, and anybody may remove it."""
 _MOST_AT_ONCE = 1 << 30
+_CLOCK_TICK_NS = 20_000_000
+"""No file system clock that is in use ticks more slowly, in nanoseconds."""
 MAX_WHOLE = 1 << 28
 """Bytes of a file that is read whole: anything but a pack."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """The size of a file, and a token that tells whether the file was written since."""
+
+    size: int
+    """Bytes."""
+    version: Hashable | None = None
+    """Two equal versions of one path mean that nothing wrote the file in between. ``None`` means
+    that the backend cannot tell; such a file must be read again."""
 
 
 class Writer(Protocol):
@@ -69,6 +84,12 @@ class Backend(Protocol):
 
     def list(self, folder: str) -> list[str]:
         """Return the paths of all files below a folder, sorted; none if it does not exist."""
+
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        """Return sizes and versions of all files below a folder by path, sorted by path.
+
+        A file that another process deletes meanwhile is left out.
+        """
 
     def writer(self) -> contextlib.AbstractContextManager[Writer]:
         """Begin a file."""
@@ -119,22 +140,27 @@ def read_whole(backend: Backend, path: str) -> bytes:
     return backend.read(path)
 
 
-def sizes(backend: Backend, folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files below a folder, by path."""
+def scan_by_size(backend: Backend, folder: str) -> dict[str, FileStat]:
+    """Implement :meth:`Backend.scan` by one listing and one call a file, without versions."""
     found = {}
     for path in backend.list(folder):
         try:
-            found[path] = backend.size(path)
+            found[path] = FileStat(backend.size(path))
         except StorageError:
-            # A file may go between the listing and the look at it.
+            # Another process may delete a file after the listing.
             if backend.exists(path):
                 raise
     return found
 
 
+def sizes(backend: Backend, folder: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a folder, by path."""
+    return {path: found.size for path, found in backend.scan(folder).items()}
+
+
 def disk_bytes(backend: Backend) -> int:
     """Return the bytes of all files, temporary ones included."""
-    return sum(sizes(backend, "").values())
+    return sum(found.size for found in backend.scan("").values())
 
 
 @contextlib.contextmanager
@@ -333,6 +359,28 @@ class LocalBackend:
                 for name in names
             )
 
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        top = self.describe(folder).rstrip(os.sep)
+        found: dict[str, FileStat] = {}
+        with translated("list", top):
+            if folder:
+                _refuse_link(top)
+            folders = [top]
+            while folders:
+                with contextlib.ExitStack() as stack:
+                    try:
+                        entries = stack.enter_context(os.scandir(folders.pop()))
+                    except FileNotFoundError:
+                        continue
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                            continue
+                        with contextlib.suppress(FileNotFoundError):
+                            path = entry.path[len(self._prefix) :].replace(os.sep, "/")
+                            found[path] = _file_stat(entry.stat(follow_symlinks=False))
+        return dict(sorted(found.items()))
+
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
         writer = _LocalWriter(self.root, self._folders, self._locks.confirm)
@@ -396,6 +444,16 @@ class LocalBackend:
     def unlock(self, *, force: bool) -> Sequence[Lock]:
         with translated("unlock", self.root):
             return self._locks.unlock(force=force)
+
+
+def _file_stat(status: os.stat_result) -> FileStat:
+    # A file that replaces another has its own inode, but a third one may reuse the first one's
+    # inode. Its times differ then, unless all three were written within one tick of the clock.
+    # So a file that is that young has no version.
+    if time.time_ns() - status.st_ctime_ns < _CLOCK_TICK_NS:
+        return FileStat(status.st_size)
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return FileStat(status.st_size, (status.st_dev, status.st_ino, status.st_size, *times))
 
 
 def _unless_absent(error: OSError) -> None:

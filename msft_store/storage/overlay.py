@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from msft_store.errors import StorageError
-from msft_store.storage.backend import Backend, Writer
+from msft_store.storage.backend import Backend, FileStat, Writer, scan_by_size
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 
@@ -46,6 +46,9 @@ class Overlay:
     def list(self, folder: str) -> list[str]:
         below = {path for path in self.replaced if path.startswith(f"{folder}/")}
         return sorted(below.union(self._inner.list(folder)))
+
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        return scan_by_size(self, folder)
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
         return self._inner.lock(shared=shared, purpose=purpose)

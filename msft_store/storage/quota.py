@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 
 from msft_store._util import human
 from msft_store.errors import OutOfSpaceError, OverBudgetError
-from msft_store.storage.backend import Backend, Writer, disk_bytes
+from msft_store.storage.backend import Backend, FileStat, Writer, disk_bytes
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 
@@ -134,6 +134,9 @@ class Bounded:
 
     def list(self, folder: str) -> list[str]:
         return self._inner.list(folder)
+
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        return self._inner.scan(folder)
 
     def delete(self, path: str) -> None:
         self._inner.delete(path)

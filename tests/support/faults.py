@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msft_store import Lock, StorageError
-from msft_store.storage.backend import Backend, Writer
+from msft_store.storage.backend import Backend, FileStat, Writer
 from msft_store.storage.claims import Claim
 
 CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
-EVERYTHING = CHANGES | {"exists", "read", "size", "list", "lock"}
+EVERYTHING = CHANGES | {"exists", "read", "size", "list", "scan", "lock"}
 
 
 class Stopped(BaseException):
@@ -69,6 +69,10 @@ class FaultyBackend:
     def list(self, folder: str) -> list[str]:
         self._operate("list")
         return self._inner.list(folder)
+
+    def scan(self, folder: str) -> dict[str, FileStat]:
+        self._operate("scan")
+        return self._inner.scan(folder)
 
     def delete(self, path: str) -> None:
         self._operate("delete")

@@ -31,7 +31,7 @@ from msft_store.maintenance.repair.recover import mend
 from msft_store.objects.catalog import CONFIG, Catalog
 from msft_store.objects.manifest import list_manifests, path_of
 from msft_store.objects.packs import PackWriter, list_packs
-from msft_store.objects.refs import path_of_ref, scan_refs
+from msft_store.objects.refs import RefReader, path_of_ref
 from msft_store.storage.backend import QUARANTINE, Backend, publish, sizes
 
 _ACCOUNT = "why.json"
@@ -107,7 +107,7 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     catalog = Catalog(overlay)
     catalog.refresh()
     found = Conditions(Survey(catalog, verdicts))
-    refs, damaged = scan_refs(overlay)
+    refs, damaged = RefReader(overlay).scan()
     require_damage(damaged.values())
     aside = {path: reason(error) for path, error in damaged.items()}
     kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
