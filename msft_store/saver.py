@@ -53,7 +53,7 @@ from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import check_level
-from msft_store.objects.manifest import Checkpoint, checkpoint_content
+from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors, memory_of
 from msft_store.tensors.resident import Compared
@@ -212,12 +212,21 @@ class AsyncSaver:
         """
         if self._closed:
             raise InvalidInputError("this AsyncSaver is closed; make another one of the store")
-        facts = snapshot(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
         if level is not None:
             check_level(level)
 
         def work(state: State) -> Checkpoint:
-            return self._store.save(state, parent=parent, level=level, compared=compared, **facts)
+            return self._store.save(
+                state,
+                parent=parent,
+                step=facts.step,
+                metrics=facts.metrics,
+                tags=facts.tags,
+                metadata=facts.metadata,
+                level=level,
+                compared=compared,
+            )
 
         return self._background.submit(tensors, work)
 
@@ -249,35 +258,6 @@ class AsyncSaver:
             self._background.release()
         else:
             self.close()
-
-
-def snapshot(
-    *,
-    step: int | None,
-    metrics: Mapping[str, float] | None,
-    tags: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return a save's keywords as they are now, by name; the caller may change them afterwards.
-
-    :class:`InvalidInputError` for what no checkpoint can hold.
-    """
-    content = checkpoint_content(
-        parent=None,
-        base=None,
-        step=step,
-        metrics=metrics or {},
-        tags=tags,
-        metadata=metadata or {},
-        tensors=b"",
-        logical_bytes=0,
-    )
-    return {
-        "step": step,
-        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-        "tags": tuple(tags),
-        "metadata": content["metadata"],
-    }
 
 
 class _Task(Future[_T]):

@@ -14,6 +14,8 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from msft_store.errors import (
 from msft_store.maintenance.check import Finding, Report, examine
 from msft_store.maintenance.diff import TensorDiff, diff
 from msft_store.maintenance.export import export
-from msft_store.maintenance.gc import GcPlan, GcResult, evict, plan_gc
+from msft_store.maintenance.gc import GcPlan, GcResult, evict_locked, plan_gc
 from msft_store.maintenance.repack import RepackPlan, plan_repack
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
 from msft_store.maintenance.stats import (
@@ -47,6 +49,7 @@ from msft_store.objects.catalog import CONFIG, Catalog, check_level, undisturbed
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
+    CheckpointFacts,
     TensorEntry,
     path_of,
 )
@@ -66,6 +69,20 @@ from msft_store.tensors.matching import check_match, chosen
 from msft_store.tensors.resident import Compared, check_compared
 
 
+class _Session:
+    """The view of one operation while it holds the lock."""
+
+    def __init__(self, *, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self.process = os.getpid()
+        self.refs: dict[str, Ref] | None = None
+        """The refs, once they were read."""
+
+
+class _Local(threading.local):
+    session: _Session | None = None
+
+
 class Store:
     """A content-addressed store of checkpoints in one directory."""
 
@@ -74,6 +91,7 @@ class Store:
         self._catalog = Catalog(self._backend)
         self._catalog.refresh()
         self._writer = CheckpointWriter(self._catalog, self._backend)
+        self._local = _Local()
 
     @classmethod
     def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
@@ -134,7 +152,7 @@ class Store:
 
     def bases(self) -> list[Base]:
         """Return all bases."""
-        self._catalog.refresh()
+        self._refresh()
         return list(self._catalog.objects.bases().values())
 
     def base(self, base: Base | str) -> Base:
@@ -173,18 +191,9 @@ class Store:
         state = tensors if isinstance(tensors, Parts) else check_tensors(tensors)
         level = self.level if level is None else check_level(level)
         compared = check_compared(compared)
-        with self._backend.lock(shared=True, purpose="save"):
-            self._catalog.refresh()
-            return self._writer.save(
-                state,
-                parent=parent,
-                step=step,
-                metrics=metrics or {},
-                tags=tags,
-                metadata=metadata or {},
-                level=level,
-                compared=compared,
-            )
+        facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        with self.session("save"):
+            return self._writer.save(state, facts, parent=parent, level=level, compared=compared)
 
     def encode(
         self,
@@ -201,8 +210,7 @@ class Store:
         mine = check_boxes(boxes)
         check_tensors({box.name: box.tensor for box in mine})
         level = self.level if level is None else check_level(level)
-        with self._backend.lock(shared=True, purpose="encode"):
-            self._catalog.refresh()
+        with self.session("encode"):
             return self._writer.encode(mine, parent=parent, level=level)
 
     def load(
@@ -283,7 +291,7 @@ class Store:
 
     def log(self) -> list[Checkpoint]:
         """Return all checkpoints, oldest first."""
-        self._catalog.refresh()
+        self._refresh()
         return self._catalog.checkpoints()
 
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
@@ -299,11 +307,60 @@ class Store:
     ) -> None:
         """Point a ref to a checkpoint, which is not evicted while it does; an old ref moves."""
         check_name(name)
-        with self._backend.lock(shared=True, purpose="pin"):
-            self._catalog.refresh()
+        with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
+            # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
-            write_ref(self._backend, Ref(name=name, checkpoint=found.id, note=note or {}))
+            ref = Ref(name=name, checkpoint=found.id, note=note or {})
+            write_ref(self._backend, ref)
+            self._refs()[name] = ref
+
+    @contextlib.contextmanager
+    def session(self, purpose: str, *, exclusive: bool = False) -> Iterator[None]:
+        """Run several operations of this thread under one lock and on one view of the store.
+
+        The outermost session takes the lock and reads the catalog once; refs are read once and
+        then held in memory. Nested sessions, and all methods of this store called inside, use
+        these. Files that other processes write meanwhile are seen by the next session.
+
+        Args:
+            purpose: Name of the operation, as ``msft-store inspect --locks`` and errors show it.
+            exclusive: True to exclude all other writers, as deleting requires; False to share the
+                lock with other writers that do not delete.
+
+        Raises:
+            BusyError: Others hold the lock for too long, or this thread holds it as shared and
+                asks for it exclusively.
+        """
+        outer = self._session
+        if outer is not None and (outer.exclusive or not exclusive):
+            yield
+            return
+        with self._backend.lock(shared=not exclusive, purpose=purpose):
+            self._catalog.refresh()
+            self._local.session = _Session(exclusive=exclusive)
+            try:
+                yield
+            finally:
+                self._local.session = outer
+
+    @property
+    def _session(self) -> _Session | None:
+        # A forked process inherits the thread's session, but not its lock.
+        session = self._local.session
+        return session if session is not None and session.process == os.getpid() else None
+
+    def _refs(self) -> dict[str, Ref]:
+        session = self._session
+        if session is None:
+            return self._catalog.refs()
+        if session.refs is None:
+            session.refs = self._catalog.refs()
+        return session.refs
+
+    def _refresh(self) -> None:
+        if self._session is None:
+            self._catalog.refresh()
 
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
@@ -349,25 +406,26 @@ class Store:
 
     def unpin(self, name: str) -> None:
         """Remove a ref."""
-        if name not in self._catalog.refs():
+        refs = self._refs()
+        if name not in refs:
             raise UnknownCheckpointError(f"no ref {name!r} in {self.path}")
         delete_ref(self._backend, name)
+        del refs[name]
 
     def refs(self) -> dict[str, str]:
         """Return the checkpoint id that each ref points to."""
-        return {name: ref.checkpoint for name, ref in self._catalog.refs().items()}
+        return {name: ref.checkpoint for name, ref in self._refs().items()}
 
     def notes(self) -> dict[str, Mapping[str, Any]]:
         """Return what each ref carries besides its checkpoint."""
-        return {name: ref.note for name, ref in self._catalog.refs().items()}
+        return {name: ref.note for name, ref in self._refs().items()}
 
     def forget(self, checkpoint: Checkpoint | str) -> None:
         """Make a checkpoint one no more; gc frees its space.
 
         :class:`PinnedError` if a ref is on it.
         """
-        with self._backend.lock(shared=False, purpose="forget"):
-            self._catalog.refresh()
+        with self.session("forget", exclusive=True):
             found = self._catalog.resolve(checkpoint)
             reason = self._catalog.protected().get(found.id)
             if reason is not None:
@@ -381,8 +439,7 @@ class Store:
 
         Others may then be differences of it. Its id stays; what it needed before, gc may free.
         """
-        with self._backend.lock(shared=True, purpose="anchor"):
-            self._catalog.refresh()
+        with self.session("anchor"):
             return self._writer.anchor(self._catalog.resolve(checkpoint))
 
     def rebase(self, checkpoint: Checkpoint | str, onto: Checkpoint | str) -> Checkpoint:
@@ -391,10 +448,20 @@ class Store:
         For one that stays while what it was a change of goes. Its id stays.
         :class:`InvalidInputError` if the two have different bases.
         """
-        with self._backend.lock(shared=True, purpose="rebase"):
-            self._catalog.refresh()
+        with self.session("rebase"):
             found, other = self._catalog.resolve(checkpoint), self._catalog.resolve(onto)
-            return self._writer.rebase(found, other)
+            return self._writer.rebase([found], other)[0]
+
+    def reencode(self, root: Checkpoint | str, others: Iterable[Checkpoint | str]) -> None:
+        """Re-encode ``root`` against its base alone, then each other checkpoint against ``root``.
+
+        This is :meth:`anchor` and :meth:`rebase` in one session. Checkpoints of another base stay
+        as they are.
+        """
+        with self.session("reencode"):
+            anchored = self._writer.anchor(self._catalog.resolve(root))
+            found = [self._catalog.resolve(other) for other in others]
+            self._writer.rebase([c for c in found if c.base == anchored.base], anchored)
 
     def plan_gc(self, policy: Policy | None = None) -> GcPlan:
         """Return what could be freed; ``print`` it, then ``execute`` it.
@@ -410,7 +477,8 @@ class Store:
 
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
         """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
-        return evict(self._catalog, list(checkpoints))
+        with self.session("gc", exclusive=True):
+            return evict_locked(self._catalog, list(checkpoints))
 
     def check(self, read_data: bool = True) -> list[Finding]:
         """Return what is wrong with the store, an empty list if nothing is."""

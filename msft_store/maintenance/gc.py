@@ -15,6 +15,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -41,6 +42,7 @@ from msft_store.retention import Candidate, Policy, check_policy, check_ranked
 from msft_store.storage.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.storage.quota import require
 
+_LOG = logging.getLogger(__name__)
 _REWRITE_FROM = 0.2
 """Dead share of a pack from which rewriting it pays for the copying."""
 
@@ -196,53 +198,66 @@ def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str])
 def evict(
     catalog: Catalog, drop: Sequence[str], *, rewrite_from: float = _REWRITE_FROM
 ) -> GcResult:
-    """Forget checkpoints, but those that a ref protects, and free what no other needs.
+    """Delete checkpoints by id under the store's lock; see :func:`evict_locked`."""
+    with catalog.backend.lock(shared=False, purpose="gc"):
+        catalog.refresh()
+        return evict_locked(catalog, drop, rewrite_from=rewrite_from)
 
-    A pack is rewritten if at least a share ``rewrite_from`` of it is dead; 0: if anything is.
+
+def evict_locked(
+    catalog: Catalog, drop: Sequence[str], *, rewrite_from: float = _REWRITE_FROM
+) -> GcResult:
+    """Delete checkpoints that no ref protects, and free the bytes that no other one needs.
+
+    The caller holds the lock exclusively and has refreshed the catalog. A pack is rewritten if at
+    least a share ``rewrite_from`` of it is dead; with 0 if anything in it is.
     """
     backend = catalog.backend
-    with backend.lock(shared=False, purpose="gc"):
-        before = peak = disk_bytes(backend)
-        catalog.refresh()
-        refuse_damage(catalog)
-        protected = catalog.protected()
-        doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
-        # First of all, for what is damaged beyond this is found here.
-        keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
-        delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
-        if doomed:
-            # A ref that somebody removed must not come back without its checkpoint.
-            backend.sync(REFS)
-        for identity in doomed:
-            backend.delete(path_of(identity))
-            catalog.remove(identity)
-        if delete or rewrite:
-            # Nor a checkpoint without its chunks; and what serves in their place must stay.
-            backend.sync(MANIFESTS)
-            backend.sync(PACKS)
-        for path, _ in _leftovers(catalog):
-            backend.delete(path)
-        for waste in delete:
-            backend.delete(waste.path)
-        left, hindrance = 0, None
-        for number, waste in enumerate(rewrite):
-            try:
-                rewrite_packs(catalog, [waste])
-            except (OutOfSpaceError, OverBudgetError) as error:
-                # The others take more.
-                left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
-                break
-            peak = max(peak, disk_bytes(backend))
-            backend.delete(waste.path)
-        catalog.refresh()
-        after = disk_bytes(backend)
-        return GcResult(
-            freed_bytes=before - after,
-            bytes=after,
-            peak_bytes=peak,
-            left_bytes=left,
-            hindrance=hindrance,
-        )
+    before = peak = disk_bytes(backend)
+    refuse_damage(catalog)
+    protected = catalog.protected()
+    doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
+    # Deciding comes first, because it reads everything and so finds any damage.
+    keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
+    delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
+    if doomed:
+        # After a power loss, a ref whose deletion was not durable would point to no checkpoint.
+        backend.sync(REFS)
+    for identity in doomed:
+        _LOG.info("evict checkpoint %s", identity[:12])
+        backend.delete(path_of(identity))
+        catalog.remove(identity)
+    if delete or rewrite:
+        # After a power loss, a manifest whose deletion was not durable would lack its chunks. The
+        # packs that hold other copies of deleted chunks must be durable too.
+        backend.sync(MANIFESTS)
+        backend.sync(PACKS)
+    for path, _ in _leftovers(catalog):
+        backend.delete(path)
+    for waste in delete:
+        _LOG.debug("delete %s, %s", waste.path, human(waste.size))
+        backend.delete(waste.path)
+    left, hindrance = 0, None
+    for number, waste in enumerate(rewrite):
+        try:
+            rewrite_packs(catalog, [waste])
+        except (OutOfSpaceError, OverBudgetError) as error:
+            # The remaining packs need even more room.
+            left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
+            _LOG.info("rewriting %s is postponed: %s", human(left), hindrance)
+            break
+        peak = max(peak, disk_bytes(backend))
+        backend.delete(waste.path)
+    if delete or rewrite:
+        catalog.objects.refresh()
+    after = disk_bytes(backend)
+    return GcResult(
+        freed_bytes=before - after,
+        bytes=after,
+        peak_bytes=peak,
+        left_bytes=left,
+        hindrance=hindrance,
+    )
 
 
 def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:

@@ -140,47 +140,77 @@ class Checkpoint:
     tensor_digest: str = field(repr=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """The part of a checkpoint that its author states, checked and copied by :meth:`of`."""
+
+    step: int | None
+    metrics: Mapping[str, float]
+    tags: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> CheckpointFacts:
+        """Return the facts as they are now; later changes by the caller have no effect.
+
+        Raises:
+            InvalidInputError: A manifest cannot hold one of them.
+        """
+        if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
+            raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
+        listed = isinstance(tags, Sequence) and not isinstance(tags, str)
+        if not listed or any(not isinstance(tag, str) for tag in tags):
+            raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")
+        if metadata is not None and (
+            not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata)
+        ):
+            raise InvalidInputError("metadata must be an object of JSON with strings as keys")
+        numbers = {_metric_name(name): _metric_number(v) for name, v in (metrics or {}).items()}
+        # The round trip through JSON copies the metadata and refuses values that JSON cannot hold.
+        content = {"tags": list(tags), "metadata": dict(metadata or {})}
+        normal: dict[str, Any] = json.loads(canonical({**content, "metrics": list(numbers)}))
+        try:
+            shallow(normal["metadata"])
+        except ValueError as error:
+            raise InvalidInputError(f"metadata cannot be kept: {error}") from None
+        return cls(
+            step=step, metrics=numbers, tags=tuple(normal["tags"]), metadata=normal["metadata"]
+        )
+
+
 def checkpoint_content(
+    facts: CheckpointFacts,
     *,
     parent: str | None,
     base: str | None,
-    step: int | None,
-    metrics: Mapping[str, float],
-    tags: Sequence[str],
-    metadata: Mapping[str, Any],
     tensors: bytes,
     logical_bytes: int,
 ) -> dict[str, Any]:
     """Return the canonical content of a checkpoint, of which its id is the digest.
 
-    ``tensors`` is :func:`tensor_table`'s. Metrics that JSON has no number for become the strings
-    ``NaN``, ``Infinity`` and ``-Infinity``. :class:`InvalidInputError` for anything not storable.
+    ``tensors`` is the result of :func:`tensor_table`. Metrics that JSON has no number for become
+    the strings ``NaN``, ``Infinity`` and ``-Infinity``.
     """
-    if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
-        raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
-    listed = isinstance(tags, Sequence) and not isinstance(tags, str)
-    if not listed or any(not isinstance(tag, str) for tag in tags):
-        raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
-    if not isinstance(metrics, Mapping):
-        raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")
-    if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
-        raise InvalidInputError("metadata must be an object of JSON with strings as keys")
     content = {
         "parent": parent,
         "base": base,
-        "step": step,
-        "metrics": {_metric_name(name): _metric_to_json(metrics[name]) for name in metrics},
-        "tags": list(tags),
-        "metadata": dict(metadata),
+        "step": facts.step,
+        "metrics": {name: _metric_to_json(value) for name, value in facts.metrics.items()},
+        "tags": list(facts.tags),
+        "metadata": facts.metadata,
         "tensors": digest(tensors),
         "logical_bytes": logical_bytes,
     }
-    # What the caller changes later, and what JSON has no word for, stays out of the checkpoint.
     normal: dict[str, Any] = json.loads(canonical(content))
-    try:
-        shallow(normal["metadata"])
-    except ValueError as error:
-        raise InvalidInputError(f"metadata cannot be kept: {error}") from None
     return normal
 
 
@@ -190,11 +220,14 @@ def _metric_name(name: object) -> str:
     return name
 
 
-def _metric_to_json(value: Any) -> float | str:
+def _metric_number(value: Any) -> float:
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InvalidInputError(f"a metric must be a number, not {value!r}") from None
+
+
+def _metric_to_json(number: float) -> float | str:
     if math.isnan(number):
         return "NaN"
     if math.isinf(number):

@@ -7,7 +7,8 @@ compared before it is written.
 
 Example::
 
-    table, totals = encode_state(objects, tensors, begin_pack, base=base.id, parent=None)
+    options = EncodeOptions(base=base.id, level="fast")
+    table, totals = encode_state(objects, tensors, begin_pack, options=options, parent=None)
 """
 
 from __future__ import annotations
@@ -87,16 +88,25 @@ class Totals:
     unreferenced_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """The settings that all chunks of one save share."""
+
+    base: str | None
+    """Id of the base that the checkpoint belongs to."""
+    level: codecs.Level
+    compared: Compared | None = None
+    """Changes that a :class:`msft_store.Resident` found on the device."""
+
+
 class Encoder:
     """Encodes chunks, each against the reference that a planner chose for it."""
 
-    def __init__(
-        self, objects: Objects, base: str | None, level: codecs.Level, *, alone: bool = False
-    ) -> None:
+    def __init__(self, objects: Objects, options: EncodeOptions, *, alone: bool = False) -> None:
         """``alone``: also encode what is stored already, but as a change of another chunk."""
         self._objects = objects
-        self._base = base
-        self._level = level
+        self._base = options.base
+        self._level = options.level
         self._alone = alone
 
     def encode(self, work: Work) -> Encoded:
@@ -251,10 +261,8 @@ def encode_boxes(
     boxes: Sequence[Box],
     begin: Callable[[], Sink],
     *,
+    options: EncodeOptions,
     planner: Planner,
-    base: str | None,
-    level: codecs.Level,
-    compared: Compared | None = None,
 ) -> tuple[list[TensorEntry], Totals]:
     """Store the chunks of boxes; return their entries, of one piece each, and what it took.
 
@@ -270,12 +278,12 @@ def encode_boxes(
                     read=partial(read_elements, box.tensor, start, min(start + step, count)),
                     dtype=entry.dtype,
                     reference=planner.reference(box.name, entry, 0, number),
-                    change=(compared or {}).get((box.name, number)),
+                    change=(options.compared or {}).get((box.name, number)),
                 )
 
     writer = ChunkWriter(begin)
     found = []
-    with closing(in_order(Encoder(objects, base, level).encode, work())) as results:
+    with closing(in_order(Encoder(objects, options).encode, work())) as results:
         for box in boxes:
             count = -(-box.tensor.nbytes // CHUNK_BYTES)
             found.append(box.entry(tuple(writer.put(next(results)) for _ in range(count))))
@@ -287,16 +295,14 @@ def encode_state(
     tensors: Mapping[str, torch.Tensor],
     begin: Callable[[], Sink],
     *,
-    base: str | None,
+    options: EncodeOptions,
     parent: Mapping[str, TensorEntry] | None,
-    level: codecs.Level,
-    compared: Compared | None = None,
 ) -> tuple[dict[str, TensorEntry], Totals]:
     """Store the chunks of a state dict; return its tensor table and what it took.
 
     ``begin`` begins a pack; it is called only if there is a chunk to be written.
     """
-    planner = Planner(objects, base, parent)
+    planner = Planner(objects, options.base, parent)
     planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     # A tied tensor may stand under one of its names only in the base: that name goes first.
     order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
@@ -306,10 +312,8 @@ def encode_state(
         objects,
         [whole_box(name, tensors[name]) for name in places.values()],
         begin,
+        options=options,
         planner=planner,
-        base=base,
-        level=level,
-        compared=compared,
     )
     table = dict(zip(places.values(), entries, strict=True))
     return {name: table[first[name]] for name in order}, totals
@@ -323,20 +327,19 @@ def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return len(tensor_table({name: box.entry(keys[name]) for name, box in whole.items()}))
 
 
-def encode_anew(
+def reencode(
     objects: Objects,
     tensors: Mapping[str, TensorEntry],
     begin: Callable[[], Sink],
     *,
-    base: str | None,
-    level: codecs.Level,
+    options: EncodeOptions,
     onto: Mapping[str, TensorEntry] | None = None,
 ) -> None:
     """Store stored chunks once more: without any reference but the base, or as changes of ``onto``.
 
     Chunks that need none but the base already, or one of ``onto``, are left as they are.
     """
-    planner = Planner(objects, base, onto)
+    base, planner = options.base, Planner(objects, options.base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
     enough = {
         key for entry in (onto or {}).values() for piece in entry.pieces for key in piece.keys
@@ -362,6 +365,6 @@ def encode_anew(
                         )
 
     writer = ChunkWriter(begin)
-    with closing(in_order(Encoder(objects, base, level, alone=True).encode, work())) as results:
+    with closing(in_order(Encoder(objects, options, alone=True).encode, work())) as results:
         for encoded in results:
             writer.put(encoded)

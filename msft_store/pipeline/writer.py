@@ -1,12 +1,14 @@
-"""Writes of checkpoints: encoded chunks into packs, then the manifest; and the same anew.
+"""Write checkpoints: encoded chunks into packs, then the manifest. Re-encode existing ones.
 
-Invariants: who calls holds the store's lock; a manifest is written after all that it needs is
-durable, also what others left visible only; nothing is deleted.
+Invariants: the caller holds the store's lock and has refreshed the catalog. Everything that a
+manifest needs is durable before the manifest is written, including files of other processes.
+Nothing is deleted.
 
 Example::
 
     writer = CheckpointWriter(catalog, backend)
-    ckpt = writer.save(state, parent=base, step=10, metrics={"arith": 0.41}, level="fast")
+    facts = CheckpointFacts.of(step=10, metrics={"arith": 0.41})
+    ckpt = writer.save(state, facts, parent=base, level="fast", compared=None)
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
+    CheckpointFacts,
     Piece,
     TensorEntry,
     checkpoint_content,
@@ -40,17 +41,22 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS, PackWriter
 from msft_store.objects.reachability import own_bytes
 from msft_store.objects.reference_planner import Planner
-from msft_store.pipeline.encode import Totals, encode_anew, encode_boxes, encode_state, table_bytes
+from msft_store.pipeline.encode import (
+    EncodeOptions,
+    Totals,
+    encode_boxes,
+    encode_state,
+    reencode,
+    table_bytes,
+)
 from msft_store.storage.quota import Bounded
 from msft_store.tensors.boxes import Box, Part, Parts, joined
 from msft_store.tensors.bytes import memory_of
 from msft_store.tensors.resident import Compared
 
-_T = TypeVar("_T")
-
 
 class CheckpointWriter:
-    """Writes the checkpoints of one store; its methods want a catalog that is refreshed."""
+    """Writes the checkpoints of one store."""
 
     def __init__(self, catalog: Catalog, backend: Bounded) -> None:
         self._catalog = catalog
@@ -60,40 +66,26 @@ class CheckpointWriter:
     def save(
         self,
         state: Mapping[str, torch.Tensor] | Parts,
+        facts: CheckpointFacts,
         *,
         parent: Base | Checkpoint | str | None,
-        step: int | None,
-        metrics: Mapping[str, float],
-        tags: Sequence[str],
-        metadata: Mapping[str, Any],
         level: Level,
         compared: Compared | None,
     ) -> Checkpoint:
-        """Write tensors as a checkpoint; return the one that is there if its content is equal."""
-        content_of = partial(
-            checkpoint_content, step=step, metrics=metrics, tags=tags, metadata=metadata
-        )
-        # Refused before anything is written.
-        content_of(parent=None, base=None, tensors=b"", logical_bytes=0)
+        """Write tensors as a checkpoint; return the existing one if its content is equal."""
         parent_id, base, parent_tensors = self._lineage(parent)
         if isinstance(state, Parts):
-            table, totals = self._joined(state, base)
+            table, totals = self._join(state, base)
         else:
-            table, totals = self._encode(
-                lambda begin: encode_state(
-                    self._catalog.objects,
-                    state,
-                    begin,
-                    base=base,
-                    parent=parent_tensors,
-                    level=level,
-                    compared=compared,
-                ),
-                least=table_bytes(state),
-                whole=sum(tensor.nbytes for tensor in state.values()),
-            )
+            options = EncodeOptions(base=base, level=level, compared=compared)
+            whole = sum(tensor.nbytes for tensor in state.values())
+            with self._encoding(least=table_bytes(state), whole=whole) as begin:
+                table, totals = encode_state(
+                    self._catalog.objects, state, begin, options=options, parent=parent_tensors
+                )
         line = tensor_table(table)
-        content = content_of(
+        content = checkpoint_content(
+            facts,
             parent=parent_id,
             base=base,
             tensors=line,
@@ -101,6 +93,7 @@ class CheckpointWriter:
         )
         known = self._catalog.intact(digest(canonical(content)))
         if known is not None:
+            # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
             return known
         checkpoint = write_manifest(
@@ -122,23 +115,21 @@ class CheckpointWriter:
         parent: Base | Checkpoint | str | None,
         level: Level,
     ) -> Part:
-        """Write the chunks of boxes; a checkpoint that is saved of parts makes something of it."""
+        """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
         _, base, parent_tensors = self._lineage(parent)
         planner = Planner(self._catalog.objects, base, parent_tensors)
         planner.match({box.name: box.shape for box in boxes})
-        # Tied ones are encoded once, under the name that has something to be compared with.
+        # Tied tensors are encoded once, under a name that has a reference if there is one.
         order = sorted(boxes, key=lambda box: not planner.knows(box.name))
         firsts: dict[tuple[object, ...], Box] = {}
         for box in order:
             firsts.setdefault(_place(box), box)
         once = list(firsts.values())
-        found, totals = self._encode(
-            lambda begin: encode_boxes(
-                self._catalog.objects, once, begin, planner=planner, base=base, level=level
-            ),
-            least=0,
-            whole=sum(box.tensor.nbytes for box in once),
-        )
+        options = EncodeOptions(base=base, level=level)
+        with self._encoding(least=0, whole=sum(box.tensor.nbytes for box in once)) as begin:
+            found, totals = encode_boxes(
+                self._catalog.objects, once, begin, options=options, planner=planner
+            )
         self._catalog.objects.refresh()
         entries = dict(zip(firsts, found, strict=True))
         pieces: dict[str, tuple[Piece, ...]] = {}
@@ -155,22 +146,22 @@ class CheckpointWriter:
     def _lineage(
         self, parent: Base | Checkpoint | str | None
     ) -> tuple[str | None, str | None, Mapping[str, TensorEntry] | None]:
-        """Return the ids of the parent and of its base, which is durable, and its tensors."""
+        """Return the ids of the parent and of its base, and its tensors; the base is durable."""
         parent_id, base, tensors = self._catalog.lineage(parent)
         if base is not None and base not in self._durable_bases:
             self._backend.sync(BASES)
             self._durable_bases.add(base)
         return parent_id, base, tensors
 
-    def _joined(self, parts: Parts, base: str | None) -> tuple[dict[str, TensorEntry], Totals]:
-        """Return the table of parts, all of whose chunks are there, durably."""
+    def _join(self, parts: Parts, base: str | None) -> tuple[dict[str, TensorEntry], Totals]:
+        """Return the tensor table of parts after a check that all their chunks are durable."""
         if any(part.base != base for part in parts):
             raise InvalidInputError(
                 "a part was encoded against another base than the checkpoint's: give all processes "
                 "the same parent"
             )
         table, objects = joined(parts), self._catalog.objects
-        # What another process published may be visible only.
+        # Another process may have written a pack and crashed before its fsync.
         self._backend.sync(PACKS)
         objects.refresh()
         for name, entry in table.items():
@@ -191,68 +182,90 @@ class CheckpointWriter:
         )
 
     def anchor(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Encode a checkpoint anew so that it needs nothing but its base."""
-        packs: list[PackWriter] = []
-        with self._packing(packs) as begin:
-            encode_anew(
+        """Re-encode a checkpoint so that it needs nothing but its base."""
+        with self._packing([]) as begin:
+            reencode(
                 self._catalog.objects,
                 self._catalog.tensors(checkpoint),
                 begin,
-                base=checkpoint.base,
-                level=self._catalog.level,
+                options=self._options(checkpoint),
             )
-        return self._encoded_anew(checkpoint)
+        found = self._record_size(checkpoint)
+        self._sync_if_unchanged([(checkpoint, found)])
+        return found
 
-    def rebase(self, checkpoint: Checkpoint, onto: Checkpoint) -> Checkpoint:
-        """Encode a checkpoint anew as a change of another, if that frees more than it takes.
+    def rebase(self, checkpoints: Sequence[Checkpoint], onto: Checkpoint) -> list[Checkpoint]:
+        """Re-encode checkpoints as changes of another one, each if that frees more than it takes.
 
-        :class:`InvalidInputError` if the two have different bases.
+        Raises:
+            InvalidInputError: A checkpoint has another base than ``onto``.
         """
-        if checkpoint.base != onto.base:
-            raise InvalidInputError(
-                f"checkpoints {checkpoint.id[:12]} and {onto.id[:12]} have different bases"
-            )
-        held = own_bytes(self._catalog, checkpoint) - self._catalog.stored_bytes(checkpoint)
-        if held <= 0:
-            return self._encoded_anew(checkpoint)
+        for checkpoint in checkpoints:
+            if checkpoint.base != onto.base:
+                raise InvalidInputError(
+                    f"checkpoints {checkpoint.id[:12]} and {onto.id[:12]} have different bases"
+                )
+        tensors = self._catalog.tensors(onto) if checkpoints else {}
+        found = []
+        for checkpoint in checkpoints:
+            held = own_bytes(self._catalog, checkpoint) - self._catalog.stored_bytes(checkpoint)
+            if held > 0:
+                self._rebase_if_smaller(checkpoint, tensors, held)
+            found.append(self._record_size(checkpoint))
+        self._sync_if_unchanged(list(zip(checkpoints, found, strict=True)))
+        return found
+
+    def _rebase_if_smaller(
+        self, checkpoint: Checkpoint, onto: Mapping[str, TensorEntry], held: int
+    ) -> None:
+        """Re-encode a checkpoint; discard the packs unless they take less than they free.
+
+        ``held`` bytes of other checkpoints become free as well.
+        """
         packs: list[PackWriter] = []
         with self._packing(packs) as begin:
-            encode_anew(
+            reencode(
                 self._catalog.objects,
                 self._catalog.tensors(checkpoint),
                 begin,
-                base=checkpoint.base,
-                level=self._catalog.level,
-                onto=self._catalog.tensors(onto),
+                options=self._options(checkpoint),
+                onto=onto,
             )
             new = {record.key: record.length for pack in packs for record in pack.records}
             old = (self._catalog.objects.find(key, checkpoint.base) for key in new)
             replaced = sum(stored.record.length for stored in old if stored is not None)
             if sum(new.values()) >= replaced + held:
                 packs.clear()
-        return self._encoded_anew(checkpoint)
 
-    def _encoded_anew(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Record what a checkpoint takes now, also where a crash came before that was done."""
-        self._catalog.refresh()
+    def _options(self, checkpoint: Checkpoint) -> EncodeOptions:
+        return EncodeOptions(base=checkpoint.base, level=self._catalog.level)
+
+    def _record_size(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Write the bytes that a checkpoint takes now into its manifest, if they changed."""
         stored_bytes = self._catalog.stored_bytes(checkpoint)
         if stored_bytes == checkpoint.stored_bytes:
-            # All is done already, by somebody who may not have got it durable.
-            self._backend.sync(PACKS)
-            self._backend.sync(MANIFESTS)
             return checkpoint
         found = rewrite_manifest(self._backend, checkpoint, stored_bytes=stored_bytes)
         self._catalog.add(found)
         return found
 
-    def _encode(
-        self, encode: Callable[[Callable[[], PackWriter]], _T], *, least: int, whole: int
-    ) -> _T:
-        """Encode ``whole`` bytes into packs; ``least`` more will be written besides."""
+    def _sync_if_unchanged(self, pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> None:
+        if any(found is checkpoint for checkpoint, found in pairs):
+            # Another process may have re-encoded the checkpoint and crashed before its fsync. Sync
+            # both folders, so that we never report success for data that a power loss could take.
+            self._backend.sync(PACKS)
+            self._backend.sync(MANIFESTS)
+
+    @contextlib.contextmanager
+    def _encoding(self, *, least: int, whole: int) -> Iterator[Callable[[], PackWriter]]:
+        """Write the packs of ``whole`` bytes; an error for lack of room says how much is missing.
+
+        ``least`` more bytes will be written besides the packs.
+        """
         packs: list[PackWriter] = []
         try:
             with self._packing(packs, least=least) as begin:
-                return encode(begin)
+                yield begin
         except (OutOfSpaceError, OverBudgetError) as error:
             written = sum(pack.position for pack in packs)
             raise type(error)(
@@ -264,9 +277,9 @@ class CheckpointWriter:
     def _packing(
         self, packs: list[PackWriter], *, least: int = 0
     ) -> Iterator[Callable[[], PackWriter]]:
-        """Give what begins a pack, added to ``packs``; all are published at the end.
+        """Yield a function that begins a pack and adds it to ``packs``; finish them at the end.
 
-        None is begun if ``least`` bytes, which will be written besides, certainly do not fit.
+        A pack is not begun if ``least`` bytes, which will be written besides, certainly do not fit.
         """
         with contextlib.ExitStack() as stack:
 
@@ -278,12 +291,15 @@ class CheckpointWriter:
             yield begin
             for pack in packs:
                 pack.publish()
-            if not packs:
-                # All is there already, from somebody who may not have got it durable.
+            if packs:
+                self._catalog.objects.refresh()
+            else:
+                # All chunks exist already. The process that wrote them may have crashed before its
+                # fsync.
                 self._backend.sync(PACKS)
 
     def _next_time(self) -> int:
-        # Later than every other, so that the log is in order even where a clock goes back.
+        # Later than every other checkpoint, so that the log is in order even if a clock goes back.
         known = self._catalog.checkpoints()
         later = max(time.time_ns(), known[-1].created + 1 if known else 0)
         return min(later, LIMIT - 1)

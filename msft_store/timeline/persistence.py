@@ -1,14 +1,15 @@
-"""What a timeline leaves in a store: refs that protect, and a place in what it commits.
+"""The refs and metadata by which a timeline persists in a store.
 
-The convention of docs/FORMAT.md, section 7. Invariants: whatever moment a timeline was killed at,
-what it had protected is found again; and once it has begun to close, nothing is taken for left over
-from it, for the refs go after a mark that says so.
+The convention is section 7 of docs/FORMAT.md. Invariants: at whatever moment a timeline is killed,
+the checkpoints that it had protected are found again. A timeline that has begun to close leaves
+nothing to recover, because its other refs are deleted after a ref that marks it as closed is
+written.
 
 Example::
 
-    traces = find(store, "main")
-    traces.root, traces.branch
-    release(store, "main")
+    found = read_timeline(store, "main")
+    found.root, found.branch
+    delete_refs(store, "main")
 """
 
 from __future__ import annotations
@@ -19,30 +20,29 @@ from typing import Any
 
 from msft_store.errors import InvalidInputError
 from msft_store.objects.manifest import Checkpoint
-from msft_store.saver import snapshot
 from msft_store.store import Store
 from msft_store.timeline.room import NoRoom
 
 KEY = "timeline"
-"""Of the metadata: where a commit's place stands."""
+"""Key of a checkpoint's metadata that holds its timeline, branch and index."""
 ROOT = "root"
 _CLOSED = "closed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traces:
-    """A timeline as an earlier one of its name left it; a new one finds nothing."""
+class PersistedTimeline:
+    """A timeline as an earlier process left it; all empty if there was none."""
 
     root: Checkpoint | None
     branch: int
     since: int
-    """Nothing that was created by then is the timeline's to remove (ns since 1970)."""
+    """Creation time, in ns since 1970, of the newest checkpoint that is not the timeline's."""
     protected: tuple[Checkpoint, ...]
-    """What its refs point to, the root included, oldest first."""
+    """The checkpoints that its refs point to, the root included, oldest first."""
     foreign: frozenset[str]
-    """Ids of those that it was given and did not commit."""
-    strays: tuple[Checkpoint, ...]
-    """What it committed and had not protected yet, or protected no more."""
+    """Ids of protected checkpoints that it did not commit."""
+    unprotected: tuple[Checkpoint, ...]
+    """Its commits that no ref of it points to."""
 
 
 def ref_of(timeline: str, part: str) -> str:
@@ -51,7 +51,7 @@ def ref_of(timeline: str, part: str) -> str:
 
 
 def place_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return a commit's timeline, branch and index; nothing for what no timeline committed."""
+    """Return the timeline, branch and index of a commit; empty for any other checkpoint."""
     place = checkpoint.metadata.get(KEY)
     if not isinstance(place, Mapping):
         return {}
@@ -59,14 +59,14 @@ def place_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return place if kinds == (str, int, int) else {}
 
 
-def find(store: Store, timeline: str) -> Traces:
+def read_timeline(store: Store, timeline: str) -> PersistedTimeline:
     """Return what an earlier timeline of this name left.
 
-    One that was closed, or killed while it closed, leaves nothing: its checkpoints are older than
-    ``since``.
+    A timeline that was closed, or killed while it closed, leaves nothing: all its checkpoints are
+    older than ``since``.
     """
     if ref_of(timeline, _CLOSED) in store.refs():
-        release(store, timeline)
+        delete_refs(store, timeline)
     log, refs, notes = store.log(), _refs(store, timeline), store.notes()
     newest = max((checkpoint.created for checkpoint in log), default=0)
     since = min((_natural(notes[name].get("since")) for name in refs), default=newest)
@@ -74,20 +74,20 @@ def find(store: Store, timeline: str) -> Traces:
     named = {c.id for c in log if place_of(c).get("name") == timeline}
     given = {refs[name] for name in refs if notes[name].get("given")}
     kept = set(refs.values())
-    return Traces(
+    return PersistedTimeline(
         root=None if root is None else store.get(root),
         branch=0 if root is None else _natural(notes[ref_of(timeline, ROOT)].get("branch")),
         since=since,
         protected=tuple(c for c in log if c.id in kept),
         foreign=frozenset(given | kept - named),
-        strays=tuple(c for c in log if c.id in named - kept and c.created > since),
+        unprotected=tuple(c for c in log if c.id in named - kept and c.created > since),
     )
 
 
 def protect(store: Store, timeline: str, notes: Mapping[str, Mapping[str, Any]]) -> None:
     """Point a ref to each checkpoint by its id, with its note.
 
-    Where there is no room for another note of what is protected already, the old one stays.
+    If there is no room to replace the note of a protected checkpoint, the old note stays.
     """
     refs, known = _refs(store, timeline), store.notes()
     for identity, note in notes.items():
@@ -101,19 +101,21 @@ def protect(store: Store, timeline: str, notes: Mapping[str, Mapping[str, Any]])
 
 
 def _natural(value: object) -> int:
-    # A note is JSON of whoever wrote it.
+    # A note is JSON that any program may have written.
     return value if isinstance(value, int) and value >= 0 else 0
 
 
-def release(store: Store, timeline: str) -> None:
-    """Remove a timeline's refs; what they point to is a checkpoint like any other then."""
-    refs, mark = _refs(store, timeline), ref_of(timeline, _CLOSED)
-    if len(refs) > 1 and mark not in refs:
-        # Without it, what is no longer protected would be a stray while other refs are left.
-        store.pin(next(iter(refs.values())), mark)
-        refs[mark] = ""
-    for name in sorted(refs, key=lambda name: name == mark):
-        store.unpin(name)
+def delete_refs(store: Store, timeline: str) -> None:
+    """Delete a timeline's refs; its checkpoints are then like any others."""
+    with store.session("close"):
+        refs, mark = _refs(store, timeline), ref_of(timeline, _CLOSED)
+        if len(refs) > 1 and mark not in refs:
+            # Without the mark, a kill between two deletions would make a checkpoint look like a
+            # commit that was not protected yet.
+            store.pin(next(iter(refs.values())), mark)
+            refs[mark] = ""
+        for name in sorted(refs, key=lambda name: name == mark):
+            store.unpin(name)
 
 
 def _refs(store: Store, timeline: str) -> dict[str, str]:
@@ -121,13 +123,7 @@ def _refs(store: Store, timeline: str) -> dict[str, str]:
     return {name: target for name, target in store.refs().items() if name.startswith(prefix)}
 
 
-def facts_of(
-    step: int | None, metrics: Mapping[str, float] | None, metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return what a commit says of itself, as it is now, by the keywords of ``Store.save``.
-
-    :class:`InvalidInputError` for what no checkpoint can hold, and for a place of the caller's own.
-    """
-    if metadata is not None and KEY in metadata:
+def check_metadata(metadata: Mapping[str, Any] | None) -> None:
+    """Raise :class:`InvalidInputError` if the metadata of a commit has the timeline's own key."""
+    if isinstance(metadata, Mapping) and KEY in metadata:
         raise InvalidInputError(f"the key {KEY!r} of metadata is the timeline's own")
-    return snapshot(step=step, metrics=metrics, metadata=metadata)

@@ -1,76 +1,49 @@
-"""Room for what a timeline writes: within its budget, at the cost of what its policy can spare.
+"""Keep the writes of a timeline within its policy's disk budget.
 
-Invariants: what a policy protects is never given up for room, nor is the newest commit before the
-next one is durable; what may go, goes one at a time, the least valuable first, and only after a
-write that did not fit.
+Invariants: checkpoints that the policy protects are never evicted to make room, and the newest
+commit is never evicted before the next one is durable. Checkpoints go one at a time, the least
+valuable first, and only after a write that did not fit.
 
 Example::
 
-    with bounded(store, policy):
-        checkpoint = with_room(save, tidy, sacrifice)
+    with within_budget(store, policy):
+        checkpoint = store.save(state)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from msft_store._util import human
 from msft_store.errors import OutOfSpaceError, OverBudgetError, StoreError
-from msft_store.maintenance.gc import GcResult
 from msft_store.retention import Candidate, Policy
 from msft_store.store import Store
 
-_T = TypeVar("_T")
 NoRoom = (OutOfSpaceError, OverBudgetError)
-"""What is raised where the disk, or a budget, is full."""
+"""The errors of a full disk and of a full budget."""
 
 _LOCKS = 4 << 10
 _SMALL = 16 << 10
-"""Of a budget, left free by packs and manifests for refs and locks, without which nothing works."""
+"""Bytes of a budget that packs and manifests leave free for refs and locks."""
 
 
-def bounded(
+def within_budget(
     store: Store, policy: Policy, *, refs: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """Hold what this thread writes to a policy's budget, if it has one.
+    """Hold this thread's writes to the budget of a policy, if it has one.
 
-    Without ``refs`` room for some of these stays free.
+    Without ``refs``, room for some refs stays free.
     """
     return store.within(policy.budget, reserve=_LOCKS if refs else _SMALL)
 
 
-def with_room(
-    attempt: Callable[[], _T],
-    tidy: Callable[[], GcResult],
-    sacrifice: Callable[[], GcResult | None],
-) -> _T:
-    """Return what ``attempt`` does, repeated after a lack of room as long as room can be made.
-
-    ``tidy`` frees what nobody needs; ``sacrifice`` gives one thing up, or returns ``None`` if there
-    is nothing left to be given up.
-    """
-    taken: int | None = None
-    while True:
-        try:
-            return attempt()
-        except NoRoom:
-            done = tidy()
-            # What an attempt itself left behind is freed as well, which makes no room for the next.
-            if not done.freed_bytes or (taken is not None and done.bytes >= taken):
-                given = sacrifice()
-                if given is None:
-                    raise
-                done = given
-            taken = done.bytes
-
-
-def lost(
+def no_room_error(
     error: StoreError, policy: Policy, candidates: Sequence[Candidate], commit: Candidate
 ) -> StoreError:
-    """Return the error of a commit without room: with what it would have been, and what stays.
+    """Return the error of a commit without room.
 
+    It says which rules would have kept the commit, and which checkpoints take the room.
     ``commit`` is not among the candidates.
     """
     after, stays = policy.rules([*candidates, commit]), policy.rules(candidates)

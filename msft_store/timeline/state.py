@@ -1,12 +1,12 @@
-"""What a timeline has alive, and where each of these checkpoints stands on its branches.
+"""The checkpoints that a timeline protects, and the place of each on its branches.
 
-Pure: it knows of no file. Invariants: the root is alive, on the current branch, and pinned; the
-newest is never among what may go before the next one is there.
+Pure: it does no I/O. Invariants: the root is protected, on the current branch and pinned; the
+newest checkpoint is never superfluous or expendable, because the next one is not durable yet.
 
 Example::
 
-    alive = Alive(find(store, "main"))
-    policy.rules(alive.candidates())
+    state = TimelineState(read_timeline(store, "main"))
+    policy.rules(state.candidates())
 """
 
 from __future__ import annotations
@@ -16,72 +16,81 @@ from dataclasses import dataclass
 
 from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import Candidate, Policy, expendable
-from msft_store.timeline.persistence import Traces, place_of
+from msft_store.timeline.persistence import PersistedTimeline, place_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What a commit or a roll-back did."""
+    """The result of a commit or a roll-back.
+
+    Attributes:
+        checkpoint: The checkpoint that was committed or restored.
+        kept: Ids of the checkpoints that stay, with the policy's reasons.
+        dropped: Ids of the checkpoints that were evicted.
+        peak_bytes: Bytes of the whole store at the worst moment, temporary files included.
+        bytes: Bytes of the whole store after eviction.
+        left_bytes: Dead bytes in packs that could not be rewritten because there was no room.
+        postponed: The reason why a roll-back's re-encoding is not done yet: there was no room. The
+            next commit, roll-back or timeline of that name tries again. ``None`` if it is done.
+    """
 
     checkpoint: Checkpoint
     kept: Mapping[str, tuple[str, ...]]
-    """What stays, by id, with reasons."""
     dropped: tuple[str, ...]
-    """Ids of what was evicted."""
     peak_bytes: int
-    """Bytes of the whole store, temporary files included, at the worst moment."""
     bytes: int
-    """Bytes of the whole store after eviction."""
     left_bytes: int = 0
-    """Bytes that nothing needs in packs for whose rewriting there was no room."""
     postponed: str | None = None
-    """Why the root, or what else stays, is not yet encoded as a roll-back encodes it: there was no
-    room. The next commit or roll-back, or the next timeline of that name, tries again."""
 
 
-class Alive:
+class TimelineState:
     """The checkpoints that a timeline protects, its root among them."""
 
-    def __init__(self, traces: Traces) -> None:
-        self.root = traces.root
-        """The checkpoint that the branch started from; ``None`` on one that starts from a base."""
-        self.branch = traces.branch
-        self.foreign = set(traces.foreign)
-        """Ids of roots that the timeline did not commit; it never evicts them."""
-        self._by_id = {checkpoint.id: checkpoint for checkpoint in traces.protected}
+    def __init__(self, found: PersistedTimeline) -> None:
+        self.root = found.root
+        """The checkpoint that the branch started from; ``None`` if it started from a base."""
+        self.branch = found.branch
+        self.foreign = set(found.foreign)
+        """Ids of roots that the timeline did not commit and never evicts."""
+        self._by_id = {checkpoint.id: checkpoint for checkpoint in found.protected}
 
-    def all(self) -> list[Checkpoint]:
-        """Return all, oldest first."""
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first."""
         return sorted(self._by_id.values(), key=lambda c: (c.created, c.id))
 
     def get(self, identity: str) -> Checkpoint | None:
-        """Return one by its id, if it is there."""
+        """Return the checkpoint of an id, or ``None``."""
         return self._by_id.get(identity)
 
-    def add(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Have a checkpoint from here on, or what became of it; return it."""
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Add a checkpoint."""
         self._by_id[checkpoint.id] = checkpoint
-        return checkpoint
 
     def remove(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Have checkpoints no longer."""
+        """Remove checkpoints."""
         for checkpoint in checkpoints:
             self._by_id.pop(checkpoint.id, None)
 
+    def update(self, log: Iterable[Checkpoint]) -> None:
+        """Take over the checkpoints as the store has them; remove those that it lacks."""
+        self._by_id = {c.id: c for c in log if c.id in self._by_id}
+        if self.root is not None:
+            self.root = self._by_id.get(self.root.id, self.root)
+
     def is_own(self, checkpoint: Checkpoint) -> bool:
-        """Return whether a checkpoint was committed here, and is not the root."""
+        """Return whether the timeline committed a checkpoint that is not the root."""
         return checkpoint.id not in self.foreign and not self._is_root(checkpoint)
 
     def index(self, checkpoint: Checkpoint) -> int:
-        """Return how many commits came before it on its branch."""
+        """Return the number of commits before a checkpoint on its branch."""
         return int(place_of(checkpoint)["index"]) if self.is_own(checkpoint) else 0
 
     def on_branch(self) -> list[Checkpoint]:
-        """Return those of the current branch, oldest first."""
-        return [c for c in self.all() if self._branch_of(c) == self.branch]
+        """Return the checkpoints of the current branch, oldest first."""
+        return [c for c in self.checkpoints() if self._branch_of(c) == self.branch]
 
     def candidates(self) -> list[Candidate]:
-        """Return all as a policy sees them, oldest first."""
+        """Return all checkpoints as a policy sees them, oldest first."""
         return [
             Candidate(
                 id=checkpoint.id,
@@ -92,27 +101,27 @@ class Alive:
                 pinned="root of the branch" if self._is_root(checkpoint) else None,
                 step=checkpoint.step,
             )
-            for checkpoint in self.all()
+            for checkpoint in self.checkpoints()
         ]
 
     def kept(self, policy: Policy) -> dict[str, tuple[str, ...]]:
-        """Return what the rules of a policy keep, by id, with reasons.
+        """Return the ids that the rules of a policy keep, with reasons.
 
-        Its budget is not looked at: it holds for what is written.
+        The policy's budget does not count here, because it limits writes.
         """
         decided = policy.rules(self.candidates())
         return {i: tuple(reason.text for reason in reasons) for i, reasons in decided.items()}
 
     def superfluous(self, policy: Policy) -> list[Checkpoint]:
-        """Return what no rule keeps, but the newest."""
+        """Return the checkpoints that no rule keeps, without the newest."""
         kept = self.kept(policy)
-        return [checkpoint for checkpoint in self.all()[:-1] if checkpoint.id not in kept]
+        return [checkpoint for checkpoint in self.checkpoints()[:-1] if checkpoint.id not in kept]
 
     def expendable(self, policy: Policy) -> list[Checkpoint]:
-        """Return what the budget of a policy may drop, but the newest; the least valuable last."""
+        """Return what the policy's budget may drop, the least valuable last, without the newest."""
         candidates = self.candidates()
         dropped = expendable(policy.rules(candidates), candidates)
-        older = {checkpoint.id: checkpoint for checkpoint in self.all()[:-1]}
+        older = {checkpoint.id: checkpoint for checkpoint in self.checkpoints()[:-1]}
         return [older[i] for i in dropped if i in older] if policy.budget is not None else []
 
     def _branch_of(self, checkpoint: Checkpoint) -> int:

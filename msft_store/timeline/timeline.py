@@ -1,19 +1,20 @@
-"""A rollback algorithm's view of a store: commit, roll back, evict under a policy.
+"""Commit checkpoints, roll back and evict under a retention policy: a rollback algorithm's view.
 
-A timeline is a line of commits on branches. The first branch starts from the base; every roll-back
-starts another one from the checkpoint that it restores, the branch's *root*. What must stay (the
-root, and what the policy keeps) is protected by refs ``timelines/<name>/…`` while the timeline
-lives, so that a gc of another process cannot hurt it; everything else is evicted at once.
+A timeline is a line of commits on branches. The first branch starts from the base. Every roll-back
+starts another branch from the checkpoint that it restores, the branch's *root*. The root and the
+checkpoints that the policy keeps are protected by refs ``timelines/<name>/…`` while the timeline
+lives, so that a gc of another process cannot evict them. Everything else is evicted at once.
 
-Invariants: a new checkpoint is durable and protected before an old one is given up, and a roll-back
-is restored and verified before anything is. A timeline that was killed is taken up again under its
-name, and what it had not protected yet is removed. A checkpoint that a timeline did not commit
-itself, but was given as a start or to roll back to, is never evicted by it.
+Invariants: a new checkpoint is durable and protected before an old one is evicted, and a roll-back
+has restored and verified its checkpoint before it evicts any. A timeline that was killed is
+recovered under its name; commits that were not protected yet are evicted then. A checkpoint that
+the timeline did not commit, but got as its start or as a target of a roll-back, is never evicted
+by it.
 
-``commit_async`` is ``commit`` in the background, on a copy of the tensors: the same checkpoint with
-the same id, under the policy that was set when it was called. One commit is under way at a time.
-Everything else that a timeline does or tells first waits for it, and raises its error unless the
-future was asked for it; only ``root`` and ``branch`` do not, which a commit leaves as they are.
+``commit_async`` is ``commit`` in the background, on a copy of the tensors: it makes the same
+checkpoint with the same id, under the policy that was set when it was called. One commit runs at a
+time. All other methods and properties first wait for it and raise its error unless the future was
+asked for it, except ``root`` and ``branch``, which a commit does not change.
 
 Example::
 
@@ -25,10 +26,10 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -37,24 +38,50 @@ import torch
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.gc import GcResult
 from msft_store.objects.bases import Base
-from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.objects.refs import check_name
 from msft_store.retention import Candidate, Policy, check_commit, check_policy
 from msft_store.saver import Background, State
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Parts
 from msft_store.tensors.resident import Compared, Resident
-from msft_store.timeline.persistence import KEY, ROOT, facts_of, find, protect, ref_of, release
-from msft_store.timeline.room import NoRoom, bounded, lost, with_room
-from msft_store.timeline.state import Alive, Commit
+from msft_store.timeline.persistence import (
+    KEY,
+    ROOT,
+    check_metadata,
+    delete_refs,
+    protect,
+    read_timeline,
+    ref_of,
+)
+from msft_store.timeline.room import NoRoom, no_room_error, within_budget
+from msft_store.timeline.state import Commit, TimelineState
+
+_LOG = logging.getLogger(__name__)
 
 
 class Timeline:
     """Commits, roll-backs and eviction for one run.
 
-    A name has one user at a time: where another process has the timeline open, :class:`BusyError`
-    says which. It is free once it is closed there or no longer referred to, or that process has
-    ended. Within one process, and in a forked child, it may be opened again.
+    A name has one user at a time. If another process has the timeline open, :class:`BusyError`
+    names it. The name is free once that process closes the timeline, drops it or ends. Within one
+    process, and in a forked child, a timeline may be opened again.
+
+    Args:
+        store: The store that holds the checkpoints.
+        base: What the first branch starts from: a base, a checkpoint, or ``None`` for full
+            checkpoints. A timeline that is recovered goes on from its own root instead.
+        retention: The policy that says which checkpoints stay.
+        name: Name of the timeline in the store, without ``/``.
+
+    Raises:
+        BusyError: Another process has the timeline open.
+        InvalidInputError: The name or the policy is not valid.
+        UnknownCheckpointError: The store has no such base or checkpoint.
+
+    Attributes:
+        resident: Set it to a :class:`Resident` of the weights that training starts from, to find
+            changes on their device. A roll-back renews it.
     """
 
     def __init__(
@@ -73,29 +100,27 @@ class Timeline:
         self._claim = store.claim("timeline", name)
         self._background = Background()
         self.resident: Resident | None = None
-        """Set it to the weights that training starts from, on their device, to find changes there;
-        a roll-back renews it."""
         self._last_commit: Commit | None = None
         self._store = store
         self._start = base
         self._closed = False
-        self._counted = False
-        """Whether the number of the next commit is known, not guessed from what is left."""
+        self._next_is_exact = False
+        """False while the next index is only inferred from the checkpoints that are left."""
         self._postponed: str | None = None
         try:
-            self._take_up(base)
+            self._recover(base)
         except BaseException:
             self._claim.leave()
             raise
 
     @property
     def root(self) -> Base | Checkpoint | None:
-        """What the current branch started from."""
-        return self._start if self._alive.root is None else self._alive.root
+        """The base or checkpoint that the current branch started from."""
+        return self._start if self._state.root is None else self._state.root
 
     @property
     def retention(self) -> Policy:
-        """What is kept; another one holds from the next commit or roll-back on."""
+        """The retention policy; a new one takes effect at the next commit or roll-back."""
         return self._retention
 
     @retention.setter
@@ -104,12 +129,12 @@ class Timeline:
 
     @property
     def branch(self) -> int:
-        """How many roll-backs there were."""
-        return self._alive.branch
+        """The number of roll-backs so far."""
+        return self._state.branch
 
     @property
     def last_commit(self) -> Commit | None:
-        """What the last commit or roll-back did; ``None`` before the first and after a rewind."""
+        """The result of the last commit or roll-back; ``None`` before the first, after a rewind."""
         self.wait()
         return self._last_commit
 
@@ -120,14 +145,28 @@ class Timeline:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
-        """Save a checkpoint, protect what the policy keeps and evict the rest.
+        """Save a checkpoint, protect the checkpoints that the policy keeps and evict the rest.
 
-        Its parent is the branch's root. It may be evicted at once, if no rule keeps it.
-        :class:`InvalidInputError`, before anything is saved, if the policy ranks by metrics alone
-        that neither this commit nor any other has.
+        The parent of the checkpoint is the branch's root. The checkpoint itself is evicted at once
+        if no rule keeps it.
+
+        Args:
+            tensors: A module, a mapping of names to tensors, or the parts that several processes
+                encoded.
+            step: Optimizer step, from 0 up.
+            metrics: Values by name, in their natural units.
+            metadata: Any JSON object without the key ``timeline``.
+
+        Returns:
+            The new checkpoint, or the existing one of equal content and facts.
+
+        Raises:
+            InvalidInputError: A value cannot be stored, the timeline is closed, or the policy ranks
+                by metrics alone that neither this commit nor any other has. Nothing was saved.
+            OutOfSpaceError: The disk is full even after eviction.
+            OverBudgetError: The policy's budget is too small even after eviction.
         """
-        facts = facts_of(step, metrics, metadata)
-        self._prepare(self.retention, facts)
+        facts = self._begin_commit(self.retention, step, metrics, metadata)
         return self._commit(tensors, self.retention, facts, self._compare(tensors))
 
     def commit_async(
@@ -137,21 +176,38 @@ class Timeline:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Future[Checkpoint]:
-        """Commit the tensors as they are now, in the background; return the checkpoint to come.
+        """Commit the tensors as they are now, in the background.
 
-        The caller waits for the commit before, if that still runs, and for one copy of the tensors
-        in host memory, which is held until the timeline is closed. The future has its result once
-        all is done that :meth:`commit` does.
+        The caller waits for the previous commit, if that still runs, and for one copy of the
+        tensors to host memory. The timeline holds that memory until it is closed.
+
+        Args:
+            tensors: As for :meth:`commit`, without parts.
+            step: As for :meth:`commit`.
+            metrics: As for :meth:`commit`.
+            metadata: As for :meth:`commit`.
+
+        Returns:
+            A future of the checkpoint. It has its result once everything that :meth:`commit` does
+            is done.
+
+        Raises:
+            InvalidInputError: As for :meth:`commit`, at once.
+            StoreError: The error of the previous commit, if its future was not asked for it.
         """
-        facts, policy = facts_of(step, metrics, metadata), self.retention
-        self._prepare(policy, facts)
+        policy = self.retention
+        facts = self._begin_commit(policy, step, metrics, metadata)
         compared = self._compare(tensors)
         return self._background.submit(
             tensors, lambda state: self._commit(state, policy, facts, compared)
         )
 
     def wait(self) -> None:
-        """Wait until no commit is under way; raise an error of it that nobody has taken yet."""
+        """Wait until no commit is running.
+
+        Raises:
+            StoreError: The error of a commit in the background whose future was not asked for it.
+        """
         self._background.wait()
 
     def rollback(
@@ -162,11 +218,22 @@ class Timeline:
     ) -> dict[str, torch.Tensor]:
         """Restore a checkpoint and start a new branch from it.
 
-        The tensors are restored into those of a module or a mapping, or into boxes of them, or
-        returned (an empty dictionary with ``into``).
-        Restored and verified first; then the checkpoint becomes the root, what the new branch does
-        not need is evicted, the root is encoded so that it needs nothing but the base, and what
-        else stays as a change of it.
+        The checkpoint is restored and verified first. Then it becomes the root, the checkpoints
+        that the new branch does not need are evicted, and the others are re-encoded: the root
+        against the base alone, all others as changes of the root. If the disk has no room for
+        that, the next commit tries it again.
+
+        Args:
+            checkpoint: A checkpoint, its id, a unique prefix of its id, or the name of a ref.
+            into: A module, a mapping of tensors, or boxes of tensors to restore into, in place.
+
+        Returns:
+            The restored tensors by name; an empty dictionary if ``into`` is given.
+
+        Raises:
+            UnknownCheckpointError: The store has no such checkpoint.
+            MismatchError: ``into`` has other names, shapes or dtypes. Nothing was changed.
+            CorruptedError: The checkpoint cannot be restored exactly. The branch stays.
         """
         self._check_open()
         self.wait()
@@ -179,61 +246,71 @@ class Timeline:
         else:
             self._store.load_into(into, target)
         if self.resident is not None and not isinstance(into, Sequence):
-            # The old copy goes before the new one comes: there may be room for one only.
+            # Drop the old copy first, because the device may have room for one copy only.
             self.resident = None
             self.resident = Resident(tensors if into is None else into)
-        policy, before = self.retention, self._alive.all()
-        with bounded(self._store, policy):
-            begin = partial(self._set_root, target, self.branch + 1)
-            with_room(begin, partial(self._give_up, []), lambda: None)
-            self._next, self._counted = 1, True
-            # Only then, when what is not needed has gone: another representation takes room.
-            self._last_commit = self._settle(self._evict(target, self._protect(policy), before))
+        policy, before = self.retention, self._state.checkpoints()
+        with within_budget(self._store, policy):
+            with self._store.session("rollback", exclusive=True):
+                self._set_root_with_room(target)
+                self._next, self._next_is_exact = 1, True
+                done = self._evict_unkept(target, self._protect(policy), before)
+            # Re-encoding takes room, so it comes after the eviction.
+            self._last_commit = self._reencode_and_evict(done)
+        _LOG.info(
+            "timeline %s: rolled back to %s, branch %d", self.name, target.id[:12], self.branch
+        )
         return tensors
 
     def rewind(self, index: int) -> None:
-        """Make the next commit the one of number ``index`` on its branch; later ones are evicted.
+        """Make the next commit number ``index`` of its branch, and evict the later ones.
 
-        For a run that takes up an earlier position after it was killed: commits that are repeated
-        with equal content get their ids again. :class:`InvalidInputError` for a number beyond the
-        next one; a timeline that was taken up again accepts any, for what it evicted left no trace.
+        A run that goes on from an earlier position after a kill calls this: commits that are
+        repeated with equal content get their earlier ids.
+
+        Args:
+            index: Number of the next commit on the current branch, from 0 up.
+
+        Raises:
+            InvalidInputError: The number is beyond the next one. A recovered timeline accepts any
+                number, because it cannot know how many commits were evicted.
         """
         self._check_open()
         self.wait()
-        if index < 0 or (self._counted and index > self._next):
+        if index < 0 or (self._next_is_exact and index > self._next):
             raise InvalidInputError(
                 f"the next commit of branch {self.branch} is number {self._next}; "
                 f"it can be one from 0 to that, not {index}"
             )
-        alive = self._alive
-        later = [c for c in alive.on_branch() if alive.index(c) >= index and alive.is_own(c)]
-        with bounded(self._store, self.retention):
-            self._give_up(later)
+        state = self._state
+        later = [c for c in state.on_branch() if state.index(c) >= index and state.is_own(c)]
+        with within_budget(self._store, self.retention):
+            self._evict(later)
         self._next = index
         self._last_commit = None
 
     def kept(self) -> dict[str, tuple[str, ...]]:
-        """Return what is alive, by id, with the reasons as of the last commit."""
+        """Return the ids of all protected checkpoints with the reasons at the last commit."""
         done = self.last_commit
-        return dict(done.kept) if done else self._alive.kept(self.retention)
+        return dict(done.kept) if done else self._state.kept(self.retention)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return what is alive, oldest first, to be loaded or rolled back to."""
+        """Return all protected checkpoints, oldest first, to load or to roll back to."""
         self.wait()
-        return self._alive.all()
+        return self._state.checkpoints()
 
     def close(self) -> None:
-        """Drop the refs; the checkpoints stay until a gc with a policy, or ``forget``.
+        """Delete the refs; the checkpoints stay until a gc with a policy, or ``forget``.
 
-        Where a commit in the background has failed, its error is raised and the refs stay. Later
-        commits are refused.
+        If a commit in the background failed, its error is raised and the refs stay. Later commits
+        are refused.
         """
         self.wait()
         self._background.release()
-        # Also where this fails: with some of its refs it is no timeline any more.
+        # Set even if deleting fails, because a timeline with a part of its refs is not usable.
         self._closed = True
         try:
-            release(self._store, self.name)
+            delete_refs(self._store, self.name)
         finally:
             self._claim.end()
 
@@ -246,36 +323,67 @@ class Timeline:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error the refs stay: the run may be taken up again.
+        # After an error the refs stay, so that the run can be resumed.
         if kind is None:
             self.close()
         else:
             self._background.join()
             self._claim.leave()
 
-    def _take_up(self, base: Base | Checkpoint | None) -> None:
-        """Go on from what an earlier timeline of this name left, or begin."""
-        traces = find(self._store, self.name)
-        self._since = traces.since
-        self._alive = Alive(traces)
-        with bounded(self._store, self.retention):
-            # What it is given to start from stays, even where a killed one had not protected it.
+    def _recover(self, base: Base | Checkpoint | None) -> None:
+        """Go on from the refs of an earlier timeline of this name, or begin a new one."""
+        found = read_timeline(self._store, self.name)
+        self._since = found.since
+        self._state = TimelineState(found)
+        with within_budget(self._store, self.retention):
+            # The given start stays, even if the killed timeline had not protected it yet.
             given = base.id if isinstance(base, Checkpoint) else None
-            strays = [checkpoint for checkpoint in traces.strays if checkpoint.id != given]
-            if strays:
-                self._give_up(strays)
-            if self._alive.root is None:
+            unprotected = [c for c in found.unprotected if c.id != given]
+            if unprotected:
+                _LOG.info(
+                    "timeline %s was killed: evict %d unprotected commits",
+                    self.name,
+                    len(unprotected),
+                )
+                self._evict(unprotected)
+            if self._state.root is None:
                 self._begin(base)
             else:
-                # A roll-back may have been interrupted before it was through.
-                self._encode_anew()
-        self._next = 1 + max(map(self._alive.index, self._alive.on_branch()), default=-1)
+                _LOG.info(
+                    "timeline %s: recovered branch %d with %d checkpoints",
+                    self.name,
+                    self.branch,
+                    len(self._state.checkpoints()),
+                )
+                # The kill may have interrupted a roll-back before it re-encoded the root.
+                self._reencode()
+        self._next = 1 + max(map(self._state.index, self._state.on_branch()), default=-1)
 
-    def _prepare(self, policy: Policy, facts: Mapping[str, Any]) -> None:
-        """Wait until a commit may begin; refuse one that would be evicted by a slip of the pen."""
+    def _begin(self, base: Base | Checkpoint | None) -> None:
+        if isinstance(base, Checkpoint):
+            with self._store.session("rollback"):
+                self._set_root(self._store.get(base), self.branch)
+                self._reencode()
+        elif isinstance(base, Base):
+            self._store.base(base)
+        elif base is not None:
+            raise InvalidInputError(f"a timeline starts from a base or a checkpoint, not {base!r}")
+
+    def _begin_commit(
+        self,
+        policy: Policy,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> CheckpointFacts:
+        """Wait until a commit may begin; refuse one that the policy cannot judge."""
+        check_metadata(metadata)
+        facts = CheckpointFacts.of(step=step, metrics=metrics, metadata=metadata)
         self._check_open()
         self.wait()
-        check_commit(policy, self._candidate(facts), [c.metrics for c in self._alive.all()])
+        known = [checkpoint.metrics for checkpoint in self._state.checkpoints()]
+        check_commit(policy, self._candidate(facts), known)
+        return facts
 
     def _check_open(self) -> None:
         if self._closed:
@@ -290,126 +398,156 @@ class Timeline:
         self,
         tensors: State | torch.nn.Module | Parts,
         policy: Policy,
-        facts: Mapping[str, Any],
+        facts: CheckpointFacts,
         compared: Compared | None,
     ) -> Checkpoint:
-        place = {"name": self.name, "branch": self.branch, "index": self._next}
-        metadata = {**facts["metadata"], KEY: place}
-        facts, before = {**facts, "metadata": metadata}, self._alive.all()
-        save = partial(self._store.save, tensors, parent=self.root, compared=compared, **facts)
-        with bounded(self._store, policy):
-            try:
-                checkpoint, kept = with_room(
-                    partial(self._save, save, policy),
-                    lambda: self._give_up(self._alive.superfluous(policy)),
-                    partial(self._sacrifice, policy),
-                )
-            except NoRoom as error:
-                commit = self._candidate(facts)
-                raise lost(error, policy, self._alive.candidates(), commit) from error
-            done = self._evict(checkpoint, kept, [*before, checkpoint])
-            self._last_commit = self._settle(done) if self._postponed else done
-        # Last, so that a commit that failed gives the same checkpoint when it is repeated.
-        self._next, self._counted = self._next + 1, True
+        before = self._state.checkpoints()
+        used: int | None = None
+        with within_budget(self._store, policy):
+            while True:
+                try:
+                    checkpoint, kept = self._save_and_protect(tensors, policy, facts, compared)
+                    break
+                except NoRoom as error:
+                    used = self._make_room(policy, used)
+                    if used is None:
+                        raise no_room_error(
+                            error, policy, self._state.candidates(), self._candidate(facts)
+                        ) from error
+            with self._store.session("gc", exclusive=True):
+                done = self._evict_unkept(checkpoint, kept, [*before, checkpoint])
+            self._last_commit = self._reencode_and_evict(done) if self._postponed else done
+        # The counter moves last, so that a failed commit gives the same id when it is repeated.
+        self._next, self._next_is_exact = self._next + 1, True
         return checkpoint
 
-    def _save(
-        self, save: Callable[[], Checkpoint], policy: Policy
+    def _save_and_protect(
+        self,
+        tensors: State | torch.nn.Module | Parts,
+        policy: Policy,
+        facts: CheckpointFacts,
+        compared: Compared | None,
     ) -> tuple[Checkpoint, dict[str, tuple[str, ...]]]:
-        """Save and protect; without room for both, do neither."""
-        before = {c.id for c in self._alive.all()}
+        """Save and protect a checkpoint; if there is no room for both, undo both."""
+        place = {"name": self.name, "branch": self.branch, "index": self._next}
+        before = {checkpoint.id for checkpoint in self._state.checkpoints()}
         try:
-            # One lock over both, so that no gc comes between a checkpoint and its protection.
-            with self._store.protecting("commit"):
-                checkpoint = save()
-                self._alive.add(checkpoint)
+            # One lock for both, so that no gc runs between the save and the protection.
+            with self._store.session("commit"):
+                checkpoint = self._store.save(
+                    tensors,
+                    parent=self.root,
+                    step=facts.step,
+                    metrics=facts.metrics,
+                    metadata={**facts.metadata, KEY: place},
+                    compared=compared,
+                )
+                self._state.add(checkpoint)
                 return checkpoint, self._protect(policy)
         except NoRoom:
-            self._give_up([c for c in self._alive.all() if c.id not in before])
+            self._evict([c for c in self._state.checkpoints() if c.id not in before])
             raise
 
-    def _sacrifice(self, policy: Policy) -> GcResult | None:
-        """Give up what the policy values least, if it can spare anything."""
-        least = self._alive.expendable(policy)[-1:]
-        return self._give_up(least) if least else None
+    def _make_room(self, policy: Policy, used: int | None) -> int | None:
+        """Evict checkpoints that no rule keeps; if that does not help, the least valuable one.
 
-    def _settle(self, done: Commit) -> Commit:
-        """Encode anew what a roll-back left to be; return what was done with that."""
-        self._encode_anew()
-        after = self._give_up([])
+        Args:
+            policy: The policy that ranks them.
+            used: Bytes of the store after the previous call, ``None`` at the first.
+
+        Returns:
+            Bytes of the store now, ``None`` if nothing can be evicted.
+        """
+        done = self._evict(self._state.superfluous(policy))
+        # The failed attempt's own files are freed as well, which makes no room for the next one.
+        if done.freed_bytes and (used is None or done.bytes < used):
+            return done.bytes
+        least = self._state.expendable(policy)[-1:]
+        return self._evict(least).bytes if least else None
+
+    def _set_root_with_room(self, target: Checkpoint) -> None:
+        """Make a checkpoint the root of a new branch; free dead bytes while there is no room."""
+        used: int | None = None
+        while True:
+            try:
+                self._set_root(target, self.branch + 1)
+                return
+            except NoRoom:
+                done = self._evict([])
+                if not done.freed_bytes or (used is not None and done.bytes >= used):
+                    raise
+                used = done.bytes
+
+    def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
+        own = {c.id for c in self._state.checkpoints()}
+        foreign = self._state.foreign | {checkpoint.id} - own
+        note = self._note(checkpoint.id in foreign, branch=branch)
+        with within_budget(self._store, self.retention, refs=True):
+            self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
+        self._state.add(checkpoint)
+        self._state.foreign = foreign
+        self._state.root, self._state.branch = checkpoint, branch
+
+    def _reencode(self) -> None:
+        """Re-encode the root against the base alone, the other checkpoints against the root.
+
+        The bytes of the old root can be freed then. If there is no room, the next commit tries
+        again.
+        """
+        self._postponed, root = None, self._state.root
+        if root is None:
+            return
+        others = [c for c in self._state.checkpoints() if self._state.is_own(c)]
+        with self._store.session("reencode"):
+            try:
+                self._store.reencode(root, others)
+            except NoRoom as error:
+                self._postponed = str(error)
+                _LOG.info("timeline %s: re-encoding is postponed: %s", self.name, error)
+            self._state.update(self._store.log())
+
+    def _reencode_and_evict(self, done: Commit) -> Commit:
+        """Re-encode after a roll-back, free what is dead then, and return the updated result."""
+        self._reencode()
+        after = self._evict([])
         return replace(
             done,
-            checkpoint=self._alive.get(done.checkpoint.id) or done.checkpoint,
+            checkpoint=self._state.get(done.checkpoint.id) or done.checkpoint,
             peak_bytes=max(done.peak_bytes, after.peak_bytes),
             bytes=after.bytes,
             left_bytes=after.left_bytes,
             postponed=self._postponed,
         )
 
-    def _begin(self, base: Base | Checkpoint | None) -> None:
-        if isinstance(base, Checkpoint):
-            self._set_root(self._store.get(base), self.branch)
-            self._encode_anew()
-        elif isinstance(base, Base):
-            self._store.base(base)
-        elif base is not None:
-            raise InvalidInputError(f"a timeline starts from a base or a checkpoint, not {base!r}")
-
-    def _set_root(self, checkpoint: Checkpoint, branch: int) -> None:
-        with self._store.protecting("rollback"):
-            given = self._alive.foreign | {checkpoint.id} - {c.id for c in self._alive.all()}
-            note = self._note(checkpoint.id in given, branch=branch)
-            with bounded(self._store, self.retention, refs=True):
-                self._store.pin(checkpoint, ref_of(self.name, ROOT), note=note)
-        self._alive.add(checkpoint)
-        self._alive.foreign = given
-        self._alive.root, self._alive.branch = checkpoint, branch
-
-    def _encode_anew(self) -> None:
-        """Let the root need nothing but the base, and what else stays not the root before.
-
-        What needs nothing of that any more is left as it is, and so is what there is no room for.
-        """
-        self._postponed, root = None, self._alive.root
-        if root is None:
-            return
-        try:
-            root = self._alive.root = self._alive.add(self._store.anchor(root))
-            for checkpoint in self._alive.all():
-                if checkpoint.base == root.base and self._alive.is_own(checkpoint):
-                    self._alive.add(self._store.rebase(checkpoint, root))
-        except NoRoom as error:
-            self._postponed = str(error)
-
-    def _candidate(self, facts: Mapping[str, Any]) -> Candidate:
-        # The commit to come, as a policy sees it.
+    def _candidate(self, facts: CheckpointFacts) -> Candidate:
+        """Return the next commit as a policy sees it."""
         return Candidate(
             id="",
-            metrics=facts["metrics"],
+            metrics=facts.metrics,
             branch=self.branch,
             index=self._next,
-            step=facts["step"],
+            step=facts.step,
         )
 
     def _protect(self, policy: Policy) -> dict[str, tuple[str, ...]]:
-        # What a failed eviction, or somebody by hand, has removed is no candidate.
-        there = {checkpoint.id for checkpoint in self._store.log()}
-        self._alive.remove(c for c in self._alive.all() if c.id not in there)
-        kept = self._alive.kept(policy)
-        with bounded(self._store, policy, refs=True):
-            given = self._alive.foreign
-            notes = {i: self._note(i in given, reasons=list(kept[i])) for i in kept}
+        """Pin the checkpoints that the policy keeps; return their ids with reasons."""
+        # An eviction that failed half-way, or a user, may have removed checkpoints.
+        self._state.update(self._store.log())
+        kept = self._state.kept(policy)
+        with within_budget(self._store, policy, refs=True):
+            foreign = self._state.foreign
+            notes = {i: self._note(i in foreign, reasons=list(kept[i])) for i in kept}
             protect(self._store, self.name, notes)
         return kept
 
     def _note(self, given: bool, **more: Any) -> dict[str, Any]:
         return {**more, **({"given": True} if given else {}), "since": self._since}
 
-    def _evict(
+    def _evict_unkept(
         self, checkpoint: Checkpoint, kept: dict[str, tuple[str, ...]], before: Sequence[Checkpoint]
     ) -> Commit:
-        """Give up what is not kept; what has gone of those ``before`` is told as dropped."""
-        result = self._give_up([c for c in self._alive.all() if c.id not in kept])
+        """Evict all but ``kept``; the result lists those of ``before`` that are gone as dropped."""
+        result = self._evict([c for c in self._state.checkpoints() if c.id not in kept])
         there = {c.id for c in self._store.log()}
         dropped = tuple(dict.fromkeys(c.id for c in before if c.id not in there))
         return Commit(
@@ -421,14 +559,17 @@ class Timeline:
             left_bytes=result.left_bytes,
         )
 
-    def _give_up(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
-        """Protect checkpoints no longer, and evict those that are this timeline's own."""
-        names = self._store.refs()
-        for name in (ref_of(self.name, checkpoint.id) for checkpoint in checkpoints):
-            if name in names:
-                self._store.unpin(name)
-        result = self._store.evict(
-            c.id for c in checkpoints if c.id not in self._alive.foreign and c.created > self._since
-        )
-        self._alive.remove(checkpoints)
+    def _evict(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
+        """Unpin checkpoints, and evict those that this timeline committed."""
+        with self._store.session("gc", exclusive=True):
+            names = self._store.refs()
+            for name in (ref_of(self.name, checkpoint.id) for checkpoint in checkpoints):
+                if name in names:
+                    self._store.unpin(name)
+            result = self._store.evict(
+                c.id
+                for c in checkpoints
+                if c.id not in self._state.foreign and c.created > self._since
+            )
+        self._state.remove(checkpoints)
         return result

@@ -17,6 +17,7 @@ from msft_store import Checkpoint, Store
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import Record, chunk_key
 from msft_store.objects.manifest import (
+    CheckpointFacts,
     Piece,
     TensorEntry,
     checkpoint_content,
@@ -58,12 +59,9 @@ def forge_checkpoint(
     line = tensor_table(tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
     content = checkpoint_content(
+        CheckpointFacts.of(),
         parent=base,
         base=base,
-        step=None,
-        metrics={},
-        tags=(),
-        metadata={},
         tensors=line,
         logical_bytes=size,
     )

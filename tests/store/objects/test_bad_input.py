@@ -24,18 +24,15 @@ from msft_store import (
     VersionError,
 )
 from msft_store.format.layout import canonical, digest, seal
-from msft_store.objects.manifest import checkpoint_content
+from msft_store.objects.manifest import CheckpointFacts, checkpoint_content
 from msft_store.storage.backend import LocalBackend
 from tests.support.faults import FaultyBackend, changed_at
 from tests.support.states import State, train_step
 
 EMPTY = checkpoint_content(
+    CheckpointFacts.of(),
     parent=None,
     base=None,
-    step=None,
-    metrics={},
-    tags=(),
-    metadata={},
     tensors=b"{}",
     logical_bytes=0,
 )
