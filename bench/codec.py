@@ -40,8 +40,8 @@ from matplotlib.figure import Figure
 
 from bench.trajectories import DATA, ROOT
 from msft_store.codec import adaptive_codec, changes, codecs, exponent_codec
-from msft_store.codec.kernels import Bytes, difference, lanes, split_planes
-from msft_store.format.dtypes import DType, by_torch
+from msft_store.codec.kernels import Bytes, encode_lane_changes, split_planes, view_lanes
+from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
 from msft_store.tensors.bytes import to_bytes
 
@@ -143,10 +143,10 @@ def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
 
     def without(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            with patch.dict(os.environ, {codecs.VARIABLE: "0"}):
-                codecs.loops.cache_clear()
+            with patch.dict(os.environ, {codecs.NUMBA_VARIABLE: "0"}):
+                codecs.compiled_kernels.cache_clear()
                 found = call(*arguments)
-            codecs.loops.cache_clear()
+            codecs.compiled_kernels.cache_clear()
             return found
 
         return called
@@ -186,7 +186,7 @@ def chunks_of(folder: Path) -> Iterator[Chunk]:
     steps = sorted(folder.glob("step*.safetensors"), key=lambda path: int(path.stem[4:]))
     first, last = (safetensors.torch.load_file(path) for path in (steps[0], steps[-1]))
     for name, tensor in last.items():
-        new, old, dtype = to_bytes(tensor), to_bytes(first[name]), by_torch(tensor.dtype)
+        new, old, dtype = to_bytes(tensor), to_bytes(first[name]), dtype_by_torch(tensor.dtype)
         for at in range(0, new.size, CHUNK_BYTES):
             yield new[at : at + CHUNK_BYTES], old[at : at + CHUNK_BYTES], dtype
 
@@ -195,12 +195,14 @@ def entropy_bytes(chunks: list[Chunk]) -> float:
     """Return the empirical entropy of all changes given chunk and exponent of the reference."""
     bits = 0.0
     for new, old, dtype in chunks:
-        layout = changes.layout_of(dtype)
+        layout = changes.float_layout(dtype)
         if layout is None:
             bits += 8.0 * new.size
             continue
-        change = difference(lanes(new, dtype.lane), lanes(old, dtype.lane), floating=True)
-        exponent = (lanes(old, dtype.lane).astype(np.int64) & layout.mask) >> layout.shift
+        change = encode_lane_changes(
+            view_lanes(new, dtype.lane), view_lanes(old, dtype.lane), floating=True
+        )
+        exponent = (view_lanes(old, dtype.lane).astype(np.int64) & layout.mask) >> layout.shift
         bits += conditional_entropy(exponent, change.astype(np.int64))
     return bits / 8
 
@@ -209,14 +211,16 @@ def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
     """Return the empirical entropy of what a level codes, given its chunk and its classes."""
     bits = 0.0
     for new, old, dtype in chunks:
-        layout = changes.layout_of(dtype)
+        layout = changes.float_layout(dtype)
         if layout is None or np.array_equal(new, old):
             continue
-        lane_pair = lanes(new, dtype.lane), lanes(old, dtype.lane)
-        found = exponent_codec.find(*lane_pair, layout, codecs.loops())
+        lane_pair = view_lanes(new, dtype.lane), view_lanes(old, dtype.lane)
+        found = exponent_codec.find_changes(*lane_pair, layout, codecs.compiled_kernels())
         runs = np.zeros(0, np.int64) if found.runs is None else found.runs
         for values in (runs, found.gaps):
-            symbols = exponent_codec.plain_symbols(0, values.astype(np.uint32)).astype(np.int64)
+            symbols = exponent_codec.compute_plain_symbols(0, values.astype(np.uint32)).astype(
+                np.int64
+            )
             tokens = symbols >> 2 & changes.TOKENS - 1
             bits += conditional_entropy(np.zeros_like(tokens), tokens)
             bits += float(changes.EXTRA_BITS[tokens].sum(dtype=np.int64))
@@ -225,7 +229,7 @@ def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
             coded = found.symbols.astype(np.int64) & 0xFF
             low = changes.EXTRA_BITS[coded >> 2]
         else:
-            coded = adaptive_codec.halved(found.symbols, found.distances).astype(np.int64)
+            coded = adaptive_codec.append_halves(found.symbols, found.distances).astype(np.int64)
             low = adaptive_codec.FINE_BITS[coded >> 2]
         bits += conditional_entropy(contexts, coded) + float(low.sum(dtype=np.int64))
     return bits / 8

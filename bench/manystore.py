@@ -22,7 +22,7 @@ import numpy as np
 
 from msft_store import Store
 from msft_store.codec.codecs import SPARSE
-from msft_store.format.dtypes import by_name
+from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, Record
 from msft_store.objects.bases import Base, BaseTensor, base_id, write_base
 from msft_store.objects.manifest import (
@@ -35,7 +35,7 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PackWriter
 from msft_store.storage.backend import LocalBackend, Writer
 
-DTYPE = by_name("bfloat16")
+DTYPE = dtype_by_name("bfloat16")
 PAYLOAD = bytes(16)
 CHUNKS_PER_TENSOR = 4
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm")

@@ -44,7 +44,7 @@ from bench.ways import OURS, SAFETENSORS, WAYS, Ours, states
 from msft_store import AsyncSaver, Champions, Store, Timeline
 from msft_store.cli import main as cli
 from msft_store.codec import codecs
-from msft_store.format.dtypes import by_torch
+from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
 from msft_store.tensors.bytes import to_bytes
 
@@ -171,7 +171,7 @@ def codec_speed(regime: str, gigabytes: float) -> dict[str, float]:
         (
             to_bytes(tensor)[at : at + CHUNK_BYTES],
             to_bytes(before[name])[at : at + CHUNK_BYTES],
-            by_torch(tensor.dtype),
+            dtype_by_torch(tensor.dtype),
         )
         for name, tensor in after.items()
         for at in range(0, tensor.nbytes, CHUNK_BYTES)

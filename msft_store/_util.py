@@ -25,7 +25,7 @@ PathLike = str | os.PathLike[str]
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def local_path(path: PathLike) -> Path:
+def check_path(path: PathLike) -> Path:
     """Return a path as an absolute one.
 
     :class:`InvalidInputError` for what no file can be called: a path with a NUL character; and for
@@ -46,7 +46,7 @@ _UNITS = ("B", "kB", "MB", "GB")
 _STEP = 1000
 
 
-def human(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Return a number of bytes with a unit, powers of 1000."""
     value = float(size)
     for unit in _UNITS:
@@ -56,23 +56,23 @@ def human(size: int) -> str:
     return f"{value:.1f} TB"
 
 
-def counted(number: int, what: str) -> str:
+def format_count(number: int, what: str) -> str:
     """Return a number of things: "1 pack", "2 packs"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def short_path(path: str) -> str:
+def shorten_path(path: str) -> str:
     """Return a path as seen from the current directory, if it is below it."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
-def percent(part: int, whole: int) -> str:
+def format_percent(part: int, whole: int) -> str:
     """Return a share, or a dash of nothing."""
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
     """Return aligned columns; ``align`` has ``<`` or ``>`` for each."""
     # A name may have line ends, and is one cell all the same.
     rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]

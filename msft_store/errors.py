@@ -21,7 +21,7 @@ from __future__ import annotations
 import collections.abc
 import errno
 
-REPAIR = "msft-store check names what is still sound, msft-store repair keeps it"
+REPAIR_HINT = "msft-store check names what is still sound, msft-store repair keeps it"
 """What to do about damage, at the end of messages."""
 
 
@@ -34,12 +34,12 @@ class StoreError(Exception):
         """The file whose bytes are to blame, where one is."""
 
 
-def reason(error: StoreError) -> str:
+def strip_hint(error: StoreError) -> str:
     """Return what an error says, without the advice for damage."""
-    return str(error).removesuffix(f"; {REPAIR}")
+    return str(error).removesuffix(f"; {REPAIR_HINT}")
 
 
-def bare(error: StoreError) -> StoreError:
+def strip_frames(error: StoreError) -> StoreError:
     """Return an error to keep, without the frames that it came through: they hold data.
 
     What the operating system said stays: it tells a bad medium from one that is out of reach.

@@ -86,7 +86,7 @@ class Policy(ABC):
         return ()
 
     def __or__(self, other: Policy) -> Policy:
-        return Union(parts=(*_parts(self), *_parts(other)))
+        return Union(parts=(*_split_parts(self), *_split_parts(other)))
 
     def decide(self, candidates: Sequence[Candidate]) -> Kept:
         """Return what is kept, by id, with reasons; what is absent may go.
@@ -95,7 +95,7 @@ class Policy(ABC):
         """
         kept = self.rules(candidates)
         if self.budget is not None:
-            kept = _fit(kept, candidates, self.budget)
+            kept = _fit_into_budget(kept, candidates, self.budget)
         return kept
 
     def rules(self, candidates: Sequence[Candidate]) -> Kept:
@@ -188,8 +188,8 @@ class KeepBest(Policy):
         return (self.metric,)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        mode = self.mode or direction_of(self.metric)
-        for rank, candidate in enumerate(_ranked(candidates, self.metric, mode)[: self.k]):
+        mode = self.mode or default_mode(self.metric)
+        for rank, candidate in enumerate(_rank(candidates, self.metric, mode)[: self.k]):
             what = f"best {self.metric}" if rank == 0 else f"number {rank + 1} by {self.metric}"
             text = f"{what} ({candidate.metrics[self.metric]:.6g})"
             yield candidate, Reason(text=text, protected=rank == 0, rank=rank)
@@ -209,7 +209,7 @@ class Champions(Policy):
         return tuple(self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        for metric, champion in _champions(candidates, self.metrics):
+        for metric, champion in _find_champions(candidates, self.metrics):
             text = f"champion of {metric} ({champion.metrics[metric]:.6g})"
             yield champion, Reason(text=text, protected=True)
 
@@ -235,8 +235,8 @@ class PeakWindow(Policy):
         return tuple(self.metrics)
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        champions = list(_champions(candidates, self.metrics))
-        now = max((candidate.index for candidate in _current(candidates)), default=0)
+        champions = list(_find_champions(candidates, self.metrics))
+        now = max((candidate.index for candidate in _select_current_branch(candidates)), default=0)
         first = min(
             (champion.index for _, champion in champions if now - champion.index >= self.w),
             default=None,
@@ -275,41 +275,41 @@ class DiskBudget(Policy):
         return self.max_bytes
 
 
-def _parts(policy: Policy) -> tuple[Policy, ...]:
+def _split_parts(policy: Policy) -> tuple[Policy, ...]:
     return policy.parts if isinstance(policy, Union) else (policy,)
 
 
-def _current(candidates: Sequence[Candidate]) -> list[Candidate]:
+def _select_current_branch(candidates: Sequence[Candidate]) -> list[Candidate]:
     branch = max((candidate.branch for candidate in candidates), default=0)
     return [candidate for candidate in candidates if candidate.branch == branch]
 
 
-def _ranked(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
+def _rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
     sign = -1.0 if mode == "max" else 1.0
     able = [c for c in candidates if math.isfinite(c.metrics.get(metric, math.nan))]
     return sorted(able, key=lambda candidate: sign * candidate.metrics[metric])
 
 
-def _champions(
+def _find_champions(
     candidates: Sequence[Candidate], metrics: Mapping[str, Mode]
 ) -> Iterator[tuple[str, Candidate]]:
-    current = _current(candidates)
+    current = _select_current_branch(candidates)
     for metric in sorted(metrics):
-        ranked = _ranked(current, metric, metrics[metric])
+        ranked = _rank(current, metric, metrics[metric])
         if ranked:
             yield metric, ranked[0]
 
 
-def expendable(kept: Kept, candidates: Sequence[Candidate]) -> list[str]:
+def list_evictable(kept: Kept, candidates: Sequence[Candidate]) -> list[str]:
     """Return the ids of what is kept but not protected, the least valuable last."""
     age = {candidate.id: number for number, candidate in enumerate(reversed(candidates))}
     free = [identity for identity in kept if not any(r.protected for r in kept[identity])]
     return sorted(free, key=lambda identity: (min(r.rank for r in kept[identity]), age[identity]))
 
 
-def _fit(kept: Kept, candidates: Sequence[Candidate], budget: int) -> Kept:
+def _fit_into_budget(kept: Kept, candidates: Sequence[Candidate], budget: int) -> Kept:
     sizes = {candidate.id: candidate.stored_bytes for candidate in candidates}
-    kept, free = dict(kept), expendable(kept, candidates)
+    kept, free = dict(kept), list_evictable(kept, candidates)
     total = sum(sizes[identity] for identity in kept)
     while total > budget and free:
         total -= sizes[free[-1]]
@@ -335,7 +335,7 @@ def _check_metrics(what: str, metrics: Mapping[str, Mode]) -> None:
         _check_mode(mode)
 
 
-def direction_of(metric: str) -> Mode:
+def default_mode(metric: str) -> Mode:
     """Return which way is good, as far as a name tells it."""
     return "min" if metric.endswith("loss") else "max"
 
@@ -355,7 +355,7 @@ def check_policy(policy: object) -> Policy:
     return policy
 
 
-def check_ranked(policy: Policy, measured: Sequence[Metrics]) -> None:
+def check_ranked_metrics(policy: Policy, measured: Sequence[Metrics]) -> None:
     """Refuse a policy that ranks by a metric which none of the checkpoints has as a finite number.
 
     :class:`InvalidInputError` names the nearest one that there is.
@@ -364,7 +364,9 @@ def check_ranked(policy: Policy, measured: Sequence[Metrics]) -> None:
     finite = {m for metrics in measured for m, value in metrics.items() if math.isfinite(value)}
     for metric in policy.ranked_by:
         if measured and metric not in known:
-            raise InvalidInputError(f"no checkpoint has a metric {metric!r}; {hint(metric, known)}")
+            raise InvalidInputError(
+                f"no checkpoint has a metric {metric!r}; {suggest_metric(metric, known)}"
+            )
         if measured and metric not in finite:
             raise InvalidInputError(
                 f"no checkpoint has a finite {metric!r}, so none is the best by it; "
@@ -385,11 +387,11 @@ def check_commit(policy: Policy, commit: Candidate, others: Iterable[Metrics]) -
         metric = policy.ranked_by[0]
         raise InvalidInputError(
             f"the policy would evict every commit: it ranks by {metric!r}, which none has; "
-            f"{hint(metric, set(commit.metrics))}"
+            f"{suggest_metric(metric, set(commit.metrics))}"
         )
 
 
-def hint(metric: str, known: set[str]) -> str:
+def suggest_metric(metric: str, known: set[str]) -> str:
     """Return which metric may have been meant."""
     near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.0)
     return f"the nearest is {near[0]!r}" if near else "they have no metrics"

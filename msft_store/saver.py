@@ -48,7 +48,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.objects.bases import Base
@@ -101,9 +101,9 @@ class Staging:
                 self._buffers = {}
                 reason = str(error).partition("\n")[0]
                 raise StorageError(
-                    f"no memory for the staging copy of {name!r}, {human(tensor.nbytes)} of "
-                    f"{human(sum(t.nbytes for t in tensors.values()))}: {reason}. A save that is "
-                    "not in the background needs no copy"
+                    f"no memory for the staging copy of {name!r}, {format_bytes(tensor.nbytes)} of "
+                    f"{format_bytes(sum(t.nbytes for t in tensors.values()))}: {reason}. A save "
+                    "that is not in the background needs no copy"
                 ) from error
 
     def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:

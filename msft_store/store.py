@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from msft_store._util import PathLike, local_path
+from msft_store._util import PathLike, check_path
 from msft_store.codec.codecs import Level
 from msft_store.errors import (
     CorruptedError,
@@ -101,7 +101,7 @@ class Store:
         :class:`NotAStoreError` if there is a store already, or something else.
         """
         config = write_config(level)
-        root = local_path(path)
+        root = check_path(path)
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(
@@ -120,7 +120,7 @@ class Store:
     @classmethod
     def open(cls, path: PathLike) -> Store:
         """Open a store; :class:`NotAStoreError` if there is none."""
-        return cls(LocalBackend(local_path(path)))
+        return cls(LocalBackend(check_path(path)))
 
     @property
     def path(self) -> str:
@@ -138,7 +138,7 @@ class Store:
     def add_base(self, path: PathLike) -> Base:
         """Record a safetensors file, or a directory of them, by content; nothing is copied."""
         with self._backend.lock(shared=True, purpose="add-base"):
-            base = add_base(self._backend, local_path(path))
+            base = add_base(self._backend, check_path(path))
         self._catalog.objects.add_base(base)
         return base
 
@@ -146,7 +146,7 @@ class Store:
         """Tell where a base's files are now; :class:`BaseError` if they hold another model."""
         known = self.base(base)
         with self._backend.lock(shared=True, purpose="relocate"):
-            moved = relocate(self._backend, known, local_path(path))
+            moved = relocate(self._backend, known, check_path(path))
         self._catalog.objects.add_base(moved)
         return moved
 
@@ -515,8 +515,8 @@ class Store:
         Configuration and tokenizer come from the base's directory, or from the one that ``like``
         names.
         """
-        found, place = self.get(checkpoint), local_path(folder)
-        beside = None if like is None else local_path(like)
+        found, place = self.get(checkpoint), check_path(folder)
+        beside = None if like is None else check_path(like)
         return undisturbed(self._backend, lambda: export(self._catalog, found, place, like=beside))
 
     def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:

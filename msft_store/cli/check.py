@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from msft_store._util import counted, human, local_path
+from msft_store._util import check_path, format_bytes, format_count
 from msft_store.cli.output import missing
 from msft_store.maintenance.check import Finding, Report
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
@@ -54,10 +54,10 @@ def examine(store: Store, *, read_data: bool) -> tuple[Report, str]:
 
 
 def _line_of(base: Base, found: list[Finding], need: int, *, read_data: bool) -> str:
-    needed = f"{counted(need, 'checkpoint')} cannot be restored without it" if need else ""
+    needed = f"{format_count(need, 'checkpoint')} cannot be restored without it" if need else ""
     if is_gone(base):
         return missing(base, needed)
-    tensors = f", {len({f.tensor for f in found})} of {counted(len(base.tensors), 'tensor')}"
+    tensors = f", {len({f.tensor for f in found})} of {format_count(len(base.tensors), 'tensor')}"
     text = f"base {base.id[:12]}{tensors if read_data else ''}: {found[0].what}"
     return f"{text}; {needed}" if needed else text
 
@@ -76,7 +76,7 @@ def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
 
     Of a store whose ``store.json`` is damaged, too, which cannot be opened.
     """
-    plan = plan_repair(LocalBackend(local_path(path)))
+    plan = plan_repair(LocalBackend(check_path(path)))
     document = _document(plan)
     if dry_run:
         return document, f"{plan}\nnothing was changed (--dry-run)"
@@ -84,7 +84,7 @@ def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
     text = str(plan)
     if result.folder is not None:
         text += (
-            f"\n{result.files} files ({human(result.bytes)}) are in {result.folder} now; "
+            f"\n{result.files} files ({format_bytes(result.bytes)}) are in {result.folder} now; "
             "nothing was deleted. No checkpoint needs that directory: remove it when you like"
         )
     return {**document, **dataclasses.asdict(result)}, text

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from msft_store._util import counted
+from msft_store._util import format_count
 from msft_store.errors import InvalidInputError, PinnedError, UnknownCheckpointError
 from msft_store.maintenance.gc import GcPlan, Verdict
 from msft_store.maintenance.repack import RepackPlan
@@ -107,7 +107,9 @@ def forget(
         dropped, stay = _forget_unpinned(store, dropped)
         kept += stay
     did = "would forget" if dry_run else "forgot"
-    lines = [f"{did} {counted(len(dropped), 'checkpoint')}" if dropped else "nothing to forget"]
+    lines = [
+        f"{did} {format_count(len(dropped), 'checkpoint')}" if dropped else "nothing to forget"
+    ]
     lines += [f"  forget {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in dropped]
     lines += [f"  keep   {_named(v.checkpoint)}: {', '.join(v.reasons)}" for v in kept]
     if dropped:

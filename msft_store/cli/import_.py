@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from msft_store._util import PathLike, local_path
+from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
@@ -46,7 +46,7 @@ def import_checkpoint(
     not sound.
     """
     with store.awaiting_parts():
-        parts = [store.encode(group, parent=parent) for group in _groups(local_path(path))]
+        parts = [store.encode(group, parent=parent) for group in _groups(check_path(path))]
         return store.save(
             Parts(parts), parent=parent, step=step, metrics=metrics, tags=tags, metadata=metadata
         )
@@ -63,7 +63,7 @@ def fitting_base(store: Store, path: PathLike) -> Base | None:
     if len(bases) != 1:
         return None
     theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
-    files = find_files(local_path(path))
+    files = find_files(check_path(path))
     shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
     found = match_names(shapes, theirs)
     fits = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-from msft_store._util import human, percent, table
+from msft_store._util import format_bytes, format_percent, format_table
 from msft_store.cli.lineage import lineage
 from msft_store.cli.output import facts, facts_of_base, gone, measured
 from msft_store.cli.plots import draw_lineage
@@ -64,7 +64,9 @@ def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
     text += f"\nlevel {store.level}{gone(bases)}"
     if held:
-        text += f"\nbesides {human(held)} of forgotten checkpoints that others are changes of"
+        text += (
+            f"\nbesides {format_bytes(held)} of forgotten checkpoints that others are changes of"
+        )
     if plot is not None:
         path = draw_lineage(checkpoints, bases, refs, plot)
         document["plot"] = str(path)
@@ -80,15 +82,15 @@ def _checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], s
             source.tensor,
             source.dtype,
             _shape(source.shape),
-            human(source.logical_bytes),
-            human(source.stored_bytes),
-            percent(source.stored_bytes, source.logical_bytes),
+            format_bytes(source.logical_bytes),
+            format_bytes(source.stored_bytes),
+            format_percent(source.stored_bytes, source.logical_bytes),
             "; ".join(source.how),
         )
         for source in tensors
     ]
     header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
-    text = f"{facts(store, checkpoint)}\n\n{table(header, rows, align='<<<>>><')}"
+    text = f"{facts(store, checkpoint)}\n\n{format_table(header, rows, align='<<<>>><')}"
     return {**summary(checkpoint), "tensors": tensors}, text
 
 
@@ -104,10 +106,10 @@ def _base(base: Base) -> tuple[dict[str, Any], str]:
         for name, tensor in base.tensors.items()
     ]
     rows = [
-        (name, tensor.dtype.name, _shape(tensor.shape), human(tensor.nbytes))
+        (name, tensor.dtype.name, _shape(tensor.shape), format_bytes(tensor.nbytes))
         for name, tensor in base.tensors.items()
     ]
-    listed = table(("tensor", "dtype", "shape", "bytes"), rows, align="<<<>")
+    listed = format_table(("tensor", "dtype", "shape", "bytes"), rows, align="<<<>")
     return {**_summary_of_base(base), "tensors": tensors}, f"{facts_of_base(base)}\n\n{listed}"
 
 

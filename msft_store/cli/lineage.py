@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from msft_store._util import human, percent, short_path, table
+from msft_store._util import format_bytes, format_percent, format_table, shorten_path
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
 
@@ -42,13 +42,13 @@ def lineage(
     why = kept_by(refs, notes)
     rows: list[tuple[str, ...]] = []
     for base in bases:
-        size, path = human(base.logical_bytes), short_path(base.path)
+        size, path = format_bytes(base.logical_bytes), shorten_path(base.path)
         rows.append((f"base {base.id[:12]}", "", "", size, "", "", path))
         rows += _rows(children.get(base.id, []), children, why)
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))
         rows += _rows(children[None], children, why)
-    return table(_HEADER, rows, align="<><>>><") if rows else ""
+    return format_table(_HEADER, rows, align="<><>>><") if rows else ""
 
 
 def _rows(
@@ -64,9 +64,9 @@ def _rows(
             f"{indent}{'└─' if last else '├─'} {checkpoint.id[:12]}",
             "" if checkpoint.step is None else str(checkpoint.step),
             metrics_text(checkpoint.metrics),
-            human(checkpoint.logical_bytes),
-            human(checkpoint.stored_bytes),
-            percent(checkpoint.stored_bytes, checkpoint.logical_bytes),
+            format_bytes(checkpoint.logical_bytes),
+            format_bytes(checkpoint.stored_bytes),
+            format_percent(checkpoint.stored_bytes, checkpoint.logical_bytes),
             why.get(checkpoint.id, ""),
         )
         deeper = indent + ("   " if last else "│  ")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from msft_store._util import human, table
+from msft_store._util import format_bytes, format_table
 from msft_store.cli.check import examine, repair
 from msft_store.cli.gc import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli.inspect import inspect, summary
@@ -132,7 +132,7 @@ def _init(options: argparse.Namespace) -> Output:
 
 def _add_base(options: argparse.Namespace) -> Output:
     base = _open(options).add_base(options.path)
-    text = f"base {base.id[:12]}: {len(base.tensors)} tensors, {human(base.logical_bytes)}"
+    text = f"base {base.id[:12]}: {len(base.tensors)} tensors, {format_bytes(base.logical_bytes)}"
     return {"id": base.id, "path": base.path, "logical_bytes": base.logical_bytes}, text
 
 
@@ -149,8 +149,8 @@ def _log(options: argparse.Namespace) -> Output:
         (
             checkpoint.id[:12],
             "" if checkpoint.step is None else str(checkpoint.step),
-            human(checkpoint.logical_bytes),
-            human(checkpoint.stored_bytes),
+            format_bytes(checkpoint.logical_bytes),
+            format_bytes(checkpoint.stored_bytes),
             metrics_text(checkpoint.metrics),
             " ".join(checkpoint.tags),
             why.get(checkpoint.id, ""),
@@ -158,7 +158,7 @@ def _log(options: argparse.Namespace) -> Output:
         for checkpoint in checkpoints
     ]
     header = ("checkpoint", "step", "logical", "stored", "metrics", "tags", "kept by")
-    text = table(header, rows, align="<>>><<<") if rows else "no checkpoints yet"
+    text = format_table(header, rows, align="<>>><<<") if rows else "no checkpoints yet"
     return [summary(checkpoint) for checkpoint in checkpoints], text
 
 

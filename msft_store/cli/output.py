@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from msft_store._util import human, percent
+from msft_store._util import format_bytes, format_percent
 from msft_store.cli.lineage import reasons_of
 from msft_store.maintenance.stats import Stats
 from msft_store.objects.bases import Base, is_gone
@@ -75,7 +75,7 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
     """Return what a checkpoint says of itself."""
     notes = store.notes()
     pins = [name for name, target in store.refs().items() if target == checkpoint.id]
-    ratio = percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
+    ratio = format_percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
     metrics = sorted(checkpoint.metrics.items())
     text = listing(
         {
@@ -86,9 +86,9 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
             "metrics": " ".join(f"{k}={v:.6g}" for k, v in metrics) or "none",
             "tags": " ".join(checkpoint.tags) or "none",
             "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
-            "logical": human(checkpoint.logical_bytes),
-            "stored": f"{human(checkpoint.stored_bytes)} ({ratio})",
-            "unreferenced": human(checkpoint.unreferenced_bytes),
+            "logical": format_bytes(checkpoint.logical_bytes),
+            "stored": f"{format_bytes(checkpoint.stored_bytes)} ({ratio})",
+            "unreferenced": format_bytes(checkpoint.unreferenced_bytes),
             # Others may pin and unpin while this looks.
             "pins": "; ".join(_pin(name, notes.get(name, {})) for name in pins) or "none",
         }
@@ -105,8 +105,8 @@ def facts_of_base(base: Base) -> str:
             "base": base.id,
             "path": base.path,
             "tensors": str(len(base.tensors)),
-            "logical": human(base.logical_bytes),
-            "files": f"{files}, {human(sum(size for _, size in base.files))}, {there}",
+            "logical": format_bytes(base.logical_bytes),
+            "files": f"{files}, {format_bytes(sum(size for _, size in base.files))}, {there}",
         }
     )
     return text + gone([base])
@@ -114,17 +114,17 @@ def facts_of_base(base: Base) -> str:
 
 def counts(stats: Stats) -> str:
     """Return what is counted in a store."""
-    share = percent(stats.stored_bytes, stats.logical_bytes)
+    share = format_percent(stats.stored_bytes, stats.logical_bytes)
     return listing(
         {
             "checkpoints": str(stats.checkpoints),
-            "logical": f"{human(stats.logical_bytes)} as full copies",
-            "stored": f"{human(stats.stored_bytes)} in packs ({share})",
-            "held": f"{human(stats.held_bytes)}, of forgotten checkpoints that others are changes "
-            "of",
-            "on disk": f"{human(stats.on_disk_bytes)}, everything counted",
-            "quarantine": f"{human(stats.quarantine_bytes)} of it, set aside by repairs",
-            "bases": f"{human(stats.base_bytes)}, elsewhere on the disk",
+            "logical": f"{format_bytes(stats.logical_bytes)} as full copies",
+            "stored": f"{format_bytes(stats.stored_bytes)} in packs ({share})",
+            "held": f"{format_bytes(stats.held_bytes)}, of forgotten checkpoints that others are "
+            "changes of",
+            "on disk": f"{format_bytes(stats.on_disk_bytes)}, everything counted",
+            "quarantine": f"{format_bytes(stats.quarantine_bytes)} of it, set aside by repairs",
+            "bases": f"{format_bytes(stats.base_bytes)}, elsewhere on the disk",
             "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
         }
     )

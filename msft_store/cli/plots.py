@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msft_store._util import PathLike, counted, human, local_path
+from msft_store._util import PathLike, check_path, format_bytes, format_count
 from msft_store.cli.lineage import metrics_text
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.diff import TensorDiff
@@ -181,7 +181,9 @@ def draw_lineage(
         shown[before] = "base"
         axes.axvline((before + first) / 2, color="0.8", linestyle=":", linewidth=1, zorder=0)
     axes.set_xticks(list(shown), list(shown.values()))
-    axes.set_title(f"{counted(len(checkpoints), 'checkpoint')}; the largest point is {human(most)}")
+    axes.set_title(
+        f"{format_count(len(checkpoints), 'checkpoint')}; the largest point is {format_bytes(most)}"
+    )
     return _save(figure, path)
 
 
@@ -236,7 +238,11 @@ def _key(
 ) -> list[tuple[str, str, str]]:
     """Return id, mark and text of what the lines below the picture tell of."""
     found = [
-        (base.id, f"b{number}", f"base {base.id[:12]}, {human(base.logical_bytes)}: {base.path}")
+        (
+            base.id,
+            f"b{number}",
+            f"base {base.id[:12]}, {format_bytes(base.logical_bytes)}: {base.path}",
+        )
         for number, base in enumerate(bases, 1)
     ]
     names: dict[str, list[str]] = {}
@@ -306,7 +312,7 @@ def _shade(share: float | None, most: float) -> str:
 
 def check_picture(path: PathLike) -> None:
     """Raise :class:`InvalidInputError` for a file that is no kind of picture that is drawn."""
-    target = local_path(path)
+    target = check_path(path)
     if target.suffix.lower() not in _KINDS_OF_FILES:
         raise InvalidInputError(
             f"cannot draw {target}: a picture's name ends with {' or '.join(_KINDS_OF_FILES)}"
@@ -328,7 +334,7 @@ def _canvas(width: float, *heights: float) -> tuple[Any, Sequence[Any]]:
 
 
 def _save(figure: Any, path: PathLike) -> Path:
-    target = local_path(path)
+    target = check_path(path)
     try:
         figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 
 _T = TypeVar("_T")
 _EVERY = 0.2
@@ -56,8 +56,10 @@ class _Line:
         self._last = now
         text = step
         if total:
-            speed = f", {human(int(done / (now - self._begun)))}/s" if now > self._begun else ""
-            text += f" {human(done)} of {human(total)}{speed}"
+            speed = (
+                f", {format_bytes(int(done / (now - self._begun)))}/s" if now > self._begun else ""
+            )
+            text += f" {format_bytes(done)} of {format_bytes(total)}{speed}"
         print(f"{_ERASE}{text}", end="", file=sys.stderr, flush=True)
 
     def erase(self) -> None:

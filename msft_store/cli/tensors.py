@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from msft_store._util import human, percent, table
+from msft_store._util import format_bytes, format_percent, format_table
 from msft_store.cli.import_ import fitting_base, import_checkpoint
 from msft_store.cli.plots import check_picture, draw_changes, heat_text
 from msft_store.errors import InvalidInputError
@@ -40,17 +40,17 @@ def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, 
             tensor.name,
             "x".join(map(str, tensor.shape)) or "scalar",
             tensor.kind,
-            percent(tensor.changed, tensor.elements) if tensor.kind in comparable else "",
+            format_percent(tensor.changed, tensor.elements) if tensor.kind in comparable else "",
             "" if tensor.largest is None else f"{tensor.largest:.3g}",
-            human(tensor.stored_bytes),
+            format_bytes(tensor.stored_bytes),
         )
         for tensor in differing
     ]
     header = ("tensor", "shape", "", "changed", "largest", "stored")
-    text = f"{table(header, rows, align='<<<>>>')}\n" if rows else ""
+    text = f"{format_table(header, rows, align='<<<>>>')}\n" if rows else ""
     text += (
         f"{len(differing)} of {len(diffs)} tensors differ, "
-        f"{percent(changed, elements)} of the elements that both have"
+        f"{format_percent(changed, elements)} of the elements that both have"
     )
     picture = heat_text(diffs)
     text += f"\n\n{picture}" if picture else ""
@@ -60,7 +60,7 @@ def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, 
         "elements": elements,
     }
     if plot is not None:
-        title = f"{one[:12]} to {other[:12]}: {percent(changed, elements)} changed"
+        title = f"{one[:12]} to {other[:12]}: {format_percent(changed, elements)} changed"
         path = draw_changes(diffs, plot, title=title)
         document["plot"] = str(path)
         text += f"\nthe heat map is in {path}"
@@ -112,7 +112,7 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     )
     if options.ref is not None:
         store.pin(saved, options.ref)
-    size = f"{human(saved.stored_bytes)} for {human(saved.logical_bytes)}"
+    size = f"{format_bytes(saved.stored_bytes)} for {format_bytes(saved.logical_bytes)}"
     document = {
         "id": saved.id,
         "logical_bytes": saved.logical_bytes,
@@ -148,7 +148,7 @@ def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     base = None if checkpoint.base is None else store.base(checkpoint.base)
     chosen = exported(checkpoint, tensors, base)
     if chosen.left_out:
-        size = human(sum(tensors[name].nbytes for name in chosen.left_out))
+        size = format_bytes(sum(tensors[name].nbytes for name in chosen.left_out))
         text += f"\nleft out, as no part of the model: {listed(chosen.left_out)} ({size})"
     configured = is_configured(files)
     if not configured:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msft_store.codec import arithmetic_coder, exponent_codec, kernels
-from msft_store.codec.changes import DIRECT, EXTRA_BITS, LEAST, Found, Layout
-from msft_store.codec.exponent_codec import ALL_BLOCKS, Places
+from msft_store.codec.changes import DIRECT_TOKENS, EXTRA_BITS, SMALLEST, ChunkChanges, FloatLayout
+from msft_store.codec.exponent_codec import ALL_BLOCKS_CODED, Listing
 from msft_store.codec.kernels import Lanes
 from msft_store.codec.rans import BLOCK, EXPONENTS, MAX_CLASSES
 
@@ -28,53 +28,55 @@ Array = NDArray[Any]
 
 _HEADER = struct.Struct("<IIIIIBBH")
 """Listed, gaps, runs, bytes of coded runs and gaps, words of low bits, low, high, busy."""
-interpreted: Any = arithmetic_coder.code
+interpreted_coder: Any = arithmetic_coder.code_symbols
 _RUN, _GAP = 0, 1
 """Runs and gaps are coded as if these were exponents."""
 FINE_BITS = np.repeat(EXTRA_BITS, 2)
-FINE_BITS[2 * DIRECT :] -= 1
+FINE_BITS[2 * DIRECT_TOKENS :] -= 1
 """Low bits that follow each token and half."""
-FINE_LEAST = np.repeat(LEAST, 2)
-FINE_LEAST[2 * DIRECT + 1 :: 2] += np.uint32(1) << FINE_BITS[2 * DIRECT + 1 :: 2]
+FINE_SMALLEST = np.repeat(SMALLEST, 2)
+FINE_SMALLEST[2 * DIRECT_TOKENS + 1 :: 2] += np.uint32(1) << FINE_BITS[2 * DIRECT_TOKENS + 1 :: 2]
 """The smallest distance of each token and half."""
 
 
-def pack(old: Lanes, layout: Layout, found: Found, fast: Any) -> bytes:
+def encode(old: Lanes, layout: FloatLayout, found: ChunkChanges, fast: Any) -> bytes:
     """Return the payload."""
     runs = np.zeros(0, np.int64) if found.runs is None else found.runs
     plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
-    known = Places(low=found.low, high=found.high, busy=found.busy, runs=found.runs)
-    positions, _ = exponent_codec.places(old, layout, known, found.gaps, fast)
-    plain_symbols = halved(exponent_codec.plain_symbols(runs.size, plain), plain)
-    symbols = halved(found.symbols, found.distances)
+    known = Listing(low=found.low, high=found.high, busy=found.busy, runs=found.runs)
+    positions, _ = exponent_codec.locate_listed(old, layout, known, found.gaps, fast)
+    plain_symbols = append_halves(exponent_codec.compute_plain_symbols(runs.size, plain), plain)
+    symbols = append_halves(found.symbols, found.distances)
     words, bits = np.zeros(plain.size + symbols.size + 2, np.uint32), 0
     unused = np.zeros(arithmetic_coder.PLACES, np.int64)
-    gather = (kernels if fast is None else fast).gather
+    gather = (kernels if fast is None else fast).write_low_bits
     bits = gather(plain_symbols, plain, FINE_BITS, unused, words, bits)
     bits = gather(symbols, found.distances, FINE_BITS, unused, words, bits)
     words = words[: -(-bits // 32)]
     kinds = np.repeat(np.array([_RUN, _GAP]), [runs.size, found.gaps.size])
-    head = _encode(plain_symbols, kinds, _RUN, _GAP, fast)
-    body = _encode(symbols, _exponents(old, positions, layout), found.low, found.high, fast)
-    busy = found.busy | (ALL_BLOCKS if found.runs is None else 0)
+    head = _encode_symbols(plain_symbols, kinds, _RUN, _GAP, fast)
+    body = _encode_symbols(
+        symbols, _exponents_at(old, positions, layout), found.low, found.high, fast
+    )
+    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
     sizes = (symbols.size, found.gaps.size, runs.size, len(head), words.size)
     header = _HEADER.pack(*sizes, found.low, found.high, busy)
     return b"".join([header, head, words.tobytes(), body])
 
 
-def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
+def decode(payload: bytes, old: Lanes, layout: FloatLayout, fast: Any) -> Lanes:
     """Return the changed lanes; :class:`ValueError` if the payload is damaged."""
     new: Lanes = old.copy()
-    unpack_over(payload, new, layout, fast)
+    decode_in_place(payload, new, layout, fast)
     return new
 
 
-def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
-    """As :func:`unpack`, over the reference; after an error it means nothing."""
+def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, fast: Any) -> None:
+    """As :func:`decode`, over the reference; after an error it means nothing."""
     if len(payload) < _HEADER.size:
         raise ValueError("an adaptive chunk has no header")
     listed, gaps, runs, head_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
-    whole, busy = bool(busy & ALL_BLOCKS), busy & (ALL_BLOCKS - 1)
+    whole, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
     at = _HEADER.size + head_bytes
     end = at + 4 * word_count
     blocks = 0 if whole else -(-old.size // BLOCK)
@@ -84,25 +86,25 @@ def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
         raise ValueError("an adaptive chunk has impossible classes")
     words = np.append(np.frombuffer(payload, "<u4", word_count, at), np.zeros(2, np.uint32))
     kinds = np.repeat(np.array([_RUN, _GAP]), [runs, gaps])
-    plain_symbols = _decode(payload[_HEADER.size : at], kinds, _RUN, _GAP, fast)
-    read = (kernels if fast is None else fast).distances_of
-    plain, bits = read(plain_symbols, words, 0, 32 * word_count, FINE_BITS, FINE_LEAST)
+    plain_symbols = _decode_symbols(payload[_HEADER.size : at], kinds, _RUN, _GAP, fast)
+    read = (kernels if fast is None else fast).read_distances
+    plain, bits = read(plain_symbols, words, 0, 32 * word_count, FINE_BITS, FINE_SMALLEST)
     if bits > 32 * word_count:
         raise ValueError("an adaptive chunk has the wrong number of low bits")
-    known = Places(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
-    positions, _ = exponent_codec.places(old, layout, known, plain[runs:], fast)
+    known = Listing(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
+    positions, _ = exponent_codec.locate_listed(old, layout, known, plain[runs:], fast)
     if positions.size != listed:
         raise ValueError("an adaptive chunk lists another number of elements")
-    symbols = _decode(payload[end:], _exponents(old, positions, layout), low, high, fast)
+    symbols = _decode_symbols(payload[end:], _exponents_at(old, positions, layout), low, high, fast)
     changed = old.view(f"<u{old.itemsize}")
-    low_bits = (words, bits, 32 * word_count, layout.sign, FINE_BITS, FINE_LEAST)
-    change = (kernels if fast is None else fast).apply
+    low_bits = (words, bits, 32 * word_count, layout.sign, FINE_BITS, FINE_SMALLEST)
+    change = (kernels if fast is None else fast).apply_changes
     bits = change(changed, positions, symbols, *low_bits)
     if not 0 <= 32 * word_count - bits < 32:
         raise ValueError("an adaptive chunk has the wrong number of low bits")
 
 
-def halved(symbols: Array, distances: Array) -> Array:
+def append_halves(symbols: Array, distances: Array) -> Array:
     """Return symbols without context, and with the half of a token's range beside it; uint16."""
     token = symbols >> 2 & 63
     bits = EXTRA_BITS[token]
@@ -111,50 +113,58 @@ def halved(symbols: Array, distances: Array) -> Array:
     return halved
 
 
-def _exponents(old: Lanes, positions: Array, layout: Layout) -> Array:
+def _exponents_at(old: Lanes, positions: Array, layout: FloatLayout) -> Array:
     unsigned = old.view(f"<u{old.itemsize}")
     magnitudes = unsigned[positions] & unsigned.dtype.type(layout.mask)
     exponents: Array = (magnitudes >> unsigned.dtype.type(layout.shift)).astype(np.int16)
     return exponents
 
 
-def _encode(symbols: Array, exponents: Array, low: int, high: int, fast: Any) -> bytes:
+def _encode_symbols(symbols: Array, exponents: Array, low: int, high: int, fast: Any) -> bytes:
     if symbols.size == 0:
         return b""
-    longest = arithmetic_coder.LONGEST * (symbols.size + 1)
+    longest = arithmetic_coder.MAX_SYMBOL_BYTES * (symbols.size + 1)
     if fast is None:
         coded = bytearray(longest)
-        arguments = (exponents.tolist(), low, high, symbols.tolist(), *_lists())
-        used = interpreted(True, coded, *arguments, arithmetic_coder.RATES.tolist())
+        arguments = (exponents.tolist(), low, high, symbols.tolist(), *_counters_as_lists())
+        used = interpreted_coder(True, coded, *arguments, arithmetic_coder.RATES.tolist())
         return bytes(coded[:used])
     data = np.zeros(longest, np.uint8)
     arguments = (exponents.astype(np.int16), low, high, symbols.astype(np.int16))
-    used = fast.code(True, data, *arguments, *arithmetic_coder.counters(), arithmetic_coder.RATES)
+    used = fast.code_symbols(
+        True, data, *arguments, *arithmetic_coder.make_counters(), arithmetic_coder.RATES
+    )
     taken: bytes = data[:used].tobytes()
     return taken
 
 
-def _decode(data: bytes, exponents: Array, low: int, high: int, fast: Any) -> Array:
+def _decode_symbols(data: bytes, exponents: Array, low: int, high: int, fast: Any) -> Array:
     if exponents.size == 0:
         if data:
             raise ValueError("an adaptive chunk has the wrong length")
         return np.zeros(0, np.uint16)
     if fast is None:
         symbols = [0] * exponents.size
-        arguments = (exponents.tolist(), low, high, symbols, *_lists())
-        used = interpreted(False, data, *arguments, arithmetic_coder.RATES.tolist())
+        arguments = (exponents.tolist(), low, high, symbols, *_counters_as_lists())
+        used = interpreted_coder(False, data, *arguments, arithmetic_coder.RATES.tolist())
         found = np.array(symbols, np.uint16)
     else:
         decoded = np.zeros(exponents.size, np.int16)
-        arguments = (exponents.astype(np.int16), low, high, decoded, *arithmetic_coder.counters())
+        arguments = (
+            exponents.astype(np.int16),
+            low,
+            high,
+            decoded,
+            *arithmetic_coder.make_counters(),
+        )
         coded = np.frombuffer(data, np.uint8).copy()
-        used = fast.code(False, coded, *arguments, arithmetic_coder.RATES)
+        used = fast.code_symbols(False, coded, *arguments, arithmetic_coder.RATES)
         found = decoded.astype(np.uint16)
     if used != len(data):
         raise ValueError("an adaptive chunk has the wrong length")
     return found
 
 
-def _lists() -> list[list[int]]:
+def _counters_as_lists() -> list[list[int]]:
     # Interpreted, lists are several times as fast as arrays, and their integers unbounded.
-    return [[0] * counter.size for counter in arithmetic_coder.counters()]
+    return [[0] * counter.size for counter in arithmetic_coder.make_counters()]

@@ -30,11 +30,11 @@ CLASSES = 64
 _NEAR = 16 * 64
 RATES = np.array([(1 << 17) // (2 * seen + 3) for seen in range(256)], np.int64)
 """How far a counter moves towards a bit, in 65536ths, by how much it has seen."""
-LONGEST = 20
+MAX_SYMBOL_BYTES = 20
 """Bytes that a symbol takes at most: 13 decisions of 11 bits, and a few for the end."""
 
 
-def counters() -> tuple[Array, Array]:
+def make_counters() -> tuple[Array, Array]:
     """Return the counters by class and by movement, before they have seen anything; int32.
 
     A counter is 24 bits of chance, signed, of which 20 are used, 0 being even, and 8 bits of how
@@ -43,7 +43,7 @@ def counters() -> tuple[Array, Array]:
     return np.zeros(CLASSES * PLACES, np.int32), np.zeros(_NEAR * PLACES, np.int32)
 
 
-def code(
+def code_symbols(
     encoding: Any,
     data: Any,
     exponents: Any,
@@ -75,7 +75,7 @@ def code(
         symbol = symbols[i] if encoding else 0
         token, flipped = symbol >> 3, symbol & 1
         path, towards, half = flipped << 6 | token, symbol >> 1 & 1, symbol >> 2 & 1
-        bit, bottom, top, value, at = decide(
+        bit, bottom, top, value, at = code_decision(
             encoding,
             1 if symbol != 0 else 0,
             data,
@@ -96,7 +96,7 @@ def code(
             place, bit = 0, 0
             while bit == 0 and place < 3:
                 place += 1
-                bit, bottom, top, value, at = decide(
+                bit, bottom, top, value, at = code_decision(
                     encoding,
                     1 if path == place else 0,
                     data,
@@ -116,7 +116,7 @@ def code(
             else:
                 place = 1
                 for depth in range(7):
-                    bit, bottom, top, value, at = decide(
+                    bit, bottom, top, value, at = code_decision(
                         encoding,
                         path >> (6 - depth) & 1,
                         data,
@@ -134,7 +134,7 @@ def code(
                 token, flipped = place & 63, place >> 6 & 1
                 place = 256 + 2 * token + flipped
             if token > 0:
-                towards, bottom, top, value, at = decide(
+                towards, bottom, top, value, at = code_decision(
                     encoding,
                     towards,
                     data,
@@ -150,7 +150,7 @@ def code(
                 )
             if token >= 4:
                 place = 384 + 2 * token + flipped
-                half, bottom, top, value, at = decide(
+                half, bottom, top, value, at = code_decision(
                     encoding,
                     half,
                     data,
@@ -177,7 +177,7 @@ def code(
     return at
 
 
-def decide(
+def code_decision(
     encoding: Any,
     bit: Any,
     data: Any,

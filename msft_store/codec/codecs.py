@@ -34,32 +34,32 @@ import numpy as np
 import zstandard
 
 from msft_store.codec import adaptive_codec, changes, exponent_codec
-from msft_store.codec.changes import Found, Layout
+from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.codec.kernels import (
     Bytes,
     Codes,
     Lanes,
-    difference,
-    gaps_of,
+    decode_gaps,
+    decode_lane_changes,
+    encode_gaps,
+    encode_lane_changes,
     join_planes,
-    lanes,
-    positions_of,
-    restore,
+    rotate_left,
+    rotate_right,
     split_planes,
-    turn,
-    turn_back,
+    view_lanes,
 )
 from msft_store.errors import VersionError
 from msft_store.format.dtypes import DType
-from msft_store.format.layout import compressor, inflate
+from msft_store.format.layout import decompress, get_compressor
 
-VARIABLE = "MSFT_STORE_NUMBA"
+NUMBA_VARIABLE = "MSFT_STORE_NUMBA"
 
 
 @functools.cache
-def loops() -> Any:
+def compiled_kernels() -> Any:
     """Return :mod:`msft_store.codec.numba_kernels`, or ``None``."""
-    if os.environ.get(VARIABLE) == "0":
+    if os.environ.get(NUMBA_VARIABLE) == "0":
         return None
     try:
         return importlib.import_module("msft_store.codec.numba_kernels")
@@ -158,7 +158,7 @@ class Planes:
     needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        codes = lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
+        codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
         return _deflate(split_planes(codes), _PLAIN_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
@@ -192,9 +192,9 @@ class Delta:
         return _deflate(split_planes(_change(chunk, reference, dtype)), _DELTA_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = lanes(_required(reference, size), dtype.lane)
+        old = view_lanes(_required(reference, size), dtype.lane)
         change = join_planes(_inflate(payload, size), dtype.lane)
-        return restore(change, old, floating=dtype.floating).view(np.uint8)
+        return decode_lane_changes(change, old, floating=dtype.floating).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -209,32 +209,35 @@ class Sparse:
     needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
+        new, old = (
+            view_lanes(chunk, dtype.lane),
+            view_lanes(_required(reference, chunk.size), dtype.lane),
+        )
         positions = np.flatnonzero(new != old)
-        change = difference(new[positions], old[positions], floating=dtype.floating)
-        streams = np.concatenate([split_planes(gaps_of(positions)), split_planes(change)])
+        change = encode_lane_changes(new[positions], old[positions], floating=dtype.floating)
+        streams = np.concatenate([split_planes(encode_gaps(positions)), split_planes(change)])
         return struct.pack("<I", positions.size) + _deflate(streams, _DELTA_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = lanes(_required(reference, size), dtype.lane)
+        old = view_lanes(_required(reference, size), dtype.lane)
         if len(payload) < 4:
             raise ValueError("a sparse chunk has no count")
         (count,) = struct.unpack_from("<I", payload)
         if count > old.size:
             raise ValueError("a sparse chunk changes more elements than it has")
         streams = _inflate(payload[4:], count * (4 + dtype.lane))
-        positions = positions_of(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
+        positions = decode_gaps(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
         if count and positions[-1] >= old.size:
             raise ValueError("a sparse chunk changes elements beyond its end")
         new: Lanes = old.copy()
         codes = join_planes(streams[4 * count :], dtype.lane)
-        new[positions] = restore(codes, old[positions], floating=dtype.floating)
+        new[positions] = decode_lane_changes(codes, old[positions], floating=dtype.floating)
         data: Bytes = new.view(np.uint8)
         return data
 
 
 @dataclass(frozen=True)
-class Classes:
+class ExponentClasses:
     """Changes given the exponent of the reference, range-coded; floats of 2 or 4 bytes."""
 
     code: int = 6
@@ -242,12 +245,15 @@ class Classes:
     needs_reference: bool = True
 
     def encode(
-        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: Found | None = None
+        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
-        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
-        fast = loops()
-        return exponent_codec.pack(
-            found or exponent_codec.find(new, old, _layout(dtype), fast), fast
+        new, old = (
+            view_lanes(chunk, dtype.lane),
+            view_lanes(_required(reference, chunk.size), dtype.lane),
+        )
+        fast = compiled_kernels()
+        return exponent_codec.encode(
+            found or exponent_codec.find_changes(new, old, _layout(dtype), fast), fast
         )
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
@@ -257,7 +263,9 @@ class Classes:
 
     def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
         """Decode in the place of the reference."""
-        exponent_codec.unpack_over(payload, lanes(data, dtype.lane), _layout(dtype), loops())
+        exponent_codec.decode_in_place(
+            payload, view_lanes(data, dtype.lane), _layout(dtype), compiled_kernels()
+        )
 
 
 @dataclass(frozen=True)
@@ -269,12 +277,15 @@ class Adaptive:
     needs_reference: bool = True
 
     def encode(
-        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: Found | None = None
+        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
-        new, old = lanes(chunk, dtype.lane), lanes(_required(reference, chunk.size), dtype.lane)
-        fast, layout = loops(), _layout(dtype)
-        found = found or exponent_codec.find(new, old, layout, fast)
-        return adaptive_codec.pack(old, layout, found, fast)
+        new, old = (
+            view_lanes(chunk, dtype.lane),
+            view_lanes(_required(reference, chunk.size), dtype.lane),
+        )
+        fast, layout = compiled_kernels(), _layout(dtype)
+        found = found or exponent_codec.find_changes(new, old, layout, fast)
+        return adaptive_codec.encode(old, layout, found, fast)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
         data: Bytes = _required(reference, size).copy()
@@ -283,7 +294,9 @@ class Adaptive:
 
     def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
         """Decode in the place of the reference."""
-        adaptive_codec.unpack_over(payload, lanes(data, dtype.lane), _layout(dtype), loops())
+        adaptive_codec.decode_in_place(
+            payload, view_lanes(data, dtype.lane), _layout(dtype), compiled_kernels()
+        )
 
 
 @dataclass(frozen=True)
@@ -299,14 +312,14 @@ class Turned:
     needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        codes = lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
-        fast = loops() if dtype.lane in _COMPILED_LANES else None
+        codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
+        fast = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
         if fast is None:
-            planes = split_planes(turn(codes))
+            planes = split_planes(rotate_left(codes))
         else:
             codes.flags.writeable = False
-            planes = fast.split_turned(codes, dtype.lane)
-        stream = compressor(None).compressobj(planes.size)
+            planes = fast.split_rotated_planes(codes, dtype.lane)
+        stream = get_compressor(None).compressobj(planes.size)
         parts: list[bytes] = []
         for plane in planes.reshape(dtype.lane, -1):
             # A block of its own for each, as a block has one table for all its bytes.
@@ -317,11 +330,11 @@ class Turned:
         if size % dtype.lane:
             raise ValueError("a turned chunk ends within an element")
         planes = _inflate(payload, size)
-        fast = loops() if dtype.lane in _COMPILED_LANES else None
+        fast = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
         if fast is None:
-            return turn_back(join_planes(planes, dtype.lane)).view(np.uint8)
+            return rotate_right(join_planes(planes, dtype.lane)).view(np.uint8)
         codes = np.empty(size // dtype.lane, f"<u{dtype.lane}")
-        fast.join_turned(planes, codes, dtype.lane)
+        fast.join_rotated_planes(planes, codes, dtype.lane)
         data: Bytes = codes.view(np.uint8)
         return data
 
@@ -332,16 +345,16 @@ PLANES: Codec = Planes()
 SAME: Codec = Same()
 DELTA: Codec = Delta()
 SPARSE: Codec = Sparse()
-CLASSES = Classes()
+EXPONENT_CLASSES = ExponentClasses()
 ADAPTIVE = Adaptive()
 TURNED: Codec = Turned()
 _BY_CODE: dict[int, Codec] = {
     codec.code: codec
-    for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED)
+    for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED)
 }
 
 
-def by_code(code: int) -> Codec:
+def codec_by_code(code: int) -> Codec:
     """Return the codec of a format code; :class:`VersionError` if there is none."""
     try:
         return _BY_CODE[code]
@@ -355,7 +368,7 @@ def encode(
     dtype: DType,
     *,
     level: Level = "fast",
-    found: Found | None = None,
+    found: ChunkChanges | None = None,
 ) -> tuple[Codec, bytes]:
     """Return the smallest representation of a chunk; ties go to the one that is tried first.
 
@@ -388,18 +401,18 @@ def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
 
 
 def _changed(
-    chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: Found | None
+    chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: ChunkChanges | None
 ) -> tuple[Codec, bytes]:
     little = chunk.size < _TABLES_FROM
-    if changes.layout_of(dtype) is not None and (level == "small" or not little):
-        codec = CLASSES if level == "fast" else ADAPTIVE
+    if changes.float_layout(dtype) is not None and (level == "small" or not little):
+        codec = EXPONENT_CLASSES if level == "fast" else ADAPTIVE
         payload = codec.encode(chunk, reference, dtype, found)
         if little or len(payload) < _TABLES_PAY_FROM:
             plainer = _smallest((SPARSE, DELTA) if little else (SPARSE,), chunk, reference, dtype)
             if len(plainer[1]) <= len(payload):
                 return plainer
         return codec, payload
-    differs = lanes(chunk, dtype.lane) != lanes(reference, dtype.lane)
+    differs = view_lanes(chunk, dtype.lane) != view_lanes(reference, dtype.lane)
     changed = np.count_nonzero(differs) / differs.size
     if changed < _DENSE_FROM:
         return _smallest((SPARSE,), chunk, reference, dtype)
@@ -419,12 +432,12 @@ def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype:
 
     :class:`ValueError` if the payload is damaged, :class:`VersionError` for an unknown codec.
     """
-    return by_code(code).decode(payload, size, reference, dtype)
+    return codec_by_code(code).decode(payload, size, reference, dtype)
 
 
 def _change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
-    old = lanes(_required(reference, chunk.size), dtype.lane)
-    return difference(lanes(chunk, dtype.lane), old, floating=dtype.floating)
+    old = view_lanes(_required(reference, chunk.size), dtype.lane)
+    return encode_lane_changes(view_lanes(chunk, dtype.lane), old, floating=dtype.floating)
 
 
 def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
@@ -432,8 +445,8 @@ def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
 
     Errors as :func:`decode`; ``out`` means nothing after one.
     """
-    codec = by_code(code)
-    if isinstance(codec, Classes | Adaptive):
+    codec = codec_by_code(code)
+    if isinstance(codec, ExponentClasses | Adaptive):
         codec.decode_over(payload, out, dtype)
         return
     data = codec.decode(payload, out.size, out if codec.needs_reference else None, dtype)
@@ -441,8 +454,8 @@ def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
         out[:] = data
 
 
-def _layout(dtype: DType) -> Layout:
-    layout = changes.layout_of(dtype)
+def _layout(dtype: DType) -> FloatLayout:
+    layout = changes.float_layout(dtype)
     if layout is None:
         raise ValueError(f"{dtype.name} has no classes")
     return layout
@@ -455,8 +468,8 @@ def _required(reference: Bytes | None, size: int) -> Bytes:
 
 
 def _deflate(data: Bytes, level: int) -> bytes:
-    return compressor(level).compress(data.data)
+    return get_compressor(level).compress(data.data)
 
 
 def _inflate(payload: bytes, size: int) -> Bytes:
-    return np.frombuffer(inflate(payload, size), np.uint8)
+    return np.frombuffer(decompress(payload, size), np.uint8)

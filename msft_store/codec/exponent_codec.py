@@ -23,80 +23,84 @@ import zstandard
 from numpy.typing import NDArray
 
 from msft_store.codec import changes, kernels, rans
-from msft_store.codec.changes import EXTRA_BITS, FIRST_CLASS, LEAST, Found, Layout
+from msft_store.codec.changes import EXTRA_BITS, FIRST_CLASS, SMALLEST, ChunkChanges, FloatLayout
 from msft_store.codec.kernels import Lanes
 from msft_store.codec.rans import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
-from msft_store.format.layout import compressor, inflate
+from msft_store.format.layout import decompress, get_compressor
 
 Array = NDArray[Any]
 
 _HEADER = struct.Struct("<IIIIIBBH")
 """Listed, gaps, runs, bytes of the tables, words of low bits, lowest and highest class, busy."""
-ALL_BLOCKS = 1 << 15
+ALL_BLOCKS_CODED = 1 << 15
 """Set in ``busy`` where no block is left out."""
 _TABLE_LEVEL = 3
 
 
-def find(new: Lanes, old: Lanes, layout: Layout, fast: Any) -> Found:
+def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, fast: Any) -> ChunkChanges:
     """Return what changed; ``fast``: the compiled loops, ``None`` for PyTorch."""
     if fast is None:
-        return changes.find(_tensor(new), _tensor(old), layout)
+        return changes.find_changes(_as_tensor(new), _as_tensor(old), layout)
     unsigned = f"<u{new.itemsize}"
-    now, was = _frozen(new.view(unsigned)), _frozen(old.view(unsigned))
+    now, was = _as_read_only(new.view(unsigned)), _as_read_only(old.view(unsigned))
     whole = new.size // BLOCK * BLOCK
-    step = rans.sampling(-(-new.size // BLOCK))
+    step = rans.sampling_step(-(-new.size // BLOCK))
     eights = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
-    blocks, counts, runs = fast.survey(now, was, *eights, layout.shift, layout.mask, step)
-    use, busy, low, high = fast.plan(counts, runs, step)
+    blocks, counts, runs = fast.survey_blocks(now, was, *eights, layout.shift, layout.mask, step)
+    use, busy, low, high = fast.plan_listing(counts, runs, step)
     coded = blocks if use else np.ones_like(blocks)
     limit = busy << layout.shift
-    positions, gaps = fast.listing(now, was, coded, limit, layout.mask)
-    symbols, distances = fast.describe(now, was, positions, layout.shift, layout.mask, low, high)
-    return Found(
+    positions, gaps = fast.list_elements(now, was, coded, limit, layout.mask)
+    symbols, distances = fast.compute_symbols(
+        now, was, positions, layout.shift, layout.mask, low, high
+    )
+    return ChunkChanges(
         busy=busy,
         low=low,
         high=high,
-        runs=changes.run_lengths(blocks) if use else None,
+        runs=changes.encode_runs(blocks) if use else None,
         gaps=gaps,
         symbols=symbols,
         distances=distances,
     )
 
 
-def pack(found: Found, fast: Any) -> bytes:
+def encode(found: ChunkChanges, fast: Any) -> bytes:
     """Return the payload."""
     runs = np.zeros(0, np.int64) if found.runs is None else found.runs
     plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
-    coded_plain = plain_symbols(runs.size, plain)
+    coded_plain = compute_plain_symbols(runs.size, plain)
     histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
     # No distance has more than 31 low bits.
     words, bits = np.zeros(plain.size + found.symbols.size + 2, np.uint32), 0
-    gather, make = (kernels.gather, rans) if fast is None else (fast.gather, fast)
+    gather, make = (kernels.write_low_bits, rans) if fast is None else (fast.write_low_bits, fast)
     bits = gather(coded_plain, plain, EXTRA_BITS, histogram, words, bits)
     bits = gather(found.symbols, found.distances, EXTRA_BITS, histogram, words, bits)
     words = words[: -(-bits // 32)]
-    levels = make.levels_of(histogram)
-    packed = make.frequencies(levels)
-    table = _pack_levels(levels)
-    busy = found.busy | (ALL_BLOCKS if found.runs is None else 0)
+    levels = make.compute_levels(histogram)
+    packed = make.compute_frequencies(levels)
+    table = _encode_tables(levels)
+    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
     sizes = (found.symbols.size, found.gaps.size, runs.size, len(table), words.size)
     parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table, words.tobytes()]
-    return b"".join(parts + [_code(part, packed, fast) for part in (coded_plain, found.symbols)])
+    return b"".join(
+        parts + [_encode_symbols(part, packed, fast) for part in (coded_plain, found.symbols)]
+    )
 
 
-def unpack(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> Lanes:
-    """Return the lanes that :func:`find` saw; :class:`ValueError` if the payload is damaged."""
+def decode(payload: bytes, old: Lanes, layout: FloatLayout, fast: Any) -> Lanes:
+    """Return the changed lanes; :class:`ValueError` if the payload is damaged."""
     new: Lanes = old.copy()
-    unpack_over(payload, new, layout, fast)
+    decode_in_place(payload, new, layout, fast)
     return new
 
 
-def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
-    """As :func:`unpack`, over the reference; after an error it means nothing."""
+def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, fast: Any) -> None:
+    """As :func:`decode`, over the reference; after an error it means nothing."""
     if len(payload) < _HEADER.size:
         raise ValueError("a chunk of classes has no header")
     listed, gaps, runs, table_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
-    whole, busy = bool(busy & ALL_BLOCKS), busy & (ALL_BLOCKS - 1)
+    whole, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
     blocks = -(-old.size // BLOCK)
     at = _HEADER.size + table_bytes
     end = at + 4 * word_count
@@ -109,7 +113,7 @@ def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
         raise ValueError("a chunk of classes has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("a chunk of classes has impossible classes")
-    levels = _unpack_levels(payload[_HEADER.size : at], FIRST_CLASS + high - low + 1)
+    levels = _decode_tables(payload[_HEADER.size : at], FIRST_CLASS + high - low + 1)
     reader = _Reader(
         words=np.frombuffer(payload, "<u4", word_count, at),
         coded=np.frombuffer(payload[end:], "<u2"),
@@ -118,8 +122,8 @@ def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
     )
     plain_contexts = np.repeat(np.array([0, 1], np.uint8), [runs, gaps])
     plain = reader.distances(reader.symbols(plain_contexts))
-    header = Places(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
-    positions, contexts = places(old, layout, header, plain[runs:], fast)
+    header = Listing(low=low, high=high, busy=busy, runs=None if whole else plain[:runs])
+    positions, contexts = locate_listed(old, layout, header, plain[runs:], fast)
     if positions.size != listed:
         raise ValueError("a chunk of classes lists another number of elements")
     symbols = reader.symbols(contexts)
@@ -128,7 +132,7 @@ def unpack_over(payload: bytes, old: Lanes, layout: Layout, fast: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Listing:
     """Which elements are listed, but for the gaps between quiet ones: see :class:`Found`."""
 
     busy: int
@@ -137,30 +141,30 @@ class Places:
     runs: Array | None
 
 
-def places(
-    old: Lanes, layout: Layout, known: Places, gaps: Array, fast: Any
+def locate_listed(
+    old: Lanes, layout: FloatLayout, known: Listing, gaps: Array, fast: Any
 ) -> tuple[Array, Array]:
     """Return positions of all listed elements, and their contexts (uint8).
 
     :class:`ValueError` if there is one beyond the end.
     """
     blocks = -(-old.size // BLOCK)
-    coded = np.ones(blocks, bool) if known.runs is None else changes.blocks_of(known.runs, blocks)
-    quiet = changes.positions_of(gaps)
-    limit, contexts = known.busy << layout.shift, _contexts(known.low, known.high)
+    coded = np.ones(blocks, bool) if known.runs is None else changes.decode_runs(known.runs, blocks)
+    quiet = changes.decode_gaps(gaps)
+    limit, contexts = known.busy << layout.shift, _contexts_by_exponent(known.low, known.high)
     if fast is None:
         marked, at = torch.from_numpy(coded), torch.from_numpy(quiet)
-        positions: Array = changes.place(_tensor(old), layout, marked, limit, at).numpy()
+        positions: Array = changes.locate_listed(_as_tensor(old), layout, marked, limit, at).numpy()
         exponents = (old[positions].astype(np.int64) & layout.mask) >> layout.shift
         return positions, contexts[exponents].astype(np.uint8)
     if quiet.size and quiet[-1] >= blocks * BLOCK:
         raise ValueError("a chunk changes elements beyond its end")
-    was = _frozen(old.view(f"<u{old.itemsize}"))
-    positions = fast.placing(was, coded, limit, layout.mask, quiet.astype(np.uint32))
+    was = _as_read_only(old.view(f"<u{old.itemsize}"))
+    positions = fast.locate_listed(was, coded, limit, layout.mask, quiet.astype(np.uint32))
     if positions.size < quiet.size:
         raise ValueError("a chunk changes elements beyond its end")
     first = contexts << np.uint16(8)
-    return positions, fast.contexts_of(was, positions, layout.shift, layout.mask, first)
+    return positions, fast.compute_contexts(was, positions, layout.shift, layout.mask, first)
 
 
 class _Reader:
@@ -172,11 +176,11 @@ class _Reader:
         self._coded = coded
         self._fast = fast
         make = rans if fast is None else fast
-        self._packed = make.frequencies(levels)
-        self._slots = make.slots_of(self._packed)
+        self._packed = make.compute_frequencies(levels)
+        self._slots = make.build_slots(self._packed)
 
     def symbols(self, contexts: Array) -> Array:
-        lanes = rans.lanes_for(contexts.size)
+        lanes = rans.count_coders(contexts.size)
         # Whatever is damaged, decoding takes no more words than this.
         longest = 2 * lanes + contexts.size + 1
         coded = self._coded[:longest]
@@ -192,17 +196,17 @@ class _Reader:
         return found
 
     def distances(self, symbols: Array) -> Array:
-        read = (kernels if self._fast is None else self._fast).distances_of
-        low_bits = (self._words, self._bits, self._end, EXTRA_BITS, LEAST)
+        read = (kernels if self._fast is None else self._fast).read_distances
+        low_bits = (self._words, self._bits, self._end, EXTRA_BITS, SMALLEST)
         distances, at = read(symbols, *low_bits)
         self._advance(at)
         found: Array = distances
         return found
 
-    def change(self, new: Lanes, positions: Array, symbols: Array, layout: Layout) -> None:
+    def change(self, new: Lanes, positions: Array, symbols: Array, layout: FloatLayout) -> None:
         lanes = new.view(f"<u{new.itemsize}")
-        apply = (kernels if self._fast is None else self._fast).apply
-        low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, LEAST)
+        apply = (kernels if self._fast is None else self._fast).apply_changes
+        low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, SMALLEST)
         self._advance(apply(lanes, positions, symbols, *low_bits))
 
     def finish(self) -> None:
@@ -215,18 +219,18 @@ class _Reader:
         self._bits = at
 
 
-def _code(symbols: Array, packed: Array, fast: Any) -> bytes:
+def _encode_symbols(symbols: Array, packed: Array, fast: Any) -> bytes:
     if fast is None:
         return rans.encode(symbols, packed).tobytes()
-    coded: bytes = fast.encode(symbols, packed, rans.lanes_for(symbols.size)).tobytes()
+    coded: bytes = fast.encode(symbols, packed, rans.count_coders(symbols.size)).tobytes()
     return coded
 
 
-def _tensor(lanes: Array) -> torch.Tensor:
+def _as_tensor(lanes: Array) -> torch.Tensor:
     return torch.from_numpy(lanes if lanes.flags.writeable else lanes.copy())
 
 
-def _frozen(lanes: Array) -> Array:
+def _as_read_only(lanes: Array) -> Array:
     # One kind of array for the compiled loops, or they would be compiled for two.
     view: Array = lanes.view()
     view.flags.writeable = False
@@ -234,40 +238,40 @@ def _frozen(lanes: Array) -> Array:
 
 
 @functools.lru_cache
-def _contexts(low: int, high: int) -> Array:
+def _contexts_by_exponent(low: int, high: int) -> Array:
     """Return the context of each exponent, uint16."""
     exponents = np.arange(EXPONENTS).clip(low, high) - low + FIRST_CLASS
     contexts: Array = exponents.astype(np.uint16)
     return contexts
 
 
-def plain_symbols(runs: int, values: Array) -> Array:
+def compute_plain_symbols(runs: int, values: Array) -> Array:
     """Return the symbols of run lengths and gaps, with their contexts; uint16."""
     # As changes.tokens_of, without PyTorch's overhead on so few.
     halves = (values.astype(np.float64).view(np.int64) >> 51) - 2046
-    tokens = np.where(values < changes.DIRECT, values, halves) << 2
+    tokens = np.where(values < changes.DIRECT_TOKENS, values, halves) << 2
     tokens[runs:] |= changes.GAP_CONTEXT << 8
     symbols: Array = tokens.astype(np.uint16)
     return symbols
 
 
-def _pack_levels(levels: Array) -> bytes:
+def _encode_tables(levels: Array) -> bytes:
     table = levels.reshape(-1, SYMBOLS)
     columns = np.flatnonzero(table.any(axis=0))
     used = int(columns[-1]) + 1 if columns.size else 1
     rows = table[:, :used]
     steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
-    return compressor(_TABLE_LEVEL).compress(steps.tobytes())
+    return get_compressor(_TABLE_LEVEL).compress(steps.tobytes())
 
 
-def _unpack_levels(data: bytes, contexts: int) -> Array:
+def _decode_tables(data: bytes, contexts: int) -> Array:
     try:
         size = zstandard.frame_content_size(data)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
     if not 0 < size <= contexts * SYMBOLS or size % contexts:
         raise ValueError("a chunk of classes has tables of the wrong length")
-    steps = np.frombuffer(inflate(data, size), np.uint8).reshape(contexts, -1)
+    steps = np.frombuffer(decompress(data, size), np.uint8).reshape(contexts, -1)
     levels = np.zeros((contexts, SYMBOLS), np.uint8)
     levels[:, : steps.shape[1]] = np.cumsum(steps, axis=0, dtype=np.uint8)
     if levels.max() > rans.LEVELS.size:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def gather(
+def write_low_bits(
     symbols: Array, distances: Array, bits: Array, histogram: Array, words: Array, start: int
 ) -> int:
     """Count symbols, write the low bits of distances from bit ``start`` on, return the end.
@@ -54,7 +54,7 @@ def gather(
     return int(ends[-1]) if ends.size else start
 
 
-def distances_of(
+def read_distances(
     symbols: Array, words: Array, start: int, end: int, bits: Array, least: Array
 ) -> tuple[Array, int]:
     """Return the distances of symbols with low bits from ``start`` on, and where these end.
@@ -75,7 +75,7 @@ def distances_of(
     return distances, int(ends[-1])
 
 
-def apply(
+def apply_changes(
     new: Array,
     positions: Array,
     symbols: Array,
@@ -87,7 +87,7 @@ def apply(
     least: Array,
 ) -> int:
     """Change elements of ``new``, which holds the reference; return where the low bits end."""
-    distances, at = distances_of(symbols, words, start, end, bits, least)
+    distances, at = read_distances(symbols, words, start, end, bits, least)
     steps = distances.astype(new.dtype)
     was = new[positions] ^ (symbols & 1).astype(new.dtype) * new.dtype.type(sign)
     new[positions] = np.where(symbols & 2, was - steps, was + steps)
@@ -112,7 +112,7 @@ _UNSIGNED: dict[int, np.dtype[Any]] = {
 }
 
 
-def lanes(data: Bytes, width: int) -> Lanes:
+def view_lanes(data: Bytes, width: int) -> Lanes:
     """View little-endian bytes, shape ``(n * width,)``, as signed integers of ``width`` bytes."""
     viewed: Lanes = data.view(_SIGNED[width])
     return viewed
@@ -126,7 +126,7 @@ def _ordered(bits: Lanes) -> Lanes:
     return ordered
 
 
-def difference(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
+def encode_lane_changes(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
     """Return the change from ``old`` to ``new`` in steps of the format, zigzag-coded.
 
     0 is no change, 1 one step down, 2 one step up, and so on, modulo 2^bits.
@@ -138,8 +138,8 @@ def difference(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
     return codes
 
 
-def restore(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
-    """Undo :func:`difference`."""
+def decode_lane_changes(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
+    """Undo :func:`encode_lane_changes`."""
     change = (codes >> 1).view(old.dtype) ^ -((codes & 1).view(old.dtype))
     if floating:
         return _ordered(_ordered(old) + change)
@@ -166,22 +166,22 @@ def join_planes(planes: Bytes, width: int) -> Codes:
     return values
 
 
-def turn(values: Codes) -> Codes:
+def rotate_left(values: Codes) -> Codes:
     """Return lanes with the sign bit last, so that a float's exponent begins its highest byte."""
     return (values << 1 | values >> (8 * values.dtype.itemsize - 1)).astype(values.dtype)
 
 
-def turn_back(values: Codes) -> Codes:
-    """Undo :func:`turn`."""
+def rotate_right(values: Codes) -> Codes:
+    """Undo :func:`rotate_left`."""
     return (values >> 1 | values << (8 * values.dtype.itemsize - 1)).astype(values.dtype)
 
 
-def gaps_of(positions: NDArray[np.int64]) -> NDArray[np.uint32]:
+def encode_gaps(positions: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Return how many unchanged elements stand before each changed one; positions ascend."""
     return (np.diff(positions, prepend=-1) - 1).astype(np.uint32)
 
 
-def positions_of(gaps: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Undo :func:`gaps_of`."""
+def decode_gaps(gaps: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Undo :func:`encode_gaps`."""
     positions: NDArray[np.int64] = np.cumsum(gaps.astype(np.int64) + 1) - 1
     return positions

@@ -20,17 +20,17 @@ import numpy as np
 from numba import int64, njit, uint16, uint32, uint64
 
 from msft_store.codec import arithmetic_coder, rans
-from msft_store.codec.changes import DIRECT, FIRST_CLASS
-from msft_store.codec.rans import BLOCK, LOWEST, PROBABILITY_BITS
+from msft_store.codec.changes import DIRECT_TOKENS, FIRST_CLASS
+from msft_store.codec.rans import BLOCK, MIN_STATE, PROBABILITY_BITS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _INVERSE_SLACK = 1 + 2.0**-50
 """So that a product with an inverse is never below the quotient of a multiple."""
-_TOGETHER = 1024
+_BATCH = 1024
 """Elements at a time, for buffers that stay in the nearest cache."""
 
 
-def _compiled(function: _F) -> _F:
+def _compile(function: _F) -> _F:
     try:
         compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:
@@ -39,26 +39,26 @@ def _compiled(function: _F) -> _F:
     return cast("_F", compiled)
 
 
-def _naming(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+def _rebind_globals(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     """Return a function for which some global names mean something else."""
     known = {**function.__globals__, **names}
     return FunctionType(function.__code__, known, function.__name__)
 
 
-plan = _compiled(rans.plan)
-levels_of = _compiled(rans.levels_of)
-frequencies = _compiled(rans.frequencies)
-slots_of = _compiled(rans.slots_of)
+plan_listing = _compile(rans.plan_listing)
+compute_levels = _compile(rans.compute_levels)
+compute_frequencies = _compile(rans.compute_frequencies)
+build_slots = _compile(rans.build_slots)
 
-decide = njit(inline="always", error_model="numpy")(arithmetic_coder.decide)
-code = _compiled(_naming(arithmetic_coder.code, decide=decide))
+code_decision = njit(inline="always", error_model="numpy")(arithmetic_coder.code_decision)
+code_symbols = _compile(_rebind_globals(arithmetic_coder.code_symbols, code_decision=code_decision))
 
 
-@_compiled
-def survey(
+@_compile
+def survey_blocks(
     new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
 ) -> Any:
-    """See :func:`msft_store.codec.changes.survey`; words are the whole blocks as uint64."""
+    """See :func:`msft_store.codec.changes.survey_blocks`; words are the whole blocks as uint64."""
     blocks = -(-new.size // BLOCK)
     whole = new.size // BLOCK
     changed = np.zeros(blocks, np.bool_)
@@ -92,8 +92,8 @@ def survey(
     return changed, np.stack((same, seen, moved)), runs
 
 
-@_compiled
-def listing(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
+@_compile
+def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
     """Return what is listed in the blocks that are marked: positions, and gaps of the quiet ones.
 
     Positions, uint32, are of changed and of busy elements; gaps, int64, are counted in the marked
@@ -133,8 +133,8 @@ def listing(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
     return positions[:count], gaps[:quiet].copy()
 
 
-@_compiled
-def placing(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
+@_compile
+def locate_listed(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
     """Return positions of busy elements and of the ``quiet`` ones, in the blocks marked.
 
     ``quiet`` ascends, counted in those blocks only. Empty, if it goes beyond them.
@@ -165,15 +165,17 @@ def placing(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
     return positions[: count if reached == quiet.size else 0]
 
 
-@_compiled
-def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any, high: Any) -> Any:
-    """See :func:`msft_store.codec.changes.describe`."""
+@_compile
+def compute_symbols(
+    new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any, high: Any
+) -> Any:
+    """See :func:`msft_store.codec.changes.compute_symbols`."""
     symbols = np.empty(positions.size, np.uint16)
     distances = np.empty(positions.size, np.uint32)
     # First together, then computed: the second loop is one that a compiler can vectorise.
-    before, after = np.empty(_TOGETHER, np.int64), np.empty(_TOGETHER, np.int64)
-    for first in range(0, positions.size, _TOGETHER):
-        length = min(_TOGETHER, positions.size - first)
+    before, after = np.empty(_BATCH, np.int64), np.empty(_BATCH, np.int64)
+    for first in range(0, positions.size, _BATCH):
+        length = min(_BATCH, positions.size - first)
         at = positions[first : first + length]
         for k in range(length):
             before[k], after[k] = old[at[k]], new[at[k]]
@@ -184,7 +186,7 @@ def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any
             negative = change >> 63
             distance = (change ^ negative) - negative
             halves = int64(np.float64(distance).view(np.int64) >> 51) - 2046
-            token = distance if distance < DIRECT else halves
+            token = distance if distance < DIRECT_TOKENS else halves
             context = min(max(was >> shift, low), high) - low + FIRST_CLASS
             flipped = int64((before[k] ^ after[k]) & (mask + 1) != 0)
             some[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
@@ -192,9 +194,11 @@ def describe(new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any
     return symbols, distances
 
 
-@_compiled
-def gather(symbols: Any, distances: Any, bits: Any, histogram: Any, words: Any, start: Any) -> Any:
-    """See :func:`msft_store.codec.kernels.gather`."""
+@_compile
+def write_low_bits(
+    symbols: Any, distances: Any, bits: Any, histogram: Any, words: Any, start: Any
+) -> Any:
+    """See :func:`msft_store.codec.kernels.write_low_bits`."""
     tokens = uint16(bits.size - 1)
     other = np.zeros(histogram.size, np.int64)
     used, one = uint64(start >> 5), uint64(1)
@@ -220,7 +224,7 @@ def gather(symbols: Any, distances: Any, bits: Any, histogram: Any, words: Any, 
     return 32 * int64(used) + int64(have)
 
 
-@_compiled
+@_compile
 def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
     """See :func:`msft_store.codec.rans.encode`."""
     inverse = np.empty(packed.size, np.float64)
@@ -228,7 +232,7 @@ def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
         share = packed[i] >> uint32(16)
         inverse[i] = _INVERSE_SLACK / share if share > 0 else 0.0
     words = np.empty(symbols.size + 2 * lanes + 1, np.uint16)
-    state = np.full(lanes, LOWEST, np.uint32)
+    state = np.full(lanes, MIN_STATE, np.uint32)
     at, turn, one = uint64(words.size - 1), uint64(lanes - 1), uint64(1)
     left = uint64(symbols.size)
     while left > uint64(0):
@@ -253,7 +257,7 @@ def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
     return words[at + one :]
 
 
-@_compiled
+@_compile
 def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> Any:
     """See :func:`msft_store.codec.rans.decode`."""
     symbols = np.empty(contexts.size, np.uint8)
@@ -274,7 +278,7 @@ def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> An
             + slot
             - (entry & uint32(0xFFFF))
         )
-        low = now < uint32(LOWEST)
+        low = now < uint32(MIN_STATE)
         refilled = uint32(now << uint32(16) | uint32(words[at]))
         at += uint64(low)
         state[lane] = refilled if low else now
@@ -282,8 +286,8 @@ def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> An
     return symbols, at
 
 
-@_compiled
-def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
+@_compile
+def compute_contexts(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
     """Return the context of each position, uint8."""
     contexts = np.empty(positions.size, np.uint8)
     for k in range(positions.size):
@@ -292,9 +296,9 @@ def contexts_of(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> 
     return contexts
 
 
-@_compiled
-def distances_of(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
-    """See :func:`msft_store.codec.kernels.distances_of`."""
+@_compile
+def read_distances(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
+    """See :func:`msft_store.codec.kernels.read_distances`."""
     distances = np.zeros(symbols.size, np.uint32)
     at, one = uint64(start), uint64(1)
     for k in range(symbols.size):
@@ -310,8 +314,8 @@ def distances_of(symbols: Any, words: Any, start: Any, end: Any, bits: Any, leas
     return distances, int64(at)
 
 
-@_compiled
-def apply(
+@_compile
+def apply_changes(
     new: Any,
     positions: Any,
     symbols: Any,
@@ -322,7 +326,7 @@ def apply(
     bits: Any,
     least: Any,
 ) -> Any:
-    """See :func:`msft_store.codec.kernels.apply`."""
+    """See :func:`msft_store.codec.kernels.apply_changes`."""
     at, one = uint64(start), uint64(1)
     for k in range(positions.size):
         i = positions[k]
@@ -342,8 +346,8 @@ def apply(
     return int64(at)
 
 
-@_compiled
-def split_turned(values: Any, width: Any) -> Any:
+@_compile
+def split_rotated_planes(values: Any, width: Any) -> Any:
     """Return ``split_planes(turn(values))`` of :mod:`msft_store.codec.kernels`."""
     planes = np.empty(width * values.size, np.uint8)
     last = uint64(8 * width - 1)
@@ -355,8 +359,8 @@ def split_turned(values: Any, width: Any) -> Any:
     return planes
 
 
-@_compiled
-def join_turned(planes: Any, values: Any, width: Any) -> None:
+@_compile
+def join_rotated_planes(planes: Any, values: Any, width: Any) -> None:
     """Fill ``values`` with ``turn_back(join_planes(planes))``."""
     count = values.size
     last = uint64(8 * width - 1)

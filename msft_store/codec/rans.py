@@ -14,8 +14,8 @@ Small decisions of the class codec, in integers alone: its plan and its frequenc
 
 Written as plain loops, so that the same source runs compiled
 (:mod:`msft_store.codec.numba_kernels`) and interpreted, and gives the same bytes on every machine.
-The formulas are in ``docs/FORMAT.md``, section 5; what :func:`plan` decides is the encoder's choice
-and stands in the payload.
+The formulas are in ``docs/FORMAT.md``, section 5; the plan is the encoder's choice, and the payload
+states it.
 
 Example::
 
@@ -46,20 +46,20 @@ _BOUNDS = LEVELS[:-1] + LEVELS[1:]
 """A share of 2^19 belongs to the first level whose bound is above it, or else to the last one."""
 _WEIGHTS = np.append(0, LEVELS)
 """Of each level plus 1; none of 0."""
-RUN_BITS = 4
+MIN_CHANGES_PER_RUN = 4
 """What one run of blocks costs at least, in expected changes that it must save."""
-CLASS_ELEMENTS = 128
+MIN_CLASS_ELEMENTS = 128
 """Classes with fewer elements are merged with their neighbour."""
 _SAMPLED_BLOCKS = 256
-_SAMPLING = 8
+_SAMPLING_STEP = 8
 
 
-def sampling(blocks: int) -> int:
+def sampling_step(blocks: int) -> int:
     """Return how far apart the blocks are that a plan counts."""
-    return _SAMPLING if blocks >= _SAMPLED_BLOCKS else 1
+    return _SAMPLING_STEP if blocks >= _SAMPLED_BLOCKS else 1
 
 
-def plan(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
+def plan_listing(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
     """Return (leave out unchanged blocks, busy exponents below, lowest class, highest class).
 
     ``counts``, int64 of shape (3, 256), holds for each exponent of the reference the elements of
@@ -71,7 +71,7 @@ def plan(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
         total = counts[0, e] + counts[1, e]
         if total > 0:
             expected += counts[0, e] * counts[2, e] // total
-    blocks = step * expected > RUN_BITS * runs
+    blocks = step * expected > MIN_CHANGES_PER_RUN * runs
     busy = 0
     listed = 0
     for e in range(EXPONENTS):
@@ -82,7 +82,7 @@ def plan(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
     for e in range(EXPONENTS):
         seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
         listed += step * (seen if e < busy else counts[2, e])
-        if low < 0 and listed >= CLASS_ELEMENTS:
+        if low < 0 and listed >= MIN_CLASS_ELEMENTS:
             low = e
     if low < 0:
         return blocks, busy, 0, 0
@@ -91,14 +91,14 @@ def plan(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
         e = EXPONENTS - 1 - k
         seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
         above += step * (seen if e < busy else counts[2, e])
-        if above >= CLASS_ELEMENTS:
+        if above >= MIN_CLASS_ELEMENTS:
             high = e
             break
     high = max(low, min(high, low + MAX_CLASSES - 1))
     return blocks, busy, low, high
 
 
-def levels_of(histogram: Array) -> Array:
+def compute_levels(histogram: Array) -> Array:
     """Return each symbol's level plus 1, or 0 if it does not occur; uint8, shape as given.
 
     ``histogram`` is int64 of shape (contexts * 256,).
@@ -111,7 +111,7 @@ def levels_of(histogram: Array) -> Array:
     return levels
 
 
-def frequencies(levels: Array) -> Array:
+def compute_frequencies(levels: Array) -> Array:
     """Return ``frequency << 16 | sum of those before``, uint32; each context's sum is 4096."""
     packed = np.zeros(levels.size, np.uint32)
     weights = _WEIGHTS[levels].reshape(-1, SYMBOLS)
@@ -130,7 +130,7 @@ def frequencies(levels: Array) -> Array:
     return packed
 
 
-def slots_of(packed: Array) -> Array:
+def build_slots(packed: Array) -> Array:
     """Return the symbol of each of a context's 4096 slots; uint8, shape (contexts * 4096,)."""
     slots = np.zeros(packed.size << 4, np.uint8)
     for index in np.flatnonzero(packed):
@@ -140,31 +140,31 @@ def slots_of(packed: Array) -> Array:
     return slots
 
 
-LOWEST = 1 << 16
+MIN_STATE = 1 << 16
 """Between two symbols a state is at least this and below 2^32."""
 _SLOT = (1 << PROBABILITY_BITS) - 1
-_FEW = 8
+_FEW_CODERS = 8
 """Lanes up to which Python's integers are faster than arrays of as many."""
-_SYMBOLS_PER_LANE = 1024
-_MAX_LANES = 1024
+_SYMBOLS_PER_CODER = 1024
+_MAX_CODERS = 1024
 
 
-def lanes_for(count: int) -> int:
+def count_coders(count: int) -> int:
     """Return how many coders share ``count`` symbols: a power of two, or 0."""
     if count == 0:
         return 0
-    return 1 << min(max(count // _SYMBOLS_PER_LANE, 1), _MAX_LANES).bit_length() - 1
+    return 1 << min(max(count // _SYMBOLS_PER_CODER, 1), _MAX_CODERS).bit_length() - 1
 
 
 def encode(symbols: Array, packed: Array) -> Array:
     """Return uint16 words: two a lane for its state, high half first, then those of the symbols.
 
     ``symbols`` is uint16, ``context << 8 | symbol``; ``packed`` as of
-    :func:`msft_store.codec.rans.frequencies`.
+    :func:`msft_store.codec.rans.compute_frequencies`.
     """
-    lanes = lanes_for(symbols.size)
+    lanes = count_coders(symbols.size)
     entries = packed[symbols]
-    if lanes <= _FEW:
+    if lanes <= _FEW_CODERS:
         return _encode_few(entries.tolist(), lanes)
     steps = -(-symbols.size // lanes)
     # What is not there is coded as a certainty, which changes nothing.
@@ -173,7 +173,7 @@ def encode(symbols: Array, packed: Array) -> Array:
     shares, before = rows >> 16, rows & 0xFFFF
     limits = (shares.astype(np.uint64) << 32 - PROBABILITY_BITS) - np.uint64(1)
     full, states = np.empty((steps, lanes), bool), np.empty((steps, lanes), np.uint32)
-    state, quotient, rest = np.full((3, lanes), LOWEST, np.uint32)
+    state, quotient, rest = np.full((3, lanes), MIN_STATE, np.uint32)
     turns = zip(shares, before, limits.astype(np.uint32), full, states, strict=True)
     for share, start, limit, is_full, was in reversed(list(turns)):
         np.greater(state, limit, out=is_full)
@@ -189,7 +189,7 @@ def encode(symbols: Array, packed: Array) -> Array:
 
 
 def _encode_few(entries: list[int], lanes: int) -> Array:
-    state, words = [LOWEST] * lanes, []
+    state, words = [MIN_STATE] * lanes, []
     for i in range(len(entries) - 1, -1, -1):
         share, now, lane = entries[i] >> 16, state[i % lanes], i % lanes
         if now >> 32 - PROBABILITY_BITS >= share:
@@ -206,8 +206,8 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
 
     ``words`` must go on for two words a lane and one a symbol, with anything.
     """
-    lanes = lanes_for(contexts.size)
-    if lanes <= _FEW:
+    lanes = count_coders(contexts.size)
+    if lanes <= _FEW_CODERS:
         return _decode_few(words.tolist(), contexts.tolist(), packed.tolist(), slots.tobytes())
     given = words.astype(np.int64)
     state = given[: 2 * lanes : 2] << 16 | given[1 : 2 * lanes : 2]
@@ -227,7 +227,7 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
         np.multiply(state, factor, out=state)
         biases.take(slot, out=factor, mode="clip")
         np.add(state, factor, out=state)
-        low = (state < LOWEST).nonzero()[0]
+        low = (state < MIN_STATE).nonzero()[0]
         state[low] = state[low] << 16 | given[used : used + low.size]
         used += low.size
     symbols: Array = slots[chosen]
@@ -237,7 +237,7 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
 def _decode_few(
     words: list[int], contexts: list[int], packed: list[int], slots: bytes
 ) -> tuple[Array, int]:
-    lanes = lanes_for(len(contexts))
+    lanes = count_coders(len(contexts))
     state = [words[2 * lane] << 16 | words[2 * lane + 1] for lane in range(lanes)]
     symbols, used = bytearray(len(contexts)), 2 * lanes
     for i, context in enumerate(contexts):
@@ -246,7 +246,7 @@ def _decode_few(
         symbol = slots[(context << PROBABILITY_BITS) + slot]
         entry = packed[(context << 8) + symbol]
         now = (entry >> 16) * (now >> PROBABILITY_BITS) + slot - (entry & 0xFFFF)
-        if now < LOWEST:
+        if now < MIN_STATE:
             now = now << 16 | words[used]
             used += 1
         state[i % lanes] = now

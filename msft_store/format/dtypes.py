@@ -73,7 +73,7 @@ _BY_TORCH = {dtype.torch: dtype for dtype in DTYPES if dtype.torch is not None}
 _BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype.safetensors is not None}
 
 
-def by_name(name: str) -> DType:
+def dtype_by_name(name: str) -> DType:
     """Return the type of a format name; :class:`VersionError` if there is none."""
     try:
         return _BY_NAME[name]
@@ -81,7 +81,7 @@ def by_name(name: str) -> DType:
         raise VersionError(f"unknown dtype {name!r}; a newer msft-store may read it") from None
 
 
-def by_code(code: int) -> DType:
+def dtype_by_code(code: int) -> DType:
     """Return the type of a format code; :class:`VersionError` if there is none."""
     try:
         return _BY_CODE[code]
@@ -89,7 +89,7 @@ def by_code(code: int) -> DType:
         raise VersionError(f"unknown dtype code {code}; a newer msft-store may read it") from None
 
 
-def by_torch(dtype: torch.dtype) -> DType:
+def dtype_by_torch(dtype: torch.dtype) -> DType:
     """Return the type of a torch dtype; :class:`InvalidInputError` if the store cannot keep it."""
     try:
         return _BY_TORCH[dtype]
@@ -97,7 +97,7 @@ def by_torch(dtype: torch.dtype) -> DType:
         raise InvalidInputError(f"tensors of {dtype} cannot be stored") from None
 
 
-def by_safetensors(name: str) -> DType:
+def dtype_by_safetensors(name: str) -> DType:
     """Return the type of a safetensors name; :class:`InvalidInputError` if there is none."""
     try:
         return _BY_SAFETENSORS[name]

@@ -44,10 +44,10 @@ _PAIR = struct.Struct("<2Q")
 _WORD = (1 << 64) - 1
 _MIX_HIGH, _MIX_LOW = secrets.randbits(64) | 1, secrets.randbits(64) | 1
 """Of this process: keys that a stranger chose must not all have the same place."""
-_AT_ONCE = 1 << 15
+_BATCH = 1 << 15
 
 
-def as_keys(data: bytes) -> Keys:
+def view_keys(data: bytes) -> Keys:
     """View the keys that stand back to back in ``data``."""
     return np.frombuffer(data, _HALF).reshape(-1, KEY_BYTES // _HALF.itemsize)
 
@@ -58,19 +58,19 @@ def key_at(keys: Keys, row: int) -> bytes:
     return key
 
 
-def concatenate(parts: Sequence[Keys]) -> Keys:
+def concatenate_keys(parts: Sequence[Keys]) -> Keys:
     """Return all keys of several arrays."""
-    return np.concatenate([as_keys(b""), *parts])
+    return np.concatenate([view_keys(b""), *parts])
 
 
-def unique(keys: Keys) -> Keys:
+def unique_keys(keys: Keys) -> Keys:
     """Return each key once, in the order in which they first stand there or nearly so."""
     owners = _Slots(keys).owners
     distinct: Keys = keys[owners == np.arange(len(keys))]
     return distinct
 
 
-def unlike(keys: Keys, others: Keys | None) -> Keys:
+def select_changed_keys(keys: Keys, others: Keys | None) -> Keys:
     """Return the keys that differ from those in the same places of an array of the same length."""
     if others is None or len(others) != len(keys):
         return keys
@@ -78,13 +78,13 @@ def unlike(keys: Keys, others: Keys | None) -> Keys:
     return distinct
 
 
-def counted(keys: Keys) -> tuple[Keys, Numbers]:
+def count_keys(keys: Keys) -> tuple[Keys, Numbers]:
     """Return each key once, and how often it stands there."""
     times = np.bincount(_Slots(keys).owners, minlength=len(keys))
     return keys[times > 0], times[times > 0]
 
 
-def among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
+def is_among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
     """Return which keys are among others."""
     return KeyTable(known, np.arange(len(known))).contains(keys)
 
@@ -157,7 +157,7 @@ class _Slots:
     def find(self, keys: Keys) -> Numbers:
         """Return the row that stands for each key; -1 if there is none."""
         # In parts whose arrays stay in the cache.
-        parts = [self._find(keys[at : at + _AT_ONCE]) for at in range(0, len(keys), _AT_ONCE)]
+        parts = [self._find(keys[at : at + _BATCH]) for at in range(0, len(keys), _BATCH)]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_one(self, key: bytes) -> int:
@@ -228,7 +228,7 @@ class KeyScanner:
         if layout is None:
             return None
         try:
-            return as_keys(binascii.unhexlify(data.take(layout.digits).data))
+            return view_keys(binascii.unhexlify(data.take(layout.digits).data))
         except binascii.Error:
             return None
 

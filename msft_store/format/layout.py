@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 import zstandard
 
-from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, VersionError
+from msft_store.errors import REPAIR_HINT, CorruptedError, InvalidInputError, VersionError
 from msft_store.format.dtypes import DType
 from msft_store.format.strict_json import parse
 
@@ -97,7 +97,7 @@ class Record:
         return not isinstance(self.reference, BaseSpan)
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """Return the canonical JSON of a value: sorted keys, no spaces, ASCII, no NaN.
 
     :class:`InvalidInputError` if the value is not JSON.
@@ -137,7 +137,7 @@ def split_keys(text: str, nbytes: int) -> tuple[bytes, ...]:
 
 def seal(content: Mapping[str, Any]) -> bytes:
     """Return one line of JSON that carries its own digest."""
-    return canonical({**content, "digest": digest(canonical(content))})
+    return canonical_json({**content, "digest": digest(canonical_json(content))})
 
 
 def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
@@ -148,18 +148,18 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     try:
         content = parse(data)
     except ValueError:
-        raise CorruptedError(f"{what} is not valid JSON; {REPAIR}", file=what) from None
+        raise CorruptedError(f"{what} is not valid JSON; {REPAIR_HINT}", file=what) from None
     if not isinstance(content, dict):
-        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
+        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR_HINT}", file=what)
     stated = content.pop("digest", None)
     try:
-        sound = stated == digest(canonical(content))
+        sound = stated == digest(canonical_json(content))
     except InvalidInputError:
         sound = False
     if not sound:
-        raise CorruptedError(f"{what} does not match its digest; {REPAIR}", file=what)
+        raise CorruptedError(f"{what} does not match its digest; {REPAIR_HINT}", file=what)
     if content.get("format") != kind:
-        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR}", file=what)
+        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR_HINT}", file=what)
     if content.get("version") != VERSION or type(content["version"]) is not int:
         raise VersionError(
             f"{what} has format version {content.get('version')!r:.40}; "
@@ -168,7 +168,7 @@ def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
     return content
 
 
-def compressor(level: int | None) -> zstandard.ZstdCompressor:
+def get_compressor(level: int | None) -> zstandard.ZstdCompressor:
     """Return this thread's compressor of a level; ``None``: one that looks for little but skew.
 
     To make one takes longer than to use it on little data.
@@ -183,7 +183,7 @@ def compressor(level: int | None) -> zstandard.ZstdCompressor:
     return mine[level]
 
 
-def inflate(payload: bytes, size: int) -> memoryview:
+def decompress(payload: bytes, size: int) -> memoryview:
     """Decompress a zstd frame that must hold exactly ``size`` bytes; :class:`ValueError` otherwise.
 
     Memory is bounded by ``size``, whatever the frame declares.
@@ -191,14 +191,14 @@ def inflate(payload: bytes, size: int) -> memoryview:
     try:
         declared = zstandard.get_frame_parameters(payload)
         if declared.content_size == size and declared.window_size <= _MAX_WINDOW:
-            whole = _decompressor().decompress(payload, allow_extra_data=False)
+            whole = _get_decompressor().decompress(payload, allow_extra_data=False)
             return memoryview(whole)
-        return _inflate_unsized(payload, size)
+        return _decompress_unsized(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
 
 
-def _inflate_unsized(payload: bytes, size: int) -> memoryview:
+def _decompress_unsized(payload: bytes, size: int) -> memoryview:
     view = memoryview(bytearray(size))
     with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(payload) as reader:
         filled = 0
@@ -212,7 +212,7 @@ def _inflate_unsized(payload: bytes, size: int) -> memoryview:
     return view
 
 
-def _decompressor() -> zstandard.ZstdDecompressor:
+def _get_decompressor() -> zstandard.ZstdDecompressor:
     # Making one takes longer than decompressing a small frame; none may serve two threads at once.
     found: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
     if found is None:

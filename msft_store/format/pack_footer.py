@@ -35,15 +35,23 @@ from msft_store.format.layout import (
     BaseSpan,
     ChunkSpan,
     Record,
-    canonical,
-    inflate,
+    canonical_json,
+    decompress,
 )
-from msft_store.format.strict_json import id_of, mapping, name_of, natural, parse, shape_of, texts
+from msft_store.format.strict_json import (
+    check_id,
+    check_natural,
+    check_object,
+    check_shape,
+    check_strings,
+    check_tensor_name,
+    parse,
+)
 
 PACK_MAGIC = b"msftpack"
 PACK_HEADER = struct.Struct("<8sII")
 PACK_TRAILER = struct.Struct("<QIIII16s8s")
-NONE = 0xFFFFFFFF
+NO_INDEX = 0xFFFFFFFF
 """The index of what a record does not have."""
 _MAX_TABLE = 1 << 20
 _MAX_TABLE_OF_RECORD = 1 << 10
@@ -129,9 +137,9 @@ class Footer:
             codec=int(codec),
             dtype=int(dtype),
             depth=int(depth),
-            base=None if base == NONE else self.bases[base],
+            base=None if base == NO_INDEX else self.bases[base],
             ref_key=ref_key.tobytes(),
-            reference=None if reference == NONE else self.references[reference],
+            reference=None if reference == NO_INDEX else self.references[reference],
             generation=int(here["generation"]),
         )
 
@@ -153,7 +161,7 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
     references: list[Any] = []
     rows = []
     for record in records:
-        place = NONE
+        place = NO_INDEX
         if record.reference is not None:
             place = len(references)
             references.append(_reference_to_json(record.reference))
@@ -169,13 +177,13 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
                 record.depth,
                 record.generation,
                 place,
-                NONE if record.base is None else bases.setdefault(record.base, len(bases)),
+                NO_INDEX if record.base is None else bases.setdefault(record.base, len(bases)),
                 0,
             )
         )
-    table = canonical({"bases": list(bases), "references": references})
+    table = canonical_json({"bases": list(bases), "references": references})
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
-    if len(raw) > longest(len(rows)):
+    if len(raw) > max_footer_bytes(len(rows)):
         raise InvalidInputError(
             "the names of tensors are too long for so many; shorten those of more than 900 letters"
         )
@@ -193,12 +201,16 @@ def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
     offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
     if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
         raise CorruptedError(f"{what} is truncated or damaged at its end")
-    if size > longest(count) or length > size + _MAX_EXCESS or count * KEY_BYTES > length + 64:
+    if (
+        size > max_footer_bytes(count)
+        or length > size + _MAX_EXCESS
+        or count * KEY_BYTES > length + 64
+    ):
         raise CorruptedError(f"{what} declares a footer that its length rules out")
     return Trailer(offset=offset, length=length, size=size, count=count, check=check)
 
 
-def longest(count: int) -> int:
+def max_footer_bytes(count: int) -> int:
     """Return the decoded length that a footer of so many records may have."""
     of_record = _MAX_TABLE_OF_RECORD + _RECORD.itemsize
     return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)
@@ -209,7 +221,7 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
     if xxhash.xxh3_128_digest(data) != trailer.check:
         raise CorruptedError(f"the footer of {what} does not match its digest")
     try:
-        raw = inflate(data, trailer.size)
+        raw = decompress(data, trailer.size)
         (length,) = struct.unpack_from("<I", raw)
         table = bytes(raw[4 : 4 + length])
         if 4 + length + trailer.count * _RECORD.itemsize != trailer.size:
@@ -217,10 +229,10 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
         rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
         bases = _bases(table)
     except (ValueError, KeyError, struct.error) as error:
-        raise _unreadable(what, error) from None
+        raise _footer_error(what, error) from None
     _check_rows(rows, what)
-    if ((rows["base"] >= len(bases)) & (rows["base"] != NONE)).any():
-        raise _unreadable(what, "a record names a base that is not there")
+    if ((rows["base"] >= len(bases)) & (rows["base"] != NO_INDEX)).any():
+        raise _footer_error(what, "a record names a base that is not there")
     end = rows["offset"] + rows["length"]
     if (end > trailer.offset).any() or (end < rows["offset"]).any():
         raise CorruptedError(f"the footer of {what} points beyond its payloads")
@@ -239,21 +251,21 @@ def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
 def _check_rows(rows: Rows, what: str) -> None:
     sizes, lengths = rows["size"], rows["length"].astype(np.int64)
     if (sizes > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
-        raise _unreadable(what, "a chunk is larger or deeper than the format allows")
+        raise _footer_error(what, "a chunk is larger or deeper than the format allows")
     if (sizes == 0).any() or (sizes % _SIZES[rows["dtype"]]).any():
-        raise _unreadable(what, "a chunk is empty or ends within an element")
+        raise _footer_error(what, "a chunk is empty or ends within an element")
     if (lengths > sizes.astype(np.int64) + _MAX_EXCESS).any():
-        raise _unreadable(what, "a payload is much longer than its chunk")
+        raise _footer_error(what, "a payload is much longer than its chunk")
     if rows["reserved"].any():
-        raise _unreadable(what, "a record has something where zeros belong")
+        raise _footer_error(what, "a record has something where zeros belong")
 
 
 def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:
     named = rows["reference"]
-    refers: NDArray[np.bool_] = (named == NONE) & ~is_zero(rows["ref_key"])
+    refers: NDArray[np.bool_] = (named == NO_INDEX) & ~is_zero(rows["ref_key"])
     if _CHUNKS in table or b"\\" in table:
         chunks = [isinstance(reference, tuple) for reference in _references(table, rows, what)]
-        explicit = np.flatnonzero(named != NONE)
+        explicit = np.flatnonzero(named != NO_INDEX)
         refers[explicit] = np.array(chunks, bool)[named[explicit]]
     return refers
 
@@ -262,22 +274,27 @@ def _references(
     table: bytes, rows: Rows, what: str
 ) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
     try:
-        found = tuple(map(_reference_from_json, mapping(parse(table))["references"]))
+        found = tuple(map(_reference_from_json, check_object(parse(table))["references"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(what, error) from None
+        raise _footer_error(what, error) from None
     named = rows["reference"]
-    if (named[named != NONE] >= len(found)).any():
-        raise _unreadable(what, "a record names a reference that is not there")
+    if (named[named != NO_INDEX] >= len(found)).any():
+        raise _footer_error(what, "a record names a reference that is not there")
     return found
 
 
 def _bases(table: bytes) -> tuple[str, ...]:
     canonical_bases = _BASES.match(table)
     found = parse(canonical_bases[1] if canonical_bases else table)
-    return tuple(map(id_of, texts(found if canonical_bases else mapping(found)["bases"])))
+    return tuple(
+        map(
+            check_id,
+            check_strings(found if canonical_bases else check_object(found)["bases"]),
+        )
+    )
 
 
-def _unreadable(what: str, reason: object) -> CorruptedError:
+def _footer_error(what: str, reason: object) -> CorruptedError:
     return CorruptedError(f"the footer of {what} cannot be read: {reason}")
 
 
@@ -291,14 +308,18 @@ def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
 
 
 def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
-    if "tensor" in mapping(entry):
+    if "tensor" in check_object(entry):
         box = None
         if "box" in entry:
             offset, shape = entry["box"]
-            box = shape_of(offset), shape_of(shape)
+            box = check_shape(offset), check_shape(shape)
             if len(box[0]) != len(box[1]):
                 raise ValueError("a box has an offset of other dimensions")
-        return BaseSpan(tensor=name_of(entry["tensor"]), start=natural(entry["start"]), box=box)
+        return BaseSpan(
+            tensor=check_tensor_name(entry["tensor"]),
+            start=check_natural(entry["start"]),
+            box=box,
+        )
     spans = tuple(_span(*span) for span in entry["chunks"])
     if not 0 < len(spans) <= _MAX_SPANS:
         raise ValueError(f"a reference has {len(spans)} parts")
@@ -307,6 +328,6 @@ def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
 
 def _span(key: Any, start: Any, length: Any) -> ChunkSpan:
     # Not of no bytes: each part takes a whole chunk to read.
-    if natural(start) + natural(length) > CHUNK_BYTES or length == 0:
+    if check_natural(start) + check_natural(length) > CHUNK_BYTES or length == 0:
         raise ValueError("a reference is to bytes that no chunk has")
-    return ChunkSpan(key=bytes.fromhex(id_of(key)), start=start, length=length)
+    return ChunkSpan(key=bytes.fromhex(check_id(key)), start=start, length=length)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from msft_store._util import local_path
+from msft_store._util import check_path
 from msft_store.errors import InvalidInputError, NotAStoreError
 from msft_store.integrations.training_state import (
     from_tensors,
@@ -68,7 +68,7 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
         def commit() -> None:
             found = _given(timeline).commit(tensors)
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
-            publish(LocalBackend(local_path(folder)), FILE, text)
+            publish(LocalBackend(check_path(folder)), FILE, text)
 
         in_main_process(commit)
         # Accelerate writes what is left in the list.

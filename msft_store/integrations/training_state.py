@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from msft_store.errors import MismatchError, StorageError
-from msft_store.format.layout import canonical
+from msft_store.format.layout import canonical_json
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.nested import flatten, unflatten
@@ -87,7 +87,7 @@ def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
     :class:`InvalidInputError` names what is neither a tensor nor plain.
     """
     tensors, tree = flatten(state, prefix)
-    tensors[_json(prefix)] = torch.frombuffer(bytearray(canonical(tree)), dtype=torch.uint8)
+    tensors[_json(prefix)] = torch.frombuffer(bytearray(canonical_json(tree)), dtype=torch.uint8)
     return tensors
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from msft_store.errors import CorruptedError, StoreError, bare
-from msft_store.format.dtypes import DType, by_code
-from msft_store.format.key_table import Keys, as_keys, key_at
+from msft_store.errors import CorruptedError, StoreError, strip_frames
+from msft_store.format.dtypes import DType, dtype_by_code
+from msft_store.format.key_table import Keys, key_at, view_keys
 from msft_store.format.layout import BaseSpan
 from msft_store.objects.bases import path_of_base
 from msft_store.objects.catalog import Catalog
@@ -234,7 +234,7 @@ def _problem(
         else:
             _resolve(catalog, key, dtype, base)
     except StoreError as error:
-        return bare(error)
+        return strip_frames(error)
     return None
 
 
@@ -251,7 +251,7 @@ def _is_whole(
     if len(closure(catalog.objects, index, keys).missing):
         return False
     for entry in entries:
-        named = as_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
+        named = view_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
         for base in keys:
             rows = index.find_all(named, base)
             if (index.dtypes[rows[rows >= 0]] != entry.dtype.code).any():
@@ -261,9 +261,9 @@ def _is_whole(
 
 def _resolve(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
     objects = catalog.objects
-    missing = closure(objects, objects.index, {base: as_keys(key)}).missing
+    missing = closure(objects, objects.index, {base: view_keys(key)}).missing
     if len(missing):
         raise StoreError(f"chunk {key_at(missing, 0).hex()} is in no pack")
     stored = catalog.objects.find(key, base)
-    if stored is not None and by_code(stored.record.dtype) != dtype:
+    if stored is not None and dtype_by_code(stored.record.dtype) != dtype:
         raise StoreError(f"chunk {key.hex()} in {stored.pack} has another dtype")

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.errors import InvalidInputError, StoreError
-from msft_store.format.layout import BaseSpan, canonical
+from msft_store.format.layout import BaseSpan, canonical_json
 from msft_store.maintenance.export_names import exported
 from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.catalog import Catalog
@@ -164,7 +164,7 @@ def _write_shards(
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
-        publish(backend, INDEX, canonical({"metadata": total, "weight_map": index}))
+        publish(backend, INDEX, canonical_json({"metadata": total, "weight_map": index}))
 
 
 def _write_file(

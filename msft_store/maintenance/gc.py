@@ -22,23 +22,23 @@ from typing import NoReturn
 
 import numpy as np
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.errors import (
-    REPAIR,
+    REPAIR_HINT,
     CorruptedError,
     OutOfSpaceError,
     OverBudgetError,
     StoreError,
-    reason,
+    strip_hint,
 )
-from msft_store.format.key_table import among
+from msft_store.format.key_table import is_among
 from msft_store.format.layout import Record
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import MANIFESTS, Checkpoint, path_of
 from msft_store.objects.packs import PACKS, PackWriter, ahead
 from msft_store.objects.reachability import closure
 from msft_store.objects.refs import REFS
-from msft_store.retention import Candidate, Policy, check_policy, check_ranked
+from msft_store.retention import Candidate, Policy, check_policy, check_ranked_metrics
 from msft_store.storage.backend import TEMPORARY, disk_bytes, sizes
 from msft_store.storage.quota import require
 
@@ -85,9 +85,9 @@ class GcResult:
     """Why they were left."""
 
     def __str__(self) -> str:
-        text = f"freed {human(self.freed_bytes)}"
+        text = f"freed {format_bytes(self.freed_bytes)}"
         if self.left_bytes:
-            text += f"; left {human(self.left_bytes)} for a later gc, for {self.hindrance}"
+            text += f"; left {format_bytes(self.left_bytes)} for a later gc, for {self.hindrance}"
         return text
 
 
@@ -115,7 +115,7 @@ class GcPlan:
         )
 
     def __str__(self) -> str:
-        return "\n".join([f"would free {human(self.freed_bytes)}", *self.steps()])
+        return "\n".join([f"would free {format_bytes(self.freed_bytes)}", *self.steps()])
 
     def steps(self) -> list[str]:
         """Return what goes, in the order in which it does, and what stays; one line for each."""
@@ -123,13 +123,14 @@ class GcPlan:
             f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
             for verdict in self.dropped
         ]
-        lines += [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        lines += [f"  delete   {waste.path} ({format_bytes(waste.size)})" for waste in self.delete]
         lines += [
-            f"  rewrite  {waste.path} ({human(waste.dead_bytes)} of {human(waste.size)} is dead; "
-            f"takes {human(waste.live_bytes)} for a moment)"
+            f"  rewrite  {waste.path} ({format_bytes(waste.dead_bytes)} of "
+            f"{format_bytes(waste.size)} is dead; "
+            f"takes {format_bytes(waste.live_bytes)} for a moment)"
             for waste in self.rewrite
         ]
-        lines += [f"  leftover {path} ({human(size)})" for path, size in self.leftovers]
+        lines += [f"  leftover {path} ({format_bytes(size)})" for path, size in self.leftovers]
         if self.kept:
             lines.append("keeps")
         lines += [
@@ -137,7 +138,7 @@ class GcPlan:
         ]
         if self.held_bytes:
             lines.append(
-                f"  {human(self.held_bytes)} of forgotten checkpoints, "
+                f"  {format_bytes(self.held_bytes)} of forgotten checkpoints, "
                 "because others are stored as differences of them"
             )
         return lines
@@ -157,7 +158,9 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         for checkpoint in checkpoints
     }
     if policy is not None:
-        check_ranked(check_policy(policy), [checkpoint.metrics for checkpoint in checkpoints])
+        check_ranked_metrics(
+            check_policy(policy), [checkpoint.metrics for checkpoint in checkpoints]
+        )
         decided = policy.decide(_candidates(checkpoints, protected))
         kept = {
             identity: tuple(reason.text for reason in reasons)
@@ -235,7 +238,7 @@ def evict_locked(
     for path, _ in _leftovers(catalog):
         backend.delete(path)
     for waste in delete:
-        _LOG.debug("delete %s, %s", waste.path, human(waste.size))
+        _LOG.debug("delete %s, %s", waste.path, format_bytes(waste.size))
         backend.delete(waste.path)
     left, hindrance = 0, None
     for number, waste in enumerate(rewrite):
@@ -244,7 +247,7 @@ def evict_locked(
         except (OutOfSpaceError, OverBudgetError) as error:
             # The remaining packs need even more room.
             left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
-            _LOG.info("rewriting %s is postponed: %s", human(left), hindrance)
+            _LOG.info("rewriting %s is postponed: %s", format_bytes(left), hindrance)
             break
         peak = max(peak, disk_bytes(backend))
         backend.delete(waste.path)
@@ -300,7 +303,7 @@ def waste_of(
             delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
         elif (dead and dead >= share * size) or size < small:
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
-            rivals = among(index.keys[rows][live], index.keys[~needs.live]).tolist()
+            rivals = is_among(index.keys[rows][live], index.keys[~needs.live]).tolist()
             records = tuple(
                 ahead(footer.record(row)) if rival else footer.record(row)
                 for row, rival in zip(alive, rivals, strict=True)
@@ -331,8 +334,8 @@ def refuse_damage(catalog: Catalog) -> None:
 
 
 def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
-    told = reason(what) if isinstance(what, StoreError) else what
-    return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR}")
+    told = strip_hint(what) if isinstance(what, StoreError) else what
+    return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR_HINT}")
 
 
 def _label(checkpoint: Checkpoint) -> str:

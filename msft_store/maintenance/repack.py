@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from msft_store._util import counted, human
+from msft_store._util import format_bytes, format_count
 from msft_store.maintenance.gc import GcResult, PackWaste, refuse_damage, rewrite_packs, waste_of
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import MANIFESTS
@@ -47,23 +47,23 @@ class RepackPlan:
     def __str__(self) -> str:
         moved = max((sum(w.live_bytes for w in group) for group in self.merge), default=0)
         heading = (
-            f"would make {self.change()}, and free {human(self.freed_bytes)}; "
-            f"takes {human(moved)} for a moment"
+            f"would make {self.change()}, and free {format_bytes(self.freed_bytes)}; "
+            f"takes {format_bytes(moved)} for a moment"
         )
         return "\n".join([heading, *self.steps()])
 
     def change(self) -> str:
         """Return how many packs become how many: "1 pack of 4"."""
         before = len(self.delete) + sum(map(len, self.merge))
-        return f"{counted(len(self.merge), 'pack')} of {before}"
+        return f"{format_count(len(self.merge), 'pack')} of {before}"
 
     def steps(self) -> list[str]:
         """Return what happens to each pack, one line for each."""
-        lines = [f"  delete   {waste.path} ({human(waste.size)})" for waste in self.delete]
+        lines = [f"  delete   {waste.path} ({format_bytes(waste.size)})" for waste in self.delete]
         for number, group in enumerate(self.merge, 1):
             lines += [
-                f"  into {number:>3} {waste.path} ({human(waste.size)}, of which "
-                f"{human(waste.dead_bytes)} are dead)"
+                f"  into {number:>3} {waste.path} ({format_bytes(waste.size)}, of which "
+                f"{format_bytes(waste.dead_bytes)} are dead)"
                 for waste in group
             ]
         return lines

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from msft_store.codec import codecs
-from msft_store.format.key_table import among, concatenate, counted, unique
+from msft_store.format.key_table import concatenate_keys, count_keys, is_among, unique_keys
 from msft_store.format.layout import BaseSpan
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint, chunk_sizes
@@ -69,7 +69,7 @@ def _how(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
     if stored is None:
         return MISSING, 0
     record = stored.record
-    codec = codecs.by_code(record.codec)
+    codec = codecs.codec_by_code(record.codec)
     if not codec.needs_reference:
         return f"{codec.name}, no reference", record.length
     against = "base" if isinstance(record.reference, BaseSpan) else "checkpoint"
@@ -120,10 +120,10 @@ def stats(catalog: Catalog) -> Stats:
     checkpoints, objects = catalog.checkpoints(), catalog.objects
     index, keys = objects.index, catalog.keys_by_base(checkpoints)
     needs = closure(objects, index, keys)
-    uses = [unique(catalog.keys(checkpoint)) for checkpoint in checkpoints]
-    named, times = counted(concatenate(uses))
+    uses = [unique_keys(catalog.keys(checkpoint)) for checkpoint in checkpoints]
+    named, times = count_keys(concatenate_keys(uses))
     in_base = [some[objects.in_base_all(some, base)] for base, some in keys.items()]
-    shared = (times > 1) | among(named, concatenate(in_base))
+    shared = (times > 1) | is_among(named, concatenate_keys(in_base))
     return Stats(
         checkpoints=len(checkpoints),
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageError
 from msft_store.format.dtypes import DType
-from msft_store.format.key_table import Keys, KeyTable, as_keys
+from msft_store.format.key_table import Keys, KeyTable, view_keys
 from msft_store.format.layout import CHUNK_BYTES, BaseSpan, chunk_key
 from msft_store.objects.bases import Base, BaseTensor, path_of_base, read_base
 from msft_store.storage.backend import Backend, read_file_into
@@ -45,7 +45,7 @@ class BaseReader:
 
     @cached_property
     def _table(self) -> KeyTable:
-        keys = as_keys(b"".join(self.chunks))
+        keys = view_keys(b"".join(self.chunks))
         return KeyTable(keys, np.arange(len(keys)))
 
     def holds(self, keys: Keys) -> NDArray[np.bool_]:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.errors import BaseError, CorruptedError
-from msft_store.format.dtypes import DType, by_name
+from msft_store.format.dtypes import DType, dtype_by_name
 from msft_store.format.layout import (
     CHUNK_BYTES,
     VERSION,
-    canonical,
+    canonical_json,
     chunk_key,
     digest,
     join_keys,
@@ -33,7 +33,13 @@ from msft_store.format.layout import (
     split_keys,
     unseal,
 )
-from msft_store.format.strict_json import mapping, name_of, natural, shape_of, text
+from msft_store.format.strict_json import (
+    check_natural,
+    check_object,
+    check_shape,
+    check_string,
+    check_tensor_name,
+)
 from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
 from msft_store.storage.backend import Backend, publish, read_file, read_whole, translated
 
@@ -167,7 +173,7 @@ def _key_at(file: Path, offset: int, length: int, dtype: DType) -> bytes:
 
 def base_id(tensors: Mapping[str, BaseTensor]) -> str:
     """Return the id of a base: the digest of names, dtypes, shapes and keys."""
-    return digest(canonical(_content(tensors)))
+    return digest(canonical_json(_content(tensors)))
 
 
 def _content(tensors: Mapping[str, BaseTensor]) -> dict[str, Any]:
@@ -200,13 +206,13 @@ def _from_json(backend: Backend, identity: str) -> Base:
     what = backend.describe(path)
     record = unseal(read_whole(backend, path), what, "msft-base")
     try:
-        if digest(canonical(record["content"])) != record["id"] or record["id"] != identity:
+        if digest(canonical_json(record["content"])) != record["id"] or record["id"] != identity:
             raise CorruptedError(f"{what} does not hold the base that its name says")
-        files = tuple((_path(name), natural(size)) for name, size in record["files"])
-        places = mapping(record["places"])
+        files = tuple((_path(name), check_natural(size)) for name, size in record["files"])
+        places = check_object(record["places"])
         tensors = {
-            name_of(name): _tensor(mapping(entry), places[name], files)
-            for name, entry in mapping(record["content"]).items()
+            check_tensor_name(name): _tensor(check_object(entry), places[name], files)
+            for name, entry in check_object(record["content"]).items()
         }
         return Base(id=identity, path=_path(record["path"]), files=files, tensors=tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -214,17 +220,17 @@ def _from_json(backend: Backend, identity: str) -> Base:
 
 
 def _tensor(entry: Mapping[str, Any], place: Any, files: Sequence[tuple[str, int]]) -> BaseTensor:
-    dtype, shape = by_name(entry["dtype"]), shape_of(entry["shape"])
+    dtype, shape = dtype_by_name(entry["dtype"]), check_shape(entry["shape"])
     nbytes = math.prod(shape) * dtype.size
-    file, offset = shape_of(place)
+    file, offset = check_shape(place)
     if file >= len(files) or offset + nbytes > files[file][1]:
         raise ValueError("a tensor stands in no file that is listed")
-    keys = split_keys(text(entry["chunks"]), nbytes)
+    keys = split_keys(check_string(entry["chunks"]), nbytes)
     return BaseTensor(dtype=dtype, shape=shape, file=file, offset=offset, keys=keys)
 
 
 def _path(value: Any) -> str:
-    path = text(value)
+    path = check_string(value)
     if not os.path.isabs(os.fsencode(path)) or "\0" in path:
         raise ValueError(f"{path!r:.80} is no absolute path")
     return path

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import (
-    REPAIR,
+    REPAIR_HINT,
     BusyError,
     CorruptedError,
     InvalidInputError,
@@ -38,10 +38,16 @@ from msft_store.errors import (
     StoreError,
     UnknownCheckpointError,
     VersionError,
-    bare,
-    reason,
+    strip_frames,
+    strip_hint,
 )
-from msft_store.format.key_table import Keys, KeyScanner, concatenate, unique, unlike
+from msft_store.format.key_table import (
+    Keys,
+    KeyScanner,
+    concatenate_keys,
+    select_changed_keys,
+    unique_keys,
+)
 from msft_store.format.layout import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.objects.bases import Base
 from msft_store.objects.chunks import Objects
@@ -119,7 +125,7 @@ def read_level(backend: Backend) -> Level:
         config = unseal(read_whole(backend, CONFIG), what, "msft-store")
     except CorruptedError as error:
         # Not even check opens such a store.
-        raise CorruptedError(f"{reason(error)}; {_REPAIR_ALONE}", file=what) from None
+        raise CorruptedError(f"{strip_hint(error)}; {_REPAIR_ALONE}", file=what) from None
     if config.get("chunk_bytes") != CHUNK_BYTES:
         raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
     try:
@@ -165,7 +171,7 @@ class Catalog:
             except StoreError as error:
                 # One that was forgotten since it was listed is no damage.
                 if self.backend.exists(path_of(identity)):
-                    damaged[identity] = bare(error)
+                    damaged[identity] = strip_frames(error)
         self._checkpoints, self._damaged = checkpoints, damaged
         keys = dict(self._keys)
         self._keys = {identity: keys[identity] for identity in keys if identity in checkpoints}
@@ -227,7 +233,7 @@ class Catalog:
             raise self._damaged[wanted]
         if name in refs:
             raise CorruptedError(
-                f"the ref {name!r} points to a checkpoint that is not there; {REPAIR}"
+                f"the ref {name!r} points to a checkpoint that is not there; {REPAIR_HINT}"
             )
         matches = [c for c in self.checkpoints() if c.id.startswith(name)]
         if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
@@ -309,13 +315,13 @@ class Catalog:
         for checkpoint in checkpoints:
             keys, base = self.keys(checkpoint), checkpoint.base
             # Most of what a checkpoint names stood in the same place in the one before it.
-            parts.setdefault(base, []).append(unlike(keys, before.get(base)))
+            parts.setdefault(base, []).append(select_changed_keys(keys, before.get(base)))
             before[base] = keys
-        return {base: concatenate(keys) for base, keys in parts.items()}
+        return {base: concatenate_keys(keys) for base, keys in parts.items()}
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
-        keys, base, index = unique(self.keys(checkpoint)), checkpoint.base, self.objects.index
+        keys, base, index = unique_keys(self.keys(checkpoint)), checkpoint.base, self.objects.index
         rows = index.find_all(keys[~self.objects.in_base_all(keys, base)], base)
         return int(index.lengths[rows[rows >= 0]].sum())
 

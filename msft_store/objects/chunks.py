@@ -23,8 +23,14 @@ from numpy.typing import NDArray
 
 from msft_store.codec import codecs
 from msft_store.codec.kernels import Bytes
-from msft_store.errors import REPAIR, CorruptedError, StoreError, UnknownCheckpointError, bare
-from msft_store.format.dtypes import DType, by_code
+from msft_store.errors import (
+    REPAIR_HINT,
+    CorruptedError,
+    StoreError,
+    UnknownCheckpointError,
+    strip_frames,
+)
+from msft_store.format.dtypes import DType, dtype_by_code
 from msft_store.format.key_table import Keys
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.format.pack_footer import Footer
@@ -100,7 +106,7 @@ class Objects:
             except StoreError as error:
                 # One that a gc removed since it was listed is no loss.
                 if self._backend.exists(path):
-                    damaged[path] = bare(error)
+                    damaged[path] = strip_frames(error)
         if packs.keys() != known.keys():
             self._snapshot = Index(packs)
         self._damaged_packs, self._have_packs = damaged, wanted
@@ -115,7 +121,7 @@ class Objects:
                 try:
                     self.add_base(read_base(self._backend, identity))
                 except StoreError as error:
-                    damaged[path_of_base(identity)] = bare(error)
+                    damaged[path_of_base(identity)] = strip_frames(error)
         self._damaged_bases, self._have_bases = damaged, wanted
 
     def add_base(self, base: Base) -> None:
@@ -201,14 +207,15 @@ class Objects:
         if stored is None:
             hint = "".join(f"; {error}" for error in self.damaged.values())
             raise CorruptedError(
-                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; {REPAIR}"
+                f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; "
+                f"{REPAIR_HINT}"
             )
         self._decode(stored, out, dtype)
 
     def verify(self, stored: Stored) -> None:
         """Decode one representation of a chunk; raise what reading it would."""
         record = stored.record
-        self._decode(stored, np.empty(record.size, np.uint8), by_code(record.dtype))
+        self._decode(stored, np.empty(record.size, np.uint8), dtype_by_code(record.dtype))
 
     def verify_once(self, stored: Stored) -> None:
         """Do as :meth:`verify`, but not again for what was found sound before."""
@@ -243,16 +250,16 @@ class Objects:
             if chunk_key(out.data, dtype) != record.ref_key:
                 self._blame_reference(record)
         raise CorruptedError(
-            f"chunk {record.key.hex()} in {what} is damaged: {reason}; {REPAIR}", file=what
+            f"chunk {record.key.hex()} in {what} is damaged: {reason}; {REPAIR_HINT}", file=what
         )
 
     def _reference(self, record: Record, out: Bytes) -> None:
         """Fill ``out`` with what a record refers to, if it does."""
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
-            if codecs.by_code(record.codec).needs_reference:
+            if codecs.codec_by_code(record.codec).needs_reference:
                 raise CorruptedError(f"chunk {record.key.hex()} is a change of nothing")
             return
-        dtype = by_code(record.dtype)
+        dtype = dtype_by_code(record.dtype)
         if isinstance(record.reference, BaseSpan):
             if record.base is None:
                 raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
@@ -289,7 +296,7 @@ class Objects:
         return stored.record.size
 
     def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
-        base, dtype = record.base, by_code(record.dtype)
+        base, dtype = record.base, dtype_by_code(record.dtype)
         stored, size = self.find(span.key, base), self._chunk_size(span, base)
         in_base = self.in_base(span.key, base) is not None
         if not in_base and stored is not None and stored.record.depth >= record.depth:
@@ -306,6 +313,6 @@ class Objects:
 
     def _blame_reference(self, record: Record) -> None:
         if isinstance(record.reference, BaseSpan) and record.base is not None:
-            count = record.size // by_code(record.dtype).size
+            count = record.size // dtype_by_code(record.dtype).size
             self.base(record.base).verify_span(record.reference, count)
         raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")

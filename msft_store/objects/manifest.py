@@ -31,13 +31,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from msft_store.errors import REPAIR, CorruptedError, InvalidInputError
-from msft_store.format.dtypes import DType, by_name
-from msft_store.format.key_table import Keys, KeyScanner, as_keys
+from msft_store.errors import REPAIR_HINT, CorruptedError, InvalidInputError
+from msft_store.format.dtypes import DType, dtype_by_name
+from msft_store.format.key_table import Keys, KeyScanner, view_keys
 from msft_store.format.layout import (
     CHUNK_BYTES,
     VERSION,
-    canonical,
+    canonical_json,
     digest,
     join_keys,
     seal,
@@ -45,16 +45,16 @@ from msft_store.format.layout import (
     unseal,
 )
 from msft_store.format.strict_json import (
-    LIMIT,
-    id_of,
-    mapping,
-    name_of,
-    natural,
+    NUMBER_LIMIT,
+    check_id,
+    check_natural,
+    check_object,
+    check_shallow_object,
+    check_shape,
+    check_string,
+    check_strings,
+    check_tensor_name,
     parse,
-    shallow,
-    shape_of,
-    text,
-    texts,
 )
 from msft_store.storage.backend import MAX_WHOLE, Backend, publish, read_whole
 
@@ -163,7 +163,7 @@ class CheckpointFacts:
         Raises:
             InvalidInputError: A manifest cannot hold one of them.
         """
-        if step is not None and (type(step) is not int or not 0 <= step < LIMIT):
+        if step is not None and (type(step) is not int or not 0 <= step < NUMBER_LIMIT):
             raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
         listed = isinstance(tags, Sequence) and not isinstance(tags, str)
         if not listed or any(not isinstance(tag, str) for tag in tags):
@@ -177,9 +177,9 @@ class CheckpointFacts:
         numbers = {_metric_name(name): _metric_number(v) for name, v in (metrics or {}).items()}
         # The round trip through JSON copies the metadata and refuses values that JSON cannot hold.
         content = {"tags": list(tags), "metadata": dict(metadata or {})}
-        normal: dict[str, Any] = json.loads(canonical({**content, "metrics": list(numbers)}))
+        normal: dict[str, Any] = json.loads(canonical_json({**content, "metrics": list(numbers)}))
         try:
-            shallow(normal["metadata"])
+            check_shallow_object(normal["metadata"])
         except ValueError as error:
             raise InvalidInputError(f"metadata cannot be kept: {error}") from None
         return cls(
@@ -210,7 +210,7 @@ def checkpoint_content(
         "tensors": digest(tensors),
         "logical_bytes": logical_bytes,
     }
-    normal: dict[str, Any] = json.loads(canonical(content))
+    normal: dict[str, Any] = json.loads(canonical_json(content))
     return normal
 
 
@@ -237,7 +237,7 @@ def _metric_to_json(number: float) -> float | str:
 
 def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
     """Return the second line of a manifest."""
-    return canonical(
+    return canonical_json(
         {
             name: {
                 "dtype": entry.dtype.name,
@@ -266,7 +266,7 @@ def write_manifest(
     unreferenced_bytes: int,
 ) -> Checkpoint:
     """Publish a manifest: from here on the checkpoint exists."""
-    identity = digest(canonical(content))
+    identity = digest(canonical_json(content))
     head = {
         "format": "msft-manifest",
         "version": VERSION,
@@ -314,7 +314,7 @@ def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
         more = backend.read(path, len(data), len(data))
         if not more or len(data) > MAX_WHOLE:
             what = backend.describe(path)
-            raise CorruptedError(f"{what} is truncated; {REPAIR}", file=what)
+            raise CorruptedError(f"{what} is truncated; {REPAIR_HINT}", file=what)
         data += more
     return _parse_head(data[: data.index(b"\n")], identity, backend.describe(path))
 
@@ -323,8 +323,8 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     """Read the tensor table of a checkpoint, sorted by name."""
     table, what = _table(backend, checkpoint)
     try:
-        named = mapping(parse(table)).items()
-        entries = {name_of(name): _entry(mapping(value)) for name, value in named}
+        named = check_object(parse(table)).items()
+        entries = {check_tensor_name(name): _entry(check_object(value)) for name, value in named}
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptedError(f"the tensor table in {what} cannot be read: {error}") from None
     if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
@@ -339,7 +339,7 @@ def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> 
     if keys is None:
         entries = read_tensors(backend, checkpoint).values()
         named = (key for entry in entries for piece in entry.pieces for key in piece.keys)
-        keys = as_keys(b"".join(named))
+        keys = view_keys(b"".join(named))
     return keys
 
 
@@ -349,7 +349,7 @@ def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
     table = data[data.find(b"\n") + 1 : -1]
     if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
         raise CorruptedError(
-            f"the tensor table in {what} does not match its digest; {REPAIR}", file=what
+            f"the tensor table in {what} does not match its digest; {REPAIR_HINT}", file=what
         )
     return table, what
 
@@ -365,7 +365,7 @@ def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
 def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
     head = unseal(line, what, "msft-manifest")
     try:
-        if digest(canonical(head["content"])) != head["id"] or head["id"] != identity:
+        if digest(canonical_json(head["content"])) != head["id"] or head["id"] != identity:
             raise CorruptedError(f"{what} does not hold the checkpoint that its name says")
         return _checkpoint(head)
     except (KeyError, ValueError) as error:
@@ -373,21 +373,21 @@ def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
 
 
 def _checkpoint(head: Mapping[str, Any]) -> Checkpoint:
-    content = mapping(head["content"])
+    content = check_object(head["content"])
     parent, base, step = content["parent"], content["base"], content["step"]
     return Checkpoint(
-        id=id_of(head["id"]),
-        parent=None if parent is None else id_of(parent),
-        base=None if base is None else id_of(base),
-        step=None if step is None else natural(step),
-        metrics={name: _metric(value) for name, value in mapping(content["metrics"]).items()},
-        tags=texts(content["tags"]),
-        metadata=shallow(content["metadata"]),
-        logical_bytes=natural(content["logical_bytes"]),
-        stored_bytes=natural(head["stored_bytes"]),
-        unreferenced_bytes=natural(head["unreferenced_bytes"]),
-        created=natural(head["created"]),
-        tensor_digest=id_of(content["tensors"]),
+        id=check_id(head["id"]),
+        parent=None if parent is None else check_id(parent),
+        base=None if base is None else check_id(base),
+        step=None if step is None else check_natural(step),
+        metrics={name: _metric(value) for name, value in check_object(content["metrics"]).items()},
+        tags=check_strings(content["tags"]),
+        metadata=check_shallow_object(content["metadata"]),
+        logical_bytes=check_natural(content["logical_bytes"]),
+        stored_bytes=check_natural(head["stored_bytes"]),
+        unreferenced_bytes=check_natural(head["unreferenced_bytes"]),
+        created=check_natural(head["created"]),
+        tensor_digest=check_id(content["tensors"]),
     )
 
 
@@ -398,16 +398,16 @@ def _metric(value: Any) -> float:
 
 
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
-    dtype, shape = by_name(value["dtype"]), shape_of(value["shape"])
-    pieces = tuple(_piece(mapping(piece), shape, dtype) for piece in value["pieces"])
+    dtype, shape = dtype_by_name(value["dtype"]), check_shape(value["shape"])
+    pieces = tuple(_piece(check_object(piece), shape, dtype) for piece in value["pieces"])
     if not covers([(piece.offset, piece.shape) for piece in pieces], shape):
         raise ValueError("pieces do not cover their tensor, or overlap")
     return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
 
 
 def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
-    offset, shape = shape_of(value["offset"]), shape_of(value["shape"])
+    offset, shape = check_shape(value["offset"]), check_shape(value["shape"])
     if not all(o + n <= s for o, n, s in zip(offset, shape, whole, strict=True)):
         raise ValueError("a piece lies outside its tensor")
-    keys = split_keys(text(value["chunks"]), math.prod(shape) * dtype.size)
+    keys = split_keys(check_string(value["chunks"]), math.prod(shape) * dtype.size)
     return Piece(offset=offset, shape=shape, keys=keys)

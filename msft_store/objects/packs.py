@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msft_store.errors import CorruptedError
-from msft_store.format.key_table import Keys, KeyTable, Numbers, concatenate
+from msft_store.format.key_table import Keys, KeyTable, Numbers, concatenate_keys
 from msft_store.format.layout import MAX_GENERATION, Record
 from msft_store.format.pack_footer import (
-    NONE,
+    NO_INDEX,
     PACK_HEADER,
     PACK_TRAILER,
     Footer,
@@ -125,8 +125,8 @@ class Index:
         self._paths = list(self.packs)
         footers = list(self.packs.values())
         self._starts = np.cumsum([0, *(len(footer) for footer in footers)])
-        self.keys = concatenate([keys_of(footer.rows) for footer in footers])
-        self.ref_keys: Keys = concatenate([footer.rows["ref_key"] for footer in footers])
+        self.keys = concatenate_keys([keys_of(footer.rows) for footer in footers])
+        self.ref_keys: Keys = concatenate_keys([footer.rows["ref_key"] for footer in footers])
         self.lengths = self._column("length", np.uint32)
         self.dtypes = self._column("dtype", np.uint8)
         self.depths = self._column("depth", np.uint8)
@@ -141,7 +141,7 @@ class Index:
             np.int32,
         )
         """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
-        self.explicit = self._column("reference", np.uint32) != NONE
+        self.explicit = self._column("reference", np.uint32) != NO_INDEX
         """Which rows have a reference that is written out, and is not a whole chunk."""
         self.refers_to_chunk = _joined([footer.refers_to_chunk for footer in footers], np.bool_)
         self._tables: dict[int, KeyTable] = {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.format.key_table import Keys, KeyTable, as_keys, concatenate, unique
+from msft_store.format.key_table import Keys, KeyTable, concatenate_keys, unique_keys, view_keys
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import Objects
 from msft_store.objects.manifest import Checkpoint
@@ -35,7 +35,7 @@ class Needs:
 
 def closure(objects: Objects, index: Index, keys: Mapping[str | None, Keys]) -> Needs:
     """Return what restoring chunks needs; ``keys`` are those of checkpoints, by their base."""
-    live, missing = np.zeros(len(index), bool), [as_keys(b"")]
+    live, missing = np.zeros(len(index), bool), [view_keys(b"")]
     pending, named = list(keys.items()), None
     while pending:
         fresh = np.zeros(len(index), bool)
@@ -53,7 +53,7 @@ def closure(objects: Objects, index: Index, keys: Mapping[str | None, Keys]) -> 
     return Needs(
         live=live,
         held=held & ~_stands(index, held, keys.values()),
-        missing=unique(concatenate(missing)),
+        missing=unique_keys(concatenate_keys(missing)),
     )
 
 
@@ -61,7 +61,7 @@ def _stands(index: Index, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDAr
     """Return which of some rows have a key that stands among others."""
     found, places = np.zeros(len(index), bool), np.flatnonzero(rows)
     if places.size:
-        distinct = unique(index.keys[places])
+        distinct = unique_keys(index.keys[places])
         table = KeyTable(distinct, np.arange(len(distinct)))
         named = np.zeros(len(distinct) + 1, bool)
         for some in keys:
@@ -77,7 +77,7 @@ def _referred(index: Index, rows: NDArray[np.int64]) -> list[tuple[str | None, K
         here = rows[index.bases[rows] == number]
         whole = ~index.explicit[here]
         named = [key for row in here[~whole].tolist() for key in index.explicit_keys(row)]
-        keys = concatenate([index.ref_keys[here[whole]], as_keys(b"".join(named))])
+        keys = concatenate_keys([index.ref_keys[here[whole]], view_keys(b"".join(named))])
         found.append((index.base_of(number), keys))
     return found
 

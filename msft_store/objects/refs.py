@@ -15,9 +15,15 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from msft_store.errors import REPAIR, CorruptedError, InvalidInputError, StoreError, bare
+from msft_store.errors import (
+    REPAIR_HINT,
+    CorruptedError,
+    InvalidInputError,
+    StoreError,
+    strip_frames,
+)
 from msft_store.format.layout import VERSION, seal, unseal
-from msft_store.format.strict_json import id_of, shallow
+from msft_store.format.strict_json import check_id, check_shallow_object
 from msft_store.storage.backend import Backend, publish, read_whole
 
 REFS = "refs"
@@ -78,7 +84,7 @@ class RefReader:
             except StoreError as error:
                 # Another process may delete a ref after the scan.
                 if self._backend.exists(path):
-                    damaged[path] = bare(error)
+                    damaged[path] = strip_frames(error)
         # Replaced as a whole, because other threads read it at the same time.
         self._known = known
         return {ref.name: ref for _, ref in known.values()}, damaged
@@ -105,12 +111,15 @@ def read_ref(backend: Backend, path: str) -> Ref:
     content = unseal(read_whole(backend, path), what, "msft-ref")
     name = name_of_ref(path)
     try:
-        target, note = id_of(content.get("checkpoint")), shallow(content.get("note"))
+        target, note = (
+            check_id(content.get("checkpoint")),
+            check_shallow_object(content.get("note")),
+        )
         if content.get("name") != name or not _is_name(name):
             raise ValueError("it has another name")
     except ValueError as error:
         raise CorruptedError(
-            f"{what} does not hold the ref {name!a:.80}: {error}; {REPAIR}", file=what
+            f"{what} does not hold the ref {name!a:.80}: {error}; {REPAIR_HINT}", file=what
         ) from None
     return Ref(name=name, checkpoint=target, note=note)
 
@@ -133,7 +142,7 @@ def ref_record(ref: Ref) -> bytes:
     }
     try:
         data = seal(content)
-        shallow(content["note"])
+        check_shallow_object(content["note"])
     except ValueError as error:
         raise InvalidInputError(f"the note of {ref.name!r} cannot be kept: {error}") from None
     return data

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.errors import BaseError, InvalidInputError
-from msft_store.format.dtypes import DType, by_safetensors
-from msft_store.format.strict_json import mapping, name_of, parse, shape_of
+from msft_store.format.dtypes import DType, dtype_by_safetensors
+from msft_store.format.strict_json import check_object, check_shape, check_tensor_name, parse
 from msft_store.storage.backend import read_file
 
 _MAX_HEADER_BYTES = 100 << 20
@@ -61,7 +61,9 @@ def find_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             listed = parse(read_file(index, 0, _MAX_HEADER_BYTES), "utf-8")
-            names = sorted({name_of(name) for name in mapping(listed["weight_map"]).values()})
+            names = sorted(
+                {check_tensor_name(name) for name in check_object(listed["weight_map"]).values()}
+            )
             files = [path / name for name in names]
         except (ValueError, KeyError, TypeError) as error:
             raise BaseError(f"{index} is not an index of shards: {error!r}") from None
@@ -88,9 +90,12 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             f"{_pickled([path])}"
         )
     try:
-        header = mapping(parse(read_file(path, 8, length), "utf-8"))
+        header = check_object(parse(read_file(path, 8, length), "utf-8"))
         header.pop("__metadata__", None)
-        places = {name_of(name): _place(entry, 8 + length, size) for name, entry in header.items()}
+        places = {
+            check_tensor_name(name): _place(entry, 8 + length, size)
+            for name, entry in header.items()
+        }
         _check_apart(places.values())
         return places
     except InvalidInputError as error:
@@ -111,9 +116,9 @@ def _pickled(files: Iterable[Path]) -> str:
 
 
 def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:
-    (begin, end), shape = shape_of(entry["data_offsets"]), shape_of(entry["shape"])
+    (begin, end), shape = check_shape(entry["data_offsets"]), check_shape(entry["shape"])
     place = TensorPlace(
-        dtype=by_safetensors(entry["dtype"]), shape=shape, offset=data_start + begin
+        dtype=dtype_by_safetensors(entry["dtype"]), shape=shape, offset=data_start + begin
     )
     if end - begin != place.nbytes or data_start + end > file_size:
         raise ValueError("a tensor does not fit its place in the file")

@@ -20,7 +20,7 @@ import torch
 
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import MismatchError
-from msft_store.format.dtypes import by_torch
+from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
 from msft_store.objects.chunks import Objects
 from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
@@ -101,7 +101,7 @@ def _check(box: Box, tensors: Mapping[str, TensorEntry], what: str) -> None:
     entry = tensors.get(box.name)
     if entry is None:
         raise MismatchError(f"{what} lacks {box.name}. Nothing was changed")
-    dtype = by_torch(box.tensor.dtype)
+    dtype = dtype_by_torch(box.tensor.dtype)
     if (entry.shape, entry.dtype) != (box.shape, dtype):
         raise MismatchError(
             f"{box.name} is {box.shape} of {dtype.name}, in {what} {entry.shape} of "

@@ -20,11 +20,11 @@ from dataclasses import replace
 
 import torch
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
-from msft_store.format.layout import canonical, digest
-from msft_store.format.strict_json import LIMIT
+from msft_store.format.layout import canonical_json, digest
+from msft_store.format.strict_json import NUMBER_LIMIT
 from msft_store.objects.bases import BASES, Base
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
@@ -91,7 +91,7 @@ class CheckpointWriter:
             tensors=line,
             logical_bytes=sum(entry.nbytes for entry in table.values()),
         )
-        known = self._catalog.intact(digest(canonical(content)))
+        known = self._catalog.intact(digest(canonical_json(content)))
         if known is not None:
             # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
@@ -269,8 +269,9 @@ class CheckpointWriter:
         except (OutOfSpaceError, OverBudgetError) as error:
             written = sum(pack.position for pack in packs)
             raise type(error)(
-                f"{error}; {human(written)} were encoded, and the rest of this save needs up to "
-                f"{human(max(whole - written, 0))}. Nothing was saved and nothing was lost"
+                f"{error}; {format_bytes(written)} were encoded, and the rest of this save needs "
+                f"up to {format_bytes(max(whole - written, 0))}. Nothing was saved and nothing was "
+                "lost"
             ) from error
 
     @contextlib.contextmanager
@@ -302,7 +303,7 @@ class CheckpointWriter:
         # Later than every other checkpoint, so that the log is in order even if a clock goes back.
         known = self._catalog.checkpoints()
         later = max(time.time_ns(), known[-1].created + 1 if known else 0)
-        return min(later, LIMIT - 1)
+        return min(later, NUMBER_LIMIT - 1)
 
 
 def _place(box: Box) -> tuple[object, ...]:

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from msft_store._util import PathLike, local_path
+from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError, NotAStoreError
 from msft_store.maintenance.gc import evict
 from msft_store.objects.bases import list_bases, path_of_base, recorded_anew
@@ -182,7 +182,7 @@ def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> 
     overlay = Overlay(_store_at(backend))
     known = set(list_bases(backend))
     for path in bases:
-        identity, record = recorded_anew(local_path(path))
+        identity, record = recorded_anew(check_path(path))
         if identity not in known:
             raise BaseError(f"{path} is base {identity[:12]}, none of {backend.describe('')}")
         overlay.replaced[path_of_base(identity)] = record
@@ -207,11 +207,11 @@ def _despite_leftovers(act: Callable[[], None], target: Backend | None) -> None:
 
 
 def _directory(store: Store | PathLike) -> Path:
-    return local_path(store.path if isinstance(store, Store) else store)
+    return check_path(store.path if isinstance(store, Store) else store)
 
 
 def _base_directory(backend: Bounded, given: PathLike | None) -> Path:
     if given is not None:
-        return local_path(given)
+        return check_path(given)
     root = Path(backend.describe("").rstrip("/"))
     return root.parent / f"{root.name}-bases"

@@ -23,7 +23,7 @@ import xxhash
 
 from msft_store.errors import BaseError, CorruptedError, StorageError
 from msft_store.format.layout import VERSION, seal, unseal
-from msft_store.format.strict_json import id_of, natural, text
+from msft_store.format.strict_json import check_id, check_natural, check_string
 from msft_store.maintenance.export import companions
 from msft_store.objects.bases import Base, recorded_anew
 from msft_store.objects.safetensors_header import INDEX, find_files
@@ -213,10 +213,10 @@ def _read_list(remote: Remote, identity: str) -> _Listed | None:
 
 def _file(name: object, size: object, digest: object) -> _File:
     # A list may be a stranger's, and a name becomes a file here.
-    found = text(name)
+    found = check_string(name)
     if not _is_name(found):
         raise ValueError(f"{found!r:.80} is no name for a file")
-    return _File(name=found, size=natural(size), digest=id_of(digest))
+    return _File(name=found, size=check_natural(size), digest=check_id(digest))
 
 
 def _is_name(name: str) -> bool:

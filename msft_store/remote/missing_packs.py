@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.errors import REPAIR, BaseError, CorruptedError, StorageError, StoreError
-from msft_store.format.key_table import Keys, as_keys, concatenate
+from msft_store.errors import REPAIR_HINT, BaseError, CorruptedError, StorageError, StoreError
+from msft_store.format.key_table import Keys, concatenate_keys, view_keys
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import (
     PACK_HEADER,
@@ -132,7 +132,7 @@ def choose(
         hint = "".join(f"; {error}" for error in source.damaged.values())
         raise CorruptedError(
             f"{len(missing)} chunks that checkpoints of {backend.describe('')} need are in no "
-            f"pack{hint}; {REPAIR}"
+            f"pack{hint}; {REPAIR_HINT}"
         )
     theirs = target.packs
     offered = {path: footer for path, footer in source.packs.items() if path not in theirs}
@@ -188,7 +188,7 @@ def whole_rows(objects: Objects, index: Index) -> Rows:
             plain = rows[~index.explicit[rows]]
             whole[plain] = there(index.ref_keys[plain])
             for row in rows[index.explicit[rows]].tolist():
-                whole[row] = bool(there(as_keys(b"".join(index.explicit_keys(row)))).all())
+                whole[row] = bool(there(view_keys(b"".join(index.explicit_keys(row)))).all())
     return whole
 
 
@@ -244,7 +244,7 @@ def _live(
 def _as_is(backend: Backend, path: str, footer: Footer) -> Shipment:
     if misnamed(path, footer):
         what = backend.describe(path)
-        raise CorruptedError(f"{what} holds pack {footer.check.hex()}; {REPAIR}", file=what)
+        raise CorruptedError(f"{what} holds pack {footer.check.hex()}; {REPAIR_HINT}", file=what)
     size = backend.size(path)
     return Shipment(path=path, source=path, size=size, footer=footer, records=None, end=b"")
 
@@ -277,4 +277,4 @@ def merged(parts: Iterable[tuple[str | None, Keys]]) -> dict[str | None, Keys]:
     found: dict[str | None, list[Keys]] = {}
     for base, keys in parts:
         found.setdefault(base, []).append(keys)
-    return {base: concatenate(keys) for base, keys in found.items()}
+    return {base: concatenate_keys(keys) for base, keys in found.items()}

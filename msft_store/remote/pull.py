@@ -20,10 +20,10 @@ from msft_store.errors import (
     CorruptedError,
     NotAStoreError,
     StorageError,
-    reason,
+    strip_hint,
 )
 from msft_store.format.key_table import KeyScanner
-from msft_store.format.strict_json import id_of
+from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, is_gone, list_bases, path_of_base, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
 from msft_store.objects.manifest import (
@@ -154,7 +154,7 @@ class _Fetching:
             return verify(objects, shipments, self._tally, come=True)
         except CorruptedError as error:
             raise CorruptedError(
-                f"{reason(error)}; nothing of it was kept. Who has that checkpoint whole can "
+                f"{strip_hint(error)}; nothing of it was kept. Who has that checkpoint whole can "
                 "remove the file there and push it again",
                 file=error.file,
             ) from None
@@ -222,7 +222,7 @@ def _checked(source: RemoteBackend, folder: str, identities: Sequence[str]) -> l
     """Return ids; :class:`CorruptedError` for a name that is none, which could lead elsewhere."""
     for identity in identities:
         try:
-            id_of(identity)
+            check_id(identity)
         except ValueError as error:
             what = source.describe(f"{folder}/{identity}.json")
             raise CorruptedError(f"{what!a:.300} has no business there: {error}") from None

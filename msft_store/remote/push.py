@@ -13,11 +13,11 @@ from functools import partial
 from typing import TypeVar
 
 from msft_store.errors import (
-    REPAIR,
+    REPAIR_HINT,
     ConflictError,
     CorruptedError,
     NotAStoreError,
-    bare,
+    strip_frames,
 )
 from msft_store.objects.bases import BASES, list_bases, path_of_base, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
@@ -62,7 +62,7 @@ def send(
     backend = catalog.backend
     catalog.refresh()
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
-        raise bare(error)
+        raise strip_frames(error)
     _claim(backend, remote, tally)
     known = {checkpoint.id for checkpoint in catalog.checkpoints()}
     refs = _refs(backend, known, timelines=timelines)
@@ -175,7 +175,7 @@ def _refs(backend: Backend, known: set[str], *, timelines: bool) -> list[Ref]:
             ref = read_ref(backend, path)
             if ref.checkpoint not in known:
                 raise CorruptedError(
-                    f"the ref {ref.name!r} points to a checkpoint that is not there; {REPAIR}",
+                    f"the ref {ref.name!r} points to a checkpoint that is not there; {REPAIR_HINT}",
                     file=backend.describe(path),
                 )
             found.append(ref)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.remote.refs import RefMove
 
 Part = bytes
@@ -49,10 +49,10 @@ class Transfer:
             return f"nothing to do\n{left}" if self.timelines_left else "nothing to do"
         parts = [
             f"{_count(len(self.checkpoints), 'checkpoint')} in {_count(self.packs, 'pack')}, "
-            f"{human(self.bytes)}",
+            f"{format_bytes(self.bytes)}",
         ]
         if self.base_bytes:
-            parts.append(f"{human(self.base_bytes)} of bases")
+            parts.append(f"{format_bytes(self.base_bytes)} of bases")
         parts += [
             f"{move.name} -> {move.after[:12]}"
             + (f" (was {move.before[:12]})" if move.before else "")

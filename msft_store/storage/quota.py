@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.errors import OutOfSpaceError, OverBudgetError
 from msft_store.storage.backend import Backend, FileStat, Writer, disk_bytes
 from msft_store.storage.claims import Claim
@@ -41,10 +41,15 @@ class _Bound:
     reserve: int
 
     def refusal(self, used: int, count: int) -> OverBudgetError:
-        kept = f", {human(self.reserve)} of which are kept for small files" if self.reserve else ""
+        kept = (
+            f", {format_bytes(self.reserve)} of which are kept for small files"
+            if self.reserve
+            else ""
+        )
         return OverBudgetError(
-            f"{human(count)} more do not fit: the store takes {human(used)} of its disk budget of "
-            f"{human(self.max_bytes)}{kept}. Raise it, or let the policy keep less"
+            f"{format_bytes(count)} more do not fit: the store takes {format_bytes(used)} of its "
+            f"disk budget of {format_bytes(self.max_bytes)}{kept}. Raise it, or let the "
+            "policy keep less"
         )
 
 
@@ -92,8 +97,8 @@ class Bounded:
         room = self._inner.room() if isinstance(self._inner, Roomy) else None
         if room is not None and count > room:
             raise OutOfSpaceError(
-                f"{human(count)} more do not fit on the disk of {self.describe('')}: "
-                f"{human(room)} are free. Make room, or run msft-store gc"
+                f"{format_bytes(count)} more do not fit on the disk of {self.describe('')}: "
+                f"{format_bytes(room)} are free. Make room, or run msft-store gc"
             )
 
     @contextlib.contextmanager

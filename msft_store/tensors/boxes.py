@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from msft_store.errors import InvalidInputError
-from msft_store.format.dtypes import by_torch
+from msft_store.format.dtypes import dtype_by_torch
 from msft_store.objects.manifest import Piece, TensorEntry, covers
 
 
@@ -39,7 +39,9 @@ class Box:
     def entry(self, keys: tuple[bytes, ...] = ()) -> TensorEntry:
         """Return the tensor with this piece alone."""
         piece = Piece(offset=self.offset, shape=tuple(self.tensor.shape), keys=keys)
-        return TensorEntry(dtype=by_torch(self.tensor.dtype), shape=self.shape, pieces=(piece,))
+        return TensorEntry(
+            dtype=dtype_by_torch(self.tensor.dtype), shape=self.shape, pieces=(piece,)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

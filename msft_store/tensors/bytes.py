@@ -19,7 +19,7 @@ import torch
 
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, VersionError
-from msft_store.format.dtypes import DType, by_torch
+from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
 
 
@@ -44,7 +44,7 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
             raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
         if tensor.dim() > MAX_DIMENSIONS:
             raise InvalidInputError(f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
-        by_torch(tensor.dtype)
+        dtype_by_torch(tensor.dtype)
     return dict(tensors)
 
 

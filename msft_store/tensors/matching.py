@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from msft_store.errors import InvalidInputError, MismatchError
-from msft_store.format.dtypes import by_torch
+from msft_store.format.dtypes import dtype_by_torch
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.tensors.bytes import memory_of
 
@@ -40,7 +40,7 @@ def check_match(
             problems.append(f"{name} is on the meta device and has no memory")
         elif 0 in (s for s, n in zip(have.stride(), have.shape, strict=True) if n > 1):
             problems.append(f"{name} is expanded: its elements share memory")
-        elif by_torch(have.dtype) != want.dtype:
+        elif dtype_by_torch(have.dtype) != want.dtype:
             problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
     problems += _torn(tensors, state) if not problems else []
     if problems:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from msft_store.codec import changes
-from msft_store.codec.changes import Found, Layout
+from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.errors import InvalidInputError
-from msft_store.format.dtypes import by_torch
+from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES, chunk_key
 from msft_store.tensors.bytes import check_tensors, memory_of, read_elements
 
@@ -36,7 +36,7 @@ class Change:
 
     reference: bytes
     """Key of the chunk that it was compared with."""
-    found: Found
+    found: ChunkChanges
 
 
 Compared = Mapping[tuple[str, int], Change]
@@ -59,7 +59,7 @@ class _Kept:
     lanes: torch.Tensor
     """Flat, on the device."""
     keys: tuple[bytes, ...]
-    layout: Layout
+    layout: FloatLayout
 
 
 class Resident:
@@ -94,8 +94,8 @@ class Resident:
 
 
 def _keep(tensor: torch.Tensor) -> _Kept | None:
-    dtype = by_torch(tensor.dtype)
-    layout = changes.layout_of(dtype)
+    dtype = dtype_by_torch(tensor.dtype)
+    layout = changes.float_layout(dtype)
     if layout is None or tensor.numel() == 0:
         return None
     step, count = CHUNK_BYTES // dtype.size, tensor.numel()
@@ -107,7 +107,7 @@ def _keep(tensor: torch.Tensor) -> _Kept | None:
 
 
 def _changes(tensor: torch.Tensor, kept: _Kept) -> Iterator[tuple[int, Change]]:
-    lanes = _lanes(tensor) if by_torch(tensor.dtype).lane == kept.lanes.itemsize else None
+    lanes = _lanes(tensor) if dtype_by_torch(tensor.dtype).lane == kept.lanes.itemsize else None
     if lanes is None or lanes.shape != kept.lanes.shape or lanes.device != kept.lanes.device:
         return
     step = CHUNK_BYTES // lanes.itemsize
@@ -115,9 +115,9 @@ def _changes(tensor: torch.Tensor, kept: _Kept) -> Iterator[tuple[int, Change]]:
         part = slice(number * step, (number + 1) * step)
         new, old = lanes[part], kept.lanes[part]
         if not torch.equal(new, old):
-            yield number, Change(reference=key, found=changes.find(new, old, kept.layout))
+            yield number, Change(reference=key, found=changes.find_changes(new, old, kept.layout))
 
 
 def _lanes(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return plain.view(_LANES[by_torch(tensor.dtype).lane])
+    return plain.view(_LANES[dtype_by_torch(tensor.dtype).lane])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from msft_store._util import human
+from msft_store._util import format_bytes
 from msft_store.errors import OutOfSpaceError, OverBudgetError, StoreError
 from msft_store.retention import Candidate, Policy
 from msft_store.store import Store
@@ -49,7 +49,7 @@ def no_room_error(
     after, stays = policy.rules([*candidates, commit]), policy.rules(candidates)
     reasons = ", ".join(reason.text for reason in after.get(commit.id, ()))
     held = [
-        f"{c.id[:12]}, {human(c.stored_bytes)} ({', '.join(r.text for r in stays[c.id])})"
+        f"{c.id[:12]}, {format_bytes(c.stored_bytes)} ({', '.join(r.text for r in stays[c.id])})"
         for c in candidates
         if c.id in stays
     ]

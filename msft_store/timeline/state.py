@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from msft_store.objects.manifest import Checkpoint
-from msft_store.retention import Candidate, Policy, expendable
+from msft_store.retention import Candidate, Policy, list_evictable
 from msft_store.timeline.persistence import PersistedTimeline, place_of
 
 
@@ -120,7 +120,7 @@ class TimelineState:
     def expendable(self, policy: Policy) -> list[Checkpoint]:
         """Return what the policy's budget may drop, the least valuable last, without the newest."""
         candidates = self.candidates()
-        dropped = expendable(policy.rules(candidates), candidates)
+        dropped = list_evictable(policy.rules(candidates), candidates)
         older = {checkpoint.id: checkpoint for checkpoint in self.checkpoints()[:-1]}
         return [older[i] for i in dropped if i in older] if policy.budget is not None else []
 

@@ -10,15 +10,15 @@ import pytest
 from msft_store import Base, Store
 from msft_store.cli.main import main
 from msft_store.errors import CorruptedError
-from msft_store.format.dtypes import by_name
+from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.key_table import (
     KeyScanner,
     KeyTable,
-    among,
-    as_keys,
-    counted,
+    count_keys,
+    is_among,
     key_at,
-    unique,
+    unique_keys,
+    view_keys,
 )
 from msft_store.format.layout import BaseSpan, ChunkSpan, Record
 from msft_store.format.pack_footer import decode_footer, decode_trailer, encode_footer
@@ -28,7 +28,7 @@ from msft_store.storage.backend import LocalBackend
 from tests.support.faults import EVERYTHING, FaultyBackend
 from tests.support.states import State, make_state, train_step
 
-BF16 = by_name("bfloat16")
+BF16 = dtype_by_name("bfloat16")
 
 
 def some_keys(count: int, seed: int = 0) -> list[bytes]:
@@ -41,13 +41,13 @@ def test_keys_in_arrays_are_like_keys_in_dictionaries(same_half: bytes) -> None:
     # Keys that agree in the half that a table goes by first are still told apart.
     keys = [key[: 16 - len(same_half)] + same_half for key in some_keys(300)]
     drawn = [keys[at] for at in np.random.default_rng(1).integers(200, size=1000)]
-    array = as_keys(b"".join(drawn))
-    assert {key_at(unique(array), row) for row in range(len(unique(array)))} == set(drawn)
-    distinct, times = counted(array)
+    array = view_keys(b"".join(drawn))
+    assert {key_at(unique_keys(array), row) for row in range(len(unique_keys(array)))} == set(drawn)
+    distinct, times = count_keys(array)
     assert {key_at(distinct, row): int(n) for row, n in enumerate(times)} == {
         key: drawn.count(key) for key in drawn
     }
-    assert among(as_keys(b"".join(keys)), array).tolist() == [key in drawn for key in keys]
+    assert is_among(view_keys(b"".join(keys)), array).tolist() == [key in drawn for key in keys]
 
 
 def test_of_equal_keys_the_preferred_counts() -> None:
@@ -57,12 +57,12 @@ def test_of_equal_keys_the_preferred_counts() -> None:
     best: dict[bytes, int] = {}
     for value, key in sorted(enumerate(keys), key=lambda pair: (size[pair[0]], pair[0])):
         best.setdefault(key, value)
-    table = KeyTable(as_keys(b"".join(keys)), np.arange(400), (size,))
-    assert table.find(as_keys(b"".join(keys))).tolist() == [best[key] for key in keys]
+    table = KeyTable(view_keys(b"".join(keys)), np.arange(400), (size,))
+    assert table.find(view_keys(b"".join(keys))).tolist() == [best[key] for key in keys]
     assert [table.get(key) for key in keys] == [best[key] for key in keys]
     assert table.get(bytes(16)) == -1
-    assert table.find(as_keys(bytes(16))).tolist() == [-1]
-    assert KeyTable(as_keys(b""), np.arange(0)).find(as_keys(bytes(16))).tolist() == [-1]
+    assert table.find(view_keys(bytes(16))).tolist() == [-1]
+    assert KeyTable(view_keys(b""), np.arange(0)).find(view_keys(bytes(16))).tolist() == [-1]
 
 
 def table_of(names: list[str], seed: int) -> tuple[bytes, list[bytes]]:

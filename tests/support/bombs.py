@@ -20,14 +20,14 @@ from typing import Any
 import zstandard
 
 from msft_store import Store
-from msft_store.format.dtypes import by_name
+from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import BaseSpan, ChunkSpan, chunk_key
 from tests.support.forge import chunk, entry, forge_checkpoint, forge_pack
 from tests.support.hostile import Manifest, Pack, sealed
 from tests.support.plain_store import unsealed
 
 Spoil = Callable[[Path], None]
-BF16 = by_name("bfloat16")
+BF16 = dtype_by_name("bfloat16")
 HUGE = 1 << 40
 
 

@@ -14,8 +14,8 @@ import sys
 import numpy as np
 
 from msft_store.codec import codecs
-from msft_store.codec.codecs import loops
-from msft_store.format.dtypes import by_name
+from msft_store.codec.codecs import compiled_kernels
+from msft_store.format.dtypes import dtype_by_name
 
 LANES = 5000
 
@@ -25,14 +25,14 @@ def endure(seed: int, count: int) -> None:
     rng = random.Random(seed)  # noqa: S311
     for code in sorted(set(range(9)) - {codecs.SAME.code}):
         for name in ("bfloat16", "float32"):
-            dtype = by_name(name)
+            dtype = dtype_by_name(name)
             weights = 0.02 * np.random.RandomState(code).standard_normal(LANES)
             lanes = weights.astype(np.float32).view(np.uint32) >> (16 if name == "bfloat16" else 0)
             old = lanes.astype(f"<u{dtype.size}")
             new = old.copy()
             new[::37] += 1
             chunk, reference = new.view(np.uint8), old.view(np.uint8)
-            payload = codecs.by_code(code).encode(chunk, reference, dtype)
+            payload = codecs.codec_by_code(code).encode(chunk, reference, dtype)
             for _ in range(count):
                 bad = bytearray(payload)
                 for _ in range(rng.randint(1, 3)):
@@ -44,4 +44,4 @@ def endure(seed: int, count: int) -> None:
 
 if __name__ == "__main__":
     endure(int(sys.argv[1]), int(sys.argv[2]))
-    print("compiled" if loops() is not None else "plain", "alive")
+    print("compiled" if compiled_kernels() is not None else "plain", "alive")

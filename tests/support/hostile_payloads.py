@@ -18,11 +18,11 @@ import zstandard
 
 from msft_store import StoreError
 from msft_store.codec import codecs
-from msft_store.codec.changes import layout_of
+from msft_store.codec.changes import float_layout
 from msft_store.codec.codecs import (
     ADAPTIVE,
-    CLASSES,
     DELTA,
+    EXPONENT_CLASSES,
     PLANES,
     RAW,
     SAME,
@@ -33,7 +33,7 @@ from msft_store.codec.codecs import (
 )
 from msft_store.format.dtypes import DTYPES, DType
 
-CODECS: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, CLASSES, ADAPTIVE, TURNED]
+CODECS: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED]
 _HEADER = struct.Struct("<5IBBH")
 _ODD = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1]
 
@@ -41,8 +41,8 @@ _ODD = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1]
 def attack(rng: np.random.Generator) -> None:
     """Decode one hostile payload; anything but bytes of the right size or a refusal is raised."""
     codec = CODECS[rng.integers(len(CODECS))]
-    by_class = codec in (CLASSES, ADAPTIVE)
-    known = [d for d in DTYPES if not by_class or layout_of(d) is not None]
+    by_class = codec in (EXPONENT_CLASSES, ADAPTIVE)
+    known = [d for d in DTYPES if not by_class or float_layout(d) is not None]
     dtype = known[rng.integers(len(known))]
     chunk, reference = _pair(dtype, int(rng.integers(1, 1500)), rng)
     payload = spoiled(codec, codec.encode(chunk, reference, dtype), rng)
@@ -74,7 +74,7 @@ def spoiled(codec: Codec, payload: bytes, rng: np.random.Generator) -> bytes:
     """Return a payload that was changed where it counts."""
     if rng.random() < 0.1 or codec in (RAW, SAME):
         return _bytes(payload, rng)
-    if codec in (CLASSES, ADAPTIVE):
+    if codec in (EXPONENT_CLASSES, ADAPTIVE):
         return _by_class(codec, payload, rng)
     if codec is SPARSE:
         (count,) = struct.unpack_from("<I", payload)
@@ -89,7 +89,7 @@ def _by_class(codec: Codec, payload: bytes, rng: np.random.Generator) -> bytes:
     first, rest = payload[_HEADER.size : middle], payload[middle:]
     kind = rng.integers(4)
     if kind == 0:
-        first = _frame(first, rng) if codec is CLASSES else _bytes(first, rng)
+        first = _frame(first, rng) if codec is EXPONENT_CLASSES else _bytes(first, rng)
         header[3] = len(first)
     elif kind == 1:
         rest = _bytes(rest, rng)

@@ -16,14 +16,14 @@ import torch
 from hypothesis import settings
 
 from msft_store.codec import adaptive_codec, codecs, exponent_codec
-from msft_store.codec.changes import Layout, layout_of
+from msft_store.codec.changes import FloatLayout, float_layout
 from msft_store.codec.kernels import Lanes
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 
-DTYPES = [dtype for dtype in dtypes.DTYPES if layout_of(dtype) is not None]
-BF16 = dtypes.by_name("bfloat16")
-FAST = codecs.loops()
+DTYPES = [dtype for dtype in dtypes.DTYPES if float_layout(dtype) is not None]
+BF16 = dtypes.dtype_by_name("bfloat16")
+FAST = codecs.compiled_kernels()
 PATHS = (FAST, None)
 KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart")
 SEEDED = settings(deadline=None, derandomize=True)
@@ -31,8 +31,8 @@ SEEDED = settings(deadline=None, derandomize=True)
 Pair = tuple[Lanes, Lanes]
 
 
-def layout(dtype: DType) -> Layout:
-    found = layout_of(dtype)
+def layout(dtype: DType) -> FloatLayout:
+    found = float_layout(dtype)
     assert found is not None
     return found
 
@@ -77,10 +77,10 @@ def packed(
     dtype: DType, new: Lanes, old: Lanes, fast: Any, codec: ModuleType = exponent_codec
 ) -> bytes:
     """Return the payload of one of the two codecs by one path."""
-    found = exponent_codec.find(new, old, layout(dtype), fast)
+    found = exponent_codec.find_changes(new, old, layout(dtype), fast)
     if codec is adaptive_codec:
-        return adaptive_codec.pack(old, layout(dtype), found, fast)
-    return exponent_codec.pack(found, fast)
+        return adaptive_codec.encode(old, layout(dtype), found, fast)
+    return exponent_codec.encode(found, fast)
 
 
 def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_codec) -> bytes:
@@ -88,7 +88,7 @@ def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_cod
     first, second = (packed(dtype, new, old, fast, codec) for fast in PATHS)
     assert first == second
     for fast in PATHS:
-        assert codec.unpack(first, old, layout(dtype), fast).tobytes() == new.tobytes()
+        assert codec.decode(first, old, layout(dtype), fast).tobytes() == new.tobytes()
     return first
 
 
@@ -99,7 +99,7 @@ def outcomes(
     found: list[bytes | None] = []
     for fast in PATHS:
         try:
-            decoded = codec.unpack(payload, old, layout(dtype), fast)
+            decoded = codec.decode(payload, old, layout(dtype), fast)
         except ValueError:
             found.append(None)
         else:

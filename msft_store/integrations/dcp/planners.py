@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
 
 from msft_store.errors import InvalidInputError, MismatchError
-from msft_store.format.layout import canonical
+from msft_store.format.layout import canonical_json
 from msft_store.integrations.dcp.boxes import check_whole
 from msft_store.tensors.nested import flatten, unflatten
 
@@ -115,4 +115,4 @@ def _to_json(name: str, value: Any) -> bytes:
             f"{name} holds arrays inside of a value that DCP keeps whole; make them tensors, in a "
             "dictionary or a list"
         )
-    return canonical(tree)
+    return canonical_json(tree)

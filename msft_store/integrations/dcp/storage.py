@@ -62,7 +62,7 @@ from msft_store.errors import (
     NotAStoreError,
     UnknownCheckpointError,
 )
-from msft_store.format.layout import canonical
+from msft_store.format.layout import canonical_json
 from msft_store.integrations.dcp.boxes import box_of, boxes_of, size_of, tied
 from msft_store.integrations.dcp.planners import (
     OBJECTS,
@@ -242,7 +242,7 @@ class StorageWriter(dcp.StorageWriter):
         values = {name: json.loads(text) for each in written for name, text in each.json.items()}
         store, parent = Store.open(self.path), self._parent_id
         if values:
-            text = torch.frombuffer(bytearray(canonical(values)), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(canonical_json(values)), dtype=torch.uint8)
             mine = [whole_box(OBJECTS, text)]
             parts.append(store.encode(mine, parent=parent, level=self._level))
         said: dict[str, str] = {"without": OBJECTS} if values else {}

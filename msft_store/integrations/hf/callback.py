@@ -55,7 +55,7 @@ from msft_store.integrations.training_state import (
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
-from msft_store.retention import KeepBest, KeepLast, Mode, Policy, direction_of
+from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
 from msft_store.timeline.timeline import Timeline
 
@@ -160,7 +160,7 @@ class StoreCallback(TrainerCallback):
         if not able:
             raise UnknownCheckpointError(f"no checkpoint that is kept has the metric {metric!r}")
         known = {**self._wanted, **self._best}.get(metric)
-        mode = mode or known or ("min" if direction_of(metric) == "min" else None)
+        mode = mode or known or ("min" if default_mode(metric) == "min" else None)
         if mode is None:
             raise InvalidInputError(
                 f"is a large {metric!r} good or bad? Say best({metric!r}, 'max') or 'min'"

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from msft_store._util import PathLike, local_path
+from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
@@ -40,7 +40,7 @@ def local_model(path: PathLike) -> Path:
 
     Nothing is fetched: :class:`BaseError` if the model is not there.
     """
-    found = local_path(path)
+    found = check_path(path)
     if found.exists() or not (isinstance(path, str) and _HUB_ID.fullmatch(path)):
         return found
     try:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerState, TrainingArguments
 
 from msft_store.errors import InvalidInputError
-from msft_store.retention import hint
+from msft_store.retention import suggest_metric
 
 _COUNTERS = ("_runtime", "_per_second", "_time", "_num_tokens", "epoch")
 """What an evaluation says besides its metrics; with it no two checkpoints would be equal."""
@@ -80,7 +80,8 @@ def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
 def unknown_metrics(names: Iterable[str], metrics: Mapping[str, float]) -> list[str]:
     """Return a warning for each metric that the best is to be kept of, and that nobody measures."""
     return [
-        f"no evaluation gives {name!r}, so no best of it is kept; {hint(name, set(metrics))}"
+        f"no evaluation gives {name!r}, so no best of it is kept; "
+        f"{suggest_metric(name, set(metrics))}"
         for name in dict.fromkeys(names)
         if name not in metrics
     ]

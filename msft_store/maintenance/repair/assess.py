@@ -32,12 +32,12 @@ from msft_store.errors import (
     CorruptedError,
     StorageError,
     StoreError,
-    bare,
-    reason,
     require_damage,
+    strip_frames,
+    strip_hint,
 )
 from msft_store.format.dtypes import DType
-from msft_store.format.key_table import Numbers, among
+from msft_store.format.key_table import Numbers, is_among
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import Footer
 from msft_store.maintenance.repair.salvage import salvage_footer
@@ -71,7 +71,7 @@ class Verdicts:
                 self._footers[path] = read_pack(backend, path)
             except CorruptedError as error:
                 self._footers[path] = salvage_footer(backend, path)
-                self.mended[path] = reason(error)
+                self.mended[path] = strip_hint(error)
         return self._footers[path]
 
 
@@ -96,7 +96,7 @@ class Survey:
             try:
                 catalog.tensors(checkpoint)
             except StoreError as error:
-                self.unreadable[checkpoint.id] = bare(error)
+                self.unreadable[checkpoint.id] = strip_frames(error)
         require_damage(self.unreadable.values())
         while not self._look():
             pass
@@ -119,7 +119,7 @@ class Survey:
         """
         here = [number for at, number in self.stranded if at == path]
         keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
-        return bool(among(keys, self.catalog.objects.index.keys[self.live]).any())
+        return bool(is_among(keys, self.catalog.objects.index.keys[self.live]).any())
 
     def can_serve(self, stored: Stored, place: Row) -> bool:
         """Return whether a record is sound, or cannot be judged before its base is back."""
@@ -175,12 +175,12 @@ class Survey:
                 objects.verify(stored)
                 self.verdicts.sound.add(place)
             except BaseError as error:
-                self.waiting[place] = reason(error)
+                self.waiting[place] = strip_hint(error)
             except StorageError as error:
                 return self._blame(place, stored, error)
             except StoreError as error:
                 require_damage([error])
-                self.verdicts.damaged[place] = reason(error)
+                self.verdicts.damaged[place] = strip_hint(error)
         return self.verdicts.damaged.get(place)
 
     def _blame(self, place: Row, stored: Stored, error: StorageError) -> str | None:
@@ -189,9 +189,9 @@ class Survey:
             self.catalog.backend.read(stored.pack, stored.record.offset, stored.record.length)
         except StorageError as own:
             require_damage([own])
-            self.verdicts.damaged[place] = reason(own)
-            return reason(own)
-        self.waiting[place] = reason(error)
+            self.verdicts.damaged[place] = strip_hint(own)
+            return strip_hint(own)
+        self.waiting[place] = strip_hint(error)
         return None
 
 
@@ -237,7 +237,7 @@ class Conditions:
         sound: list[str] = []
         waiting: list[Condition] = []
         lost = [
-            Condition(checkpoint=identity, reasons=(reason(error),))
+            Condition(checkpoint=identity, reasons=(strip_hint(error),))
             for identity, error in survey.unreadable.items()
         ]
         for checkpoint in self._catalog.checkpoints():
@@ -290,7 +290,7 @@ class Conditions:
             try:
                 objects.read(key, size, dtype, base)
             except StoreError as error:
-                return BaseError(reason(error))
+                return BaseError(strip_hint(error))
             return None
         row = objects.index.find(key, base)
         if row < 0:
@@ -306,7 +306,7 @@ class Conditions:
         unreadable = self._catalog.objects.damaged
         for path in list_packs(backend):
             if path in unreadable:
-                why = reason(unreadable[path])
+                why = strip_hint(unreadable[path])
                 yield PackCondition(path=path, why=why, records=0, usable=(), right_path=path)
                 continue
             footer = verdicts.footer(backend, path)

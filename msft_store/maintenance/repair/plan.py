@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
-from msft_store.errors import StoreError, is_damage, reason, require_damage
+from msft_store.errors import StoreError, is_damage, require_damage, strip_hint
 from msft_store.format.layout import VERSION, seal
 from msft_store.maintenance.repair.assess import (
     Condition,
@@ -109,7 +109,7 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     found = Conditions(Survey(catalog, verdicts))
     refs, damaged = RefReader(overlay).scan()
     require_damage(damaged.values())
-    aside = {path: reason(error) for path, error in damaged.items()}
+    aside = {path: strip_hint(error) for path, error in damaged.items()}
     kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
     aside |= {
         path_of_ref(ref.name): f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
@@ -121,7 +121,9 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     }
     packs = {pack.path for pack in found.packs}
     aside |= {
-        path: reason(error) for path, error in catalog.objects.damaged.items() if path not in packs
+        path: strip_hint(error)
+        for path, error in catalog.objects.damaged.items()
+        if path not in packs
     }
     return RepairPlan(
         sound=found.sound,

@@ -23,7 +23,7 @@ import xxhash
 import zstandard
 
 from msft_store.errors import CorruptedError
-from msft_store.format.layout import KEY_BYTES, digest, inflate
+from msft_store.format.layout import KEY_BYTES, decompress, digest
 from msft_store.format.pack_footer import (
     PACK_MAGIC,
     PACK_TRAILER,
@@ -32,7 +32,7 @@ from msft_store.format.pack_footer import (
     Trailer,
     decode_footer,
     decode_trailer,
-    longest,
+    max_footer_bytes,
 )
 from msft_store.objects.packs import path_of_pack, read_pack
 from msft_store.storage.backend import Backend
@@ -153,8 +153,8 @@ def _described(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
     """Yield the trailer that a footer should have."""
     with contextlib.suppress(ValueError, struct.error, zstandard.ZstdError):
         size = zstandard.get_frame_parameters(footer).content_size
-        if size <= longest(len(footer) // KEY_BYTES):
-            raw = inflate(footer, size)
+        if size <= max_footer_bytes(len(footer) // KEY_BYTES):
+            raw = decompress(footer, size)
             (length,) = struct.unpack_from("<I", raw)
             count = (size - 4 - length) // RECORD_BYTES
             yield Trailer(offset=offset, length=len(footer), size=size, count=count, check=check)

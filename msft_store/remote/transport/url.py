@@ -13,7 +13,7 @@ import os
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from msft_store._util import local_path
+from msft_store._util import check_path
 from msft_store.errors import InvalidInputError
 from msft_store.remote.transport.base import Persistent, Remote
 from msft_store.remote.transport.directory import DirectoryRemote
@@ -34,7 +34,7 @@ def remote_at(address: Any, **options: Any) -> Remote:
     :class:`StorageError` if a package is missing.
     """
     if isinstance(address, os.PathLike) or (isinstance(address, str) and not is_url(address)):
-        return DirectoryRemote(local_path(address))
+        return DirectoryRemote(check_path(address))
     if not isinstance(address, str):
         if hasattr(address, "workers"):
             found: Remote = address
@@ -47,7 +47,7 @@ def remote_at(address: Any, **options: Any) -> Remote:
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise InvalidInputError(f"{address!r} names no path: write file:///path/to/store")
-        return DirectoryRemote(local_path(unquote(parts.path)))
+        return DirectoryRemote(check_path(unquote(parts.path)))
     if parts.scheme in SCHEMES:
         return Persistent(object_remote(address, **options))
     return Persistent(fsspec_remote(address, **options))

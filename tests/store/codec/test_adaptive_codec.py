@@ -91,10 +91,14 @@ def test_every_change_after_every_movement_comes_back(classes_from: int) -> None
     symbols = rng.permutation(np.array(CHANGES * 4, np.uint16))
     exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
     ends = classes_from, min(classes_from + 63, 255)
-    first, second = (adaptive_codec._encode(symbols, exponents, *ends, fast) for fast in PATHS)
+    first, second = (
+        adaptive_codec._encode_symbols(symbols, exponents, *ends, fast) for fast in PATHS
+    )
     assert first == second
     for fast in PATHS:
-        assert np.array_equal(adaptive_codec._decode(first, exponents, *ends, fast), symbols)
+        assert np.array_equal(
+            adaptive_codec._decode_symbols(first, exponents, *ends, fast), symbols
+        )
     read = Decisions(first, *ends).symbols(exponents.tolist())
     assert [(t << 1 | half) << 2 | smaller << 1 | s for t, s, smaller, half in read] == [*symbols]
 
@@ -104,15 +108,17 @@ def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
     symbols = np.zeros(30_000, np.uint16)
     symbols[surprise::5000] = CHANGES[-1]
     exponents = np.full(symbols.size, 120, np.int16)
-    first, second = (adaptive_codec._encode(symbols, exponents, 120, 120, fast) for fast in PATHS)
+    first, second = (
+        adaptive_codec._encode_symbols(symbols, exponents, 120, 120, fast) for fast in PATHS
+    )
     assert first == second
-    assert np.array_equal(adaptive_codec._decode(first, exponents, 120, 120, FAST), symbols)
+    assert np.array_equal(adaptive_codec._decode_symbols(first, exponents, 120, 120, FAST), symbols)
     assert len(first) < 200
 
 
 @pytest.mark.parametrize("fast", PATHS, ids=["compiled", "interpreted"])
 def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
-    dtype = dtypes.by_name("float32")
+    dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 1000, "trained", 1)
     shifted = []
     for lanes in (new, old):
@@ -123,7 +129,7 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
         payload = packed(dtype, now, was, fast, adaptive_codec)
-        assert adaptive_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        assert adaptive_codec.decode(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
 
 
 def test_threads_change_no_byte() -> None:
@@ -131,7 +137,7 @@ def test_threads_change_no_byte() -> None:
 
     def code(pair: Pair) -> bytes:
         payload = packed(BF16, *pair, FAST, adaptive_codec)
-        assert (adaptive_codec.unpack(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
+        assert (adaptive_codec.decode(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
         return payload
 
     some = slice(None) if FAST is not None else slice(1, 4)
@@ -152,8 +158,8 @@ def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) 
     store.save(changed, parent=store.add_base(write_base(tmp_path / "base.safetensors", state)))
     code = (
         "import sys, safetensors.torch\n"
-        "from msft_store import Store, compiled\n"
-        "assert codecs.loops() is None\n"
+        "from msft_store import Store\nfrom msft_store.codec import codecs\n"
+        "assert codecs.compiled_kernels() is None\n"
         "store = Store.open(sys.argv[1])\n"
         "safetensors.torch.save_file(store.load(store.log()[0]), sys.argv[2])\n"
     )
@@ -165,7 +171,7 @@ def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) 
         text=True,
         check=False,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": root, codecs.VARIABLE: "0"},
+        env={**os.environ, "PYTHONPATH": root, codecs.NUMBA_VARIABLE: "0"},
     )
     assert done.returncode == 0, done.stderr
     assert same_bits(load_file(out), changed)
@@ -179,7 +185,7 @@ def test_packs_of_the_level_small_are_equal_with_and_without_numba(
     source = write_base(tmp_path / "base.safetensors", state)
     packs = []
     for name, fast in zip("ab", PATHS, strict=True):
-        monkeypatch.setattr("msft_store.codec.codecs.loops", lambda fast=fast: fast)
+        monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda fast=fast: fast)
         store = Store.create(tmp_path / name, level="small")
         store.save(changed, parent=store.add_base(source))
         packs.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("packs/*")})

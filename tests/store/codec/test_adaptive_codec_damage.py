@@ -22,7 +22,7 @@ HEADER = "<5IBBH"
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
 def test_any_flipped_or_missing_byte_is_refused_or_gives_other_content(name: str) -> None:
-    dtype = dtypes.by_name(name)
+    dtype = dtypes.dtype_by_name(name)
     new, old = pair_of(dtype, 400, "trained", 4)
     payload = check(dtype, new, old, adaptive_codec)
     assert 40 < len(payload) < 200
@@ -95,17 +95,19 @@ def crafted(
     """
     blocks = [] if runs is None else runs
     plain = np.array([*blocks, *gaps], np.uint32)
-    coded = adaptive_codec.halved(exponent_codec.plain_symbols(len(blocks), plain), plain)
+    coded = adaptive_codec.append_halves(
+        exponent_codec.compute_plain_symbols(len(blocks), plain), plain
+    )
     symbols, distances = np.array(changes, np.uint16), np.array(numbers, np.uint32)
     room, unused = np.zeros(plain.size + symbols.size + 2, np.uint32), np.zeros(512, np.int64)
-    end = kernels.gather(coded, plain, adaptive_codec.FINE_BITS, unused, room, 0)
-    end = kernels.gather(symbols, distances, adaptive_codec.FINE_BITS, unused, room, end)
+    end = kernels.write_low_bits(coded, plain, adaptive_codec.FINE_BITS, unused, room, 0)
+    end = kernels.write_low_bits(symbols, distances, adaptive_codec.FINE_BITS, unused, room, end)
     low_bits = room[: -(-end // 32)].tobytes()
     low_bits = low_bits[: len(low_bits) + min(4 * words, 0)] + bytes(max(4 * words, 0))
     kinds = np.repeat(np.array([0, 1]), [len(blocks), len(gaps)])
-    first = adaptive_codec._encode(coded, kinds, 0, 1, None)
-    second = adaptive_codec._encode(symbols, np.full(symbols.size, 5), 5, 5, None)
-    busy = 0 if runs is not None else exponent_codec.ALL_BLOCKS
+    first = adaptive_codec._encode_symbols(coded, kinds, 0, 1, None)
+    second = adaptive_codec._encode_symbols(symbols, np.full(symbols.size, 5), 5, 5, None)
+    busy = 0 if runs is not None else exponent_codec.ALL_BLOCKS_CODED
     head = [len(changes), len(gaps), len(blocks), len(first), len(low_bits) // 4, 5, 5, busy]
     for field, value in (header or {}).items():
         head[field] = value
@@ -222,7 +224,7 @@ def test_bytes_after_the_end_are_refused(old: Lanes, tail: bytes) -> None:
 def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes) -> None:
     old[140] = 0
     one: dict[str, Any] = {
-        "header": {7: exponent_codec.ALL_BLOCKS | 1},
+        "header": {7: exponent_codec.ALL_BLOCKS_CODED | 1},
         "changes": UP,
         "numbers": (1,),
     }

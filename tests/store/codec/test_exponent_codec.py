@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from msft_store import Store
 from msft_store.codec import changes, codecs, exponent_codec
-from msft_store.codec.changes import Found
+from msft_store.codec.changes import ChunkChanges
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from tests.support.pairs import (
@@ -75,9 +75,9 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
 ) -> None:
     for count in (1, 129, 40_000):
         new, old = pair_of(dtype, count, kind, 3)
-        one = exponent_codec.find(new, old, layout(dtype), FAST)
-        other = changes.find(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
-        for field in fields(Found):
+        one = exponent_codec.find_changes(new, old, layout(dtype), FAST)
+        other = changes.find_changes(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
+        for field in fields(ChunkChanges):
             first, second = getattr(one, field.name), getattr(other, field.name)
             assert (first is None) == (second is None), field.name
             assert np.array_equal(first, second), field.name
@@ -85,7 +85,7 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
 
 @pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
 def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
-    dtype = dtypes.by_name("float32")
+    dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 3000, "trained", 1)
     shifted = []
     for lanes in (new, old):
@@ -94,8 +94,10 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
         shifted.append(data[1:].view(lanes.dtype))
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
-        payload = exponent_codec.pack(exponent_codec.find(now, was, layout(dtype), fast), fast)
-        assert exponent_codec.unpack(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        payload = exponent_codec.encode(
+            exponent_codec.find_changes(now, was, layout(dtype), fast), fast
+        )
+        assert exponent_codec.decode(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
 
 
 @pytest.fixture
@@ -114,8 +116,8 @@ def test_read_only_arrays_stay_as_they_are_without_a_warning(fast: Any) -> None:
     before = old.tobytes()
     for lanes in (new, old):
         lanes.flags.writeable = False
-    payload = exponent_codec.pack(exponent_codec.find(new, old, layout(BF16), fast), fast)
-    assert exponent_codec.unpack(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
+    payload = exponent_codec.encode(exponent_codec.find_changes(new, old, layout(BF16), fast), fast)
+    assert exponent_codec.decode(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
     assert old.tobytes() == before
 
 
@@ -124,8 +126,10 @@ def test_threads_change_no_byte(fast: Any) -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
-        payload = exponent_codec.pack(exponent_codec.find(*pair, layout(BF16), fast), fast)
-        assert (exponent_codec.unpack(payload, pair[1], layout(BF16), fast) == pair[0]).all()
+        payload = exponent_codec.encode(
+            exponent_codec.find_changes(*pair, layout(BF16), fast), fast
+        )
+        assert (exponent_codec.decode(payload, pair[1], layout(BF16), fast) == pair[0]).all()
         return payload
 
     alone = [code(pair) for pair in pairs]
@@ -143,13 +147,13 @@ def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Return what sets the variable that switches Numba off."""
 
     def switch(value: str) -> None:
-        monkeypatch.setenv(codecs.VARIABLE, value)
-        codecs.loops.cache_clear()
-        assert value != "0" or codecs.loops() is None
+        monkeypatch.setenv(codecs.NUMBA_VARIABLE, value)
+        codecs.compiled_kernels.cache_clear()
+        assert value != "0" or codecs.compiled_kernels() is None
 
     yield switch
     monkeypatch.undo()
-    codecs.loops.cache_clear()
+    codecs.compiled_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -177,6 +181,6 @@ def test_a_chunk_near_its_reference_costs_less_than_as_gaps_and_changes() -> Non
     new, old = pair_of(BF16, 1 << 16, "trained", 1)
     mine, theirs = (
         codec.encode(new.view(np.uint8), old.view(np.uint8), BF16)
-        for codec in (codecs.CLASSES, codecs.SPARSE)
+        for codec in (codecs.EXPONENT_CLASSES, codecs.SPARSE)
     )
     assert len(mine) < len(theirs)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msft_store.codec import exponent_codec
-from msft_store.codec.changes import Found
+from msft_store.codec.changes import ChunkChanges
 from msft_store.codec.kernels import Lanes
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
@@ -23,7 +23,7 @@ from tests.support.pairs import BF16, DTYPES, SEEDED, check, layout, outcomes, p
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
 def test_any_flipped_or_missing_byte_is_refused_or_gives_other_content(name: str) -> None:
-    dtype = dtypes.by_name(name)
+    dtype = dtypes.dtype_by_name(name)
     new, old = pair_of(dtype, 700, "trained", 4)
     payload = check(dtype, new, old)
     assert len(payload) < 600
@@ -72,9 +72,9 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
         assert peak < 1 << 24
 
 
-def crafted(old: Lanes, found: Found, **changed: Any) -> list[bytes | None]:
+def crafted(old: Lanes, found: ChunkChanges, **changed: Any) -> list[bytes | None]:
     """Return what each path makes of findings that no chunk leads to."""
-    return outcomes(exponent_codec.pack(replace(found, **changed), None), old, BF16)
+    return outcomes(exponent_codec.encode(replace(found, **changed), None), old, BF16)
 
 
 def with_tables(payload: bytes, rows: bytes) -> bytes:
@@ -92,11 +92,11 @@ def old() -> Lanes:
 
 
 @pytest.fixture
-def found(old: Lanes) -> Found:
+def found(old: Lanes) -> ChunkChanges:
     """Return one change of a quiet element, at 140."""
     new = old.copy()
     new[140] += 9
-    one = exponent_codec.find(new, old, layout(BF16), None)
+    one = exponent_codec.find_changes(new, old, layout(BF16), None)
     runs, quiet = np.array([1, 1]), np.array([12])
     assert crafted(old, one, runs=runs, gaps=quiet) == [new.tobytes()] * 2
     return replace(one, runs=runs, gaps=quiet)
@@ -116,7 +116,7 @@ def found(old: Lanes) -> Found:
     ],
     ids=str,
 )
-def test_runs_beyond_the_end_are_refused(old: Lanes, found: Found, runs: list[int]) -> None:
+def test_runs_beyond_the_end_are_refused(old: Lanes, found: ChunkChanges, runs: list[int]) -> None:
     assert crafted(old, found, runs=np.array(runs)) == [None, None]
 
 
@@ -140,7 +140,7 @@ def test_runs_beyond_the_end_are_refused(old: Lanes, found: Found, runs: list[in
 )
 @pytest.mark.parametrize("listed", [0, 1, 2])
 def test_gaps_beyond_the_coded_blocks_are_refused(
-    old: Lanes, found: Found, runs: list[int] | None, gaps: list[int], listed: int
+    old: Lanes, found: ChunkChanges, runs: list[int] | None, gaps: list[int], listed: int
 ) -> None:
     assert crafted(
         old,
@@ -152,14 +152,14 @@ def test_gaps_beyond_the_coded_blocks_are_refused(
     ) == [None, None]
 
 
-def test_the_last_element_of_a_short_block_can_be_reached(old: Lanes, found: Found) -> None:
+def test_the_last_element_of_a_short_block_can_be_reached(old: Lanes, found: ChunkChanges) -> None:
     one, other = crafted(old, found, runs=np.array([2]), gaps=np.array([43]))
     assert one == other
     assert one is not None
     assert np.flatnonzero(np.frombuffer(one, "<i2") != old).tolist() == [299]
 
 
-def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes, found: Found) -> None:
+def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes, found: ChunkChanges) -> None:
     old[140] = 0
     assert crafted(old, found, busy=1, low=0, high=0)[0] is not None
     assert crafted(old, found, busy=1, low=0, high=0, gaps=np.array([12, 3])) == [None, None]
@@ -170,7 +170,7 @@ def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes, found: Fou
 def test_every_limit_of_the_busy_fits_every_type(dtype: DType, busy: int) -> None:
     old = np.array([5 << layout(dtype).shift, -1, 0], f"<i{dtype.lane}")
     count = sum(exponent < busy for exponent in (5, layout(dtype).mask >> layout(dtype).shift, 0))
-    found = Found(
+    found = ChunkChanges(
         busy=busy,
         low=0,
         high=0,
@@ -179,7 +179,7 @@ def test_every_limit_of_the_busy_fits_every_type(dtype: DType, busy: int) -> Non
         symbols=np.full(count, 2 << 8 | 1 << 2, np.uint16),
         distances=np.ones(count, np.uint32),
     )
-    one, other = outcomes(exponent_codec.pack(found, None), old, dtype)
+    one, other = outcomes(exponent_codec.encode(found, None), old, dtype)
     assert one == other
     assert one is not None
     assert np.count_nonzero(np.frombuffer(one, old.dtype) != old) == count
@@ -188,7 +188,7 @@ def test_every_limit_of_the_busy_fits_every_type(dtype: DType, busy: int) -> Non
 @pytest.mark.parametrize("token", [61, 62, 63])
 @pytest.mark.parametrize("low_bits", [0, 2])
 def test_the_farthest_tokens_stay_in_the_lane(
-    old: Lanes, found: Found, token: int, low_bits: int
+    old: Lanes, found: ChunkChanges, token: int, low_bits: int
 ) -> None:
     symbols = np.array([2 << 8 | token << 2 | low_bits], np.uint16)
     one, other = crafted(old, found, symbols=symbols, distances=np.array([2**32 - 1], np.uint32))
@@ -197,20 +197,20 @@ def test_the_farthest_tokens_stay_in_the_lane(
     assert np.count_nonzero(np.frombuffer(one, "<i2") != old) <= 1
 
 
-def test_a_context_without_a_table_is_refused(old: Lanes, found: Found) -> None:
+def test_a_context_without_a_table_is_refused(old: Lanes, found: ChunkChanges) -> None:
     elsewhere = np.array([2 << 8 | 1 << 2], np.uint16)
     assert crafted(old, found, low=4, high=5, symbols=elsewhere) == [None, None]
 
 
-def test_runs_beside_the_mark_of_all_blocks_are_refused(old: Lanes, found: Found) -> None:
-    payload = bytearray(exponent_codec.pack(found, None))
+def test_runs_beside_the_mark_of_all_blocks_are_refused(old: Lanes, found: ChunkChanges) -> None:
+    payload = bytearray(exponent_codec.encode(found, None))
     payload[23] |= 0x80
     assert outcomes(bytes(payload), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("extra", [-4, -1, 1, 2, 4])
-def test_low_bits_and_words_fit_exactly(old: Lanes, found: Found, extra: int) -> None:
-    payload = exponent_codec.pack(found, None)
+def test_low_bits_and_words_fit_exactly(old: Lanes, found: ChunkChanges, extra: int) -> None:
+    payload = exponent_codec.encode(found, None)
     if extra > 0:
         assert outcomes(payload + bytes(extra), old, BF16) == [None, None]
     else:
@@ -227,15 +227,15 @@ def test_low_bits_and_words_fit_exactly(old: Lanes, found: Found, extra: int) ->
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 257), (4, 1), (2, 5), (3, 0)], ids=str)
 def test_tables_of_another_shape_are_refused(
-    old: Lanes, found: Found, rows: int, columns: int
+    old: Lanes, found: ChunkChanges, rows: int, columns: int
 ) -> None:
-    payload = exponent_codec.pack(replace(found, low=5, high=5), None)
+    payload = exponent_codec.encode(replace(found, low=5, high=5), None)
     assert outcomes(with_tables(payload, bytes(rows * columns)), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("level", [50, 255])
-def test_levels_that_do_not_exist_are_refused(old: Lanes, found: Found, level: int) -> None:
-    payload = exponent_codec.pack(replace(found, low=5, high=5), None)
+def test_levels_that_do_not_exist_are_refused(old: Lanes, found: ChunkChanges, level: int) -> None:
+    payload = exponent_codec.encode(replace(found, low=5, high=5), None)
     assert outcomes(with_tables(payload, bytes([level, 0, 0])), old, BF16) == [None, None]
 
 
@@ -245,12 +245,12 @@ def test_any_tables_lead_to_the_same_outcome_by_every_path(levels: bytes, seed: 
     new, old = pair_of(BF16, 300, "one class", seed)
     table = np.frombuffer(levels[: len(levels) // 3 * 3], np.uint8).reshape(3, -1) % 50
     steps = np.diff(table, axis=0, prepend=np.zeros((1, table.shape[1]), np.uint8))
-    payload = exponent_codec.pack(exponent_codec.find(new, old, layout(BF16), None), None)
+    payload = exponent_codec.encode(exponent_codec.find_changes(new, old, layout(BF16), None), None)
     one, other = outcomes(with_tables(payload, steps.tobytes()), old, BF16)
     assert one == other
 
 
-def test_tables_that_inflate_without_end_are_refused(old: Lanes, found: Found) -> None:
-    payload = exponent_codec.pack(found, None)
+def test_tables_that_inflate_without_end_are_refused(old: Lanes, found: ChunkChanges) -> None:
+    payload = exponent_codec.encode(found, None)
     for rows in (bytes(1 << 26), bytes(257 * 3)):
         assert outcomes(with_tables(payload, rows), old, BF16) == [None, None]

@@ -34,11 +34,11 @@ def tables_of(*rows: list[int]) -> Array:
 
 def check_coder(symbols: Array, packed: Array) -> Array:
     """Assert that each path reads what either wrote; return the words."""
-    lanes, slots = rans.lanes_for(symbols.size), rans.slots_of(packed)
+    lanes, slots = rans.count_coders(symbols.size), rans.build_slots(packed)
     words = rans.encode(symbols, packed)
     if FAST is not None:
         assert np.array_equal(FAST.encode(symbols, packed, lanes), words)
-        assert np.array_equal(FAST.slots_of(packed), slots)
+        assert np.array_equal(FAST.build_slots(packed), slots)
     # What comes after the words is read ahead, and must not matter.
     longer = np.concatenate([words, np.full(symbols.size + 1, 0xABCD, np.uint16)])
     contexts = (symbols >> 8).astype(np.uint8)
@@ -54,7 +54,7 @@ def check_coder(symbols: Array, packed: Array) -> Array:
 @pytest.mark.parametrize("size", SIZES)
 def test_symbols_of_several_contexts_come_back(size: int) -> None:
     histogram = tables_of(*HISTOGRAMS.values())
-    packed = rans.frequencies(rans.levels_of(histogram))
+    packed = rans.compute_frequencies(rans.compute_levels(histogram))
     rng = np.random.default_rng(size)
     for kinds in ([0], [3], range(len(HISTOGRAMS))):
         contexts = rng.choice(np.array(list(kinds)), size)
@@ -62,12 +62,12 @@ def test_symbols_of_several_contexts_come_back(size: int) -> None:
         symbols = rng.integers(0, np.array(counts)[contexts]) if size else contexts
         words = check_coder((contexts << 8 | symbols).astype(np.uint16), packed)
         if kinds == [0]:
-            assert words.size == 2 * rans.lanes_for(size)
+            assert words.size == 2 * rans.count_coders(size)
 
 
 def test_lanes_are_a_power_of_two_that_grows_with_the_symbols() -> None:
     counts = [0, 1, 1023, 1024, 2047, 2048, 4095, 4096, 1 << 20, (1 << 20) - 1, 1 << 22]
-    assert [rans.lanes_for(n) for n in counts] == [0, 1, 1, 1, 1, 2, 2, 4, 1024, 512, 1024]
+    assert [rans.count_coders(n) for n in counts] == [0, 1, 1, 1, 1, 2, 2, 4, 1024, 512, 1024]
 
 
 def test_skewed_symbols_take_about_their_entropy() -> None:
@@ -76,8 +76,8 @@ def test_skewed_symbols_take_about_their_entropy() -> None:
     histogram = np.bincount(symbols, minlength=256)
     share = histogram[histogram > 0] / symbols.size
     entropy = -(share * np.log2(share)).sum() * symbols.size / 16
-    words = check_coder(symbols, rans.frequencies(rans.levels_of(histogram)))
-    assert entropy < words.size < 1.01 * entropy + 2 * rans.lanes_for(symbols.size)
+    words = check_coder(symbols, rans.compute_frequencies(rans.compute_levels(histogram)))
+    assert entropy < words.size < 1.01 * entropy + 2 * rans.count_coders(symbols.size)
 
 
 @given(
@@ -88,35 +88,35 @@ def test_skewed_symbols_take_about_their_entropy() -> None:
 @settings(SEEDED, max_examples=200)
 def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) -> None:
     histogram = tables_of(*rows)
-    levels = rans.levels_of(histogram)
-    packed = rans.frequencies(levels)
+    levels = rans.compute_levels(histogram)
+    packed = rans.compute_frequencies(levels)
     shares, starts = packed.reshape(-1, 256) >> 16, packed.reshape(-1, 256) & 0xFFFF
     assert ((shares > 0) == (histogram.reshape(-1, 256) > 0)).all()
     occurs = histogram.reshape(-1, 256).any(axis=1)
     assert (shares.sum(axis=1) == np.where(occurs, 4096, 0)).all()
     assert (starts == np.where(shares > 0, np.cumsum(shares, axis=1) - shares, 0)).all()
-    for slots in (rans.slots_of(packed), *([] if FAST is None else [FAST.slots_of(packed)])):
+    for slots in (rans.build_slots(packed), *([] if FAST is None else [FAST.build_slots(packed)])):
         expected = [np.repeat(np.arange(256), row) for row in shares[occurs]]
         assert np.array_equal(slots.reshape(-1, 4096)[occurs], np.array(expected).reshape(-1, 4096))
         assert not slots.reshape(-1, 4096)[~occurs].any()
     if FAST is not None:
-        assert np.array_equal(FAST.levels_of(histogram), levels)
-        assert np.array_equal(FAST.frequencies(levels), packed)
+        assert np.array_equal(FAST.compute_levels(histogram), levels)
+        assert np.array_equal(FAST.compute_frequencies(levels), packed)
 
 
 @given(levels=st.lists(st.integers(0, 49), min_size=256, max_size=256))
 @settings(SEEDED, max_examples=100)
 def test_levels_that_no_histogram_leads_to_make_tables_too(levels: list[int]) -> None:
-    packed = rans.frequencies(np.array(levels, np.uint8))
+    packed = rans.compute_frequencies(np.array(levels, np.uint8))
     assert (packed >> 16).sum() == (4096 if any(levels) else 0)
     if FAST is not None:
-        assert np.array_equal(FAST.frequencies(np.array(levels, np.uint8)), packed)
+        assert np.array_equal(FAST.compute_frequencies(np.array(levels, np.uint8)), packed)
 
 
 @pytest.mark.parametrize("rare", [1, 100, 255])
 def test_rare_symbols_beside_a_frequent_one_leave_it_the_rest(rare: int) -> None:
     levels = np.array([49] + [1] * rare + [0] * (255 - rare), np.uint8)
-    shares = rans.frequencies(levels) >> 16
+    shares = rans.compute_frequencies(levels) >> 16
     assert shares[0] == 4096 - rare
     assert (shares[1 : 1 + rare] == 1).all()
 
@@ -128,8 +128,8 @@ def test_a_plan_is_the_same_interpreted_and_compiled(seed: int) -> None:
     counts[:, rng.random(256) < 0.7] = 0
     counts[2] = counts[1] * rng.random(256)
     runs, step = int(rng.integers(0, 1000)), int(rng.choice([1, 8]))
-    plan = rans.plan(counts, runs, step)
+    plan = rans.plan_listing(counts, runs, step)
     _, busy, low, high = plan
     assert 0 <= low <= high < low + rans.MAX_CLASSES
     assert busy <= rans.EXPONENTS
-    assert FAST is None or FAST.plan(counts, runs, step) == plan
+    assert FAST is None or FAST.plan_listing(counts, runs, step) == plan

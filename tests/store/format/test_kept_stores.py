@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 
 from msft_store import Store
-from msft_store.format.dtypes import by_name
+from msft_store.format.dtypes import dtype_by_name
 from tests.fixtures.stores.write import PLACE, WRITERS, moved, sha256, sums_of, write
 from tests.support.plain_store import PlainStore
 from tests.support.states import same_bits
@@ -84,7 +84,7 @@ def test_the_product_goes_on_with_it(kept: tuple[Store, dict[str, Any]], tmp_pat
     (file,) = [path for path in again.export(added.id, tmp_path / "out") if path.stem == "model"]
     assert same_bits(safetensors.torch.load_file(file), state)
     for parent in parents:
-        if all(by_name(dtype).safetensors for dtype, _, _ in expected[parent.id].values()):
+        if all(dtype_by_name(dtype).safetensors for dtype, _, _ in expected[parent.id].values()):
             again.export(parent, tmp_path / parent.id)
             file, loaded = tmp_path / parent.id / "model.safetensors", again.load(parent)
             # Under the names of the base, where all of them have the same prefix beyond those.

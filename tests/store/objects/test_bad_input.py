@@ -23,7 +23,7 @@ from msft_store import (
     UnknownCheckpointError,
     VersionError,
 )
-from msft_store.format.layout import canonical, digest, seal
+from msft_store.format.layout import canonical_json, digest, seal
 from msft_store.objects.manifest import CheckpointFacts, checkpoint_content
 from msft_store.storage.backend import LocalBackend
 from tests.support.faults import FaultyBackend, changed_at
@@ -97,7 +97,7 @@ def test_a_short_or_ambiguous_prefix_is_refused(store: Store, ckpt: Checkpoint) 
     seen: dict[str, int] = {}
     for step in range(5000):
         content = {**EMPTY, "step": step}
-        first = seen.setdefault(digest(canonical(content))[:4], step)
+        first = seen.setdefault(digest(canonical_json(content))[:4], step)
         if first != step:
             break
     one, other = store.save({}, step=first), store.save({}, step=step)

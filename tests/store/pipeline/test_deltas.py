@@ -11,7 +11,7 @@ import torch
 
 from msft_store import Base, Checkpoint, InvalidInputError, KeepLast, Store
 from msft_store.codec.codecs import DELTA
-from msft_store.format.dtypes import by_name
+from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.objects.base_reader import BaseReader, box_runs
 from msft_store.objects.chunks import Objects
@@ -28,7 +28,7 @@ from msft_store.storage.backend import LocalBackend
 from msft_store.tensors.bytes import to_bytes
 from tests.support.states import State, logical_bytes, make_state, same_bits, train_step, write_base
 
-BF16 = by_name("bfloat16")
+BF16 = dtype_by_name("bfloat16")
 
 
 def packs(store: Store) -> list[Path]:
@@ -398,7 +398,7 @@ def test_a_tensor_of_several_pieces_is_put_together(store: Store) -> None:
     whole = torch.randn(6, 10)
     boxes = [((0, 0), (6, 4)), ((0, 4), (2, 6)), ((2, 4), (4, 6))]
     backend, pieces = LocalBackend(Path(store.path)), []
-    dtype = by_name("float32")
+    dtype = dtype_by_name("float32")
     with backend.writer() as writer:
         pack = PackWriter(writer)
         for offset, shape in boxes:
