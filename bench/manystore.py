@@ -61,7 +61,7 @@ class _Unsynced:
         self._parts.append(bytes(data))
         self.position += len(data)
 
-    def publish(self, path: str) -> None:
+    def finalize(self, path: str) -> None:
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(b"".join(self._parts))
@@ -121,7 +121,7 @@ class Maker:
             for at, key in zip(fresh, self._new_keys(len(fresh)), strict=True):
                 pack.append(self._record(at, key, pack.position), PAYLOAD)
                 self._keys[at] = key
-            pack.publish()
+            pack.finalize()
         self._write_manifest(step, len(fresh))
 
     def _record(self, at: int, key: bytes, offset: int) -> Record:

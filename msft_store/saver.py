@@ -55,7 +55,7 @@ from msft_store.objects.bases import Base
 from msft_store.objects.catalog import check_level
 from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.store import Store
-from msft_store.tensors.bytes import check_tensors, memory_of
+from msft_store.tensors.bytes import check_tensors, memory_key
 from msft_store.tensors.resident import Compared
 
 
@@ -76,7 +76,7 @@ class Staging:
         :class:`StorageError` if there is no memory for it.
         """
         places: dict[tuple[object, ...], str] = {}
-        first = {name: places.setdefault(memory_of(t), name) for name, t in tensors.items()}
+        first = {name: places.setdefault(memory_key(t), name) for name, t in tensors.items()}
         once = {name: tensors[name] for name in places.values()}
         self._allocate(once)
         with torch.no_grad():

@@ -45,27 +45,33 @@ from msft_store.maintenance.stats import (
     stats,
 )
 from msft_store.objects.bases import Base, add_base, relocate
-from msft_store.objects.catalog import CONFIG, Catalog, check_level, undisturbed, write_config
+from msft_store.objects.catalog import CONFIG, Catalog, check_level, read_consistently, write_config
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
     CheckpointFacts,
     TensorEntry,
-    path_of,
+    manifest_path,
 )
-from msft_store.objects.refs import REFS, Ref, check_name, delete_ref, write_ref
+from msft_store.objects.refs import REFS, Ref, check_ref_name, delete_ref, write_ref
 from msft_store.pipeline.decode import decode_chunks, decode_state, device_of, empty_like
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.pipeline.writer import CheckpointWriter
 from msft_store.retention import Policy
-from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, publish, translated
+from msft_store.storage.backend import (
+    TEMPORARY,
+    Backend,
+    LocalBackend,
+    translate_os_errors,
+    write_atomic,
+)
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import YIELDING
-from msft_store.storage.quota import Bounded
+from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
-from msft_store.tensors.bytes import check_tensors, memory_of, torch_dtype
-from msft_store.tensors.matching import check_match, chosen
+from msft_store.tensors.bytes import check_tensors, memory_key, torch_dtype
+from msft_store.tensors.matching import check_match, select_tensors
 from msft_store.tensors.resident import Compared, check_compared
 
 
@@ -87,7 +93,7 @@ class Store:
     """A content-addressed store of checkpoints in one directory."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = Bounded(backend)
+        self._backend = QuotaBackend(backend)
         self._catalog = Catalog(self._backend)
         self._catalog.refresh()
         self._writer = CheckpointWriter(self._catalog, self._backend)
@@ -107,14 +113,14 @@ class Store:
             raise NotAStoreError(
                 f"there is a store at {root} already: open that one, or choose another path"
             )
-        with translated("read", root):
+        with translate_os_errors("read", root):
             # One that was killed here, or had no room, may have left its temporary file.
             if root.exists() and (
                 not root.is_dir() or {p.name for p in root.iterdir()} - {TEMPORARY}
             ):
                 raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
-        publish(backend, CONFIG, config)
+        write_atomic(backend, CONFIG, config)
         return cls(backend)
 
     @classmethod
@@ -222,7 +228,7 @@ class Store:
         """Return a checkpoint's tensors, all or those named, bit-exact and verified."""
         found, tensors = self._entries(checkpoint)
         if names is not None:
-            tensors = chosen(found, tensors, names)
+            tensors = select_tensors(found, tensors, names)
         place = device_of(device)
         state = {name: empty_like(entry, place) for name, entry in tensors.items()}
         self._decode(found, tensors, state)
@@ -244,7 +250,7 @@ class Store:
         state = {name: tensor for name, tensor in items.items() if torch.is_tensor(tensor)}
         check_match(found, tensors, state)
         # Tied tensors are restored once: they are equal, or they would not match.
-        once = {memory_of(tensor): name for name, tensor in state.items()}
+        once = {memory_key(tensor): name for name, tensor in state.items()}
         self._decode(found, {name: tensors[name] for name in once.values()}, state)
 
     def load_boxes(self, checkpoint: Checkpoint | str, boxes: Iterable[Box]) -> None:
@@ -257,10 +263,10 @@ class Store:
         wanted, what = list(boxes), f"checkpoint {found.id[:12]}"
 
         def decode() -> None:
-            self._catalog.check_there(found)
+            self._catalog.require_exists(found)
             decode_boxes(self._catalog.objects, tensors, wanted, base=found.base, what=what)
 
-        undisturbed(self._backend, decode)
+        read_consistently(self._backend, decode)
 
     def chunks(
         self, checkpoint: Checkpoint | str, names: Iterable[str] | None = None
@@ -273,7 +279,7 @@ class Store:
         """
         found, tensors = self._entries(checkpoint)
         if names is not None:
-            tensors = chosen(found, tensors, names)
+            tensors = select_tensors(found, tensors, names)
         what = f"checkpoint {found.id[:12]}"
         parts = decode_chunks(self._catalog.objects, tensors, base=found.base, what=what)
         with contextlib.closing(parts):
@@ -306,7 +312,7 @@ class Store:
         self, checkpoint: Checkpoint | str, name: str, *, note: Mapping[str, Any] | None = None
     ) -> None:
         """Point a ref to a checkpoint, which is not evicted while it does; an old ref moves."""
-        check_name(name)
+        check_ref_name(name)
         with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
             # Another process may have written the manifest and crashed before its fsync.
@@ -390,7 +396,7 @@ class Store:
         Temporary files count, bases are elsewhere. :class:`OverBudgetError` comes before a write
         that would leave less than ``reserve`` bytes of it.
         """
-        return self._backend.within(max_bytes, reserve=reserve)
+        return self._backend.limit(max_bytes, reserve=reserve)
 
     def locks(self) -> list[Lock]:
         """Return who writes to the store, and some who wait to, here or elsewhere; oldest first."""
@@ -427,11 +433,11 @@ class Store:
         """
         with self.session("forget", exclusive=True):
             found = self._catalog.resolve(checkpoint)
-            reason = self._catalog.protected().get(found.id)
+            reason = self._catalog.list_protected().get(found.id)
             if reason is not None:
                 raise PinnedError(f"checkpoint {found.id[:12]} is {reason}; unpin it first")
             self._backend.sync(REFS)
-            self._backend.delete(path_of(found.id))
+            self._backend.delete(manifest_path(found.id))
             self._catalog.remove(found.id)
 
     def anchor(self, checkpoint: Checkpoint | str) -> Checkpoint:
@@ -469,11 +475,11 @@ class Store:
         Without a policy, only bytes that no checkpoint needs; with one, also the checkpoints that
         it does not keep and no ref protects.
         """
-        return undisturbed(self._backend, lambda: plan_gc(self._catalog, policy))
+        return read_consistently(self._backend, lambda: plan_gc(self._catalog, policy))
 
     def plan_repack(self) -> RepackPlan:
         """Return how few packs would do, without anything dead; ``print`` it, ``execute`` it."""
-        return undisturbed(self._backend, lambda: plan_repack(self._catalog))
+        return read_consistently(self._backend, lambda: plan_repack(self._catalog))
 
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
         """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
@@ -487,7 +493,7 @@ class Store:
     def examine(self, read_data: bool = True) -> Report:
         """Return what is wrong with the store, and which checkpoints are sound all the same."""
         # A catalog of its own, for what was read earlier may be damaged since.
-        return undisturbed(
+        return read_consistently(
             self._backend,
             lambda: examine(Catalog(self._backend), read_data=read_data),
             lambda report: not report.findings,
@@ -505,7 +511,7 @@ class Store:
     ) -> list[TensorDiff]:
         """Return what differs between two checkpoints or bases, tensor by tensor, by bits."""
         first, second = self._either(one), self._either(other)
-        return undisturbed(self._backend, lambda: diff(self._catalog, first, second))
+        return read_consistently(self._backend, lambda: diff(self._catalog, first, second))
 
     def export(
         self, checkpoint: Checkpoint | str, folder: PathLike, *, like: PathLike | None = None
@@ -517,7 +523,9 @@ class Store:
         """
         found, place = self.get(checkpoint), check_path(folder)
         beside = None if like is None else check_path(like)
-        return undisturbed(self._backend, lambda: export(self._catalog, found, place, like=beside))
+        return read_consistently(
+            self._backend, lambda: export(self._catalog, found, place, like=beside)
+        )
 
     def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
         """Return the encoded bytes of the chunks that checkpoints name, as of now, by id.
@@ -526,15 +534,15 @@ class Store:
         in there.
         """
         found = list(checkpoints)
-        return undisturbed(self._backend, lambda: encoded_bytes(self._catalog, found))
+        return read_consistently(self._backend, lambda: encoded_bytes(self._catalog, found))
 
     def held_bytes(self) -> int:
         """Return the encoded bytes of forgotten checkpoints that others are differences of."""
-        return undisturbed(self._backend, lambda: held_bytes(self._catalog))
+        return read_consistently(self._backend, lambda: held_bytes(self._catalog))
 
     def stats(self) -> Stats:
         """Return what the store holds, counted now."""
-        return undisturbed(self._backend, lambda: stats(self._catalog))
+        return read_consistently(self._backend, lambda: stats(self._catalog))
 
     def _either(self, name: Base | Checkpoint | str) -> Base | Checkpoint:
         if isinstance(name, Base):
@@ -558,8 +566,8 @@ class Store:
         outs: Mapping[str, torch.Tensor],
     ) -> None:
         def decode() -> None:
-            self._catalog.check_there(checkpoint)
+            self._catalog.require_exists(checkpoint)
             what = f"checkpoint {checkpoint.id[:12]}"
             decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
 
-        undisturbed(self._backend, decode)
+        read_consistently(self._backend, decode)

@@ -14,7 +14,7 @@ from msft_store._util import check_path, format_bytes, format_count
 from msft_store.cli.output import missing
 from msft_store.maintenance.check import Finding, Report
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
-from msft_store.objects.bases import Base, is_gone
+from msft_store.objects.bases import Base, has_missing_files
 from msft_store.storage.backend import LocalBackend
 from msft_store.store import Store
 
@@ -55,7 +55,7 @@ def examine(store: Store, *, read_data: bool) -> tuple[Report, str]:
 
 def _line_of(base: Base, found: list[Finding], need: int, *, read_data: bool) -> str:
     needed = f"{format_count(need, 'checkpoint')} cannot be restored without it" if need else ""
-    if is_gone(base):
+    if has_missing_files(base):
         return missing(base, needed)
     tensors = f", {len({f.tensor for f in found})} of {format_count(len(base.tensors), 'tensor')}"
     text = f"base {base.id[:12]}{tensors if read_data else ''}: {found[0].what}"

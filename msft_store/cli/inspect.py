@@ -17,7 +17,7 @@ from msft_store.cli.lineage import lineage
 from msft_store.cli.output import facts, facts_of_base, gone, measured
 from msft_store.cli.plots import draw_lineage
 from msft_store.errors import InvalidInputError, UnknownCheckpointError
-from msft_store.objects.bases import Base, is_gone
+from msft_store.objects.bases import Base, has_missing_files
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 
@@ -118,7 +118,7 @@ def _summary_of_base(base: Base) -> dict[str, Any]:
         "id": base.id,
         "path": base.path,
         "logical_bytes": base.logical_bytes,
-        "gone": is_gone(base),
+        "gone": has_missing_files(base),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from msft_store._util import format_bytes, format_percent
 from msft_store.cli.lineage import reasons_of
 from msft_store.maintenance.stats import Stats
-from msft_store.objects.bases import Base, is_gone
+from msft_store.objects.bases import Base, has_missing_files
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 
@@ -99,7 +99,7 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
 def facts_of_base(base: Base) -> str:
     """Return what is known of a base, and whether its files are where they were."""
     files = len(base.files)
-    there = "not where they were, or too short" if is_gone(base) else "there"
+    there = "not where they were, or too short" if has_missing_files(base) else "there"
     text = listing(
         {
             "base": base.id,
@@ -132,7 +132,7 @@ def counts(stats: Stats) -> str:
 
 def gone(bases: Iterable[Base]) -> str:
     """Return a line for each base that checkpoints cannot be restored with as it is."""
-    return "".join(f"\n{missing(base)}" for base in bases if is_gone(base))
+    return "".join(f"\n{missing(base)}" for base in bases if has_missing_files(base))
 
 
 def missing(base: Base, hence: str = "") -> str:

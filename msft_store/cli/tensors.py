@@ -17,9 +17,9 @@ from msft_store.cli.plots import check_picture, draw_changes, heat_text
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.export import is_configured
 from msft_store.maintenance.export_names import exported
-from msft_store.objects.refs import check_name
+from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
-from msft_store.tensors.matching import listed
+from msft_store.tensors.matching import format_names
 
 NO_PARENT = "none"
 """In the place of a parent: there is to be none."""
@@ -96,7 +96,7 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     """Save a directory of safetensors as a checkpoint."""
     metrics = dict(_metric(text) for text in options.metric)
     if options.ref is not None:
-        check_name(options.ref)
+        check_ref_name(options.ref)
     parent = options.parent
     if parent is None:
         parent = fitting_base(store, options.path)
@@ -149,7 +149,7 @@ def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     chosen = exported(checkpoint, tensors, base)
     if chosen.left_out:
         size = format_bytes(sum(tensors[name].nbytes for name in chosen.left_out))
-        text += f"\nleft out, as no part of the model: {listed(chosen.left_out)} ({size})"
+        text += f"\nleft out, as no part of the model: {format_names(chosen.left_out)} ({size})"
     configured = is_configured(files)
     if not configured:
         text += (

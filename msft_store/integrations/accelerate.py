@@ -41,7 +41,7 @@ from msft_store.integrations.training_state import (
 )
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.manifest import Checkpoint
-from msft_store.storage.backend import LocalBackend, publish
+from msft_store.storage.backend import LocalBackend, write_atomic
 from msft_store.store import Store
 from msft_store.tensors.boxes import whole_box
 from msft_store.timeline.timeline import Timeline
@@ -68,7 +68,7 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
         def commit() -> None:
             found = _given(timeline).commit(tensors)
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
-            publish(LocalBackend(check_path(folder)), FILE, text)
+            write_atomic(LocalBackend(check_path(folder)), FILE, text)
 
         in_main_process(commit)
         # Accelerate writes what is left in the list.

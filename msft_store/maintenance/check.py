@@ -18,18 +18,18 @@ from msft_store.errors import CorruptedError, StoreError, strip_frames
 from msft_store.format.dtypes import DType, dtype_by_code
 from msft_store.format.key_table import Keys, key_at, view_keys
 from msft_store.format.layout import BaseSpan
-from msft_store.objects.bases import path_of_base
+from msft_store.objects.bases import base_path
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
     Checkpoint,
     TensorEntry,
     chunk_sizes,
     list_manifests,
-    path_of,
+    manifest_path,
 )
-from msft_store.objects.packs import misnamed
-from msft_store.objects.reachability import closure
-from msft_store.objects.refs import RefReader, path_of_ref
+from msft_store.objects.packs import is_misnamed
+from msft_store.objects.reachability import find_reachable
+from msft_store.objects.refs import RefReader, ref_path
 
 Kind = Literal["manifest", "ref", "pack", "base", "chunk"]
 Known = dict[tuple[bytes, int, DType, str | None], StoreError | None]
@@ -112,7 +112,7 @@ def _check_files(catalog: Catalog) -> Iterator[Finding]:
             what=str(error),
             kind="manifest",
             checkpoint=identity,
-            file=describe(path_of(identity)),
+            file=describe(manifest_path(identity)),
         )
     for path, error in catalog.objects.damaged.items():
         kind: Kind = "pack" if path.endswith(".pack") else "base"
@@ -124,7 +124,7 @@ def _check_packs(catalog: Catalog) -> Iterator[Finding]:
         what = catalog.backend.describe(path)
         try:
             list(footer)
-            if misnamed(path, footer):
+            if is_misnamed(path, footer):
                 raise CorruptedError(f"it holds pack {footer.check.hex()}; msft-store repair")
         except StoreError as error:
             yield Finding(where=path, what=str(error), kind="pack", file=what)
@@ -143,7 +143,7 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
                 where=f"ref {ref.name}",
                 what="points to a checkpoint that is not there or cannot be read",
                 kind="ref",
-                file=catalog.backend.describe(path_of_ref(ref.name)),
+                file=catalog.backend.describe(ref_path(ref.name)),
             )
 
 
@@ -189,7 +189,7 @@ def _check_checkpoint(
             what=str(error),
             kind="manifest",
             checkpoint=checkpoint.id,
-            file=catalog.backend.describe(path_of(checkpoint.id)),
+            file=catalog.backend.describe(manifest_path(checkpoint.id)),
         )
         return
     try:
@@ -202,7 +202,7 @@ def _check_checkpoint(
             kind="base",
             checkpoint=checkpoint.id,
             base=checkpoint.base,
-            file=catalog.backend.describe(path_of_base(checkpoint.base or "")),
+            file=catalog.backend.describe(base_path(checkpoint.base or "")),
         )
         return
     keys = catalog.keys_by_base([checkpoint])
@@ -248,7 +248,7 @@ def _is_whole(
 ) -> bool:
     """Return whether nothing is missing, all keys at once; what is, is found one by one."""
     index = catalog.objects.index
-    if len(closure(catalog.objects, index, keys).missing):
+    if len(find_reachable(catalog.objects, index, keys).missing):
         return False
     for entry in entries:
         named = view_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
@@ -261,7 +261,7 @@ def _is_whole(
 
 def _resolve(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
     objects = catalog.objects
-    missing = closure(objects, objects.index, {base: view_keys(key)}).missing
+    missing = find_reachable(objects, objects.index, {base: view_keys(key)}).missing
     if len(missing):
         raise StoreError(f"chunk {key_at(missing, 0).hex()} is in no pack")
     stored = catalog.objects.find(key, base)

@@ -27,7 +27,7 @@ from msft_store.format.dtypes import DType
 from msft_store.maintenance.stats import sources
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunk_sizes
 from msft_store.objects.reference_planner import match_names
 from msft_store.pipeline.decode import named
@@ -134,7 +134,7 @@ def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _
 
 
 def _compare(
-    objects: Objects, name: str, first: _Side, second: _Side, stored_bytes: int
+    objects: ChunkStore, name: str, first: _Side, second: _Side, stored_bytes: int
 ) -> TensorDiff:
     old, new = first.tensors.get(name), second.tensors.get(name)
     entry = new or old
@@ -160,7 +160,9 @@ def _compare(
     )
 
 
-def _changes(objects: Objects, name: str, first: _Side, second: _Side) -> tuple[int, float | None]:
+def _changes(
+    objects: ChunkStore, name: str, first: _Side, second: _Side
+) -> tuple[int, float | None]:
     old, new = first.tensors[name], second.tensors[name]
     if [(p.offset, p.shape) for p in old.pieces] != [(p.offset, p.shape) for p in new.pieces]:
         return _total(_slabs(objects, name, first, second))
@@ -179,7 +181,7 @@ def _total(counts: Iterable[tuple[int, float | None]]) -> tuple[int, float | Non
 
 
 def _slabs(
-    objects: Objects, name: str, first: _Side, second: _Side
+    objects: ChunkStore, name: str, first: _Side, second: _Side
 ) -> Iterator[tuple[int, float | None]]:
     """Compare a tensor whose pieces differ, some rows at a time."""
     entry = second.tensors[name]
@@ -192,7 +194,7 @@ def _slabs(
 
 
 def _pairs(
-    objects: Objects, name: str, first: _Side, second: _Side
+    objects: ChunkStore, name: str, first: _Side, second: _Side
 ) -> Iterator[Callable[[], tuple[int, float | None]]]:
     old, new = first.tensors[name], second.tensors[name]
     for before, after in zip(old.pieces, new.pieces, strict=True):
@@ -206,12 +208,12 @@ def _pairs(
                 yield partial(_count_of, reads, new.dtype)
 
 
-def _read(objects: Objects, name: str, side: _Side, key: bytes, size: int) -> Bytes:
+def _read(objects: ChunkStore, name: str, side: _Side, key: bytes, size: int) -> Bytes:
     with named(f"{side.what}, tensor {name!r}"):
         return objects.read(key, size, side.tensors[name].dtype, side.base)
 
 
-def _rows(objects: Objects, name: str, side: _Side, start: int, rows: int) -> Bytes:
+def _rows(objects: ChunkStore, name: str, side: _Side, start: int, rows: int) -> Bytes:
     entry = side.tensors[name]
     out = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
     offset = (start, *(0 for _ in entry.shape[1:]))

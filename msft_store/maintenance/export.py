@@ -43,11 +43,11 @@ from msft_store.storage.backend import (
     LocalBackend,
     make_folder,
     move_folder,
-    publish,
     read_file,
-    translated,
+    translate_os_errors,
+    write_atomic,
 )
-from msft_store.storage.quota import Bounded
+from msft_store.storage.quota import QuotaBackend
 
 _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -75,7 +75,7 @@ def export(
     place of the base's. :class:`InvalidInputError` if the directory has something in it, ``like``
     has no configuration, or a dtype is not safetensors'.
     """
-    with translated("read", folder):
+    with translate_os_errors("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
@@ -95,16 +95,16 @@ def export(
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # What a manifest names again and again takes no room in the store, and all of it here.
-        Bounded(backend).require(chosen.nbytes)
+        QuotaBackend(backend).require_space(chosen.nbytes)
         is_peft = settings is not None or is_adapter(beside)
         # An adapter is a few tensors, which nothing reads in parts.
         shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
         _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_peft)
         for file, size in beside.items():
-            publish(backend, file.name, read_file(file, 0, size))
+            write_atomic(backend, file.name, read_file(file, 0, size))
         if settings is not None:
             text = json.dumps(settings, indent=2, sort_keys=True)
-            publish(backend, _SETTINGS, text.encode())
+            write_atomic(backend, _SETTINGS, text.encode())
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())
@@ -118,7 +118,7 @@ def _under_way(folder: Path) -> Iterator[Path]:
     """
     prefix = f".{folder.name}-"
     partial = folder.parent / f"{prefix}{uuid.uuid4().hex}"
-    with translated("create", partial):
+    with translate_os_errors("create", partial):
         make_folder(folder.parent)
         for path in folder.parent.iterdir():
             if path.name.startswith(prefix) and len(path.name) == len(partial.name):
@@ -164,7 +164,7 @@ def _write_shards(
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
-        publish(backend, INDEX, canonical_json({"metadata": total, "weight_map": index}))
+        write_atomic(backend, INDEX, canonical_json({"metadata": total, "weight_map": index}))
 
 
 def _write_file(
@@ -181,7 +181,7 @@ def _write_file(
         writer.write(_header(part))
         for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
             writer.write(data.data)
-        writer.publish(file)
+        writer.finalize(file)
 
 
 def _header(tensors: dict[str, TensorEntry]) -> bytes:
@@ -215,7 +215,7 @@ def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[li
 def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
     """Return the files that come along, and their sizes in bytes."""
     if like is not None:
-        with translated("read", like):
+        with translate_os_errors("read", like):
             found = {file: file.stat().st_size for file in companions(like)}
         if not is_configured(found):
             raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
@@ -226,7 +226,7 @@ def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict
     source = Path(reader.base.path)
     if not source.is_dir() or not _stands_in(reader, source):
         return {}
-    with translated("read", source):
+    with translate_os_errors("read", source):
         return {file: file.stat().st_size for file in companions(source)}
 
 

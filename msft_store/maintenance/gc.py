@@ -34,13 +34,13 @@ from msft_store.errors import (
 from msft_store.format.key_table import is_among
 from msft_store.format.layout import Record
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.manifest import MANIFESTS, Checkpoint, path_of
-from msft_store.objects.packs import PACKS, PackWriter, ahead
-from msft_store.objects.reachability import closure
+from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
+from msft_store.objects.packs import PACKS, PackWriter, raise_generation
+from msft_store.objects.reachability import find_reachable
 from msft_store.objects.refs import REFS
 from msft_store.retention import Candidate, Policy, check_policy, check_ranked_metrics
-from msft_store.storage.backend import TEMPORARY, disk_bytes, sizes
-from msft_store.storage.quota import require
+from msft_store.storage.backend import TEMPORARY, disk_bytes, file_sizes
+from msft_store.storage.quota import require_space
 
 _LOG = logging.getLogger(__name__)
 _REWRITE_FROM = 0.2
@@ -152,7 +152,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
     """Return what could go: without a policy, only bytes that no checkpoint needs."""
     catalog.refresh()
     refuse_damage(catalog)
-    checkpoints, protected = catalog.checkpoints(), catalog.protected()
+    checkpoints, protected = catalog.checkpoints(), catalog.list_protected()
     kept: dict[str, tuple[str, ...]] = {
         checkpoint.id: (protected.get(checkpoint.id, "a checkpoint; no policy was given"),)
         for checkpoint in checkpoints
@@ -218,7 +218,7 @@ def evict_locked(
     backend = catalog.backend
     before = peak = disk_bytes(backend)
     refuse_damage(catalog)
-    protected = catalog.protected()
+    protected = catalog.list_protected()
     doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
     # Deciding comes first, because it reads everything and so finds any damage.
     keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
@@ -228,7 +228,7 @@ def evict_locked(
         backend.sync(REFS)
     for identity in doomed:
         _LOG.info("evict checkpoint %s", identity[:12])
-        backend.delete(path_of(identity))
+        backend.delete(manifest_path(identity))
         catalog.remove(identity)
     if delete or rewrite:
         # After a power loss, a manifest whose deletion was not durable would lack its chunks. The
@@ -265,7 +265,7 @@ def evict_locked(
 
 def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
     """Write what is live in packs into one new pack, durably; the old ones stay."""
-    require(catalog.backend, sum(waste.live_bytes for waste in wastes))
+    require_space(catalog.backend, sum(waste.live_bytes for waste in wastes))
     with catalog.backend.writer() as writer:
         pack = PackWriter(writer)
         for waste in wastes:
@@ -274,7 +274,7 @@ def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
                 if len(payload) != record.length:
                     raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
                 pack.append(replace(record, offset=pack.position), payload)
-        pack.publish()
+        pack.finalize()
 
 
 def waste_of(
@@ -290,7 +290,7 @@ def waste_of(
     """
     index = catalog.objects.index
     keys = catalog.keys_by_base(keep)
-    needs = closure(catalog.objects, index, keys)
+    needs = find_reachable(catalog.objects, index, keys)
     if len(needs.missing):
         _name_missing(catalog, keep)
     delete, rewrite = [], []
@@ -305,26 +305,26 @@ def waste_of(
             footer, alive = index.packs[path], np.flatnonzero(live).tolist()
             rivals = is_among(index.keys[rows][live], index.keys[~needs.live]).tolist()
             records = tuple(
-                ahead(footer.record(row)) if rival else footer.record(row)
+                raise_generation(footer.record(row)) if rival else footer.record(row)
                 for row, rival in zip(alive, rivals, strict=True)
             )
             rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
     # The one that takes the least room first: what it frees, the next one has.
     rewrite.sort(key=lambda waste: waste.live_bytes)
-    return tuple(delete), tuple(rewrite), int(index.lengths[needs.held].sum())
+    return tuple(delete), tuple(rewrite), int(index.lengths[needs.only_referenced].sum())
 
 
 def _name_missing(catalog: Catalog, keep: Sequence[Checkpoint]) -> NoReturn:
     for checkpoint in keep:
         alone = catalog.keys_by_base([checkpoint])
-        missing = closure(catalog.objects, catalog.objects.index, alone).missing
+        missing = find_reachable(catalog.objects, catalog.objects.index, alone).missing
         if len(missing):
             raise _damaged(f"{len(missing)} chunks of {_label(checkpoint)} are in no pack")
     raise _damaged("chunks are in no pack")
 
 
 def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
-    return tuple(sizes(catalog.backend, TEMPORARY).items())
+    return tuple(file_sizes(catalog.backend, TEMPORARY).items())
 
 
 def refuse_damage(catalog: Catalog) -> None:

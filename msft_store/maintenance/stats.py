@@ -22,8 +22,8 @@ from msft_store.format.key_table import concatenate_keys, count_keys, is_among, 
 from msft_store.format.layout import BaseSpan
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint, chunk_sizes
-from msft_store.objects.reachability import closure
-from msft_store.storage.backend import QUARANTINE, disk_bytes, sizes
+from msft_store.objects.reachability import find_reachable
+from msft_store.storage.backend import QUARANTINE, disk_bytes, file_sizes
 
 IN_BASE = "equal to base"
 MISSING = "missing"
@@ -63,7 +63,7 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
 
 
 def _how(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
-    if catalog.objects.in_base(key, base) is not None:
+    if catalog.objects.find_in_base(key, base) is not None:
         return IN_BASE, 0
     stored = catalog.objects.find(key, base)
     if stored is None:
@@ -103,8 +103,8 @@ def held_bytes(catalog: Catalog) -> int:
     """Return the encoded bytes that no checkpoint names but that others are changes of."""
     catalog.refresh()
     index = catalog.objects.index
-    needs = closure(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
-    return int(index.lengths[needs.held].sum())
+    needs = find_reachable(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
+    return int(index.lengths[needs.only_referenced].sum())
 
 
 def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
@@ -119,18 +119,18 @@ def stats(catalog: Catalog) -> Stats:
     catalog.refresh()
     checkpoints, objects = catalog.checkpoints(), catalog.objects
     index, keys = objects.index, catalog.keys_by_base(checkpoints)
-    needs = closure(objects, index, keys)
+    needs = find_reachable(objects, index, keys)
     uses = [unique_keys(catalog.keys(checkpoint)) for checkpoint in checkpoints]
     named, times = count_keys(concatenate_keys(uses))
-    in_base = [some[objects.in_base_all(some, base)] for base, some in keys.items()]
+    in_base = [some[objects.mask_in_base(some, base)] for base, some in keys.items()]
     shared = (times > 1) | is_among(named, concatenate_keys(in_base))
     return Stats(
         checkpoints=len(checkpoints),
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
         stored_bytes=int(index.lengths.sum()),
-        held_bytes=int(index.lengths[needs.held].sum()),
+        held_bytes=int(index.lengths[needs.only_referenced].sum()),
         on_disk_bytes=disk_bytes(catalog.backend),
-        quarantine_bytes=sum(sizes(catalog.backend, QUARANTINE).values()),
+        quarantine_bytes=sum(file_sizes(catalog.backend, QUARANTINE).values()),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),
         chunks=len(named),
         shared_chunks=int(shared.sum()),

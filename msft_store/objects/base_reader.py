@@ -26,7 +26,7 @@ from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageE
 from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Keys, KeyTable, view_keys
 from msft_store.format.layout import CHUNK_BYTES, BaseSpan, chunk_key
-from msft_store.objects.bases import Base, BaseTensor, path_of_base, read_base
+from msft_store.objects.bases import Base, BaseTensor, base_path, read_base
 from msft_store.storage.backend import Backend, read_file_into
 
 
@@ -41,18 +41,18 @@ class BaseReader:
             for name, tensor in base.tensors.items()
             for number, key in enumerate(tensor.keys)
         }
-        self._record = backend.describe(path_of_base(base.id))
+        self._record = backend.describe(base_path(base.id))
 
     @cached_property
     def _table(self) -> KeyTable:
         keys = view_keys(b"".join(self.chunks))
         return KeyTable(keys, np.arange(len(keys)))
 
-    def holds(self, keys: Keys) -> NDArray[np.bool_]:
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Return which chunks the base holds unchanged."""
         return self._table.contains(keys)
 
-    def where(self, span: BaseSpan) -> str:
+    def file_of(self, span: BaseSpan) -> str:
         """Return the file that holds a span."""
         return self.base.files[self._tensor(span.tensor).file][0]
 
@@ -77,9 +77,9 @@ class BaseReader:
         """Compare with its key what was read of a chunk; :class:`BaseError` if it changed."""
         if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
             raise BaseError(
-                f"{self.where(span)} changed since it was added as base {self.base.id[:12]} "
+                f"{self.file_of(span)} changed since it was added as base {self.base.id[:12]} "
                 f"(tensor {span.tensor!r}); put the original file back",
-                file=self.where(span),
+                file=self.file_of(span),
             )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
@@ -210,7 +210,7 @@ def box_runs(
         start += length
 
 
-def convertible(have: DType, want: DType) -> bool:
+def can_convert(have: DType, want: DType) -> bool:
     """Return whether a base's elements of one type serve as references for another."""
     return have == want or (_rounds(have) and _rounds(want))
 
@@ -222,7 +222,7 @@ def _rounds(dtype: DType) -> bool:
 def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
     if have == want:
         return data
-    if have.torch is None or want.torch is None or not convertible(have, want):
+    if have.torch is None or want.torch is None or not can_convert(have, want):
         raise MismatchError(f"{have.name} is not converted to {want.name}")
     source = torch.from_numpy(data.copy()).view(have.torch)
     converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()

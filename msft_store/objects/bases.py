@@ -41,7 +41,13 @@ from msft_store.format.strict_json import (
     check_tensor_name,
 )
 from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
-from msft_store.storage.backend import Backend, publish, read_file, read_whole, translated
+from msft_store.storage.backend import (
+    Backend,
+    read_file,
+    read_small_file,
+    translate_os_errors,
+    write_atomic,
+)
 
 BASES = "bases"
 _SUFFIX = ".json"
@@ -83,7 +89,7 @@ class Base:
 
 def add_base(backend: Backend, path: Path) -> Base:
     """Read a safetensors file, or a directory of them, once and record it by content."""
-    with translated("read", path):
+    with translate_os_errors("read", path):
         base = _scan(path.absolute())
     write_base(backend, base)
     return base
@@ -91,7 +97,7 @@ def add_base(backend: Backend, path: Path) -> Base:
 
 def relocate(backend: Backend, base: Base, path: Path) -> Base:
     """Record that a base's files moved; :class:`BaseError` if the content there is another."""
-    with translated("read", path):
+    with translate_os_errors("read", path):
         found = _scan(path.absolute())
     if found.id != base.id:
         raise BaseError(f"{path} holds base {found.id[:12]}, not {base.id[:12]}: wrong model")
@@ -101,7 +107,7 @@ def relocate(backend: Backend, base: Base, path: Path) -> Base:
 
 def write_base(backend: Backend, base: Base) -> None:
     """Make a base durable, in place of an earlier record of it."""
-    publish(backend, path_of_base(base.id), _to_json(base))
+    write_atomic(backend, base_path(base.id), _to_json(base))
 
 
 def _scan(path: Path) -> Base:
@@ -131,14 +137,14 @@ def _scan(path: Path) -> Base:
     )
 
 
-def recorded_anew(path: Path) -> tuple[str, bytes]:
+def rebuild_base_record(path: Path) -> tuple[str, bytes]:
     """Return the id and the record of the model at a path; nothing is written."""
-    with translated("read", path):
+    with translate_os_errors("read", path):
         base = _scan(path)
     return base.id, _to_json(base)
 
 
-def is_gone(base: Base) -> bool:
+def has_missing_files(base: Base) -> bool:
     """Return whether a file of a base is not there any more, or is too short."""
     try:
         return any(os.stat(path).st_size < size for path, size in base.files)
@@ -146,7 +152,7 @@ def is_gone(base: Base) -> bool:
         return True
 
 
-def path_of_base(identity: str) -> str:
+def base_path(identity: str) -> str:
     """Return where the record of a base stands."""
     return f"{BASES}/{identity}{_SUFFIX}"
 
@@ -202,9 +208,9 @@ def _to_json(base: Base) -> bytes:
 
 
 def _from_json(backend: Backend, identity: str) -> Base:
-    path = path_of_base(identity)
+    path = base_path(identity)
     what = backend.describe(path)
-    record = unseal(read_whole(backend, path), what, "msft-base")
+    record = unseal(read_small_file(backend, path), what, "msft-base")
     try:
         if digest(canonical_json(record["content"])) != record["id"] or record["id"] != identity:
             raise CorruptedError(f"{what} does not hold the base that its name says")

@@ -17,7 +17,7 @@ delete.
 
 Example::
 
-    plan = undisturbed(backend, lambda: plan_gc(catalog))
+    plan = read_consistently(backend, lambda: plan_gc(catalog))
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ from msft_store.format.key_table import (
 )
 from msft_store.format.layout import CHUNK_BYTES, VERSION, seal, unseal
 from msft_store.objects.bases import Base
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
     TensorEntry,
     list_manifests,
-    path_of,
+    manifest_path,
     read_checkpoint,
     read_keys,
     read_tensors,
 )
 from msft_store.objects.packs import PACKS, list_packs
-from msft_store.objects.refs import REFS, Ref, RefReader, path_of_ref
-from msft_store.storage.backend import Backend, read_whole
+from msft_store.objects.refs import REFS, Ref, RefReader, ref_path
+from msft_store.storage.backend import Backend, read_small_file
 
 _T = TypeVar("_T")
 
 
-def undisturbed(
+def read_consistently(
     backend: Backend,
     look: Callable[[], _T],
     is_fine: Callable[[_T], bool] = lambda _: True,
@@ -122,7 +122,7 @@ def read_level(backend: Backend) -> Level:
     """Return the level of ``store.json``; a store that states none is fast."""
     what = backend.describe(CONFIG)
     try:
-        config = unseal(read_whole(backend, CONFIG), what, "msft-store")
+        config = unseal(read_small_file(backend, CONFIG), what, "msft-store")
     except CorruptedError as error:
         # Not even check opens such a store.
         raise CorruptedError(f"{strip_hint(error)}; {_REPAIR_ALONE}", file=what) from None
@@ -149,7 +149,7 @@ class Catalog:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.objects = Objects(backend)
+        self.objects = ChunkStore(backend)
         self._refs = RefReader(backend)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
@@ -170,7 +170,7 @@ class Catalog:
                 checkpoints[identity] = read_checkpoint(self.backend, identity)
             except StoreError as error:
                 # One that was forgotten since it was listed is no damage.
-                if self.backend.exists(path_of(identity)):
+                if self.backend.exists(manifest_path(identity)):
                     damaged[identity] = strip_frames(error)
         self._checkpoints, self._damaged = checkpoints, damaged
         keys = dict(self._keys)
@@ -190,7 +190,7 @@ class Catalog:
         """Return the checkpoint of an exact id."""
         return self._checkpoints.get(identity)
 
-    def intact(self, identity: str) -> Checkpoint | None:
+    def find_intact(self, identity: str) -> Checkpoint | None:
         """Return the checkpoint of an exact id, if its manifest is still what was written."""
         found = self.get(identity)
         try:
@@ -223,8 +223,8 @@ class Catalog:
             return found
         # A ref that cannot be read stands in the way of no other name.
         refs, unreadable = self._refs.scan()
-        if path_of_ref(name) in unreadable:
-            raise unreadable[path_of_ref(name)]
+        if ref_path(name) in unreadable:
+            raise unreadable[ref_path(name)]
         wanted = refs[name].checkpoint if name in refs else name
         target = self._checkpoints.get(wanted)
         if target is not None:
@@ -267,7 +267,7 @@ class Catalog:
             return exact
         return matches[0]
 
-    def lineage(
+    def resolve_parent(
         self, parent: Base | Checkpoint | str | None
     ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
         """Return the ids of a parent and of its base, and the tensors of a checkpoint."""
@@ -288,12 +288,12 @@ class Catalog:
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
-        self.check_there(checkpoint)
+        self.require_exists(checkpoint)
         try:
             return read_tensors(self.backend, checkpoint)
         except StorageError:
             # It may have gone since.
-            self.check_there(checkpoint)
+            self.require_exists(checkpoint)
             raise
 
     def keys(self, checkpoint: Checkpoint) -> Keys:
@@ -303,7 +303,7 @@ class Catalog:
             try:
                 found = read_keys(self.backend, checkpoint, self._scanner)
             except StorageError:
-                self.check_there(checkpoint)
+                self.require_exists(checkpoint)
                 raise
             self._keys[checkpoint.id] = found
         return found
@@ -322,14 +322,14 @@ class Catalog:
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
         keys, base, index = unique_keys(self.keys(checkpoint)), checkpoint.base, self.objects.index
-        rows = index.find_all(keys[~self.objects.in_base_all(keys, base)], base)
+        rows = index.find_all(keys[~self.objects.mask_in_base(keys, base)], base)
         return int(index.lengths[rows[rows >= 0]].sum())
 
     def refs(self) -> dict[str, Ref]:
         """Return all refs by name."""
         return self._refs.read()
 
-    def protected(self) -> dict[str, str]:
+    def list_protected(self) -> dict[str, str]:
         """Return the ids of checkpoints that refs point to, and why they stay."""
         reasons: dict[str, list[str]] = {}
         for name, ref in sorted(self.refs().items()):
@@ -340,9 +340,9 @@ class Catalog:
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(texts) for identity, texts in reasons.items()}
 
-    def check_there(self, checkpoint: Checkpoint) -> None:
+    def require_exists(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`UnknownCheckpointError` for a checkpoint that was forgotten."""
-        if not self.backend.exists(path_of(checkpoint.id)):
+        if not self.backend.exists(manifest_path(checkpoint.id)):
             self.remove(checkpoint.id)
             raise UnknownCheckpointError(
                 f"checkpoint {checkpoint.id} is no longer in {self.backend.describe('')}: "

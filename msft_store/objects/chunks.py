@@ -35,8 +35,8 @@ from msft_store.format.key_table import Keys
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.format.pack_footer import Footer
 from msft_store.objects.base_reader import BaseReader
-from msft_store.objects.bases import Base, list_bases, path_of_base, read_base
-from msft_store.objects.packs import Index, Stored, list_packs, read_pack
+from msft_store.objects.bases import Base, base_path, list_bases, read_base
+from msft_store.objects.packs import PackIndex, StoredChunk, list_packs, read_pack
 from msft_store.storage.backend import Backend
 
 
@@ -47,7 +47,7 @@ class _Scratch(threading.local):
         self.buffer: Bytes = np.empty(CHUNK_BYTES, np.uint8)
 
 
-class Objects:
+class ChunkStore:
     """All chunks of a store, read and verified by key."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Objects:
         """``read`` gives what a pack is taken to hold, by its path."""
         self._backend = backend
         self._read_pack = read
-        self._snapshot = Index({})
+        self._snapshot = PackIndex({})
         self._damaged_packs: dict[str, StoreError] = {}
         self._damaged_bases: dict[str, StoreError] = {}
         self._readers: dict[str, BaseReader] = {}
@@ -67,7 +67,7 @@ class Objects:
         self._sound: set[tuple[str, int]] = set()
 
     @property
-    def index(self) -> Index:
+    def index(self) -> PackIndex:
         """What all packs hold, as of the last :meth:`refresh` or later."""
         if self._have_packs != self._wanted:
             with self._reading:
@@ -108,7 +108,7 @@ class Objects:
                 if self._backend.exists(path):
                     damaged[path] = strip_frames(error)
         if packs.keys() != known.keys():
-            self._snapshot = Index(packs)
+            self._snapshot = PackIndex(packs)
         self._damaged_packs, self._have_packs = damaged, wanted
 
     def _read_bases(self) -> None:
@@ -121,7 +121,7 @@ class Objects:
                 try:
                     self.add_base(read_base(self._backend, identity))
                 except StoreError as error:
-                    damaged[path_of_base(identity)] = strip_frames(error)
+                    damaged[base_path(identity)] = strip_frames(error)
         self._damaged_bases, self._have_bases = damaged, wanted
 
     def add_base(self, base: Base) -> None:
@@ -143,28 +143,28 @@ class Objects:
         try:
             return self._readers[identity]
         except KeyError:
-            damage = self._damaged_bases.get(path_of_base(identity))
+            damage = self._damaged_bases.get(base_path(identity))
             if damage is not None:
                 raise damage from None
             raise UnknownCheckpointError(
                 f"this store has no base {identity[:12]}; add it with add-base"
             ) from None
 
-    def in_base(self, key: bytes, base: str | None) -> BaseSpan | None:
+    def find_in_base(self, key: bytes, base: str | None) -> BaseSpan | None:
         """Return where a chunk stands unchanged in a base."""
         return None if base is None else self.base(base).chunks.get(key)
 
-    def in_base_all(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
+    def mask_in_base(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
         """Return which chunks stand unchanged in a base."""
-        return np.zeros(len(keys), bool) if base is None else self.base(base).holds(keys)
+        return np.zeros(len(keys), bool) if base is None else self.base(base).contains(keys)
 
-    def find(self, key: bytes, base: str | None) -> Stored | None:
-        """Return the representation to decode a key with, as :meth:`Index.find_all` chooses it."""
+    def find(self, key: bytes, base: str | None) -> StoredChunk | None:
+        """Return the representation that :meth:`PackIndex.find_all` chooses for a key."""
         index = self.index
         row = index.find(key, base)
         return None if row < 0 else index.stored(row)
 
-    def is_whole(self, record: Record) -> bool:
+    def has_all_references(self, record: Record) -> bool:
         """Return whether all is there that a record refers to.
 
         It is for whatever a checkpoint needs. Of the rest a gc may leave records in a pack whose
@@ -175,11 +175,11 @@ class Objects:
             spans = record.reference if isinstance(record.reference, tuple) else None
             keys = (record.ref_key,) if spans is None else tuple(span.key for span in spans)
         for key in keys:
-            if self.in_base(key, record.base) is None:
+            if self.find_in_base(key, record.base) is None:
                 found = self.find(key, record.base)
                 if found is None or found.record.depth >= record.depth:
                     return False
-                if not self.is_whole(found.record):
+                if not self.has_all_references(found.record):
                     return False
         return True
 
@@ -191,7 +191,7 @@ class Objects:
 
     def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
         """Fill ``out`` with a chunk, verified; after an error its content means nothing."""
-        span = self.in_base(key, base)
+        span = self.find_in_base(key, base)
         if span is not None and base is not None:
             self.base(base).read_span_into(span, out, dtype)
             self.base(base).verify(span, out, key)
@@ -212,12 +212,12 @@ class Objects:
             )
         self._decode(stored, out, dtype)
 
-    def verify(self, stored: Stored) -> None:
+    def verify(self, stored: StoredChunk) -> None:
         """Decode one representation of a chunk; raise what reading it would."""
         record = stored.record
         self._decode(stored, np.empty(record.size, np.uint8), dtype_by_code(record.dtype))
 
-    def verify_once(self, stored: Stored) -> None:
+    def verify_once(self, stored: StoredChunk) -> None:
         """Do as :meth:`verify`, but not again for what was found sound before."""
         place = (stored.pack, stored.record.offset)
         if place not in self._sound:
@@ -228,7 +228,7 @@ class Objects:
         """Return memory of this thread for a reference; the next call returns the same."""
         return self._scratch.buffer[:size]
 
-    def _decode(self, stored: Stored, out: Bytes, dtype: DType) -> None:
+    def _decode(self, stored: StoredChunk, out: Bytes, dtype: DType) -> None:
         record, what = stored.record, self._backend.describe(stored.pack)
         if record.size != out.size or record.dtype != dtype.code:
             raise CorruptedError(
@@ -288,7 +288,7 @@ class Objects:
             at += span.length
 
     def _chunk_size(self, span: ChunkSpan, base: str | None) -> int:
-        located, stored = self.in_base(span.key, base), self.find(span.key, base)
+        located, stored = self.find_in_base(span.key, base), self.find(span.key, base)
         if located is not None and base is not None:
             return self.base(base).chunk_bytes(located)
         if stored is None:
@@ -298,7 +298,7 @@ class Objects:
     def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
         base, dtype = record.base, dtype_by_code(record.dtype)
         stored, size = self.find(span.key, base), self._chunk_size(span, base)
-        in_base = self.in_base(span.key, base) is not None
+        in_base = self.find_in_base(span.key, base) is not None
         if not in_base and stored is not None and stored.record.depth >= record.depth:
             raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
         if (span.start, span.length) == (0, size) and out.size == size:

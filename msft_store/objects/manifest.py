@@ -18,7 +18,7 @@ is cut are left out.
 
 Example::
 
-    covers([((0, 0), (2, 3)), ((2, 0), (1, 3))], (3, 3))            # True
+    is_exactly_covered([((0, 0), (2, 3)), ((2, 0), (1, 3))], (3, 3))            # True
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from msft_store.format.strict_json import (
     check_tensor_name,
     parse,
 )
-from msft_store.storage.backend import MAX_WHOLE, Backend, publish, read_whole
+from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, read_small_file, write_atomic
 
 MAX_CUT = 4
 """Dimensions along which a tensor may be cut into pieces."""
@@ -64,7 +64,7 @@ MAX_CUT = 4
 Shape = tuple[int, ...]
 
 
-def covers(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bool:
+def is_exactly_covered(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bool:
     """Return whether boxes, (offset, shape) each, cover a shape and do not overlap.
 
     They must lie inside it. :class:`ValueError` if it is cut along more than :data:`MAX_CUT`
@@ -277,23 +277,25 @@ def write_manifest(
         "unreferenced_bytes": unreferenced_bytes,
     }
     data = seal(head) + b"\n" + tensors + b"\n"
-    if len(data) > MAX_WHOLE:
-        raise InvalidInputError(f"a manifest of {len(data)} bytes; at most {MAX_WHOLE} can be kept")
-    publish(backend, path_of(identity), data)
+    if len(data) > MAX_SMALL_FILE_BYTES:
+        raise InvalidInputError(
+            f"a manifest of {len(data)} bytes; at most {MAX_SMALL_FILE_BYTES} can be kept"
+        )
+    write_atomic(backend, manifest_path(identity), data)
     return _checkpoint(head)
 
 
 def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
     """Record how many bytes a checkpoint's chunks take now; its id does not depend on it."""
-    data = read_whole(backend, path_of(checkpoint.id))
+    data = read_small_file(backend, manifest_path(checkpoint.id))
     line, _, tensors = data.partition(b"\n")
-    head = unseal(line, backend.describe(path_of(checkpoint.id)), "msft-manifest")
+    head = unseal(line, backend.describe(manifest_path(checkpoint.id)), "msft-manifest")
     head["stored_bytes"] = stored_bytes
-    publish(backend, path_of(checkpoint.id), seal(head) + b"\n" + tensors)
+    write_atomic(backend, manifest_path(checkpoint.id), seal(head) + b"\n" + tensors)
     return _checkpoint(head)
 
 
-def path_of(identity: str) -> str:
+def manifest_path(identity: str) -> str:
     """Return where the manifest of a checkpoint stands."""
     return f"{MANIFESTS}/{identity}{_SUFFIX}"
 
@@ -308,11 +310,11 @@ def list_manifests(backend: Backend) -> list[str]:
 
 def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
     """Read the first line of a manifest."""
-    path = path_of(identity)
+    path = manifest_path(identity)
     data = backend.read(path, 0, _FIRST_READ)
     while b"\n" not in data:
         more = backend.read(path, len(data), len(data))
-        if not more or len(data) > MAX_WHOLE:
+        if not more or len(data) > MAX_SMALL_FILE_BYTES:
             what = backend.describe(path)
             raise CorruptedError(f"{what} is truncated; {REPAIR_HINT}", file=what)
         data += more
@@ -344,8 +346,8 @@ def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> 
 
 
 def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
-    path = path_of(checkpoint.id)
-    data, what = read_whole(backend, path), backend.describe(path)
+    path = manifest_path(checkpoint.id)
+    data, what = read_small_file(backend, path), backend.describe(path)
     table = data[data.find(b"\n") + 1 : -1]
     if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
         raise CorruptedError(
@@ -400,7 +402,7 @@ def _metric(value: Any) -> float:
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
     dtype, shape = dtype_by_name(value["dtype"]), check_shape(value["shape"])
     pieces = tuple(_piece(check_object(piece), shape, dtype) for piece in value["pieces"])
-    if not covers([(piece.offset, piece.shape) for piece in pieces], shape):
+    if not is_exactly_covered([(piece.offset, piece.shape) for piece in pieces], shape):
         raise ValueError("pieces do not cover their tensor, or overlap")
     return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
 

@@ -1,12 +1,12 @@
 """Packs: files of encoded chunks, and finding a chunk's representations in all of them.
 
-A pack exists once it is published and never changes. An :class:`Index` is a snapshot of the packs
-of a store; its rows are their records, pack by pack, and what asks for many keys at once is
-answered in arrays.
+A pack exists once it is finalized, and never changes. A :class:`PackIndex` is a snapshot
+of all packs of a store. Its rows are the packs' records, pack by pack. Lookups of many keys work on
+arrays.
 
 Example::
 
-    index = Index({path: read_pack(backend, path) for path in paths})
+    index = PackIndex({path: read_pack(backend, path) for path in paths})
     index.stored(index.find(key, base_id)).record.codec
 """
 
@@ -43,7 +43,7 @@ _TAIL = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredChunk:
     """A record and the pack that it stands in."""
 
     pack: str
@@ -52,7 +52,7 @@ class Stored:
 
 
 class PackWriter:
-    """Collects encoded chunks into one pack, which exists once :meth:`publish` returns."""
+    """Collects encoded chunks into one pack, which exists once :meth:`finalize` returns."""
 
     def __init__(self, writer: Writer) -> None:
         self.records: list[Record] = []
@@ -69,12 +69,12 @@ class PackWriter:
         self._writer.write(payload)
         self.records.append(record)
 
-    def publish(self) -> str:
+    def finalize(self) -> str:
         """Make the pack durable; return its path."""
         footer, check = encode_footer(self.records, self.position)
-        path = path_of_pack(check)
+        path = pack_path(check)
         self._writer.write(footer)
-        self._writer.publish(path)
+        self._writer.finalize(path)
         return path
 
 
@@ -98,17 +98,17 @@ def read_pack(backend: Backend, path: str) -> Footer:
     return decode_footer(backend.read(path, trailer.offset, trailer.length), trailer, what)
 
 
-def misnamed(path: str, footer: Footer) -> bool:
+def is_misnamed(path: str, footer: Footer) -> bool:
     """Return whether a pack stands under the name of another one."""
-    return path != path_of_pack(footer.check)
+    return path != pack_path(footer.check)
 
 
-def path_of_pack(check: bytes) -> str:
+def pack_path(check: bytes) -> str:
     """Return where the pack stands whose footer has a digest."""
     return f"{PACKS}/{check.hex()}{_SUFFIX}"
 
 
-def ahead(record: Record) -> Record:
+def raise_generation(record: Record) -> Record:
     """Return a record to be moved to another pack, where none of its equals may come before it.
 
     The last thing that equals are told apart by is the name of their pack, and what an equal that
@@ -117,7 +117,7 @@ def ahead(record: Record) -> Record:
     return replace(record, generation=min(record.generation + 1, MAX_GENERATION))
 
 
-class Index:
+class PackIndex:
     """What packs hold, by key."""
 
     def __init__(self, packs: Mapping[str, Footer]) -> None:
@@ -133,7 +133,7 @@ class Index:
         self._ages = MAX_GENERATION - self._column("generation", np.uint8)
         self._numbers: dict[str, int] = {}
         numbers = [np.array([*map(self._number, f.bases), -1], np.int32) for f in footers]
-        self.bases = _joined(
+        self.bases = _concatenate_column(
             [
                 number[np.minimum(footer.rows["base"], len(footer.bases))]
                 for number, footer in zip(numbers, footers, strict=True)
@@ -143,7 +143,9 @@ class Index:
         """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
         self.explicit = self._column("reference", np.uint32) != NO_INDEX
         """Which rows have a reference that is written out, and is not a whole chunk."""
-        self.refers_to_chunk = _joined([footer.refers_to_chunk for footer in footers], np.bool_)
+        self.refers_to_chunk = _concatenate_column(
+            [footer.refers_to_chunk for footer in footers], np.bool_
+        )
         self._tables: dict[int, KeyTable] = {}
 
     def __len__(self) -> int:
@@ -162,11 +164,11 @@ class Index:
         """
         return self._table_of(base).find(keys)
 
-    def stored(self, row: int) -> Stored:
+    def stored(self, row: int) -> StoredChunk:
         """Return the record of a row."""
         pack = int(np.searchsorted(self._starts, row, side="right")) - 1
         path = self._paths[pack]
-        return Stored(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
+        return StoredChunk(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
 
     def slices(self) -> Iterator[tuple[str, slice]]:
         """Yield the path of each pack and its rows."""
@@ -186,7 +188,7 @@ class Index:
         return self._numbers.setdefault(base, len(self._numbers))
 
     def _column(self, name: str, dtype: type[_N]) -> NDArray[_N]:
-        return _joined([footer.rows[name] for footer in self.packs.values()], dtype)
+        return _concatenate_column([footer.rows[name] for footer in self.packs.values()], dtype)
 
     def _table_of(self, base: str | None) -> KeyTable:
         number = self._numbers.get(base, -1) if base is not None else -1
@@ -202,5 +204,5 @@ class Index:
         return KeyTable(self.keys[rows], rows, preference)
 
 
-def _joined(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:
+def _concatenate_column(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:
     return np.concatenate([np.empty(0, dtype), *(part.astype(dtype, copy=False) for part in parts)])

@@ -16,31 +16,33 @@ from numpy.typing import NDArray
 
 from msft_store.format.key_table import Keys, KeyTable, concatenate_keys, unique_keys, view_keys
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint
-from msft_store.objects.packs import Index
+from msft_store.objects.packs import PackIndex
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Needs:
+class ReachableChunks:
     """What restoring chunks needs."""
 
     live: NDArray[np.bool_]
     """Which rows of the index."""
-    held: NDArray[np.bool_]
+    only_referenced: NDArray[np.bool_]
     """Those that are needed only because others are differences of them."""
     missing: Keys
     """What is in no pack and in no base."""
 
 
-def closure(objects: Objects, index: Index, keys: Mapping[str | None, Keys]) -> Needs:
+def find_reachable(
+    objects: ChunkStore, index: PackIndex, keys: Mapping[str | None, Keys]
+) -> ReachableChunks:
     """Return what restoring chunks needs; ``keys`` are those of checkpoints, by their base."""
     live, missing = np.zeros(len(index), bool), [view_keys(b"")]
     pending, named = list(keys.items()), None
     while pending:
         fresh = np.zeros(len(index), bool)
         for base, wanted in pending:
-            packed = wanted[~objects.in_base_all(wanted, base)]
+            packed = wanted[~objects.mask_in_base(wanted, base)]
             rows = index.find_all(packed, base)
             missing.append(packed[rows < 0])
             fresh[rows[rows >= 0]] = True
@@ -50,14 +52,14 @@ def closure(objects: Objects, index: Index, keys: Mapping[str | None, Keys]) -> 
         named = fresh if named is None else named
         pending = _referred(index, np.flatnonzero(fresh & index.refers_to_chunk))
     held = live if named is None else live & ~named
-    return Needs(
+    return ReachableChunks(
         live=live,
-        held=held & ~_stands(index, held, keys.values()),
+        only_referenced=held & ~_stands(index, held, keys.values()),
         missing=unique_keys(concatenate_keys(missing)),
     )
 
 
-def _stands(index: Index, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDArray[np.bool_]:
+def _stands(index: PackIndex, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDArray[np.bool_]:
     """Return which of some rows have a key that stands among others."""
     found, places = np.zeros(len(index), bool), np.flatnonzero(rows)
     if places.size:
@@ -70,7 +72,7 @@ def _stands(index: Index, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDAr
     return found
 
 
-def _referred(index: Index, rows: NDArray[np.int64]) -> list[tuple[str | None, Keys]]:
+def _referred(index: PackIndex, rows: NDArray[np.int64]) -> list[tuple[str | None, Keys]]:
     """Return the keys that rows refer to, each with the base that it is looked up with."""
     found = []
     for number in np.unique(index.bases[rows]).tolist():
@@ -87,7 +89,11 @@ def own_bytes(catalog: Catalog, checkpoint: Checkpoint) -> int:
     index, known = catalog.objects.index, catalog.checkpoints()
     others = [other for other in known if other.id != checkpoint.id]
     needed, rest = (
-        int(index.lengths[closure(catalog.objects, index, catalog.keys_by_base(some)).live].sum())
+        int(
+            index.lengths[
+                find_reachable(catalog.objects, index, catalog.keys_by_base(some)).live
+            ].sum()
+        )
         for some in (known, others)
     )
     return needed - rest

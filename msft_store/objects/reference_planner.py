@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
-from msft_store.objects.base_reader import convertible
+from msft_store.objects.base_reader import can_convert
 from msft_store.objects.bases import BaseTensor
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
 
 
@@ -31,7 +31,7 @@ class Reference:
     """A whole chunk, or parts of several one after the other."""
 
 
-class Planner:
+class ReferencePlanner:
     """Chooses references: the parent's chunk in the same place, or the base's elements.
 
     A parent's chunk serves if decoding it needs nothing deeper than the base; if it is itself a
@@ -41,7 +41,7 @@ class Planner:
     """
 
     def __init__(
-        self, objects: Objects, base: str | None, parent: Mapping[str, TensorEntry] | None
+        self, objects: ChunkStore, base: str | None, parent: Mapping[str, TensorEntry] | None
     ) -> None:
         self._objects = objects
         self._base = base
@@ -78,7 +78,7 @@ class Planner:
                 if across is not None:
                     return across
         match = self._names.get(name)
-        if match is None or not convertible(self._theirs[match].dtype, entry.dtype):
+        if match is None or not can_convert(self._theirs[match].dtype, entry.dtype):
             return None
         span = BaseSpan(
             tensor=match,
@@ -114,7 +114,7 @@ class Planner:
         return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
-        located = self._objects.in_base(key, self._base)
+        located = self._objects.find_in_base(key, self._base)
         if located is not None:
             return Reference(base=self._base, depth=1, span=located)
         stored = self._objects.find(key, self._base)

@@ -24,7 +24,7 @@ from msft_store.errors import (
 )
 from msft_store.format.layout import VERSION, seal, unseal
 from msft_store.format.strict_json import check_id, check_shallow_object
-from msft_store.storage.backend import Backend, publish, read_whole
+from msft_store.storage.backend import Backend, read_small_file, write_atomic
 
 REFS = "refs"
 _SUFFIX = ".json"
@@ -41,7 +41,7 @@ class Ref:
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_name(name: str) -> str:
+def check_ref_name(name: str) -> str:
     """Return a ref's name; :class:`InvalidInputError` if it cannot be one."""
     if not isinstance(name, str) or not _is_name(name):
         raise InvalidInputError(
@@ -95,12 +95,12 @@ def list_refs(backend: Backend) -> list[str]:
     return [path for path in backend.list(REFS) if path.endswith(_SUFFIX)]
 
 
-def path_of_ref(name: str) -> str:
+def ref_path(name: str) -> str:
     """Return where a ref stands."""
     return f"{REFS}/{name}{_SUFFIX}"
 
 
-def name_of_ref(path: str) -> str:
+def ref_name(path: str) -> str:
     """Return the name of the ref at a path."""
     return path[len(REFS) + 1 : -len(_SUFFIX)]
 
@@ -108,8 +108,8 @@ def name_of_ref(path: str) -> str:
 def read_ref(backend: Backend, path: str) -> Ref:
     """Return the ref at a path."""
     what = backend.describe(path)
-    content = unseal(read_whole(backend, path), what, "msft-ref")
-    name = name_of_ref(path)
+    content = unseal(read_small_file(backend, path), what, "msft-ref")
+    name = ref_name(path)
     try:
         target, note = (
             check_id(content.get("checkpoint")),
@@ -126,10 +126,10 @@ def read_ref(backend: Backend, path: str) -> Ref:
 
 def write_ref(backend: Backend, ref: Ref) -> None:
     """Create or replace a ref."""
-    publish(backend, path_of_ref(check_name(ref.name)), ref_record(ref))
+    write_atomic(backend, ref_path(check_ref_name(ref.name)), encode_ref(ref))
 
 
-def ref_record(ref: Ref) -> bytes:
+def encode_ref(ref: Ref) -> bytes:
     """Return what the file of a ref holds."""
     if not isinstance(ref.note, Mapping):
         raise InvalidInputError(f"the note of {ref.name!r} must be a mapping, not {ref.note!r}")
@@ -150,4 +150,4 @@ def ref_record(ref: Ref) -> bytes:
 
 def delete_ref(backend: Backend, name: str) -> None:
     """Remove a ref."""
-    backend.delete(path_of_ref(check_name(name)))
+    backend.delete(ref_path(check_ref_name(name)))

@@ -24,7 +24,7 @@ from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, MismatchError, StorageError, StoreError
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import chunk_key
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import TensorEntry, chunk_sizes
 from msft_store.pipeline.parallel import in_order
 from msft_store.tensors.bytes import (
@@ -51,7 +51,7 @@ class _Read:
 
 
 def decode_state(
-    objects: Objects,
+    objects: ChunkStore,
     tensors: Mapping[str, TensorEntry],
     outs: Mapping[str, torch.Tensor],
     *,
@@ -85,7 +85,7 @@ def decode_state(
 
 
 def decode_bytes(
-    objects: Objects, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
+    objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
 ) -> Iterator[Bytes]:
     """Yield the row-major bytes of tensors, one after the other, a chunk at a time.
 
@@ -97,7 +97,7 @@ def decode_bytes(
 
 
 def decode_chunks(
-    objects: Objects, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
+    objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
 ) -> Generator[tuple[str, int, Bytes], None, None]:
     """Yield names, first elements (counted row by row) and bytes of all chunks, in order.
 
@@ -150,7 +150,7 @@ def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.
         ) from error
 
 
-def _restore(objects: Objects, base: str | None, what: str, job: _Read) -> None:
+def _restore(objects: ChunkStore, base: str | None, what: str, job: _Read) -> None:
     out = np.empty(job.size, np.uint8) if job.target is None else job.target
     with named(f"{what}, tensor {job.tensor!r}"):
         objects.read_into(out, job.key, job.dtype, base)

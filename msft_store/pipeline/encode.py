@@ -35,13 +35,13 @@ from msft_store.format.layout import (
     Record,
     chunk_key,
 )
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import TensorEntry, chunk_sizes, tensor_table
-from msft_store.objects.packs import Stored
-from msft_store.objects.reference_planner import Planner, Reference
+from msft_store.objects.packs import StoredChunk
+from msft_store.objects.reference_planner import Reference, ReferencePlanner
 from msft_store.pipeline.parallel import in_order
 from msft_store.tensors.boxes import Box, whole_box
-from msft_store.tensors.bytes import memory_of, read_elements
+from msft_store.tensors.bytes import memory_key, read_elements
 from msft_store.tensors.resident import Change, Compared
 
 
@@ -102,7 +102,7 @@ class EncodeOptions:
 class Encoder:
     """Encodes chunks, each against the reference that a planner chose for it."""
 
-    def __init__(self, objects: Objects, options: EncodeOptions, *, alone: bool = False) -> None:
+    def __init__(self, objects: ChunkStore, options: EncodeOptions, *, alone: bool = False) -> None:
         """``alone``: also encode what is stored already, but as a change of another chunk."""
         self._objects = objects
         self._base = options.base
@@ -113,7 +113,7 @@ class Encoder:
         """Return a chunk in the smallest representation, or as one that the store has."""
         data, dtype = work.read(), work.dtype
         key, size = chunk_key(data.data, dtype), data.size
-        if self._objects.in_base(key, self._base) is not None:
+        if self._objects.find_in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored, reference = self._objects.find(key, self._base), work.reference
         if stored is not None and not self._serves(stored):
@@ -164,9 +164,9 @@ class Encoder:
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
 
-    def _serves(self, stored: Stored) -> bool:
+    def _serves(self, stored: StoredChunk) -> bool:
         """Return whether a chunk that the store has can be relied on; it is read once to see."""
-        if not self._objects.is_whole(stored.record):
+        if not self._objects.has_all_references(stored.record):
             return False
         try:
             self._objects.verify_once(stored)
@@ -257,12 +257,12 @@ class ChunkWriter:
 
 
 def encode_boxes(
-    objects: Objects,
+    objects: ChunkStore,
     boxes: Sequence[Box],
     begin: Callable[[], Sink],
     *,
     options: EncodeOptions,
-    planner: Planner,
+    planner: ReferencePlanner,
 ) -> tuple[list[TensorEntry], Totals]:
     """Store the chunks of boxes; return their entries, of one piece each, and what it took.
 
@@ -291,7 +291,7 @@ def encode_boxes(
 
 
 def encode_state(
-    objects: Objects,
+    objects: ChunkStore,
     tensors: Mapping[str, torch.Tensor],
     begin: Callable[[], Sink],
     *,
@@ -302,12 +302,12 @@ def encode_state(
 
     ``begin`` begins a pack; it is called only if there is a chunk to be written.
     """
-    planner = Planner(objects, options.base, parent)
+    planner = ReferencePlanner(objects, options.base, parent)
     planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     # A tied tensor may stand under one of its names only in the base: that name goes first.
     order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
     places: dict[tuple[object, ...], str] = {}
-    first = {name: places.setdefault(memory_of(tensors[name]), name) for name in order}
+    first = {name: places.setdefault(memory_key(tensors[name]), name) for name in order}
     entries, totals = encode_boxes(
         objects,
         [whole_box(name, tensors[name]) for name in places.values()],
@@ -328,7 +328,7 @@ def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def reencode(
-    objects: Objects,
+    objects: ChunkStore,
     tensors: Mapping[str, TensorEntry],
     begin: Callable[[], Sink],
     *,
@@ -339,7 +339,7 @@ def reencode(
 
     Chunks that need none but the base already, or one of ``onto``, are left as they are.
     """
-    base, planner = options.base, Planner(objects, options.base, onto)
+    base, planner = options.base, ReferencePlanner(objects, options.base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
     enough = {
         key for entry in (onto or {}).values() for piece in entry.pieces for key in piece.keys
@@ -347,7 +347,7 @@ def reencode(
 
     def left(key: bytes) -> bool:
         stored = objects.find(key, base)
-        return objects.in_base(key, base) is not None or (
+        return objects.find_in_base(key, base) is not None or (
             stored is not None
             and (not stored.record.refers_to_chunk or stored.record.ref_key in enough)
         )

@@ -22,7 +22,7 @@ from msft_store.codec.kernels import Bytes
 from msft_store.errors import MismatchError
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
 from msft_store.objects.reference_planner import is_by_rows
 from msft_store.pipeline.decode import named
@@ -60,7 +60,7 @@ class _Overlap:
 
 
 def decode_boxes(
-    objects: Objects,
+    objects: ChunkStore,
     tensors: Mapping[str, TensorEntry],
     boxes: Iterable[Box],
     *,
@@ -129,7 +129,7 @@ def _overlaps(box: Box, entry: TensorEntry) -> Iterator[_Overlap]:
 
 
 def _jobs(
-    objects: Objects, overlap: _Overlap, target: torch.Tensor, base: str | None, what: str
+    objects: ChunkStore, overlap: _Overlap, target: torch.Tensor, base: str | None, what: str
 ) -> Iterator[Callable[[], None]]:
     """Yield what writes the rows of a piece that are shared into ``target``, chunk by chunk."""
     dtype = overlap.entry.dtype
@@ -168,7 +168,7 @@ def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
         yield replace(overlap, start=(first + at, *rest), target=target)
 
 
-def _decode_across(objects: Objects, overlap: _Overlap, base: str | None, what: str) -> None:
+def _decode_across(objects: ChunkStore, overlap: _Overlap, base: str | None, what: str) -> None:
     """Decode rows of a piece whole, of which a part of each is wanted."""
     rows = torch.empty(
         (overlap.rows, *overlap.piece.shape[1:]), dtype=torch_dtype(overlap.entry.dtype)

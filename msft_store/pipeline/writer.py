@@ -40,7 +40,7 @@ from msft_store.objects.manifest import (
 )
 from msft_store.objects.packs import PACKS, PackWriter
 from msft_store.objects.reachability import own_bytes
-from msft_store.objects.reference_planner import Planner
+from msft_store.objects.reference_planner import ReferencePlanner
 from msft_store.pipeline.encode import (
     EncodeOptions,
     Totals,
@@ -49,16 +49,16 @@ from msft_store.pipeline.encode import (
     reencode,
     table_bytes,
 )
-from msft_store.storage.quota import Bounded
-from msft_store.tensors.boxes import Box, Part, Parts, joined
-from msft_store.tensors.bytes import memory_of
+from msft_store.storage.quota import QuotaBackend
+from msft_store.tensors.boxes import Box, Part, Parts, join_parts
+from msft_store.tensors.bytes import memory_key
 from msft_store.tensors.resident import Compared
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one store."""
 
-    def __init__(self, catalog: Catalog, backend: Bounded) -> None:
+    def __init__(self, catalog: Catalog, backend: QuotaBackend) -> None:
         self._catalog = catalog
         self._backend = backend
         self._durable_bases: set[str] = set()
@@ -91,7 +91,7 @@ class CheckpointWriter:
             tensors=line,
             logical_bytes=sum(entry.nbytes for entry in table.values()),
         )
-        known = self._catalog.intact(digest(canonical_json(content)))
+        known = self._catalog.find_intact(digest(canonical_json(content)))
         if known is not None:
             # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
@@ -117,7 +117,7 @@ class CheckpointWriter:
     ) -> Part:
         """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
         _, base, parent_tensors = self._lineage(parent)
-        planner = Planner(self._catalog.objects, base, parent_tensors)
+        planner = ReferencePlanner(self._catalog.objects, base, parent_tensors)
         planner.match({box.name: box.shape for box in boxes})
         # Tied tensors are encoded once, under a name that has a reference if there is one.
         order = sorted(boxes, key=lambda box: not planner.knows(box.name))
@@ -147,7 +147,7 @@ class CheckpointWriter:
         self, parent: Base | Checkpoint | str | None
     ) -> tuple[str | None, str | None, Mapping[str, TensorEntry] | None]:
         """Return the ids of the parent and of its base, and its tensors; the base is durable."""
-        parent_id, base, tensors = self._catalog.lineage(parent)
+        parent_id, base, tensors = self._catalog.resolve_parent(parent)
         if base is not None and base not in self._durable_bases:
             self._backend.sync(BASES)
             self._durable_bases.add(base)
@@ -160,15 +160,15 @@ class CheckpointWriter:
                 "a part was encoded against another base than the checkpoint's: give all processes "
                 "the same parent"
             )
-        table, objects = joined(parts), self._catalog.objects
+        table, objects = join_parts(parts), self._catalog.objects
         # Another process may have written a pack and crashed before its fsync.
         self._backend.sync(PACKS)
         objects.refresh()
         for name, entry in table.items():
             for key in (key for piece in entry.pieces for key in piece.keys):
                 stored = objects.find(key, base)
-                if objects.in_base(key, base) is None and (
-                    stored is None or not objects.is_whole(stored.record)
+                if objects.find_in_base(key, base) is None and (
+                    stored is None or not objects.has_all_references(stored.record)
                 ):
                     raise InvalidInputError(
                         f"a chunk of {name!r} that a process encoded is not in this store: another "
@@ -285,13 +285,13 @@ class CheckpointWriter:
         with contextlib.ExitStack() as stack:
 
             def begin() -> PackWriter:
-                self._backend.require(least)
+                self._backend.require_space(least)
                 packs.append(PackWriter(stack.enter_context(self._backend.writer())))
                 return packs[-1]
 
             yield begin
             for pack in packs:
-                pack.publish()
+                pack.finalize()
             if packs:
                 self._catalog.objects.refresh()
             else:
@@ -307,4 +307,4 @@ class CheckpointWriter:
 
 
 def _place(box: Box) -> tuple[object, ...]:
-    return (memory_of(box.tensor), box.shape, box.offset)
+    return (memory_key(box.tensor), box.shape, box.offset)

@@ -42,17 +42,17 @@ from typing import Any
 from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError, NotAStoreError
 from msft_store.maintenance.gc import evict
-from msft_store.objects.bases import list_bases, path_of_base, recorded_anew
-from msft_store.objects.catalog import CONFIG, Catalog, read_level, undisturbed
+from msft_store.objects.bases import base_path, list_bases, rebuild_base_record
+from msft_store.objects.catalog import CONFIG, Catalog, read_consistently, read_level
 from msft_store.remote.backend import RemoteBackend
 from msft_store.remote.missing_packs import UnsoundTargetError
 from msft_store.remote.pull import fetch
 from msft_store.remote.push import send
 from msft_store.remote.transfer import Progress, Tally, Transfer
 from msft_store.remote.transport.url import remote_at
-from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, publish
+from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, write_atomic
 from msft_store.storage.overlay import Overlay
-from msft_store.storage.quota import Bounded
+from msft_store.storage.quota import QuotaBackend
 from msft_store.store import Store
 
 _TIMES = 5
@@ -88,7 +88,7 @@ def push(
         send(catalog, remote, tally, with_base=with_base, force=force, timelines=timelines)
 
     def whole() -> None:
-        undisturbed(backend, attempt, times=_TIMES)
+        read_consistently(backend, attempt, times=_TIMES)
 
     directory = getattr(remote, "backend", None)
     _despite_leftovers(whole, directory)
@@ -112,7 +112,7 @@ def pull(
     ``base_directory/<base id>`` (by default ``<store>-bases``, beside the store). A gc waits
     meanwhile. Errors as of :func:`push`, and :class:`NotAStoreError` if no store is at the URL.
     """
-    backend, remote = Bounded(LocalBackend(_directory(store))), remote_at(url, **options)
+    backend, remote = QuotaBackend(LocalBackend(_directory(store))), remote_at(url, **options)
     bases = _base_directory(backend, base_directory) if with_base else None
     tally = Tally(progress=progress)
 
@@ -149,7 +149,7 @@ def clone(
         if any(not path.startswith(f"{TEMPORARY}/") for path in backend.list("")):
             raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
-        publish(backend, _CLONING, here)
+        write_atomic(backend, _CLONING, here)
     elif begun != here:
         raise NotAStoreError(
             f"{root} has part of a clone of {begun.decode(errors='replace')}: "
@@ -182,10 +182,10 @@ def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> 
     overlay = Overlay(_store_at(backend))
     known = set(list_bases(backend))
     for path in bases:
-        identity, record = recorded_anew(check_path(path))
+        identity, record = rebuild_base_record(check_path(path))
         if identity not in known:
             raise BaseError(f"{path} is base {identity[:12]}, none of {backend.describe('')}")
-        overlay.replaced[path_of_base(identity)] = record
+        overlay.replaced[base_path(identity)] = record
     return Store(overlay if overlay.replaced else backend)
 
 
@@ -210,7 +210,7 @@ def _directory(store: Store | PathLike) -> Path:
     return check_path(store.path if isinstance(store, Store) else store)
 
 
-def _base_directory(backend: Bounded, given: PathLike | None) -> Path:
+def _base_directory(backend: QuotaBackend, given: PathLike | None) -> Path:
     if given is not None:
         return check_path(given)
     root = Path(backend.describe("").rstrip("/"))

@@ -21,7 +21,7 @@ from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transport.base import Remote
-from msft_store.storage.backend import MAX_WHOLE, Backend, FileStat, Writer, scan_by_size
+from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, FileStat, Writer, scan_by_size
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 
@@ -155,7 +155,7 @@ class RemoteBackend(ReadOnly):
         return data
 
     def _whole(self, path: str) -> tuple[str, bytes | None]:
-        found = self._remote.whole(path, MAX_WHOLE)
+        found = self._remote.whole(path, MAX_SMALL_FILE_BYTES)
         return path, None if found is None else found[0]
 
     def _read_ahead(self, folder: str, paths: Sequence[str]) -> None:

@@ -25,13 +25,19 @@ from msft_store.errors import BaseError, CorruptedError, StorageError
 from msft_store.format.layout import VERSION, seal, unseal
 from msft_store.format.strict_json import check_id, check_natural, check_string
 from msft_store.maintenance.export import companions
-from msft_store.objects.bases import Base, recorded_anew
+from msft_store.objects.bases import Base, rebuild_base_record
 from msft_store.objects.safetensors_header import INDEX, find_files
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transfer import Tally
 from msft_store.remote.transport.base import Remote, small, spans
-from msft_store.storage.backend import MAX_WHOLE, TEMPORARY, LocalBackend, read_file, translated
-from msft_store.storage.quota import Bounded
+from msft_store.storage.backend import (
+    MAX_SMALL_FILE_BYTES,
+    TEMPORARY,
+    LocalBackend,
+    read_file,
+    translate_os_errors,
+)
+from msft_store.storage.quota import QuotaBackend
 
 FOLDER = "base-files"
 _AT_ONCE = 4
@@ -65,20 +71,20 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
         ):
             return 0
     path = Path(base.path)
-    with translated("read", path):
+    with translate_os_errors("read", path):
         if not path.exists():
             raise BaseError(
                 f"base {base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
             )
     tally.begin("read the base", 0)
-    if recorded_anew(path)[0] != base.id:
+    if rebuild_base_record(path)[0] != base.id:
         raise BaseError(
             f"{path} changed since it was added as base {base.id[:12]}; put the original back"
         )
     files = find_files(path)
     if path.is_dir():
-        with translated("read", path):
+        with translate_os_errors("read", path):
             files += [file for file in companions(path) if _is_name(file.name)]
         files += [path / INDEX] if (path / INDEX).is_file() else []
     odd = [str(local) for local in files if not _is_name(local.name)]
@@ -128,7 +134,7 @@ def pull_base(remote: Remote, identity: str, folder: Path, tally: Tally) -> tupl
     backend.make_root()
     wanted = [file for file in listed.files if not _is_there(place / file.name, file)]
     came = sum(file.size for file in wanted)
-    Bounded(backend).require(came)
+    QuotaBackend(backend).require_space(came)
     tally.begin("fetch the base", came)
     for file in wanted:
         _fetch(remote, _place(identity, file), file, backend, tally)
@@ -136,7 +142,7 @@ def pull_base(remote: Remote, identity: str, folder: Path, tally: Tally) -> tupl
         backend.clear_temporary()
     path = place if listed.directory else place / listed.files[0].name
     tally.begin("read the base", 0)
-    found, record = recorded_anew(path)
+    found, record = rebuild_base_record(path)
     if found != identity:
         what = remote.describe(_list_of(identity))
         raise CorruptedError(f"{what} lists the files of another base, {found[:12]}", file=what)
@@ -158,7 +164,7 @@ def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend, tally:
                 tally.passed(len(part))
         if hasher.hexdigest() != file.digest:
             raise CorruptedError(f"{what} does not match its digest", file=what)
-        writer.publish(file.name)
+        writer.finalize(file.name)
 
 
 def _is_there(path: Path, file: _File) -> bool:
@@ -169,7 +175,7 @@ def _is_there(path: Path, file: _File) -> bool:
 
 
 def _described(path: Path) -> _File:
-    with translated("read", path):
+    with translate_os_errors("read", path):
         size = path.stat().st_size
     hasher = xxhash.xxh3_128()
     for part in _parts(path, size):
@@ -195,7 +201,7 @@ def _place(identity: str, file: _File) -> str:
 
 def _read_list(remote: Remote, identity: str) -> _Listed | None:
     path = _list_of(identity)
-    found = remote.whole(path, MAX_WHOLE)
+    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
     if found is None:
         return None
     what = remote.describe(path)

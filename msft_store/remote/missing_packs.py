@@ -33,9 +33,9 @@ from msft_store.format.pack_footer import (
     encode_footer,
     pack_header,
 )
-from msft_store.objects.chunks import Objects
-from msft_store.objects.packs import Index, Stored, misnamed, path_of_pack
-from msft_store.objects.reachability import closure
+from msft_store.objects.chunks import ChunkStore
+from msft_store.objects.packs import PackIndex, StoredChunk, is_misnamed, pack_path
+from msft_store.objects.reachability import find_reachable
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transfer import Tally
 from msft_store.remote.transport.base import PART_BYTES, spans
@@ -85,16 +85,16 @@ class Shipment:
         for piece in self.pieces():
             yield self.get(backend, piece)
 
-    def at_source(self) -> Iterator[Stored]:
+    def at_source(self) -> Iterator[StoredChunk]:
         """Yield the needed records as they stand where the pack comes from."""
         for number in self.needed:
             record = self.footer.record(number) if self.records is None else self.records[number]
-            yield Stored(pack=self.source, record=record)
+            yield StoredChunk(pack=self.source, record=record)
 
-    def at_target(self) -> Iterator[Stored]:
+    def at_target(self) -> Iterator[StoredChunk]:
         """Yield the needed records as they stand where the pack goes to."""
         for number in self.needed:
-            yield Stored(pack=self.path, record=self.footer.record(number))
+            yield StoredChunk(pack=self.path, record=self.footer.record(number))
 
 
 def _runs(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
@@ -119,7 +119,7 @@ def _exactly(backend: Backend, path: str, offset: int, length: int) -> bytes:
 
 
 def choose(
-    source: Objects, backend: Backend, target: Objects, keys: Mapping[str | None, Keys]
+    source: ChunkStore, backend: Backend, target: ChunkStore, keys: Mapping[str | None, Keys]
 ) -> list[Shipment]:
     """Return the packs that a target lacks of what restoring chunks needs.
 
@@ -127,7 +127,7 @@ def choose(
     :class:`CorruptedError` if the source lacks some of it, :class:`UnsoundTargetError` if the
     target holds records whose references are gone, and that would be preferred.
     """
-    missing = closure(source, source.index, keys).missing
+    missing = find_reachable(source, source.index, keys).missing
     if len(missing):
         hint = "".join(f"; {error}" for error in source.damaged.values())
         raise CorruptedError(
@@ -145,7 +145,7 @@ def choose(
         if shipment.path not in theirs
     }
     found = _live(source, found, theirs, keys)
-    known = Index({**theirs, **{path: one.footer for path, one in found.items()}})
+    known = PackIndex({**theirs, **{path: one.footer for path, one in found.items()}})
     sound, rows = whole_rows(source, known), dict(known.slices())
     found = {
         shipment.path: shipment
@@ -156,19 +156,19 @@ def choose(
     return list(_live(source, found, theirs, keys).values())
 
 
-def objects_of(backend: Backend) -> Objects:
+def objects_of(backend: Backend) -> ChunkStore:
     """Return the chunks of a store as it is now."""
-    objects = Objects(backend)
+    objects = ChunkStore(backend)
     objects.refresh()
     return objects
 
 
-def lacks(source: Objects, target: Objects, keys: Mapping[str | None, Keys]) -> bool:
+def lacks(source: ChunkStore, target: ChunkStore, keys: Mapping[str | None, Keys]) -> bool:
     """Return whether a target lacks anything of what restoring chunks needs."""
-    return bool(len(closure(source, target.index, keys).missing))
+    return bool(len(find_reachable(source, target.index, keys).missing))
 
 
-def whole_rows(objects: Objects, index: Index) -> Rows:
+def whole_rows(objects: ChunkStore, index: PackIndex) -> Rows:
     """Return which rows of an index have all that they refer to, down to plain bytes."""
     whole = ~index.refers_to_chunk
     bases = objects.bases()
@@ -183,7 +183,7 @@ def whole_rows(objects: Objects, index: Index) -> Rows:
             def there(keys: Keys, base: str | None = base, depth: int = depth) -> Rows:
                 found = index.find_all(keys, base)
                 sound: Rows = (found >= 0) & (index.depths[found] < depth) & whole[found]
-                return sound | objects.in_base_all(keys, base)
+                return sound | objects.mask_in_base(keys, base)
 
             plain = rows[~index.explicit[rows]]
             whole[plain] = there(index.ref_keys[plain])
@@ -192,7 +192,7 @@ def whole_rows(objects: Objects, index: Index) -> Rows:
     return whole
 
 
-def verify(objects: Objects, shipments: Sequence[Shipment], tally: Tally, *, come: bool) -> int:
+def verify(objects: ChunkStore, shipments: Sequence[Shipment], tally: Tally, *, come: bool) -> int:
     """Decode what checkpoints need of shipments, and compare each chunk with its key.
 
     ``come``: as they stand where they went to; else where they come from.
@@ -201,13 +201,13 @@ def verify(objects: Objects, shipments: Sequence[Shipment], tally: Tally, *, com
     names the file that is to blame.
     """
 
-    def stored() -> Iterator[Stored]:
+    def stored() -> Iterator[StoredChunk]:
         for shipment in shipments:
             yield from shipment.at_target() if come else shipment.at_source()
 
     tally.begin("verify", sum(one.record.length for one in stored()))
 
-    def look(one: Stored) -> bool:
+    def look(one: StoredChunk) -> bool:
         tally.passed(one.record.length)
         try:
             objects.verify(one)
@@ -220,14 +220,14 @@ def verify(objects: Objects, shipments: Sequence[Shipment], tally: Tally, *, com
 
 
 def _live(
-    source: Objects,
+    source: ChunkStore,
     found: Mapping[str, Shipment],
     theirs: Mapping[str, Footer],
     keys: Mapping[str | None, Keys],
 ) -> dict[str, Shipment]:
     """Return the shipments of which something is needed, with what that is."""
-    union = Index({**theirs, **{path: one.footer for path, one in found.items()}})
-    needs = closure(source, union, keys)
+    union = PackIndex({**theirs, **{path: one.footer for path, one in found.items()}})
+    needs = find_reachable(source, union, keys)
     if len(needs.missing):
         raise UnsoundTargetError(
             f"{len(needs.missing)} chunks could not be restored beside what is in the target "
@@ -242,7 +242,7 @@ def _live(
 
 
 def _as_is(backend: Backend, path: str, footer: Footer) -> Shipment:
-    if misnamed(path, footer):
+    if is_misnamed(path, footer):
         what = backend.describe(path)
         raise CorruptedError(f"{what} holds pack {footer.check.hex()}; {REPAIR_HINT}", file=what)
     size = backend.size(path)
@@ -264,7 +264,7 @@ def _selected(shipment: Shipment, sound: Rows) -> Iterator[Shipment]:
         placed.append(replace(record, offset=position))
         position += record.length
     end, check = encode_footer(placed, position)
-    path, size = path_of_pack(check), position + len(end)
+    path, size = pack_path(check), position + len(end)
     trailer = decode_trailer(end[-PACK_TRAILER.size :], size, path)
     footer = decode_footer(end[: trailer.length], trailer, path)
     yield Shipment(

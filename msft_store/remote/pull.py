@@ -24,19 +24,19 @@ from msft_store.errors import (
 )
 from msft_store.format.key_table import KeyScanner
 from msft_store.format.strict_json import check_id
-from msft_store.objects.bases import BASES, is_gone, list_bases, path_of_base, read_base
+from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
     list_manifests,
-    path_of,
+    manifest_path,
     read_checkpoint,
     read_keys,
     read_tensors,
 )
 from msft_store.objects.packs import PACKS
-from msft_store.objects.refs import Ref, list_refs, name_of_ref, path_of_ref, read_ref
+from msft_store.objects.refs import Ref, list_refs, read_ref, ref_name, ref_path
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.backend import RemoteBackend, Staged
 from msft_store.remote.bases import pull_base
@@ -52,16 +52,16 @@ from msft_store.remote.missing_packs import (
 from msft_store.remote.refs import RefMove, decide, left_behind, refusal, travels
 from msft_store.remote.transfer import Tally
 from msft_store.remote.transport.base import Remote
-from msft_store.storage.backend import TEMPORARY, publish, read_whole
+from msft_store.storage.backend import TEMPORARY, read_small_file, write_atomic
 from msft_store.storage.overlay import Overlay
-from msft_store.storage.quota import Bounded
+from msft_store.storage.quota import QuotaBackend
 
 INCOMING = f"{TEMPORARY}/incoming"
 
 
 def fetch(
     remote: Remote,
-    backend: Bounded,
+    backend: QuotaBackend,
     tally: Tally,
     *,
     bases: Path | None,
@@ -80,7 +80,7 @@ def fetch(
     catalog.refresh()
     ids = _checked(source, MANIFESTS, list_manifests(source))
     refs = _refs(source, catalog, ids, timelines=timelines)
-    tally.timelines_left = left_behind(map(name_of_ref, list_refs(source)), timelines=timelines)
+    tally.timelines_left = left_behind(map(ref_name, list_refs(source)), timelines=timelines)
     moves = _decided(refs, backend, source, ids, force=force)
     _fetch_bases(remote, backend, catalog, tally, bases)
     old = [c for c in map(catalog.get, ids) if c is not None and _has_table(catalog, c)]
@@ -106,7 +106,7 @@ class _Fetching:
         self,
         remote: Remote,
         source: RemoteBackend,
-        backend: Bounded,
+        backend: QuotaBackend,
         catalog: Catalog,
         tally: Tally,
     ) -> None:
@@ -132,7 +132,7 @@ class _Fetching:
         if lacks(self._catalog.objects, target, mended):
             keys += mended.items()
         shipments = choose(objects, source, target, merged(keys))
-        backend.require(sum(shipment.size for shipment in shipments))
+        backend.require_space(sum(shipment.size for shipment in shipments))
         self._stage_packs(shipments)
         try:
             unverified = self._verified(view, shipments)
@@ -145,7 +145,7 @@ class _Fetching:
             unverified = self._verified(view, shipments)
         self._tally.unverified += unverified
         self._settle([shipment.path for shipment in shipments], PACKS)
-        self._settle([path_of(checkpoint.id) for checkpoint in checkpoints], MANIFESTS)
+        self._settle([manifest_path(checkpoint.id) for checkpoint in checkpoints], MANIFESTS)
         self._tally.checkpoints += [checkpoint.id for checkpoint in checkpoints]
 
     def _verified(self, view: Staged, shipments: Sequence[Shipment]) -> int:
@@ -163,18 +163,18 @@ class _Fetching:
         """Stage and verify manifests; return their checkpoints, oldest first."""
         wanted = []
         for identity in identities:
-            path = path_of(identity)
+            path = manifest_path(identity)
             staged = f"{INCOMING}/{path}"
             self._staged[path] = staged
             if not (self._backend.exists(staged) and _is_sound(view, identity)):
                 wanted.append(path)
 
         def get(path: str) -> tuple[str, bytes]:
-            return path, read_whole(self._source, path)
+            return path, read_small_file(self._source, path)
 
         with contextlib.closing(in_order(get, iter(wanted), self._remote.workers)) as come:
             for path, data in come:
-                publish(self._backend, self._staged[path], data)
+                write_atomic(self._backend, self._staged[path], data)
                 self._tally.went(len(data))
         checkpoints = [read_checkpoint(view, identity) for identity in identities]
         for checkpoint in checkpoints:
@@ -205,7 +205,7 @@ class _Fetching:
                         part = next(come)
                         writer.write(part)
                         self._tally.passed(len(part))
-                    writer.publish(self._staged[shipment.path])
+                    writer.finalize(self._staged[shipment.path])
                 self._tally.went(shipment.size, pack=True)
 
     def _settle(self, paths: Sequence[str], folder: str) -> None:
@@ -246,23 +246,23 @@ def _is_sound(view: Staged, identity: str) -> bool:
 
 
 def _fetch_bases(
-    remote: Remote, backend: Bounded, catalog: Catalog, tally: Tally, folder: Path | None
+    remote: Remote, backend: QuotaBackend, catalog: Catalog, tally: Tally, folder: Path | None
 ) -> None:
     source = RemoteBackend(remote)
     known = catalog.objects.bases()
     for identity in _checked(source, BASES, list_bases(source)):
-        path = path_of_base(identity)
-        if folder is not None and (identity not in known or is_gone(known[identity])):
+        path = base_path(identity)
+        if folder is not None and (identity not in known or has_missing_files(known[identity])):
             _, record, came = pull_base(remote, identity, folder, tally)
-            publish(backend, path, record)
+            write_atomic(backend, path, record)
             tally.base_bytes += came
             tally.went(len(record), base=True)
         elif identity not in known:
-            record = read_whole(source, path)
+            record = read_small_file(source, path)
             overlay = Overlay(source)
             overlay.replaced[path] = record
             read_base(overlay, identity)
-            publish(backend, path, record)
+            write_atomic(backend, path, record)
             tally.went(len(record), base=True)
     backend.sync(BASES)
     catalog.objects.refresh()
@@ -272,7 +272,7 @@ def _refs(
     source: RemoteBackend, catalog: Catalog, ids: Sequence[str], *, timelines: bool
 ) -> list[Ref]:
     there = set(ids)
-    paths = [p for p in list_refs(source) if travels(name_of_ref(p), timelines=timelines)]
+    paths = [p for p in list_refs(source) if travels(ref_name(p), timelines=timelines)]
     refs = []
     for path in paths:
         ref = read_ref(source, path)
@@ -284,7 +284,7 @@ def _refs(
 
 def _decided(
     refs: Sequence[Ref],
-    backend: Bounded,
+    backend: QuotaBackend,
     source: RemoteBackend,
     ids: Sequence[str],
     *,
@@ -294,7 +294,7 @@ def _decided(
     here, there, known = backend.describe(""), source.describe(""), set(ids)
     moves, reasons = [], []
     for ref in refs:
-        path = path_of_ref(ref.name)
+        path = ref_path(ref.name)
         try:
             mine = read_ref(backend, path) if backend.exists(path) else None
         except CorruptedError:
@@ -315,14 +315,14 @@ def _decided(
 
 
 def _write_ref(
-    backend: Bounded, source: RemoteBackend, ref: Ref, before: Ref | None, tally: Tally
+    backend: QuotaBackend, source: RemoteBackend, ref: Ref, before: Ref | None, tally: Tally
 ) -> None:
-    data = read_whole(source, path_of_ref(ref.name))
+    data = read_small_file(source, ref_path(ref.name))
     overlay = Overlay(source)
-    overlay.replaced[path_of_ref(ref.name)] = data
-    if read_ref(overlay, path_of_ref(ref.name)) != ref:
+    overlay.replaced[ref_path(ref.name)] = data
+    if read_ref(overlay, ref_path(ref.name)) != ref:
         return
-    publish(backend, path_of_ref(ref.name), data)
+    write_atomic(backend, ref_path(ref.name), data)
     tally.went(len(data))
     old = None if before is None else before.checkpoint
     tally.refs.append(RefMove(name=ref.name, before=old, after=ref.checkpoint))

@@ -19,17 +19,17 @@ from msft_store.errors import (
     NotAStoreError,
     strip_frames,
 )
-from msft_store.objects.bases import BASES, list_bases, path_of_base, read_base
+from msft_store.objects.bases import BASES, base_path, list_bases, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
-    path_of,
+    manifest_path,
     read_checkpoint,
     read_tensors,
 )
 from msft_store.objects.packs import PACKS
-from msft_store.objects.refs import REFS, Ref, list_refs, name_of_ref, path_of_ref, read_ref
+from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_name, ref_path
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.backend import RemoteBackend
 from msft_store.remote.bases import push_base
@@ -37,7 +37,7 @@ from msft_store.remote.missing_packs import Shipment, choose, lacks, objects_of,
 from msft_store.remote.refs import RefMove, decide, left_behind, refusal, travels
 from msft_store.remote.transfer import Tally
 from msft_store.remote.transport.base import Remote, small
-from msft_store.storage.backend import MAX_WHOLE, TEMPORARY, Backend, read_whole
+from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, TEMPORARY, Backend, read_small_file
 from msft_store.storage.lock_files import LOCKS
 from msft_store.storage.overlay import Overlay
 
@@ -66,7 +66,7 @@ def send(
     _claim(backend, remote, tally)
     known = {checkpoint.id for checkpoint in catalog.checkpoints()}
     refs = _refs(backend, known, timelines=timelines)
-    tally.timelines_left = left_behind(map(name_of_ref, list_refs(backend)), timelines=timelines)
+    tally.timelines_left = left_behind(map(ref_name, list_refs(backend)), timelines=timelines)
     refs = _to_move(backend, remote, refs, known, force=force)
     with remote.session("push"):
         _send_bases(backend, remote, tally)
@@ -87,7 +87,7 @@ def _claim(backend: Backend, remote: Remote, tally: Tally) -> None:
             raise NotAStoreError(
                 f"{remote.describe('')} is not empty and no store ({others[0]}); choose a new place"
             )
-        config = read_whole(backend, CONFIG)
+        config = read_small_file(backend, CONFIG)
         if not others and remote.create(CONFIG, config):
             tally.went(len(config))
     read_level(target)
@@ -97,7 +97,7 @@ def _send_bases(backend: Backend, remote: Remote, tally: Tally) -> None:
     there = remote.sizes(BASES)
     target = RemoteBackend(remote)
     for identity in list_bases(backend):
-        path, record = path_of_base(identity), read_whole(backend, path_of_base(identity))
+        path, record = base_path(identity), read_small_file(backend, base_path(identity))
         if path in there and (there[path] == len(record) or _reads(read_base, target, identity)):
             continue
         overlay = Overlay(backend)
@@ -116,7 +116,7 @@ def _send_checkpoints(catalog: Catalog, remote: Remote, tally: Tally) -> None:
     old: list[Checkpoint] = []
     new: list[Checkpoint] = []
     for checkpoint in catalog.checkpoints():
-        path = path_of(checkpoint.id)
+        path = manifest_path(checkpoint.id)
         same = there.get(path) == backend.size(path)
         sound = same or (path in there and _reads(_read_manifest, target, checkpoint.id))
         (old if sound else new).append(checkpoint)
@@ -137,8 +137,8 @@ def _send_pack(backend: Backend, remote: Remote, tally: Tally, shipment: Shipmen
 
 
 def _send_manifest(backend: Backend, remote: Remote, tally: Tally, checkpoint: Checkpoint) -> None:
-    path = path_of(checkpoint.id)
-    data = read_whole(backend, path)
+    path = manifest_path(checkpoint.id)
+    data = read_small_file(backend, path)
     overlay = Overlay(backend)
     overlay.replaced[path] = data
     _read_manifest(overlay, checkpoint.id)
@@ -171,7 +171,7 @@ def _reads(read: Callable[[Backend, str], object], backend: Backend, identity: s
 def _refs(backend: Backend, known: set[str], *, timelines: bool) -> list[Ref]:
     found = []
     for path in list_refs(backend):
-        if travels(name_of_ref(path), timelines=timelines):
+        if travels(ref_name(path), timelines=timelines):
             ref = read_ref(backend, path)
             if ref.checkpoint not in known:
                 raise CorruptedError(
@@ -190,7 +190,7 @@ def _to_move(
     listed = remote.sizes(REFS)
 
     def look(ref: Ref) -> tuple[Ref, Ref | None]:
-        if path_of_ref(ref.name) not in listed:
+        if ref_path(ref.name) not in listed:
             return ref, None
         return ref, _ref_there(backend, remote, ref.name, force=force)[0]
 
@@ -216,8 +216,8 @@ def _ref_there(
     backend: Backend, remote: Remote, name: str, *, force: bool
 ) -> tuple[Ref | None, object]:
     """Return a remote's ref and its version; with ``force``, none for one that is damaged."""
-    path = path_of_ref(name)
-    found = remote.whole(path, MAX_WHOLE)
+    path = ref_path(name)
+    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
     if found is None:
         return None, None
     data, version = found
@@ -234,8 +234,8 @@ def _ref_there(
 def _send_ref(
     backend: Backend, remote: Remote, ref: Ref, known: set[str], tally: Tally, *, force: bool
 ) -> None:
-    path = path_of_ref(ref.name)
-    data = read_whole(backend, path)
+    path = ref_path(ref.name)
+    data = read_small_file(backend, path)
     overlay = Overlay(backend)
     overlay.replaced[path] = data
     # One that was moved here since may point to what was not sent; it goes with the next push.
@@ -262,5 +262,5 @@ def _send_ref(
 
 def _is_now(remote: Remote, path: str, data: bytes) -> bool:
     """Return whether a file has these bytes: where a reply was lost, they may be ours."""
-    found = remote.whole(path, MAX_WHOLE)
+    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
     return found is not None and found[0] == data

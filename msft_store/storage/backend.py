@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 from msft_store.errors import CorruptedError, OutOfSpaceError, StorageError
-from msft_store.storage.claims import Claim, claimed
+from msft_store.storage.claims import Claim, acquire_claim
 from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import Locks
 
@@ -38,7 +38,7 @@ QUARANTINE = "quarantine"
 _MOST_AT_ONCE = 1 << 30
 _CLOCK_TICK_NS = 20_000_000
 """No file system clock that is in use ticks more slowly, in nanoseconds."""
-MAX_WHOLE = 1 << 28
+MAX_SMALL_FILE_BYTES = 1 << 28
 """Bytes of a file that is read whole: anything but a pack."""
 
 
@@ -54,7 +54,7 @@ class FileStat:
 
 
 class Writer(Protocol):
-    """A file under way; leaving its context without :meth:`publish` discards it."""
+    """A file under way; leaving its context without :meth:`write_atomic` discards it."""
 
     @property
     def position(self) -> int:
@@ -63,7 +63,7 @@ class Writer(Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
 
-    def publish(self, path: str) -> None:
+    def finalize(self, path: str) -> None:
         """Make the file durable and visible under ``path``, replacing what was there."""
 
 
@@ -125,18 +125,18 @@ class Backend(Protocol):
         """Remove the locks of owners that are dead or count as dead, or all; return them."""
 
 
-def publish(backend: Backend, path: str, data: bytes) -> None:
+def write_atomic(backend: Backend, path: str, data: bytes) -> None:
     """Write a whole small file atomically."""
     with backend.writer() as writer:
         writer.write(data)
-        writer.publish(path)
+        writer.finalize(path)
 
 
-def read_whole(backend: Backend, path: str) -> bytes:
+def read_small_file(backend: Backend, path: str) -> bytes:
     """Return a whole file of JSON; :class:`CorruptedError` if no such file is as large."""
-    if backend.size(path) > MAX_WHOLE:
+    if backend.size(path) > MAX_SMALL_FILE_BYTES:
         what = backend.describe(path)
-        raise CorruptedError(f"{what} has more than {MAX_WHOLE} bytes", file=what)
+        raise CorruptedError(f"{what} has more than {MAX_SMALL_FILE_BYTES} bytes", file=what)
     return backend.read(path)
 
 
@@ -153,7 +153,7 @@ def scan_by_size(backend: Backend, folder: str) -> dict[str, FileStat]:
     return found
 
 
-def sizes(backend: Backend, folder: str) -> dict[str, int]:
+def file_sizes(backend: Backend, folder: str) -> dict[str, int]:
     """Return the sizes in bytes of all files below a folder, by path."""
     return {path: found.size for path, found in backend.scan(folder).items()}
 
@@ -164,7 +164,7 @@ def disk_bytes(backend: Backend) -> int:
 
 
 @contextlib.contextmanager
-def translated(action: str, path: object) -> Iterator[None]:
+def translate_os_errors(action: str, path: object) -> Iterator[None]:
     """Turn what the operating system says into a :class:`StoreError`."""
     try:
         yield
@@ -189,7 +189,7 @@ def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool
 
     ``follow``: whether it may be a symbolic link to one.
     """
-    with translated("read", path):
+    with translate_os_errors("read", path):
         descriptor = _open_regular(path, follow=follow)
         try:
             parts = []
@@ -210,7 +210,7 @@ def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool
 
 def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
     """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
-    with translated("read", path):
+    with translate_os_errors("read", path):
         descriptor, filled = _open_regular(path, follow=True), 0
         try:
             while filled < len(target):
@@ -231,20 +231,20 @@ class _LocalWriter:
         self._folders = folders
         self._confirm = confirm
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
-        with translated("create", self._path):
+        with translate_os_errors("create", self._path):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._path.parent)
             _refuse_link(self._path.parent)
             self._file = self._path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
-        with translated(f"write {len(data)} more bytes to", self._path):
+        with translate_os_errors(f"write {len(data)} more bytes to", self._path):
             self._file.write(data)
         self.position += len(data)
 
-    def publish(self, path: str) -> None:
+    def finalize(self, path: str) -> None:
         target = self._root / path
-        with translated(f"write the {self.position} bytes of", target):
+        with translate_os_errors(f"write the {self.position} bytes of", target):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -304,7 +304,7 @@ def _sync_folder(folder: Path) -> None:
 
 def move_folder(source: Path, target: Path) -> None:
     """Rename a folder, durably, to a place where there is none or an empty one."""
-    with translated("write", target):
+    with translate_os_errors("write", target):
         os.replace(source, target)
         _sync_folder(target.absolute().parent)
 
@@ -320,12 +320,12 @@ class LocalBackend:
 
     def make_root(self) -> None:
         """Create the folder itself."""
-        with translated("create", self.root):
+        with translate_os_errors("create", self.root):
             make_folder(self.root.absolute())
 
-    def room(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """Return the free bytes of the file system; ``None`` where it does not say."""
-        with translated("look at", self.root):
+        with translate_os_errors("look at", self.root):
             found = os.statvfs(self.root)
         return found.f_bfree * found.f_frsize if found.f_blocks else None
 
@@ -334,7 +334,7 @@ class LocalBackend:
 
     def exists(self, path: str) -> bool:
         target = self.describe(path)
-        with translated("look at", target):
+        with translate_os_errors("look at", target):
             try:
                 return not stat.S_ISDIR(os.lstat(target).st_mode)
             except (FileNotFoundError, NotADirectoryError):
@@ -345,12 +345,12 @@ class LocalBackend:
 
     def size(self, path: str) -> int:
         target = self.describe(path)
-        with translated("read", target):
+        with translate_os_errors("read", target):
             return os.lstat(target).st_size
 
     def list(self, folder: str) -> list[str]:
         top = self.describe(folder).rstrip(os.sep)
-        with translated("list", top):
+        with translate_os_errors("list", top):
             if folder:
                 _refuse_link(top)
             return sorted(
@@ -362,7 +362,7 @@ class LocalBackend:
     def scan(self, folder: str) -> dict[str, FileStat]:
         top = self.describe(folder).rstrip(os.sep)
         found: dict[str, FileStat] = {}
-        with translated("list", top):
+        with translate_os_errors("list", top):
             if folder:
                 _refuse_link(top)
             folders = [top]
@@ -391,7 +391,7 @@ class LocalBackend:
 
     def delete(self, path: str) -> None:
         target = self.root / path
-        with translated("delete", target):
+        with translate_os_errors("delete", target):
             self._locks.confirm()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(target)
@@ -400,7 +400,7 @@ class LocalBackend:
 
     def move(self, path: str, target: str) -> None:
         source, place = self.root / path, self.root / target
-        with translated(f"move {source} to", place):
+        with translate_os_errors(f"move {source} to", place):
             self._folders.make(place.parent)
             self._locks.confirm()
             os.replace(source, place)
@@ -410,7 +410,7 @@ class LocalBackend:
 
     def sync(self, folder: str) -> None:
         top = self.root / folder
-        with translated("sync", top):
+        with translate_os_errors("sync", top):
             if not top.is_dir():
                 return
             self._folders.make(top)
@@ -419,30 +419,30 @@ class LocalBackend:
 
     def clear_temporary(self) -> None:
         """Remove the folder of unpublished files; nothing may be under way."""
-        with translated("delete", self.root / TEMPORARY):
+        with translate_os_errors("delete", self.root / TEMPORARY):
             shutil.rmtree(self.root / TEMPORARY)
             _sync_folder(self.root)
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool, purpose: str) -> Iterator[None]:
-        with translated("lock", self.root):
+        with translate_os_errors("lock", self.root):
             held = self._locks.acquire(shared=shared, purpose=purpose)
         try:
             yield
         finally:
-            with translated("unlock", self.root):
+            with translate_os_errors("unlock", self.root):
                 held.release()
 
     def claim(self, kind: str, name: str) -> Claim:
-        with translated(f"claim {kind} {name!r} of", self.root):
-            return claimed(self.root, kind, name)
+        with translate_os_errors(f"claim {kind} {name!r} of", self.root):
+            return acquire_claim(self.root, kind, name)
 
     def locks(self) -> Sequence[Lock]:
-        with translated("list the locks of", self.root):
+        with translate_os_errors("list the locks of", self.root):
             return self._locks.all()
 
     def unlock(self, *, force: bool) -> Sequence[Lock]:
-        with translated("unlock", self.root):
+        with translate_os_errors("unlock", self.root):
             return self._locks.unlock(force=force)
 
 

@@ -10,7 +10,7 @@ child has no claim of its parent's, but may make it where the parent still has i
 
 Example::
 
-    claim = claimed(Path("store"), "timeline", "main")
+    claim = acquire_claim(Path("store"), "timeline", "main")
     ...
     claim.end()
 """
@@ -161,7 +161,7 @@ class Claim:
             _registry.end(self._entry)
 
 
-def claimed(store: Path, kind: str, name: str) -> Claim:
+def acquire_claim(store: Path, kind: str, name: str) -> Claim:
     """Claim what has a name, for this process; :class:`BusyError` if another one has it.
 
     ``OSError`` where the file system fails in another way than that it has no locks.

@@ -17,7 +17,7 @@ answer is "elsewhere", never a guess.
 
 Example::
 
-    whereabouts(Process.this(), Process.this())      # "alive"
+    process_status(Process.this(), Process.this())      # "alive"
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Whereabouts = Literal["alive", "dead", "elsewhere"]
+ProcessStatus = Literal["alive", "dead", "elsewhere"]
 
 UNKNOWN = "0"
 _FIRST_NAMESPACE = "pid:[4026531836]"
@@ -70,7 +70,7 @@ class Process:
         )
 
 
-def whereabouts(process: Process, here: Process) -> Whereabouts:
+def process_status(process: Process, here: Process) -> ProcessStatus:
     """Return what can be told of a process from here."""
     if UNKNOWN in (process.boot, here.boot):
         return "elsewhere"
@@ -143,7 +143,7 @@ _NAME = re.compile(
     r"_(?P<purpose>[A-Za-z0-9.-]{1,20})_(?P<host>[A-Za-z0-9.-]{1,24})"
 )
 
-Turn = tuple[int, str]
+QueuePosition = tuple[int, str]
 """One total order, so that of all requests one is first: by time asked for, then by name."""
 Owner = Literal["alive", "dead", "elsewhere", "silent"]
 
@@ -173,9 +173,9 @@ class Lock:
         return self.path.rpartition("/")[2]
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> QueuePosition:
         """What requests are ordered by."""
-        return turn_of(self.name)
+        return queue_position(self.name)
 
     def __str__(self) -> str:
         since = datetime.datetime.fromtimestamp(
@@ -188,7 +188,7 @@ class Lock:
         )
 
 
-def name_of(*, shared: bool, purpose: str, process: Process) -> str:
+def lock_name(*, shared: bool, purpose: str, process: Process) -> str:
     """Return the name of a new lock of a process, asked for now."""
     return "_".join(
         (
@@ -206,13 +206,13 @@ def name_of(*, shared: bool, purpose: str, process: Process) -> str:
     )
 
 
-def turn_of(name: str) -> Turn:
+def queue_position(name: str) -> QueuePosition:
     """Return the place of a lock among others."""
     found = _NAME.fullmatch(name)
     return int(found["since"]) if found else 0, name
 
 
-def create(folder: Path, name: str) -> float:
+def create_lock_file(folder: Path, name: str) -> float:
     """Create a lock, and the folder if it is not there; return the file system's time."""
     make_locks_folder(folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -231,13 +231,13 @@ def make_locks_folder(folder: Path) -> None:
         raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
 
 
-def remove(path: Path) -> None:
+def remove_lock_file(path: Path) -> None:
     """Remove a lock; one that is not there is no error."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-def look(folder: Path, *, now: float, here: Process) -> list[Lock]:
+def list_locks(folder: Path, *, now: float, here: Process) -> list[Lock]:
     """Return all locks, oldest request first; ``now`` is by the file system's clock (seconds).
 
     A name of another form is somebody's exclusive lock; one that begins with a dot is none.
@@ -266,7 +266,7 @@ def _read(name: str, silent_seconds: float, here: Process) -> Lock:
             namespace=found["namespace"],
             machine=found["machine"],
         )
-        owner = whereabouts(process, here)
+        owner = process_status(process, here)
     if owner == "elsewhere" and silent_seconds > EXPIRY_SECONDS:
         owner = "silent"
     return Lock(

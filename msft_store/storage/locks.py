@@ -33,12 +33,12 @@ from msft_store.storage.lock_files import (
     LOCKS,
     Lock,
     Process,
-    Turn,
-    create,
-    look,
-    name_of,
-    remove,
-    turn_of,
+    QueuePosition,
+    create_lock_file,
+    list_locks,
+    lock_name,
+    queue_position,
+    remove_lock_file,
 )
 
 YIELDING = "ranks-save"
@@ -61,7 +61,7 @@ _of_thread = threading.local()
 _Key = tuple[str, Process]
 
 
-class Held:
+class HeldLock:
     """A lock that this process has, and shows that it lives while it does."""
 
     def __init__(self, path: Path, *, shared: bool, purpose: str, ended: Callable[[], object]):
@@ -88,7 +88,7 @@ class Held:
         if not self._released.is_set() and self.process == os.getpid():
             self._released.set()
             self._ended()
-            remove(self._path)
+            remove_lock_file(self._path)
 
     def is_there(self) -> bool:
         """Return whether nobody has taken the lock away; ``OSError`` where nothing is known."""
@@ -104,8 +104,8 @@ class Held:
             _touch(self._path)
 
 
-def _held() -> dict[_Key, Held]:
-    found: dict[_Key, Held] = _of_thread.__dict__.setdefault("held", {})
+def _held() -> dict[_Key, HeldLock]:
+    found: dict[_Key, HeldLock] = _of_thread.__dict__.setdefault("held", {})
     return found
 
 
@@ -128,7 +128,7 @@ class Locks:
         self._timeout = timeout
         self._identify = identify
 
-    def acquire(self, *, shared: bool, purpose: str) -> Held:
+    def acquire(self, *, shared: bool, purpose: str) -> HeldLock:
         """Wait for the lock; :class:`BusyError` names the owners when that takes too long.
 
         So it is, at once, where a thread that has the lock shared wants it alone, unless it has it
@@ -148,7 +148,7 @@ class Locks:
             return held
         path = self._wait(shared=shared, purpose=purpose)
         key = self._key()
-        held = Held(path, shared=shared, purpose=purpose, ended=lambda: _held().pop(key, None))
+        held = HeldLock(path, shared=shared, purpose=purpose, ended=lambda: _held().pop(key, None))
         _held()[key] = held
         return held
 
@@ -164,21 +164,21 @@ class Locks:
 
     def all(self) -> list[Lock]:
         """Return all locks, oldest request first, with ages by this machine's clock."""
-        return look(self._folder, now=time.time(), here=self._identify())
+        return list_locks(self._folder, now=time.time(), here=self._identify())
 
     def unlock(self, *, force: bool) -> list[Lock]:
         """Remove the locks whose owners are dead or count as dead, or all; return them."""
         here = self._identify()
-        probe = name_of(shared=True, purpose="unlock", process=here)
-        now = create(self._folder, probe)
-        remove(self._folder / probe)
-        locks = look(self._folder, now=now, here=here)
+        probe = lock_name(shared=True, purpose="unlock", process=here)
+        now = create_lock_file(self._folder, probe)
+        remove_lock_file(self._folder / probe)
+        locks = list_locks(self._folder, now=now, here=here)
         gone = [lock for lock in locks if force or lock.owner in ("dead", "silent")]
         for lock in gone:
-            remove(self._store / lock.path)
+            remove_lock_file(self._store / lock.path)
         return gone
 
-    def _mine(self) -> Held | None:
+    def _mine(self) -> HeldLock | None:
         held = _held().get(self._key())
         return held if held is not None and held.process == os.getpid() else None
 
@@ -229,7 +229,7 @@ class _Request:
         self._folder = folder
         self._shared = shared
         self._here = here
-        self._name = name_of(shared=shared, purpose=purpose, process=here)
+        self._name = lock_name(shared=shared, purpose=purpose, process=here)
         self._begun = self._shown = time.monotonic()
         self._zero = 0.0
         """When it was begun, by the file system's clock, which owners elsewhere go by too."""
@@ -239,20 +239,20 @@ class _Request:
         return self._folder / self._name
 
     @property
-    def turn(self) -> Turn:
-        return turn_of(self._name)
+    def turn(self) -> QueuePosition:
+        return queue_position(self._name)
 
     def seconds(self) -> float:
         """Return for how long it has been asked for."""
         return time.monotonic() - self._begun
 
     def place(self) -> None:
-        self._zero = create(self._folder, self._name) - self.seconds()
+        self._zero = create_lock_file(self._folder, self._name) - self.seconds()
         self._shown = time.monotonic()
         self.placed = True
 
     def withdraw(self) -> None:
-        remove(self.path)
+        remove_lock_file(self.path)
         self.placed = False
 
     def show_life(self) -> None:
@@ -265,25 +265,25 @@ class _Request:
 
         Also finds out whether this one is still there itself.
         """
-        locks = look(self._folder, now=self._zero + self.seconds(), here=self._here)
+        locks = list_locks(self._folder, now=self._zero + self.seconds(), here=self._here)
         self.placed = any(lock.name == self._name for lock in locks)
         found = []
         for lock in locks:
             if lock.owner == "dead":
                 # What cannot be removed does no harm.
                 with contextlib.suppress(OSError):
-                    remove(self._folder / lock.name)
+                    remove_lock_file(self._folder / lock.name)
             elif lock.name == self._name or (self._shared and lock.shared):
                 continue
             elif lock.owner == "silent":
                 # It has to be gone before this goes on: an owner that wakes up looks for it.
-                remove(self._folder / lock.name)
+                remove_lock_file(self._folder / lock.name)
             else:
                 found.append(lock)
         return found
 
 
-def next_step(mine: Turn, placed: bool, conflicts: Sequence[Turn]) -> Step:
+def next_step(mine: QueuePosition, placed: bool, conflicts: Sequence[QueuePosition]) -> Step:
     """Return what a request does, whose lock is placed or not, at the sight of those of others.
 
     It goes ahead only at a look after placing its lock. Whoever is younger makes way, so that the

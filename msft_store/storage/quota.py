@@ -7,7 +7,7 @@ nothing is counted.
 
 Example::
 
-    backend = Bounded(LocalBackend(path))
+    backend = QuotaBackend(LocalBackend(path))
     with backend.within(10**9), backend.writer() as writer:
         writer.write(data)                      # OverBudgetError if that would be too much
 """
@@ -28,10 +28,10 @@ from msft_store.storage.lock_files import Lock
 
 
 @runtime_checkable
-class Roomy(Protocol):
+class HasFreeBytes(Protocol):
     """What a backend may have besides, if its medium can be full."""
 
-    def room(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """Return the bytes that certainly cannot be exceeded by more files; ``None``: unknown."""
 
 
@@ -57,19 +57,19 @@ class _Local(threading.local):
     bound: _Bound | None = None
 
 
-class Bounded:
+class QuotaBackend:
     """Another backend, whose writes can be held within a bound."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self._local = _Local()
         self._counting = threading.Lock()
-        self._open: list[_BoundedWriter] = []
+        self._open: list[_QuotaWriter] = []
         self._used = 0
         """Bytes on disk, at least where a writer is open within a bound."""
 
     @contextlib.contextmanager
-    def within(self, max_bytes: int | None, *, reserve: int = 0) -> Iterator[None]:
+    def limit(self, max_bytes: int | None, *, reserve: int = 0) -> Iterator[None]:
         """Hold what this thread writes to a bound in bytes; ``None``: to none.
 
         ``reserve`` bytes of it stay free. Where bounds are nested, the inner one counts.
@@ -83,7 +83,7 @@ class Bounded:
         finally:
             self._local.bound = before
 
-    def require(self, count: int) -> None:
+    def require_space(self, count: int) -> None:
         """Refuse ``count`` more bytes if they certainly do not fit, before any is written.
 
         :class:`OverBudgetError` where the bound is too low, :class:`OutOfSpaceError` where the disk
@@ -94,7 +94,7 @@ class Bounded:
             used = disk_bytes(self._inner)
             if used + count > bound.max_bytes - bound.reserve:
                 raise bound.refusal(used, count)
-        room = self._inner.room() if isinstance(self._inner, Roomy) else None
+        room = self._inner.free_bytes() if isinstance(self._inner, HasFreeBytes) else None
         if room is not None and count > room:
             raise OutOfSpaceError(
                 f"{format_bytes(count)} more do not fit on the disk of {self.describe('')}: "
@@ -105,7 +105,7 @@ class Bounded:
     def writer(self) -> Iterator[Writer]:
         """Begin a file; each of its writes is counted first."""
         with self._inner.writer() as inner:
-            writer = _BoundedWriter(self, inner, self._local.bound)
+            writer = _QuotaWriter(self, inner, self._local.bound)
             with self._counting:
                 if writer.bound is not None:
                     # Files that are open may be on disk in part: counted twice rather than not.
@@ -165,8 +165,8 @@ class Bounded:
         return self._inner.unlock(force=force)
 
 
-class _BoundedWriter:
-    def __init__(self, backend: Bounded, inner: Writer, bound: _Bound | None) -> None:
+class _QuotaWriter:
+    def __init__(self, backend: QuotaBackend, inner: Writer, bound: _Bound | None) -> None:
         self.bound = bound
         self._backend = backend
         self._inner = inner
@@ -179,11 +179,11 @@ class _BoundedWriter:
         self._backend.count(self.bound, len(data))
         self._inner.write(data)
 
-    def publish(self, path: str) -> None:
-        self._inner.publish(path)
+    def finalize(self, path: str) -> None:
+        self._inner.finalize(path)
 
 
-def require(backend: Backend, count: int) -> None:
-    """Refuse bytes that certainly do not fit, where the backend is :class:`Bounded`."""
-    if isinstance(backend, Bounded):
-        backend.require(count)
+def require_space(backend: Backend, count: int) -> None:
+    """Refuse bytes that certainly do not fit, where the backend is :class:`QuotaBackend`."""
+    if isinstance(backend, QuotaBackend):
+        backend.require_space(count)

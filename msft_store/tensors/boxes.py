@@ -21,7 +21,7 @@ import torch
 
 from msft_store.errors import InvalidInputError
 from msft_store.format.dtypes import dtype_by_torch
-from msft_store.objects.manifest import Piece, TensorEntry, covers
+from msft_store.objects.manifest import Piece, TensorEntry, is_exactly_covered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def check_boxes(boxes: Iterable[Box]) -> list[Box]:
     return found
 
 
-def joined(parts: Iterable[Part]) -> dict[str, TensorEntry]:
+def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
     """Return the tensor table of a checkpoint of parts.
 
     :class:`InvalidInputError` names a tensor whose pieces do not fit, or leave something out.
@@ -129,6 +129,6 @@ def _fit(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> bool:
     if math.prod(shape) == 0:
         return len(pieces) == 1
     try:
-        return covers([(piece.offset, piece.shape) for piece in pieces], shape)
+        return is_exactly_covered([(piece.offset, piece.shape) for piece in pieces], shape)
     except ValueError:
         return False

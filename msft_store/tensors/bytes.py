@@ -48,7 +48,7 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return what is equal for tied tensors only: the place and its interpretation."""
     place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
     return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())

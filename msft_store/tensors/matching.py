@@ -14,7 +14,7 @@ import torch
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.objects.manifest import Checkpoint, TensorEntry
-from msft_store.tensors.bytes import memory_of
+from msft_store.tensors.bytes import memory_key
 
 _NAMES_SHOWN = 5
 
@@ -29,9 +29,9 @@ def check_match(
     missing = sorted(state.keys() - tensors.keys())
     extra = sorted(tensors.keys() - state.keys())
     if missing:
-        problems.append(f"the checkpoint lacks {listed(missing)}")
+        problems.append(f"the checkpoint lacks {format_names(missing)}")
     if extra:
-        problems.append(f"the target lacks {listed(extra)}")
+        problems.append(f"the target lacks {format_names(extra)}")
     for name in sorted(state.keys() & tensors.keys()):
         have, want = state[name], tensors[name]
         if tuple(have.shape) != want.shape:
@@ -55,7 +55,7 @@ def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor])
     # Tied tensors share memory: only one content can be restored into it.
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        first = seen.setdefault(memory_of(tensor), name)
+        first = seen.setdefault(memory_key(tensor), name)
         if tensor.numel() and _content(tensors[name]) != _content(tensors[first]):
             yield f"{first} and {name} are one tensor, in the checkpoint they differ"
 
@@ -64,7 +64,7 @@ def _content(entry: TensorEntry) -> list[tuple[object, ...]]:
     return [(piece.offset, piece.shape, piece.keys) for piece in entry.pieces]
 
 
-def chosen(
+def select_tensors(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], names: Iterable[str]
 ) -> dict[str, TensorEntry]:
     """Return the tensors of some names; :class:`MismatchError` if the checkpoint lacks one."""
@@ -75,11 +75,11 @@ def chosen(
         )
     absent = sorted(set(wanted) - tensors.keys())
     if absent:
-        raise MismatchError(f"checkpoint {checkpoint.id[:12]} has no {listed(absent)}")
+        raise MismatchError(f"checkpoint {checkpoint.id[:12]} has no {format_names(absent)}")
     return {name: tensors[name] for name in wanted}
 
 
-def listed(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Return the first few of many names."""
     more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
     return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -25,7 +25,7 @@ from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.errors import InvalidInputError
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES, chunk_key
-from msft_store.tensors.bytes import check_tensors, memory_of, read_elements
+from msft_store.tensors.bytes import check_tensors, memory_key, read_elements
 
 _LANES = {2: torch.int16, 4: torch.int32}
 
@@ -70,7 +70,7 @@ class Resident:
         kept: dict[tuple[object, ...], _Kept | None] = {}
         self._kept: dict[str, _Kept] = {}
         for name, tensor in check_tensors(tensors).items():
-            place = memory_of(tensor)
+            place = memory_key(tensor)
             if place not in kept:
                 kept[place] = _keep(tensor)
             found = kept[place]
@@ -83,7 +83,7 @@ class Resident:
         compared: dict[tuple[str, int], Change] = {}
         places: dict[tuple[object, ...], str] = {}
         for name, tensor in state.items():
-            first = places.setdefault(memory_of(tensor), name)
+            first = places.setdefault(memory_key(tensor), name)
             if first != name:
                 again = {at: change for (of, at), change in compared.items() if of == first}
                 compared |= {(name, at): change for at, change in again.items()}

@@ -39,7 +39,7 @@ from msft_store.errors import InvalidInputError
 from msft_store.maintenance.gc import GcResult
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint, CheckpointFacts
-from msft_store.objects.refs import check_name
+from msft_store.objects.refs import check_ref_name
 from msft_store.retention import Candidate, Policy, check_commit, check_policy
 from msft_store.saver import Background, State
 from msft_store.store import Store
@@ -92,7 +92,7 @@ class Timeline:
         retention: Policy,
         name: str = "main",
     ) -> None:
-        check_name(name)
+        check_ref_name(name)
         if "/" in name:
             raise InvalidInputError(f"the name of a timeline has no '/': {name!r}")
         self._retention = check_policy(retention)

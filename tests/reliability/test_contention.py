@@ -118,10 +118,10 @@ class SleepyWriter:
     def position(self) -> int:
         return self._inner.position
 
-    def publish(self, path: str) -> None:
+    def finalize(self, path: str) -> None:
         if path.startswith("manifests/"):
             os.kill(os.getpid(), signal.SIGSTOP)
-        self._inner.publish(path)
+        self._inner.finalize(path)
 
 
 @pytest.mark.usefixtures("without_fsync")

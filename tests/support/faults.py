@@ -11,7 +11,7 @@ from msft_store import Lock, StorageError
 from msft_store.storage.backend import Backend, FileStat, Writer
 from msft_store.storage.claims import Claim
 
-CHANGES = frozenset({"begin", "write", "publish", "delete", "move", "sync"})
+CHANGES = frozenset({"begin", "write", "finalize", "delete", "move", "sync"})
 EVERYTHING = CHANGES | {"exists", "read", "size", "list", "scan", "lock"}
 
 
@@ -155,10 +155,10 @@ class FaultyWriter:
             self._backend.fail("write")
         self._inner.write(data)
 
-    def publish(self, path: str) -> None:
-        if self._backend.strikes("publish"):
-            self._backend.fail("publish")
-        self._inner.publish(path)
+    def finalize(self, path: str) -> None:
+        if self._backend.strikes("finalize"):
+            self._backend.fail("finalize")
+        self._inner.finalize(path)
 
 
 def changed_at(path: Path, offset: int) -> None:

@@ -42,7 +42,7 @@ def forge_pack(store: Store, chunks: Sequence[tuple[Record, bytes]]) -> list[byt
         for record, payload in chunks:
             place = {"offset": pack.position, "length": len(payload)}
             pack.append(dataclasses.replace(record, **place), payload)
-        pack.publish()
+        pack.finalize()
     return [record.key for record, _ in chunks]
 
 

@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from msft_store import Store
-from msft_store.storage.lock_files import EXPIRY_SECONDS, LOCKS, Process, create, name_of
+from msft_store.storage.lock_files import (
+    EXPIRY_SECONDS,
+    LOCKS,
+    Process,
+    create_lock_file,
+    lock_name,
+)
 
 ELSEWHERE = Process(
     pid=1234, start=5678, boot="0123456789ab", namespace="0123456789ab", machine="0123456789ab"
@@ -29,10 +35,10 @@ def plant(
     later: float = 0.0,
 ) -> Path:
     """Write a lock of a process, asked for now or some seconds later; return its file."""
-    fields = name_of(shared=shared, purpose=purpose, process=process).split("_")
+    fields = lock_name(shared=shared, purpose=purpose, process=process).split("_")
     fields[1] = str(int(fields[1]) + int(later * 1e9))
     folder, name = Path(store.path, LOCKS), "_".join(fields)
-    create(folder, name)
+    create_lock_file(folder, name)
     return folder / name
 
 

@@ -89,6 +89,6 @@ class _QuotaWriter:
             where = self._backend.describe("")
             raise OutOfSpaceError(f"no space left to write {len(data)} more bytes to {where}")
 
-    def publish(self, path: str) -> None:
-        self._inner.publish(path)
+    def finalize(self, path: str) -> None:
+        self._inner.finalize(path)
         self.unpublished = False

@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from msft_store.errors import InvalidInputError
 from msft_store.tensors.boxes import Box, whole_box
-from msft_store.tensors.bytes import memory_of
+from msft_store.tensors.bytes import memory_key
 
 
 def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
@@ -69,13 +69,13 @@ def tied(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
             local = value.to_local() if isinstance(value, DTensor) else value
-            names.setdefault(memory_of(local), []).append(name)
+            names.setdefault(memory_key(local), []).append(name)
     own = {box.name for box in boxes}
     return [
         replace(box, name=name)
         for box in boxes
         if box.tensor.numel()
-        for name in names.get(memory_of(box.tensor), ())
+        for name in names.get(memory_key(box.tensor), ())
         if name not in own
     ]
 

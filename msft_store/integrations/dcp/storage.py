@@ -77,7 +77,7 @@ from msft_store.maintenance.export_names import root_of_model
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import CONFIG
 from msft_store.objects.manifest import Checkpoint, TensorEntry
-from msft_store.objects.refs import check_name
+from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Part, Parts, whole_box
 from msft_store.tensors.bytes import torch_dtype
@@ -136,7 +136,7 @@ class StorageWriter(dcp.StorageWriter):
     ) -> None:
         self._holding = contextlib.ExitStack()
         self.path = Path(path)
-        self.name = None if name is None else check_name(name)
+        self.name = None if name is None else check_ref_name(name)
         self.checkpoint: Checkpoint | None = None
         """What was saved last, in the coordinator."""
         self._parent = parent
@@ -154,7 +154,7 @@ class StorageWriter(dcp.StorageWriter):
         """Begin another checkpoint, under another name if one is given."""
         self.close()
         if checkpoint_id is not None:
-            self.name = check_name(os.fspath(checkpoint_id))
+            self.name = check_ref_name(os.fspath(checkpoint_id))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Make the store, in the coordinator, if there is none."""
@@ -277,7 +277,7 @@ class StorageWriter(dcp.StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether it can be the name of a ref."""
         try:
-            check_name(os.fspath(checkpoint_id))
+            check_ref_name(os.fspath(checkpoint_id))
         except InvalidInputError:
             return False
         return True

@@ -30,7 +30,7 @@ from msft_store.errors import BaseError
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.boxes import whole_box
-from msft_store.tensors.bytes import memory_of
+from msft_store.tensors.bytes import memory_key
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -69,8 +69,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def put_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | str) -> None:
     """Give a model the weights of a checkpoint, in place and bit-exact; other tensors stay out."""
     weights = weights_of(model)
-    own = {memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    if all(memory_of(tensor) in own for tensor in weights.values()):
+    own = {memory_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if all(memory_key(tensor) in own for tensor in weights.values()):
         store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in weights.items()])
         return
     from peft import set_peft_model_state_dict  # noqa: PLC0415

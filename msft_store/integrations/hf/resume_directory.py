@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from msft_store._util import PathLike
-from msft_store.storage.lock_files import Process, whereabouts
+from msft_store.storage.lock_files import Process, process_status
 
 _PREFIX = ".resume-"
 _OWNER = "owner.json"
@@ -55,7 +55,7 @@ def write_folder(
 def _is_left(folder: Path, here: Process) -> bool:
     try:
         fields = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
-        return whereabouts(Process(**fields), here) == "dead"
+        return process_status(Process(**fields), here) == "dead"
     except (OSError, ValueError, TypeError):
         return False
 

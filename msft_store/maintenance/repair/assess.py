@@ -42,10 +42,10 @@ from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import Footer
 from msft_store.maintenance.repair.salvage import salvage_footer
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint, chunk_sizes
-from msft_store.objects.packs import Stored, ahead, list_packs, path_of_pack, read_pack
-from msft_store.objects.reachability import closure
+from msft_store.objects.packs import StoredChunk, list_packs, pack_path, raise_generation, read_pack
+from msft_store.objects.reachability import find_reachable
 from msft_store.pipeline.parallel import in_order
 from msft_store.storage.backend import Backend
 
@@ -121,14 +121,14 @@ class Survey:
         keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
         return bool(is_among(keys, self.catalog.objects.index.keys[self.live]).any())
 
-    def can_serve(self, stored: Stored, place: Row) -> bool:
+    def can_serve(self, stored: StoredChunk, place: Row) -> bool:
         """Return whether a record is sound, or cannot be judged before its base is back."""
         return place in self.verdicts.sound or self._judge(place, stored) is None
 
     def _look(self) -> bool:
         """Judge what is needed; return whether all of it can be used."""
         catalog = self.catalog
-        catalog.objects = Objects(catalog.backend, self._usable)
+        catalog.objects = ChunkStore(catalog.backend, self._usable)
         catalog.objects.refresh()
         require_damage(catalog.objects.damaged.values())
         known = catalog.objects.bases()
@@ -139,7 +139,7 @@ class Survey:
             and (checkpoint.base is None or checkpoint.base in known)
         )
         index = catalog.objects.index
-        self.live = closure(catalog.objects, index, named).live
+        self.live = find_reachable(catalog.objects, index, named).live
         self.places = [
             (path, int(number)) for path, _ in index.slices() for number in self.numbers(path)
         ]
@@ -161,13 +161,13 @@ class Survey:
             return footer
         return replace(footer, rows=footer.rows[rows], refers_to_chunk=footer.refers_to_chunk[rows])
 
-    def _judge(self, place: Row, stored: Stored) -> str | None:
+    def _judge(self, place: Row, stored: StoredChunk) -> str | None:
         """Read a record, unless that was done; return why it cannot be used."""
         objects, base = self.catalog.objects, stored.record.base
         if base is not None and base not in objects.bases():
             self.waiting[place] = f"base {base[:12]} has no record that can be read"
             return None
-        if not objects.is_whole(stored.record):
+        if not objects.has_all_references(stored.record):
             self.stranded[place] = "what it refers to is lost"
             return self.stranded[place]
         if place not in self.verdicts.sound:
@@ -183,7 +183,7 @@ class Survey:
                 self.verdicts.damaged[place] = strip_hint(error)
         return self.verdicts.damaged.get(place)
 
-    def _blame(self, place: Row, stored: Stored, error: StorageError) -> str | None:
+    def _blame(self, place: Row, stored: StoredChunk, error: StorageError) -> str | None:
         """Tell a pack that cannot be read from a base that cannot."""
         try:
             self.catalog.backend.read(stored.pack, stored.record.offset, stored.record.length)
@@ -286,7 +286,7 @@ class Conditions:
 
     def _problem(self, key: bytes, size: int, dtype: DType, base: str | None) -> StoreError | None:
         objects = self._catalog.objects
-        if objects.in_base(key, base) is not None:
+        if objects.find_in_base(key, base) is not None:
             try:
                 objects.read(key, size, dtype, base)
             except StoreError as error:
@@ -315,7 +315,7 @@ class Conditions:
                 reasons.append(verdicts.mended[path])
             if self._survey.needs_without(path):
                 reasons.append("it has chunks whose references are lost")
-            right = path_of_pack(footer.check)
+            right = pack_path(footer.check)
             if reasons or path != right:
                 yield PackCondition(
                     path=path,
@@ -331,10 +331,10 @@ class Conditions:
         usable = [
             (number, record)
             for number, record in found
-            if self._survey.can_serve(Stored(pack=path, record=record), (path, number))
+            if self._survey.can_serve(StoredChunk(pack=path, record=record), (path, number))
         ]
         if len(usable) == len(footer):
             # The same pack again, under the same name.
             return [record for _, record in usable]
         needed = self._survey.needed
-        return [ahead(record) if (path, n) in needed else record for n, record in usable]
+        return [raise_generation(record) if (path, n) in needed else record for n, record in usable]

@@ -29,10 +29,10 @@ from msft_store.maintenance.repair.assess import (
 )
 from msft_store.maintenance.repair.recover import mend
 from msft_store.objects.catalog import CONFIG, Catalog
-from msft_store.objects.manifest import list_manifests, path_of
+from msft_store.objects.manifest import list_manifests, manifest_path
 from msft_store.objects.packs import PackWriter, list_packs
-from msft_store.objects.refs import RefReader, path_of_ref
-from msft_store.storage.backend import QUARANTINE, Backend, publish, sizes
+from msft_store.objects.refs import RefReader, ref_path
+from msft_store.storage.backend import QUARANTINE, Backend, file_sizes, write_atomic
 
 _ACCOUNT = "why.json"
 
@@ -112,12 +112,13 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     aside = {path: strip_hint(error) for path, error in damaged.items()}
     kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
     aside |= {
-        path_of_ref(ref.name): f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
+        ref_path(ref.name): f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
         for ref in refs.values()
         if ref.checkpoint not in kept
     }
     aside |= {
-        path_of(condition.checkpoint): "; ".join(condition.reasons) for condition in found.lost
+        manifest_path(condition.checkpoint): "; ".join(condition.reasons)
+        for condition in found.lost
     }
     packs = {pack.path for pack in found.packs}
     aside |= {
@@ -150,10 +151,10 @@ def _execute(plan: RepairPlan) -> RepairResult:
     if not plan.needed:
         return RepairResult(folder=None, files=0, bytes=0)
     folder = _new_folder(backend)
-    publish(backend, f"{folder}/{_ACCOUNT}", _account(plan))
+    write_atomic(backend, f"{folder}/{_ACCOUNT}", _account(plan))
     for path in plan.mended:
         _copy(backend, path, f"{folder}/{path}")
-        publish(backend, path, plan._contents[path])
+        write_atomic(backend, path, plan._contents[path])
     for path in plan.aside:
         backend.move(path, f"{folder}/{path}")
     # First of all no pack stands where another one belongs, which would be replaced.
@@ -165,7 +166,7 @@ def _execute(plan: RepairPlan) -> RepairResult:
         if not pack.damaged:
             taken = backend.exists(pack.right_path)
             backend.move(pack.path, f"{folder}/{pack.path}" if taken else pack.right_path)
-    moved = sizes(backend, folder)
+    moved = file_sizes(backend, folder)
     del moved[f"{folder}/{_ACCOUNT}"]
     return RepairResult(
         folder=backend.describe(folder), files=len(moved), bytes=sum(moved.values())
@@ -201,7 +202,7 @@ def _copy(backend: Backend, path: str, target: str) -> None:
         if backend.exists(path) and not is_damage(error):
             raise
     else:
-        publish(backend, target, data)
+        write_atomic(backend, target, data)
 
 
 def _out_of_the_way(backend: Backend, pack: PackCondition) -> PackCondition:
@@ -227,4 +228,4 @@ def _rewritten(backend: Backend, pack: PackCondition) -> str | None:
         for record in pack.usable:
             payload = backend.read(pack.path, record.offset, record.length)
             anew.append(replace(record, offset=anew.position), payload)
-        return anew.publish()
+        return anew.finalize()

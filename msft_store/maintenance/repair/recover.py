@@ -21,11 +21,11 @@ from pathlib import Path
 from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import StoreError, is_damage
 from msft_store.maintenance.repair.salvage import mended_manifest, mended_sealed
-from msft_store.objects.bases import list_bases, path_of_base, read_base, recorded_anew
+from msft_store.objects.bases import base_path, list_bases, read_base, rebuild_base_record
 from msft_store.objects.catalog import CONFIG, read_level, write_config
-from msft_store.objects.manifest import list_manifests, path_of, read_checkpoint, read_tensors
-from msft_store.objects.refs import Ref, list_refs, name_of_ref, read_ref, ref_record
-from msft_store.storage.backend import Backend, read_whole
+from msft_store.objects.manifest import list_manifests, manifest_path, read_checkpoint, read_tensors
+from msft_store.objects.refs import Ref, encode_ref, list_refs, read_ref, ref_name
+from msft_store.storage.backend import Backend, read_small_file
 from msft_store.storage.overlay import Overlay
 
 _TOLD = "damaged; what was written could be told"
@@ -92,13 +92,13 @@ def _files(backend: Backend) -> Iterator[_File]:
     )
     for identity in list_bases(backend):
         yield _File(
-            path=path_of_base(identity),
+            path=base_path(identity),
             check=partial(read_base, identity=identity),
             ways=((_TOLD, mended_sealed), ("damaged; recorded anew from the model", _base_again)),
         )
     for identity in list_manifests(backend):
         yield _File(
-            path=path_of(identity),
+            path=manifest_path(identity),
             check=partial(_read_manifest, identity=identity),
             ways=((_TOLD, mended_manifest),),
         )
@@ -116,7 +116,7 @@ def _read_manifest(backend: Backend, identity: str) -> None:
 
 def _read(backend: Backend, path: str) -> bytes:
     try:
-        return read_whole(backend, path)
+        return read_small_file(backend, path)
     except StoreError as error:
         if not is_damage(error):
             raise
@@ -131,19 +131,19 @@ def _base_again(data: bytes) -> bytes | None:
     """Return the record of the model that stands where a damaged record says."""
     found = _PATH.search(data)
     try:
-        return None if found is None else recorded_anew(Path(str(json.loads(found[1]))))[1]
+        return None if found is None else rebuild_base_record(Path(str(json.loads(found[1]))))[1]
     except (StoreError, ValueError):
         return None
 
 
 def _ref_again(backend: Backend, path: str) -> Way:
     def again(data: bytes) -> bytes | None:
-        found, name = _TARGET.search(data), name_of_ref(path)
+        found, name = _TARGET.search(data), ref_name(path)
         # A timeline's refs mean nothing without their notes.
         if found is None or name.startswith(_TIMELINES):
             return None
         target = found[1].decode()
-        known = backend.exists(path_of(target))
-        return ref_record(Ref(name=name, checkpoint=target)) if known else None
+        known = backend.exists(manifest_path(target))
+        return encode_ref(Ref(name=name, checkpoint=target)) if known else None
 
     return again

@@ -34,7 +34,7 @@ from msft_store.format.pack_footer import (
     decode_trailer,
     max_footer_bytes,
 )
-from msft_store.objects.packs import path_of_pack, read_pack
+from msft_store.objects.packs import pack_path, read_pack
 from msft_store.storage.backend import Backend
 
 _MOST_TRIED = 1 << 14
@@ -145,7 +145,7 @@ def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
             return
         end, found = at + len(_FRAME) - 1, tail[at:stop]
         check = xxhash.xxh3_128_digest(found)
-        if path == path_of_pack(check):
+        if path == pack_path(check):
             yield from _described(found, begin + at, check)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from msft_store.errors import StorageError
-from msft_store.objects.manifest import path_of
+from msft_store.objects.manifest import manifest_path
 from msft_store.objects.refs import REFS, read_ref
-from msft_store.storage.backend import LocalBackend, publish, sizes
+from msft_store.storage.backend import LocalBackend, file_sizes, write_atomic
 from msft_store.storage.overlay import Overlay
 
 
@@ -37,7 +37,7 @@ class DirectoryRemote:
             yield
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return sizes(self.backend, folder)
+        return file_sizes(self.backend, folder)
 
     def size(self, path: str) -> int | None:
         return self.backend.size(path) if self.backend.exists(path) else None
@@ -62,7 +62,7 @@ class DirectoryRemote:
         with self.backend.writer() as writer:
             for part in parts():
                 writer.write(part)
-            writer.publish(path)
+            writer.finalize(path)
 
     def create(self, path: str, data: bytes) -> bool:
         return self._exchange(path, data, None)
@@ -78,14 +78,14 @@ class DirectoryRemote:
                 return False
             if path.startswith(f"{REFS}/"):
                 self._check_target(path, data)
-            publish(self.backend, path, data)
+            write_atomic(self.backend, path, data)
             return True
 
     def _check_target(self, path: str, data: bytes) -> None:
         overlay = Overlay(self.backend)
         overlay.replaced[path] = data
         target = read_ref(overlay, path).checkpoint
-        if not self.backend.exists(path_of(target)):
+        if not self.backend.exists(manifest_path(target)):
             raise StorageError(
                 f"checkpoint {target[:12]} was forgotten at {self.describe('')} "
                 "before a ref could point to it; push again"

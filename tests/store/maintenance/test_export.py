@@ -95,7 +95,7 @@ def test_what_certainly_has_no_room_is_refused_before_it_is_written(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt = store.save(make_state())
-    monkeypatch.setattr(LocalBackend, "room", lambda self: ckpt.logical_bytes - 1)
+    monkeypatch.setattr(LocalBackend, "free_bytes", lambda self: ckpt.logical_bytes - 1)
     monkeypatch.setattr(LocalBackend, "writer", lambda self: pytest.fail("it was written"))
     with pytest.raises(OutOfSpaceError, match="do not fit"):
         store.export(ckpt, tmp_path / "out")

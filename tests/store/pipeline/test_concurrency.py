@@ -9,7 +9,7 @@ import pytest
 
 from msft_store import Base, BusyError, KeepLast, Store, Timeline
 from msft_store.storage import backend
-from msft_store.storage.backend import LocalBackend, publish
+from msft_store.storage.backend import LocalBackend, write_atomic
 from tests.support.states import State, same_bits, train_step
 
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_a_whole(
 ) -> None:
     # As a ref is, whose note grows with every commit of another process.
     local, opened = LocalBackend(tmp_path), backend._open_regular
-    publish(local, "refs/one.json", b"short")
+    write_atomic(local, "refs/one.json", b"short")
 
     def replaced(path: str | Path, *, follow: bool) -> int:
         if str(path).endswith("one.json"):

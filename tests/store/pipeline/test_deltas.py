@@ -14,7 +14,7 @@ from msft_store.codec.codecs import DELTA
 from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.objects.base_reader import BaseReader, box_runs
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
     Piece,
     TensorEntry,
@@ -36,13 +36,13 @@ def packs(store: Store) -> list[Path]:
 
 
 def records(store: Store) -> list[Record]:
-    objects = Objects(LocalBackend(Path(store.path)))
+    objects = ChunkStore(LocalBackend(Path(store.path)))
     objects.refresh()
     return [record for pack in objects.packs.values() for record in pack]
 
 
 def depths_of(store: Store, ckpt: Checkpoint) -> list[int]:
-    objects = Objects(LocalBackend(Path(store.path)))
+    objects = ChunkStore(LocalBackend(Path(store.path)))
     objects.refresh()
     keys = {k for entry in store.tensors(ckpt).values() for p in entry.pieces for k in p.keys}
     found = [objects.find(key, ckpt.base) for key in keys]
@@ -411,7 +411,7 @@ def test_a_tensor_of_several_pieces_is_put_together(store: Store) -> None:
             )  # fmt: skip
             pack.append(record, data)
             pieces.append(Piece(offset=offset, shape=shape, keys=(key,)))
-        pack.publish()
+        pack.finalize()
     line = tensor_table({"w": TensorEntry(dtype=dtype, shape=(6, 10), pieces=tuple(pieces))})
     content = checkpoint_content(
         parent=None, base=None, step=None, metrics={}, tags=(), metadata={}, tensors=line,
@@ -455,8 +455,8 @@ def test_references_by_box_and_by_parts_of_chunks_decode(tmp_path: Path, store: 
             )  # fmt: skip
             pack.append(record, payload)
             keys.append((record.key, chunk))
-        pack.publish()
-    objects = Objects(backend)
+        pack.finalize()
+    objects = ChunkStore(backend)
     objects.refresh()
     for key, chunk in keys:
         assert objects.read(key, chunk.size, BF16, base.id).tobytes() == chunk.tobytes()

@@ -19,7 +19,7 @@ import pytest
 from msft_store import Base, BusyError, Checkpoint, InvalidInputError, StorageError, Store
 from msft_store.cli.main import main
 from msft_store.storage.backend import LocalBackend
-from msft_store.storage.lock_files import LOCKS, UNKNOWN, Process, whereabouts
+from msft_store.storage.lock_files import LOCKS, UNKNOWN, Process, process_status
 from msft_store.storage.locks import TIMEOUT, Locks, next_step
 from tests.support.owners import ELSEWHERE, here, plant, silence
 from tests.support.states import State, same_bits, train_step
@@ -305,7 +305,7 @@ def test_an_owner_that_cannot_live_any_more_is_dead(
     # Whoever runs these tests may be in a container, where a machine cannot be known again.
     expected = "dead" if owner.boot == here().boot or here().machine != UNKNOWN else "elsewhere"
     assert [lock.owner for lock in store.locks()] == [expected]
-    assert whereabouts(owner, here()) == expected
+    assert process_status(owner, here()) == expected
     assert store.unlock(force=expected != "dead")[0].owner == expected
     hasty(store).forget(ckpt)
 
@@ -337,9 +337,9 @@ def test_an_owner_out_of_sight_is_believed_until_it_was_silent_for_long(
 
 def test_processes_whose_kind_hides_everything_are_elsewhere() -> None:
     hidden = here(boot=UNKNOWN, namespace=UNKNOWN, machine=UNKNOWN, start=0)
-    assert whereabouts(hidden, hidden) == "elsewhere"
-    assert whereabouts(here(start=0), here()) == "alive"
-    assert whereabouts(here(pid=1, start=0), here()) == "alive"
+    assert process_status(hidden, hidden) == "elsewhere"
+    assert process_status(here(start=0), here()) == "alive"
+    assert process_status(here(pid=1, start=0), here()) == "alive"
 
 
 def test_unlock_takes_the_dead_and_with_force_all(store: Store, ckpt: Checkpoint) -> None:

@@ -9,32 +9,32 @@ import pytest
 
 from msft_store import OutOfSpaceError, OverBudgetError
 from msft_store.storage.backend import LocalBackend
-from msft_store.storage.quota import Bounded
+from msft_store.storage.quota import QuotaBackend
 from tests.support.quota import bytes_on_disk
 
 
 class SmallDisk(LocalBackend):
     """A folder on a disk that says how much is free."""
 
-    def room(self) -> int | None:
+    def free_bytes(self) -> int | None:
         return 100
 
 
 @pytest.fixture
-def backend(tmp_path: Path) -> Bounded:
+def backend(tmp_path: Path) -> QuotaBackend:
     (tmp_path / "there").write_bytes(bytes(100))
-    return Bounded(LocalBackend(tmp_path))
+    return QuotaBackend(LocalBackend(tmp_path))
 
 
-def put(backend: Bounded, path: str, *sizes: int) -> None:
+def put(backend: QuotaBackend, path: str, *sizes: int) -> None:
     with backend.writer() as writer:
         for size in sizes:
             writer.write(bytes(size))
-        writer.publish(path)
+        writer.finalize(path)
 
 
-def test_all_that_is_there_counts(backend: Bounded, tmp_path: Path) -> None:
-    with backend.within(160):
+def test_all_that_is_there_counts(backend: QuotaBackend, tmp_path: Path) -> None:
+    with backend.limit(160):
         put(backend, "one", 30, 20)
         with pytest.raises(OverBudgetError, match=r"11 B more do not fit.*150 B of.*160 B"):
             put(backend, "two", 11)
@@ -43,53 +43,53 @@ def test_all_that_is_there_counts(backend: Bounded, tmp_path: Path) -> None:
 
 
 def test_a_refused_write_writes_nothing_and_a_file_counts_while_it_is_open(
-    backend: Bounded, tmp_path: Path
+    backend: QuotaBackend, tmp_path: Path
 ) -> None:
-    with backend.within(160), backend.writer() as one, backend.writer() as other:
+    with backend.limit(160), backend.writer() as one, backend.writer() as other:
         one.write(bytes(40))
         with pytest.raises(OverBudgetError):
             other.write(bytes(21))
         assert other.position == 0
         other.write(bytes(20))
-        one.publish("one")
+        one.finalize("one")
     assert bytes_on_disk(tmp_path) == 140
 
 
-def test_what_replaces_a_file_needs_room_beside_it(backend: Bounded) -> None:
-    with backend.within(199), pytest.raises(OverBudgetError):
+def test_what_replaces_a_file_needs_room_beside_it(backend: QuotaBackend) -> None:
+    with backend.limit(199), pytest.raises(OverBudgetError):
         put(backend, "there", 100)
-    with backend.within(200):
+    with backend.limit(200):
         put(backend, "there", 100)
         put(backend, "there", 50)
 
 
-def test_a_bound_is_for_one_thread_and_ends(backend: Bounded) -> None:
-    with backend.within(100):
+def test_a_bound_is_for_one_thread_and_ends(backend: QuotaBackend) -> None:
+    with backend.limit(100):
         other = threading.Thread(target=put, args=(backend, "one", 30))
         other.start()
         other.join()
         assert backend.size("one") == 30
-        with backend.within(None):
+        with backend.limit(None):
             put(backend, "two", 30)
         with pytest.raises(OverBudgetError):
             put(backend, "three", 1)
     put(backend, "three", 1)
 
 
-def test_a_reserve_stays_free(backend: Bounded) -> None:
-    with backend.within(160, reserve=20):
+def test_a_reserve_stays_free(backend: QuotaBackend) -> None:
+    with backend.limit(160, reserve=20):
         put(backend, "one", 40)
         with pytest.raises(OverBudgetError, match="20 B of which are kept"):
             put(backend, "two", 1)
 
 
 def test_what_certainly_does_not_fit_is_refused_beforehand(
-    backend: Bounded, tmp_path: Path
+    backend: QuotaBackend, tmp_path: Path
 ) -> None:
-    backend.require(1 << 20)
-    with backend.within(160):
-        backend.require(60)
+    backend.require_space(1 << 20)
+    with backend.limit(160):
+        backend.require_space(60)
         with pytest.raises(OverBudgetError):
-            backend.require(61)
+            backend.require_space(61)
     with pytest.raises(OutOfSpaceError, match=r"101 B more do not fit .*: 100 B are free"):
-        Bounded(SmallDisk(tmp_path)).require(101)
+        QuotaBackend(SmallDisk(tmp_path)).require_space(101)

@@ -27,7 +27,7 @@ from msft_store import (
     Store,
     Timeline,
 )
-from msft_store.objects.chunks import Objects
+from msft_store.objects.chunks import ChunkStore
 from msft_store.storage.backend import LocalBackend
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
@@ -164,7 +164,7 @@ def test_a_root_is_an_anchor(store: Store, base: Base, state: State) -> None:
         state = done[-1][1]
     root = line.root
     assert isinstance(root, Checkpoint)
-    objects = Objects(LocalBackend(Path(store.path)))
+    objects = ChunkStore(LocalBackend(Path(store.path)))
     objects.refresh()
     keys = [k for e in store.tensors(root).values() for p in e.pieces for k in p.keys]
     found = [objects.find(key, root.base) for key in keys]
