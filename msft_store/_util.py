@@ -1,15 +1,12 @@
-"""How numbers and tables are shown to people.
+"""Check paths that a user gives, and format sizes and tables for people.
+
+Paths are checked where they come in, so that no call below has to.
 
 Example::
 
-    human(1_900_000)                        # "1.9 MB"
-    table(("name", "bytes"), [("w", human(512))], align="<>")
-
-Paths as users give them: checked where they come in, so that no call below meets a bad one.
-
-Example::
-
-    local_path("runs/store")                # an absolute Path
+    check_path("runs/store")                # an absolute Path
+    format_bytes(1_900_000)                 # "1.9 MB"
+    format_table(("name", "bytes"), [("w", format_bytes(512))], align="<>")
 """
 
 from __future__ import annotations
@@ -26,18 +23,17 @@ _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def check_path(path: PathLike) -> Path:
-    """Return a path as an absolute one.
+    """Return the absolute path; :class:`InvalidInputError` for a NUL character or a URL.
 
-    :class:`InvalidInputError` for what no file can be called: a path with a NUL character; and for
-    a URL, which would become a directory here.
+    A URL would silently become a local directory of that name.
     """
     text = os.fspath(path)
     if "\0" in text:
-        raise InvalidInputError(f"no path has a NUL character in it, as {text!r} has")
+        raise InvalidInputError(f"a path cannot contain a NUL character: {text!r}")
     if _URL.match(text):
         raise InvalidInputError(
-            f"{text!r} is no directory of this machine: a store on a URL is read, and one that is "
-            "here is pushed to it, pulled or cloned from it"
+            f"{text!r} is a URL, not a local directory: use push, pull or clone for a store on a "
+            "URL, or open it read-only"
         )
     return Path(text).absolute()
 
@@ -47,7 +43,7 @@ _STEP = 1000
 
 
 def format_bytes(size: int) -> str:
-    """Return a number of bytes with a unit, powers of 1000."""
+    """Return a number of bytes with a decimal unit (powers of 1000)."""
     value = float(size)
     for unit in _UNITS:
         if abs(value) < _STEP:
@@ -56,25 +52,25 @@ def format_bytes(size: int) -> str:
     return f"{value:.1f} TB"
 
 
-def format_count(number: int, what: str) -> str:
-    """Return a number of things: "1 pack", "2 packs"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, as in "1 pack" or "2 packs"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def shorten_path(path: str) -> str:
-    """Return a path as seen from the current directory, if it is below it."""
+    """Return a path relative to the current directory, if it is below that."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def format_percent(part: int, whole: int) -> str:
-    """Return a share, or a dash of nothing."""
+    """Return a share in percent, or a dash if the whole is 0."""
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
-    """Return aligned columns; ``align`` has ``<`` or ``>`` for each."""
-    # A name may have line ends, and is one cell all the same.
+    """Return aligned columns; ``align`` holds ``<`` or ``>`` for each column."""
+    # A tensor name may contain line ends, which would break the row.
     rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
 

@@ -1,19 +1,26 @@
 """The store's exceptions, grouped by what a handler would do.
 
 StoreError
-├── NotAStoreError          no store there, or one is there already
-├── VersionError            written by a version that this one does not know
-├── UnknownCheckpointError  no checkpoint, base or ref of that name
-├── InvalidInputError       an argument that the store cannot keep or does not understand
+├── NotAStoreError          the path holds no store, or already holds one
+├── VersionError            the data has a format version that this release does not know
+├── UnknownCheckpointError  no checkpoint, base or ref has the given name
+├── InvalidInputError       the store cannot keep or does not understand an argument
 ├── MismatchError           tensors and checkpoint differ in names, shapes or dtypes
-├── PinnedError             a ref protects what should go
+├── PinnedError             a ref protects the checkpoint that was to be removed
 ├── BaseError               a base's files are missing, changed, or not safetensors
-├── CorruptedError          stored bytes are not what was written
-├── ConflictError           a ref was moved elsewhere, by somebody who is not known here
-├── BusyError               somebody else holds the store's lock, or took it away
+├── CorruptedError          stored bytes are not the bytes that were written
+├── ConflictError           another store moved the ref to a checkpoint unknown here
+├── BusyError               another process holds the store's lock, or removed ours
 ├── OutOfSpaceError         the disk is full
-├── OverBudgetError         what must be kept exceeds a disk budget
+├── OverBudgetError         the checkpoints that must be kept exceed a disk budget
 └── StorageError            any other failure of the file system
+
+Example::
+
+    try:
+        store.load(checkpoint)
+    except CorruptedError as error:
+        print(error, error.file)
 """
 
 from __future__ import annotations
@@ -22,38 +29,45 @@ import collections.abc
 import errno
 
 REPAIR_HINT = "msft-store check names what is still sound, msft-store repair keeps it"
-"""What to do about damage, at the end of messages."""
+"""The advice that ends every message about damage."""
 
 
 class StoreError(Exception):
-    """The root of everything that this package raises on purpose."""
+    """The base class of every error that this package raises on purpose.
+
+    Args:
+        message: What happened, where, and what to do next.
+        file: Path of the damaged file.
+
+    Attributes:
+        file: Path of the damaged file, or ``None`` if the error concerns no single file.
+    """
 
     def __init__(self, message: str = "", *, file: str | None = None) -> None:
         super().__init__(message)
         self.file = file
-        """The file whose bytes are to blame, where one is."""
 
 
 def strip_hint(error: StoreError) -> str:
-    """Return what an error says, without the advice for damage."""
+    """Return the message of an error without the repair advice."""
     return str(error).removesuffix(f"; {REPAIR_HINT}")
 
 
 def strip_frames(error: StoreError) -> StoreError:
-    """Return an error to keep, without the frames that it came through: they hold data.
+    """Return an error that can be kept: its frames are removed, because they hold tensors.
 
-    What the operating system said stays: it tells a bad medium from one that is out of reach.
+    The cause stays if it is an :class:`OSError`: it tells a bad disk from an unreachable one.
     """
-    said = error.__cause__
+    cause = error.__cause__
     error.__traceback__ = error.__context__ = error.__cause__ = None
-    if isinstance(said, OSError):
-        said.__traceback__ = said.__context__ = said.__cause__ = None
-        error.__cause__ = said
+    if isinstance(cause, OSError):
+        cause.__traceback__ = cause.__context__ = cause.__cause__ = None
+        error.__cause__ = cause
     return error
 
 
 class NotAStoreError(StoreError):
-    """There is no store at a path, or one is there already."""
+    """The path holds no store, or already holds one."""
 
 
 class VersionError(StoreError):
@@ -65,19 +79,19 @@ class UnknownCheckpointError(StoreError):
 
 
 class InvalidInputError(StoreError):
-    """An argument that the store cannot keep or does not understand."""
+    """The store cannot keep an argument or does not understand it."""
 
 
 class MismatchError(StoreError):
-    """A module and a checkpoint differ in tensor names, shapes or dtypes."""
+    """A module and a checkpoint differ in the names, shapes or dtypes of their tensors."""
 
 
 class PinnedError(StoreError):
-    """A ref protects the checkpoint that should go."""
+    """A ref protects the checkpoint that was to be removed."""
 
 
 class BaseError(StoreError):
-    """A base's files are missing, not sound safetensors, or not what was added."""
+    """A base's files are missing, are not valid safetensors, or changed since they were added."""
 
 
 class CorruptedError(StoreError):
@@ -85,19 +99,19 @@ class CorruptedError(StoreError):
 
 
 class ConflictError(StoreError):
-    """A ref points somewhere else in another store, to what this one does not have."""
+    """Another store moved a ref to a checkpoint that this store does not have."""
 
 
 class BusyError(StoreError):
-    """Another process holds the store's lock, or removed the one that this process had."""
+    """Another process holds the store's lock, or removed the lock of this process."""
 
 
 class OutOfSpaceError(StoreError):
-    """The disk, or the quota on it, is full."""
+    """The disk or its quota is full."""
 
 
 class OverBudgetError(StoreError):
-    """What must be kept does not fit into the disk budget."""
+    """The checkpoints that must be kept do not fit into the disk budget."""
 
 
 class StorageError(StoreError):
@@ -105,9 +119,9 @@ class StorageError(StoreError):
 
 
 def is_damage(error: StoreError) -> bool:
-    """Return whether an error says that stored bytes are lost, and not that they are out of reach.
+    """Return true if stored bytes are lost, false if they are only out of reach.
 
-    A file system that refuses for any other reason than a bad medium may do otherwise tomorrow.
+    Of all file system failures only EIO (a bad disk) counts as lost: others may be temporary.
     """
     if isinstance(error, StorageError):
         return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
@@ -115,7 +129,7 @@ def is_damage(error: StoreError) -> bool:
 
 
 def require_damage(errors: collections.abc.Iterable[StoreError]) -> None:
-    """Raise the first error that is no damage."""
+    """Raise the first error that is not damage."""
     for error in errors:
         if not is_damage(error):
             raise error

@@ -1,26 +1,19 @@
-"""Retention policies: pure functions from checkpoints to what is kept, and why.
+"""Retention policies: pure functions that decide which checkpoints are kept, and why.
 
-Composition follows one rule. Keep rules are united; then a budget drops what is not protected,
-least valuable first, and raises if what is protected does not fit. Policies are combined with
-``|``. Protected are pins, champions, what is named, and the very best by a metric.
+Policies are combined with ``|`` by one rule. All keep rules are united. Then a budget drops
+checkpoints that are not protected, the least valuable first, and raises an error if the protected
+ones alone do not fit. Pins, champions, checkpoints named by the algorithm and the very best by a
+metric are protected. In a timeline the budget bounds all bytes of the store's directory, and
+checkpoints are evicted for it only when a commit needs the room.
 
-In a timeline a budget bounds all bytes of the store's directory, and what may be dropped goes only
-when a commit has no room; :meth:`Policy.rules` and ``expendable`` are what it goes by.
+Policies are validated before they delete anything. A policy that ranks by a metric that no
+checkpoint has would keep nothing, so it is refused.
 
 Example::
 
     policy = Champions({"arith": "max", "dates": "max"}) | KeepBest("overall") | DiskBudget(10**9)
+    check_ranked_metrics(check_policy(policy), [candidate.metrics for candidate in candidates])
     kept = policy.decide(candidates)         # id → reasons
-
-Slips of the pen in retention policies, refused before they delete anything.
-
-A policy that ranks by a metric which nobody measured, or which is nowhere finite, keeps nothing,
-and so would give everything up. Invariant: what is refused here has changed nothing.
-
-Example::
-
-    check_policy(KeepBest("overal"))                # is it one at all?
-    check_ranked(policy, checkpoints)               # InvalidInputError: the nearest is 'overall'
 """
 
 from __future__ import annotations
@@ -39,59 +32,86 @@ Mode = Literal["max", "min"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What a policy sees of a checkpoint."""
+    """The facts about a checkpoint that a policy decides on.
+
+    Attributes:
+        id: Id of the checkpoint.
+        metrics: Its metrics by name, each in its natural unit.
+        stored_bytes: Encoded bytes that the checkpoint takes in the store.
+        branch: Number of roll-backs before it.
+        index: Number of commits before it on its branch, evicted ones included.
+        pinned: Reason to keep it whatever the policy decides; ``None`` if it is not pinned.
+        step: Training step that it was saved with, or ``None``.
+    """
 
     id: str
     metrics: Mapping[str, float]
     stored_bytes: int = 0
     branch: int = 0
-    """How many roll-backs came before it."""
     index: int = 0
-    """How many commits came before it on its branch, evicted ones included."""
     pinned: str | None = None
-    """Why it must stay whatever the policy says."""
     step: int | None = None
-    """What it was saved with; ``None`` if with none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """Why a checkpoint is kept."""
+    """A reason to keep a checkpoint.
+
+    Attributes:
+        text: The reason in words, for people.
+        protected: True if a budget must not drop the checkpoint.
+        rank: Order of value among checkpoints of one rule; larger is less valuable.
+    """
 
     text: str
     protected: bool
-    """Whether a budget may not drop it."""
     rank: int = 0
-    """The larger, the less valuable."""
 
 
 Kept = dict[str, tuple[Reason, ...]]
 
 
 class Policy(ABC):
-    """A retention policy; candidates come oldest first."""
+    """Base class of retention policies; subclass it and implement :meth:`keep` to add one.
+
+    Candidates are always ordered from oldest to newest.
+    """
 
     @abstractmethod
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        """Yield what this rule keeps."""
+        """Yield the candidates that this rule keeps.
+
+        Args:
+            candidates: All checkpoints, oldest first.
+
+        Yields:
+            A candidate and the reason to keep it; a candidate may come more than once.
+        """
 
     @property
     def budget(self) -> int | None:
-        """The bytes that all kept checkpoints may take; ``None``: no limit."""
+        """Largest number of bytes that all kept checkpoints may take; ``None`` for no limit."""
         return None
 
     @property
     def ranked_by(self) -> tuple[str, ...]:
-        """The metrics that decide what is kept."""
+        """Names of the metrics by which this policy ranks checkpoints."""
         return ()
 
     def __or__(self, other: Policy) -> Policy:
         return Union(parts=(*_split_parts(self), *_split_parts(other)))
 
     def decide(self, candidates: Sequence[Candidate]) -> Kept:
-        """Return what is kept, by id, with reasons; what is absent may go.
+        """Return the reasons to keep each kept checkpoint; the others may be evicted.
 
-        :class:`OverBudgetError` if what is protected exceeds the budget.
+        Args:
+            candidates: All checkpoints, oldest first.
+
+        Returns:
+            Reasons by id of the checkpoint, only for those that are kept.
+
+        Raises:
+            OverBudgetError: The protected checkpoints exceed the budget.
         """
         kept = self.rules(candidates)
         if self.budget is not None:
@@ -99,7 +119,14 @@ class Policy(ABC):
         return kept
 
     def rules(self, candidates: Sequence[Candidate]) -> Kept:
-        """Return what is kept, by id, with reasons, where no budget is looked at."""
+        """Return the reasons to keep each kept checkpoint, without regard to a budget.
+
+        Args:
+            candidates: All checkpoints, oldest first.
+
+        Returns:
+            Reasons by id of the checkpoint, only for those that are kept.
+        """
         kept: dict[str, list[Reason]] = {}
         for candidate in candidates:
             if candidate.pinned is not None:
@@ -112,13 +139,13 @@ class Policy(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Policy):
-    """Several policies at once."""
+    """The union of several policies; ``|`` makes it."""
 
     parts: tuple[Policy, ...]
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         keepers = [part for part in self.parts if not isinstance(part, DiskBudget)]
-        # A cap alone says nothing about what to keep, so everything stays that fits.
+        # A budget without keep rules keeps everything that fits.
         for part in keepers or [KeepLast(len(candidates) or 1)]:
             yield from part.keep(candidates)
 
@@ -134,7 +161,14 @@ class Union(Policy):
 
 @dataclass(frozen=True)
 class KeepLast(Policy):
-    """Keep the ``n`` newest."""
+    """Keep the newest checkpoints.
+
+    Args:
+        n: Number of checkpoints, at least 1.
+
+    Raises:
+        InvalidInputError: ``n`` is not a whole number from 1 up.
+    """
 
     n: int
 
@@ -148,14 +182,20 @@ class KeepLast(Policy):
 
 @dataclass(frozen=True)
 class KeepThese(Policy):
-    """Keep certain checkpoints, for algorithms that know what they need; ids that are gone count
-    for nothing."""
+    """Keep the checkpoints that an algorithm names.
+
+    Args:
+        ids: Ids of checkpoints; ids without a checkpoint are ignored.
+
+    Raises:
+        InvalidInputError: ``ids`` is a single string.
+    """
 
     ids: frozenset[str]
 
     def __post_init__(self) -> None:
         if isinstance(self.ids, str):
-            raise InvalidInputError(f"KeepThese needs ids, a collection: got {self.ids!r}")
+            raise InvalidInputError(f"KeepThese takes a collection of ids, not {self.ids!r}")
 
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for candidate in candidates:
@@ -165,9 +205,15 @@ class KeepThese(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keep the ``k`` best by a metric, over all branches; earlier ones win ties.
+    """Keep the best checkpoints by a metric, over all branches; the earlier one wins a tie.
 
-    Without a ``mode`` small is good for a metric whose name ends in ``loss``, and large for others.
+    Args:
+        metric: Name of the metric; checkpoints without a finite value are not ranked.
+        k: Number of checkpoints, at least 1; the very best one is protected.
+        mode: ``"max"`` or ``"min"``; by default ``"min"`` for a name that ends in ``loss``.
+
+    Raises:
+        InvalidInputError: ``k`` or ``mode`` is invalid.
     """
 
     metric: str
@@ -177,7 +223,7 @@ class KeepBest(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.k, str):
             raise InvalidInputError(
-                f"k comes before mode: KeepBest({self.metric!r}, 1, {self.k!r})"
+                f"k comes before mode: write KeepBest({self.metric!r}, 1, {self.k!r})"
             )
         _check_count("KeepBest", self.k)
         if self.mode is not None:
@@ -190,14 +236,21 @@ class KeepBest(Policy):
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         mode = self.mode or default_mode(self.metric)
         for rank, candidate in enumerate(_rank(candidates, self.metric, mode)[: self.k]):
-            what = f"best {self.metric}" if rank == 0 else f"number {rank + 1} by {self.metric}"
-            text = f"{what} ({candidate.metrics[self.metric]:.6g})"
+            place = f"best {self.metric}" if rank == 0 else f"number {rank + 1} by {self.metric}"
+            text = f"{place} ({candidate.metrics[self.metric]:.6g})"
             yield candidate, Reason(text=text, protected=rank == 0, rank=rank)
 
 
 @dataclass(frozen=True)
 class Champions(Policy):
-    """Keep, for each metric, the first best checkpoint of the current branch."""
+    """Keep the champion of each metric: the first best checkpoint of the current branch.
+
+    Args:
+        metrics: Direction of each metric, ``"max"`` or ``"min"``.
+
+    Raises:
+        InvalidInputError: ``metrics`` is not a mapping, or a direction is invalid.
+    """
 
     metrics: Mapping[str, Mode]
 
@@ -216,11 +269,18 @@ class Champions(Policy):
 
 @dataclass(frozen=True)
 class PeakWindow(Policy):
-    """Keep champions whose peak window is open, and the one that is rolled back to next.
+    """Keep champions whose peak window is open, and the next roll-back target.
 
-    A champion's peak has passed once ``w`` evaluations brought nothing better. Of those whose peak
-    has passed the earliest is kept, for its roll-back is to be decided; the others are superseded
-    by that decision. So at most ``w + 1`` checkpoints are kept.
+    The peak of a champion has passed once ``w`` evaluations brought nothing better. The earliest
+    champion whose peak has passed is kept as the next roll-back target. That roll-back makes the
+    other passed champions useless, so at most ``w + 1`` checkpoints are kept.
+
+    Args:
+        metrics: Direction of each metric, ``"max"`` or ``"min"``.
+        w: Length of the window in evaluations, at least 1.
+
+    Raises:
+        InvalidInputError: ``metrics`` or ``w`` is invalid.
     """
 
     metrics: Mapping[str, Mode]
@@ -255,11 +315,17 @@ class PeakWindow(Policy):
 
 @dataclass(frozen=True)
 class DiskBudget(Policy):
-    """Cap what other policies keep; alone, keep the newest that fit.
+    """Limit the bytes that other policies keep; alone, keep the newest checkpoints that fit.
 
-    In a timeline all bytes of the store's directory stay within it at every moment, temporary files
-    and other timelines' checkpoints included; bases are elsewhere. 16 KiB of it are left to refs
-    and locks. In a gc the stored bytes of what is kept stay within it.
+    In a timeline all bytes of the store's directory stay within the budget at every moment,
+    including temporary files and the checkpoints of other timelines but not bases. 16 KiB of it are
+    reserved for refs and locks. In a gc the stored bytes of the kept checkpoints stay within it.
+
+    Args:
+        max_bytes: The budget in bytes, at least 1.
+
+    Raises:
+        InvalidInputError: ``max_bytes`` is not a whole number from 1 up.
     """
 
     max_bytes: int
@@ -286,8 +352,8 @@ def _select_current_branch(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _rank(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
     sign = -1.0 if mode == "max" else 1.0
-    able = [c for c in candidates if math.isfinite(c.metrics.get(metric, math.nan))]
-    return sorted(able, key=lambda candidate: sign * candidate.metrics[metric])
+    finite = [c for c in candidates if math.isfinite(c.metrics.get(metric, math.nan))]
+    return sorted(finite, key=lambda candidate: sign * candidate.metrics[metric])
 
 
 def _find_champions(
@@ -301,7 +367,7 @@ def _find_champions(
 
 
 def list_evictable(kept: Kept, candidates: Sequence[Candidate]) -> list[str]:
-    """Return the ids of what is kept but not protected, the least valuable last."""
+    """Return the ids of the kept checkpoints that are not protected, the least valuable last."""
     age = {candidate.id: number for number, candidate in enumerate(reversed(candidates))}
     free = [identity for identity in kept if not any(r.protected for r in kept[identity])]
     return sorted(free, key=lambda identity: (min(r.rank for r in kept[identity]), age[identity]))
@@ -318,25 +384,25 @@ def _fit_into_budget(kept: Kept, candidates: Sequence[Candidate], budget: int) -
         raise OverBudgetError(
             f"{len(kept)} protected checkpoints take {total} bytes, "
             f"{total - budget} more than the disk budget of {budget}; "
-            "raise the budget or unpin some of them"
+            "raise the budget, or unpin some of them"
         )
     return kept
 
 
-def _check_count(what: str, value: int) -> None:
+def _check_count(policy: str, value: int) -> None:
     if type(value) is not int or value < 1:
-        raise InvalidInputError(f"{what} takes a whole number from 1 up, not {value!r}")
+        raise InvalidInputError(f"{policy} takes a whole number from 1 up, not {value!r}")
 
 
-def _check_metrics(what: str, metrics: Mapping[str, Mode]) -> None:
+def _check_metrics(policy: str, metrics: Mapping[str, Mode]) -> None:
     if not isinstance(metrics, Mapping):
-        raise InvalidInputError(f"{what} takes a mapping from metrics to directions")
+        raise InvalidInputError(f"{policy} takes a mapping from metrics to directions")
     for mode in metrics.values():
         _check_mode(mode)
 
 
 def default_mode(metric: str) -> Mode:
-    """Return which way is good, as far as a name tells it."""
+    """Return the direction that is good for a metric, judged by its name."""
     return "min" if metric.endswith("loss") else "max"
 
 
@@ -349,16 +415,16 @@ Metrics = Mapping[str, float]
 
 
 def check_policy(policy: object) -> Policy:
-    """Return a retention policy; :class:`InvalidInputError` for anything else."""
+    """Return the policy; :class:`InvalidInputError` if the object is not a retention policy."""
     if not isinstance(policy, Policy):
-        raise InvalidInputError(f"a retention policy, such as KeepLast(3), not {policy!r}")
+        raise InvalidInputError(f"expected a retention policy such as KeepLast(3), not {policy!r}")
     return policy
 
 
 def check_ranked_metrics(policy: Policy, measured: Sequence[Metrics]) -> None:
-    """Refuse a policy that ranks by a metric which none of the checkpoints has as a finite number.
+    """Refuse a policy that ranks by a metric without a finite value in any checkpoint.
 
-    :class:`InvalidInputError` names the nearest one that there is.
+    The :class:`InvalidInputError` names the metric with the nearest name.
     """
     known = {metric for metrics in measured for metric in metrics}
     finite = {m for metrics in measured for m, value in metrics.items() if math.isfinite(value)}
@@ -375,10 +441,10 @@ def check_ranked_metrics(policy: Policy, measured: Sequence[Metrics]) -> None:
 
 
 def check_commit(policy: Policy, commit: Candidate, others: Iterable[Metrics]) -> None:
-    """Refuse a commit that nothing would keep, as the policy ranks by nothing that was measured.
+    """Refuse a commit that would be evicted at once because no checkpoint has a ranked metric.
 
-    A commit without metrics, one of several metrics that come one at a time, and one that another
-    rule keeps are none of these. :class:`InvalidInputError` names the nearest metric.
+    A commit without metrics passes, and so does one that another rule keeps. If any checkpoint has
+    a ranked metric, this commit passes too: metrics may be measured one at a time.
     """
     known = set(commit.metrics).union(*others)
     if not commit.metrics or not policy.ranked_by or not known.isdisjoint(policy.ranked_by):
@@ -392,6 +458,6 @@ def check_commit(policy: Policy, commit: Candidate, others: Iterable[Metrics]) -
 
 
 def suggest_metric(metric: str, known: set[str]) -> str:
-    """Return which metric may have been meant."""
+    """Return a hint that names the known metric with the nearest name."""
     near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.0)
     return f"the nearest is {near[0]!r}" if near else "they have no metrics"

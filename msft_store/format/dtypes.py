@@ -1,8 +1,12 @@
 """The element types that a store knows: one table for torch, safetensors and the byte format.
 
-The format's names are torch's (``bfloat16``, ``float32``, …); codes are stable for ever
-(``docs/FORMAT.md``, section 3). A type that this torch lacks has ``torch=None``: a store that holds
-it opens all the same, and only loading such a tensor is refused.
+Names are torch's (``bfloat16``, ``float32``, …). Codes never change (``docs/FORMAT.md``, section
+3). A type that the installed torch lacks has ``torch=None``: a store that holds it still opens, and
+only loading such a tensor fails.
+
+Example::
+
+    dtype_by_name("bfloat16").size              # 2
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ class DType:
     size: int
     """Bytes per element."""
     lane: int
-    """Bytes of the integers that a delta is taken in; half an element for complex types."""
+    """Bytes of a lane, the integer that changes are computed in; half an element if complex."""
     floating: bool
-    """Whether lanes are sign-magnitude floats."""
+    """True if lanes are sign-magnitude floats."""
     safetensors: str | None
     torch: torch.dtype | None
 

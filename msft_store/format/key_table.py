@@ -1,24 +1,16 @@
-"""Keys of chunks by the hundred thousand, as NumPy arrays: finding, counting, telling apart.
+"""Look up and count chunk keys by the hundred thousand, as NumPy arrays.
 
-``Keys`` has a row for each key, its 16 bytes as two integers. A hash table in arrays, because a
-dictionary of so many objects takes longer to fill than all else that a listing does, and sorting
-does too.
-
-Example::
-
-    table = KeyTable(as_keys(b"".join(known)), np.arange(len(known)))
-    table.find(as_keys(wanted))              # the values, -1 for what is not there
-
-The keys in a tensor table, taken out without parsing it.
-
-The tables of one model differ in their keys only. So where a table has the keys that the last one
-had is checked, in a few operations on arrays, and what another layout needs, or one that is not
-canonical JSON, is parsed in full by who asked.
+``Keys`` has one row for each key: its 16 bytes as two integers. :class:`KeyTable` is a hash table
+in arrays, because filling a dictionary with so many objects, or sorting them, takes longer than all
+the rest of a listing. :class:`KeyScanner` reads the keys of a tensor table without parsing it: the
+tables of one model differ in their keys only, so it checks that the layout is the previous one. It
+returns ``None`` for another layout or JSON that is not canonical, and the caller parses the table.
 
 Example::
 
-    scanner = KeyScanner()
-    keys = scanner.scan(table)               # None: parse it
+    table = KeyTable(view_keys(b"".join(known)), np.arange(len(known)))
+    table.find(view_keys(wanted))             # the values, -1 for a key that is absent
+    keys = KeyScanner().scan(tensor_table)    # None: parse it
 """
 
 from __future__ import annotations
@@ -43,12 +35,12 @@ _HALF = np.dtype("<u8")
 _PAIR = struct.Struct("<2Q")
 _WORD = (1 << 64) - 1
 _MIX_HIGH, _MIX_LOW = secrets.randbits(64) | 1, secrets.randbits(64) | 1
-"""Of this process: keys that a stranger chose must not all have the same place."""
+"""Random for each process, so that nobody can choose keys that all collide."""
 _BATCH = 1 << 15
 
 
 def view_keys(data: bytes) -> Keys:
-    """View the keys that stand back to back in ``data``."""
+    """View concatenated keys as an array."""
     return np.frombuffer(data, _HALF).reshape(-1, KEY_BYTES // _HALF.itemsize)
 
 
@@ -64,14 +56,14 @@ def concatenate_keys(parts: Sequence[Keys]) -> Keys:
 
 
 def unique_keys(keys: Keys) -> Keys:
-    """Return each key once, in the order in which they first stand there or nearly so."""
+    """Return each key once, roughly in order of first occurrence."""
     owners = _Slots(keys).owners
     distinct: Keys = keys[owners == np.arange(len(keys))]
     return distinct
 
 
 def select_changed_keys(keys: Keys, others: Keys | None) -> Keys:
-    """Return the keys that differ from those in the same places of an array of the same length."""
+    """Return the keys that differ from the same rows of ``others``; all if the lengths differ."""
     if others is None or len(others) != len(keys):
         return keys
     distinct: Keys = keys[(keys[:, 0] != others[:, 0]) | (keys[:, 1] != others[:, 1])]
@@ -79,31 +71,31 @@ def select_changed_keys(keys: Keys, others: Keys | None) -> Keys:
 
 
 def count_keys(keys: Keys) -> tuple[Keys, Numbers]:
-    """Return each key once, and how often it stands there."""
+    """Return each key once, and how often it occurs."""
     times = np.bincount(_Slots(keys).owners, minlength=len(keys))
     return keys[times > 0], times[times > 0]
 
 
 def is_among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
-    """Return which keys are among others."""
+    """Return a mask of the keys that are among ``known``."""
     return KeyTable(known, np.arange(len(known))).contains(keys)
 
 
 def is_zero(keys: Keys) -> NDArray[np.bool_]:
-    """Return which keys are all zeros: a record's, without a reference."""
+    """Return a mask of the keys that are all zeros, which stand for no reference."""
     zero: NDArray[np.bool_] = (keys[:, 0] == 0) & (keys[:, 1] == 0)
     return zero
 
 
 class KeyTable:
-    """A number for each key."""
+    """A map from keys to numbers."""
 
     def __init__(
         self, keys: Keys, values: Numbers, preference: Sequence[NDArray[Any]] = ()
     ) -> None:
-        """``preference``: of equal keys, the one with the smallest of these counts.
+        """Store the value of each key; of equal keys the one smallest in ``preference`` wins.
 
-        The most significant comes first, and the value itself last.
+        The columns of ``preference`` go from most to least significant; the value breaks ties.
         """
         self._slots = _Slots(keys)
         self._values = values.copy()
@@ -116,7 +108,7 @@ class KeyTable:
             self._values[found] = values[ordered[first]]
 
     def find(self, keys: Keys) -> Numbers:
-        """Return the number of each key; -1 for one that is not in the table."""
+        """Return the number of each key; -1 for a key that is not in the table."""
         rows = self._slots.find(keys)
         found = np.full(len(keys), -1, np.int64)
         found[rows >= 0] = self._values[rows[rows >= 0]]
@@ -128,22 +120,22 @@ class KeyTable:
         return row if row < 0 else int(self._values[row])
 
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
-        """Return which keys are in the table."""
+        """Return a mask of the keys that are in the table."""
         inside: NDArray[np.bool_] = self._slots.find(keys) >= 0
         return inside
 
 
 class _Slots:
-    """A hash table with linear probing, filled and searched for all keys at the same time."""
+    """A hash table with linear probing, filled and searched for all keys at once."""
 
     def __init__(self, keys: Keys) -> None:
         self._high, self._low = _halves(keys)
-        # At most half full.
+        # The table is at most half full, so that probing stays short.
         bits = len(keys).bit_length() + 1
         self._mask, self._shift = (1 << bits) - 1, 64 - bits
         self._rows = np.full(self._mask + 1, -1, np.int32)
         self.owners = np.empty(len(keys), np.int64)
-        """For each key the row of the equal key that stands for it."""
+        """For each key the row of the equal key that represents it."""
         pending = np.arange(len(keys))
         place = self._home(self._high, self._low)
         while pending.size:
@@ -155,13 +147,13 @@ class _Slots:
             pending, place = pending[~same], (place[~same] + 1) & self._mask
 
     def find(self, keys: Keys) -> Numbers:
-        """Return the row that stands for each key; -1 if there is none."""
-        # In parts whose arrays stay in the cache.
+        """Return the row that represents each key; -1 if there is none."""
+        # The arrays of one batch stay in the processor's cache.
         parts = [self._find(keys[at : at + _BATCH]) for at in range(0, len(keys), _BATCH)]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_one(self, key: bytes) -> int:
-        """Do as :meth:`find` for one key, sooner than arrays of one would."""
+        """Find one key, faster than :meth:`find` with an array of one."""
         high, low = _PAIR.unpack(key)
         place = (high * _MIX_HIGH + low * _MIX_LOW & _WORD) >> self._shift
         while (row := int(self._rows[place])) >= 0:
@@ -207,24 +199,24 @@ _BEGIN = b'"chunks":"'
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Layout:
     table: NDArray[np.uint8]
-    """A table of this layout."""
+    """An example of a table of this layout."""
     is_key: NDArray[np.bool_]
-    """Which of its bytes are digits of keys."""
+    """Mask of its bytes that are digits of keys."""
     digits: NDArray[np.int64]
-    """Where they stand."""
+    """Positions of these digits."""
 
 
 class KeyScanner:
-    """Finds keys where the table before had them."""
+    """Reads keys at the positions that they had in the previous table."""
 
     def __init__(self) -> None:
         self._layout: _Layout | None = None
 
     def scan(self, table: bytes) -> Keys | None:
-        """Return all keys in their order, or ``None`` where the table must be parsed."""
+        """Return all keys in order, or ``None`` if the table must be parsed."""
         data, layout = np.frombuffer(table, np.uint8), self._layout
-        if layout is None or not _fits(data, layout):
-            layout = self._layout = _layout(table)
+        if layout is None or not _has_layout(data, layout):
+            layout = self._layout = _find_layout(table)
         if layout is None:
             return None
         try:
@@ -233,16 +225,16 @@ class KeyScanner:
             return None
 
 
-def _fits(data: NDArray[np.uint8], layout: _Layout) -> bool:
+def _has_layout(data: NDArray[np.uint8], layout: _Layout) -> bool:
     if data.size != layout.table.size:
         return False
     differs = data != layout.table
     return not (differs & ~layout.is_key).any()
 
 
-def _layout(table: bytes) -> _Layout | None:
+def _find_layout(table: bytes) -> _Layout | None:
     parts = table.split(_BEGIN)
-    # With escapes, or with other spaces, what is no key may look like one and the other way round.
+    # With escapes or other white space, other text may look like a key, and a key like other text.
     if b"\\" in table or len(parts) - 1 != table.count(_NAME):
         return None
     is_key = np.zeros(len(table), bool)

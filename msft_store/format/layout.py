@@ -1,12 +1,12 @@
-"""Digests, canonical JSON and records: ``docs/FORMAT.md`` in code, without any I/O.
+"""Digests, canonical JSON, keys and compression: ``docs/FORMAT.md`` in code, without any I/O.
 
-Invariants: everything is little-endian; JSON that is hashed is canonical; whatever is parsed is
-checked for its sizes before memory is taken, and anything unexpected is a :class:`CorruptedError`.
+Invariants: everything is little-endian, JSON that is hashed is canonical, sizes are checked before
+memory is taken, and unexpected content is a :class:`CorruptedError`.
 
 Example::
 
-    name = digest(canonical({"step": 10}))          # 32 hex digits
-    key = chunk_key(data, by_name("bfloat16"))      # 16 bytes
+    name = digest(canonical_json({"step": 10}))               # 32 hex digits
+    key = chunk_key(data, dtype_by_name("bfloat16"))          # 16 bytes
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from msft_store.format.strict_json import parse
 
 VERSION = 1
 CHUNK_BYTES = 4 << 20
-"""The largest chunk; a multiple of every element size."""
+"""Bytes of the largest chunk; a multiple of every element size."""
 KEY_BYTES = 16
 MAX_DEPTH = 2
-"""How many references lie between a chunk and plain bytes at most."""
+"""Largest number of references between a chunk and plain bytes."""
 MAX_GENERATION = 255
 _SKEW = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
@@ -41,7 +41,7 @@ _SKEW = zstandard.ZstdCompressionParameters(
     target_length=0,
 )
 _MAX_WINDOW = 1 << 27
-"""Of a zstd frame, bytes."""
+"""Bytes of the largest window of a zstd frame."""
 
 _local = threading.local()
 
@@ -54,7 +54,7 @@ class BaseSpan:
     start: int
     """First element, counted in the box (row-major)."""
     box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """Offset and shape; ``None``: the whole tensor."""
+    """Offset and shape; ``None`` for the whole tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,26 +72,26 @@ class Record:
 
     key: bytes
     offset: int
-    """Of the payload in the pack file, bytes."""
+    """Offset of the payload in the pack file, bytes."""
     length: int
-    """Payload bytes."""
+    """Bytes of the payload."""
     size: int
-    """Decoded bytes."""
+    """Bytes of the decoded chunk."""
     codec: int
     dtype: int
     depth: int
-    """0: no reference; 1: the base or a chunk of depth 0; 2: a chunk of depth 1."""
+    """0 without a reference, 1 against the base or depth 0, 2 against a chunk of depth 1."""
     base: str | None
     """Id of the base that decoding needs, directly or through other chunks."""
     ref_key: bytes = bytes(KEY_BYTES)
     """Digest of the reference's bytes as the codec uses them; zeros without a reference."""
     generation: int = 0
-    """How often the chunk has been encoded anew; a later record replaces an earlier one."""
+    """Number of times that the chunk was re-encoded; a later record replaces an earlier one."""
     reference: BaseSpan | tuple[ChunkSpan, ...] | None = None
 
     @property
     def refers_to_chunk(self) -> bool:
-        """Whether decoding needs another chunk, not only the base."""
+        """True if decoding needs another chunk, not only the base."""
         if self.reference is None:
             return self.ref_key != bytes(KEY_BYTES)
         return not isinstance(self.reference, BaseSpan)
@@ -107,7 +107,7 @@ def canonical_json(value: Any) -> bytes:
             value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
         ).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"not representable as JSON: {error}") from None
+        raise InvalidInputError(f"a value cannot be written as JSON: {error}") from None
 
 
 def digest(data: bytes) -> str:
@@ -123,15 +123,15 @@ def chunk_key(data: Any, dtype: DType) -> bytes:
 
 
 def join_keys(keys: Sequence[bytes]) -> str:
-    """Return the keys of a piece's chunks as JSON holds them."""
+    """Return the hex string that a manifest holds for the keys of a piece's chunks."""
     return b"".join(keys).hex()
 
 
 def split_keys(text: str, nbytes: int) -> tuple[bytes, ...]:
-    """Undo :func:`join_keys` for a piece of ``nbytes``; :class:`ValueError` for another number."""
+    """Undo :func:`join_keys`; :class:`ValueError` if ``nbytes`` need another number of keys."""
     keys = bytes.fromhex(text)
     if len(keys) != KEY_BYTES * -(-nbytes // CHUNK_BYTES):
-        raise ValueError(f"{nbytes} bytes have another number of chunks")
+        raise ValueError(f"{nbytes} bytes need another number of chunk keys")
     return tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
 
 
@@ -140,59 +140,58 @@ def seal(content: Mapping[str, Any]) -> bytes:
     return canonical_json({**content, "digest": digest(canonical_json(content))})
 
 
-def unseal(data: bytes, what: str, kind: str) -> dict[str, Any]:
-    """Parse what :func:`seal` wrote.
+def unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
+    """Parse sealed JSON and check its digest, ``format`` (``kind``) and version.
 
-    ``kind`` is the ``format`` that is expected, ``what`` names the file in messages.
+    ``file`` names the file in messages.
     """
     try:
         content = parse(data)
     except ValueError:
-        raise CorruptedError(f"{what} is not valid JSON; {REPAIR_HINT}", file=what) from None
+        raise CorruptedError(f"{file} is not valid JSON; {REPAIR_HINT}", file=file) from None
     if not isinstance(content, dict):
-        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR_HINT}", file=what)
+        raise CorruptedError(f"{file} is not a {kind} file; {REPAIR_HINT}", file=file)
     stated = content.pop("digest", None)
     try:
         sound = stated == digest(canonical_json(content))
     except InvalidInputError:
         sound = False
     if not sound:
-        raise CorruptedError(f"{what} does not match its digest; {REPAIR_HINT}", file=what)
+        raise CorruptedError(f"{file} does not match its digest; {REPAIR_HINT}", file=file)
     if content.get("format") != kind:
-        raise CorruptedError(f"{what} is not a {kind} file; {REPAIR_HINT}", file=what)
+        raise CorruptedError(f"{file} is not a {kind} file; {REPAIR_HINT}", file=file)
     if content.get("version") != VERSION or type(content["version"]) is not int:
         raise VersionError(
-            f"{what} has format version {content.get('version')!r:.40}; "
+            f"{file} has format version {content.get('version')!r:.40}; "
             f"this msft-store reads version {VERSION}: use the release that wrote it or a newer one"
         )
     return content
 
 
 def get_compressor(level: int | None) -> zstandard.ZstdCompressor:
-    """Return this thread's compressor of a level; ``None``: one that looks for little but skew.
+    """Return this thread's compressor of a level; ``None`` for entropy coding with few matches.
 
-    To make one takes longer than to use it on little data.
+    Compressors are cached because creating one takes longer than compressing a small chunk.
     """
-    mine: dict[int | None, zstandard.ZstdCompressor] = _local.__dict__.setdefault("mine", {})
-    if level not in mine:
-        mine[level] = (
+    cache: dict[int | None, zstandard.ZstdCompressor] = _local.__dict__.setdefault("cache", {})
+    if level not in cache:
+        cache[level] = (
             zstandard.ZstdCompressor(compression_params=_SKEW)
             if level is None
             else zstandard.ZstdCompressor(level=level)
         )
-    return mine[level]
+    return cache[level]
 
 
 def decompress(payload: bytes, size: int) -> memoryview:
-    """Decompress a zstd frame that must hold exactly ``size`` bytes; :class:`ValueError` otherwise.
+    """Decompress a zstd frame; :class:`ValueError` unless it holds exactly ``size`` bytes.
 
-    Memory is bounded by ``size``, whatever the frame declares.
+    Memory is bounded by ``size``, whatever size the frame declares.
     """
     try:
         declared = zstandard.get_frame_parameters(payload)
         if declared.content_size == size and declared.window_size <= _MAX_WINDOW:
-            whole = _get_decompressor().decompress(payload, allow_extra_data=False)
-            return memoryview(whole)
+            return memoryview(_get_decompressor().decompress(payload, allow_extra_data=False))
         return _decompress_unsized(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
@@ -213,8 +212,8 @@ def _decompress_unsized(payload: bytes, size: int) -> memoryview:
 
 
 def _get_decompressor() -> zstandard.ZstdDecompressor:
-    # Making one takes longer than decompressing a small frame; none may serve two threads at once.
-    found: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
-    if found is None:
-        found = _local.decompressor = zstandard.ZstdDecompressor()
-    return found
+    # Creating one takes longer than decompressing a small frame, and two threads cannot share one.
+    decompressor: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if decompressor is None:
+        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
+    return decompressor

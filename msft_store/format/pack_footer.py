@@ -1,8 +1,8 @@
-"""The footer of a pack in bytes: what the pack holds.
+"""Encode and decode the footer of a pack: the list of the records in it.
 
-Invariants: a footer is checked for its digest and its sizes when it is parsed. Its records stay the
-array that they are in the file, because a store has them by the hundred thousand, and its
-references stay JSON until the first one is needed.
+Invariants: the digest and the sizes of a footer are checked when it is parsed. Records stay in the
+array that they are in the file, because a store has hundreds of thousands of them. References stay
+JSON until the first one is needed.
 
 Example::
 
@@ -52,13 +52,13 @@ PACK_MAGIC = b"msftpack"
 PACK_HEADER = struct.Struct("<8sII")
 PACK_TRAILER = struct.Struct("<QIIII16s8s")
 NO_INDEX = 0xFFFFFFFF
-"""The index of what a record does not have."""
+"""The index that means that a record has no reference, or no base."""
 _MAX_TABLE = 1 << 20
 _MAX_TABLE_OF_RECORD = 1 << 10
-"""Bytes of JSON: of any pack, and more for each record. Compressed, JSON may be next to nothing."""
+"""Bytes of JSON that each record adds to the limit, as compressed JSON may be tiny."""
 _MAX_FOOTER = 1 << 29
 _MAX_EXCESS = 1 << 16
-"""Bytes that a payload may have more than the chunk."""
+"""Largest number of bytes by which a payload exceeds its chunk."""
 _MAX_SPANS = 16
 _SIZES = np.ones(256, np.uint32)
 _SIZES[[dtype.code for dtype in DTYPES]] = [dtype.size for dtype in DTYPES]
@@ -83,12 +83,12 @@ _RECORD = np.dtype(
 RECORD_BYTES = _RECORD.itemsize
 
 Rows = NDArray[np.void]
-"""Records as they stand in the file."""
+"""Records in their form in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trailer:
-    """The last bytes of a pack: where its footer is."""
+    """The last bytes of a pack, which locate its footer."""
 
     offset: int
     length: int
@@ -106,11 +106,11 @@ class Footer:
     rows: Rows = field(repr=False)
     bases: tuple[str, ...]
     refers_to_chunk: NDArray[np.bool_] = field(repr=False)
-    """Which records need another chunk, not only the base, to be decoded."""
-    what: str
-    """The file, in messages."""
+    """Mask of the records that need another chunk, not only the base, to be decoded."""
+    file: str
+    """Name of the file in messages."""
     check: bytes
-    """Digest of the footer as it stands in the file: the pack's id."""
+    """Digest of the compressed footer: the pack's id."""
     _table: memoryview = field(repr=False)
 
     def __len__(self) -> int:
@@ -121,8 +121,8 @@ class Footer:
 
     @cached_property
     def references(self) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
-        """The references that records name by index; :class:`CorruptedError` if they are none."""
-        return _references(bytes(self._table), self.rows, self.what)
+        """The references that records name by index; may raise :class:`CorruptedError`."""
+        return _references(bytes(self._table), self.rows, self.file)
 
     def record(self, row: int) -> Record:
         """Return one record."""
@@ -185,7 +185,7 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
     if len(raw) > max_footer_bytes(len(rows)):
         raise InvalidInputError(
-            "the names of tensors are too long for so many; shorten those of more than 900 letters"
+            "the tensor names are too long in total; shorten those of more than 900 characters"
         )
     footer = zstandard.ZstdCompressor(level=3).compress(raw)
     check = xxhash.xxh3_128_digest(footer)
@@ -194,92 +194,87 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
     return footer + trailer, check
 
 
-def decode_trailer(data: bytes, file_size: int, what: str) -> Trailer:
+def decode_trailer(data: bytes, file_size: int, file: str) -> Trailer:
     """Parse the last bytes of a pack file of ``file_size`` bytes."""
     if len(data) != PACK_TRAILER.size:
-        raise CorruptedError(f"{what} is truncated")
+        raise CorruptedError(f"{file} is truncated")
     offset, length, size, count, zero, check, magic = PACK_TRAILER.unpack(data)
     if magic != PACK_MAGIC or zero or offset + length + PACK_TRAILER.size != file_size:
-        raise CorruptedError(f"{what} is truncated or damaged at its end")
+        raise CorruptedError(f"{file} is truncated or damaged at its end")
     if (
         size > max_footer_bytes(count)
         or length > size + _MAX_EXCESS
         or count * KEY_BYTES > length + 64
     ):
-        raise CorruptedError(f"{what} declares a footer that its length rules out")
+        raise CorruptedError(f"{file} declares a footer that its length rules out")
     return Trailer(offset=offset, length=length, size=size, count=count, check=check)
 
 
 def max_footer_bytes(count: int) -> int:
-    """Return the decoded length that a footer of so many records may have."""
+    """Return the largest decoded length of a footer of ``count`` records."""
     of_record = _MAX_TABLE_OF_RECORD + _RECORD.itemsize
     return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)
 
 
-def decode_footer(data: bytes, trailer: Trailer, what: str) -> Footer:
+def decode_footer(data: bytes, trailer: Trailer, file: str) -> Footer:
     """Parse a pack's footer."""
     if xxhash.xxh3_128_digest(data) != trailer.check:
-        raise CorruptedError(f"the footer of {what} does not match its digest")
+        raise CorruptedError(f"the footer of {file} does not match its digest")
     try:
         raw = decompress(data, trailer.size)
         (length,) = struct.unpack_from("<I", raw)
         table = bytes(raw[4 : 4 + length])
         if 4 + length + trailer.count * _RECORD.itemsize != trailer.size:
-            raise ValueError("it has another length than its parts")
+            raise ValueError("its length differs from that of its parts")
         rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
         bases = _bases(table)
     except (ValueError, KeyError, struct.error) as error:
-        raise _footer_error(what, error) from None
-    _check_rows(rows, what)
+        raise _footer_error(file, error) from None
+    _check_rows(rows, file)
     if ((rows["base"] >= len(bases)) & (rows["base"] != NO_INDEX)).any():
-        raise _footer_error(what, "a record names a base that is not there")
+        raise _footer_error(file, "a record names a base that is not listed")
     end = rows["offset"] + rows["length"]
     if (end > trailer.offset).any() or (end < rows["offset"]).any():
-        raise CorruptedError(f"the footer of {what} points beyond its payloads")
-    refers = _refers_to_chunk(table, rows, what)
+        raise CorruptedError(f"the footer of {file} points beyond its payloads")
+    refers = _refers_to_chunk(table, rows, file)
     view = raw[4 : 4 + length]
     return Footer(
-        rows=rows,
-        bases=bases,
-        refers_to_chunk=refers,
-        what=what,
-        check=trailer.check,
-        _table=view,
+        rows=rows, bases=bases, refers_to_chunk=refers, file=file, check=trailer.check, _table=view
     )
 
 
-def _check_rows(rows: Rows, what: str) -> None:
+def _check_rows(rows: Rows, file: str) -> None:
     sizes, lengths = rows["size"], rows["length"].astype(np.int64)
     if (sizes > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
-        raise _footer_error(what, "a chunk is larger or deeper than the format allows")
+        raise _footer_error(file, "a chunk is larger or deeper than the format allows")
     if (sizes == 0).any() or (sizes % _SIZES[rows["dtype"]]).any():
-        raise _footer_error(what, "a chunk is empty or ends within an element")
+        raise _footer_error(file, "a chunk is empty or ends within an element")
     if (lengths > sizes.astype(np.int64) + _MAX_EXCESS).any():
-        raise _footer_error(what, "a payload is much longer than its chunk")
+        raise _footer_error(file, "a payload is much longer than its chunk")
     if rows["reserved"].any():
-        raise _footer_error(what, "a record has something where zeros belong")
+        raise _footer_error(file, "the reserved bytes of a record are not zero")
 
 
-def _refers_to_chunk(table: bytes, rows: Rows, what: str) -> NDArray[np.bool_]:
+def _refers_to_chunk(table: bytes, rows: Rows, file: str) -> NDArray[np.bool_]:
     named = rows["reference"]
     refers: NDArray[np.bool_] = (named == NO_INDEX) & ~is_zero(rows["ref_key"])
     if _CHUNKS in table or b"\\" in table:
-        chunks = [isinstance(reference, tuple) for reference in _references(table, rows, what)]
+        chunks = [isinstance(reference, tuple) for reference in _references(table, rows, file)]
         explicit = np.flatnonzero(named != NO_INDEX)
         refers[explicit] = np.array(chunks, bool)[named[explicit]]
     return refers
 
 
 def _references(
-    table: bytes, rows: Rows, what: str
+    table: bytes, rows: Rows, file: str
 ) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
     try:
         found = tuple(map(_reference_from_json, check_object(parse(table))["references"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise _footer_error(what, error) from None
+        raise _footer_error(file, error) from None
     named = rows["reference"]
     if (named[named != NO_INDEX] >= len(found)).any():
-        raise _footer_error(what, "a record names a reference that is not there")
+        raise _footer_error(file, "a record names a reference that is not listed")
     return found
 
 
@@ -287,15 +282,12 @@ def _bases(table: bytes) -> tuple[str, ...]:
     canonical_bases = _BASES.match(table)
     found = parse(canonical_bases[1] if canonical_bases else table)
     return tuple(
-        map(
-            check_id,
-            check_strings(found if canonical_bases else check_object(found)["bases"]),
-        )
+        map(check_id, check_strings(found if canonical_bases else check_object(found)["bases"]))
     )
 
 
-def _footer_error(what: str, reason: object) -> CorruptedError:
-    return CorruptedError(f"the footer of {what} cannot be read: {reason}")
+def _footer_error(file: str, reason: object) -> CorruptedError:
+    return CorruptedError(f"the footer of {file} cannot be read: {reason}")
 
 
 def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
@@ -314,11 +306,9 @@ def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
             offset, shape = entry["box"]
             box = check_shape(offset), check_shape(shape)
             if len(box[0]) != len(box[1]):
-                raise ValueError("a box has an offset of other dimensions")
+                raise ValueError("offset and shape of a box differ in length")
         return BaseSpan(
-            tensor=check_tensor_name(entry["tensor"]),
-            start=check_natural(entry["start"]),
-            box=box,
+            tensor=check_tensor_name(entry["tensor"]), start=check_natural(entry["start"]), box=box
         )
     spans = tuple(_span(*span) for span in entry["chunks"])
     if not 0 < len(spans) <= _MAX_SPANS:
@@ -327,7 +317,7 @@ def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
 
 
 def _span(key: Any, start: Any, length: Any) -> ChunkSpan:
-    # Not of no bytes: each part takes a whole chunk to read.
+    # An empty part is refused, because reading it would take a whole chunk.
     if check_natural(start) + check_natural(length) > CHUNK_BYTES or length == 0:
-        raise ValueError("a reference is to bytes that no chunk has")
+        raise ValueError("a reference points beyond the largest chunk")
     return ChunkSpan(key=bytes.fromhex(check_id(key)), start=start, length=length)
