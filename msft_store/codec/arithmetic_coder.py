@@ -1,17 +1,18 @@
-"""The loop of codec 7: symbols coded bit by bit, each bit with a chance that adapts.
+"""Codec 7's entropy coder: an adaptive binary arithmetic coder.
 
-A symbol is a path of yes-or-no decisions: changed at all, the smallest distances one by one, then
-its token bit by bit, direction, half. A decision's chance is the mean of two counters: one of its
-place in the path and the class, the other of its place and how far the weights before it moved,
-compared with its own exponent: neighbours in a row move alike. Integers alone, so that every
-machine gives the same bytes. ``docs/FORMAT.md``, section 5.
+A symbol is a sequence of decisions: whether there is a change, the smallest distances one by one,
+then the bits of its token, its direction and its half. The chance of a decision is the mean of two
+counters. One belongs to its place in the sequence and the exponent. The other belongs to its place
+and to how far the elements before it moved, relative to the exponent, because neighbours in a row
+move alike. All arithmetic is in integers, so every machine gives the same bytes.
+``docs/FORMAT.md``, section 5, defines the terms.
 
 The same source runs compiled on arrays (:mod:`msft_store.codec.numba_kernels`) and interpreted on
 lists.
 
 Example::
 
-    used = code(True, data, exponents, 110, 121, symbols, *counters(), RATES)
+    used = code_symbols(True, data, exponents, 110, 121, symbols, *make_counters(), RATES)
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 PLACES = 512
-"""Places in the path: 0 to 3 changed and the smallest distances, 4 to 6 their direction, from 128
-the token's bits, from 256 the direction, from 384 the half. Those that come most are neighbours."""
-CLASSES = 64
-_NEAR = 16 * 64
+"""Places of decisions: 0 to 3 for a change and the smallest distances, 4 to 6 for their direction,
+from 128 for the token's bits, from 256 for the direction, from 384 for the half."""
+_MAX_EXPONENTS = 64
+_MOVEMENTS = 16 * 64
 RATES = np.array([(1 << 17) // (2 * seen + 3) for seen in range(256)], np.int64)
-"""How far a counter moves towards a bit, in 65536ths, by how much it has seen."""
+"""The step of a counter towards a bit, in 65536ths, by the number of decisions it has seen."""
 MAX_SYMBOL_BYTES = 20
-"""Bytes that a symbol takes at most: 13 decisions of 11 bits, and a few for the end."""
+"""Largest number of bytes of a symbol: 13 decisions of 11 bits, and a few for the end."""
 
 
 def make_counters() -> tuple[Array, Array]:
-    """Return the counters by class and by movement, before they have seen anything; int32.
+    """Return the initial counters by exponent and by movement, int32.
 
-    A counter is 24 bits of chance, signed, of which 20 are used, 0 being even, and 8 bits of how
-    much it has seen.
+    A counter holds a signed chance in its upper 24 bits, of which 20 are used and 0 means one half,
+    and the number of decisions it has seen in its lower 8 bits.
     """
-    return np.zeros(CLASSES * PLACES, np.int32), np.zeros(_NEAR * PLACES, np.int32)
+    return np.zeros(_MAX_EXPONENTS * PLACES, np.int32), np.zeros(_MOVEMENTS * PLACES, np.int32)
 
 
 def code_symbols(
@@ -50,44 +51,36 @@ def code_symbols(
     low: Any,
     high: Any,
     symbols: Any,
-    by_class: Any,
+    by_exponent: Any,
     by_movement: Any,
     rates: Any,
 ) -> Any:
-    """Write ``symbols`` to ``data``, or read them from it; return how many bytes that takes.
+    """Write ``symbols`` to ``data``, or read them from it; return the number of bytes used.
 
-    A symbol is ``(token << 1 | half) << 2 | towards zero << 1 | sign flipped``. Reading goes on
-    with zeros beyond the end of ``data``.
+    A symbol is ``(token << 1 | half) << 2 | towards zero << 1 | sign flipped``. Beyond the end of
+    ``data`` zeros are read.
     """
-    bottom, top, value, at = 0, 0xFFFFFFFF, 0, 0
+    value, at = 0, 0
     if not encoding:
         for _ in range(4):
             value = value << 8 | (data[at] if at < len(data) else 0)
             at += 1
+    # The interval from bottom to top, the value that is read, and the position in the data.
+    coder = 0, 0xFFFFFFFF, value, at
     quick = slow = exponents[0] << 9
     for i in range(len(exponents)):
         exponent = exponents[i]
-        # Masked, so that a compiler sees that no index is negative.
-        mine = (min(max(exponent, low), high) - low << 9) & 0x7FFF
+        # The mask shows the compiler that no index is negative.
+        here = (min(max(exponent, low), high) - low << 9) & 0x7FFF
         nearest = min(max((quick >> 8) - 2 * exponent + 8, 0), 63) >> 2
         nearby = min(max((slow >> 8) - 2 * exponent + 8, 0), 63)
-        moving = (nearest << 6 | nearby) << 9
+        there = (nearest << 6 | nearby) << 9
         symbol = symbols[i] if encoding else 0
         token, flipped = symbol >> 3, symbol & 1
         path, towards, half = flipped << 6 | token, symbol >> 1 & 1, symbol >> 2 & 1
-        bit, bottom, top, value, at = code_decision(
-            encoding,
-            1 if symbol != 0 else 0,
-            data,
-            by_class,
-            mine,
-            by_movement,
-            moving,
-            rates,
-            bottom,
-            top,
-            value,
-            at,
+        bit = 1 if symbol != 0 else 0
+        bit, coder = code_decision(
+            encoding, bit, data, by_exponent, here, by_movement, there, rates, coder
         )
         if not bit:
             token = flipped = towards = half = 0
@@ -96,19 +89,10 @@ def code_symbols(
             place, bit = 0, 0
             while bit == 0 and place < 3:
                 place += 1
-                bit, bottom, top, value, at = code_decision(
-                    encoding,
-                    1 if path == place else 0,
-                    data,
-                    by_class,
-                    mine + place,
-                    by_movement,
-                    moving + place,
-                    rates,
-                    bottom,
-                    top,
-                    value,
-                    at,
+                bit = 1 if path == place else 0
+                a, b = here + place, there + place
+                bit, coder = code_decision(
+                    encoding, bit, data, by_exponent, a, by_movement, b, rates, coder
                 )
             if bit:
                 token, flipped = place, 0
@@ -116,59 +100,31 @@ def code_symbols(
             else:
                 place = 1
                 for depth in range(7):
-                    bit, bottom, top, value, at = code_decision(
-                        encoding,
-                        path >> (6 - depth) & 1,
-                        data,
-                        by_class,
-                        mine + 128 + place,
-                        by_movement,
-                        moving + 128 + place,
-                        rates,
-                        bottom,
-                        top,
-                        value,
-                        at,
+                    bit = path >> (6 - depth) & 1
+                    a, b = here + 128 + place, there + 128 + place
+                    bit, coder = code_decision(
+                        encoding, bit, data, by_exponent, a, by_movement, b, rates, coder
                     )
                     place = place << 1 | bit
                 token, flipped = place & 63, place >> 6 & 1
                 place = 256 + 2 * token + flipped
             if token > 0:
-                towards, bottom, top, value, at = code_decision(
-                    encoding,
-                    towards,
-                    data,
-                    by_class,
-                    mine + place,
-                    by_movement,
-                    moving + place,
-                    rates,
-                    bottom,
-                    top,
-                    value,
-                    at,
+                a, b = here + place, there + place
+                towards, coder = code_decision(
+                    encoding, towards, data, by_exponent, a, by_movement, b, rates, coder
                 )
             if token >= 4:
                 place = 384 + 2 * token + flipped
-                half, bottom, top, value, at = code_decision(
-                    encoding,
-                    half,
-                    data,
-                    by_class,
-                    mine + place,
-                    by_movement,
-                    moving + place,
-                    rates,
-                    bottom,
-                    top,
-                    value,
-                    at,
+                a, b = here + place, there + place
+                half, coder = code_decision(
+                    encoding, half, data, by_exponent, a, by_movement, b, rates, coder
                 )
             moved = 2 * exponent + (token if token > 1 else 0)
         if not encoding:
             symbols[i] = token << 3 | half << 2 | towards << 1 | flipped
         quick += (moved << 8) - quick >> 3
         slow += (moved << 8) - slow >> 6
+    _, top, value, at = coder
     if encoding:
         for _ in range(4):
             data[at] = top >> 24
@@ -181,18 +137,16 @@ def code_decision(
     encoding: Any,
     bit: Any,
     data: Any,
-    by_class: Any,
+    by_exponent: Any,
     here: Any,
     by_movement: Any,
     there: Any,
     rates: Any,
-    bottom: Any,
-    top: Any,
-    value: Any,
-    at: Any,
+    coder: Any,
 ) -> Any:
-    """Code or decode one bit; return it and the coder as it is then."""
-    one, two = by_class[here], by_movement[there]
+    """Encode or decode one bit; return the bit and the next state of the coder."""
+    bottom, top, value, at = coder
+    one, two = by_exponent[here], by_movement[there]
     chance = min(max((one + two >> 13) + 32768, 32), 65504)
     span = top - bottom
     middle = bottom + (span >> 16) * chance + ((span & 0xFFFF) * chance >> 16)
@@ -212,7 +166,7 @@ def code_decision(
         top = (top << 8 & 0xFFFFFFFF) | 0xFF
     goal = bit * 0xFFFFF - 0x80000
     seen, before = one & 255, one >> 8
-    by_class[here] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(seen + 1, 255)
+    by_exponent[here] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(seen + 1, 255)
     seen, before = two & 255, two >> 8
     by_movement[there] = before + ((goal - before) * rates[seen] >> 16) << 8 | min(seen + 1, 255)
-    return bit, bottom, top, value, at
+    return bit, (bottom, top, value, at)

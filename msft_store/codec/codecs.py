@@ -1,23 +1,14 @@
 """The codecs: ways to represent one chunk, with or without a reference.
 
 Each codec is a small frozen dataclass with a stable code (``docs/FORMAT.md``, section 5). All are
-lossless and deterministic: equal input gives equal bytes, whatever the number of threads.
-:func:`encode` picks the smallest representation.
+lossless and deterministic: equal input gives equal bytes, whatever the number of threads and with
+or without the kernels that Numba compiles. Without Numba, or with ``MSFT_STORE_NUMBA=0`` in the
+environment, everything works more slowly. :func:`encode` picks the smallest representation.
 
 Example::
 
-    code, payload = encode(chunk, reference, dtype)
-    assert (decode(code, payload, chunk.size, reference, dtype) == chunk).all()
-
-Whether compiled loops are there: Numba is asked for when they are needed first, not on import.
-
-Without Numba, or with ``MSFT_STORE_NUMBA=0`` in the environment, everything works and gives the
-same bytes, more slowly.
-
-Example::
-
-    fast = loops()
-    words = rans.encode(symbols, packed) if fast is None else fast.encode(symbols, packed, lanes)
+    codec, payload = encode(chunk, reference, dtype)
+    assert (decode(codec.code, payload, chunk.size, reference, dtype) == chunk).all()
 """
 
 from __future__ import annotations
@@ -58,14 +49,15 @@ NUMBA_VARIABLE = "MSFT_STORE_NUMBA"
 
 @functools.cache
 def compiled_kernels() -> Any:
-    """Return :mod:`msft_store.codec.numba_kernels`, or ``None``."""
+    """Return :mod:`msft_store.codec.numba_kernels`, imported at first use, or ``None``."""
     if os.environ.get(NUMBA_VARIABLE) == "0":
         return None
     try:
         return importlib.import_module("msft_store.codec.numba_kernels")
-    except Exception as error:  # Numba fails in many ways where it does not fit its machine
+    except Exception as error:  # Numba raises many kinds of errors on unsupported machines
         warnings.warn(
-            f"Numba cannot be used ({error}): saves and loads are slower, level small by far",
+            f"Numba cannot be used ({error}): saves and loads are slower, above all at level "
+            "small; install a Numba that supports this machine, or set MSFT_STORE_NUMBA=0",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -75,24 +67,24 @@ def compiled_kernels() -> Any:
 _DELTA_LEVEL = 1
 _PLAIN_LEVEL = 3
 _SPARSE_BELOW = 0.4
-"""Share of changed elements from which gaps cost more than the zeros that they skip."""
+"""From this share of changed elements on, gaps cost more than the zeros that they replace."""
 _DENSE_FROM = 0.1
 _TABLES_FROM = 8192
-"""Bytes of a chunk below which tables take more time than they save space."""
+"""Chunks of fewer bytes are coded without tables, which would not be worth their time."""
 _TABLES_PAY_FROM = 1024
-"""Bytes below which a payload may be smaller without tables."""
+"""Payloads of fewer bytes may be smaller without tables."""
 _SEARCH_FROM = 0.9
-"""Share of a chunk's size from which a search for repetitions may find what exponents do not."""
+"""From this share of a chunk's size on, zstd may find repetitions that save more than exponents."""
 _PLAIN_FROM = 0.6
-"""Share of a chunk's size from which a delta may lose against no reference at all."""
-
-
-Level = Literal["fast", "small"]
-"""What an encoder aims for."""
-LEVELS: tuple[Level, ...] = ("fast", "small")
+"""From this share of a chunk's size on, coding without a reference may be smaller than a delta."""
 
 
 _COMPILED_LANES = (2, 4)
+"""Widths of the lanes that the compiled kernels can rotate, bytes."""
+
+Level = Literal["fast", "small"]
+"""The aim of an encoder: speed or size."""
+LEVELS: tuple[Level, ...] = ("fast", "small")
 
 
 class Codec(Protocol):
@@ -100,15 +92,15 @@ class Codec(Protocol):
 
     @property
     def code(self) -> int:
-        """Its number in the byte format."""
+        """The number of the codec in the byte format."""
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The name of the codec in messages."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it codes a change."""
+        """True if the codec codes a change against a reference."""
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         """Return the payload of a chunk."""
@@ -119,7 +111,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Raw:
-    """The bytes themselves."""
+    """The plain bytes of the chunk."""
 
     code: int = 0
     name: str = "raw"
@@ -136,22 +128,22 @@ class Raw:
 
 @dataclass(frozen=True)
 class Zstd:
-    """zstd over the bytes in their order."""
+    """A zstd frame of the bytes."""
 
     code: int = 1
     name: str = "zstd"
     needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        return _deflate(chunk, _PLAIN_LEVEL)
+        return _compress(chunk, _PLAIN_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return _inflate(payload, size)
+        return _decompress(payload, size)
 
 
 @dataclass(frozen=True)
 class Planes:
-    """zstd over byte planes: all lowest bytes first, then the next ones."""
+    """A zstd frame of byte planes: all lowest bytes, then all second bytes, and so on."""
 
     code: int = 2
     name: str = "planes"
@@ -159,15 +151,15 @@ class Planes:
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
-        return _deflate(split_planes(codes), _PLAIN_LEVEL)
+        return _compress(split_planes(codes), _PLAIN_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return join_planes(_inflate(payload, size), dtype.lane).view(np.uint8)
+        return join_planes(_decompress(payload, size), dtype.lane).view(np.uint8)
 
 
 @dataclass(frozen=True)
 class Same:
-    """Equal to the reference: no payload."""
+    """An empty payload: the chunk equals the reference."""
 
     code: int = 3
     name: str = "same"
@@ -177,32 +169,29 @@ class Same:
         return b""
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return _required(reference, size)
+        return _check_reference(reference, size)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """zstd over the byte planes of every element's change."""
+    """A zstd frame of the byte planes of all changes."""
 
     code: int = 4
     name: str = "delta"
     needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        return _deflate(split_planes(_change(chunk, reference, dtype)), _DELTA_LEVEL)
+        return _compress(split_planes(_compute_change(chunk, reference, dtype)), _DELTA_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = view_lanes(_required(reference, size), dtype.lane)
-        change = join_planes(_inflate(payload, size), dtype.lane)
+        old = view_lanes(_check_reference(reference, size), dtype.lane)
+        change = join_planes(_decompress(payload, size), dtype.lane)
         return decode_lane_changes(change, old, floating=dtype.floating).view(np.uint8)
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """zstd over the gaps between changed elements, then over their changes, as byte planes each.
-
-    The payload begins with the number of changed elements (u32).
-    """
+    """The number of changed elements (u32), then a zstd frame of planes of gaps and of changes."""
 
     code: int = 5
     name: str = "sparse"
@@ -211,21 +200,21 @@ class Sparse:
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         new, old = (
             view_lanes(chunk, dtype.lane),
-            view_lanes(_required(reference, chunk.size), dtype.lane),
+            view_lanes(_check_reference(reference, chunk.size), dtype.lane),
         )
         positions = np.flatnonzero(new != old)
         change = encode_lane_changes(new[positions], old[positions], floating=dtype.floating)
         streams = np.concatenate([split_planes(encode_gaps(positions)), split_planes(change)])
-        return struct.pack("<I", positions.size) + _deflate(streams, _DELTA_LEVEL)
+        return struct.pack("<I", positions.size) + _compress(streams, _DELTA_LEVEL)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = view_lanes(_required(reference, size), dtype.lane)
+        old = view_lanes(_check_reference(reference, size), dtype.lane)
         if len(payload) < 4:
             raise ValueError("a sparse chunk has no count")
         (count,) = struct.unpack_from("<I", payload)
         if count > old.size:
             raise ValueError("a sparse chunk changes more elements than it has")
-        streams = _inflate(payload[4:], count * (4 + dtype.lane))
+        streams = _decompress(payload[4:], count * (4 + dtype.lane))
         positions = decode_gaps(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
         if count and positions[-1] >= old.size:
             raise ValueError("a sparse chunk changes elements beyond its end")
@@ -238,7 +227,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class ExponentClasses:
-    """Changes given the exponent of the reference, range-coded; floats of 2 or 4 bytes."""
+    """Changes range-coded by the exponent of the reference, for floats of 2 or 4 bytes."""
 
     code: int = 6
     name: str = "classes"
@@ -247,64 +236,51 @@ class ExponentClasses:
     def encode(
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
-        new, old = (
-            view_lanes(chunk, dtype.lane),
-            view_lanes(_required(reference, chunk.size), dtype.lane),
-        )
-        fast = compiled_kernels()
-        return exponent_codec.encode(
-            found or exponent_codec.find_changes(new, old, _layout(dtype), fast), fast
-        )
+        new = view_lanes(chunk, dtype.lane)
+        old = view_lanes(_check_reference(reference, chunk.size), dtype.lane)
+        compiled, layout = compiled_kernels(), _require_layout(dtype)
+        found = found or exponent_codec.find_changes(new, old, layout, compiled)
+        return self._encode_changes(old, layout, found, compiled)
+
+    def _encode_changes(
+        self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
+    ) -> bytes:
+        return exponent_codec.encode(found, compiled)
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        data: Bytes = _required(reference, size).copy()
-        self.decode_over(payload, data, dtype)
+        data: Bytes = _check_reference(reference, size).copy()
+        self.decode_in_place(payload, data, dtype)
         return data
 
-    def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
-        """Decode in the place of the reference."""
-        exponent_codec.decode_in_place(
-            payload, view_lanes(data, dtype.lane), _layout(dtype), compiled_kernels()
-        )
+    def decode_in_place(self, payload: bytes, data: Bytes, dtype: DType) -> None:
+        """Replace the reference in ``data`` by the decoded chunk."""
+        lanes, layout = view_lanes(data, dtype.lane), _require_layout(dtype)
+        exponent_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
 @dataclass(frozen=True)
-class Adaptive:
-    """As exponent_codec, with chances that adapt: smaller and slower."""
+class Adaptive(ExponentClasses):
+    """The changes of codec 6, coded with chances that adapt: smaller and slower."""
 
     code: int = 7
     name: str = "adaptive"
-    needs_reference: bool = True
 
-    def encode(
-        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
+    def _encode_changes(
+        self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
     ) -> bytes:
-        new, old = (
-            view_lanes(chunk, dtype.lane),
-            view_lanes(_required(reference, chunk.size), dtype.lane),
-        )
-        fast, layout = compiled_kernels(), _layout(dtype)
-        found = found or exponent_codec.find_changes(new, old, layout, fast)
-        return adaptive_codec.encode(old, layout, found, fast)
+        return adaptive_codec.encode(old, layout, found, compiled)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        data: Bytes = _required(reference, size).copy()
-        self.decode_over(payload, data, dtype)
-        return data
-
-    def decode_over(self, payload: bytes, data: Bytes, dtype: DType) -> None:
-        """Decode in the place of the reference."""
-        adaptive_codec.decode_in_place(
-            payload, view_lanes(data, dtype.lane), _layout(dtype), compiled_kernels()
-        )
+    def decode_in_place(self, payload: bytes, data: Bytes, dtype: DType) -> None:
+        lanes, layout = view_lanes(data, dtype.lane), _require_layout(dtype)
+        adaptive_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
 @dataclass(frozen=True)
 class Turned:
-    """zstd over byte planes of lanes with the sign last: exponents apart from all else.
+    """A zstd frame of the byte planes of lanes rotated left by one bit, which isolates exponents.
 
-    For weights that nothing is like: their exponents are all that can be made smaller, so the
-    compressor is told to look for little else.
+    It suits weights that resemble no reference. Only their exponents can be compressed, so zstd
+    hardly searches for matches.
     """
 
     code: int = 8
@@ -313,28 +289,28 @@ class Turned:
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
-        fast = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
-        if fast is None:
+        compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
+        if compiled is None:
             planes = split_planes(rotate_left(codes))
         else:
             codes.flags.writeable = False
-            planes = fast.split_rotated_planes(codes, dtype.lane)
+            planes = compiled.split_rotated_planes(codes, dtype.lane)
         stream = get_compressor(None).compressobj(planes.size)
         parts: list[bytes] = []
         for plane in planes.reshape(dtype.lane, -1):
-            # A block of its own for each, as a block has one table for all its bytes.
+            # Each plane gets its own zstd block, because a block has one entropy table.
             parts += stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         return b"".join([*parts, stream.flush()])
 
     def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
         if size % dtype.lane:
             raise ValueError("a turned chunk ends within an element")
-        planes = _inflate(payload, size)
-        fast = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
-        if fast is None:
+        planes = _decompress(payload, size)
+        compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
+        if compiled is None:
             return rotate_right(join_planes(planes, dtype.lane)).view(np.uint8)
         codes = np.empty(size // dtype.lane, f"<u{dtype.lane}")
-        fast.join_rotated_planes(planes, codes, dtype.lane)
+        compiled.join_rotated_planes(planes, codes, dtype.lane)
         data: Bytes = codes.view(np.uint8)
         return data
 
@@ -355,7 +331,7 @@ _BY_CODE: dict[int, Codec] = {
 
 
 def codec_by_code(code: int) -> Codec:
-    """Return the codec of a format code; :class:`VersionError` if there is none."""
+    """Return the codec of a code; :class:`VersionError` if the code is unknown."""
     try:
         return _BY_CODE[code]
     except KeyError:
@@ -370,57 +346,61 @@ def encode(
     level: Level = "fast",
     found: ChunkChanges | None = None,
 ) -> tuple[Codec, bytes]:
-    """Return the smallest representation of a chunk; ties go to the one that is tried first.
+    """Return the smallest representation of a chunk; the codec tried first wins a tie.
 
-    ``found`` is what changed since the reference, if somebody has looked already.
+    ``found`` holds the changes against the reference if they are known already.
     """
     best: tuple[Codec, bytes] | None = None
     if reference is not None:
-        if np.array_equal(chunk, _required(reference, chunk.size)):
+        if np.array_equal(chunk, _check_reference(reference, chunk.size)):
             return SAME, b""
-        best = _changed(chunk, reference, dtype, level, found)
+        best = _encode_against(chunk, reference, dtype, level, found)
         if len(best[1]) < _PLAIN_FROM * chunk.size:
             return best
-    plain = _plain(chunk, dtype, level)
+    plain = _encode_alone(chunk, dtype, level)
     if best is None or len(plain[1]) < len(best[1]):
         best = plain
     return best if len(best[1]) < chunk.size else (RAW, RAW.encode(chunk, None, dtype))
 
 
-def _plain(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
+def _encode_alone(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
     if dtype.lane == 1:
         return ZSTD, ZSTD.encode(chunk, None, dtype)
     if not dtype.floating:
-        return _smallest((PLANES, ZSTD), chunk, None, dtype)
+        return _pick_smallest((PLANES, ZSTD), chunk, None, dtype)
     if level == "small":
-        return _smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
+        return _pick_smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
     payload = TURNED.encode(chunk, None, dtype)
     if len(payload) < _SEARCH_FROM * chunk.size:
         return TURNED, payload
-    return min((TURNED, payload), _smallest((ZSTD,), chunk, None, dtype), key=lambda p: len(p[1]))
+    return min(
+        (TURNED, payload), _pick_smallest((ZSTD,), chunk, None, dtype), key=lambda p: len(p[1])
+    )
 
 
-def _changed(
+def _encode_against(
     chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: ChunkChanges | None
 ) -> tuple[Codec, bytes]:
-    little = chunk.size < _TABLES_FROM
-    if changes.float_layout(dtype) is not None and (level == "small" or not little):
+    is_small = chunk.size < _TABLES_FROM
+    if changes.float_layout(dtype) is not None and (level == "small" or not is_small):
         codec = EXPONENT_CLASSES if level == "fast" else ADAPTIVE
         payload = codec.encode(chunk, reference, dtype, found)
-        if little or len(payload) < _TABLES_PAY_FROM:
-            plainer = _smallest((SPARSE, DELTA) if little else (SPARSE,), chunk, reference, dtype)
+        if is_small or len(payload) < _TABLES_PAY_FROM:
+            plainer = _pick_smallest(
+                (SPARSE, DELTA) if is_small else (SPARSE,), chunk, reference, dtype
+            )
             if len(plainer[1]) <= len(payload):
                 return plainer
         return codec, payload
     differs = view_lanes(chunk, dtype.lane) != view_lanes(reference, dtype.lane)
     changed = np.count_nonzero(differs) / differs.size
     if changed < _DENSE_FROM:
-        return _smallest((SPARSE,), chunk, reference, dtype)
+        return _pick_smallest((SPARSE,), chunk, reference, dtype)
     tried = (SPARSE, DELTA) if changed < _SPARSE_BELOW else (DELTA,)
-    return _smallest(tried, chunk, reference, dtype)
+    return _pick_smallest(tried, chunk, reference, dtype)
 
 
-def _smallest(
+def _pick_smallest(
     codecs: tuple[Codec, ...], chunk: Bytes, reference: Bytes | None, dtype: DType
 ) -> tuple[Codec, bytes]:
     tried = [(codec, codec.encode(chunk, reference, dtype)) for codec in codecs]
@@ -428,48 +408,48 @@ def _smallest(
 
 
 def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-    """Return the ``size`` bytes of a chunk.
+    """Return the ``size`` bytes of a decoded chunk.
 
     :class:`ValueError` if the payload is damaged, :class:`VersionError` for an unknown codec.
     """
     return codec_by_code(code).decode(payload, size, reference, dtype)
 
 
-def _change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
-    old = view_lanes(_required(reference, chunk.size), dtype.lane)
+def _compute_change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
+    old = view_lanes(_check_reference(reference, chunk.size), dtype.lane)
     return encode_lane_changes(view_lanes(chunk, dtype.lane), old, floating=dtype.floating)
 
 
 def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
-    """Fill ``out``, which holds the reference where there is one, with a chunk.
+    """Replace the reference in ``out``, if there is one, by the decoded chunk.
 
-    Errors as :func:`decode`; ``out`` means nothing after one.
+    Raises the errors of :func:`decode`; an error leaves ``out`` undefined.
     """
     codec = codec_by_code(code)
-    if isinstance(codec, ExponentClasses | Adaptive):
-        codec.decode_over(payload, out, dtype)
+    if isinstance(codec, ExponentClasses):
+        codec.decode_in_place(payload, out, dtype)
         return
     data = codec.decode(payload, out.size, out if codec.needs_reference else None, dtype)
     if data is not out:
         out[:] = data
 
 
-def _layout(dtype: DType) -> FloatLayout:
+def _require_layout(dtype: DType) -> FloatLayout:
     layout = changes.float_layout(dtype)
     if layout is None:
-        raise ValueError(f"{dtype.name} has no classes")
+        raise ValueError(f"{dtype.name} has no exponents to code by")
     return layout
 
 
-def _required(reference: Bytes | None, size: int) -> Bytes:
+def _check_reference(reference: Bytes | None, size: int) -> Bytes:
     if reference is None or reference.size != size:
         raise ValueError("the reference has the wrong length")
     return reference
 
 
-def _deflate(data: Bytes, level: int) -> bytes:
+def _compress(data: Bytes, level: int) -> bytes:
     return get_compressor(level).compress(data.data)
 
 
-def _inflate(payload: bytes, size: int) -> Bytes:
+def _decompress(payload: bytes, size: int) -> Bytes:
     return np.frombuffer(decompress(payload, size), np.uint8)

@@ -1,28 +1,23 @@
 """Inner loops of the codecs, on NumPy arrays.
 
-NumPy, because it releases the GIL and never starts threads of its own, so that the pipeline alone
-decides how many cores work. All functions are pure and bijective where a codec needs them to be.
+NumPy releases the GIL and never starts threads of its own, so the pipeline alone decides how many
+cores work. All functions are pure, and bijective where a codec needs it.
 
 A chunk is seen as *lanes*: signed integers as wide as one element. Floats are ordered first: sign
-and magnitude become two's complement, so that neighbouring floats are neighbouring integers and a
+and magnitude become two's complement. Neighbouring floats are then neighbouring integers, and a
 small update is a small difference, whatever the exponent.
 
-Example::
-
-    change = difference(new_lanes, old_lanes, floating=True)      # zigzag, unsigned
-    assert (restore(change, old_lanes, floating=True) == new_lanes).all()
-
-Symbols with low bits: what a token leaves open, in one little-endian stream of bits, in NumPy.
-
-The reference of what :mod:`msft_store.codec.numba_kernels` compiles. ``bits`` and ``least`` are
-tables over tokens: how many low bits follow, and the distance that they are added to; a symbol is
-``token << 2 | towards zero << 1 | sign flipped``, with a context above the tokens where there is
-one.
+The low bits that tokens leave open form one little-endian stream of bits. ``bits`` and ``least``
+are tables over tokens: the number of low bits, and the distance that they are added to. A symbol is
+``token << 2 | towards zero << 1 | sign flipped``, with a context above the token if there is one.
+:mod:`msft_store.codec.numba_kernels` compiles the same functions.
 
 Example::
 
-    end = gather(symbols, distances, bits, histogram, words, 0)
-    again, end = distances_of(symbols, words, 0, end, bits, least)
+    change = encode_lane_changes(new_lanes, old_lanes, floating=True)     # zigzag-coded, unsigned
+    assert (decode_lane_changes(change, old_lanes, floating=True) == new_lanes).all()
+    end = write_low_bits(symbols, distances, bits, histogram, words, 0)
+    same_distances, end = read_distances(symbols, words, 0, end, bits, least)
 """
 
 from __future__ import annotations
@@ -33,14 +28,95 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+Lanes = NDArray[np.signedinteger]
+Codes = NDArray[np.unsignedinteger]
+
+_SIGNED: dict[int, np.dtype[Any]] = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
+_UNSIGNED: dict[int, np.dtype[Any]] = {width: np.dtype(f"<u{width}") for width in (1, 2, 4, 8)}
+
+
+def view_lanes(data: Bytes, width: int) -> Lanes:
+    """View little-endian bytes, shape ``(n * width,)``, as signed integers of ``width`` bytes."""
+    viewed: Lanes = data.view(_SIGNED[width])
+    return viewed
+
+
+def _ordered(bits: Lanes) -> Lanes:
+    # The function is its own inverse, because the sign bit selects the flip and is never flipped.
+    width = bits.dtype.itemsize
+    flip = bits.dtype.type((1 << (8 * width - 1)) - 1)
+    ordered: Lanes = bits ^ ((bits >> (8 * width - 1)) & flip)
+    return ordered
+
+
+def encode_lane_changes(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
+    """Return the zigzag-coded change from ``old`` to ``new`` in steps of the format.
+
+    0 is no change, 1 is one step down, 2 is one step up, and so on, modulo 2^bits.
+    """
+    change = _ordered(new) - _ordered(old) if floating else new - old
+    bits = 8 * change.dtype.itemsize
+    zigzag = (change << 1) ^ (change >> (bits - 1))
+    codes: Codes = zigzag.view(_UNSIGNED[change.dtype.itemsize])
+    return codes
+
+
+def decode_lane_changes(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
+    """Undo :func:`encode_lane_changes`."""
+    change = (codes >> 1).view(old.dtype) ^ -((codes & 1).view(old.dtype))
+    if floating:
+        return _ordered(_ordered(old) + change)
+    restored: Lanes = old + change
+    return restored
+
+
+def split_planes(values: Codes) -> Bytes:
+    """Return all lowest bytes, then all next ones, and so on; shape ``(n * width,)``."""
+    width = values.dtype.itemsize
+    planes = np.empty((width, values.size), np.uint8)
+    for number, plane in enumerate(planes):
+        # Shifting and truncating is several times as fast as transposing.
+        np.copyto(plane, values >> (8 * number) if number else values, casting="unsafe")
+    return planes.reshape(-1)
+
+
+def join_planes(planes: Bytes, width: int) -> Codes:
+    """Undo :func:`split_planes`."""
+    rows = planes.reshape(width, -1)
+    values: Codes = rows[0].astype(_UNSIGNED[width])
+    for number in range(1, width):
+        values |= rows[number].astype(values.dtype) << (8 * number)
+    return values
+
+
+def rotate_left(values: Codes) -> Codes:
+    """Return lanes rotated left by one bit, so that a float's exponent begins its highest byte."""
+    return (values << 1 | values >> (8 * values.dtype.itemsize - 1)).astype(values.dtype)
+
+
+def rotate_right(values: Codes) -> Codes:
+    """Undo :func:`rotate_left`."""
+    return (values >> 1 | values << (8 * values.dtype.itemsize - 1)).astype(values.dtype)
+
+
+def encode_gaps(positions: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return the number of elements between each of the ascending positions and the one before."""
+    return (np.diff(positions, prepend=-1) - 1).astype(np.uint32)
+
+
+def decode_gaps(gaps: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Undo :func:`encode_gaps`."""
+    positions: NDArray[np.int64] = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    return positions
 
 
 def write_low_bits(
     symbols: Array, distances: Array, bits: Array, histogram: Array, words: Array, start: int
 ) -> int:
-    """Count symbols, write the low bits of distances from bit ``start`` on, return the end.
+    """Count symbols in ``histogram`` and write low bits from bit ``start`` on; return their end.
 
-    ``words``, uint32, has room for all, and zeros from ``start`` on.
+    ``words`` (uint32) must have room for all bits, and zeros from ``start`` on.
     """
     histogram += np.bincount(symbols, minlength=histogram.size)
     counts = bits[symbols >> 2 & bits.size - 1].astype(np.uint64)
@@ -57,10 +133,10 @@ def write_low_bits(
 def read_distances(
     symbols: Array, words: Array, start: int, end: int, bits: Array, least: Array
 ) -> tuple[Array, int]:
-    """Return the distances of symbols with low bits from ``start`` on, and where these end.
+    """Return the distances of symbols, whose low bits begin at bit ``start``, and the end of these.
 
-    ``words`` has two more than ``end`` needs. Nothing is read beyond bit ``end``; where the low
-    bits end is then beyond it too, and the distances are worth nothing.
+    ``words`` needs two words more than ``end``. Nothing is read beyond bit ``end``: if the low bits
+    are longer, the returned end is beyond it and the distances are invalid.
     """
     tokens = symbols >> 2
     counts = bits[tokens].astype(np.uint64)
@@ -86,102 +162,9 @@ def apply_changes(
     bits: Array,
     least: Array,
 ) -> int:
-    """Change elements of ``new``, which holds the reference; return where the low bits end."""
+    """Apply changes to the reference in ``new``; return the end of the low bits."""
     distances, at = read_distances(symbols, words, start, end, bits, least)
     steps = distances.astype(new.dtype)
     was = new[positions] ^ (symbols & 1).astype(new.dtype) * new.dtype.type(sign)
     new[positions] = np.where(symbols & 2, was - steps, was + steps)
     return at
-
-
-Bytes = NDArray[np.uint8]
-Lanes = NDArray[np.signedinteger]
-Codes = NDArray[np.unsignedinteger]
-
-_SIGNED: dict[int, np.dtype[Any]] = {
-    1: np.dtype("<i1"),
-    2: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    8: np.dtype("<i8"),
-}
-_UNSIGNED: dict[int, np.dtype[Any]] = {
-    1: np.dtype("<u1"),
-    2: np.dtype("<u2"),
-    4: np.dtype("<u4"),
-    8: np.dtype("<u8"),
-}
-
-
-def view_lanes(data: Bytes, width: int) -> Lanes:
-    """View little-endian bytes, shape ``(n * width,)``, as signed integers of ``width`` bytes."""
-    viewed: Lanes = data.view(_SIGNED[width])
-    return viewed
-
-
-def _ordered(bits: Lanes) -> Lanes:
-    # Its own inverse: the sign bit, which decides what is flipped, is never flipped itself.
-    width = bits.dtype.itemsize
-    flip = bits.dtype.type((1 << (8 * width - 1)) - 1)
-    ordered: Lanes = bits ^ ((bits >> (8 * width - 1)) & flip)
-    return ordered
-
-
-def encode_lane_changes(new: Lanes, old: Lanes, *, floating: bool) -> Codes:
-    """Return the change from ``old`` to ``new`` in steps of the format, zigzag-coded.
-
-    0 is no change, 1 one step down, 2 one step up, and so on, modulo 2^bits.
-    """
-    change = _ordered(new) - _ordered(old) if floating else new - old
-    bits = 8 * change.dtype.itemsize
-    zigzag = (change << 1) ^ (change >> (bits - 1))
-    codes: Codes = zigzag.view(_UNSIGNED[change.dtype.itemsize])
-    return codes
-
-
-def decode_lane_changes(codes: Codes, old: Lanes, *, floating: bool) -> Lanes:
-    """Undo :func:`encode_lane_changes`."""
-    change = (codes >> 1).view(old.dtype) ^ -((codes & 1).view(old.dtype))
-    if floating:
-        return _ordered(_ordered(old) + change)
-    restored: Lanes = old + change
-    return restored
-
-
-def split_planes(values: Codes) -> Bytes:
-    """Return all lowest bytes, then all next ones, and so on; shape ``(n * width,)``."""
-    width = values.dtype.itemsize
-    planes = np.empty((width, values.size), np.uint8)
-    for number, plane in enumerate(planes):
-        # Shifted and cut off is several times as fast as transposed.
-        np.copyto(plane, values >> (8 * number) if number else values, casting="unsafe")
-    return planes.reshape(-1)
-
-
-def join_planes(planes: Bytes, width: int) -> Codes:
-    """Undo :func:`split_planes`."""
-    rows = planes.reshape(width, -1)
-    values: Codes = rows[0].astype(_UNSIGNED[width])
-    for number in range(1, width):
-        values |= rows[number].astype(values.dtype) << (8 * number)
-    return values
-
-
-def rotate_left(values: Codes) -> Codes:
-    """Return lanes with the sign bit last, so that a float's exponent begins its highest byte."""
-    return (values << 1 | values >> (8 * values.dtype.itemsize - 1)).astype(values.dtype)
-
-
-def rotate_right(values: Codes) -> Codes:
-    """Undo :func:`rotate_left`."""
-    return (values >> 1 | values << (8 * values.dtype.itemsize - 1)).astype(values.dtype)
-
-
-def encode_gaps(positions: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Return how many unchanged elements stand before each changed one; positions ascend."""
-    return (np.diff(positions, prepend=-1) - 1).astype(np.uint32)
-
-
-def decode_gaps(gaps: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Undo :func:`encode_gaps`."""
-    positions: NDArray[np.int64] = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    return positions

@@ -1,13 +1,14 @@
-"""The class codec's loops, compiled by Numba; importing this takes it, and half a second.
+"""The kernels of codecs 6 and 7, compiled by Numba; importing this module takes half a second.
 
-They give what :mod:`msft_store.codec.changes` and :mod:`msft_store.codec.rans` give, at many times
-the speed, release the GIL, and are compiled once a machine. Indices are unsigned where Numba would
-otherwise test each for being negative. Nothing here checks bounds: callers check sizes before.
+They return what :mod:`msft_store.codec.changes`, :mod:`msft_store.codec.kernels` and
+:mod:`msft_store.codec.rans` return, many times as fast. They release the GIL, and are compiled once
+on each machine. Indices are unsigned where Numba would otherwise test each for being negative.
+Nothing here checks bounds: callers check sizes first.
 
 Example::
 
-    from msft_store.codec.codecs import loops
-    fast = loops()                    # this module, or None without Numba
+    from msft_store.codec.codecs import compiled_kernels
+    compiled = compiled_kernels()                    # this module, or None without Numba
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from msft_store.codec.rans import BLOCK, MIN_STATE, PROBABILITY_BITS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _INVERSE_SLACK = 1 + 2.0**-50
-"""So that a product with an inverse is never below the quotient of a multiple."""
+"""Keeps the product with an inverse from falling below the quotient of an exact multiple."""
 _BATCH = 1024
-"""Elements at a time, for buffers that stay in the nearest cache."""
+"""Elements at a time, so that the buffers stay in the first-level cache."""
 
 
 def _compile(function: _F) -> _F:
     try:
         compiled: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:
-        # Nowhere to write a cache: compiled anew in each process.
+        # Without a directory for the cache, each process compiles the kernels again.
         compiled = njit(nogil=True, error_model="numpy")(function)
     return cast("_F", compiled)
 
 
 def _rebind_globals(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """Return a function for which some global names mean something else."""
+    """Return a copy of a function with some of its global names bound to other objects."""
     known = {**function.__globals__, **names}
     return FunctionType(function.__code__, known, function.__name__)
 
@@ -58,7 +59,7 @@ code_symbols = _compile(_rebind_globals(arithmetic_coder.code_symbols, code_deci
 def survey_blocks(
     new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
 ) -> Any:
-    """See :func:`msft_store.codec.changes.survey_blocks`; words are the whole blocks as uint64."""
+    """See :func:`msft_store.codec.changes.survey_blocks`; words view the full blocks as uint64."""
     blocks = -(-new.size // BLOCK)
     whole = new.size // BLOCK
     changed = np.zeros(blocks, np.bool_)
@@ -94,10 +95,9 @@ def survey_blocks(
 
 @_compile
 def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
-    """Return what is listed in the blocks that are marked: positions, and gaps of the quiet ones.
+    """Return the positions (uint32) of changed and busy elements in the marked blocks, and gaps.
 
-    Positions, uint32, are of changed and of busy elements; gaps, int64, are counted in the marked
-    blocks only.
+    The gaps (int64) are those between changed quiet elements, counted in the marked blocks only.
     """
     positions = np.empty(new.size + 1, np.uint32)
     gaps = np.empty(new.size + 1, np.int64)
@@ -135,9 +135,10 @@ def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any
 
 @_compile
 def locate_listed(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
-    """Return positions of busy elements and of the ``quiet`` ones, in the blocks marked.
+    """Return the positions of busy elements and of the ``quiet`` ones in the marked blocks.
 
-    ``quiet`` ascends, counted in those blocks only. Empty, if it goes beyond them.
+    ``quiet`` ascends and counts elements of these blocks only; the result is empty if it exceeds
+    them.
     """
     positions = np.empty(old.size + 1, np.uint32)
     marks = np.zeros(BLOCK, np.uint8)
@@ -172,7 +173,7 @@ def compute_symbols(
     """See :func:`msft_store.codec.changes.compute_symbols`."""
     symbols = np.empty(positions.size, np.uint16)
     distances = np.empty(positions.size, np.uint32)
-    # First together, then computed: the second loop is one that a compiler can vectorise.
+    # Elements are gathered first, so that the compiler can vectorise the loop that computes.
     before, after = np.empty(_BATCH, np.int64), np.empty(_BATCH, np.int64)
     for first in range(0, positions.size, _BATCH):
         length = min(_BATCH, positions.size - first)
@@ -205,7 +206,7 @@ def write_low_bits(
     hold, have = uint64(words[used]), uint64(start & 31)
     for k in range(symbols.size):
         symbol = symbols[k]
-        # Two histograms, as equal neighbours would wait for each other.
+        # Two histograms avoid that equal neighbours wait for each other's increment.
         if k & 1:
             histogram[symbol] += 1
         else:
@@ -225,51 +226,51 @@ def write_low_bits(
 
 
 @_compile
-def encode(symbols: Any, packed: Any, lanes: Any) -> Any:
+def encode(symbols: Any, packed: Any, coders: Any) -> Any:
     """See :func:`msft_store.codec.rans.encode`."""
     inverse = np.empty(packed.size, np.float64)
     for i in range(packed.size):
         share = packed[i] >> uint32(16)
         inverse[i] = _INVERSE_SLACK / share if share > 0 else 0.0
-    words = np.empty(symbols.size + 2 * lanes + 1, np.uint16)
-    state = np.full(lanes, MIN_STATE, np.uint32)
-    at, turn, one = uint64(words.size - 1), uint64(lanes - 1), uint64(1)
+    words = np.empty(symbols.size + 2 * coders + 1, np.uint16)
+    state = np.full(coders, MIN_STATE, np.uint32)
+    at, last, one = uint64(words.size - 1), uint64(coders - 1), uint64(1)
     left = uint64(symbols.size)
     while left > uint64(0):
         left -= one
         symbol = symbols[left]
         entry = packed[symbol]
-        share, now = uint32(entry >> uint32(16)), state[left & turn]
+        share, now = uint32(entry >> uint32(16)), state[left & last]
         full = uint64((now >> uint32(32 - PROBABILITY_BITS)) >= share)
         words[at] = uint16(now)
         at -= full
         now = uint32(now >> uint32(full << uint64(4)))
         quotient = uint32(now * inverse[symbol])
-        state[left & turn] = uint32(
+        state[left & last] = uint32(
             (quotient << uint32(PROBABILITY_BITS))
             + (now - quotient * share)
             + (entry & uint32(0xFFFF))
         )
-    for lane in range(lanes - 1, -1, -1):
-        words[at] = uint16(state[lane])
-        words[at - one] = uint16(state[lane] >> uint32(16))
+    for coder in range(coders - 1, -1, -1):
+        words[at] = uint16(state[coder])
+        words[at - one] = uint16(state[coder] >> uint32(16))
         at -= uint64(2)
     return words[at + one :]
 
 
 @_compile
-def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> Any:
+def decode(words: Any, contexts: Any, packed: Any, slots: Any, coders: Any) -> Any:
     """See :func:`msft_store.codec.rans.decode`."""
     symbols = np.empty(contexts.size, np.uint8)
-    state = np.empty(lanes, np.uint32)
+    state = np.empty(coders, np.uint32)
     at, one = uint64(0), uint64(1)
-    for lane in range(lanes):
-        state[lane] = uint32(words[at]) << uint32(16) | uint32(words[at + one])
+    for coder in range(coders):
+        state[coder] = uint32(words[at]) << uint32(16) | uint32(words[at + one])
         at += uint64(2)
-    turn = uint64(lanes - 1)
+    last = uint64(coders - 1)
     for i in range(contexts.size):
-        lane = uint64(i) & turn
-        now, context = state[lane], uint64(contexts[i])
+        coder = uint64(i) & last
+        now, context = state[coder], uint64(contexts[i])
         slot = now & uint32((1 << PROBABILITY_BITS) - 1)
         symbol = uint64(slots[(context << uint64(PROBABILITY_BITS)) + slot])
         entry = packed[(context << uint64(8)) + symbol]
@@ -281,7 +282,7 @@ def decode(words: Any, contexts: Any, packed: Any, slots: Any, lanes: Any) -> An
         low = now < uint32(MIN_STATE)
         refilled = uint32(now << uint32(16) | uint32(words[at]))
         at += uint64(low)
-        state[lane] = refilled if low else now
+        state[coder] = refilled if low else now
         symbols[i] = symbol
     return symbols, at
 
@@ -348,7 +349,7 @@ def apply_changes(
 
 @_compile
 def split_rotated_planes(values: Any, width: Any) -> Any:
-    """Return ``split_planes(turn(values))`` of :mod:`msft_store.codec.kernels`."""
+    """Return ``split_planes(rotate_left(values))`` of :mod:`msft_store.codec.kernels`."""
     planes = np.empty(width * values.size, np.uint8)
     last = uint64(8 * width - 1)
     for number in range(width):
@@ -361,18 +362,18 @@ def split_rotated_planes(values: Any, width: Any) -> Any:
 
 @_compile
 def join_rotated_planes(planes: Any, values: Any, width: Any) -> None:
-    """Fill ``values`` with ``turn_back(join_planes(planes))``."""
+    """Fill ``values`` with ``rotate_right(join_planes(planes))``."""
     count = values.size
     last = uint64(8 * width - 1)
     if width == 2:
         low, high = planes[:count], planes[count:]
         for i in range(count):
-            turned = uint64(high[i]) << uint64(8) | uint64(low[i])
-            values[i] = turned >> uint64(1) | turned << last
+            rotated = uint64(high[i]) << uint64(8) | uint64(low[i])
+            values[i] = rotated >> uint64(1) | rotated << last
     else:
         a, b = planes[:count], planes[count : 2 * count]
         c, d = planes[2 * count : 3 * count], planes[3 * count :]
         for i in range(count):
-            turned = uint64(d[i]) << uint64(24) | uint64(c[i]) << uint64(16)
-            turned |= uint64(b[i]) << uint64(8) | uint64(a[i])
-            values[i] = turned >> uint64(1) | turned << last
+            rotated = uint64(d[i]) << uint64(24) | uint64(c[i]) << uint64(16)
+            rotated |= uint64(b[i]) << uint64(8) | uint64(a[i])
+            values[i] = rotated >> uint64(1) | rotated << last

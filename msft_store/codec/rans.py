@@ -1,27 +1,18 @@
-"""An interleaved range coder with fixed tables (rANS), in NumPy: the reference.
+"""Codec 6's entropy coder: the plan, the frequency tables and an interleaved rANS range coder.
 
-Many coders take turns, one a *lane*, so that a step over all lanes is a few array operations, and
-compiled code (:mod:`msft_store.codec.numba_kernels`) keeps several multiplications under way. Both
-give the same words. ``docs/FORMAT.md``, section 5, has the steps; the method is J. Duda's (arXiv
-1311.2540).
-
-Example::
-
-    words = encode(symbols, packed)              # symbols: context << 8 | symbol
-    again, used = decode(words, contexts, packed, slots)
-
-Small decisions of the class codec, in integers alone: its plan and its frequency tables.
-
-Written as plain loops, so that the same source runs compiled
-(:mod:`msft_store.codec.numba_kernels`) and interpreted, and gives the same bytes on every machine.
-The formulas are in ``docs/FORMAT.md``, section 5; the plan is the encoder's choice, and the payload
+The method is J. Duda's (arXiv 1311.2540); ``docs/FORMAT.md``, section 5, has the formulas. Many
+coders take turns, so that one step over all coders is a few array operations, and compiled code
+(:mod:`msft_store.codec.numba_kernels`) keeps several multiplications in flight. Both give the same
+words. Plan and tables use integers and plain loops only: the same source runs compiled and
+interpreted, with the same bytes on every machine. The plan is the encoder's choice, and the payload
 states it.
 
 Example::
 
-    blocks, busy, low, high = plan(counts, runs, step)
-    levels = levels_of(histogram)
-    packed = frequencies(levels)
+    skip, busy, low, high = plan_listing(counts, runs, step)
+    packed = compute_frequencies(compute_levels(histogram))
+    words = encode(symbols, packed)              # symbols: context << 8 | symbol
+    decoded, used = decode(words, contexts, packed, build_slots(packed))
 """
 
 from __future__ import annotations
@@ -34,37 +25,37 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 BLOCK = 128
-"""Lanes of a block; blocks without any change are left out where that pays."""
+"""Lanes of a block; blocks without any change are skipped if that saves space."""
 SYMBOLS = 256
-"""Symbols of one table."""
+"""Number of symbols of one table."""
 EXPONENTS = 256
 MAX_CLASSES = 64
 PROBABILITY_BITS = 12
 LEVELS = np.array([(64, 76, 91, 108)[j % 4] << j // 4 for j in range(49)], np.int64)
-"""Weights a quarter of an octave apart; a symbol's frequency is kept as one of them."""
+"""Weights a quarter of an octave apart; tables store a symbol's frequency as one of them."""
 _BOUNDS = LEVELS[:-1] + LEVELS[1:]
-"""A share of 2^19 belongs to the first level whose bound is above it, or else to the last one."""
+"""A share of 2^19 gets the first level whose bound is above it, or else the last level."""
 _WEIGHTS = np.append(0, LEVELS)
-"""Of each level plus 1; none of 0."""
+"""The weight of each level plus 1; 0 means that a symbol does not occur."""
 MIN_CHANGES_PER_RUN = 4
-"""What one run of blocks costs at least, in expected changes that it must save."""
+"""Expected changes that skipping must save for each run of blocks that it costs."""
 MIN_CLASS_ELEMENTS = 128
-"""Classes with fewer elements are merged with their neighbour."""
+"""Exponents with fewer elements share a context with their neighbour."""
 _SAMPLED_BLOCKS = 256
 _SAMPLING_STEP = 8
 
 
 def sampling_step(blocks: int) -> int:
-    """Return how far apart the blocks are that a plan counts."""
+    """Return the distance between the blocks that a plan counts."""
     return _SAMPLING_STEP if blocks >= _SAMPLED_BLOCKS else 1
 
 
 def plan_listing(counts: Array, runs: int, step: int) -> tuple[bool, int, int, int]:
-    """Return (leave out unchanged blocks, busy exponents below, lowest class, highest class).
+    """Return whether to skip unchanged blocks, the limit of busy exponents, ``low`` and ``high``.
 
-    ``counts``, int64 of shape (3, 256), holds for each exponent of the reference the elements of
-    unchanged blocks, those of changed blocks, and those that changed, of every ``step``-th block;
-    ``runs`` is how often a run of changed or unchanged blocks begins.
+    ``counts`` (int64, shape (3, 256)) holds for each exponent of the reference, in every
+    ``step``-th block, the elements of unchanged blocks, those of changed blocks and the changed
+    elements. ``runs`` is the number of runs of changed or unchanged blocks.
     """
     expected = 0
     for e in range(EXPONENTS):
@@ -99,7 +90,7 @@ def plan_listing(counts: Array, runs: int, step: int) -> tuple[bool, int, int, i
 
 
 def compute_levels(histogram: Array) -> Array:
-    """Return each symbol's level plus 1, or 0 if it does not occur; uint8, shape as given.
+    """Return each symbol's level plus 1 (uint8), or 0 if the symbol does not occur.
 
     ``histogram`` is int64 of shape (contexts * 256,).
     """
@@ -112,7 +103,7 @@ def compute_levels(histogram: Array) -> Array:
 
 
 def compute_frequencies(levels: Array) -> Array:
-    """Return ``frequency << 16 | sum of those before``, uint32; each context's sum is 4096."""
+    """Return ``frequency << 16 | sum of those before`` (uint32); each context sums up to 4096."""
     packed = np.zeros(levels.size, np.uint32)
     weights = _WEIGHTS[levels].reshape(-1, SYMBOLS)
     totals = weights.sum(axis=1)
@@ -141,39 +132,39 @@ def build_slots(packed: Array) -> Array:
 
 
 MIN_STATE = 1 << 16
-"""Between two symbols a state is at least this and below 2^32."""
+"""Between two symbols a state is at least this, and below 2^32."""
 _SLOT = (1 << PROBABILITY_BITS) - 1
 _FEW_CODERS = 8
-"""Lanes up to which Python's integers are faster than arrays of as many."""
+"""Number of coders up to which Python's integers are faster than arrays."""
 _SYMBOLS_PER_CODER = 1024
 _MAX_CODERS = 1024
 
 
 def count_coders(count: int) -> int:
-    """Return how many coders share ``count`` symbols: a power of two, or 0."""
+    """Return the number of coders that share ``count`` symbols: a power of two, or 0."""
     if count == 0:
         return 0
     return 1 << min(max(count // _SYMBOLS_PER_CODER, 1), _MAX_CODERS).bit_length() - 1
 
 
 def encode(symbols: Array, packed: Array) -> Array:
-    """Return uint16 words: two a lane for its state, high half first, then those of the symbols.
+    """Return uint16 words: the state of each coder, high half first, then the words of symbols.
 
     ``symbols`` is uint16, ``context << 8 | symbol``; ``packed`` as of
     :func:`msft_store.codec.rans.compute_frequencies`.
     """
-    lanes = count_coders(symbols.size)
+    coders = count_coders(symbols.size)
     entries = packed[symbols]
-    if lanes <= _FEW_CODERS:
-        return _encode_few(entries.tolist(), lanes)
-    steps = -(-symbols.size // lanes)
-    # What is not there is coded as a certainty, which changes nothing.
-    rows = np.full((steps, lanes), 1 << 16 + PROBABILITY_BITS, np.uint32)
+    if coders <= _FEW_CODERS:
+        return _encode_few(entries.tolist(), coders)
+    steps = -(-symbols.size // coders)
+    # The padding is coded as certain symbols, which change no state.
+    rows = np.full((steps, coders), 1 << 16 + PROBABILITY_BITS, np.uint32)
     rows.reshape(-1)[: entries.size] = entries
     shares, before = rows >> 16, rows & 0xFFFF
     limits = (shares.astype(np.uint64) << 32 - PROBABILITY_BITS) - np.uint64(1)
-    full, states = np.empty((steps, lanes), bool), np.empty((steps, lanes), np.uint32)
-    state, quotient, rest = np.full((3, lanes), MIN_STATE, np.uint32)
+    full, states = np.empty((steps, coders), bool), np.empty((steps, coders), np.uint32)
+    state, quotient, rest = np.full((3, coders), MIN_STATE, np.uint32)
     turns = zip(shares, before, limits.astype(np.uint32), full, states, strict=True)
     for share, start, limit, is_full, was in reversed(list(turns)):
         np.greater(state, limit, out=is_full)
@@ -188,37 +179,37 @@ def encode(symbols: Array, packed: Array) -> Array:
     return words
 
 
-def _encode_few(entries: list[int], lanes: int) -> Array:
-    state, words = [MIN_STATE] * lanes, []
+def _encode_few(entries: list[int], coders: int) -> Array:
+    state, words = [MIN_STATE] * coders, []
     for i in range(len(entries) - 1, -1, -1):
-        share, now, lane = entries[i] >> 16, state[i % lanes], i % lanes
+        share, now, coder = entries[i] >> 16, state[i % coders], i % coders
         if now >> 32 - PROBABILITY_BITS >= share:
             words.append(now & 0xFFFF)
             now >>= 16
-        state[lane] = (now // share << PROBABILITY_BITS) + now % share + (entries[i] & 0xFFFF)
+        state[coder] = (now // share << PROBABILITY_BITS) + now % share + (entries[i] & 0xFFFF)
     for now in reversed(state):
         words += [now & 0xFFFF, now >> 16]
     return np.array(words[::-1], np.uint16)
 
 
 def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[Array, int]:
-    """Return the symbols, uint8, one a context, and how many words they took.
+    """Return one symbol (uint8) for each context, and the number of words that they took.
 
-    ``words`` must go on for two words a lane and one a symbol, with anything.
+    ``words`` must be padded to two words for each coder and one for each symbol.
     """
-    lanes = count_coders(contexts.size)
-    if lanes <= _FEW_CODERS:
+    coders = count_coders(contexts.size)
+    if coders <= _FEW_CODERS:
         return _decode_few(words.tolist(), contexts.tolist(), packed.tolist(), slots.tobytes())
     given = words.astype(np.int64)
-    state = given[: 2 * lanes : 2] << 16 | given[1 : 2 * lanes : 2]
+    state = given[: 2 * coders : 2] << 16 | given[1 : 2 * coders : 2]
     numbers = np.arange(slots.size)
     entries = packed[(numbers >> PROBABILITY_BITS << 8) + slots].astype(np.int64)
     shares, biases = entries >> 16, (numbers & _SLOT) - (entries & 0xFFFF)
     chosen = contexts.astype(np.int64) << PROBABILITY_BITS
-    used, factor = 2 * lanes, np.empty(lanes, np.int64)
-    for start in range(0, chosen.size, lanes):
-        slot = chosen[start : start + lanes]
-        if slot.size < lanes:
+    used, factor = 2 * coders, np.empty(coders, np.int64)
+    for start in range(0, chosen.size, coders):
+        slot = chosen[start : start + coders]
+        if slot.size < coders:
             state, factor = state[: slot.size], factor[: slot.size]
         np.bitwise_and(state, _SLOT, out=factor)
         np.add(slot, factor, out=slot)
@@ -237,11 +228,11 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
 def _decode_few(
     words: list[int], contexts: list[int], packed: list[int], slots: bytes
 ) -> tuple[Array, int]:
-    lanes = count_coders(len(contexts))
-    state = [words[2 * lane] << 16 | words[2 * lane + 1] for lane in range(lanes)]
-    symbols, used = bytearray(len(contexts)), 2 * lanes
+    coders = count_coders(len(contexts))
+    state = [words[2 * coder] << 16 | words[2 * coder + 1] for coder in range(coders)]
+    symbols, used = bytearray(len(contexts)), 2 * coders
     for i, context in enumerate(contexts):
-        now = state[i % lanes]
+        now = state[i % coders]
         slot = now & _SLOT
         symbol = slots[(context << PROBABILITY_BITS) + slot]
         entry = packed[(context << 8) + symbol]
@@ -249,6 +240,6 @@ def _decode_few(
         if now < MIN_STATE:
             now = now << 16 | words[used]
             used += 1
-        state[i % lanes] = now
+        state[i % coders] = now
         symbols[i] = symbol
     return np.frombuffer(symbols, np.uint8), used

@@ -23,8 +23,8 @@ from msft_store.format.dtypes import DType
 
 DTYPES = [dtype for dtype in dtypes.DTYPES if float_layout(dtype) is not None]
 BF16 = dtypes.dtype_by_name("bfloat16")
-FAST = codecs.compiled_kernels()
-PATHS = (FAST, None)
+COMPILED = codecs.compiled_kernels()
+PATHS = (COMPILED, None)
 KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart")
 SEEDED = settings(deadline=None, derandomize=True)
 
@@ -74,21 +74,21 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
 
 
 def packed(
-    dtype: DType, new: Lanes, old: Lanes, fast: Any, codec: ModuleType = exponent_codec
+    dtype: DType, new: Lanes, old: Lanes, compiled: Any, codec: ModuleType = exponent_codec
 ) -> bytes:
     """Return the payload of one of the two codecs by one path."""
-    found = exponent_codec.find_changes(new, old, layout(dtype), fast)
+    found = exponent_codec.find_changes(new, old, layout(dtype), compiled)
     if codec is adaptive_codec:
-        return adaptive_codec.encode(old, layout(dtype), found, fast)
-    return exponent_codec.encode(found, fast)
+        return adaptive_codec.encode(old, layout(dtype), found, compiled)
+    return exponent_codec.encode(found, compiled)
 
 
 def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_codec) -> bytes:
     """Assert that all paths agree and give back every bit; return the payload."""
-    first, second = (packed(dtype, new, old, fast, codec) for fast in PATHS)
+    first, second = (packed(dtype, new, old, compiled, codec) for compiled in PATHS)
     assert first == second
-    for fast in PATHS:
-        assert codec.decode(first, old, layout(dtype), fast).tobytes() == new.tobytes()
+    for compiled in PATHS:
+        assert codec.decode(first, old, layout(dtype), compiled).tobytes() == new.tobytes()
     return first
 
 
@@ -97,9 +97,9 @@ def outcomes(
 ) -> list[bytes | None]:
     """Return what each path makes of a payload, ``None`` for a refusal."""
     found: list[bytes | None] = []
-    for fast in PATHS:
+    for compiled in PATHS:
         try:
-            decoded = codec.decode(payload, old, layout(dtype), fast)
+            decoded = codec.decode(payload, old, layout(dtype), compiled)
         except ValueError:
             found.append(None)
         else:

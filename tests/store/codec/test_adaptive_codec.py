@@ -25,8 +25,8 @@ from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from tests.support.pairs import (
     BF16,
+    COMPILED,
     DTYPES,
-    FAST,
     KINDS,
     PATHS,
     SEEDED,
@@ -79,7 +79,7 @@ def test_many_blocks_may_end_anywhere(kind: str) -> None:
 def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -> None:
     for count in (1, 200, 3000):
         new, old = pair_of(dtype, count, kind, count)
-        payload = packed(dtype, new, old, FAST, adaptive_codec)
+        payload = packed(dtype, new, old, COMPILED, adaptive_codec)
         mantissa = layout(dtype).shift
         again = read_adaptive(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
         assert again == new.tobytes()
@@ -92,12 +92,12 @@ def test_every_change_after_every_movement_comes_back(classes_from: int) -> None
     exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
     ends = classes_from, min(classes_from + 63, 255)
     first, second = (
-        adaptive_codec._encode_symbols(symbols, exponents, *ends, fast) for fast in PATHS
+        adaptive_codec._encode_symbols(symbols, exponents, *ends, compiled) for compiled in PATHS
     )
     assert first == second
-    for fast in PATHS:
+    for compiled in PATHS:
         assert np.array_equal(
-            adaptive_codec._decode_symbols(first, exponents, *ends, fast), symbols
+            adaptive_codec._decode_symbols(first, exponents, *ends, compiled), symbols
         )
     read = Decisions(first, *ends).symbols(exponents.tolist())
     assert [(t << 1 | half) << 2 | smaller << 1 | s for t, s, smaller, half in read] == [*symbols]
@@ -109,15 +109,17 @@ def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
     symbols[surprise::5000] = CHANGES[-1]
     exponents = np.full(symbols.size, 120, np.int16)
     first, second = (
-        adaptive_codec._encode_symbols(symbols, exponents, 120, 120, fast) for fast in PATHS
+        adaptive_codec._encode_symbols(symbols, exponents, 120, 120, compiled) for compiled in PATHS
     )
     assert first == second
-    assert np.array_equal(adaptive_codec._decode_symbols(first, exponents, 120, 120, FAST), symbols)
+    assert np.array_equal(
+        adaptive_codec._decode_symbols(first, exponents, 120, 120, COMPILED), symbols
+    )
     assert len(first) < 200
 
 
-@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "interpreted"])
-def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "interpreted"])
+def test_an_unchanged_chunk_and_odd_addresses_are_fine(compiled: Any) -> None:
     dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 1000, "trained", 1)
     shifted = []
@@ -128,19 +130,21 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
         shifted[-1].flags.writeable = False
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
-        payload = packed(dtype, now, was, fast, adaptive_codec)
-        assert adaptive_codec.decode(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        payload = packed(dtype, now, was, compiled, adaptive_codec)
+        assert (
+            adaptive_codec.decode(payload, was, layout(dtype), compiled).tobytes() == now.tobytes()
+        )
 
 
 def test_threads_change_no_byte() -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
-        payload = packed(BF16, *pair, FAST, adaptive_codec)
-        assert (adaptive_codec.decode(payload, pair[1], layout(BF16), FAST) == pair[0]).all()
+        payload = packed(BF16, *pair, COMPILED, adaptive_codec)
+        assert (adaptive_codec.decode(payload, pair[1], layout(BF16), COMPILED) == pair[0]).all()
         return payload
 
-    some = slice(None) if FAST is not None else slice(1, 4)
+    some = slice(None) if COMPILED is not None else slice(1, 4)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(code, pairs[some])) == [code(pair) for pair in pairs[some]]
 
@@ -184,8 +188,10 @@ def test_packs_of_the_level_small_are_equal_with_and_without_numba(
     changed = train_step(state, 0.3, 1)
     source = write_base(tmp_path / "base.safetensors", state)
     packs = []
-    for name, fast in zip("ab", PATHS, strict=True):
-        monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda fast=fast: fast)
+    for name, compiled in zip("ab", PATHS, strict=True):
+        monkeypatch.setattr(
+            "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled: compiled
+        )
         store = Store.create(tmp_path / name, level="small")
         store.save(changed, parent=store.add_base(source))
         packs.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("packs/*")})

@@ -234,8 +234,10 @@ def test_turned_lanes_are_the_same_by_every_path_and_by_the_format_page(
         chunk = chunk_of(dtype, count, count)
         chunk.flags.writeable = False
         payloads = []
-        for fast in PATHS:
-            monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda fast=fast: fast)
+        for compiled in PATHS:
+            monkeypatch.setattr(
+                "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled: compiled
+            )
             payloads.append(TURNED.encode(chunk, None, dtype))
             for payload in payloads:
                 again = TURNED.decode(payload, chunk.size, None, dtype)
@@ -244,12 +246,12 @@ def test_turned_lanes_are_the_same_by_every_path_and_by_the_format_page(
         assert read_turned(payloads[0], width=dtype.lane) == chunk.tobytes()
 
 
-@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
 def test_a_damaged_turned_payload_is_refused_or_gives_bytes_of_the_right_size(
-    monkeypatch: pytest.MonkeyPatch, name: str, fast: object
+    monkeypatch: pytest.MonkeyPatch, name: str, compiled: object
 ) -> None:
-    monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda: fast)
+    monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda: compiled)
     dtype = dtypes.dtype_by_name(name)
     chunk = chunk_of(dtype, 40, 3)
     payload = TURNED.encode(chunk, None, dtype)

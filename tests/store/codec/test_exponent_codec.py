@@ -22,8 +22,8 @@ from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from tests.support.pairs import (
     BF16,
+    COMPILED,
     DTYPES,
-    FAST,
     KINDS,
     PATHS,
     SEEDED,
@@ -75,7 +75,7 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
 ) -> None:
     for count in (1, 129, 40_000):
         new, old = pair_of(dtype, count, kind, 3)
-        one = exponent_codec.find_changes(new, old, layout(dtype), FAST)
+        one = exponent_codec.find_changes(new, old, layout(dtype), COMPILED)
         other = changes.find_changes(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
         for field in fields(ChunkChanges):
             first, second = getattr(one, field.name), getattr(other, field.name)
@@ -83,8 +83,8 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
             assert np.array_equal(first, second), field.name
 
 
-@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
-def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
+def test_an_unchanged_chunk_and_odd_addresses_are_fine(compiled: Any) -> None:
     dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 3000, "trained", 1)
     shifted = []
@@ -95,9 +95,11 @@ def test_an_unchanged_chunk_and_odd_addresses_are_fine(fast: Any) -> None:
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
         payload = exponent_codec.encode(
-            exponent_codec.find_changes(now, was, layout(dtype), fast), fast
+            exponent_codec.find_changes(now, was, layout(dtype), compiled), compiled
         )
-        assert exponent_codec.decode(payload, was, layout(dtype), fast).tobytes() == now.tobytes()
+        assert (
+            exponent_codec.decode(payload, was, layout(dtype), compiled).tobytes() == now.tobytes()
+        )
 
 
 @pytest.fixture
@@ -110,26 +112,28 @@ def every_warning() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("every_warning")
-@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
-def test_read_only_arrays_stay_as_they_are_without_a_warning(fast: Any) -> None:
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
+def test_read_only_arrays_stay_as_they_are_without_a_warning(compiled: Any) -> None:
     new, old = pair_of(BF16, 3000, "trained", 1)
     before = old.tobytes()
     for lanes in (new, old):
         lanes.flags.writeable = False
-    payload = exponent_codec.encode(exponent_codec.find_changes(new, old, layout(BF16), fast), fast)
-    assert exponent_codec.decode(payload, old, layout(BF16), fast).tobytes() == new.tobytes()
+    payload = exponent_codec.encode(
+        exponent_codec.find_changes(new, old, layout(BF16), compiled), compiled
+    )
+    assert exponent_codec.decode(payload, old, layout(BF16), compiled).tobytes() == new.tobytes()
     assert old.tobytes() == before
 
 
-@pytest.mark.parametrize("fast", PATHS, ids=["compiled", "reference"])
-def test_threads_change_no_byte(fast: Any) -> None:
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
+def test_threads_change_no_byte(compiled: Any) -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
         payload = exponent_codec.encode(
-            exponent_codec.find_changes(*pair, layout(BF16), fast), fast
+            exponent_codec.find_changes(*pair, layout(BF16), compiled), compiled
         )
-        assert (exponent_codec.decode(payload, pair[1], layout(BF16), fast) == pair[0]).all()
+        assert (exponent_codec.decode(payload, pair[1], layout(BF16), compiled) == pair[0]).all()
         return payload
 
     alone = [code(pair) for pair in pairs]

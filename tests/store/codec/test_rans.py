@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from msft_store.codec import rans
-from tests.support.pairs import FAST, SEEDED
+from tests.support.pairs import COMPILED, SEEDED
 
 Array = NDArray[Any]
 
@@ -36,15 +36,15 @@ def check_coder(symbols: Array, packed: Array) -> Array:
     """Assert that each path reads what either wrote; return the words."""
     lanes, slots = rans.count_coders(symbols.size), rans.build_slots(packed)
     words = rans.encode(symbols, packed)
-    if FAST is not None:
-        assert np.array_equal(FAST.encode(symbols, packed, lanes), words)
-        assert np.array_equal(FAST.build_slots(packed), slots)
+    if COMPILED is not None:
+        assert np.array_equal(COMPILED.encode(symbols, packed, lanes), words)
+        assert np.array_equal(COMPILED.build_slots(packed), slots)
     # What comes after the words is read ahead, and must not matter.
     longer = np.concatenate([words, np.full(symbols.size + 1, 0xABCD, np.uint16)])
     contexts = (symbols >> 8).astype(np.uint8)
     given_by = [rans.decode(longer, contexts, packed, slots)]
-    if FAST is not None:
-        given_by.append(FAST.decode(longer, contexts, packed, slots, lanes))
+    if COMPILED is not None:
+        given_by.append(COMPILED.decode(longer, contexts, packed, slots, lanes))
     for decoded, used in given_by:
         assert np.array_equal(decoded, symbols & 255)
         assert used == words.size
@@ -95,13 +95,16 @@ def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) 
     occurs = histogram.reshape(-1, 256).any(axis=1)
     assert (shares.sum(axis=1) == np.where(occurs, 4096, 0)).all()
     assert (starts == np.where(shares > 0, np.cumsum(shares, axis=1) - shares, 0)).all()
-    for slots in (rans.build_slots(packed), *([] if FAST is None else [FAST.build_slots(packed)])):
+    for slots in (
+        rans.build_slots(packed),
+        *([] if COMPILED is None else [COMPILED.build_slots(packed)]),
+    ):
         expected = [np.repeat(np.arange(256), row) for row in shares[occurs]]
         assert np.array_equal(slots.reshape(-1, 4096)[occurs], np.array(expected).reshape(-1, 4096))
         assert not slots.reshape(-1, 4096)[~occurs].any()
-    if FAST is not None:
-        assert np.array_equal(FAST.compute_levels(histogram), levels)
-        assert np.array_equal(FAST.compute_frequencies(levels), packed)
+    if COMPILED is not None:
+        assert np.array_equal(COMPILED.compute_levels(histogram), levels)
+        assert np.array_equal(COMPILED.compute_frequencies(levels), packed)
 
 
 @given(levels=st.lists(st.integers(0, 49), min_size=256, max_size=256))
@@ -109,8 +112,8 @@ def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) 
 def test_levels_that_no_histogram_leads_to_make_tables_too(levels: list[int]) -> None:
     packed = rans.compute_frequencies(np.array(levels, np.uint8))
     assert (packed >> 16).sum() == (4096 if any(levels) else 0)
-    if FAST is not None:
-        assert np.array_equal(FAST.compute_frequencies(np.array(levels, np.uint8)), packed)
+    if COMPILED is not None:
+        assert np.array_equal(COMPILED.compute_frequencies(np.array(levels, np.uint8)), packed)
 
 
 @pytest.mark.parametrize("rare", [1, 100, 255])
@@ -132,4 +135,4 @@ def test_a_plan_is_the_same_interpreted_and_compiled(seed: int) -> None:
     _, busy, low, high = plan
     assert 0 <= low <= high < low + rans.MAX_CLASSES
     assert busy <= rans.EXPONENTS
-    assert FAST is None or FAST.plan_listing(counts, runs, step) == plan
+    assert COMPILED is None or COMPILED.plan_listing(counts, runs, step) == plan
