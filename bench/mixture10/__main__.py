@@ -13,7 +13,7 @@ Example::
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from bench.mixture10.make_data import DATA, write
 from bench.mixture10.results import Findings, publish, tables
 from trainer.comparison.compare import compare
 from trainer.comparison.report import write_comparison
-from trainer.comparison.results import Comparison, collect
+from trainer.comparison.results import Comparison, group_outcomes
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.training.workspace import quiet_libraries
@@ -77,10 +77,9 @@ def run(form: Form, config: Config, *, jobs: int) -> Comparison:
             equal_compute=equal,
             jobs=jobs,
             keep_models=True,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
         )
         found.update(comparison.outcomes)
-    comparison = collect(found)
+    comparison = group_outcomes(found)
     write_comparison(Path(config.output_dir), comparison)
     return comparison
 
@@ -95,6 +94,8 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the tables, write no page")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: %(default)s)")
     options = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trainer").setLevel(logging.INFO)
     quiet_libraries()
     form = LONG if options.long else SHORT
     config = configure(form, options.overrides)

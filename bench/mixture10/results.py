@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.trajectories import ROOT
-from trainer.comparison.peak_shifts import StagePeak, distance, peaks_of_stage, shifts
+from trainer.comparison.peak_shifts import (
+    StagePeak,
+    find_peak_shifts,
+    find_stage_peaks,
+    mean_peak_distance,
+)
 from trainer.comparison.results import Comparison, Estimate, Group, Row, estimate
-from trainer.comparison.tables import NOTES, head, remarks, sections
+from trainer.comparison.tables import NOTES, build_sections, describe_comparison, describe_failures
 from trainer.config.schema import OVERALL
 from trainer.journal import Record, effective, read
 from trainer.text import Table
@@ -60,8 +65,8 @@ def tables(findings: Findings) -> str:
     changed = f" Changed: {', '.join(findings.overrides)}." if findings.overrides else ""
     parts = [
         f"{machine['date']}, {machine['cpu']}, commit {machine['commit']}.{changed} "
-        + head(comparison),
-        *(f"- {remark}" for remark in remarks(comparison)),
+        + describe_comparison(comparison),
+        *(f"- {remark}" for remark in describe_failures(comparison)),
         "### At a glance",
         "The paper's column: its published average accuracy in percent over 10 benchmarks and 6 "
         "base models, of which only the order of the methods can be compared. Ours: mean token "
@@ -70,7 +75,7 @@ def tables(findings: Findings) -> str:
         glance(findings).to_markdown(),
         *peak_parts(findings),
     ]
-    for section in sections(comparison):
+    for section in build_sections(comparison):
         parts += [f"### {section.title}", section.table.to_markdown()]
     for group in comparison.groups:
         table = exact_table(group, findings.exact, comparison)
@@ -120,18 +125,18 @@ def peak_parts(findings: Findings) -> list[str]:
     sft, msft = (_journals(findings, method, largest) for method in ("sft", "msft"))
     if not sft:
         return []
-    peaks = [peaks_of_stage(counted, 1) for counted in sft]
-    apart = estimate(found for found in map(distance, peaks) if found is not None)
-    moved = [shift for counted in msft for shift in shifts(counted)]
+    peaks = [find_stage_peaks(counted, 1) for counted in sft]
+    apart = estimate(found for found in map(mean_peak_distance, peaks) if found is not None)
+    moved = [shift for counted in msft for shift in find_peak_shifts(counted)]
     lines = [
         f"the sub-datasets' peaks are {_text(apart)} epochs from the mixture's (paper: "
         f"{PAPER_DISTANCE})"
     ]
-    if any(shift.known for shift in moved):
-        known = estimate(abs(shift.epochs) for shift in moved if shift.known)
+    if any(shift.is_known for shift in moved):
+        known = estimate(abs(shift.epochs) for shift in moved if shift.is_known)
         lines.append(
             f"an exclusion moves the other peaks by {_text(known)} epochs (paper: {PAPER_SHIFT}; "
-            f"{sum(shift.known for shift in moved)} pairs in which both peaks had passed)"
+            f"{sum(shift.is_known for shift in moved)} pairs in which both peaks had passed)"
         )
     return [
         f"### Peaks, C = {largest:g}",
@@ -172,7 +177,7 @@ def _journals(findings: Findings, method: str, budget: float) -> list[list[Recor
     return [
         effective(read(findings.directory / case.path / JOURNAL))
         for case, outcome in findings.comparison.outcomes.items()
-        if (case.method, case.budget, case.equal) == (method, budget, False)
+        if (case.method, case.budget, case.equal_compute) == (method, budget, False)
         and outcome.summary is not None
     ]
 
@@ -195,7 +200,7 @@ def _exact(
 def _peak_text(peak: StagePeak | None) -> str:
     if peak is None:
         return "-"
-    return f"{'' if peak.passed else '>'}{peak.epoch:.3g}"
+    return f"{'' if peak.has_passed else '>'}{peak.epoch:.3g}"
 
 
 def _text(found: Estimate | None, *, sign: str = "") -> str:

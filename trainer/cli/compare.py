@@ -12,9 +12,9 @@ import argparse
 from typing import Any
 
 from trainer.comparison.compare import compare
-from trainer.comparison.report import plain_summaries
+from trainer.comparison.report import summaries_by_method
 from trainer.comparison.results import Comparison
-from trainer.comparison.tables import to_text
+from trainer.comparison.tables import render_text
 from trainer.config.schema import Config
 from trainer.report.report import compare_table
 
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def comparison_of(config: Config, options: argparse.Namespace, **progress: Any) -> Comparison:
+def comparison_of(config: Config, options: argparse.Namespace, *, progress: bool) -> Comparison:
     """Do the runs that the options ask for and return their comparison."""
     return compare(
         config,
@@ -62,16 +62,16 @@ def comparison_of(config: Config, options: argparse.Namespace, **progress: Any) 
         equal_compute=options.equal_compute,
         jobs=options.jobs,
         keep_models=options.keep_models,
-        **progress,
+        progress=progress,
     )
 
 
 def shown(comparison: Comparison) -> tuple[dict[str, Any], str]:
     """Return a comparison as JSON values and as text."""
-    if summaries := plain_summaries(comparison):
+    if summaries := summaries_by_method(comparison):
         tree = {label: summary.to_dict() for label, summary in summaries.items()}
         return tree, compare_table(summaries)
-    return comparison.to_dict(), to_text(comparison)
+    return comparison.to_dict(), render_text(comparison)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

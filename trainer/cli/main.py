@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from msft_store import StoreError
 from trainer.cli import compare as cli_compare
 from trainer.cli import simulate as cli_simulate
-from trainer.comparison.tables import remarks
+from trainer.comparison.tables import describe_failures
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.examples import Example
@@ -178,13 +179,14 @@ def _report(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     try:
-        comparison = cli_compare.comparison_of(config, options, **_progress(options))
+        _show_log(options)
+        comparison = cli_compare.comparison_of(config, options, progress=not options.quiet)
     except Interrupted as interrupted:
         _complain(f"{interrupted}; give the same command again to go on")
         return 128 + interrupted.number
     tree, text = cli_compare.shown(comparison)
     _print(tree if options.json else text)
-    for remark in remarks(comparison):
+    for remark in describe_failures(comparison):
         _complain(remark)
     return 1 if comparison.failures else 3 if comparison.diverged else 0
 
@@ -241,6 +243,22 @@ def plan_of(config: Config) -> Plan:
 
 def _lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example) for example in examples]
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes log lines to stderr without tearing progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _show_log(options: argparse.Namespace) -> None:
+    """Show what the trainer logs on the terminal, unless the user asked for quiet."""
+    log = logging.getLogger("trainer")
+    log.setLevel(logging.ERROR if options.quiet else logging.INFO)
+    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
+        log.addHandler(_TerminalHandler())
 
 
 def _progress(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Which runs a comparison is made of, and where each is kept.
+"""List the runs of a comparison, with the configuration and the directory of each.
 
-Plain: one run a method, in ``OUTPUT_DIR/METHOD``. With seeds or budgets:
-``OUTPUT_DIR/METHOD/C-1/seed-0``, and at MSFT's FLOPs ``OUTPUT_DIR/METHOD/C-1-equal/seed-0``.
+With one run for each method a run is in ``OUTPUT_DIR/METHOD``. With seeds or budgets it is in
+``OUTPUT_DIR/METHOD/C-1/seed-0``, and at MSFT's FLOPs in ``OUTPUT_DIR/METHOD/C-1-equal/seed-0``.
 
 Example::
 
-    cases = grid(config, ["sft", "msft"], seeds=3, budgets=[1.0, 3.0])
-    config_of(config, cases[0]).output_dir              # OUTPUT_DIR/sft/C-1/seed-0
+    cases = list_cases(config, ["sft", "msft"], seeds=3, budgets=[1.0, 3.0])
+    build_config(config, cases[0]).output_dir              # OUTPUT_DIR/sft/C-1/seed-0
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ LABELS = {
     "dynamix": "DynamixSFT",
     "msft": "MSFT",
 }
-"""What tables call a method."""
+"""Names of the methods in tables."""
 
 REFERENCE = "msft"
-"""The method whose FLOPs the others are given for equal compute."""
+"""The method whose FLOPs set the budget of the others for equal compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,36 +40,36 @@ class Case:
 
     method: str
     budget: float
-    """C as it was asked for, in epochs."""
+    """The requested C, in epochs."""
     seed: int
-    equal: bool = False
-    """Whether C is replaced by what takes the FLOPs of MSFT's run of this budget and seed."""
-    plain: bool = False
-    """Whether the comparison has one run a method."""
+    equal_compute: bool = False
+    """True if C is changed so that the run takes the FLOPs of MSFT's run of this seed."""
+    is_single: bool = False
+    """True if the comparison has one run for each method."""
 
     @property
     def label(self) -> str:
-        """What tables call its method."""
+        """Name of the method in tables."""
         return LABELS.get(self.method, self.method.upper())
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        if self.plain:
+        """Name of the run in messages."""
+        if self.is_single:
             return self.label
-        equal = " at MSFT's FLOPs" if self.equal else ""
+        equal = " at MSFT's FLOPs" if self.equal_compute else ""
         return f"{self.label}, C = {self.budget:g}{equal}, seed {self.seed}"
 
     @property
     def path(self) -> Path:
-        """Its directory, relative to that of the comparison."""
-        if self.plain:
+        """Directory of the run, relative to that of the comparison."""
+        if self.is_single:
             return Path(self.method)
-        equal = "-equal" if self.equal else ""
+        equal = "-equal" if self.equal_compute else ""
         return Path(self.method, f"C-{self.budget:g}{equal}", f"seed-{self.seed}")
 
 
-def grid(
+def list_cases(
     config: Config,
     methods: Sequence[str],
     *,
@@ -77,33 +77,33 @@ def grid(
     budgets: Sequence[float] = (),
     equal_compute: bool = False,
 ) -> list[Case]:
-    """Return the runs, by budget, then seed, then method; those at MSFT's FLOPs come last.
+    """Return the runs by budget, seed and method; those at MSFT's FLOPs come last.
 
-    ``seeds`` counts from ``config.seed``. Without ``seeds``, ``budgets`` and ``equal_compute`` the
-    comparison is plain. Raises :class:`ConfigError` for what cannot be run.
+    Seeds begin at ``config.seed``. Without ``seeds``, ``budgets`` and ``equal_compute`` there is
+    one run for each method. Raises :class:`ConfigError` for an invalid combination.
     """
     _check_methods(methods)
     if equal_compute and REFERENCE not in methods:
-        raise ConfigError("--equal-compute needs msft among --methods: its FLOPs are the measure")
+        raise ConfigError("--equal-compute needs msft among --methods: its FLOPs are the reference")
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
     if len(set(budgets)) < len(budgets):
         raise ConfigError("--budgets names a budget twice: name each only once")
-    plain = seeds is None and not budgets and not equal_compute
+    is_single = seeds is None and not budgets and not equal_compute
     ordinary = [
-        Case(method=method, budget=budget, seed=config.seed + number, plain=plain)
+        Case(method=method, budget=budget, seed=config.seed + number, is_single=is_single)
         for budget in (budgets or [config.msft.compute_budget])
         for number in range(seeds or 1)
         for method in methods
     ]
     for case in ordinary:
-        check_settings(config_of(config, case))
-    equal = [replace(case, equal=True) for case in ordinary if case.method != REFERENCE]
+        check_settings(build_config(config, case))
+    equal = [replace(case, equal_compute=True) for case in ordinary if case.method != REFERENCE]
     return ordinary + (equal if equal_compute else [])
 
 
-def config_of(config: Config, case: Case, budget: float | None = None) -> Config:
-    """Return the configuration of one run; ``budget`` replaces its C where compute is equal."""
+def build_config(config: Config, case: Case, budget: float | None = None) -> Config:
+    """Return the configuration of one run; ``budget`` replaces its C for equal compute."""
     changed: Any = replace(
         config,
         method=case.method,  # type: ignore[arg-type]
@@ -114,11 +114,13 @@ def config_of(config: Config, case: Case, budget: float | None = None) -> Config
     return changed  # type: ignore[no-any-return]
 
 
-def equal_budget(case: Case, *, flops: int, reference_flops: int, eval_every: float) -> float:
+def compute_equal_budget(
+    case: Case, *, flops: int, reference_flops: int, eval_every: float
+) -> float:
     """Return the C at which a method takes about the FLOPs of MSFT's run.
 
-    ``flops`` is what it took at ``case.budget``, taken to be proportional to C (so without the
-    final tests); the result is the nearest multiple of ``eval_every``, at least one.
+    ``flops`` are its FLOPs at ``case.budget`` without the final tests, so that they are
+    proportional to C. The result is a multiple of ``eval_every``, at least one.
     """
     evaluations = case.budget * reference_flops / max(flops, 1) / eval_every
     return round(max(1, round(evaluations)) * eval_every, 10)

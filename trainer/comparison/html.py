@@ -1,10 +1,11 @@
-"""One HTML page that needs nothing else: tables, text and pictures, readable in light and dark.
+"""Render one self-contained HTML page: tables, text and pictures, readable in light and dark.
 
-All text is escaped; pictures are inline SVG of our own. The page has no script and loads nothing.
+All text is escaped. Pictures are inline SVG of our own. The page has no script and loads nothing.
 
 Example::
 
-    page("Comparison", [Text(text="Test loss, 3 seeds."), Tabular(title="C = 1", table=table)])
+    blocks = [Paragraph(text="Test loss, 3 seeds."), TableBlock(title="C = 1", table=table)]
+    render_page("Comparison", blocks)
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ svg { max-width: 100%; height: auto; }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Paragraph:
     """A paragraph."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tabular:
+class TableBlock:
     """A table under a heading."""
 
     title: str
@@ -54,9 +55,9 @@ class Picture:
     svg: str
 
 
-def page(title: str, parts: Sequence[Text | Tabular | Picture]) -> str:
-    """Return the page."""
-    body = "\n".join(map(_part, parts))
+def render_page(title: str, parts: Sequence[Paragraph | TableBlock | Picture]) -> str:
+    """Return the page as HTML."""
+    body = "\n".join(map(_render_block, parts))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -65,19 +66,19 @@ def page(title: str, parts: Sequence[Text | Tabular | Picture]) -> str:
     )
 
 
-def _part(part: Text | Tabular | Picture) -> str:
+def _render_block(part: Paragraph | TableBlock | Picture) -> str:
     match part:
-        case Text():
+        case Paragraph():
             return f"<p>{escape(part.text)}</p>"
-        case Tabular():
-            table = _table(part.table)
+        case TableBlock():
+            table = _render_table(part.table)
             return f'<h2>{escape(part.title)}</h2>\n<div class="wide">{table}</div>'
         case Picture():
             caption = f"<figcaption>{escape(part.caption)}</figcaption>"
             return f"<h2>{escape(part.title)}</h2>\n<figure>{part.svg}{caption}</figure>"
 
 
-def _table(table: Table) -> str:
+def _render_table(table: Table) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows

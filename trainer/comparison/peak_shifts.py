@@ -1,17 +1,18 @@
-"""How far apart sub-datasets peak, and how an exclusion moves the peaks of the others.
+"""Measure how far apart sub-datasets peak, and how an exclusion moves the peaks of the others.
 
-Epochs are those of the active mixture, in which each of its examples comes once; so they are also
-epochs of each sub-dataset that is in it, and comparable between stages.
+Epochs are those of the active mixture, in which each of its examples comes once. So they are also
+epochs of each active sub-dataset, and comparable between stages.
 
 Example::
 
-    counted = effective(read(run / "journal.jsonl"))
-    distance(peaks_of_stage(counted, 1))            # epochs from the mixture's peak, on average
-    [shift.epochs for shift in shifts(counted) if shift.known]
+    records = effective(read(run / "journal.jsonl"))
+    mean_peak_distance(find_stage_peaks(records, 1))      # epochs from the mixture's peak
+    [shift.epochs for shift in find_peak_shifts(records) if shift.is_known]
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,85 +26,85 @@ class StagePeak:
     """The first best evaluation of one curve within a stage."""
 
     epoch: float
-    passed: bool
-    """Whether an evaluation followed; otherwise the true peak may come later."""
+    has_passed: bool
+    """True if an evaluation followed; otherwise the true peak may come later."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift:
-    """A sub-dataset's peak before and after another one's exclusion."""
+class PeakShift:
+    """The peak of a sub-dataset before and after the exclusion of another one."""
 
     name: str
     stage: int
     """The stage after the exclusion."""
     expected: float
     """Epochs after the roll-back at which it peaked in the stage before."""
-    found: float
+    actual: float
     """Epochs after the roll-back at which it peaks without the excluded one."""
-    known: bool
-    """Whether both peaks had passed when their stages ended."""
+    is_known: bool
+    """True if both peaks had passed when their stages ended."""
 
     @property
     def epochs(self) -> float:
-        """How much later it peaks; negative: earlier."""
-        return self.found - self.expected
+        """Epochs by which it peaks later; negative if earlier."""
+        return self.actual - self.expected
 
 
-def peaks_of_stage(counted: Sequence[Record], stage: int) -> dict[str, StagePeak]:
-    """Return the peaks within a stage of all its active sub-datasets and of the mixture.
+def find_stage_peaks(records: Sequence[Record], stage: int) -> dict[str, StagePeak]:
+    """Return the peaks of the active sub-datasets and of the mixture within a stage.
 
-    ``counted`` are effective records. A curve without a finite value has no peak.
+    ``records`` are effective records. A curve without a finite value has no peak.
     """
-    start = next(r for r in counted if r["event"] == "run_started")
-    curve = [r for r in counted if r["event"] == "evaluated" and r["stage"] == stage]
+    start = next(r for r in records if r["event"] == "run_started")
+    curve = [r for r in records if r["event"] == "evaluated" and r["stage"] == stage]
     active: list[str] = next(
-        (r["active"] for r in counted if r["event"] == "stage_started" and r["stage"] == stage), []
+        (r["active"] for r in records if r["event"] == "stage_started" and r["stage"] == stage), []
     )
     peaks = {}
     for name in [*sorted(active), OVERALL]:
         index = first_best((r["metrics"][name] for r in curve), start["mode"])
         if index is not None:
-            peaks[name] = StagePeak(epoch=curve[index]["epoch"], passed=index + 1 < len(curve))
+            peaks[name] = StagePeak(epoch=curve[index]["epoch"], has_passed=index + 1 < len(curve))
     return peaks
 
 
-def distance(peaks: Mapping[str, StagePeak]) -> float | None:
+def mean_peak_distance(peaks: Mapping[str, StagePeak]) -> float | None:
     """Return the mean distance in epochs of the sub-datasets' peaks from the mixture's peak.
 
-    Peaks that had not passed count with the epoch of the last evaluation. ``None`` where the
+    A peak that had not passed counts as the epoch of the last evaluation. Returns ``None`` if the
     mixture or every sub-dataset has no peak.
     """
     others = [peak.epoch for name, peak in peaks.items() if name != OVERALL]
     if OVERALL not in peaks or not others:
         return None
-    return sum(abs(epoch - peaks[OVERALL].epoch) for epoch in others) / len(others)
+    return statistics.fmean(abs(epoch - peaks[OVERALL].epoch) for epoch in others)
 
 
-def shifts(counted: Sequence[Record]) -> list[Shift]:
-    """Return how each exclusion moved the peaks of the sub-datasets that remained.
+def find_peak_shifts(records: Sequence[Record]) -> list[PeakShift]:
+    """Return how each exclusion moved the peaks of the remaining sub-datasets.
 
-    ``counted`` are effective records. A stage whose end excluded nobody tells nothing here.
+    ``records`` are effective records. Stages that excluded no sub-dataset are skipped.
     """
     found = []
-    for decided in counted:
+    for decided in records:
         if decided.get("decision") != "roll_back" or not decided["exclude"]:
             continue
         stage = decided["stage"]
         origin = next(
             r["epoch"]
-            for r in counted
+            for r in records
             if r["event"] == "evaluated"
             and r["stage"] == stage
             and r["checkpoint"] == decided["checkpoint"]
         )
-        before, after = peaks_of_stage(counted, stage), peaks_of_stage(counted, stage + 1)
+        before, after = find_stage_peaks(records, stage), find_stage_peaks(records, stage + 1)
         found += [
-            Shift(
+            PeakShift(
                 name=name,
                 stage=stage + 1,
                 expected=before[name].epoch - origin,
-                found=peak.epoch,
-                known=before[name].passed and peak.passed,
+                actual=peak.epoch,
+                is_known=before[name].has_passed and peak.has_passed,
             )
             for name, peak in after.items()
             if name in before and name not in (OVERALL, *decided["exclude"])

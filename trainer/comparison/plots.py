@@ -1,8 +1,8 @@
-"""Pictures of a comparison, as SVG that takes the colour of the text around it.
+"""Draw the pictures of a comparison, as SVG in the colour of the surrounding text.
 
 Example::
 
-    svg = draw_peaks({0: counted})                  # for a page; standalone(svg) for a file
+    svg = draw_peaks({0: records})                  # for a page; to_svg_file(svg) for a file
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from trainer.comparison.peak_shifts import peaks_of_stage, shifts
+from trainer.comparison.peak_shifts import find_peak_shifts, find_stage_peaks
 from trainer.comparison.results import Comparison, Estimate, Group, Row
 from trainer.config.schema import OVERALL
 from trainer.journal import Record
 from trainer.report.flops import seqs_on_path
 
 _TEXT = "#010203"
-"""Stands for the colour of the surrounding text until the picture is written."""
+"""Placeholder that is replaced by the colour of the surrounding text."""
 _BLUE, _ORANGE, _GREY = "#3b82c4", "#d9822b", "#8a8a8a"
 _COLORS = ("#3b82c4", "#d9822b", "#3f9b5c", "#b65fb0", "#c9a227", "#c23b22")
 _STYLE: Any = {
@@ -42,64 +42,64 @@ Curves = Mapping[int, Sequence[Record]]
 
 
 def draw_peaks(curves: Curves) -> str:
-    """Draw where the sub-datasets peak in the first stage, beside the mixture's peak."""
-    peaks = {seed: peaks_of_stage(counted, 1) for seed, counted in curves.items()}
+    """Draw the peaks of the sub-datasets in the first stage beside the mixture's peak."""
+    peaks = {seed: find_stage_peaks(records, 1) for seed, records in curves.items()}
     names = sorted({name for found in peaks.values() for name in found} - {OVERALL}, reverse=True)
-    figure, axis = _figure(8.5, 1.2 + 0.28 * len(names))
+    figure, axis = _make_figure(8.5, 1.2 + 0.28 * len(names))
     for seed, found in peaks.items():
         for name, peak in found.items():
             if name == OVERALL:
                 axis.axvline(peak.epoch, color=_ORANGE, linewidth=1.4, alpha=0.7)
                 continue
-            filled = _BLUE if peak.passed else "none"
+            filled = _BLUE if peak.has_passed else "none"
             offset = 0.12 * (list(peaks).index(seed) - (len(peaks) - 1) / 2)
             axis.plot(peak.epoch, names.index(name) + offset, "o", mec=_BLUE, mfc=filled, ms=5)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(left=0)
     handles = [
-        _dot(_BLUE, "a sub-dataset's peak, one dot a seed"),
-        _dot(_BLUE, "at the last evaluation, may come later", hollow=True),
+        _dot_handle(_BLUE, "a sub-dataset's peak, one dot a seed"),
+        _dot_handle(_BLUE, "at the last evaluation, may come later", hollow=True),
         Line2D([], [], color=_ORANGE, label="the mixture's peak"),
     ]
-    return _finish(figure, axis, handles, x="epoch of the first best", salt="peaks")
+    return _finish_figure(figure, axis, handles, x="epoch of the first best", salt="peaks")
 
 
 def draw_shifts(curves: Curves) -> str:
-    """Draw each remaining sub-dataset's peak after an exclusion against where it was before."""
-    figure, axis = _figure(5.5, 4.5)
+    """Draw the peaks of the remaining sub-datasets after each exclusion against those before it."""
+    figure, axis = _make_figure(5.5, 4.5)
     limit = 0.0
-    for counted in curves.values():
-        for shift in shifts(counted):
-            filled = _BLUE if shift.known else "none"
-            axis.plot(shift.expected, shift.found, "o", mec=_BLUE, mfc=filled, ms=5, alpha=0.7)
-            limit = max(limit, shift.expected, shift.found)
+    for records in curves.values():
+        for shift in find_peak_shifts(records):
+            filled = _BLUE if shift.is_known else "none"
+            axis.plot(shift.expected, shift.actual, "o", mec=_BLUE, mfc=filled, ms=5, alpha=0.7)
+            limit = max(limit, shift.expected, shift.actual)
     axis.plot([0, limit], [0, limit], color=_GREY, linestyle="--", linewidth=0.9)
     handles = [
-        _dot(_BLUE, "both peaks passed"),
-        _dot(_BLUE, "one was at a last evaluation", hollow=True),
+        _dot_handle(_BLUE, "both peaks passed"),
+        _dot_handle(_BLUE, "one was at a last evaluation", hollow=True),
         Line2D([], [], color=_GREY, linestyle="--", label="unmoved"),
     ]
     axis.set_ylabel("epochs to the peak without the excluded one")
-    return _finish(figure, axis, handles, x="epochs to the peak before", salt="shifts")
+    return _finish_figure(figure, axis, handles, x="epochs to the peak before", salt="shifts")
 
 
 def draw_budgets(comparison: Comparison) -> str:
-    """Draw metric and FLOPs over C, and the metric over the FLOPs; hollow: at MSFT's FLOPs."""
+    """Draw metric and FLOPs over C, and metric over FLOPs; hollow points are at MSFT's FLOPs."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         by_budget, flops_axis, by_flops = figure.subplots(1, 3)
     handles = []
-    for number, label in enumerate(_labels(comparison)):
+    for number, label in enumerate(_method_labels(comparison)):
         color = _COLORS[number % len(_COLORS)]
-        ordinary = [p for p in _points(comparison, label) if not p[0].equal]
+        ordinary = [p for p in _scored_rows(comparison, label) if not p[0].equal_compute]
         for axis, place in ((by_budget, _budget), (flops_axis, _budget), (by_flops, _flops)):
             scored = axis is not flops_axis
             across = [place(group, row) for group, row, _ in ordinary]
             up = [score.mean if scored else _flops(group, row) for group, row, score in ordinary]
             errors = [score.error or 0 for _, _, score in ordinary] if scored else None
             axis.errorbar(across, up, yerr=errors, color=color, marker="o", ms=4, capsize=2)
-        for group, row, score in _points(comparison, label):
-            if group.equal and row.method != "msft":
+        for group, row, score in _scored_rows(comparison, label):
+            if group.equal_compute and row.method != "msft":
                 by_flops.plot(_flops(group, row), score.mean, "o", mec=color, mfc="none", ms=6)
         handles.append(Line2D([], [], color=color, marker="o", ms=4, label=label))
     first = comparison.first
@@ -110,12 +110,12 @@ def draw_budgets(comparison: Comparison) -> str:
         (by_flops, f"overall {metric}", "FLOPs of a run"),
     ):
         axis.set_title(title, fontsize="medium")
-        _frame(axis, x=x)
-    return _svg(figure, handles, salt="budgets")
+        _style_axis(axis, x=x)
+    return _render_svg(figure, handles, salt="budgets")
 
 
 def draw_losses(runs: Mapping[str, Sequence[Record]]) -> str:
-    """Draw the training loss over steps, a panel a method; ``runs`` are effective, by label."""
+    """Draw the training loss over steps, one panel for each method, from effective records."""
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
     with mpl.rc_context(_STYLE):
@@ -123,36 +123,36 @@ def draw_losses(runs: Mapping[str, Sequence[Record]]) -> str:
         axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axis in axes[len(runs) :]:
         axis.set_visible(False)
-    for axis, (label, counted) in zip(axes, runs.items(), strict=False):
-        trained = [r for r in counted if r["event"] == "trained"]
-        on_path = seqs_on_path(counted)
+    for axis, (label, records) in zip(axes, runs.items(), strict=False):
+        trained = [r for r in records if r["event"] == "trained"]
+        on_path = seqs_on_path(records)
         for stage in sorted({r["stage"] for r in trained}):
             points = [r for r in trained if r["stage"] == stage]
             kept = [r for r in points if r["seq"] in on_path]
-            axis.plot(*_curve(points), color=_BLUE, alpha=0.35, linewidth=1)
-            axis.plot(*_curve(kept), color=_BLUE, linewidth=1.3)
+            axis.plot(*_loss_curve(points), color=_BLUE, alpha=0.35, linewidth=1)
+            axis.plot(*_loss_curve(kept), color=_BLUE, linewidth=1.3)
         axis.set_title(label, fontsize="medium")
-        _frame(axis, x="optimizer step")
+        _style_axis(axis, x="optimizer step")
     handles = [
         Line2D([], [], color=_BLUE, label="on the path to the result"),
         Line2D([], [], color=_BLUE, alpha=0.35, label="not on it"),
     ]
-    return _svg(figure, handles, salt="losses")
+    return _render_svg(figure, handles, salt="losses")
 
 
-def standalone(svg: str) -> bytes:
-    """Return a picture as a file that is readable by itself, on white."""
+def to_svg_file(svg: str) -> bytes:
+    """Return a picture as an SVG file of its own, on white."""
     white = "<style>svg { background: white; color: black; }</style>"
     head, end, rest = svg.partition(">")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{end}{white}{rest}\n'.encode()
 
 
-def _labels(comparison: Comparison) -> list[str]:
+def _method_labels(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys(row.label for group in comparison.groups for row in group.rows))
 
 
-def _points(comparison: Comparison, label: str) -> list[tuple[Group, Row, Estimate]]:
-    """Return where a method has a score, by budget."""
+def _scored_rows(comparison: Comparison, label: str) -> list[tuple[Group, Row, Estimate]]:
+    """Return the groups and rows in which a method has a score, by budget."""
     found = []
     for group in sorted(comparison.groups, key=lambda group: group.budget):
         for row in group.rows:
@@ -170,35 +170,37 @@ def _flops(group: Group, row: Row) -> float:
     return float(row.work()["total"].flops)
 
 
-def _curve(points: Sequence[Record]) -> tuple[list[int], list[float]]:
+def _loss_curve(points: Sequence[Record]) -> tuple[list[int], list[float]]:
     return [r["step"] for r in points], [r["loss"] for r in points]
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _make_figure(width: float, height: float) -> tuple[Figure, Axes]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
 
 
-def _frame(axis: Axes, *, x: str) -> None:
+def _style_axis(axis: Axes, *, x: str) -> None:
     axis.set_xlabel(x)
     axis.grid(linewidth=0.4, alpha=0.4)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
 
 
-def _dot(color: str, label: str, *, hollow: bool = False) -> Line2D:
+def _dot_handle(color: str, label: str, *, hollow: bool = False) -> Line2D:
     fill = "none" if hollow else color
     return Line2D([], [], marker="o", linestyle="none", mec=color, mfc=fill, ms=5, label=label)
 
 
-def _finish(figure: Figure, axis: Axes, handles: Sequence[Line2D], *, x: str, salt: str) -> str:
-    _frame(axis, x=x)
-    return _svg(figure, handles, salt=salt)
+def _finish_figure(
+    figure: Figure, axis: Axes, handles: Sequence[Line2D], *, x: str, salt: str
+) -> str:
+    _style_axis(axis, x=x)
+    return _render_svg(figure, handles, salt=salt)
 
 
-def _svg(figure: Figure, handles: Sequence[Line2D], *, salt: str) -> str:
-    """Return the figure as an ``<svg>`` element; ``salt`` keeps its ids apart from others'."""
+def _render_svg(figure: Figure, handles: Sequence[Line2D], *, salt: str) -> str:
+    """Return the figure as an ``<svg>`` element; ``salt`` makes its ids unique on a page."""
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": salt}):
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)

@@ -1,6 +1,6 @@
-"""What a comparison leaves in its directory: ``compare.md``, ``.json``, ``.html``, and pictures.
+"""Write the files of a comparison: ``compare.md``, ``compare.json``, ``compare.html`` and plots.
 
-Derived from the journals of the runs alone.
+They are derived from the journals of the runs alone.
 
 Example::
 
@@ -15,69 +15,69 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from trainer.comparison.html import Picture, Tabular, Text, page
-from trainer.comparison.peak_shifts import distance, peaks_of_stage, shifts
+from trainer.comparison.html import Paragraph, Picture, TableBlock, render_page
+from trainer.comparison.peak_shifts import find_peak_shifts, find_stage_peaks, mean_peak_distance
 from trainer.comparison.plots import (
     Curves,
     draw_budgets,
     draw_losses,
     draw_peaks,
     draw_shifts,
-    standalone,
+    to_svg_file,
 )
 from trainer.comparison.results import Comparison, estimate
-from trainer.comparison.tables import NOTES, head, remarks, sections
+from trainer.comparison.tables import NOTES, build_sections, describe_comparison, describe_failures
 from trainer.files import make_directory, write_atomic
 from trainer.journal import Record, effective, read
 from trainer.report.report import compare_table
 from trainer.report.summary import Summary
 
 _WHOLE_MIXTURE = ("sft", "single_rollout", "msft")
-"""Methods whose first stage is a roll-out on the whole mixture from the base, best first."""
+"""Methods whose first stage rolls out the whole mixture from the base, most suitable first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A picture with what it shows."""
+    """A picture with its title and caption."""
 
     name: str
-    """File name without its ending."""
+    """File name without its suffix."""
     title: str
     caption: str
     svg: str
 
 
 def write_comparison(directory: Path, comparison: Comparison) -> None:
-    """Write all files of a comparison; some run of it must have finished."""
-    drawn = plots(directory, comparison)
-    if summaries := plain_summaries(comparison):
+    """Write all files of a comparison; at least one run must have finished."""
+    drawn = draw_plots(directory, comparison)
+    if summaries := summaries_by_method(comparison):
         markdown = f"# Comparison\n\n{compare_table(summaries, markdown=True)}\n"
         tree = {label: summary.to_dict() for label, summary in summaries.items()}
     else:
         markdown, tree = to_markdown(comparison, drawn), comparison.to_dict()
         make_directory(directory / "plots")
         for plot in drawn:
-            write_atomic(directory / "plots" / f"{plot.name}.svg", standalone(plot.svg))
+            write_atomic(directory / "plots" / f"{plot.name}.svg", to_svg_file(plot.svg))
     content = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(directory / "compare.md", markdown.encode())
     write_atomic(directory / "compare.json", f"{content}\n".encode())
     write_atomic(directory / "compare.html", to_html(comparison, drawn).encode())
 
 
-def plain_summaries(comparison: Comparison) -> dict[str, Summary]:
-    """Return the summaries by label where the comparison has one run a method, otherwise none."""
+def summaries_by_method(comparison: Comparison) -> dict[str, Summary]:
+    """Return the summaries by label if there is one run for each method, otherwise none."""
     return {
         case.label: outcome.summary
         for case, outcome in comparison.outcomes.items()
-        if case.plain and outcome.summary is not None
+        if case.is_single and outcome.summary is not None
     }
 
 
 def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
-    """Return ``compare.md``; the pictures are referred to by their relative paths."""
-    said = [f"- {escape(text, quote=False)}" for text in remarks(comparison)]
-    parts = ["# Comparison", head(comparison), *said]
-    for section in sections(comparison):
+    """Return ``compare.md``, which links the pictures by their relative paths."""
+    remarks = [f"- {escape(text, quote=False)}" for text in describe_failures(comparison)]
+    parts = ["# Comparison", describe_comparison(comparison), *remarks]
+    for section in build_sections(comparison):
         parts += [f"## {section.title}", section.table.to_markdown()]
     parts += ["## How to read this", *NOTES, "## Plots"]
     for plot in drawn:
@@ -87,25 +87,25 @@ def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
 
 def to_html(comparison: Comparison, drawn: Sequence[Plot]) -> str:
     """Return ``compare.html``, which needs no other file."""
-    return page(
+    return render_page(
         "Comparison",
         [
-            Text(text=head(comparison)),
-            *(Text(text=text) for text in remarks(comparison)),
-            *(Tabular(title=s.title, table=s.table) for s in sections(comparison)),
-            *(Text(text=text) for text in NOTES),
+            Paragraph(text=describe_comparison(comparison)),
+            *(Paragraph(text=text) for text in describe_failures(comparison)),
+            *(TableBlock(title=s.title, table=s.table) for s in build_sections(comparison)),
+            *(Paragraph(text=text) for text in NOTES),
             *(Picture(title=p.title, caption=p.caption, svg=p.svg) for p in drawn),
         ],
     )
 
 
-def plots(directory: Path, comparison: Comparison) -> list[Plot]:
-    """Draw what the finished runs allow; curves are those of the largest budget."""
+def draw_plots(directory: Path, comparison: Comparison) -> list[Plot]:
+    """Draw the plots that the finished runs allow; curves are those of the largest budget."""
     largest = max(case.budget for case in comparison.outcomes)
     curves: dict[str, dict[int, Sequence[Record]]] = {}
     labels = {}
     for case, outcome in comparison.outcomes.items():
-        if outcome.summary is not None and case.budget == largest and not case.equal:
+        if outcome.summary is not None and case.budget == largest and not case.equal_compute:
             records = effective(read(directory / case.path / "journal.jsonl"))
             curves.setdefault(case.method, {})[case.seed] = records
             labels[case.method] = case.label
@@ -113,9 +113,9 @@ def plots(directory: Path, comparison: Comparison) -> list[Plot]:
     found = []
     whole = next((method for method in _WHOLE_MIXTURE if method in curves), None)
     if whole is not None:
-        found.append(_peaks(curves[whole], f"first stage of {labels[whole]}, {at}"))
-    if any(shifts(counted) for counted in curves.get("msft", {}).values()):
-        found.append(_shifts(curves["msft"], at))
+        found.append(_plot_peaks(curves[whole], f"first stage of {labels[whole]}, {at}"))
+    if any(find_peak_shifts(records) for records in curves.get("msft", {}).values()):
+        found.append(_plot_shifts(curves["msft"], at))
     found.append(
         Plot(
             name="budgets",
@@ -133,8 +133,8 @@ def plots(directory: Path, comparison: Comparison) -> list[Plot]:
     return found
 
 
-def _peaks(curves: Curves, where: str) -> Plot:
-    distances = [distance(peaks_of_stage(counted, 1)) for counted in curves.values()]
+def _plot_peaks(curves: Curves, where: str) -> Plot:
+    distances = [mean_peak_distance(find_stage_peaks(records, 1)) for records in curves.values()]
     mean = estimate(value for value in distances if value is not None)
     apart = "" if mean is None else f" They are {mean.mean:.2f} epochs from it on average."
     return Plot(
@@ -145,9 +145,9 @@ def _peaks(curves: Curves, where: str) -> Plot:
     )
 
 
-def _shifts(curves: Curves, at: str) -> Plot:
-    found = [shift for counted in curves.values() for shift in shifts(counted)]
-    known = [abs(shift.epochs) for shift in found if shift.known]
+def _plot_shifts(curves: Curves, at: str) -> Plot:
+    found = [shift for records in curves.values() for shift in find_peak_shifts(records)]
+    known = [abs(shift.epochs) for shift in found if shift.is_known]
     mean = f"they moved by {sum(known) / len(known):.2f} epochs on average" if known else "none"
     return Plot(
         name="shifts",

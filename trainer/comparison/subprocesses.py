@@ -1,11 +1,12 @@
-"""Several ``msft-train`` commands at once, each in a process of its own.
+"""Run several ``msft-train`` commands at the same time, each in a process of its own.
 
-A signal that ends this process is passed on to all of them, and no further one is begun. What a
-child says on stderr is kept until it ends; its last line is the sentence that explains a failure.
+A signal that ends this process is forwarded to all of them, and no further one is started. Their
+stderr is kept until they end; its last line is the sentence that explains a failure.
 
 Example::
 
-    run_children({"sft": ["run", "sft.yaml"], "msft": ["run", "msft.yaml"]}, at_once=2, ended=print)
+    commands = {"sft": ["run", "sft.yaml"], "msft": ["run", "msft.yaml"]}
+    run_subprocesses(commands, jobs=2, on_exit=lambda name, code, line: code == 0)
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import IO
 
 from trainer.signals import Interrupted, Interrupts
 
-Ended = Callable[[str, int, str], bool]
-"""Told a command's name, its exit code and its last line; returns whether to begin others."""
+OnExit = Callable[[str, int, str], bool]
+"""Called with the name, exit code and last line of a command; returns true to start others."""
 
 _PREFIX = "msft-train: "
 
@@ -35,67 +36,67 @@ class _Child:
     stderr: IO[bytes]
 
 
-def run_children(
+def run_subprocesses(
     commands: Mapping[str, Sequence[str]],
     *,
-    at_once: int,
-    ended: Ended,
-    begun: Callable[[str], None] = lambda name: None,
+    jobs: int,
+    on_exit: OnExit,
+    on_start: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Run ``msft-train`` with the arguments of each command, ``at_once`` at a time.
+    """Run ``msft-train`` with the arguments of each named command, ``jobs`` at a time.
 
-    ``commands`` are by name. torch's threads are shared out among them. Raises
-    :class:`Interrupted` once all have ended, where this process was told to end.
+    The processor's cores are divided among the subprocesses. Raises :class:`Interrupted` after a
+    signal, once all have ended.
     """
     waiting = list(commands)
     running: dict[str, _Child] = {}
     with Interrupts() as interrupts:
-        passed_on = False
+        is_forwarded = False
         try:
-            while running or (waiting and not passed_on):
-                if interrupts.number is not None and not passed_on:
-                    passed_on = True
-                    _signal(running, interrupts.number)
-                while waiting and len(running) < at_once and not passed_on:
+            while running or (waiting and not is_forwarded):
+                if interrupts.number is not None and not is_forwarded:
+                    is_forwarded = True
+                    _send_signal(running, interrupts.number)
+                while waiting and len(running) < jobs and not is_forwarded:
                     name = waiting.pop(0)
-                    running[name] = _begin(commands[name], at_once)
-                    begun(name)
+                    running[name] = _start(commands[name], jobs)
+                    on_start(name)
                 time.sleep(0.05)
                 for name in [n for n, child in running.items() if child.process.poll() is not None]:
                     child = running.pop(name)
-                    if not ended(name, child.process.returncode, _last_line(child.stderr)):
+                    if not on_exit(name, child.process.returncode, _read_last_line(child.stderr)):
                         waiting.clear()
         finally:
-            # A second signal, or an error of ours: nobody waits for them any more.
-            _signal(running, signal.SIGTERM)
+            # After a second signal or an error nothing waits for the remaining subprocesses.
+            _send_signal(running, signal.SIGTERM)
     if interrupts.number is not None:
         raise Interrupted(interrupts.number)
 
 
-def _begin(arguments: Sequence[str], at_once: int) -> _Child:
+def _start(arguments: Sequence[str], jobs: int) -> _Child:
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its last line is read
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr,
         env={"OMP_NUM_THREADS": str(threads), **os.environ},
-        # A terminal sends Ctrl-C to the whole group: then each would be told twice.
+        # A terminal sends Ctrl-C to the whole process group, so each would get the signal twice.
         start_new_session=True,
     )
     return _Child(process=process, stderr=stderr)
 
 
-def _signal(running: Mapping[str, _Child], number: int) -> None:
+def _send_signal(running: Mapping[str, _Child], number: int) -> None:
     for child in running.values():
         with suppress(ProcessLookupError):
             child.process.send_signal(number)
 
 
-def _last_line(stderr: IO[bytes]) -> str:
+def _read_last_line(stderr: IO[bytes]) -> str:
     with stderr:
         stderr.seek(0)
         lines = [line for line in stderr.read().decode(errors="replace").splitlines() if line]
-    said = [line for line in lines if line.startswith(_PREFIX)] or lines
-    return said[-1].removeprefix(_PREFIX).strip() if said else ""
+    messages = [line for line in lines if line.startswith(_PREFIX)] or lines
+    return messages[-1].removeprefix(_PREFIX).strip() if messages else ""

@@ -1,8 +1,8 @@
-"""A comparison as tables, for the terminal, Markdown and HTML alike.
+"""Show a comparison as tables, for the terminal, Markdown and HTML alike.
 
 Example::
 
-    for section in sections(comparison):
+    for section in build_sections(comparison):
         print(section.title, section.table.to_text(), sep="\n\n")
 """
 
@@ -25,7 +25,7 @@ _WORK = {
     "generation": "generation",
     "repeated": "repeated",
 }
-"""Rows of the account as columns: what they are called."""
+"""Column headings for the rows of a FLOPs account."""
 
 NOTES = (
     "Selection on validation data, scores on test data used once per run. ± is the standard error "
@@ -34,28 +34,28 @@ NOTES = (
     "over seeds; the total leaves out what was repeated after a kill.",
     "Disk is the peak of all rollback points together, in full checkpoints.",
 )
-"""How the tables are to be read."""
+"""Explanations below the tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A table under a title."""
+    """A table with its title."""
 
     title: str
     table: Table
 
 
-def sections(comparison: Comparison) -> list[Section]:
+def build_sections(comparison: Comparison) -> list[Section]:
     """Return the tables, two for each group: scores and work."""
     return [
         Section(title=f"{group.title}: {what}", table=table)
         for group in comparison.groups
-        for what, table in (("scores", score_table(group)), ("work", work_table(group)))
+        for what, table in (("scores", build_score_table(group)), ("work", build_work_table(group)))
     ]
 
 
-def head(comparison: Comparison) -> str:
-    """Return one sentence on what is compared."""
+def describe_comparison(comparison: Comparison) -> str:
+    """Return one sentence that describes metric, seeds and settings."""
     first = comparison.first
     if first is None:
         return "No run has finished."
@@ -69,7 +69,7 @@ def head(comparison: Comparison) -> str:
     )
 
 
-def remarks(comparison: Comparison) -> list[str]:
+def describe_failures(comparison: Comparison) -> list[str]:
     """Return a sentence for each run that did not finish or diverged."""
     failed = [f"{case.name} did not finish: {why}" for case, why in comparison.failures.items()]
     return failed + [f"{case.name} {_DIVERGED}" for case in comparison.diverged]
@@ -78,32 +78,32 @@ def remarks(comparison: Comparison) -> list[str]:
 _DIVERGED = "diverged: its scores are those of its best checkpoint before that."
 
 
-def to_text(comparison: Comparison) -> str:
-    """Return all of it for the terminal."""
-    parts = [head(comparison)]
-    for section in sections(comparison):
+def render_text(comparison: Comparison) -> str:
+    """Return the whole comparison as text for the terminal."""
+    parts = [describe_comparison(comparison)]
+    for section in build_sections(comparison):
         parts += [section.title, section.table.to_text()]
-    return "\n\n".join([*parts, *remarks(comparison)])
+    return "\n\n".join([*parts, *describe_failures(comparison)])
 
 
-def score_table(group: Group) -> Table:
-    """Return the metric by sub-dataset, method after method; the base is the first run's."""
+def build_score_table(group: Group) -> Table:
+    """Return the metric by sub-dataset and method; the base comes from the first finished run."""
     rows = group.rows
-    base = _base(group)
+    base = _base_metrics(group)
     body: list[Sequence[str]] = [
-        [name, metric_text(base.get(name)), *(_text(row.score(name)) for row in rows)]
+        [name, metric_text(base.get(name)), *(_format_estimate(row.score(name)) for row in rows)]
         for name in base
     ]
-    body.append(["spread", "", *(_text(row.spread()) for row in rows)])
+    body.append(["spread", "", *(_format_estimate(row.spread()) for row in rows)])
     if any(group.difference(row) is not None for row in rows):
-        differences = [_text(group.difference(row), signed=True) for row in rows]
+        differences = [_format_estimate(group.difference(row), signed=True) for row in rows]
         body.append(["overall - SFT", "", *differences])
-    body.append(["runs", "", *(_runs_text(row) for row in rows)])
+    body.append(["runs", "", *(_format_runs(row) for row in rows)])
     return Table(header=("sub-dataset", "base", *(row.label for row in rows)), rows=body)
 
 
-def work_table(group: Group) -> Table:
-    """Return what a run of each method took, mean over seeds; rows that are zero are left out."""
+def build_work_table(group: Group) -> Table:
+    """Return the mean work of a run of each method; columns of zeros are omitted."""
     works = [row.work() for row in group.rows]
     columns = [name for name in _WORK if any(name in w and w[name].flops for w in works)]
     body: list[Sequence[str]] = []
@@ -122,8 +122,8 @@ def work_table(group: Group) -> Table:
     return Table(header=("", "C", *(_WORK[name] for name in columns), "time", "disk"), rows=body)
 
 
-def _base(group: Group) -> dict[str, float | None]:
-    """Return the base's metrics by sub-dataset and overall, of the first finished run."""
+def _base_metrics(group: Group) -> dict[str, float | None]:
+    """Return the base's metrics by sub-dataset and overall, from the first finished run."""
     for row in group.rows:
         for summary in row.runs.values():
             scores = {**summary.scores, OVERALL: summary.overall}
@@ -132,13 +132,13 @@ def _base(group: Group) -> dict[str, float | None]:
     return {OVERALL: None}
 
 
-def _runs_text(row: Row) -> str:
-    """Return how many runs finished, of how many where some did not."""
+def _format_runs(row: Row) -> str:
+    """Return the number of finished runs, and of all runs if some did not finish."""
     done, asked = len(row.runs), len(row.outcomes)
     return str(done) if done == asked else f"{done} of {asked}"
 
 
-def _text(found: Estimate | None, *, signed: bool = False) -> str:
+def _format_estimate(found: Estimate | None, *, signed: bool = False) -> str:
     if found is None:
         return "-"
     mean = f"{found.mean:+.3f}" if signed else metric_text(found.mean)

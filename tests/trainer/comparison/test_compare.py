@@ -12,8 +12,8 @@ import pytest
 from tests.support.tiny_runs import make_config
 from trainer.cli.main import main
 from trainer.comparison.compare import compare
-from trainer.comparison.grid import grid
-from trainer.comparison.subprocesses import run_children
+from trainer.comparison.grid import list_cases
+from trainer.comparison.subprocesses import run_subprocesses
 from trainer.config.schema import Config
 from trainer.errors import ConfigError, RunError
 from trainer.journal import read
@@ -32,11 +32,13 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(config: Config) -> None:
+def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="trainer.comparison")
     directory = Path(config.output_dir)
-    said: list[str] = []
-    comparison = compare(config, ["sft", "msft"], equal_compute=True, say=said.append)
-    assert said[0].startswith(f"3 runs in {directory}, 0 of them finished already")
+    comparison = compare(config, ["sft", "msft"], equal_compute=True)
+    assert caplog.messages[0].startswith(f"3 runs in {directory}, 0 of them finished already")
     _, equal = comparison.groups
     sft, msft = equal.row("sft"), equal.row("msft")
     assert sft is not None
@@ -50,10 +52,10 @@ def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(config: 
     journals = sorted(directory.glob("*/*/*/journal.jsonl"))
     before = [journal.read_bytes() for journal in journals]
     assert len(before) == 3
-    again = compare(config, ["sft", "msft"], equal_compute=True, say=said.append)
+    again = compare(config, ["sft", "msft"], equal_compute=True)
     assert [journal.read_bytes() for journal in journals] == before
     assert again.to_dict() == comparison.to_dict()
-    assert any("3 of them finished already" in line for line in said)
+    assert any("3 of them finished already" in line for line in caplog.messages)
     with pytest.raises(RunError, match="has a comparison of several runs"):
         start(config)
 
@@ -84,7 +86,7 @@ def test_runs_in_children_are_those_of_this_process(config: Config) -> None:
     assert (directory / "sft/C-0.5/seed-1/model/model.safetensors").is_file()
     row = comparison.groups[0].rows[0]
     assert sorted(row.runs) == [0, 1]
-    for case in grid(config, ["sft"], seeds=2):
+    for case in list_cases(config, ["sft"], seeds=2):
         events = [r["event"] for r in read(directory / case.path / "journal.jsonl")]
         assert events[-1] == "finished"
 
@@ -100,12 +102,12 @@ def test_if_no_run_finishes_the_first_failure_is_the_error(config: Config) -> No
 def test_a_child_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     ends: dict[str, tuple[int, str]] = {}
 
-    def ended(name: str, code: int, line: str) -> bool:
+    def record_exit(name: str, code: int, line: str) -> bool:
         ends[name] = (code, line)
         return False
 
     commands = {"bad": ["report", str(tmp_path)], "never": ["report", str(tmp_path)]}
-    run_children(commands, at_once=1, ended=ended)
+    run_subprocesses(commands, jobs=1, on_exit=record_exit)
     assert list(ends) == ["bad"]
     code, line = ends["bad"]
     assert code == 1
@@ -116,17 +118,17 @@ def test_a_signal_is_passed_on_and_no_other_run_begins(config: Config) -> None:
     path = Path(config.output_dir).parent / "config.yaml"
     ends: dict[str, int] = {}
 
-    def ended(name: str, code: int, line: str) -> bool:
+    def record_exit(name: str, code: int, line: str) -> bool:
         ends[name] = code
         return True
 
     long = ["run", str(path), "msft.compute_budget=500", f"output_dir={path.parent / 'long'}"]
     with pytest.raises(Interrupted) as interrupted:
-        run_children(
+        run_subprocesses(
             {"long": long, "never": long},
-            at_once=1,
-            ended=ended,
-            begun=lambda name: signal.raise_signal(signal.SIGTERM),
+            jobs=1,
+            on_exit=record_exit,
+            on_start=lambda name: signal.raise_signal(signal.SIGTERM),
         )
     assert interrupted.value.number == signal.SIGTERM
     assert list(ends) == ["long"]

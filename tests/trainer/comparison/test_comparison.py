@@ -14,12 +14,24 @@ import pytest
 from tests.support.recorded import load_curve
 from tests.support.synthetic import write_run
 from tests.support.tiny_runs import make_config
-from trainer.comparison.grid import Case, config_of, equal_budget, grid
-from trainer.comparison.html import Picture, Tabular, Text, page
-from trainer.comparison.peak_shifts import Shift, StagePeak, distance, peaks_of_stage, shifts
+from trainer.comparison.grid import Case, build_config, compute_equal_budget, list_cases
+from trainer.comparison.html import Paragraph, Picture, TableBlock, render_page
+from trainer.comparison.peak_shifts import (
+    PeakShift,
+    StagePeak,
+    find_peak_shifts,
+    find_stage_peaks,
+    mean_peak_distance,
+)
 from trainer.comparison.report import write_comparison
-from trainer.comparison.results import Comparison, Outcome, collect, total
-from trainer.comparison.tables import remarks, score_table, sections, to_text, work_table
+from trainer.comparison.results import Comparison, Outcome, group_outcomes, total_work
+from trainer.comparison.tables import (
+    build_score_table,
+    build_sections,
+    build_work_table,
+    describe_failures,
+    render_text,
+)
 from trainer.config.schema import OVERALL
 from trainer.errors import ConfigError
 from trainer.journal import effective, read
@@ -65,7 +77,7 @@ def make(recorded: Mapping[str, Summary]) -> Comparison:
             summary = None if cell is None else with_test(recorded[method], a=cell[0], b=cell[1])
             failure = "the disk <b>is</b> gone" if cell is None else ""
             outcomes[case] = Outcome(budget=1.0, summary=summary, failure=failure)
-    return collect(outcomes)
+    return group_outcomes(outcomes)
 
 
 def test_means_differences_and_spread_by_hand(recorded: dict[str, Summary]) -> None:
@@ -95,11 +107,11 @@ def test_means_differences_and_spread_by_hand(recorded: dict[str, Summary]) -> N
 def test_the_tables(recorded: dict[str, Summary]) -> None:
     comparison = make(recorded)
     (group,) = comparison.groups
-    rows = {row[0]: list(row[1:]) for row in score_table(group).rows}
+    rows = {row[0]: list(row[1:]) for row in build_score_table(group).rows}
     assert rows["a"] == ["0.200", "0.500 ± 0.058", "0.650 ± 0.150"]
     assert rows["overall - SFT"] == ["", "-", "+0.150 ± 0.050"]
     assert rows["runs"] == ["", "3", "2 of 3"]
-    work = work_table(group)
+    work = build_work_table(group)
     assert list(work.header) == [
         "",
         "C",
@@ -113,26 +125,26 @@ def test_the_tables(recorded: dict[str, Summary]) -> None:
         "disk",
     ]
     assert work.rows[1][:5] == ["MSFT", "1", "22.71 MFLOPs", "7.20 MFLOPs", "14.40 MFLOPs"]
-    assert remarks(comparison) == [
+    assert describe_failures(comparison) == [
         "MSFT, C = 1, seed 2 did not finish: the disk <b>is</b> gone",
     ]
-    text = to_text(comparison)
+    text = render_text(comparison)
     assert text.startswith("Test exact match (higher is better), 3 seeds from 0; lr 1e-05")
-    assert all(section.title in text for section in sections(comparison))
+    assert all(section.title in text for section in build_sections(comparison))
 
 
 def test_a_total_leaves_out_what_was_repeated(recorded: dict[str, Summary]) -> None:
     account = recorded["msft"].account
     again = replace(account, repeated=account.kept)
-    assert total(again) == total(account)
-    assert total(account).tokens == 4000 + 8000 + 600 + 750 + 300
+    assert total_work(again) == total_work(account)
+    assert total_work(account).tokens == 4000 + 8000 + 600 + 750 + 300
 
 
 def test_json_knows_no_nan_and_names_what_failed(recorded: dict[str, Summary]) -> None:
     comparison = make(recorded)
     broken = with_test(recorded["sft"], a=float("nan"), b=1.0)
     case = Case(method="sft", budget=3.0, seed=0)
-    with_nan = collect(
+    with_nan = group_outcomes(
         {**comparison.outcomes, case: Outcome(budget=3.0, summary=broken)},
     )
     tree = json.loads(json.dumps(with_nan.to_dict(), allow_nan=False))
@@ -149,9 +161,11 @@ def test_at_equal_compute_msft_stands_beside_the_others(recorded: dict[str, Summ
     outcomes = {
         Case(method="sft", budget=1.0, seed=0): Outcome(budget=1.0, summary=sft),
         Case(method="msft", budget=1.0, seed=0): Outcome(budget=1.0, summary=msft),
-        Case(method="sft", budget=1.0, seed=0, equal=True): Outcome(budget=4.0, summary=longer),
+        Case(method="sft", budget=1.0, seed=0, equal_compute=True): Outcome(
+            budget=4.0, summary=longer
+        ),
     }
-    ordinary, equal = collect(outcomes).groups
+    ordinary, equal = group_outcomes(outcomes).groups
     assert [row.budget() for row in equal.rows] == [4.0, 1.0]
     for group, gain in ((ordinary, 0.1), (equal, 0.05)):
         difference = group.difference(group.rows[1])
@@ -168,8 +182,8 @@ def test_without_test_data_validation_is_compared_and_called_so(
         overall=replace(recorded["sft"].overall, test=None),
     )
     case = Case(method="sft", budget=1.0, seed=0)
-    comparison = collect({case: Outcome(budget=1.0, summary=bare)})
-    assert to_text(comparison).startswith("Validation exact match")
+    comparison = group_outcomes({case: Outcome(budget=1.0, summary=bare)})
+    assert render_text(comparison).startswith("Validation exact match")
     score = comparison.groups[0].rows[0].score(OVERALL)
     assert score is not None
     assert score.mean == recorded["sft"].overall.validation
@@ -177,10 +191,10 @@ def test_without_test_data_validation_is_compared_and_called_so(
 
 def test_the_runs_of_a_comparison_and_where_they_are(tmp_path: Path) -> None:
     config = make_config(tmp_path, seed=7)
-    plain = grid(config, METHODS)
+    plain = list_cases(config, METHODS)
     assert [str(case.path) for case in plain] == ["sft", "msft"]
-    assert config_of(config, plain[0]).msft == config.msft
-    cases = grid(config, METHODS, seeds=2, budgets=[1.0, 2.5], equal_compute=True)
+    assert build_config(config, plain[0]).msft == config.msft
+    cases = list_cases(config, METHODS, seeds=2, budgets=[1.0, 2.5], equal_compute=True)
     assert [str(case.path) for case in cases if case.seed == 8] == [
         "sft/C-1/seed-8",
         "msft/C-1/seed-8",
@@ -189,7 +203,7 @@ def test_the_runs_of_a_comparison_and_where_they_are(tmp_path: Path) -> None:
         "sft/C-1-equal/seed-8",
         "sft/C-2.5-equal/seed-8",
     ]
-    of_run = config_of(config, cases[-1], 4.0)
+    of_run = build_config(config, cases[-1], 4.0)
     assert (of_run.method, of_run.seed, of_run.msft.compute_budget) == ("sft", 8, 4.0)
     assert len({case.name for case in cases}) == len({case.path for case in cases}) == len(cases)
 
@@ -210,34 +224,34 @@ def test_a_grid_that_cannot_be_run_is_refused(
 ) -> None:
     config = make_config(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        grid(config, **options)
+        list_cases(config, **options)
 
 
 def test_the_c_of_equal_compute_is_a_multiple_of_the_evaluations() -> None:
     case = Case(method="sft", budget=3.0, seed=0)
-    assert equal_budget(case, flops=100, reference_flops=340, eval_every=0.25) == 10.25
-    assert equal_budget(case, flops=100, reference_flops=1, eval_every=0.25) == 0.25
+    assert compute_equal_budget(case, flops=100, reference_flops=340, eval_every=0.25) == 10.25
+    assert compute_equal_budget(case, flops=100, reference_flops=1, eval_every=0.25) == 0.25
 
 
 def test_peaks_and_how_exclusions_move_them(tmp_path: Path) -> None:
     write_run(tmp_path / "journal.jsonl", load_curve("ties"))
     counted = effective(read(tmp_path / "journal.jsonl"))
-    first = peaks_of_stage(counted, 1)
-    assert first["a"] == StagePeak(epoch=0.5, passed=True)
-    apart = distance(first)
+    first = find_stage_peaks(counted, 1)
+    assert first["a"] == StagePeak(epoch=0.5, has_passed=True)
+    apart = mean_peak_distance(first)
     assert apart == pytest.approx(
         sum(abs(first[n].epoch - first[OVERALL].epoch) for n in "abc") / 3
     )
-    found = shifts(counted)
-    second = peaks_of_stage(counted, 2)
+    found = find_peak_shifts(counted)
+    second = find_stage_peaks(counted, 2)
     # Stage 2 began at epoch 0.5 of stage 1, without a; stage 3 without b.
     assert [(shift.name, shift.stage) for shift in found] == [("b", 2), ("c", 2), ("c", 3)]
-    assert found[0] == Shift(
+    assert found[0] == PeakShift(
         name="b",
         stage=2,
         expected=first["b"].epoch - 0.5,
-        found=second["b"].epoch,
-        known=first["b"].passed and second["b"].passed,
+        actual=second["b"].epoch,
+        is_known=first["b"].has_passed and second["b"].has_passed,
     )
 
 
@@ -271,11 +285,11 @@ def test_the_files_of_a_comparison_stand_by_themselves(
 def test_a_page_escapes_all_text() -> None:
     evil = "<script>&\"'"
     table = Table(header=(evil, evil), rows=[(evil, evil)])
-    content = page(
+    content = render_page(
         evil,
         [
-            Text(text=evil),
-            Tabular(title=evil, table=table),
+            Paragraph(text=evil),
+            TableBlock(title=evil, table=table),
             Picture(title=evil, caption=evil, svg="<svg></svg>"),
         ],
     )

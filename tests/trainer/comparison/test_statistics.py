@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.comparison.results import Estimate, estimate, paired, spread
+from trainer.comparison.results import Estimate, estimate, estimate_difference, standard_deviation
 
 numbers = st.floats(-1e6, 1e6)
 by_seed = st.dictionaries(st.integers(0, 9), numbers, max_size=6)
@@ -26,8 +26,8 @@ def test_an_estimate_by_hand() -> None:
 
 
 def test_a_spread_is_over_all_sub_datasets() -> None:
-    assert spread([1.0, 3.0]) == 1.0
-    assert spread([2.0]) == 0.0
+    assert standard_deviation([1.0, 3.0]) == 1.0
+    assert standard_deviation([2.0]) == 0.0
 
 
 def test_nan_is_not_passed_over() -> None:
@@ -46,14 +46,16 @@ def test_mean_and_error_are_those_of_the_standard_library(values: list[float]) -
     assert found.mean == pytest.approx(statistics.fmean(values), abs=1e-6)
     expected = statistics.stdev(values) / math.sqrt(len(values))
     assert found.error == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    assert spread(values) == pytest.approx(statistics.pstdev(values), rel=1e-6, abs=1e-6)
+    assert standard_deviation(values) == pytest.approx(
+        statistics.pstdev(values), rel=1e-6, abs=1e-6
+    )
 
 
 @given(by_seed, by_seed, numbers)
 def test_a_paired_difference_has_nothing_of_what_a_seed_does_to_both(
     ours: dict[int, float], theirs: dict[int, float], effect: float
 ) -> None:
-    there, back = paired(ours, theirs), paired(theirs, ours)
+    there, back = estimate_difference(ours, theirs), estimate_difference(theirs, ours)
     shared = set(ours) & set(theirs)
     assert (there is None) == (not shared)
     if there is None or back is None:
@@ -61,7 +63,7 @@ def test_a_paired_difference_has_nothing_of_what_a_seed_does_to_both(
     assert there.count == len(shared)
     assert there.mean == pytest.approx(-back.mean, abs=1e-6)
     assert there.error == pytest.approx(back.error)
-    moved = paired(
+    moved = estimate_difference(
         {seed: value + effect for seed, value in ours.items()},
         {seed: value + effect for seed, value in theirs.items()},
     )
