@@ -1,40 +1,37 @@
-"""Stores that move about: push to an object store, pull and clone from it, read one in place.
+"""Push a store to an object store, pull or clone it from there, or read it in place.
 
-A remote has the same files as a store's directory, under a URL: ``s3://bucket/run``,
-``gs://…``, ``az://…``, ``file:///…``, or whatever fsspec has a file system for (``pip install
-'msft-store[remote]'``). Only what is missing goes, and chunks are compared with their
-keys before they do. A cut connection is tried again; what went whole before it broke does not go
-again when the command is repeated. Nothing on a remote is ever deleted.
+A remote has the same files as a store's directory, under a URL: ``s3://bucket/run``, ``gs://…``,
+``az://…``, ``file:///…`` or any other scheme of fsspec (``pip install 'msft-store[remote]'``). Only
+missing files are transferred, and their chunks are compared with their keys. If a transfer is
+interrupted, the same command resumes it: complete files are not transferred again.
+
+Invariants (FORMAT.md, section 9):
+
+- Files are written in the order ``store.json``, bases, packs, manifests, refs, so that a concurrent
+  reader sees complete checkpoints only. Existing sound files are not replaced, and no file of a
+  remote is ever deleted.
+- Refs follow the source by conditional writes. A target's ref that points to a checkpoint which the
+  source does not have was moved by another writer: :class:`ConflictError` is raised before anything
+  is transferred, unless ``force`` is set. Refs that were removed in the source stay in the target.
+- Refs of timelines belong to one running process. They are transferred only with
+  ``timelines=True``, which moves a run to another machine.
+- The files of base models are transferred only with ``with_base=True``. Otherwise tell the clone
+  where the model is, with :meth:`Store.relocate`. Until then, chunks that are differences to the
+  base cannot be verified (``Transfer.unverified``); every ``load`` and ``check`` verifies them.
 
 Example::
 
-    from msft_store.remote.api import clone, open_remote, pull, push
+    from msft_store.integrations.remote import clone, open_remote, pull, push
 
     push("run/store", "s3://bucket/run", with_base=True)
     clone("s3://bucket/run", "elsewhere/store", with_base=True)
-    pull("elsewhere/store", "s3://bucket/run")           # later: what came since
+    pull("elsewhere/store", "s3://bucket/run")           # later: new checkpoints only
     open_remote("s3://bucket/run", bases=["models/qwen"]).load("best")
-
-Or ``msft-store push run/store s3://bucket/run --with-base``, and so on.
-
-**Order.** ``store.json``, bases, packs, manifests, refs: whoever reads meanwhile sees whole
-checkpoints only. A file that is there in its size is not sent again. A manifest or the record of a
-base that is there and sound stays as it is: ``anchor``, ``rebase`` and ``relocate`` change only
-what is beside their content.
-
-**Refs.** They follow the source, by conditional writes. One that points in the target to a
-checkpoint which the source does not have was moved by somebody else: :class:`ConflictError`, before
-anything goes, unless ``force``. Refs that are removed stay on the other side. The refs of timelines
-are a running process's own and stay at home, but for ``timelines=True``, which moves a run to
-another machine.
-
-**Bases.** A base's files go along only ``with_base``. Without, tell a clone where the model is:
-``Store.relocate``. Until then, chunks that are changes of the base cannot be compared with their
-keys (``Transfer.unverified``); every ``load`` does it, and so does ``check``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -46,19 +43,21 @@ from msft_store.objects.bases import base_path, list_bases, rebuild_base_record
 from msft_store.objects.catalog import CONFIG, Catalog, read_consistently, read_level
 from msft_store.remote.backend import RemoteBackend
 from msft_store.remote.missing_packs import UnsoundTargetError
-from msft_store.remote.pull import fetch
-from msft_store.remote.push import send
-from msft_store.remote.transfer import Progress, Tally, Transfer
-from msft_store.remote.transport.url import remote_at
+from msft_store.remote.pull import pull_store
+from msft_store.remote.push import push_store
+from msft_store.remote.transfer import Progress, Transfer, TransferCounter
+from msft_store.remote.transport.url import connect_remote
 from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, write_atomic
 from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
 from msft_store.store import Store
 
-_TIMES = 5
-"""How often a push begins anew because a gc took away what it was to send, before it locks."""
+_log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+"""Number of times that a push starts again because a gc deleted a file that it was to send."""
 _CLONING = f"{TEMPORARY}/cloning"
-"""Stands in a clone until it is complete."""
+"""Marks a clone that is not complete, and holds the address that it is made from."""
 
 
 def push(
@@ -71,28 +70,42 @@ def push(
     progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
-    """Send what a remote lacks of a store; it becomes one if there is nothing yet.
+    """Send the checkpoints, bases and refs of a store that a remote is missing.
 
-    Checkpoints may be saved and evicted meanwhile. ``url`` is a URL, a path or an obstore store,
-    ``options`` are its own. ``with_base`` sends the files of bases too. ``force`` moves refs that
-    others moved. ``progress`` is called with a step (``"send"``), its bytes so far and all of them
-    (0: not known), one call at a time, from several threads. :class:`ConflictError` names refs that
-    others moved, :class:`CorruptedError` damaged files; :class:`StorageError` tells that the remote
-    cannot be reached or refuses.
+    An empty remote becomes a store. Checkpoints may be saved and evicted meanwhile.
+
+    Args:
+        store: The store or its directory.
+        url: A URL, a path, an obstore store or a :class:`~msft_store.remote.transport.base.Remote`.
+        with_base: Also send the files of base models.
+        force: Also move refs that another writer moved on the remote.
+        timelines: Also send the refs of timelines, to move a run to another machine.
+        progress: Called with a step (``"send"``), its bytes so far and its total bytes (0 if
+            unknown). Calls come from several threads, but only one at a time.
+        **options: Passed on to ``obstore.store.from_url`` or to the fsspec file system.
+
+    Returns:
+        The checkpoints, packs, bases and refs that were transferred.
+
+    Raises:
+        ConflictError: If another writer moved a ref. Nothing is sent if that was so at the start.
+        CorruptedError: If a file of the store or the remote is damaged.
+        NotAStoreError: If the remote holds other files, or ``store`` is not a store.
+        BaseError: If a base model that is to be sent is missing or changed.
+        StorageError: If the remote cannot be reached or refuses a request.
     """
-    backend, remote = LocalBackend(_directory(store)), remote_at(url, **options)
-    tally = Tally(progress=progress)
+    backend, remote = LocalBackend(_directory(store)), connect_remote(url, **options)
+    counter = TransferCounter(progress=progress)
 
-    def attempt() -> None:
+    def push_once() -> None:
         catalog = Catalog(backend)
-        send(catalog, remote, tally, with_base=with_base, force=force, timelines=timelines)
+        push_store(catalog, remote, counter, with_base=with_base, force=force, timelines=timelines)
 
-    def whole() -> None:
-        read_consistently(backend, attempt, times=_TIMES)
-
-    directory = getattr(remote, "backend", None)
-    _despite_leftovers(whole, directory)
-    return tally.result()
+    _retry_after_gc(
+        lambda: read_consistently(backend, push_once, times=_ATTEMPTS),
+        getattr(remote, "backend", None),
+    )
+    return counter.to_transfer()
 
 
 def pull(
@@ -106,22 +119,41 @@ def pull(
     progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
-    """Fetch what a store lacks of a remote; verified before any of it is in place.
+    """Fetch the checkpoints, bases and refs of a remote that a store is missing.
 
-    ``with_base`` also fetches the files of bases that are not where the store looks for them, to
-    ``base_directory/<base id>`` (by default ``<store>-bases``, beside the store). A gc waits
-    meanwhile. Errors as of :func:`push`, and :class:`NotAStoreError` if no store is at the URL.
+    Everything is verified before it is moved to its place in the store. A gc waits meanwhile.
+
+    Args:
+        store: The store or its directory.
+        url: As in :func:`push`.
+        with_base: Also fetch the files of base models that are not where the store expects them.
+        base_directory: The directory for these files; a base goes to ``base_directory/<base id>``.
+            The default is ``<store>-bases``, beside the store.
+        force: Also move refs that were moved in this store.
+        timelines: Also fetch the refs of timelines, to move a run to this machine.
+        progress: As in :func:`push`; the step is ``"fetch"`` or ``"verify"``.
+        **options: As in :func:`push`.
+
+    Returns:
+        The checkpoints, packs, bases and refs that were transferred.
+
+    Raises:
+        ConflictError: If a ref was moved in this store.
+        CorruptedError: If a file of the store or the remote is damaged.
+        NotAStoreError: If there is no store at the URL or in ``store``.
+        BaseError: If the remote does not have the files of a base.
+        StorageError: If the remote cannot be reached, or the disk is full.
     """
-    backend, remote = QuotaBackend(LocalBackend(_directory(store))), remote_at(url, **options)
-    bases = _base_directory(backend, base_directory) if with_base else None
-    tally = Tally(progress=progress)
+    backend, remote = QuotaBackend(LocalBackend(_directory(store))), connect_remote(url, **options)
+    bases = _choose_base_directory(backend, base_directory) if with_base else None
+    counter = TransferCounter(progress=progress)
 
-    def whole() -> None:
+    def pull_once() -> None:
         with backend.lock(shared=True, purpose="pull"):
-            fetch(remote, backend, tally, bases=bases, force=force, timelines=timelines)
+            pull_store(remote, backend, counter, bases=bases, force=force, timelines=timelines)
 
-    _despite_leftovers(whole, backend)
-    return tally.result()
+    _retry_after_gc(pull_once, backend)
+    return counter.to_transfer()
 
 
 def clone(
@@ -134,30 +166,46 @@ def clone(
     progress: Progress | None = None,
     **options: Any,
 ) -> Transfer:
-    """Make a store of a remote's content in a new or empty directory; arguments as of :func:`pull`.
+    """Make a store from a remote's content. Call it again to resume an interrupted clone.
 
-    One that was cut off is repeated in the same way, and goes on. :class:`NotAStoreError` if the
-    directory has a store or something else in it, or if no store is at the URL.
+    Args:
+        url: As in :func:`push`.
+        directory: A new or empty directory, or an interrupted clone of the same remote.
+        with_base: As in :func:`pull`.
+        base_directory: As in :func:`pull`.
+        timelines: As in :func:`pull`.
+        progress: As in :func:`pull`.
+        **options: As in :func:`push`.
+
+    Returns:
+        The checkpoints, packs, bases and refs that were transferred.
+
+    Raises:
+        NotAStoreError: If the directory holds a store or other files, or there is no store at the
+            URL.
+        StoreError: As in :func:`pull`.
     """
-    remote, root = remote_at(url, **options), _directory(directory)
-    backend, here = LocalBackend(root), remote.describe("").encode()
-    level = read_level(_store_at(RemoteBackend(remote)))
+    remote, root = connect_remote(url, **options), _directory(directory)
+    backend, address = LocalBackend(root), remote.describe("").encode()
+    level = read_level(_require_store(RemoteBackend(remote)))
     begun = backend.read(_CLONING) if backend.exists(_CLONING) else None
     if begun is None:
         if backend.exists(CONFIG):
-            raise NotAStoreError(f"there is a store at {root} already: use msft-store pull")
+            raise NotAStoreError(f"{root} already holds a store: use msft-store pull")
         if any(not path.startswith(f"{TEMPORARY}/") for path in backend.list("")):
             raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
         backend.make_root()
-        write_atomic(backend, _CLONING, here)
-    elif begun != here:
+        write_atomic(backend, _CLONING, address)
+    elif begun != address:
         raise NotAStoreError(
             f"{root} has part of a clone of {begun.decode(errors='replace')}: "
-            "complete that, or choose a new directory"
+            "complete that clone, or choose a new directory"
         )
+    else:
+        _log.info("resuming the clone of %s in %s", remote.describe(""), root)
     if not backend.exists(CONFIG):
         Store.create(root, level=level)
-    done = pull(
+    transfer = pull(
         root,
         remote,
         with_base=with_base,
@@ -167,50 +215,62 @@ def clone(
     )
     with backend.lock(shared=False, purpose="clone"):
         backend.delete(_CLONING)
-    return done
+    return transfer
 
 
 def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Store:
-    """Open a store where it is, to be read: ``log``, ``load``, ``chunks``, ``export``, ``check``.
+    """Open a remote store for reading: ``log``, ``load``, ``chunks``, ``export``, ``check``.
 
-    ``bases`` are paths of models on this machine that the store has as bases; they are read once,
-    and where they are is remembered by the returned store alone. All that would write is a
-    :class:`StorageError`. :class:`NotAStoreError` if no store is at the URL, :class:`BaseError`
-    for a model that is none of its bases.
+    Args:
+        url: As in :func:`push`.
+        bases: Paths of models on this machine that are bases of the store. They are read once, and
+            only the returned store knows their places.
+        **options: As in :func:`push`.
+
+    Returns:
+        A store whose writing methods raise :class:`StorageError`.
+
+    Raises:
+        NotAStoreError: If there is no store at the URL.
+        BaseError: If a model is not one of the store's bases.
+        StorageError: If the remote cannot be reached.
     """
-    backend = RemoteBackend(remote_at(url, **options))
-    overlay = Overlay(_store_at(backend))
+    backend = RemoteBackend(connect_remote(url, **options))
+    overlay = Overlay(_require_store(backend))
     known = set(list_bases(backend))
     for path in bases:
         identity, record = rebuild_base_record(check_path(path))
         if identity not in known:
-            raise BaseError(f"{path} is base {identity[:12]}, none of {backend.describe('')}")
+            raise BaseError(
+                f"{path} is base {identity[:12]}, which is none of {backend.describe('')}"
+            )
         overlay.replaced[base_path(identity)] = record
     return Store(overlay if overlay.replaced else backend)
 
 
-def _store_at(backend: RemoteBackend) -> RemoteBackend:
+def _require_store(backend: RemoteBackend) -> RemoteBackend:
     if not backend.exists(CONFIG):
         raise NotAStoreError(f"no store at {backend.describe('')}; send one there with push")
     return backend
 
 
-def _despite_leftovers(act: Callable[[], None], target: Backend | None) -> None:
-    """Do something once more after a gc where what a gc left in the target is in its way."""
+def _retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> None:
+    """Run a transfer; if unreferenced records in the target prevent it, run gc there and retry."""
     try:
-        act()
-    except UnsoundTargetError:
+        transfer()
+    except UnsoundTargetError as error:
         if target is None:
             raise
+        _log.info("%s: running gc on %s and retrying", error, target.describe(""))
         evict(Catalog(target), [], rewrite_from=0.0)
-        act()
+        transfer()
 
 
 def _directory(store: Store | PathLike) -> Path:
     return check_path(store.path if isinstance(store, Store) else store)
 
 
-def _base_directory(backend: QuotaBackend, given: PathLike | None) -> Path:
+def _choose_base_directory(backend: QuotaBackend, given: PathLike | None) -> Path:
     if given is not None:
         return check_path(given)
     root = Path(backend.describe("").rstrip("/"))

@@ -1,10 +1,10 @@
-"""A remote's files, and files that have just come from one, to be read as a store is.
+"""Read-only backends: the files of a remote, and fetched files that are not yet in their places.
 
-Nothing can be written through these, and reading takes no lock.
+Writing methods raise :class:`StorageError`, and reading takes no lock.
 
 Example::
 
-    store = Store(RemoteBackend(remote_at("s3://bucket/run")))
+    store = Store(RemoteBackend(connect_remote("s3://bucket/run")))
     store.load("best")
 """
 
@@ -14,9 +14,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
-from msft_store.errors import StorageError
+from msft_store.errors import CorruptedError, StorageError
 from msft_store.objects.bases import BASES
-from msft_store.objects.manifest import MANIFESTS
+from msft_store.objects.manifest import (
+    MANIFESTS,
+    Checkpoint,
+    read_checkpoint,
+    read_tensors,
+)
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS
 from msft_store.pipeline.parallel import in_order
@@ -24,20 +29,57 @@ from msft_store.remote.transport.base import Remote
 from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, FileStat, Writer, scan_by_size
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
+from msft_store.storage.overlay import Overlay
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_AHEAD = 16
-"""How many requests for small parts are under way at once."""
-_SMALL = 1 << 16
-"""Bytes up to which a ref is read ahead."""
-_HEAD = 1 << 14
-_TAIL = 1 << 16
-"""What is read first of a manifest, and last of a pack."""
+_PARALLEL_REQUESTS = 16
+"""Number of small requests that run at the same time."""
+_MAX_REF_BYTES = 1 << 16
+"""Maximal bytes of a ref that is read ahead."""
+_HEAD_BYTES = 1 << 14
+_TAIL_BYTES = 1 << 16
+"""Bytes that are read ahead at the beginning of a manifest and at the end of a pack."""
 
 
-class ReadOnly:
-    """The half of a backend that writes, refused."""
+def map_parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Sequence[_R]:
+    """Return the results of a function in the order of the items, running up to ``workers``."""
+    if workers == 1:
+        return [function(item) for item in items]
+    with contextlib.closing(in_order(function, iter(items), workers)) as results:
+        return list(results)
+
+
+def parse_as(
+    backend: Backend, path: str, data: bytes, parse: Callable[[Backend, str], _R], name: str
+) -> _R:
+    """Parse bytes as the content of a file, so that the bytes that are copied are the checked ones.
+
+    ``parse`` is a reader of the package, such as ``read_ref``, and ``name`` is its argument.
+    """
+    overlay = Overlay(backend)
+    overlay.replaced[path] = data
+    return parse(overlay, name)
+
+
+def read_manifest(backend: Backend, identity: str) -> Checkpoint:
+    """Read and verify both parts of a manifest."""
+    checkpoint = read_checkpoint(backend, identity)
+    read_tensors(backend, checkpoint)
+    return checkpoint
+
+
+def is_sound(read: Callable[[Backend, str], object], backend: Backend, name: str) -> bool:
+    """Return True if a file can be read without a :class:`CorruptedError`."""
+    try:
+        read(backend, name)
+    except CorruptedError:
+        return False
+    return True
+
+
+class ReadOnlyBackend:
+    """The writing methods of a backend, which all raise :class:`StorageError`."""
 
     def describe(self, path: str) -> str:
         raise NotImplementedError
@@ -73,24 +115,25 @@ class ReadOnly:
 
     def _refuse(self, action: str) -> NoReturn:
         raise StorageError(
-            f"no {action} in {self.describe('')}: a remote store is only read in place. "
+            f"cannot {action} in {self.describe('')}: a remote store is only read in place. "
             "Clone it, change the clone and push that"
         )
 
 
-class RemoteBackend(ReadOnly):
-    """A remote's files; packs are read from ``nearby`` where they are there in the same size.
+class RemoteBackend(ReadOnlyBackend):
+    """The files of a remote. A pack is read from ``nearby`` if that has it in the same size.
 
-    What is listed of packs and manifests is read ahead, many at once, as far as who lists wants it
-    next; packs, manifests and bases are taken never to change. Refs that were listed are read
-    together when the first of them is, and each is used once.
+    Listing packs or manifests also reads the parts of new files that the caller needs next, in
+    parallel. Packs, manifests and bases are assumed never to change. Listing refs makes the first
+    read of a ref fetch all of them in parallel; each result is used once.
     """
 
     def __init__(self, remote: Remote, nearby: Backend | None = None) -> None:
         self._remote = remote
         self._nearby = nearby
+        self._workers = _PARALLEL_REQUESTS if remote.workers > 1 else 1
         self._sizes: dict[str, int] = {}
-        self._ahead: dict[tuple[str, int, int], bytes] = {}
+        self._prefetched: dict[tuple[str, int, int], bytes] = {}
         self._listed: dict[str, int] = {}
         self._unread: list[str] = []
         self._refs: dict[str, bytes] = {}
@@ -106,38 +149,38 @@ class RemoteBackend(ReadOnly):
         if size is None:
             size = self._remote.size(path)
             if size is None:
-                raise StorageError(f"{self.describe(path)} is not there")
-            if _is_fixed(path):
+                raise StorageError(f"{self.describe(path)} does not exist")
+            if _is_immutable(path):
                 self._sizes[path] = size
         return size
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        if not _is_fixed(path):
-            data = self._changeable(path)
+        if not _is_immutable(path):
+            data = self._read_mutable(path)
             return data[offset:] if length is None else data[offset : offset + length]
         rest = max(self.size(path) - offset, 0)
         length = rest if length is None else min(length, rest)
         if length == 0:
             return b""
         if self._is_nearby(path) and self._nearby is not None:
-            # A gc may take it away at any moment.
+            # A gc may delete the nearby file at any moment.
             with contextlib.suppress(StorageError):
                 data = self._nearby.read(path, offset, length)
                 if len(data) == length:
                     return data
-        data = self._ahead.pop((path, offset, length), b"")
+        data = self._prefetched.pop((path, offset, length), b"")
         return data or self._remote.read(path, offset, length)
 
     def list(self, folder: str) -> list[str]:
         sizes = self._remote.sizes(folder)
         fresh = [path for path in sizes if path not in self._sizes]
-        self._sizes |= {path: size for path, size in sizes.items() if _is_fixed(path)}
-        self._listed = {path: size for path, size in sizes.items() if not _is_fixed(path)}
+        self._sizes |= {path: size for path, size in sizes.items() if _is_immutable(path)}
+        self._listed = {path: size for path, size in sizes.items() if not _is_immutable(path)}
         if folder in (PACKS, MANIFESTS):
-            self._read_ahead(folder, fresh)
+            self._prefetch(folder, fresh)
         elif folder == REFS:
             self._refs = {}
-            self._unread = [path for path, size in sizes.items() if size <= _SMALL]
+            self._unread = [path for path, size in sizes.items() if size <= _MAX_REF_BYTES]
         return sorted(sizes)
 
     def scan(self, folder: str) -> dict[str, FileStat]:
@@ -145,27 +188,31 @@ class RemoteBackend(ReadOnly):
         known = self._sizes | self._listed
         return {path: FileStat(known[path]) for path in paths}
 
-    def _changeable(self, path: str) -> bytes:
+    def _read_mutable(self, path: str) -> bytes:
         if path in self._unread:
-            together, self._unread = self._unread, []
-            self._refs = {path: data for path, data in self._each(self._whole, together) if data}
-        data = self._refs.pop(path, b"") or self._whole(path)[1]
+            paths, self._unread = self._unread, []
+            self._refs = {
+                path: data
+                for path, data in map_parallel(self._read_versioned, paths, self._workers)
+                if data
+            }
+        data = self._refs.pop(path, b"") or self._read_versioned(path)[1]
         if data is None:
-            raise StorageError(f"{self.describe(path)} is not there")
+            raise StorageError(f"{self.describe(path)} does not exist")
         return data
 
-    def _whole(self, path: str) -> tuple[str, bytes | None]:
-        found = self._remote.whole(path, MAX_SMALL_FILE_BYTES)
+    def _read_versioned(self, path: str) -> tuple[str, bytes | None]:
+        found = self._remote.read_versioned(path, MAX_SMALL_FILE_BYTES)
         return path, None if found is None else found[0]
 
-    def _read_ahead(self, folder: str, paths: Sequence[str]) -> None:
+    def _prefetch(self, folder: str, paths: Sequence[str]) -> None:
         def ranges() -> Iterator[tuple[str, int, int]]:
             for path in paths:
                 size = self._sizes[path]
                 if folder == MANIFESTS and size:
-                    yield path, 0, min(size, _HEAD)
+                    yield path, 0, min(size, _HEAD_BYTES)
                 elif size and not self._is_nearby(path):
-                    start = max(size - _TAIL, 0)
+                    start = max(size - _TAIL_BYTES, 0)
                     yield path, start, size - start
                     if start:
                         yield path, 0, 16
@@ -174,15 +221,12 @@ class RemoteBackend(ReadOnly):
             try:
                 return place, self._remote.read(*place)
             except StorageError:
-                # Who needs it will hear of it.
+                # The read that needs this range raises the error.
                 return place, b""
 
-        self._ahead |= {place: data for place, data in self._each(fetch, ranges()) if data}
-
-    def _each(self, act: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-        workers = _AHEAD if self._remote.workers > 1 else 1
-        with contextlib.closing(in_order(act, iter(items), workers)) as found:
-            yield from found
+        self._prefetched |= {
+            place: data for place, data in map_parallel(fetch, ranges(), self._workers) if data
+        }
 
     def _is_nearby(self, path: str) -> bool:
         nearby = self._nearby
@@ -194,15 +238,16 @@ class RemoteBackend(ReadOnly):
         )
 
 
-def _is_fixed(path: str) -> bool:
-    """Return whether a file holds the same whenever it is there."""
+def _is_immutable(path: str) -> bool:
+    """Return True if a file never changes while it exists."""
     return path.startswith((f"{PACKS}/", f"{MANIFESTS}/", f"{BASES}/"))
 
 
-class Staged(ReadOnly):
-    """A store as it will be once staged files are in their places.
+class StagedBackend(ReadOnlyBackend):
+    """A store with staged files, shown as if they were in their places already.
 
-    ``places`` has where the bytes of a file are now; messages name where they came from.
+    ``places`` maps the path of a file to its staged path. ``origin`` gives the address that
+    messages show for it.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""The files of a base beside a store on a remote, for those who do not have the model.
+"""Store the files of a base model on a remote, for users who do not have the model.
 
-``base-files/<base id>/files.json`` lists them, and each stands beside it under the digest of its
-bytes. The list is written last: files without it are without meaning. The base's tensors are
-verified against its id before they are sent and after they came; its other files (configuration,
-tokenizer) by their digests.
+``base-files/<base id>/files.json`` lists the files, and each file is named by the digest of its
+bytes. The list is written last; files without a list are ignored. The base's tensors are verified
+against its id before they are sent and after they were fetched, and its other files (configuration,
+tokenizer) by their digests. See FORMAT.md, section 9.
 
 Example::
 
-    push_base(remote, base, tally)
-    path = pull_base(remote, base.id, Path("bases"), tally)
+    push_base(remote, base, counter)
+    record, size = pull_base(remote, base.id, Path("bases"), counter)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from msft_store.maintenance.export import companions
 from msft_store.objects.bases import Base, rebuild_base_record
 from msft_store.objects.safetensors_header import INDEX, find_files
 from msft_store.pipeline.parallel import in_order
-from msft_store.remote.transfer import Tally
-from msft_store.remote.transport.base import Remote, small, spans
+from msft_store.remote.transfer import TransferCounter
+from msft_store.remote.transport.base import Remote, as_parts, split_ranges
 from msft_store.storage.backend import (
     MAX_SMALL_FILE_BYTES,
     TEMPORARY,
@@ -52,22 +52,22 @@ class _File:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Listed:
+class _FileList:
     directory: bool
-    """Whether the base is a directory of these files, not one file alone."""
+    """True if the base is a directory of these files, False if it is a single file."""
     files: tuple[_File, ...]
 
 
-def push_base(remote: Remote, base: Base, tally: Tally) -> int:
-    """Send a base's files, unless they are there; return how many bytes were sent.
+def push_base(remote: Remote, base: Base, counter: TransferCounter) -> int:
+    """Send a base's files unless the remote has them; return the number of bytes that were sent.
 
-    :class:`BaseError` if the base's files are gone or hold something else.
+    Raises :class:`BaseError` if the base's files are missing or changed.
     """
     with contextlib.suppress(CorruptedError):
         listed = _read_list(remote, base.id)
         there = remote.sizes(f"{FOLDER}/{base.id}")
         if listed is not None and all(
-            there.get(_place(base.id, file)) == file.size for file in listed.files
+            there.get(_file_path(base.id, file)) == file.size for file in listed.files
         ):
             return 0
     path = Path(base.path)
@@ -77,7 +77,7 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
                 f"base {base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
             )
-    tally.begin("read the base", 0)
+    counter.start_step("read the base", 0)
     if rebuild_base_record(path)[0] != base.id:
         raise BaseError(
             f"{path} changed since it was added as base {base.id[:12]}; put the original back"
@@ -91,17 +91,17 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
     if odd:
         raise BaseError(f"{odd[0]!a} cannot be sent under this name: rename it, then relocate")
     sent = 0
-    known = [_described(file) for file in files]
+    known = [_hash_file(file) for file in files]
     there = remote.sizes(f"{FOLDER}/{base.id}")
     lacking = [
         (file, local)
         for file, local in zip(known, files, strict=True)
-        if there.get(_place(base.id, file)) != file.size
+        if there.get(_file_path(base.id, file)) != file.size
     ]
-    tally.begin("send the base", sum(file.size for file, _ in lacking))
+    counter.start_step("send the base", sum(file.size for file, _ in lacking))
     for file, local in lacking:
-        parts = tally.counted(partial(_parts, local, file.size))
-        remote.put(_place(base.id, file), parts, file.size)
+        parts = counter.count_parts(partial(_parts, local, file.size))
+        remote.put(_file_path(base.id, file), parts, file.size)
         sent += file.size
     content = {
         "format": "msft-base-files",
@@ -110,46 +110,50 @@ def push_base(remote: Remote, base: Base, tally: Tally) -> int:
         "directory": path.is_dir(),
         "files": [[file.name, file.size, file.digest] for file in known],
     }
-    remote.settle(FOLDER)
+    remote.sync(FOLDER)
     data = seal(content)
-    remote.put(_list_of(base.id), *small(data))
+    remote.put(_list_path(base.id), *as_parts(data))
     return sent + len(data)
 
 
-def pull_base(remote: Remote, identity: str, folder: Path, tally: Tally) -> tuple[Path, bytes, int]:
-    """Fetch a base's files into ``folder/<base id>``, unless they are there.
+def pull_base(
+    remote: Remote, identity: str, folder: Path, counter: TransferCounter
+) -> tuple[bytes, int]:
+    """Fetch a base's missing files into ``folder/<base id>``.
 
-    Returns the path of the model, the record of it for a store, and how many bytes came.
-    :class:`CorruptedError` if what came is not that base, :class:`BaseError` if the remote does
-    not have it.
+    Returns the base's record for a store and the number of bytes that were fetched. Raises
+    :class:`CorruptedError` if the files are not those of the base, and :class:`BaseError` if the
+    remote does not have them.
     """
     listed = _read_list(remote, identity)
     if listed is None:
         raise BaseError(
             f"the files of base {identity[:12]} are not at {remote.describe('')}: push them with "
-            "--with-base, or clone without and relocate the base to where the model is"
+            "--with-base, or clone without --with-base and relocate the base to your model"
         )
     place = folder / identity
     backend = LocalBackend(place)
     backend.make_root()
-    wanted = [file for file in listed.files if not _is_there(place / file.name, file)]
+    wanted = [file for file in listed.files if not _is_downloaded(place / file.name, file)]
     came = sum(file.size for file in wanted)
     QuotaBackend(backend).require_space(came)
-    tally.begin("fetch the base", came)
+    counter.start_step("fetch the base", came)
     for file in wanted:
-        _fetch(remote, _place(identity, file), file, backend, tally)
+        _fetch(remote, _file_path(identity, file), file, backend, counter)
     if (place / TEMPORARY).is_dir():
         backend.clear_temporary()
     path = place if listed.directory else place / listed.files[0].name
-    tally.begin("read the base", 0)
+    counter.start_step("read the base", 0)
     found, record = rebuild_base_record(path)
     if found != identity:
-        what = remote.describe(_list_of(identity))
+        what = remote.describe(_list_path(identity))
         raise CorruptedError(f"{what} lists the files of another base, {found[:12]}", file=what)
-    return path, record, came
+    return record, came
 
 
-def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend, tally: Tally) -> None:
+def _fetch(
+    remote: Remote, path: str, file: _File, backend: LocalBackend, counter: TransferCounter
+) -> None:
     what, hasher = remote.describe(path), xxhash.xxh3_128()
     if remote.size(path) != file.size:
         raise CorruptedError(
@@ -157,24 +161,24 @@ def _fetch(remote: Remote, path: str, file: _File, backend: LocalBackend, tally:
         )
     read: Callable[[tuple[int, int]], bytes] = lambda span: remote.read(path, *span)  # noqa: E731
     with backend.writer() as writer:
-        with contextlib.closing(in_order(read, spans(file.size), _AT_ONCE)) as parts:
+        with contextlib.closing(in_order(read, split_ranges(file.size), _AT_ONCE)) as parts:
             for part in parts:
                 hasher.update(part)
                 writer.write(part)
-                tally.passed(len(part))
+                counter.advance(len(part))
         if hasher.hexdigest() != file.digest:
             raise CorruptedError(f"{what} does not match its digest", file=what)
         writer.finalize(file.name)
 
 
-def _is_there(path: Path, file: _File) -> bool:
+def _is_downloaded(path: Path, file: _File) -> bool:
     try:
-        return path.is_file() and _described(path) == file
+        return path.is_file() and _hash_file(path) == file
     except (OSError, StorageError):
         return False
 
 
-def _described(path: Path) -> _File:
+def _hash_file(path: Path) -> _File:
     with translate_os_errors("read", path):
         size = path.stat().st_size
     hasher = xxhash.xxh3_128()
@@ -184,24 +188,24 @@ def _described(path: Path) -> _File:
 
 
 def _parts(path: Path, size: int) -> Iterator[bytes]:
-    for offset, length in spans(size):
+    for offset, length in split_ranges(size):
         data = read_file(path, offset, length)
         if len(data) != length:
             raise BaseError(f"{path} became shorter while it was read", file=str(path))
         yield data
 
 
-def _list_of(identity: str) -> str:
+def _list_path(identity: str) -> str:
     return f"{FOLDER}/{identity}/files.json"
 
 
-def _place(identity: str, file: _File) -> str:
+def _file_path(identity: str, file: _File) -> str:
     return f"{FOLDER}/{identity}/{file.digest}"
 
 
-def _read_list(remote: Remote, identity: str) -> _Listed | None:
-    path = _list_of(identity)
-    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
+def _read_list(remote: Remote, identity: str) -> _FileList | None:
+    path = _list_path(identity)
+    found = remote.read_versioned(path, MAX_SMALL_FILE_BYTES)
     if found is None:
         return None
     what = remote.describe(path)
@@ -212,16 +216,16 @@ def _read_list(remote: Remote, identity: str) -> _Listed | None:
             raise ValueError("it lists no files of this base")
         if len({file.name for file in files}) != len(files):
             raise ValueError("it lists a file twice")
-        return _Listed(directory=content["directory"], files=files)
+        return _FileList(directory=content["directory"], files=files)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptedError(f"{what} cannot be read: {error}", file=what) from None
 
 
 def _file(name: object, size: object, digest: object) -> _File:
-    # A list may be a stranger's, and a name becomes a file here.
+    # Names come from an untrusted list and become files on this machine, so check each of them.
     found = check_string(name)
     if not _is_name(found):
-        raise ValueError(f"{found!r:.80} is no name for a file")
+        raise ValueError(f"{found!r:.80} is not a valid file name")
     return _File(name=found, size=check_natural(size), digest=check_id(digest))
 
 

@@ -1,15 +1,15 @@
-"""Which packs another store lacks, and what of them goes.
+"""Select the packs that another store is missing, and the records of them that are transferred.
 
-Invariant: a store that had only records whose references are there has only such records
-afterwards. A pack may hold records that no checkpoint needs and whose references a gc removed, or
-whose references do not go along; in another store, such a record could be preferred to a sound one
-of the same chunk. So a pack with such records goes without them, as another pack, whose name
-follows from what is left: the same selection is the same pack again.
+Invariant: if all records of the target refer to existing records before the transfer, they do so
+afterwards. A pack may hold records that no checkpoint needs and whose references were deleted by gc
+or are not transferred. In the target, such a record could be preferred to a sound one of the same
+chunk. A pack with such records is therefore transferred without them, as another pack whose name
+follows from the remaining records: the same selection always gives the same pack.
 
 Example::
 
-    for shipment in choose(source, target, catalog.keys_by_base(checkpoints)):
-        remote.put(shipment.path, partial(shipment.parts, backend), shipment.size)
+    for pack in select_packs(source, backend, target, catalog.keys_by_base(checkpoints)):
+        remote.put(pack.path, partial(pack.read_parts, backend), pack.size)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.errors import REPAIR_HINT, BaseError, CorruptedError, StorageError, StoreError
+from msft_store.errors import REPAIR_HINT, BaseError, CorruptedError, StoreError
 from msft_store.format.key_table import Keys, concatenate_keys, view_keys
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import (
@@ -37,68 +37,71 @@ from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.packs import PackIndex, StoredChunk, is_misnamed, pack_path
 from msft_store.objects.reachability import find_reachable
 from msft_store.pipeline.parallel import in_order
-from msft_store.remote.transfer import Tally
-from msft_store.remote.transport.base import PART_BYTES, spans
+from msft_store.remote.transfer import TransferCounter
+from msft_store.remote.transport.base import PART_BYTES, check_length, split_ranges
 from msft_store.storage.backend import Backend
 
 Rows = NDArray[np.bool_]
-Piece = bytes | tuple[int, int]
-"""Part of a pack as it goes: bytes, or offset and length of them where it comes from."""
+Segment = bytes | tuple[int, int]
+"""Part of a transferred pack: its bytes, or their offset and length in the source's pack."""
 
 
 class UnsoundTargetError(StoreError):
-    """What goes would be displaced by records in the target whose references are gone."""
+    """Incomplete records in the target would be preferred to the records of the transfer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shipment:
-    """A pack that goes to another store."""
+class PackTransfer:
+    """A pack that is transferred, either unchanged or as a selection of a source's pack."""
 
     path: str
     source: str
-    """Path of the pack that it is, or is a selection of, where it comes from."""
+    """Path of the pack in the source from which the bytes are read."""
     size: int
     footer: Footer
-    """Of the pack as it goes."""
+    """The footer of the pack in the target."""
     records: tuple[Record, ...] | None
-    """The source's records that it is a selection of; ``None``: it goes as it is."""
+    """The selected records of the source's pack; ``None`` if the pack is transferred unchanged."""
     end: bytes
-    """Footer and trailer in bytes, of a selection."""
+    """Footer and trailer of a selection as bytes."""
     needed: tuple[int, ...] = ()
     """Numbers of the records that checkpoints need."""
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pack in order: bytes, or offset and length of them where it comes from."""
+    def segments(self) -> Iterator[Segment]:
+        """Yield the segments of the pack in order."""
         if self.records is None:
-            yield from spans(self.size)
+            yield from split_ranges(self.size)
             return
         yield pack_header()
-        yield from _runs(self.records)
+        yield from _merge_ranges(self.records)
         yield self.end
 
-    def get(self, backend: Backend, piece: Piece) -> bytes:
-        """Return the bytes of a piece, from the backend that the pack comes from."""
-        return piece if isinstance(piece, bytes) else _exactly(backend, self.source, *piece)
+    def read_segment(self, backend: Backend, segment: Segment) -> bytes:
+        """Return the bytes of a segment; ``backend`` is the source's."""
+        if isinstance(segment, bytes):
+            return segment
+        data = backend.read(self.source, *segment)
+        return check_length(data, segment[1], backend.describe(self.source))
 
-    def parts(self, backend: Backend) -> Iterator[bytes]:
-        """Yield the bytes of the pack, from the backend that it comes from."""
-        for piece in self.pieces():
-            yield self.get(backend, piece)
+    def read_parts(self, backend: Backend) -> Iterator[bytes]:
+        """Yield the bytes of the pack; ``backend`` is the source's."""
+        for segment in self.segments():
+            yield self.read_segment(backend, segment)
 
-    def at_source(self) -> Iterator[StoredChunk]:
-        """Yield the needed records as they stand where the pack comes from."""
+    def records_at_source(self) -> Iterator[StoredChunk]:
+        """Yield the needed records with their places in the source."""
         for number in self.needed:
             record = self.footer.record(number) if self.records is None else self.records[number]
             yield StoredChunk(pack=self.source, record=record)
 
-    def at_target(self) -> Iterator[StoredChunk]:
-        """Yield the needed records as they stand where the pack goes to."""
+    def records_at_target(self) -> Iterator[StoredChunk]:
+        """Yield the needed records with their places in the target."""
         for number in self.needed:
             yield StoredChunk(pack=self.path, record=self.footer.record(number))
 
 
-def _runs(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of what records take up; neighbours together, as far as is read."""
+def _merge_ranges(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
+    """Yield the byte ranges of records, merging adjacent records up to the size of a request."""
     start = end = 0
     for record in records:
         if record.offset != end or record.offset + record.length - start > PART_BYTES:
@@ -110,22 +113,14 @@ def _runs(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _exactly(backend: Backend, path: str, offset: int, length: int) -> bytes:
-    data = backend.read(path, offset, length)
-    if len(data) != length:
-        what = backend.describe(path)
-        raise StorageError(f"{what} is shorter than it was", file=what)
-    return data
-
-
-def choose(
+def select_packs(
     source: ChunkStore, backend: Backend, target: ChunkStore, keys: Mapping[str | None, Keys]
-) -> list[Shipment]:
-    """Return the packs that a target lacks of what restoring chunks needs.
+) -> list[PackTransfer]:
+    """Return the packs of which a target needs records in order to restore chunks.
 
-    ``keys`` are those of checkpoints, by their base; ``backend`` is what the source reads from.
-    :class:`CorruptedError` if the source lacks some of it, :class:`UnsoundTargetError` if the
-    target holds records whose references are gone, and that would be preferred.
+    ``keys`` holds the chunks of checkpoints by their base. ``backend`` is the source's. Raises
+    :class:`CorruptedError` if the source is missing chunks, and :class:`UnsoundTargetError` if the
+    target holds incomplete records that would be preferred.
     """
     missing = find_reachable(source, source.index, keys).missing
     if len(missing):
@@ -134,43 +129,45 @@ def choose(
             f"{len(missing)} chunks that checkpoints of {backend.describe('')} need are in no "
             f"pack{hint}; {REPAIR_HINT}"
         )
-    theirs = target.packs
-    offered = {path: footer for path, footer in source.packs.items() if path not in theirs}
-    sound = whole_rows(source, source.index)
+    existing = target.packs
+    offered = {path: footer for path, footer in source.packs.items() if path not in existing}
+    sound = find_complete_records(source, source.index)
     rows = dict(source.index.slices())
     found = {
-        shipment.path: shipment
+        pack.path: pack
         for path, footer in offered.items()
-        for shipment in _selected(_as_is(backend, path, footer), sound[rows[path]])
-        if shipment.path not in theirs
+        for pack in _select_records(_describe_pack(backend, path, footer), sound[rows[path]])
+        if pack.path not in existing
     }
-    found = _live(source, found, theirs, keys)
-    known = PackIndex({**theirs, **{path: one.footer for path, one in found.items()}})
-    sound, rows = whole_rows(source, known), dict(known.slices())
+    found = _select_needed(source, found, existing, keys)
+    known = PackIndex({**existing, **{path: one.footer for path, one in found.items()}})
+    sound, rows = find_complete_records(source, known), dict(known.slices())
     found = {
-        shipment.path: shipment
+        pack.path: pack
         for path, one in found.items()
-        for shipment in _selected(one, sound[rows[path]])
-        if shipment.path not in theirs
+        for pack in _select_records(one, sound[rows[path]])
+        if pack.path not in existing
     }
-    return list(_live(source, found, theirs, keys).values())
+    return list(_select_needed(source, found, existing, keys).values())
 
 
-def objects_of(backend: Backend) -> ChunkStore:
-    """Return the chunks of a store as it is now."""
+def read_objects(backend: Backend) -> ChunkStore:
+    """Return the current chunks of a store."""
     objects = ChunkStore(backend)
     objects.refresh()
     return objects
 
 
-def lacks(source: ChunkStore, target: ChunkStore, keys: Mapping[str | None, Keys]) -> bool:
-    """Return whether a target lacks anything of what restoring chunks needs."""
+def is_missing_chunks(
+    source: ChunkStore, target: ChunkStore, keys: Mapping[str | None, Keys]
+) -> bool:
+    """Return True if a target is missing records to restore chunks."""
     return bool(len(find_reachable(source, target.index, keys).missing))
 
 
-def whole_rows(objects: ChunkStore, index: PackIndex) -> Rows:
-    """Return which rows of an index have all that they refer to, down to plain bytes."""
-    whole = ~index.refers_to_chunk
+def find_complete_records(objects: ChunkStore, index: PackIndex) -> Rows:
+    """Return a mask of the index's rows whose references all exist, down to records without any."""
+    complete = ~index.refers_to_chunk
     bases = objects.bases()
     for depth in range(1, MAX_DEPTH + 1):
         here = np.flatnonzero(index.refers_to_chunk & (index.depths == depth))
@@ -180,58 +177,62 @@ def whole_rows(objects: ChunkStore, index: PackIndex) -> Rows:
                 continue
             rows = here[index.bases[here] == number]
 
-            def there(keys: Keys, base: str | None = base, depth: int = depth) -> Rows:
+            def is_resolved(keys: Keys, base: str | None = base, depth: int = depth) -> Rows:
                 found = index.find_all(keys, base)
-                sound: Rows = (found >= 0) & (index.depths[found] < depth) & whole[found]
+                sound: Rows = (found >= 0) & (index.depths[found] < depth) & complete[found]
                 return sound | objects.mask_in_base(keys, base)
 
             plain = rows[~index.explicit[rows]]
-            whole[plain] = there(index.ref_keys[plain])
+            complete[plain] = is_resolved(index.ref_keys[plain])
             for row in rows[index.explicit[rows]].tolist():
-                whole[row] = bool(there(view_keys(b"".join(index.explicit_keys(row)))).all())
-    return whole
+                complete[row] = bool(
+                    is_resolved(view_keys(b"".join(index.explicit_keys(row)))).all()
+                )
+    return complete
 
 
-def verify(objects: ChunkStore, shipments: Sequence[Shipment], tally: Tally, *, come: bool) -> int:
-    """Decode what checkpoints need of shipments, and compare each chunk with its key.
+def verify_packs(
+    objects: ChunkStore, packs: Sequence[PackTransfer], counter: TransferCounter, *, at_target: bool
+) -> int:
+    """Decode the needed records of packs, compare each chunk with its key, and count the
+    unverifiable.
 
-    ``come``: as they stand where they went to; else where they come from.
-
-    Returns how many could not be decoded because a base is not at hand; :class:`CorruptedError`
-    names the file that is to blame.
+    Records are read in the target if ``at_target`` is true, else in the source. The result is the
+    number of chunks that could not be decoded because a base is missing on this machine. Raises
+    :class:`CorruptedError` with the name of the damaged file.
     """
 
-    def stored() -> Iterator[StoredChunk]:
-        for shipment in shipments:
-            yield from shipment.at_target() if come else shipment.at_source()
+    def list_records() -> Iterator[StoredChunk]:
+        for pack in packs:
+            yield from pack.records_at_target() if at_target else pack.records_at_source()
 
-    tally.begin("verify", sum(one.record.length for one in stored()))
+    counter.start_step("verify", sum(one.record.length for one in list_records()))
 
-    def look(one: StoredChunk) -> bool:
-        tally.passed(one.record.length)
+    def verify(one: StoredChunk) -> bool:
+        counter.advance(one.record.length)
         try:
             objects.verify(one)
         except BaseError:
             return False
         return True
 
-    with contextlib.closing(in_order(look, stored())) as results:
-        return sum(not seen for seen in results)
+    with contextlib.closing(in_order(verify, list_records())) as results:
+        return sum(not ok for ok in results)
 
 
-def _live(
+def _select_needed(
     source: ChunkStore,
-    found: Mapping[str, Shipment],
-    theirs: Mapping[str, Footer],
+    found: Mapping[str, PackTransfer],
+    existing: Mapping[str, Footer],
     keys: Mapping[str | None, Keys],
-) -> dict[str, Shipment]:
-    """Return the shipments of which something is needed, with what that is."""
-    union = PackIndex({**theirs, **{path: one.footer for path, one in found.items()}})
+) -> dict[str, PackTransfer]:
+    """Return the packs that have needed records, with the numbers of these."""
+    union = PackIndex({**existing, **{path: one.footer for path, one in found.items()}})
     needs = find_reachable(source, union, keys)
     if len(needs.missing):
         raise UnsoundTargetError(
-            f"{len(needs.missing)} chunks could not be restored beside what is in the target "
-            "already, some of whose references are gone; choose another target"
+            f"{len(needs.missing)} chunks could not be restored in the target, because it holds "
+            "records of them whose references were deleted; choose another target"
         )
     live = {}
     for path, rows in union.slices():
@@ -241,23 +242,23 @@ def _live(
     return live
 
 
-def _as_is(backend: Backend, path: str, footer: Footer) -> Shipment:
+def _describe_pack(backend: Backend, path: str, footer: Footer) -> PackTransfer:
     if is_misnamed(path, footer):
         what = backend.describe(path)
         raise CorruptedError(f"{what} holds pack {footer.check.hex()}; {REPAIR_HINT}", file=what)
     size = backend.size(path)
-    return Shipment(path=path, source=path, size=size, footer=footer, records=None, end=b"")
+    return PackTransfer(path=path, source=path, size=size, footer=footer, records=None, end=b"")
 
 
-def _selected(shipment: Shipment, sound: Rows) -> Iterator[Shipment]:
-    """Yield a shipment without the records that are not sound, if any is."""
+def _select_records(pack: PackTransfer, sound: Rows) -> Iterator[PackTransfer]:
+    """Yield the pack with only its sound records; nothing if it has none."""
     if sound.all():
-        yield shipment
+        yield pack
         return
     numbers = np.flatnonzero(sound).tolist()
     if not numbers:
         return
-    before = shipment.records or tuple(shipment.footer)
+    before = pack.records or tuple(pack.footer)
     records = tuple(before[number] for number in numbers)
     placed, position = [], PACK_HEADER.size
     for record in records:
@@ -267,13 +268,13 @@ def _selected(shipment: Shipment, sound: Rows) -> Iterator[Shipment]:
     path, size = pack_path(check), position + len(end)
     trailer = decode_trailer(end[-PACK_TRAILER.size :], size, path)
     footer = decode_footer(end[: trailer.length], trailer, path)
-    yield Shipment(
-        path=path, source=shipment.source, size=size, footer=footer, records=records, end=end
+    yield PackTransfer(
+        path=path, source=pack.source, size=size, footer=footer, records=records, end=end
     )
 
 
-def merged(parts: Iterable[tuple[str | None, Keys]]) -> dict[str | None, Keys]:
-    """Return keys by base, of checkpoints that each have a base and keys."""
+def merge_keys(parts: Iterable[tuple[str | None, Keys]]) -> dict[str | None, Keys]:
+    """Merge the keys of checkpoints with the same base."""
     found: dict[str | None, list[Keys]] = {}
     for base, keys in parts:
         found.setdefault(base, []).append(keys)

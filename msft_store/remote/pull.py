@@ -1,22 +1,23 @@
-"""From a remote into a store's directory: staged, verified, then moved to its place.
+"""Fetch the files of a remote into a store's directory: stage, verify, then move them into place.
 
-What comes is written to ``tmp/incoming`` first and stays there where the connection breaks: it does
-not come again. Once all of it is verified it is moved, packs first. Who calls holds the lock.
+Fetched files are written to ``tmp/incoming`` first. If the connection breaks they stay there, and
+the next pull does not fetch them again. After all files are verified they are moved, packs before
+manifests. The caller holds the store's lock.
 
 Example::
 
-    fetch(remote, backend, tally, bases=None, force=False, timelines=False)
+    pull_store(remote, backend, counter, bases=None, force=False, timelines=False)
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from msft_store.errors import (
     BusyError,
-    ConflictError,
     CorruptedError,
     NotAStoreError,
     StorageError,
@@ -38,39 +39,51 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import Ref, list_refs, read_ref, ref_name, ref_path
 from msft_store.pipeline.parallel import in_order
-from msft_store.remote.backend import RemoteBackend, Staged
+from msft_store.remote.backend import (
+    RemoteBackend,
+    StagedBackend,
+    is_sound,
+    parse_as,
+    read_manifest,
+)
 from msft_store.remote.bases import pull_base
 from msft_store.remote.missing_packs import (
-    Piece,
-    Shipment,
-    choose,
-    lacks,
-    merged,
-    objects_of,
-    verify,
+    PackTransfer,
+    Segment,
+    is_missing_chunks,
+    merge_keys,
+    read_objects,
+    select_packs,
+    verify_packs,
 )
-from msft_store.remote.refs import RefMove, decide, left_behind, refusal, travels
-from msft_store.remote.transfer import Tally
+from msft_store.remote.refs import (
+    RefMove,
+    count_skipped_timelines,
+    is_transferred,
+    select_refs_to_move,
+)
+from msft_store.remote.transfer import TransferCounter
 from msft_store.remote.transport.base import Remote
 from msft_store.storage.backend import TEMPORARY, read_small_file, write_atomic
-from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
+
+_log = logging.getLogger(__name__)
 
 INCOMING = f"{TEMPORARY}/incoming"
 
 
-def fetch(
+def pull_store(
     remote: Remote,
     backend: QuotaBackend,
-    tally: Tally,
+    counter: TransferCounter,
     *,
     bases: Path | None,
     force: bool,
     timelines: bool,
 ) -> None:
-    """Fetch what a store lacks; see :func:`msft_store.remote.api.pull`.
+    """Fetch the files that a store is missing; see :func:`~.api.pull`.
 
-    ``bases`` is where the files of bases go; ``None``: they are not fetched.
+    The files of base models go to the directory ``bases``; they are not fetched if it is ``None``.
     """
     source = RemoteBackend(remote, nearby=backend)
     if not source.exists(CONFIG):
@@ -78,28 +91,30 @@ def fetch(
     read_level(source)
     catalog = Catalog(backend)
     catalog.refresh()
-    ids = _checked(source, MANIFESTS, list_manifests(source))
-    refs = _refs(source, catalog, ids, timelines=timelines)
-    tally.timelines_left = left_behind(map(ref_name, list_refs(source)), timelines=timelines)
-    moves = _decided(refs, backend, source, ids, force=force)
-    _fetch_bases(remote, backend, catalog, tally, bases)
-    old = [c for c in map(catalog.get, ids) if c is not None and _has_table(catalog, c)]
-    # What is damaged here comes anew, too.
+    ids = _check_ids(source, MANIFESTS, list_manifests(source))
+    names = [ref_name(path) for path in list_refs(source)]
+    counter.timelines_left = count_skipped_timelines(names, timelines=timelines)
+    wanted = [name for name in names if is_transferred(name, timelines=timelines)]
+    refs = _read_refs(source, catalog, wanted, ids)
+    moves = _select_moves(refs, backend, source, ids, force=force)
+    _fetch_bases(remote, backend, catalog, counter, bases)
+    old = [c for c in map(catalog.get, ids) if c is not None and _has_key_table(catalog, c)]
+    # Checkpoints whose key table is damaged in this store are fetched again.
     lacking = sorted(set(ids) - {checkpoint.id for checkpoint in old})
     with contextlib.ExitStack() as stack:
-        # A directory that cannot be written to is fetched from all the same.
+        # A directory that this process cannot lock, because it is read-only, can still be read.
         with contextlib.suppress(BusyError, StorageError):
             stack.enter_context(remote.session("pull"))
-        _Fetching(remote, source, backend, catalog, tally).run(lacking, old)
-    # A pin may have come here meanwhile: what is to move is decided once more.
+        _PullSession(remote, source, backend, catalog, counter).run(lacking, old)
     if moves:
-        # Those that were listed are read together.
+        # Listing the refs makes the source read all of them in parallel.
         list_refs(source)
-    for ref, before in _decided([ref for ref, _ in moves], backend, source, ids, force=force):
-        _write_ref(backend, source, ref, before, tally)
+    # Another process may have moved refs of this store during the transfer: compare them again.
+    for ref, before in _select_moves([ref for ref, _ in moves], backend, source, ids, force=force):
+        _write_ref(backend, source, ref, before, counter)
 
 
-class _Fetching:
+class _PullSession:
     """The packs and manifests of one pull."""
 
     def __init__(
@@ -108,128 +123,129 @@ class _Fetching:
         source: RemoteBackend,
         backend: QuotaBackend,
         catalog: Catalog,
-        tally: Tally,
+        counter: TransferCounter,
     ) -> None:
         self._remote = remote
         self._source = source
         self._backend = backend
         self._catalog = catalog
-        self._tally = tally
+        self._counter = counter
         self._staged: dict[str, str] = {}
-        """Where files are until they are moved, by the path that they will have."""
-        self._found: set[str] = set()
-        """Those that were staged by an earlier pull."""
+        """The staged path of each file, by its final path."""
+        self._reused: set[str] = set()
+        """Final paths of the packs that an earlier pull staged."""
 
     def run(self, lacking: Sequence[str], old: Sequence[Checkpoint]) -> None:
-        """Fetch checkpoints that are lacking, and packs that others here lack."""
+        """Fetch missing checkpoints, and packs that checkpoints of this store are missing."""
         backend, source = self._backend, self._source
-        view = Staged(backend, self._staged, source.describe)
-        objects, target = objects_of(source), objects_of(backend)
-        checkpoints = self._manifests(lacking, view)
+        view = StagedBackend(backend, self._staged, source.describe)
+        objects, target = read_objects(source), read_objects(backend)
+        checkpoints = self._stage_manifests(lacking, view)
         scanner = KeyScanner()
         keys = [(c.base, read_keys(view, c, scanner)) for c in checkpoints]
-        mended = self._catalog.keys_by_base(old)
-        if lacks(self._catalog.objects, target, mended):
-            keys += mended.items()
-        shipments = choose(objects, source, target, merged(keys))
-        backend.require_space(sum(shipment.size for shipment in shipments))
-        self._stage_packs(shipments)
+        old_keys = self._catalog.keys_by_base(old)
+        if is_missing_chunks(self._catalog.objects, target, old_keys):
+            keys += old_keys.items()
+        packs = select_packs(objects, source, target, merge_keys(keys))
+        backend.require_space(sum(pack.size for pack in packs))
+        self._stage_packs(packs)
         try:
-            unverified = self._verified(view, shipments)
-        except CorruptedError:
-            again = [shipment for shipment in shipments if shipment.path in self._found]
-            if not again:
+            unverified = self._verify(view, packs)
+        except CorruptedError as error:
+            reused = [pack for pack in packs if pack.path in self._reused]
+            if not reused:
                 raise
-            # What an earlier pull left may be to blame.
-            self._stage_packs(again, anew=True)
-            unverified = self._verified(view, shipments)
-        self._tally.unverified += unverified
-        self._settle([shipment.path for shipment in shipments], PACKS)
-        self._settle([manifest_path(checkpoint.id) for checkpoint in checkpoints], MANIFESTS)
-        self._tally.checkpoints += [checkpoint.id for checkpoint in checkpoints]
+            # The damage may be in a pack that an earlier pull staged.
+            _log.info("%s: fetching %d staged packs again", error, len(reused))
+            self._stage_packs(reused, reuse=False)
+            unverified = self._verify(view, packs)
+        self._counter.unverified += unverified
+        self._move_into_place([pack.path for pack in packs], PACKS)
+        self._move_into_place([manifest_path(c.id) for c in checkpoints], MANIFESTS)
+        self._counter.checkpoints += [checkpoint.id for checkpoint in checkpoints]
 
-    def _verified(self, view: Staged, shipments: Sequence[Shipment]) -> int:
-        objects = objects_of(view)
+    def _verify(self, view: StagedBackend, packs: Sequence[PackTransfer]) -> int:
+        objects = read_objects(view)
         try:
-            return verify(objects, shipments, self._tally, come=True)
+            return verify_packs(objects, packs, self._counter, at_target=True)
         except CorruptedError as error:
             raise CorruptedError(
-                f"{strip_hint(error)}; nothing of it was kept. Who has that checkpoint whole can "
-                "remove the file there and push it again",
+                f"{strip_hint(error)}; nothing of the pull was kept. If another store has that "
+                "checkpoint undamaged, delete the file on the remote and push from that store",
                 file=error.file,
             ) from None
 
-    def _manifests(self, identities: Sequence[str], view: Staged) -> list[Checkpoint]:
+    def _stage_manifests(self, identities: Sequence[str], view: StagedBackend) -> list[Checkpoint]:
         """Stage and verify manifests; return their checkpoints, oldest first."""
         wanted = []
         for identity in identities:
             path = manifest_path(identity)
-            staged = f"{INCOMING}/{path}"
-            self._staged[path] = staged
-            if not (self._backend.exists(staged) and _is_sound(view, identity)):
+            self._staged[path] = staged = f"{INCOMING}/{path}"
+            if not (self._backend.exists(staged) and is_sound(read_manifest, view, identity)):
                 wanted.append(path)
 
-        def get(path: str) -> tuple[str, bytes]:
+        def fetch(path: str) -> tuple[str, bytes]:
             return path, read_small_file(self._source, path)
 
-        with contextlib.closing(in_order(get, iter(wanted), self._remote.workers)) as come:
-            for path, data in come:
+        with contextlib.closing(in_order(fetch, iter(wanted), self._remote.workers)) as fetched:
+            for path, data in fetched:
                 write_atomic(self._backend, self._staged[path], data)
-                self._tally.went(len(data))
+                self._counter.add_file(len(data))
         checkpoints = [read_checkpoint(view, identity) for identity in identities]
         for checkpoint in checkpoints:
             read_tensors(view, checkpoint)
         return sorted(checkpoints, key=lambda c: (c.created, c.id))
 
-    def _stage_packs(self, shipments: Sequence[Shipment], *, anew: bool = False) -> None:
+    def _stage_packs(self, packs: Sequence[PackTransfer], *, reuse: bool = True) -> None:
         wanted = []
-        for shipment in shipments:
-            staged = f"{INCOMING}/{shipment.path}"
-            self._staged[shipment.path] = staged
-            there = self._backend.exists(staged) and self._backend.size(staged) == shipment.size
-            if there and not anew:
-                self._found.add(shipment.path)
+        for pack in packs:
+            self._staged[pack.path] = staged = f"{INCOMING}/{pack.path}"
+            exists = self._backend.exists(staged) and self._backend.size(staged) == pack.size
+            if exists and reuse:
+                self._reused.add(pack.path)
             else:
-                wanted.append(shipment)
-        self._tally.begin("fetch", sum(shipment.size for shipment in wanted))
-        pieces = ((shipment, piece) for shipment in wanted for piece in shipment.pieces())
+                wanted.append(pack)
+        if self._reused and reuse:
+            _log.info("resuming a pull: %d packs are staged already", len(self._reused))
+        self._counter.start_step("fetch", sum(pack.size for pack in wanted))
+        segments = ((pack, segment) for pack in wanted for segment in pack.segments())
 
-        def get(one: tuple[Shipment, Piece]) -> bytes:
-            return one[0].get(self._source, one[1])
+        def fetch(one: tuple[PackTransfer, Segment]) -> bytes:
+            return one[0].read_segment(self._source, one[1])
 
-        # Also across packs: most are small, and a request takes its time.
-        with contextlib.closing(in_order(get, pieces, self._remote.workers)) as come:
-            for shipment in wanted:
+        # Requests run in parallel across packs too, because most packs are small.
+        with contextlib.closing(in_order(fetch, segments, self._remote.workers)) as fetched:
+            for pack in wanted:
                 with self._backend.writer() as writer:
-                    for _ in shipment.pieces():
-                        part = next(come)
+                    for _ in pack.segments():
+                        part = next(fetched)
                         writer.write(part)
-                        self._tally.passed(len(part))
-                    writer.finalize(self._staged[shipment.path])
-                self._tally.went(shipment.size, pack=True)
+                        self._counter.advance(len(part))
+                    writer.finalize(self._staged[pack.path])
+                self._counter.add_file(pack.size, pack=True)
 
-    def _settle(self, paths: Sequence[str], folder: str) -> None:
+    def _move_into_place(self, paths: Sequence[str], folder: str) -> None:
         for path in paths:
             staged = self._staged.pop(path)
-            # Another pull may have moved it, which fetched the same.
+            # A concurrent pull shares the staged files and may have moved this one already.
             if self._backend.exists(staged) or not self._backend.exists(path):
                 self._backend.move(staged, path)
-        # Also what was there: its writer may have been killed before that was durable.
+        # Also sync files that existed before: their writer may have been killed before its sync.
         self._backend.sync(folder)
 
 
-def _checked(source: RemoteBackend, folder: str, identities: Sequence[str]) -> list[str]:
-    """Return ids; :class:`CorruptedError` for a name that is none, which could lead elsewhere."""
+def _check_ids(source: RemoteBackend, folder: str, identities: Sequence[str]) -> list[str]:
+    """Return ids; raise CorruptedError for other names, which could lead to other folders."""
     for identity in identities:
         try:
             check_id(identity)
         except ValueError as error:
-            what = source.describe(f"{folder}/{identity}.json")
-            raise CorruptedError(f"{what!a:.300} has no business there: {error}") from None
+            path = source.describe(f"{folder}/{identity}.json")
+            raise CorruptedError(f"{path!a:.300} does not belong in a store: {error}") from None
     return list(identities)
 
 
-def _has_table(catalog: Catalog, checkpoint: Checkpoint) -> bool:
+def _has_key_table(catalog: Catalog, checkpoint: Checkpoint) -> bool:
     try:
         catalog.keys(checkpoint)
     except CorruptedError:
@@ -237,52 +253,41 @@ def _has_table(catalog: Catalog, checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _is_sound(view: Staged, identity: str) -> bool:
-    try:
-        read_tensors(view, read_checkpoint(view, identity))
-    except CorruptedError:
-        return False
-    return True
-
-
 def _fetch_bases(
-    remote: Remote, backend: QuotaBackend, catalog: Catalog, tally: Tally, folder: Path | None
+    remote: Remote,
+    backend: QuotaBackend,
+    catalog: Catalog,
+    counter: TransferCounter,
+    folder: Path | None,
 ) -> None:
     source = RemoteBackend(remote)
     known = catalog.objects.bases()
-    for identity in _checked(source, BASES, list_bases(source)):
+    for identity in _check_ids(source, BASES, list_bases(source)):
         path = base_path(identity)
         if folder is not None and (identity not in known or has_missing_files(known[identity])):
-            _, record, came = pull_base(remote, identity, folder, tally)
-            write_atomic(backend, path, record)
-            tally.base_bytes += came
-            tally.went(len(record), base=True)
+            record, size = pull_base(remote, identity, folder, counter)
+            counter.base_bytes += size
         elif identity not in known:
             record = read_small_file(source, path)
-            overlay = Overlay(source)
-            overlay.replaced[path] = record
-            read_base(overlay, identity)
-            write_atomic(backend, path, record)
-            tally.went(len(record), base=True)
+            parse_as(source, path, record, read_base, identity)
+        else:
+            continue
+        write_atomic(backend, path, record)
+        counter.add_file(len(record), base=True)
     backend.sync(BASES)
     catalog.objects.refresh()
 
 
-def _refs(
-    source: RemoteBackend, catalog: Catalog, ids: Sequence[str], *, timelines: bool
+def _read_refs(
+    source: RemoteBackend, catalog: Catalog, names: Sequence[str], ids: Sequence[str]
 ) -> list[Ref]:
-    there = set(ids)
-    paths = [p for p in list_refs(source) if travels(ref_name(p), timelines=timelines)]
-    refs = []
-    for path in paths:
-        ref = read_ref(source, path)
-        # One that was pushed since the manifests were listed comes with the next pull.
-        if ref.checkpoint in there or catalog.get(ref.checkpoint) is not None:
-            refs.append(ref)
-    return refs
+    """Return refs, except those whose checkpoints were pushed after the manifests were listed."""
+    listed = set(ids)
+    refs = [read_ref(source, ref_path(name)) for name in names]
+    return [r for r in refs if r.checkpoint in listed or catalog.get(r.checkpoint) is not None]
 
 
-def _decided(
+def _select_moves(
     refs: Sequence[Ref],
     backend: QuotaBackend,
     source: RemoteBackend,
@@ -290,39 +295,41 @@ def _decided(
     *,
     force: bool,
 ) -> list[tuple[Ref, Ref | None]]:
-    """Return the refs to be written, and what they are here; refuse what others moved."""
-    here, there, known = backend.describe(""), source.describe(""), set(ids)
-    moves, reasons = [], []
-    for ref in refs:
-        path = ref_path(ref.name)
+    """Return the refs to be written, each with this store's ref of the same name."""
+
+    def read_own(name: str) -> Ref | None:
+        path = ref_path(name)
         try:
-            mine = read_ref(backend, path) if backend.exists(path) else None
+            return read_ref(backend, path) if backend.exists(path) else None
         except CorruptedError:
             if not force:
                 raise
-            mine = None
-        decision = decide(ref, mine, known=known, force=force)
-        if decision == "refuse" and mine is not None:
-            names = {"here": there.rstrip("/"), "there": here.rstrip("/")}
-            reasons.append(refusal(ref, mine, **names))
-        elif decision != "same":
-            moves.append((ref, mine))
-    if reasons:
-        raise ConflictError(
-            f"{'; '.join(reasons)}. It was moved here: push, or pull --force to move it"
-        )
-    return moves
+            return None
+
+    return select_refs_to_move(
+        [(ref, read_own(ref.name)) for ref in refs],
+        known=set(ids),
+        force=force,
+        source=source.describe(""),
+        target=backend.describe(""),
+        hint="It was moved here: push, or pull --force to move it",
+    )
 
 
 def _write_ref(
-    backend: QuotaBackend, source: RemoteBackend, ref: Ref, before: Ref | None, tally: Tally
+    backend: QuotaBackend,
+    source: RemoteBackend,
+    ref: Ref,
+    before: Ref | None,
+    counter: TransferCounter,
 ) -> None:
-    data = read_small_file(source, ref_path(ref.name))
-    overlay = Overlay(source)
-    overlay.replaced[ref_path(ref.name)] = data
-    if read_ref(overlay, ref_path(ref.name)) != ref:
+    path = ref_path(ref.name)
+    data = read_small_file(source, path)
+    if parse_as(source, path, data, read_ref, path) != ref:
+        # The ref was moved since it was listed. The next pull fetches its checkpoint too.
         return
-    write_atomic(backend, ref_path(ref.name), data)
-    tally.went(len(data))
+    write_atomic(backend, path, data)
+    counter.add_file(len(data))
     old = None if before is None else before.checkpoint
-    tally.refs.append(RefMove(name=ref.name, before=old, after=ref.checkpoint))
+    counter.refs.append(RefMove(name=ref.name, before=old, after=ref.checkpoint))
+    _log.info("moved ref %s at %s to %s", ref.name, backend.describe(""), ref.checkpoint)

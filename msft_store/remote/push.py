@@ -1,16 +1,15 @@
-"""From a store's directory to a remote: what is missing there, in the order of the format.
+"""Send the files that a remote is missing, in the order that the format requires.
 
 Example::
 
-    send(catalog, remote, tally, with_base=False, force=False, timelines=False)
+    push_store(catalog, remote, counter, with_base=False, force=False, timelines=False)
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 from msft_store.errors import (
     REPAIR_HINT,
@@ -21,210 +20,198 @@ from msft_store.errors import (
 )
 from msft_store.objects.bases import BASES, base_path, list_bases, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
-from msft_store.objects.manifest import (
-    MANIFESTS,
-    Checkpoint,
-    manifest_path,
-    read_checkpoint,
-    read_tensors,
-)
+from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_name, ref_path
-from msft_store.pipeline.parallel import in_order
-from msft_store.remote.backend import RemoteBackend
+from msft_store.remote.backend import (
+    RemoteBackend,
+    is_sound,
+    map_parallel,
+    parse_as,
+    read_manifest,
+)
 from msft_store.remote.bases import push_base
-from msft_store.remote.missing_packs import Shipment, choose, lacks, objects_of, verify
-from msft_store.remote.refs import RefMove, decide, left_behind, refusal, travels
-from msft_store.remote.transfer import Tally
-from msft_store.remote.transport.base import Remote, small
+from msft_store.remote.missing_packs import (
+    PackTransfer,
+    is_missing_chunks,
+    read_objects,
+    select_packs,
+    verify_packs,
+)
+from msft_store.remote.refs import (
+    RefMove,
+    count_skipped_timelines,
+    is_transferred,
+    select_refs_to_move,
+)
+from msft_store.remote.transfer import TransferCounter
+from msft_store.remote.transport.base import Remote, as_parts
 from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, TEMPORARY, Backend, read_small_file
 from msft_store.storage.lock_files import LOCKS
-from msft_store.storage.overlay import Overlay
 
-_NOTHING = (f"{LOCKS}/", f"{TEMPORARY}/")
-"""What may be there before there is a store."""
-_TRIES = 5
-"""How often a ref is compared and written, while others write it too."""
-_T = TypeVar("_T")
-_R = TypeVar("_R")
+_log = logging.getLogger(__name__)
+
+_IGNORED = (f"{LOCKS}/", f"{TEMPORARY}/")
+"""Folders that may exist in a place that is not a store yet."""
+_REF_ATTEMPTS = 5
+"""Number of attempts to write a ref that other processes write at the same time."""
 
 
-def send(
+def push_store(
     catalog: Catalog,
     remote: Remote,
-    tally: Tally,
+    counter: TransferCounter,
     *,
     with_base: bool,
     force: bool,
     timelines: bool,
 ) -> None:
-    """Send what a remote lacks of a store; see :func:`msft_store.remote.api.push`."""
+    """Send the files of a store that a remote is missing; see :func:`~.api.push`."""
     backend = catalog.backend
     catalog.refresh()
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
         raise strip_frames(error)
-    _claim(backend, remote, tally)
+    _ensure_store(backend, remote, counter)
     known = {checkpoint.id for checkpoint in catalog.checkpoints()}
-    refs = _refs(backend, known, timelines=timelines)
-    tally.timelines_left = left_behind(map(ref_name, list_refs(backend)), timelines=timelines)
-    refs = _to_move(backend, remote, refs, known, force=force)
+    names = [ref_name(path) for path in list_refs(backend)]
+    counter.timelines_left = count_skipped_timelines(names, timelines=timelines)
+    sent = [name for name in names if is_transferred(name, timelines=timelines)]
+    moves = _compare_refs(backend, remote, _read_refs(backend, sent, known), known, force=force)
     with remote.session("push"):
-        _send_bases(backend, remote, tally)
+        _send_bases(backend, remote, counter)
         if with_base:
             for base in catalog.objects.bases().values():
-                tally.base_bytes += push_base(remote, base, tally)
-        _send_checkpoints(catalog, remote, tally)
-    for ref in refs:
-        _send_ref(backend, remote, ref, known, tally, force=force)
+                counter.base_bytes += push_base(remote, base, counter)
+        _send_checkpoints(catalog, remote, counter)
+    for ref in moves:
+        _send_ref(backend, remote, ref, known, counter, force=force)
 
 
-def _claim(backend: Backend, remote: Remote, tally: Tally) -> None:
-    """Make the remote a store, if it is none and nothing else."""
+def _ensure_store(backend: Backend, remote: Remote, counter: TransferCounter) -> None:
+    """Make an empty remote a store; raise an error if it holds other files."""
     target = RemoteBackend(remote)
     if not target.exists(CONFIG):
-        others = [path for path in remote.sizes("") if not path.startswith(_NOTHING)]
+        others = [path for path in remote.sizes("") if not path.startswith(_IGNORED)]
         if others and not target.exists(CONFIG):
             raise NotAStoreError(
                 f"{remote.describe('')} is not empty and no store ({others[0]}); choose a new place"
             )
         config = read_small_file(backend, CONFIG)
         if not others and remote.create(CONFIG, config):
-            tally.went(len(config))
+            counter.add_file(len(config))
     read_level(target)
 
 
-def _send_bases(backend: Backend, remote: Remote, tally: Tally) -> None:
-    there = remote.sizes(BASES)
+def _send_bases(backend: Backend, remote: Remote, counter: TransferCounter) -> None:
+    existing = remote.sizes(BASES)
     target = RemoteBackend(remote)
     for identity in list_bases(backend):
-        path, record = base_path(identity), read_small_file(backend, base_path(identity))
-        if path in there and (there[path] == len(record) or _reads(read_base, target, identity)):
+        path = base_path(identity)
+        record = read_small_file(backend, path)
+        if existing.get(path) == len(record):
             continue
-        overlay = Overlay(backend)
-        overlay.replaced[path] = record
-        read_base(overlay, identity)
-        remote.put(path, *small(record))
-        tally.went(len(record), base=True)
-    remote.settle(BASES)
+        if path in existing and is_sound(read_base, target, identity):
+            continue
+        parse_as(backend, path, record, read_base, identity)
+        remote.put(path, *as_parts(record))
+        counter.add_file(len(record), base=True)
+    remote.sync(BASES)
 
 
-def _send_checkpoints(catalog: Catalog, remote: Remote, tally: Tally) -> None:
+def _send_checkpoints(catalog: Catalog, remote: Remote, counter: TransferCounter) -> None:
     backend = catalog.backend
-    there = remote.sizes(MANIFESTS)
+    existing = remote.sizes(MANIFESTS)
     target = RemoteBackend(remote, nearby=backend)
-    objects = objects_of(target)
+    objects = read_objects(target)
     old: list[Checkpoint] = []
     new: list[Checkpoint] = []
     for checkpoint in catalog.checkpoints():
         path = manifest_path(checkpoint.id)
-        same = there.get(path) == backend.size(path)
-        sound = same or (path in there and _reads(_read_manifest, target, checkpoint.id))
+        same = existing.get(path) == backend.size(path)
+        sound = same or (path in existing and is_sound(read_manifest, target, checkpoint.id))
         (old if sound else new).append(checkpoint)
-    mended = old if lacks(catalog.objects, objects, catalog.keys_by_base(old)) else []
-    keys = catalog.keys_by_base([*mended, *new])
-    shipments = choose(catalog.objects, backend, objects, keys)
-    tally.unverified += verify(catalog.objects, shipments, tally, come=False)
-    tally.begin("send", sum(shipment.size for shipment in shipments))
-    _each(remote, partial(_send_pack, backend, remote, tally), shipments)
-    remote.settle(PACKS)
-    _each(remote, partial(_send_manifest, backend, remote, tally), new)
-    remote.settle(MANIFESTS)
+    incomplete = is_missing_chunks(catalog.objects, objects, catalog.keys_by_base(old))
+    keys = catalog.keys_by_base([*(old if incomplete else ()), *new])
+    packs = select_packs(catalog.objects, backend, objects, keys)
+    counter.unverified += verify_packs(catalog.objects, packs, counter, at_target=False)
+    counter.start_step("send", sum(pack.size for pack in packs))
+    map_parallel(partial(_send_pack, backend, remote, counter), packs, remote.workers)
+    remote.sync(PACKS)
+    map_parallel(partial(_send_manifest, backend, remote, counter), new, remote.workers)
+    remote.sync(MANIFESTS)
 
 
-def _send_pack(backend: Backend, remote: Remote, tally: Tally, shipment: Shipment) -> None:
-    remote.put(shipment.path, tally.counted(lambda: shipment.parts(backend)), shipment.size)
-    tally.went(shipment.size, pack=True)
+def _send_pack(
+    backend: Backend, remote: Remote, counter: TransferCounter, pack: PackTransfer
+) -> None:
+    remote.put(pack.path, counter.count_parts(lambda: pack.read_parts(backend)), pack.size)
+    counter.add_file(pack.size, pack=True)
 
 
-def _send_manifest(backend: Backend, remote: Remote, tally: Tally, checkpoint: Checkpoint) -> None:
+def _send_manifest(
+    backend: Backend, remote: Remote, counter: TransferCounter, checkpoint: Checkpoint
+) -> None:
     path = manifest_path(checkpoint.id)
     data = read_small_file(backend, path)
-    overlay = Overlay(backend)
-    overlay.replaced[path] = data
-    _read_manifest(overlay, checkpoint.id)
-    remote.put(path, *small(data))
-    tally.went(len(data))
-    tally.checkpoints.append(checkpoint.id)
+    parse_as(backend, path, data, read_manifest, checkpoint.id)
+    remote.put(path, *as_parts(data))
+    counter.add_file(len(data))
+    counter.checkpoints.append(checkpoint.id)
 
 
-def _each(remote: Remote, act: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-    """Return what comes of each item, as many at once as the remote takes."""
-    if remote.workers == 1:
-        return [act(item) for item in items]
-    with contextlib.closing(in_order(act, iter(items), remote.workers)) as done:
-        return list(done)
+def _read_refs(backend: Backend, names: Sequence[str], known: set[str]) -> list[Ref]:
+    refs = [read_ref(backend, ref_path(name)) for name in names]
+    for ref in refs:
+        if ref.checkpoint not in known:
+            raise CorruptedError(
+                f"the ref {ref.name!r} points to a checkpoint that does not exist; {REPAIR_HINT}",
+                file=backend.describe(ref_path(ref.name)),
+            )
+    return refs
 
 
-def _read_manifest(backend: Backend, identity: str) -> None:
-    read_tensors(backend, read_checkpoint(backend, identity))
-
-
-def _reads(read: Callable[[Backend, str], object], backend: Backend, identity: str) -> bool:
-    """Return whether what is there is sound."""
-    try:
-        read(backend, identity)
-    except CorruptedError:
-        return False
-    return True
-
-
-def _refs(backend: Backend, known: set[str], *, timelines: bool) -> list[Ref]:
-    found = []
-    for path in list_refs(backend):
-        if travels(ref_name(path), timelines=timelines):
-            ref = read_ref(backend, path)
-            if ref.checkpoint not in known:
-                raise CorruptedError(
-                    f"the ref {ref.name!r} points to a checkpoint that is not there; {REPAIR_HINT}",
-                    file=backend.describe(path),
-                )
-            found.append(ref)
-    return found
-
-
-def _to_move(
+def _compare_refs(
     backend: Backend, remote: Remote, refs: Sequence[Ref], known: set[str], *, force: bool
 ) -> list[Ref]:
-    """Return the refs that are not as they are here; refuse at once what would be in the end."""
-    here, there = backend.describe("").rstrip("/"), remote.describe("").rstrip("/")
+    """Return the refs to be written; raise ConflictError before anything is sent."""
     listed = remote.sizes(REFS)
 
-    def look(ref: Ref) -> tuple[Ref, Ref | None]:
+    def find(ref: Ref) -> tuple[Ref, Ref | None]:
         if ref_path(ref.name) not in listed:
             return ref, None
-        return ref, _ref_there(backend, remote, ref.name, force=force)[0]
+        return ref, _read_remote_ref(remote, ref.name, force=force)[0]
 
-    moves, reasons = [], []
-    for ref, now in _each(remote, look, refs):
-        decision = decide(ref, now, known=known, force=force)
-        if decision == "refuse" and now is not None:
-            reasons.append(refusal(ref, now, here=here, there=there))
-        elif decision != "same":
-            moves.append(ref)
-    if reasons:
-        raise _conflict(reasons)
-    return moves
+    pairs = map_parallel(find, refs, remote.workers)
+    return [ref for ref, _ in _select_moves(backend, remote, pairs, known, force=force)]
 
 
-def _conflict(reasons: list[str]) -> ConflictError:
-    return ConflictError(
-        f"{'; '.join(reasons)}. Somebody moved it there: pull first, or push --force to move it"
+def _select_moves(
+    backend: Backend,
+    remote: Remote,
+    pairs: Sequence[tuple[Ref, Ref | None]],
+    known: set[str],
+    *,
+    force: bool,
+) -> list[tuple[Ref, Ref | None]]:
+    return select_refs_to_move(
+        pairs,
+        known=known,
+        force=force,
+        source=backend.describe(""),
+        target=remote.describe(""),
+        hint="Another writer moved it there: pull first, or push --force to move it",
     )
 
 
-def _ref_there(
-    backend: Backend, remote: Remote, name: str, *, force: bool
-) -> tuple[Ref | None, object]:
-    """Return a remote's ref and its version; with ``force``, none for one that is damaged."""
+def _read_remote_ref(remote: Remote, name: str, *, force: bool) -> tuple[Ref | None, object]:
+    """Return a remote's ref and its version; with ``force``, no ref if it is damaged."""
     path = ref_path(name)
-    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
+    found = remote.read_versioned(path, MAX_SMALL_FILE_BYTES)
     if found is None:
         return None, None
     data, version = found
-    overlay = Overlay(RemoteBackend(remote))
-    overlay.replaced[path] = data
     try:
-        return read_ref(overlay, path), version
+        return parse_as(RemoteBackend(remote), path, data, read_ref, path), version
     except CorruptedError:
         if force:
             return None, version
@@ -232,35 +219,40 @@ def _ref_there(
 
 
 def _send_ref(
-    backend: Backend, remote: Remote, ref: Ref, known: set[str], tally: Tally, *, force: bool
+    backend: Backend,
+    remote: Remote,
+    ref: Ref,
+    known: set[str],
+    counter: TransferCounter,
+    *,
+    force: bool,
 ) -> None:
     path = ref_path(ref.name)
     data = read_small_file(backend, path)
-    overlay = Overlay(backend)
-    overlay.replaced[path] = data
-    # One that was moved here since may point to what was not sent; it goes with the next push.
-    if read_ref(overlay, path).checkpoint != ref.checkpoint:
+    # If the ref was moved since it was listed, its checkpoint may not have been sent. The next
+    # push sends both.
+    if parse_as(backend, path, data, read_ref, path).checkpoint != ref.checkpoint:
         return
-    here, there = backend.describe("").rstrip("/"), remote.describe("").rstrip("/")
-    for _ in range(_TRIES):
-        now, version = _ref_there(backend, remote, ref.name, force=force)
-        decision = decide(ref, now, known=known, force=force)
-        if decision == "same":
+    for _ in range(_REF_ATTEMPTS):
+        now, version = _read_remote_ref(remote, ref.name, force=force)
+        if not _select_moves(backend, remote, [(ref, now)], known, force=force):
             return
-        if decision == "refuse" and now is not None:
-            raise _conflict([refusal(ref, now, here=here, there=there)])
         written = (
             remote.create(path, data) if version is None else remote.replace(path, data, version)
         )
-        if written or _is_now(remote, path, data):
-            tally.went(len(data))
+        if written or _has_content(remote, path, data):
+            counter.add_file(len(data))
             before = None if now is None else now.checkpoint
-            tally.refs.append(RefMove(name=ref.name, before=before, after=ref.checkpoint))
+            counter.refs.append(RefMove(name=ref.name, before=before, after=ref.checkpoint))
+            _log.info("moved ref %s at %s to %s", ref.name, remote.describe(""), ref.checkpoint)
             return
-    raise ConflictError(f"others keep moving ref {ref.name!r} at {there}; push again")
+    raise ConflictError(
+        f"other writers keep moving ref {ref.name!r} at {remote.describe('').rstrip('/')}; "
+        "push again"
+    )
 
 
-def _is_now(remote: Remote, path: str, data: bytes) -> bool:
-    """Return whether a file has these bytes: where a reply was lost, they may be ours."""
-    found = remote.whole(path, MAX_SMALL_FILE_BYTES)
+def _has_content(remote: Remote, path: str, data: bytes) -> bool:
+    """Return True if a file has these bytes: this process wrote them, but the reply was lost."""
+    found = remote.read_versioned(path, MAX_SMALL_FILE_BYTES)
     return found is not None and found[0] == data

@@ -1,12 +1,12 @@
-"""What happens to a ref that two stores have: pure.
+"""Decide how a transfer moves a ref that exists in both stores. Pure functions.
 
-A ref moves to where it is in the source if the source knows the checkpoint that it pointed to in
-the target: then who moved it in the source could know of that. Else somebody has moved it in the
-target, and it stays.
+A ref follows the source if the source knows the checkpoint to which the target's ref points:
+whoever moved it in the source could see that checkpoint. Otherwise another writer moved it in the
+target, and it is left alone.
 
 Example::
 
-    decide("best", here, there, known={"3fa9…"}, force=False)          # "move"
+    decide_ref("best", here, there, known={"3fa9…"}, force=False)      # "move"
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from msft_store.errors import ConflictError
 from msft_store.objects.refs import Ref
 
 TIMELINES = "timelines/"
@@ -23,27 +24,32 @@ Decision = Literal["same", "create", "move", "refuse"]
 
 @dataclass(frozen=True, kw_only=True)
 class RefMove:
-    """A ref that was written."""
+    """A ref that was created or moved in the target.
+
+    Attributes:
+        name: The ref's name.
+        before: Id of the checkpoint to which it pointed, ``None`` if it is new.
+        after: Id of the checkpoint to which it points now.
+    """
 
     name: str
     before: str | None
-    """Id of the checkpoint that it pointed to; ``None``: it is new there."""
     after: str
 
 
-def travels(name: str, *, timelines: bool) -> bool:
-    """Return whether a ref goes along; those of timelines only where that is asked for."""
+def is_transferred(name: str, *, timelines: bool) -> bool:
+    """Return True if a ref is transferred; refs of timelines only on request."""
     return timelines or not name.startswith(TIMELINES)
 
 
-def left_behind(names: Iterable[str], *, timelines: bool) -> int:
-    """Return how many timelines have refs among names that do not go along."""
-    left = (name for name in names if not travels(name, timelines=timelines))
+def count_skipped_timelines(names: Iterable[str], *, timelines: bool) -> int:
+    """Return the number of timelines among the names of refs that are not transferred."""
+    left = (name for name in names if not is_transferred(name, timelines=timelines))
     return len({name.removeprefix(TIMELINES).partition("/")[0] for name in left})
 
 
-def decide(source: Ref, target: Ref | None, *, known: Collection[str], force: bool) -> Decision:
-    """Return what becomes of a ref; ``known`` are the ids of the source's checkpoints."""
+def decide_ref(source: Ref, target: Ref | None, *, known: Collection[str], force: bool) -> Decision:
+    """Return how to transfer a ref; ``known`` holds the ids of the source's checkpoints."""
     if target is None:
         return "create"
     if target.checkpoint == source.checkpoint:
@@ -51,9 +57,32 @@ def decide(source: Ref, target: Ref | None, *, known: Collection[str], force: bo
     return "move" if force or target.checkpoint in known else "refuse"
 
 
-def refusal(source: Ref, target: Ref, *, here: str, there: str) -> str:
-    """Return why a ref stays as it is ``there``, and what to do."""
-    return (
-        f"ref {source.name!r} points to {target.checkpoint[:12]} at {there}, which {here} does "
-        f"not have, and to {source.checkpoint[:12]} at {here}"
-    )
+def select_refs_to_move(
+    pairs: Iterable[tuple[Ref, Ref | None]],
+    *,
+    known: Collection[str],
+    force: bool,
+    source: str,
+    target: str,
+    hint: str,
+) -> list[tuple[Ref, Ref | None]]:
+    """Return those pairs of a source's and a target's ref that have to be written.
+
+    ``known`` holds the ids of the source's checkpoints. ``source``, ``target`` and ``hint``, which
+    says what to do next, are for the message. Raises :class:`ConflictError` if another writer moved
+    a ref of the target, unless ``force`` is true.
+    """
+    moves, reasons = [], []
+    source, target = source.rstrip("/"), target.rstrip("/")
+    for mine, theirs in pairs:
+        decision = decide_ref(mine, theirs, known=known, force=force)
+        if decision == "refuse" and theirs is not None:
+            reasons.append(
+                f"ref {mine.name!r} points to {theirs.checkpoint[:12]} at {target}, which {source} "
+                f"does not have, and to {mine.checkpoint[:12]} at {source}"
+            )
+        elif decision != "same":
+            moves.append((mine, theirs))
+    if reasons:
+        raise ConflictError(f"{'; '.join(reasons)}. {hint}")
+    return moves

@@ -1,4 +1,4 @@
-"""What went from one store to another, counted as it goes.
+"""Count the files and bytes of a transfer, and report its progress.
 
 Example::
 
@@ -13,37 +13,41 @@ from dataclasses import dataclass, field
 
 from msft_store._util import format_bytes
 from msft_store.remote.refs import RefMove
+from msft_store.remote.transport.base import PartReader
 
-Part = bytes
-Parts = Callable[[], Iterator[Part]]
-"""Gives the bytes of a file from the beginning each time it is called."""
 Progress = Callable[[str, int, int], None]
-"""Is told a step (``"send"``), its bytes so far and all of them; 0 of all: that is not known."""
+"""Called with a step (``"send"``), its bytes so far and its total bytes, 0 if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What a push, pull or clone did."""
+    """The result of a push, pull or clone; ``str()`` gives a summary for people.
+
+    Attributes:
+        checkpoints: Ids of the checkpoints that are new in the target, oldest first.
+        packs: The number of packs that were transferred.
+        bases: The number of records of bases that were transferred.
+        refs: The refs that were created or moved.
+        bytes: Bytes of all transferred files, except for the files of base models.
+        base_bytes: Bytes of the transferred files of base models.
+        unverified: The number of chunks that could not be compared with their keys, because a base
+            is missing on this machine.
+        timelines_left: The number of timelines whose refs were not transferred.
+    """
 
     checkpoints: tuple[str, ...]
-    """Ids of those that are new in the target, oldest first."""
     packs: int
     bases: int
-    """Records of bases."""
     refs: tuple[RefMove, ...]
     bytes: int
-    """Of all files that went, a base's own aside."""
     base_bytes: int
-    """Of the files of bases."""
     unverified: int
-    """Chunks that could not be compared with their keys, because a base is not at hand."""
     timelines_left: int = 0
-    """Timelines whose refs stayed, for nobody asked for them."""
 
     def __str__(self) -> str:
         left = (
-            f"{_count(self.timelines_left, 'timeline')} not moved: --timelines takes them along, "
-            "to go on with a run elsewhere"
+            f"{_count(self.timelines_left, 'timeline')} not moved: use --timelines to continue "
+            "the run elsewhere"
         )
         if not (self.bytes or self.base_bytes or self.refs):
             return f"nothing to do\n{left}" if self.timelines_left else "nothing to do"
@@ -60,21 +64,21 @@ class Transfer:
         ]
         if self.unverified:
             parts.append(
-                f"{_count(self.unverified, 'chunk')} not compared yet, for a base is not at hand: "
-                "relocate it, then msft-store check --read-data"
+                f"{_count(self.unverified, 'chunk')} not verified, because a base is missing here: "
+                "relocate it, then run msft-store check --read-data"
             )
         if self.timelines_left:
             parts.append(left)
         return "\n".join(parts)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(kw_only=True)
-class Tally:
-    """Counts; calls may come from several threads."""
+class TransferCounter:
+    """Counts what a transfer has moved so far. Methods may be called from several threads."""
 
     checkpoints: list[str] = field(default_factory=list)
     packs: int = 0
@@ -85,52 +89,51 @@ class Tally:
     unverified: int = 0
     timelines_left: int = 0
     progress: Progress | None = None
-    """Hears of each step: what is done, how many bytes of it are, and of how many."""
     _step: str = ""
     _done: int = 0
     _total: int = 0
-    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _mutex: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def went(self, size: int, *, pack: bool = False, base: bool = False) -> None:
-        """Count a file of some bytes."""
-        with self._counting:
+    def add_file(self, size: int, *, pack: bool = False, base: bool = False) -> None:
+        """Count a transferred file."""
+        with self._mutex:
             self.bytes += size
             self.packs += pack
             self.bases += base
 
-    def begin(self, step: str, total: int) -> None:
-        """Say what comes next, and how many bytes that is; 0: it is not known."""
-        with self._counting:
+    def start_step(self, step: str, total: int) -> None:
+        """Start the progress of a step of ``total`` bytes, 0 if unknown."""
+        with self._mutex:
             self._step, self._done, self._total = step, 0, total
-            self._tell()
+            self._report()
 
-    def passed(self, size: int) -> None:
-        """Count bytes of the step under way; fewer than none where they come once more."""
-        with self._counting:
+    def advance(self, size: int) -> None:
+        """Count bytes of the current step; negative if they are transferred again."""
+        with self._mutex:
             self._done += size
-            self._tell()
+            self._report()
 
-    def counted(self, parts: Parts) -> Parts:
-        """Return what gives the same parts and counts them, those of the last time only."""
-        before = 0
+    def count_parts(self, parts: PartReader) -> PartReader:
+        """Return a reader of the same parts that counts them, but only those of its last call."""
+        counted = 0
 
-        def give() -> Iterator[Part]:
-            nonlocal before
-            self.passed(-before)
-            before = 0
+        def read() -> Iterator[bytes]:
+            nonlocal counted
+            self.advance(-counted)
+            counted = 0
             for part in parts():
                 yield part
-                before += len(part)
-                self.passed(len(part))
+                counted += len(part)
+                self.advance(len(part))
 
-        return give
+        return read
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self.progress is not None:
             self.progress(self._step, self._done, self._total)
 
-    def result(self) -> Transfer:
-        """Return what was counted."""
+    def to_transfer(self) -> Transfer:
+        """Return the counts."""
         return Transfer(
             checkpoints=tuple(self.checkpoints),
             packs=self.packs,

@@ -49,9 +49,9 @@ class FaultyRemote:
         self.read_bytes += length
         return self._inner.read(path, offset, length)
 
-    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
-        self._operate("whole", path)
-        return self._inner.whole(path, most)
+    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
+        self._operate("read_versioned", path)
+        return self._inner.read_versioned(path, most)
 
     def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
         self._operate("put", path)
@@ -73,9 +73,9 @@ class FaultyRemote:
         self._operate("replaced", path)
         return done
 
-    def settle(self, folder: str) -> None:
-        self._operate("settle", folder)
-        self._inner.settle(folder)
+    def sync(self, folder: str) -> None:
+        self._operate("sync", folder)
+        self._inner.sync(folder)
 
     def _operate(self, kind: str, path: str) -> None:
         self.before(kind, path)

@@ -1,18 +1,19 @@
-"""What an object store, or anything like one, is to the store: whole files by path.
+"""The interface of a remote: files by relative path, in an object store or anything like one.
 
-Invariants: a file is there whole or not at all; ``create`` and ``replace`` never overwrite what
-somebody else wrote since it was looked at, where the medium can tell. Each failure is a
-:class:`StoreError`; one of the connection, a :class:`ConnectionLostError`, is worth another try.
+Invariants: a file exists completely or not at all. :meth:`Remote.create` and :meth:`Remote.replace`
+do not overwrite a file that another writer changed in between, if the medium supports conditional
+writes. Each failure is a :class:`StoreError`. A :class:`ConnectionLostError` can be retried.
 
 Example::
 
-    remote = Persistent(remote_at("s3://bucket/run"))
+    remote = RetryingRemote(ObjectRemote(store, "s3://bucket/run"))
     remote.create("store.json", data)
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,129 +22,188 @@ from urllib.parse import urlsplit, urlunsplit
 
 from msft_store.errors import StorageError
 
+_log = logging.getLogger(__name__)
+
 PART_BYTES = 8 << 20
-"""How much of a large file is read or sent at once."""
+"""Bytes of a large file that are read or sent in one request."""
+PartReader = Callable[[], Iterator[bytes]]
+"""Yields the bytes of a file in parts, from its beginning, each time it is called."""
 _T = TypeVar("_T")
 
 
 class ConnectionLostError(StorageError):
-    """A remote could not be reached, or the connection broke; nothing else is known."""
+    """The remote could not be reached, or the connection broke. A write may have succeeded."""
 
 
 class Remote(Protocol):
-    """Files by relative path in one place, which others write to at the same time."""
+    """Files by relative path in one place, to which other processes write at the same time.
+
+    Write your own to support another kind of storage, and pass it to ``push``, ``pull``, ``clone``
+    or ``open_remote`` in the place of a URL. Methods may be called from ``workers`` threads at the
+    same time. They raise :class:`ConnectionLostError` if a retry can help, and another
+    :class:`StorageError` if it cannot; wrap the object in :class:`RetryingRemote` to get retries.
+    FORMAT.md, section 9, states the order in which files are written.
+
+    Attributes:
+        workers: The number of calls that may run at the same time, at least 1.
+    """
 
     workers: int
-    """How many calls it takes at once."""
 
     def describe(self, path: str) -> str:
-        """Return a path as a person would look for it."""
+        """Return the full address of a path, for messages. It must not contain passwords."""
 
     def session(self, purpose: str) -> contextlib.AbstractContextManager[None]:
-        """Keep others from deleting what is there, if anybody deletes."""
+        """Keep other processes from deleting files while the context is entered.
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Return the sizes in bytes of all files below a folder, by path."""
+        Args:
+            purpose: ``"push"`` or ``"pull"``, to be shown to processes that wait.
 
-    def size(self, path: str) -> int | None:
-        """Return a file's size in bytes; ``None`` if it is not there."""
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset``; the file has them."""
-
-    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
-        """Return a file, and its version for :meth:`replace`; ``None`` if it is not there.
-
-        :class:`StorageError` if it has more than ``most`` bytes.
+        Returns:
+            A context manager. It does nothing on media from which nothing is ever deleted.
         """
 
-    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
-        """Write a file of ``size`` bytes, visible at once and whole, in place of any other.
+    def sizes(self, folder: str) -> dict[str, int]:
+        """List all files below a folder.
 
-        ``parts`` gives its bytes from the beginning each time it is called.
+        Args:
+            folder: A relative path without a trailing slash; ``""`` is the whole remote.
+
+        Returns:
+            The size in bytes of each file, by path relative to the remote. It is empty if the
+            folder does not exist.
+        """
+
+    def size(self, path: str) -> int | None:
+        """Return a file's size in bytes, or ``None`` if it does not exist."""
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes of a file from ``offset`` on.
+
+        Raises:
+            StorageError: If the file does not exist or has fewer bytes.
+        """
+
+    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
+        """Read a whole small file together with its version.
+
+        Args:
+            path: The file's path.
+            most: The maximal size in bytes.
+
+        Returns:
+            The bytes and an opaque version for :meth:`replace`, or ``None`` if the file does not
+            exist.
+
+        Raises:
+            StorageError: If the file has more than ``most`` bytes.
+        """
+
+    def put(self, path: str, parts: PartReader, size: int) -> None:
+        """Write a file, replacing any other. It becomes visible only when it is complete.
+
+        Args:
+            path: The file's path. Missing folders are made.
+            parts: Returns an iterator over the bytes from the beginning. An implementation may
+                call it again to retry.
+            size: The total size in bytes.
         """
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless there is one; return whether it was written."""
+        """Write a small file unless it exists; return True if it was written."""
 
     def replace(self, path: str, data: bytes, version: Any) -> bool:
-        """Write a file if its version is still this one; return whether it was written."""
+        """Write a small file if its version is unchanged; return True if it was written.
 
-    def settle(self, folder: str) -> None:
-        """Make durable which files are below a folder, whoever wrote them."""
+        Args:
+            path: The file's path.
+            data: The new content.
+            version: The version that :meth:`read_versioned` returned.
+        """
+
+    def sync(self, folder: str) -> None:
+        """Make the entries of a folder durable, also those that other processes wrote."""
 
 
-class Persistent:
-    """Another remote, each call of which is tried again when the connection breaks.
+class RetryingRemote:
+    """Another remote whose calls are retried when the connection breaks.
 
-    The waits grow twofold from ``delay`` seconds, by chance up to half as long again.
+    The wait doubles from ``delay`` seconds and is randomly prolonged by up to one half.
     """
 
     def __init__(self, inner: Remote, *, attempts: int = 4, delay: float = 0.5) -> None:
         self.workers = inner.workers
+        self.describe = inner.describe
+        self.session = inner.session
         self._inner = inner
         self._attempts = attempts
         self._delay = delay
 
-    def describe(self, path: str) -> str:
-        return self._inner.describe(path)
-
-    def session(self, purpose: str) -> contextlib.AbstractContextManager[None]:
-        return self._inner.session(purpose)
-
     def sizes(self, folder: str) -> dict[str, int]:
-        return self._persist(lambda: self._inner.sizes(folder))
+        return self._retry(lambda: self._inner.sizes(folder))
 
     def size(self, path: str) -> int | None:
-        return self._persist(lambda: self._inner.size(path))
+        return self._retry(lambda: self._inner.size(path))
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        return self._persist(lambda: self._inner.read(path, offset, length))
+        return self._retry(lambda: self._inner.read(path, offset, length))
 
-    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
-        return self._persist(lambda: self._inner.whole(path, most))
+    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
+        return self._retry(lambda: self._inner.read_versioned(path, most))
 
-    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
-        self._persist(lambda: self._inner.put(path, parts, size))
+    def put(self, path: str, parts: PartReader, size: int) -> None:
+        self._retry(lambda: self._inner.put(path, parts, size))
 
     def create(self, path: str, data: bytes) -> bool:
-        # Where the reply to an attempt was lost, a later one finds a file: who calls compares it.
-        return self._persist(lambda: self._inner.create(path, data))
+        # If the reply to an attempt was lost, the retry finds the file that this call wrote and
+        # returns False. The caller compares the content.
+        return self._retry(lambda: self._inner.create(path, data))
 
     def replace(self, path: str, data: bytes, version: Any) -> bool:
-        return self._persist(lambda: self._inner.replace(path, data, version))
+        return self._retry(lambda: self._inner.replace(path, data, version))
 
-    def settle(self, folder: str) -> None:
-        self._persist(lambda: self._inner.settle(folder))
+    def sync(self, folder: str) -> None:
+        self._retry(lambda: self._inner.sync(folder))
 
-    def _persist(self, act: Callable[[], _T]) -> _T:
+    def _retry(self, operation: Callable[[], _T]) -> _T:
         for attempt in range(self._attempts - 1):
             try:
-                return act()
-            except ConnectionLostError:
-                time.sleep(self._delay * 2**attempt * random.uniform(1, 1.5))  # noqa: S311
-        return act()
+                return operation()
+            except ConnectionLostError as error:
+                wait = self._delay * 2**attempt * random.uniform(1, 1.5)  # noqa: S311
+                _log.info("%s; attempt %d follows in %.1f s", error, attempt + 2, wait)
+                time.sleep(wait)
+        return operation()
 
 
-def small(data: bytes) -> tuple[Callable[[], Iterator[bytes]], int]:
-    """Return what :meth:`Remote.put` wants of bytes that are in memory."""
+def as_parts(data: bytes) -> tuple[PartReader, int]:
+    """Return the arguments ``parts`` and ``size`` of :meth:`Remote.put` for bytes in memory."""
     return lambda: iter((data,)), len(data)
 
 
-def spans(size: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of the parts of a file."""
+def split_ranges(size: int) -> Iterator[tuple[int, int]]:
+    """Yield the offset and length of each part of a file."""
     for offset in range(0, size, PART_BYTES):
         yield offset, min(PART_BYTES, size - offset)
 
 
-def shown(url: str) -> str:
-    """Return a URL without what must not be seen: a password, a query."""
+def redact_url(url: str) -> str:
+    """Return a URL without its password and query, which may hold secrets."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     netloc = f"{user.partition(':')[0]}{at}{host}"
     return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
 
 
-def names(folder: str, listed: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """Return those of some paths and sizes that are below a folder; all, if it is ``""``."""
+def filter_folder(folder: str, listed: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """Return the listed paths and sizes that are below a folder; all of them for ``""``."""
     return {path: size for path, size in listed if not folder or path.startswith(f"{folder}/")}
+
+
+def check_length(data: bytes, length: int, what: str) -> bytes:
+    """Return data that was read from ``what`` if it has the expected length."""
+    if len(data) != length:
+        raise StorageError(
+            f"{what} is shorter than expected: it changed while it was read", file=what
+        )
+    return data

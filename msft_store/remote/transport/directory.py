@@ -1,4 +1,4 @@
-"""A store in another directory, as a remote: its lock is taken, and all is durable.
+"""A store in another directory as a remote. Its lock is taken, and all writes are durable.
 
 Example::
 
@@ -8,19 +8,20 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from msft_store.errors import StorageError
 from msft_store.objects.manifest import manifest_path
 from msft_store.objects.refs import REFS, read_ref
+from msft_store.remote.transport.base import PartReader, check_length
 from msft_store.storage.backend import LocalBackend, file_sizes, write_atomic
 from msft_store.storage.overlay import Overlay
 
 
 class DirectoryRemote:
-    """A directory of this machine's file systems."""
+    """A directory in a file system of this machine."""
 
     workers = 1
 
@@ -44,11 +45,9 @@ class DirectoryRemote:
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         data = self.backend.read(path, offset, length)
-        if len(data) != length:
-            raise StorageError(f"{self.describe(path)} is shorter than it was")
-        return data
+        return check_length(data, length, self.describe(path))
 
-    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
+    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
         size = self.size(path)
         if size is None:
             return None
@@ -57,7 +56,7 @@ class DirectoryRemote:
         data = self.backend.read(path)
         return data, data
 
-    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
+    def put(self, path: str, parts: PartReader, size: int) -> None:
         self.backend.make_root()
         with self.backend.writer() as writer:
             for part in parts():
@@ -71,7 +70,9 @@ class DirectoryRemote:
         return self._exchange(path, data, version)
 
     def _exchange(self, path: str, data: bytes, before: bytes | None) -> bool:
-        """Write a file if it is still as it was; alone, for others may pin at the same time."""
+        """Write a file if its content is unchanged. An exclusive lock excludes pins by other
+        processes.
+        """
         self.backend.make_root()
         with self.backend.lock(shared=False, purpose="push"):
             if (self.backend.read(path) if self.backend.exists(path) else None) != before:
@@ -87,9 +88,9 @@ class DirectoryRemote:
         target = read_ref(overlay, path).checkpoint
         if not self.backend.exists(manifest_path(target)):
             raise StorageError(
-                f"checkpoint {target[:12]} was forgotten at {self.describe('')} "
-                "before a ref could point to it; push again"
+                f"checkpoint {target[:12]} was deleted at {self.describe('')} "
+                "before the ref to it was written; push again"
             )
 
-    def settle(self, folder: str) -> None:
+    def sync(self, folder: str) -> None:
         self.backend.sync(folder)

@@ -1,9 +1,9 @@
-"""Whatever else fsspec has a file system for: SFTP, SMB, HDFS, WebDAV, memory.
+"""Other file systems by way of fsspec: SFTP, SMB, HDFS, WebDAV, memory.
 
-A file is written under ``tmp/`` and then moved to its place. fsspec has no conditional writes by
-version: a ref is compared right before it is replaced, so that of two pushers at the very same
-moment one may win unseen. Object stores that :mod:`~msft_store.remote.transport.object_store` knows
-do not have that gap.
+A file is written under ``tmp/`` and then moved to its place. fsspec has no conditional write by
+version. A ref is therefore compared directly before it is replaced; if two processes push the same
+ref at the same moment, one of the two writes can be lost. The object stores of
+:mod:`~msft_store.remote.transport.object_store` do not have this gap.
 
 Example::
 
@@ -14,31 +14,39 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from msft_store.errors import InvalidInputError, StorageError
-from msft_store.remote.transport.base import ConnectionLostError, names, shown
+from msft_store.remote.transport.base import (
+    ConnectionLostError,
+    PartReader,
+    check_length,
+    filter_folder,
+    redact_url,
+)
 from msft_store.storage.backend import TEMPORARY
 
 _FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def fsspec_remote(url: str, **options: Any) -> FsspecRemote:
-    """Return what is at a URL; ``options`` are those of the file system."""
+    """Return the remote at a URL; ``options`` are those of the fsspec file system."""
     try:
         import fsspec.core  # noqa: PLC0415
     except ImportError:
-        raise StorageError(f"{shown(url)} needs fsspec: pip install 'msft-store[remote]'") from None
+        raise StorageError(
+            f"{redact_url(url)} needs fsspec: pip install 'msft-store[remote]'"
+        ) from None
     try:
         system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        raise StorageError(f"{shown(url)} needs another package: {error}") from None
+        raise StorageError(f"{redact_url(url)} needs another package: {error}") from None
     except (ValueError, TypeError) as error:
-        raise InvalidInputError(f"{shown(url)} is no place for a store: {error}") from None
+        raise InvalidInputError(f"{redact_url(url)} cannot hold a store: {error}") from None
     except OSError as error:
-        raise ConnectionLostError(f"cannot reach {shown(url)}: {error}") from error
-    return FsspecRemote(system, root, shown(url))
+        raise ConnectionLostError(f"cannot reach {redact_url(url)}: {error}") from error
+    return FsspecRemote(system, root, redact_url(url))
 
 
 class FsspecRemote:
@@ -59,16 +67,18 @@ class FsspecRemote:
 
     def sizes(self, folder: str) -> dict[str, int]:
         skip = len(self._root) + 1
-        with self._said("list", folder):
+        with self._translate_errors("list", folder):
             self._system.invalidate_cache()
             try:
                 found = self._system.find(self._at(folder), detail=True)
             except FileNotFoundError:
                 return {}
-            return names(folder, [(path[skip:], one["size"]) for path, one in found.items()])
+            return filter_folder(
+                folder, [(path[skip:], one["size"]) for path, one in found.items()]
+            )
 
     def size(self, path: str) -> int | None:
-        with self._said("look at", path):
+        with self._translate_errors("look at", path):
             self._system.invalidate_cache()
             try:
                 return int(self._system.size(self._at(path)))
@@ -76,28 +86,26 @@ class FsspecRemote:
                 return None
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        with self._said("read", path):
+        with self._translate_errors("read", path):
             data = bytes(self._system.cat_file(self._at(path), start=offset, end=offset + length))
-        if len(data) != length:
-            raise StorageError(f"{self.describe(path)} is shorter than it was")
-        return data
+        return check_length(data, length, self.describe(path))
 
-    def whole(self, path: str, most: int) -> tuple[bytes, Any] | None:
+    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
         size = self.size(path)
         if size is None:
             return None
         if size > most:
             raise StorageError(f"{self.describe(path)} has more than {most} bytes")
-        with self._said("read", path):
+        with self._translate_errors("read", path):
             try:
                 data = bytes(self._system.cat_file(self._at(path)))
             except FileNotFoundError:
                 return None
         return data, data
 
-    def put(self, path: str, parts: Callable[[], Iterator[bytes]], size: int) -> None:
+    def put(self, path: str, parts: PartReader, size: int) -> None:
         temporary = self._at(f"{TEMPORARY}/{uuid.uuid4().hex}")
-        with self._said(f"write the {size} bytes of", path):
+        with self._translate_errors(f"write the {size} bytes of", path):
             try:
                 self._system.makedirs(self._at(TEMPORARY), exist_ok=True)
                 with self._system.open(temporary, "wb") as file:
@@ -117,21 +125,21 @@ class FsspecRemote:
         return True
 
     def replace(self, path: str, data: bytes, version: Any) -> bool:
-        now = self.whole(path, len(version))
+        now = self.read_versioned(path, len(version))
         if now is None or now[0] != version:
             return False
         self.put(path, lambda: iter((data,)), len(data))
         return True
 
-    def settle(self, folder: str) -> None:
-        """Do nothing: there is no such call."""
+    def sync(self, folder: str) -> None:
+        """Do nothing, because fsspec has no such call."""
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
     @contextlib.contextmanager
-    def _said(self, action: str, path: str) -> Iterator[None]:
-        """Turn what the file system says into a :class:`StoreError`."""
+    def _translate_errors(self, action: str, path: str) -> Iterator[None]:
+        """Raise errors of the file system as :class:`StorageError`."""
         try:
             yield
         except StorageError:

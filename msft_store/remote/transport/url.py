@@ -1,10 +1,10 @@
-"""From a URL to what is there.
+"""Connect to the remote at a URL or path.
 
 Example::
 
-    remote_at("s3://bucket/run")
-    remote_at("/mnt/nas/run")                # the same as file:///mnt/nas/run
-    remote_at(obstore.store.MemoryStore())
+    connect_remote("s3://bucket/run")
+    connect_remote("/mnt/nas/run")                # the same as file:///mnt/nas/run
+    connect_remote(obstore.store.MemoryStore())
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from urllib.parse import unquote, urlsplit
 
 from msft_store._util import check_path
 from msft_store.errors import InvalidInputError
-from msft_store.remote.transport.base import Persistent, Remote
+from msft_store.remote.transport.base import Remote, RetryingRemote
 from msft_store.remote.transport.directory import DirectoryRemote
 from msft_store.remote.transport.fsspec import fsspec_remote
 from msft_store.remote.transport.object_store import SCHEMES, ObjectRemote, object_remote
 
 
 def is_url(address: object) -> bool:
-    """Return whether an address is a URL, not a path."""
+    """Return True if an address is a URL and not a path."""
     return isinstance(address, str) and "://" in address
 
 
-def remote_at(address: Any, **options: Any) -> Remote:
-    """Return what is at a URL or a path, or an obstore store itself, as a remote.
+def connect_remote(address: Any, **options: Any) -> Remote:
+    """Return the remote at an address, with retries if the connection breaks.
 
-    ``options`` go to ``obstore.store.from_url``, or to the fsspec file system. What the connection
-    breaks is tried again. :class:`InvalidInputError` for what is no such address,
-    :class:`StorageError` if a package is missing.
+    Args:
+        address: A URL, a path, an obstore store or a :class:`Remote`, which is returned as it is.
+        **options: Passed on to ``obstore.store.from_url`` or to the fsspec file system.
+
+    Raises:
+        InvalidInputError: If the address is malformed.
+        StorageError: If a package is missing.
     """
     if isinstance(address, os.PathLike) or (isinstance(address, str) and not is_url(address)):
         return DirectoryRemote(check_path(address))
@@ -39,15 +43,15 @@ def remote_at(address: Any, **options: Any) -> Remote:
         if hasattr(address, "workers"):
             found: Remote = address
             return found
-        return Persistent(ObjectRemote(address, f"<{type(address).__name__}>"))
+        return RetryingRemote(ObjectRemote(address, f"<{type(address).__name__}>"))
     try:
         parts = urlsplit(address)
     except ValueError as error:
-        raise InvalidInputError(f"{address!r} is no URL: {error}") from None
+        raise InvalidInputError(f"{address!r} is not a valid URL: {error}") from None
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path:
-            raise InvalidInputError(f"{address!r} names no path: write file:///path/to/store")
+            raise InvalidInputError(f"{address!r} has no path: write file:///path/to/store")
         return DirectoryRemote(check_path(unquote(parts.path)))
     if parts.scheme in SCHEMES:
-        return Persistent(object_remote(address, **options))
-    return Persistent(fsspec_remote(address, **options))
+        return RetryingRemote(object_remote(address, **options))
+    return RetryingRemote(fsspec_remote(address, **options))

@@ -86,7 +86,7 @@ def test_a_store_at_a_url_can_be_looked_at_and_not_changed(
     for command in (("forget", "best"), ("pin", "best", "b"), ("gc",), ("unpin", "best")):
         code, out, err = run(capsys, "--store", url, *command)
         assert (code, out) == (1, "")
-        assert err.startswith("msft-store: no ")
+        assert err.startswith("msft-store: cannot ")
         assert "only read in place" in err
     for command in (("repair",), ("init", url), ("push", tmp_path / "x"), ("pull", tmp_path)):
         code, out, err = run(capsys, "--store", url, *command)
@@ -117,7 +117,7 @@ def test_refusals_are_one_sentence(
     for arguments, part in (
         (("clone", url, tmp_path / "clone"), "no store at memory://"),
         (("pull", url, "--store", store.path), "no store at memory://"),
-        (("push", "nonsense://x", "--store", store.path), "no place for a store"),
+        (("push", "nonsense://x", "--store", store.path), "cannot hold a store"),
         (("push", url, "--store", tmp_path / "nothing"), "no store at"),
     ):
         code, out, err = run(capsys, *arguments)

@@ -17,8 +17,8 @@ from obstore.store import MemoryStore
 
 from msft_store import Base, NotAStoreError, StorageError, Store
 from msft_store.remote.api import clone, open_remote, pull, push
-from msft_store.remote.transport.base import ConnectionLostError, Persistent
-from msft_store.remote.transport.url import remote_at
+from msft_store.remote.transport.base import ConnectionLostError, RetryingRemote
+from msft_store.remote.transport.url import connect_remote
 from tests.support.remotes import Died, FaultyRemote
 from tests.support.states import State, make_state, same_bits, train_step
 
@@ -61,11 +61,11 @@ def test_a_push_cut_at_any_moment_goes_on(
     store: Store, states: States, error: type[BaseException]
 ) -> None:
     count = moments(
-        lambda remote: push(store, remote, with_base=True), lambda: remote_at(MemoryStore())
+        lambda remote: push(store, remote, with_base=True), lambda: connect_remote(MemoryStore())
     )
     assert count > 15
     for moment in range(count):
-        memory = remote_at(MemoryStore())
+        memory = connect_remote(MemoryStore())
         remote = FaultyRemote(memory, error=error)
         remote.fail_at = moment
         with pytest.raises(error):
@@ -82,7 +82,7 @@ def test_a_push_cut_at_any_moment_goes_on(
 def test_a_clone_cut_at_any_moment_goes_on(
     store: Store, states: States, tmp_path: Path, error: type[BaseException]
 ) -> None:
-    memory = remote_at(MemoryStore())
+    memory = connect_remote(MemoryStore())
     push(store, memory, with_base=True)
     Path(store.bases()[0].path).unlink()
     whole = clone(memory, tmp_path / "whole", with_base=True)
@@ -117,7 +117,7 @@ def test_a_clone_cut_at_any_moment_goes_on(
 def test_a_pull_cut_at_any_moment_goes_on_and_fetches_nothing_twice(
     store: Store, states: States, tmp_path: Path
 ) -> None:
-    memory = remote_at(MemoryStore())
+    memory = connect_remote(MemoryStore())
     push(store, memory)
     whole = pull(Store.create(tmp_path / "whole"), memory)
     count = moments(lambda remote: pull(Store.create(tmp_path / "counted"), remote), lambda: memory)
@@ -143,7 +143,7 @@ def test_a_connection_that_breaks_is_tried_again(
     store: Store, states: States, tmp_path: Path, lost: int
 ) -> None:
     """Each operation fails the given number of times before it does what it should."""
-    faulty = FaultyRemote(remote_at(MemoryStore()))
+    faulty = FaultyRemote(connect_remote(MemoryStore()))
     failed: dict[tuple[str, str], int] = {}
 
     def before(kind: str, path: str) -> None:
@@ -152,7 +152,7 @@ def test_a_connection_that_breaks_is_tried_again(
             raise ConnectionLostError(f"cannot {kind} {path}")
 
     faulty.before = before
-    remote = Persistent(faulty, delay=0)
+    remote = RetryingRemote(faulty, delay=0)
     push(store, remote, with_base=True)
     # The replies to conditional writes were lost, too, after they had been carried out.
     assert any(kind == "created" for kind, _ in failed)
@@ -164,14 +164,14 @@ def test_a_connection_that_breaks_is_tried_again(
 
 
 def test_a_connection_that_stays_broken_is_told(store: Store, states: States) -> None:
-    faulty = FaultyRemote(remote_at(MemoryStore()))
+    faulty = FaultyRemote(connect_remote(MemoryStore()))
 
     def before(kind: str, path: str) -> None:
         raise ConnectionLostError(f"cannot {kind} {path}")
 
     faulty.before = before
     with pytest.raises(StorageError, match=r"cannot size store\.json"):
-        push(store, Persistent(faulty, delay=0))
+        push(store, RetryingRemote(faulty, delay=0))
 
 
 class Proxy:

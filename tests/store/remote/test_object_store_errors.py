@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from msft_store.remote.transport.object_store import hint, is_final, said
+from msft_store.remote.transport.object_store import describe_error, is_permanent, suggest_fix
 
 AT = "Error performing HEAD http://me:secret@host:9/b/store.json?sig=secret in 1.2ms"
 
@@ -86,9 +86,9 @@ def test_the_cause_and_what_to_do(
     scheme: str, text: str, cause: str, advice: str, final: bool
 ) -> None:
     error = OSError(text)
-    assert cause in said(error)
-    assert "secret" not in said(error)
-    assert "\n" not in said(error)
-    assert advice in hint(scheme, error)
-    assert bool(advice) == bool(hint(scheme, error))
-    assert is_final(error) == final
+    assert cause in describe_error(error)
+    assert "secret" not in describe_error(error)
+    assert "\n" not in describe_error(error)
+    assert advice in suggest_fix(scheme, error)
+    assert bool(advice) == bool(suggest_fix(scheme, error))
+    assert is_permanent(error) == final

@@ -27,8 +27,8 @@ from msft_store import (
     Timeline,
 )
 from msft_store.remote.api import clone, open_remote, pull, push
-from msft_store.remote.transport.base import Persistent, small
-from msft_store.remote.transport.url import remote_at
+from msft_store.remote.transport.base import RetryingRemote, as_parts
+from msft_store.remote.transport.url import connect_remote
 from tests.support.faults import changed_at
 from tests.support.remotes import FaultyRemote
 from tests.support.states import State, make_state, same_bits, train_step, write_base
@@ -98,7 +98,7 @@ def states(store: Store, base: Base, state: State) -> dict[str, State]:
 
 
 def paths(url: Any) -> list[str]:
-    return sorted(remote_at(url).sizes(""))
+    return sorted(connect_remote(url).sizes(""))
 
 
 def assert_holds(store: Store, states: dict[str, State]) -> None:
@@ -188,10 +188,12 @@ def test_a_store_in_place_refuses_every_write(
 ) -> None:
     url = MemoryStore()
     push(store, url)
-    before = {path: remote_at(url).whole(path, 1 << 30) for path in paths(url)}
+    before = {path: connect_remote(url).read_versioned(path, 1 << 30) for path in paths(url)}
     with pytest.raises(StorageError, match="only read in place"):
         write(open_remote(url))
-    assert {path: remote_at(url).whole(path, 1 << 30) for path in paths(url)} == before
+    assert {
+        path: connect_remote(url).read_versioned(path, 1 << 30) for path in paths(url)
+    } == before
 
 
 def test_a_store_in_place_takes_the_base_from_where_it_is_now(
@@ -415,7 +417,7 @@ def test_of_two_pushers_at_the_same_moment_one_is_told(  # noqa: PLR0917
     theirs = other.save(make_state(21))
     other.pin(theirs, name)
     store.pin(store.save(make_state(22)), name)
-    remote, pushed = FaultyRemote(remote_at(url)), []
+    remote, pushed = FaultyRemote(connect_remote(url)), []
 
     def before(kind: str, path: str) -> None:
         if kind in ("create", "replace") and path == f"refs/{name}.json" and not pushed:
@@ -437,7 +439,7 @@ def test_refs_of_timelines_stay_at_home_unless_a_run_moves(
     for step in range(1, 4):
         timeline.commit(train_step(state, 0.02, step), step)
     kept, url = [c.id for c in timeline.checkpoints()], MemoryStore()
-    assert "1 timeline not moved: --timelines" in str(push(store, url))
+    assert "1 timeline not moved: use --timelines" in str(push(store, url))
     assert open_remote(url).refs() == {}
     assert [c.id for c in open_remote(url).log()] == kept
     assert "not moved" not in str(push(store, url, timelines=True))
@@ -450,7 +452,7 @@ def test_a_run_may_evict_while_its_store_is_pushed(store: Store, base: Base, sta
     timeline = Timeline(store, base, retention=KeepLast(1))
     timeline.commit(train_step(state, 0.3, 1), 1)
     url, steps = MemoryStore(), iter(range(2, 4))
-    remote = FaultyRemote(remote_at(url))
+    remote = FaultyRemote(connect_remote(url))
 
     def before(kind: str, path: str) -> None:
         step = next(steps, None) if kind == "put" and path.startswith("packs/") else None
@@ -532,7 +534,7 @@ def test_a_clone_wants_an_empty_place_and_a_store(
 
 
 def test_a_push_wants_an_empty_place_or_a_store(store: Store, url: Any) -> None:
-    remote_at(url).put("notes.txt", *small(b"mine"))
+    connect_remote(url).put("notes.txt", *as_parts(b"mine"))
     with pytest.raises(NotAStoreError, match=r"not empty and no store \(notes\.txt\)"):
         push(store, url)
     assert paths(url) == ["notes.txt"]
@@ -540,7 +542,7 @@ def test_a_push_wants_an_empty_place_or_a_store(store: Store, url: Any) -> None:
 
 def test_a_remote_of_another_version_is_refused(store: Store, states: dict[str, State]) -> None:
     url = MemoryStore()
-    remote_at(url).put("store.json", *small(b'{"format":"msft-store","version":2}'))
+    connect_remote(url).put("store.json", *as_parts(b'{"format":"msft-store","version":2}'))
     with pytest.raises(StoreError, match=r"store\.json"):
         push(store, url)
 
@@ -548,10 +550,10 @@ def test_a_remote_of_another_version_is_refused(store: Store, states: dict[str, 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nonsense://somewhere", "no place for a store"),
-        ("s3://", "no place for a store"),
-        ("file://host/path", "names no path"),
-        ("http://[::1/x", "no URL"),
+        ("nonsense://somewhere", "cannot hold a store"),
+        ("s3://", "cannot hold a store"),
+        ("file://host/path", "has no path"),
+        ("http://[::1/x", "not a valid URL"),
     ],
 )
 def test_what_is_no_address_is_told(store: Store, url: str, message: str) -> None:
@@ -560,7 +562,9 @@ def test_what_is_no_address_is_told(store: Store, url: str, message: str) -> Non
 
 
 def test_passwords_are_not_shown() -> None:
-    assert "secret" not in remote_at("https://me:secret@127.0.0.1:9/x?sig=secret").describe("a")
+    assert "secret" not in connect_remote("https://me:secret@127.0.0.1:9/x?sig=secret").describe(
+        "a"
+    )
 
 
 @pytest.mark.parametrize("folder", ["manifests", "bases", "packs", "refs"])
@@ -568,7 +572,7 @@ def test_names_that_lead_elsewhere_are_refused(
     store: Store, states: dict[str, State], tmp_path: Path, folder: str
 ) -> None:
     """A listing may be a stranger's."""
-    inner = remote_at(MemoryStore())
+    inner = connect_remote(MemoryStore())
     push(store, inner, with_base=True)
     (path, *_) = inner.sizes(folder)
     suffix = path.rpartition(".")[2]
@@ -583,8 +587,8 @@ def test_names_that_lead_elsewhere_are_refused(
         def read(self, name: str, offset: int, length: int) -> bytes:
             return inner.read(path if "evil" in name else name, offset, length)
 
-        def whole(self, name: str, most: int) -> Any:
-            return inner.whole(path if "evil" in name else name, most)
+        def read_versioned(self, name: str, most: int) -> Any:
+            return inner.read_versioned(path if "evil" in name else name, most)
 
         def size(self, name: str) -> int | None:
             return inner.size(path if "evil" in name else name)
@@ -614,7 +618,7 @@ def test_an_address_that_does_not_answer_is_told_in_seconds(
     begun = time.monotonic()
     for endpoint, message in (
         (f"http://127.0.0.1:{port}", f"refused by http://127.0.0.1:{port}; check .* AWS_ENDPOINT"),
-        (s3.replace("http:", "https:"), "does not speak TLS"),
+        (s3.replace("http:", "https:"), "does not support TLS"),
     ):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match=message) as raised:
@@ -648,7 +652,7 @@ def test_profiles_are_read_and_their_absence_is_told(
 def test_a_pin_during_a_pull_is_not_lost(
     store: Store, states: dict[str, State], tmp_path: Path
 ) -> None:
-    inner = remote_at(MemoryStore())
+    inner = connect_remote(MemoryStore())
     push(store, inner)
     clone(inner, tmp_path / "clone")
     copy, ids = Store.open(tmp_path / "clone"), store.refs()
@@ -669,7 +673,7 @@ def test_a_pin_during_a_pull_is_not_lost(
 
 
 def test_few_requests_tell_of_many_checkpoints(store: Store) -> None:
-    inner = remote_at(MemoryStore())
+    inner = connect_remote(MemoryStore())
     parent: Any = None
     for step in range(6):
         parent = store.save({"x": make_state(step)["model.embed.weight"]}, parent=parent)
@@ -687,14 +691,14 @@ def test_few_requests_tell_of_many_checkpoints(store: Store) -> None:
     assert len(made) <= 2 * 6 + 8
     made.clear()
     assert push(store, remote).bytes == 0
-    assert sum(one.startswith("whole refs") for one in made) == 6
+    assert sum(one.startswith("read_versioned refs") for one in made) == 6
 
 
 def test_large_files_go_in_parts(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = place("s3", tmp_path, s3, monkeypatch)
     data = bytes(range(256)) * 100_000
-    remote = remote_at(url)
-    assert isinstance(remote, Persistent)
+    remote = connect_remote(url)
+    assert isinstance(remote, RetryingRemote)
     remote.put("a/b", lambda: (data[at : at + 1_000_000] for at in range(0, len(data), 10**6)), 0)
     remote.put(
         "a/c", lambda: (data[at : at + 10**6] for at in range(0, len(data), 10**6)), len(data)
