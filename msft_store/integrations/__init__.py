@@ -1,5 +1,4 @@
-"""The store behind other libraries' interfaces; each module needs its library, and none is imported
-by ``import msft_store``.
+"""Integrations with other libraries. ``import msft_store`` imports none of them.
 
 Example::
 

@@ -1,13 +1,13 @@
-"""Accelerate's ``save_state`` and ``load_state`` with a store.
+"""Use a store for Accelerate's ``save_state`` and ``load_state``.
 
-:func:`register` puts the weights of ``accelerator.save_state(folder)`` into a store; all else is
-written to the folder as before. That is what Accelerate's hooks can do. :func:`save_state` and
-:func:`load_state` need no folder: models, optimizers, schedulers, the gradient scaler, the
-generators of all processes and the objects registered for checkpointing are in one checkpoint,
-without pickle. Where to go on in the data is the caller's: give it as ``metadata``, and
-``accelerator.skip_first_batches`` does the rest.
+:func:`register` puts the weights of ``accelerator.save_state(folder)`` into a store; everything
+else is written to the folder as before, because Accelerate's hooks receive only the weights.
+:func:`save_state` and :func:`load_state` need no folder: models, optimizers, schedulers, the
+gradient scaler, the generators of all processes and the objects registered for checkpointing are in
+one checkpoint, without pickle. The position in the data belongs to the caller: save it as
+``metadata`` and use ``accelerator.skip_first_batches``.
 
-Models that are sharded (FSDP2) are refused: :mod:`msft_store.integrations.dcp` is for them.
+Sharded models (FSDP2) are refused: use :mod:`msft_store.integrations.dcp` for them.
 
 Example::
 
@@ -34,8 +34,8 @@ from msft_store.errors import InvalidInputError, NotAStoreError
 from msft_store.integrations.training_state import (
     from_tensors,
     generators_of_all,
-    in_main_process,
     names_of,
+    run_in_main_process,
     set_generators,
     to_tensors,
 )
@@ -47,31 +47,40 @@ from msft_store.tensors.boxes import whole_box
 from msft_store.timeline.timeline import Timeline
 
 FILE = "msft_store.json"
-"""What a folder of ``save_state`` has in the place of weights: which checkpoint has them."""
+"""Name of the file in a folder of ``save_state`` that names the checkpoint with the weights."""
 STATE = "accelerator"
-"""What the names of tensors that are no weights begin with."""
+"""First part of the names of tensors that are not weights."""
 
 
 def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) -> None:
-    """Let ``accelerator.save_state`` commit the weights, and ``load_state`` restore them.
+    """Make ``accelerator.save_state`` commit the weights, and ``load_state`` restore them.
 
-    ``timeline`` is the main process's, and may be ``None`` in others. What its retention policy
-    gives up cannot be loaded any more, whatever folders are left. An error of the main process is
-    raised in all.
+    A checkpoint that the timeline's retention policy evicted cannot be loaded any more, even if its
+    folder still exists.
+
+    Args:
+        accelerator: The accelerator whose hooks are registered.
+        timeline: The timeline that commits. Only the main process needs it; others may pass
+            ``None``.
+        store: The store of the timeline, in every process.
+
+    Raises:
+        InvalidInputError: If the main process has no timeline. The hooks raise it if a model is
+            sharded, and raise errors of the main process in all processes.
     """
     if accelerator.is_main_process:
-        _given(timeline)
+        _require_timeline(timeline)
 
     def save(models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
-        tensors = _named(accelerator, models)
+        tensors = _collect_weights(accelerator, models)
 
         def commit() -> None:
-            found = _given(timeline).commit(tensors)
+            found = _require_timeline(timeline).commit(tensors)
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
             write_atomic(LocalBackend(check_path(folder)), FILE, text)
 
-        in_main_process(commit)
-        # Accelerate writes what is left in the list.
+        run_in_main_process(commit)
+        # Accelerate writes the weights that are left in the list.
         weights.clear()
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
@@ -97,28 +106,56 @@ def save_state(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    """Commit everything that the accelerator has prepared; return the checkpoint's id.
+    """Commit the state of everything that the accelerator prepared. All processes must call this.
 
-    All processes call it; the main one has the timeline. An error of it is raised in all.
+    Args:
+        accelerator: The accelerator whose models, optimizers, schedulers, scaler and registered
+            objects are saved.
+        timeline: The timeline that commits. Only the main process needs it; others may pass
+            ``None``.
+        step: The optimizer step.
+        metrics: Metric values in their natural units, by name.
+        metadata: JSON values to keep with the checkpoint, for example the position in the data.
+
+    Returns:
+        The checkpoint's id, in every process.
+
+    Raises:
+        InvalidInputError: If a model is sharded, or the main process has no timeline.
+        StoreError: If the commit failed in the main process; it is raised in all processes.
     """
-    rows = generators_of_all()
-    weights = _named(accelerator, accelerator._models)
+    rng_states = generators_of_all()
+    weights = _collect_weights(accelerator, accelerator._models)
 
     def commit() -> str:
-        state = {"parts": _states(accelerator), "generators": rows}
-        # An export of it is the weights.
-        said = {EXPORT: {"without": f"{STATE}."}, **(metadata or {})}
+        state = {"parts": _states(accelerator), "generators": rng_states}
+        # An export of the checkpoint leaves out the tensors that are not weights.
+        settings = {EXPORT: {"without": f"{STATE}."}, **(metadata or {})}
         tensors = {**weights, **to_tensors(state, STATE)}
-        return _given(timeline).commit(tensors, step, metrics, said).id
+        return _require_timeline(timeline).commit(tensors, step, metrics, settings).id
 
-    return in_main_process(commit)
+    return run_in_main_process(commit)
 
 
 def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | str) -> None:
-    """Restore in every process what :func:`save_state` committed, in place and bit-exact."""
+    """Restore the state that :func:`save_state` committed, in place and bit for bit.
+
+    All processes must call this.
+
+    Args:
+        accelerator: An accelerator that prepared the same objects as the one that was saved.
+        store: The store that holds the checkpoint.
+        checkpoint: The checkpoint, its id or a ref.
+
+    Raises:
+        InvalidInputError: If the checkpoint has the state of other objects than the accelerator.
+        MismatchError: If the checkpoint has no such state, or tensors differ in shape or dtype.
+        UnknownCheckpointError: If there is no such checkpoint.
+        CorruptedError: If a file of the store is damaged.
+    """
     found = store.get(checkpoint)
     state = from_tensors(store.load(found, names_of(store, found, STATE)), STATE)
-    parts = _parts(accelerator)
+    parts = _stateful_objects(accelerator)
     if parts.keys() != state["parts"].keys():
         raise InvalidInputError(
             f"checkpoint {found.id[:12]} has the state of {', '.join(state['parts'])}; "
@@ -127,19 +164,19 @@ def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | 
     _restore(accelerator, store, found, accelerator._models)
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
-    rows = state["generators"]
-    if accelerator.process_index < len(rows):
-        set_generators(rows[accelerator.process_index])
+    rng_states = state["generators"]
+    if accelerator.process_index < len(rng_states):
+        set_generators(rng_states[accelerator.process_index])
 
 
-def _given(timeline: Timeline | None) -> Timeline:
+def _require_timeline(timeline: Timeline | None) -> Timeline:
     if timeline is None:
         raise InvalidInputError("the main process needs a timeline to commit to")
     return timeline
 
 
-def _parts(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what has a state besides the models, by name."""
+def _stateful_objects(accelerator: Accelerator) -> dict[str, Any]:
+    """Return the objects that have a state besides the models, by name."""
     groups = {
         "optimizer": accelerator._optimizers,
         "scheduler": accelerator._schedulers,
@@ -152,7 +189,7 @@ def _parts(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _states(accelerator: Accelerator) -> dict[str, Any]:
-    return {name: part.state_dict() for name, part in _parts(accelerator).items()}
+    return {name: part.state_dict() for name, part in _stateful_objects(accelerator).items()}
 
 
 def _restore(
@@ -161,12 +198,14 @@ def _restore(
     checkpoint: Checkpoint | str,
     models: list[torch.nn.Module],
 ) -> None:
-    tensors = _named(accelerator, models)
+    tensors = _collect_weights(accelerator, models)
     store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in tensors.items()])
 
 
-def _named(accelerator: Accelerator, models: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """Return the weights of all models; those of one alone have its own names."""
+def _collect_weights(
+    accelerator: Accelerator, models: list[torch.nn.Module]
+) -> dict[str, torch.Tensor]:
+    """Return the weights of all models; those of a single model keep their own names."""
     states = [accelerator.unwrap_model(model).state_dict() for model in models]
     if any(hasattr(tensor, "placements") for state in states for tensor in state.values()):
         raise InvalidInputError(

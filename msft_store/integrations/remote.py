@@ -1,3 +1,10 @@
+"""The public names of :mod:`msft_store.remote`: push, pull, clone and open a remote store.
+
+Example::
+
+    from msft_store.integrations.remote import push
+"""
+
 from msft_store.remote.api import clone, open_remote, pull, push
 from msft_store.remote.transfer import Transfer
 

@@ -1,8 +1,11 @@
-"""What a training step depends on besides the weights: as tensors of a checkpoint, and back.
+"""Store the state of a training besides its weights as tensors of a checkpoint.
 
-Optimizers, schedulers, generators and whatever has a ``state_dict`` of plain values. The part that
-is no tensor is JSON in a tensor of bytes, so that what stays the same from one checkpoint to the
-next costs nothing; nothing is pickled.
+The state comes from optimizers, schedulers, random generators and other objects whose
+``state_dict`` holds tensors and plain values. The plain values become JSON in a tensor of bytes, so
+that values which are equal in two checkpoints cost nothing. Nothing is pickled.
+
+In a group of ``torch.distributed``, all processes must make the same calls in the same order; a
+process without a group works alone.
 
 Example::
 
@@ -10,16 +13,6 @@ Example::
     ckpt = store.save({**weights, **tensors})
     state = from_tensors(store.load(ckpt, names_of(store, ckpt, "training")), "training")
     set_generators(state["rng"])
-
-What the processes of a training agree on, so that none waits for another that has failed.
-
-In a group of ``torch.distributed`` all processes make the same calls in the same order; where there
-is no group, a process is on its own.
-
-Example::
-
-    rows = gathered(generators())                   # of all processes, by rank
-    ckpt = in_main_process(lambda: timeline.commit(tensors).id)
 """
 
 from __future__ import annotations
@@ -41,8 +34,8 @@ from msft_store.tensors.nested import flatten, unflatten
 _T = TypeVar("_T")
 
 
-def gathered(value: _T) -> list[_T]:
-    """Return the value of every process, by rank."""
+def gather_objects(value: _T) -> list[_T]:
+    """Return the values of all processes, by rank."""
     if _size() == 1:
         return [value]
     values: list[Any] = [None] * _size()
@@ -50,28 +43,28 @@ def gathered(value: _T) -> list[_T]:
     return values
 
 
-def in_main_process(action: Callable[[], _T]) -> _T:
-    """Do something in the first process alone; return what it returns, in all of them.
+def run_in_main_process(action: Callable[[], _T]) -> _T:
+    """Run an action in the process of rank 0 only, and return its result in all processes.
 
-    An error is raised in all: in the first one as it is, elsewhere as a :class:`StorageError` with
-    its text.
+    An error is raised in all processes, so that none waits for another that failed: in rank 0
+    unchanged, elsewhere as a :class:`StorageError` with its text.
     """
     if _size() == 1:
         return action()
-    failed: Exception | None = None
-    said: list[Any] = [None, None]
+    failure: Exception | None = None
+    outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
-            said[0] = action()
+            outcome[0] = action()
         except Exception as error:
-            failed = error
-            said[1] = f"{type(error).__name__}: {error}"
-    torch.distributed.broadcast_object_list(said)
-    if failed is not None:
-        raise failed
-    if said[1] is not None:
-        raise StorageError(f"the main process has failed with {said[1]}")
-    result: _T = said[0]
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    torch.distributed.broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise StorageError(f"the main process failed with {outcome[1]}")
+    result: _T = outcome[0]
     return result
 
 
@@ -82,9 +75,18 @@ def _size() -> int:
 
 
 def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """Return nested state as tensors whose names begin with ``prefix`` and a point.
+    """Convert nested state to tensors.
 
-    :class:`InvalidInputError` names what is neither a tensor nor plain.
+    Args:
+        state: Nested dictionaries, lists and tuples of tensors and plain values, as
+            :func:`msft_store.flatten` takes them.
+        prefix: The first part of all names; a point follows it.
+
+    Returns:
+        The tensors of the state by name, and ``<prefix>.json``, uint8, with the plain values.
+
+    Raises:
+        InvalidInputError: If a value is neither a tensor nor plain. The message names it.
     """
     tensors, tree = flatten(state, prefix)
     tensors[_json(prefix)] = torch.frombuffer(bytearray(canonical_json(tree)), dtype=torch.uint8)
@@ -92,20 +94,31 @@ def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
-    """Return what :func:`to_tensors` took apart; :class:`MismatchError` if there is nothing."""
+    """Convert tensors back to the state that :func:`to_tensors` was given.
+
+    Args:
+        tensors: The tensors of a checkpoint by name; other tensors are ignored.
+        prefix: As in :func:`to_tensors`.
+
+    Returns:
+        The nested state.
+
+    Raises:
+        MismatchError: If there is no state with this prefix.
+    """
     text = tensors.get(_json(prefix))
     if text is None:
-        raise MismatchError(f"the checkpoint holds weights alone, no state named {prefix!r}")
+        raise MismatchError(f"the checkpoint has no state named {prefix!r}, only weights")
     return unflatten(tensors, json.loads(text.cpu().numpy().tobytes()))
 
 
 def names_of(store: Store, checkpoint: Checkpoint | str, prefix: str) -> list[str]:
-    """Return the names of a checkpoint's tensors that are state, not weights."""
+    """Return the names of those tensors of a checkpoint that belong to the state ``prefix``."""
     return [name for name in store.tensors(checkpoint) if name.startswith(f"{prefix}.")]
 
 
 def generators() -> dict[str, Any]:
-    """Return the state of this process's random generators: Python, NumPy, torch, CUDA."""
+    """Return the states of this process's random generators: Python, NumPy, torch, CUDA."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -117,7 +130,10 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Give this process's random generators the state they had."""
+    """Restore the states of this process's random generators.
+
+    CUDA states are restored only if the number of devices is the same.
+    """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
@@ -126,8 +142,8 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 
 def generators_of_all() -> list[dict[str, Any]]:
-    """Return the state of every process's generators, by rank; all processes must call this."""
-    return gathered(generators())
+    """Return the generator states of all processes, by rank. All processes must call this."""
+    return gather_objects(generators())
 
 
 def _json(prefix: str) -> str:

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from msft_store.integrations.hf.peft import weights_of
+from msft_store.integrations.hf.peft import select_weights
 from tests.support.states import State
 
 
@@ -75,7 +75,7 @@ def make_trainer(
 
 
 def state_of(model: torch.nn.Module) -> State:
-    return {name: tensor.detach().clone() for name, tensor in weights_of(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in select_weights(model).items()}
 
 
 class Watch(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What a rank holds of a state dict, as boxes: DTensors, plain tensors, the items of DCP's plans.
+"""Convert the tensors that a rank holds to boxes: DTensors, plain tensors, items of DCP's plans.
 
 Example::
 
@@ -22,10 +22,21 @@ from msft_store.tensors.bytes import memory_key
 
 
 def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
-    """Return what this process holds of a flat state dict: shards of DTensors, other tensors whole.
+    """List the tensors that this process holds of a flat state dict, as boxes for a store.
 
-    They share their memory with it. For :meth:`Store.encode` and :meth:`Store.load_boxes` without
-    DCP; of a replicated DTensor every process has the whole.
+    Use it with :meth:`Store.encode` and :meth:`Store.load_boxes` to save and restore without DCP.
+
+    Args:
+        state: Tensors by name. Of a DTensor, the local shard becomes a box with its offset and
+            the full shape; of a replicated DTensor and of a plain tensor, every process has the
+            whole.
+
+    Returns:
+        Boxes that share memory with the state.
+
+    Raises:
+        InvalidInputError: If a DTensor has partial placements, so that each rank holds a term
+            of a sum.
     """
     return [box for name, tensor in state.items() for box in _shards(name, tensor)]
 
@@ -35,7 +46,7 @@ def _shards(name: str, tensor: torch.Tensor) -> Iterable[Box]:
         return [whole_box(name, tensor.detach())]
     if tensor.device_mesh.get_coordinate() is None:
         return []
-    check_whole(name, tensor)
+    check_not_partial(name, tensor)
     _, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -43,7 +54,7 @@ def _shards(name: str, tensor: torch.Tensor) -> Iterable[Box]:
     return [Box(name=name, shape=tuple(tensor.shape), offset=tuple(offset), tensor=local)]
 
 
-def box_of(item: WriteItem, tensor: Any) -> Box:
+def make_box(item: WriteItem, tensor: Any) -> Box:
     data = item.tensor_data
     if data is None:
         raise InvalidInputError(f"{item.index.fqn} has no size; is this plan DCP's?")
@@ -56,11 +67,11 @@ def box_of(item: WriteItem, tensor: Any) -> Box:
     )
 
 
-def tied(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
-    """Return boxes under the other names that their tensors have in this rank.
+def find_tied_boxes(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
+    """Return the boxes again, under the other names that their tensors have in this rank.
 
-    Ranks that hold the same share out the names, and the base may have another one than this
-    rank's: it has something to compare with under that one only.
+    DCP distributes the names of tied tensors over the ranks. The base may have the tensor under one
+    of the other names only, and it is found as a reference under that name.
     """
     state = getattr(planner, "state_dict", None)
     if not isinstance(state, Mapping):
@@ -80,13 +91,13 @@ def tied(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
     ]
 
 
-def size_of(item: WriteItem) -> int:
+def count_bytes(item: WriteItem) -> int:
     data = item.tensor_data
     return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise :class:`InvalidInputError` for a tensor of which ranks hold terms of a sum."""
+def check_not_partial(name: str, value: object) -> None:
+    """Raise :class:`InvalidInputError` for a DTensor of which each rank holds a term of a sum."""
     if isinstance(value, DTensor) and any(place.is_partial() for place in value.placements):
         raise InvalidInputError(
             f"{name} is a DTensor with partial placements, {value.placements}: redistribute it to "

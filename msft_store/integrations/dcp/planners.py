@@ -1,4 +1,4 @@
-"""Planners for ``torch.distributed.checkpoint`` that keep JSON where its own pickle.
+"""Planners for ``torch.distributed.checkpoint`` that write JSON where DCP's planners pickle.
 
 Example::
 
@@ -19,23 +19,27 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, 
 
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format.layout import canonical_json
-from msft_store.integrations.dcp.boxes import check_whole
+from msft_store.integrations.dcp.boxes import check_not_partial
 from msft_store.tensors.nested import flatten, unflatten
 
 OBJECTS = "dcp.json"
-"""The tensor of bytes with the values that are none, as JSON by name."""
+"""Name of the uint8 tensor with the values that are not tensors, as JSON by name."""
 
 
 class SavePlanner(DefaultSavePlanner):
-    """DCP's own, with JSON in the place of pickles.
+    """DCP's default planner for saving, with JSON in the place of pickle.
 
-    :class:`InvalidInputError` names a value that JSON has no word for, before anything is written.
+    Pass it to ``dcp.save`` or ``dcp.async_save``. Arguments are those of ``DefaultSavePlanner``.
+
+    Raises:
+        InvalidInputError: When a save begins, if a value cannot be kept as JSON, or a DTensor has
+            partial placements. The message names it. Nothing was written.
     """
 
     def create_local_plan(self) -> SavePlan:
-        """Return what this rank would write."""
+        """Return the plan of this rank."""
         for name, value in self.state_dict.items():
-            check_whole(name, value)
+            check_not_partial(name, value)
         self._json = {
             name: _to_json(name, value)
             for name, value in self.state_dict.items()
@@ -47,26 +51,32 @@ class SavePlanner(DefaultSavePlanner):
         return plan
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Return what this rank is to write."""
+        """Return the final plan of this rank."""
         plan: SavePlan = super().finish_plan(new_plan)
-        # A plan that DCP kept from the first save has what was said then.
+        # A plan that DCP cached at the first save holds the task of that save.
         return replace(plan, storage_data=new_plan.storage_data)
 
     def json_of(self, write_item: WriteItem) -> bytes:
-        """Return the JSON of a value that is no tensor."""
+        """Return the JSON of a value that is not a tensor."""
         return self._json[write_item.index.fqn]
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        """Return what is written of a value."""
+        """Return the tensor, or the JSON of another value."""
         is_tensor = write_item.type != WriteItemType.BYTE_IO
         return object if is_tensor else io.BytesIO(self.json_of(write_item))
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """DCP's own, with JSON in the place of pickles."""
+    """DCP's default planner for loading, with JSON in the place of pickle.
+
+    Pass it to ``dcp.load``. Arguments are those of ``DefaultLoadPlanner``.
+
+    Raises:
+        MismatchError: During a load, if a saved value cannot be put into the target's container.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value that is no tensor into its place."""
+        """Restore a value that is not a tensor."""
         name = read_item.dest_index.fqn
         found = unflatten({}, json.loads(value.getvalue()))
         if not self.flatten_state_dict:
@@ -79,31 +89,31 @@ class LoadPlanner(DefaultLoadPlanner):
         try:
             place[last] = found
         except TypeError:
-            raise MismatchError(f"{name} stands in a {type(place).__name__}, not a list") from None
+            raise MismatchError(f"{name} is in a {type(place).__name__}, not a list") from None
 
 
-def roots_of(planner: object) -> frozenset[str]:
-    """Return what the names of each dictionary in a flattened state begin with: ``model.``, …."""
+def find_roots(planner: object) -> frozenset[str]:
+    """Return the prefixes of the dictionaries in a flattened state: ``model.``, …."""
     ways = getattr(planner, "mappings", {}).values()
     return frozenset(
         "".join(f"{key}." for key in way[:depth]) for way in ways for depth in range(1, len(way))
     )
 
 
-def pickling(name: str, planner: str) -> InvalidInputError:
+def pickle_error(name: str, planner: str) -> InvalidInputError:
     """Return the error for a value that DCP's own planner would pickle."""
     return InvalidInputError(
-        f"{name} is no tensor, and DCP's own planner pickles it: pass planner={planner}() of "
-        "msft_store.integrations.dcp.storage, which keeps JSON"
+        f"{name} is not a tensor, and DCP's own planner pickles it: pass planner={planner}() of "
+        "msft_store.integrations.dcp, which writes JSON"
     )
 
 
 def check_caching(planner: object) -> None:
-    """Raise :class:`InvalidInputError` for a planner that keeps what the first save was told."""
+    """Raise an error for a planner of DCP that caches the plan of the first save."""
     keeps = getattr(planner, "_enable_plan_caching", False)
     if keeps and not isinstance(planner, SavePlanner):
         raise InvalidInputError(
-            "DCP's own planner keeps the parent of its first save with the plan: pass "
+            "DCP's own planner caches the parent of its first save with the plan: pass "
             "planner=SavePlanner(enable_plan_caching=True) of msft_store.integrations.dcp"
         )
 
@@ -112,7 +122,7 @@ def _to_json(name: str, value: Any) -> bytes:
     tensors, tree = flatten(value, name)
     if tensors:
         raise InvalidInputError(
-            f"{name} holds arrays inside of a value that DCP keeps whole; make them tensors, in a "
-            "dictionary or a list"
+            f"{name} holds arrays inside of a value that DCP does not split; convert them to "
+            "tensors in a dictionary or a list"
         )
     return canonical_json(tree)

@@ -1,19 +1,18 @@
-"""The store as a place for ``torch.distributed.checkpoint`` (DCP): DDP, FSDP2, tensor parallelism.
+"""Use a store with ``torch.distributed.checkpoint`` (DCP): DDP, FSDP2, tensor parallelism.
 
-Every rank encodes what it holds and writes a pack of its own; the coordinator publishes one
-manifest, and from then on the checkpoint exists. A rank that dies before leaves none, and nothing
-but bytes that the next gc frees. A checkpoint may be loaded into any number of processes; it is one
-like any other, for ``Store.load``, ``export`` and as the parent of others, sharded or not.
+Every rank encodes its tensors into a pack of its own. The coordinator then writes one manifest, and
+from then on the checkpoint exists. A rank that dies before leaves no checkpoint, only bytes that
+the next gc frees. A checkpoint can be loaded into any number of processes. It can be used like any
+other: by ``Store.load``, by ``export`` and as the parent of others, sharded or not.
 
-Values that are no tensors are kept as JSON (:func:`msft_store.flatten` says which can be), together
-in a tensor of bytes named ``dcp.json``; nothing is pickled. That takes the planners of this module:
-DCP's own pickle them, and are refused where there is such a value.
+Values that are not tensors are kept as JSON (:func:`msft_store.flatten` states which values are
+possible) in a tensor of bytes named ``dcp.json``; nothing is pickled. This needs the planners of
+this package: DCP's own planners pickle such values and are refused.
 
 Example::
 
     import torch.distributed.checkpoint as dcp
-    from msft_store.integrations.dcp.storage import LoadPlanner, SavePlanner, StorageReader,
-    StorageWriter
+    from msft_store.integrations.dcp import LoadPlanner, SavePlanner, StorageReader, StorageWriter
 
     writer = StorageWriter("run/store", name="latest", parent=base, step=10)
     dcp.save({"model": model_state}, storage_writer=writer, planner=SavePlanner())
@@ -51,8 +50,8 @@ from torch.distributed.checkpoint.planner import (
     SavePlan,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner import LoadPlanner as AnyLoadPlanner
-from torch.distributed.checkpoint.planner import SavePlanner as AnySavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner as BaseLoadPlanner
+from torch.distributed.checkpoint.planner import SavePlanner as BaseSavePlanner
 from torch.futures import Future
 
 from msft_store.codec.codecs import Level
@@ -63,14 +62,14 @@ from msft_store.errors import (
     UnknownCheckpointError,
 )
 from msft_store.format.layout import canonical_json
-from msft_store.integrations.dcp.boxes import box_of, boxes_of, size_of, tied
+from msft_store.integrations.dcp.boxes import boxes_of, count_bytes, find_tied_boxes, make_box
 from msft_store.integrations.dcp.planners import (
     OBJECTS,
     LoadPlanner,
     SavePlanner,
     check_caching,
-    pickling,
-    roots_of,
+    find_roots,
+    pickle_error,
 )
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.maintenance.export_names import root_of_model
@@ -86,27 +85,26 @@ __all__ = ["LoadPlanner", "SavePlanner", "StorageReader", "StorageWriter", "boxe
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Order:
-    """What the coordinator tells every rank."""
+class _RankTask:
+    """The task that the coordinator sends to a rank with its plan."""
 
     rank: int
-    """Of whom it is told."""
     parent: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Written:
-    """What a rank tells the coordinator."""
+    """The result that a rank sends to the coordinator."""
 
     part: Part
     json: Mapping[str, bytes]
     roots: frozenset[str]
-    """As :func:`roots_of` gives them."""
+    """The prefixes of :func:`find_roots`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Failed:
-    """What a rank tells the coordinator that could not write."""
+    """The error that a rank sends to the coordinator."""
 
     rank: int
     error: Exception
@@ -114,12 +112,28 @@ class _Failed:
 
 
 class StorageWriter(dcp.StorageWriter):
-    """Where ``dcp.save`` and ``dcp.async_save`` write a checkpoint of a store.
+    """The storage writer of ``dcp.save`` and ``dcp.async_save`` for a store.
 
-    ``path`` is the store's directory on a file system that all ranks share; where there is none,
-    the coordinator makes one. ``name`` is the ref that then points to the checkpoint, instead of
-    another one; ``dcp.save(checkpoint_id=…)`` is the same. ``parent`` (a base, a checkpoint, an id
-    or a ref) is what it is a change of; the rest is as in :meth:`Store.save`.
+    Args:
+        path: The store's directory, on a file system that all ranks share. The coordinator
+            makes a store if there is none.
+        name: The ref that is moved to the new checkpoint; the same as
+            ``dcp.save(checkpoint_id=…)``.
+        parent: The base, checkpoint, id or ref from which the new checkpoint was trained.
+        step: The optimizer step.
+        metrics: Metric values in their natural units, by name.
+        tags: Tags of the checkpoint.
+        metadata: JSON values to keep with the checkpoint.
+        level: The compression level, as in :meth:`Store.save`.
+
+    Attributes:
+        path: The store's directory.
+        name: The ref, or ``None``.
+        checkpoint: The checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
+
+    Raises:
+        InvalidInputError: If the name cannot be that of a ref. During a save, errors of all
+            ranks are raised as DCP's ``CheckpointException``.
     """
 
     def __init__(
@@ -134,14 +148,13 @@ class StorageWriter(dcp.StorageWriter):
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
     ) -> None:
-        self._holding = contextlib.ExitStack()
+        self._gc_hold = contextlib.ExitStack()
         self.path = Path(path)
         self.name = None if name is None else check_ref_name(name)
         self.checkpoint: Checkpoint | None = None
-        """What was saved last, in the coordinator."""
         self._parent = parent
         self._parent_id: str | None = None
-        """Of the save under way, in the coordinator: a ref may move meanwhile."""
+        """The parent's id for the current save, in the coordinator. A ref may move meanwhile."""
         self._level = level
         self._facts: dict[str, Any] = {
             "step": step,
@@ -157,125 +170,127 @@ class StorageWriter(dcp.StorageWriter):
             self.name = check_ref_name(os.fspath(checkpoint_id))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the store, in the coordinator, if there is none."""
+        """Make a store in the coordinator if there is none."""
         if not kwargs.get("use_collectives", True):
             raise InvalidInputError(
-                "without collectives nobody publishes the checkpoint: leave use_collectives=True"
+                "without collectives no process writes the manifest: leave use_collectives=True"
             )
         if is_coordinator and not (self.path / CONFIG).exists():
             Store.create(self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell every rank what the checkpoint is a change of; hold off gc until it exists."""
+        """Send the parent's id to every rank, and block gc until the checkpoint exists."""
         store = Store.open(self.path)
-        with contextlib.ExitStack() as holding:
-            holding.enter_context(store.awaiting_parts())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(store.awaiting_parts())
             self._parent_id = _parent_id(store, self._parent)
-            self._holding = holding.pop_all()
+            self._gc_hold = stack.pop_all()
         return [
-            replace(plan, storage_data=_Order(rank=rank, parent=self._parent_id))
+            replace(plan, storage_data=_RankTask(rank=rank, parent=self._parent_id))
             for rank, plan in enumerate(plans)
         ]
 
-    def write_data(self, plan: SavePlan, planner: AnySavePlanner) -> Future[list[dcp.WriteResult]]:
-        """Encode what this rank holds into a pack of its own."""
-        order: _Order = plan.storage_data
+    def write_data(self, plan: SavePlan, planner: BaseSavePlanner) -> Future[list[dcp.WriteResult]]:
+        """Encode the tensors of this rank into a pack of its own."""
+        task: _RankTask = plan.storage_data
         results = [
-            dcp.WriteResult(index=item.index, size_in_bytes=size_of(item), storage_data=None)
+            dcp.WriteResult(index=item.index, size_in_bytes=count_bytes(item), storage_data=None)
             for item in plan.items
         ]
-        told: _Written | _Failed | None
+        outcome: _Written | _Failed | None
         try:
-            told = self._write(plan, planner, order) if results else None
+            outcome = self._write(plan, planner, task) if results else None
         except Exception as error:
-            # DCP would not call finish, and the coordinator would hold the store's lock on.
-            told = _Failed(rank=order.rank, error=error, trace=_trace(error))
-        if told is not None:
-            results[0] = replace(results[0], storage_data=told)
+            # If this raised, DCP would not call finish, and the coordinator would keep the lock.
+            outcome = _Failed(rank=task.rank, error=error, trace=_trace(error))
+        if outcome is not None:
+            results[0] = replace(results[0], storage_data=outcome)
         done: Future[list[dcp.WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    def _write(self, plan: SavePlan, planner: AnySavePlanner, order: _Order) -> _Written:
+    def _write(self, plan: SavePlan, planner: BaseSavePlanner, task: _RankTask) -> _Written:
         check_caching(planner)
         values: dict[str, bytes] = {}
         boxes: list[Box] = []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 if not isinstance(planner, SavePlanner):
-                    raise pickling(item.index.fqn, "SavePlanner")
+                    raise pickle_error(item.index.fqn, "SavePlanner")
                 values[item.index.fqn] = planner.json_of(item)
             else:
-                boxes.append(box_of(item, planner.resolve_data(item)))
+                boxes.append(make_box(item, planner.resolve_data(item)))
         try:
             store = Store.open(self.path)
         except NotAStoreError as error:
             raise NotAStoreError(
-                f"rank {order.rank} finds no store at {self.path}, where the coordinator has one: "
-                "give a path on a file system that all ranks share"
+                f"rank {task.rank} finds no store at {self.path}, but the coordinator does: "
+                "use a path on a file system that all ranks share"
             ) from error
-        part = store.encode([*boxes, *tied(boxes, planner)], parent=order.parent, level=self._level)
+        part = store.encode(
+            [*boxes, *find_tied_boxes(boxes, planner)], parent=task.parent, level=self._level
+        )
         own = {box.name: part.tensors[box.name] for box in boxes if box.name in part.tensors}
-        return _Written(part=replace(part, tensors=own), json=values, roots=roots_of(planner))
+        return _Written(part=replace(part, tensors=own), json=values, roots=find_roots(planner))
 
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        """Publish the checkpoint, and point the ref to it.
+        """Write the manifest and move the ref.
 
-        Where ranks could not write, ``CheckpointException`` with their errors.
+        Raises DCP's ``CheckpointException`` with the errors of the ranks that failed.
         """
-        told = [result.storage_data for of_rank in results for result in of_rank]
-        failed = [each for each in told if isinstance(each, _Failed)]
-        written = [each for each in told if isinstance(each, _Written)]
-        with self._holding:
+        outcomes = [result.storage_data for of_rank in results for result in of_rank]
+        failed = [each for each in outcomes if isinstance(each, _Failed)]
+        written = [each for each in outcomes if isinstance(each, _Written)]
+        with self._gc_hold:
             if failed:
                 raise CheckpointException(
                     "write", {each.rank: (each.error, each.trace) for each in failed}
                 )
-            self._publish(written)
+            self._save(written)
 
-    def _publish(self, written: Sequence[_Written]) -> None:
+    def _save(self, written: Sequence[_Written]) -> None:
         parts = [each.part for each in written]
         values = {name: json.loads(text) for each in written for name, text in each.json.items()}
         store, parent = Store.open(self.path), self._parent_id
         if values:
             text = torch.frombuffer(bytearray(canonical_json(values)), dtype=torch.uint8)
-            mine = [whole_box(OBJECTS, text)]
-            parts.append(store.encode(mine, parent=parent, level=self._level))
-        said: dict[str, str] = {"without": OBJECTS} if values else {}
+            boxes = [whole_box(OBJECTS, text)]
+            parts.append(store.encode(boxes, parent=parent, level=self._level))
+        settings: dict[str, str] = {"without": OBJECTS} if values else {}
         base, facts = parts[0].base if parts else None, dict(self._facts)
         if base is not None:
             shapes = {name: entry.shape for part in parts for name, entry in part.tensors.items()}
             roots = {root for each in written for root in each.roots}
             within = root_of_model(shapes, store.base(base), roots)
-            said |= {"within": within} if within else {}
-        if said:
-            facts["metadata"] = {EXPORT: said, **(facts["metadata"] or {})}
+            settings |= {"within": within} if within else {}
+        if settings:
+            facts["metadata"] = {EXPORT: settings, **(facts["metadata"] or {})}
         self.checkpoint = store.save(Parts(parts), parent=parent, **facts)
         if self.name is not None:
             store.pin(self.checkpoint, self.name)
 
     def close(self) -> None:
-        """Give back what a save that failed in another rank still holds of the store."""
-        self._holding.close()
+        """Release the store's lock if a save failed in another rank."""
+        self._gc_hold.close()
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # For DCP's saves in another process, before anything is held.
-        return {**self.__dict__, "_holding": contextlib.ExitStack()}
+        # DCP pickles the writer for saves in another process, before a lock is held.
+        return {**self.__dict__, "_gc_hold": contextlib.ExitStack()}
 
     def storage_meta(self) -> StorageMeta | None:
-        """Return the name."""
+        """Return the name of the checkpoint."""
         return StorageMeta(checkpoint_id=self.name)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be the name of a ref."""
+        """Return True if the id can be the name of a ref."""
         try:
             check_ref_name(os.fspath(checkpoint_id))
         except InvalidInputError:
@@ -284,10 +299,22 @@ class StorageWriter(dcp.StorageWriter):
 
 
 class StorageReader(dcp.StorageReader):
-    """Where ``dcp.load`` reads a checkpoint of a store, into any number of processes.
+    """The storage reader of ``dcp.load`` for a store. It loads into any number of processes.
 
-    ``name`` is a ref, an id or a unique prefix of one; ``dcp.load(checkpoint_id=…)`` is the same.
-    Any checkpoint can be read, also what ``Store.save`` made. Dtypes must be equal.
+    Any checkpoint can be loaded, also one that ``Store.save`` made. Targets must have the saved
+    dtypes.
+
+    Args:
+        path: The store's directory.
+        name: A ref, an id or a unique prefix of an id; the same as ``dcp.load(checkpoint_id=…)``.
+
+    Attributes:
+        path: The store's directory.
+        name: The name, or ``None``.
+
+    Raises:
+        InvalidInputError: During a load, if there is no name. Errors of all ranks are raised as
+            DCP's ``CheckpointException``.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
@@ -305,8 +332,8 @@ class StorageReader(dcp.StorageReader):
         self._checkpoint = None
 
     def read_metadata(self, *args: Any, **others: Any) -> Metadata:
-        """Return the names, shapes, dtypes and boxes of what the checkpoint has."""
-        # Of an argument named kwargs, DCP infers metadata of each rank, and asks again for that.
+        """Return the names, shapes, dtypes and boxes of the checkpoint's tensors."""
+        # The parameter must not be named kwargs: DCP would then ask for each rank's metadata.
         if self.name is None:
             raise InvalidInputError("StorageReader needs a name: a ref, or the id of a checkpoint")
         store = self._opened = Store.open(self.path)
@@ -333,27 +360,27 @@ class StorageReader(dcp.StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """There is nothing to set up."""
+        """Do nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Say which checkpoint this rank has found."""
+        """Return the plan with the id of the checkpoint that this rank found."""
         return replace(plan, storage_data=self._found()[1].id)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Refuse to load parts of several checkpoints."""
+        """Raise an error if ranks found different checkpoints."""
         if len({plan.storage_data for plan in plans}) > 1:
-            raise MismatchError(f"{self.name!r} was moved while ranks looked it up; load again")
+            raise MismatchError(f"{self.name!r} was moved while the ranks read it; load again")
         return plans
 
-    def read_data(self, plan: LoadPlan, planner: AnyLoadPlanner) -> Future[None]:
-        """Fill the tensors of this rank, reading what holds something of them."""
+    def read_data(self, plan: LoadPlan, planner: BaseLoadPlanner) -> Future[None]:
+        """Fill the tensors of this rank. Only the pieces that overlap with them are read."""
         boxes: list[Box] = []
         targets: list[tuple[ReadItem, torch.Tensor]] = []
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
                 if not isinstance(planner, LoadPlanner):
-                    raise pickling(name, "LoadPlanner")
+                    raise pickle_error(name, "LoadPlanner")
                 planner.load_bytes(item, io.BytesIO(json.dumps(self._values[name]).encode()))
                 continue
             target = planner.resolve_tensor(item).detach()
@@ -372,12 +399,12 @@ class StorageReader(dcp.StorageReader):
 
     def _found(self) -> tuple[Store, Checkpoint]:
         if self._opened is None or self._checkpoint is None:
-            raise InvalidInputError("StorageReader is asked before read_metadata; use dcp.load")
+            raise InvalidInputError("read_metadata was not called first; use dcp.load")
         return self._opened, self._checkpoint
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be the name of a ref, or an id."""
+        """Return True if the id can be the name of a ref, or an id."""
         return StorageWriter.validate_checkpoint_id(checkpoint_id)
 
 
@@ -391,7 +418,7 @@ def _parent_id(store: Store, parent: Base | Checkpoint | str | None) -> str | No
 
 
 def _trace(error: Exception) -> traceback.StackSummary:
-    # Without the code objects that frames have since Python 3.13, which cannot be sent.
+    # Leave out the code objects that frames have since Python 3.13: they cannot be pickled.
     frames = traceback.extract_tb(error.__traceback__)
     return traceback.StackSummary.from_list(
         [(f.filename, f.lineno or 0, f.name, f.line) for f in frames]

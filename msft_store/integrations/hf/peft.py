@@ -1,17 +1,14 @@
-"""What training changes of a model: all of it, or its PEFT adapter; out of it and back into it.
+"""Get and restore the weights that training changes: all of them, or those of a PEFT adapter.
 
-PEFT is optional, and there whenever a model has an adapter.
-
-Example::
-
-    store.save(weights_of(model), metadata={"export": {"adapter": adapter_of(model)}})
-    put_weights(model, store, checkpoint)
-
-A model of the Hugging Face hub as a base: where its files are in the hub's cache.
+Invariant: weights are restored in place and bit for bit. PEFT is imported only for a model that has
+an adapter. A model of the Hugging Face hub can be a base: :func:`find_local_model` finds its files
+in the hub's cache.
 
 Example::
 
-    store.add_base(local_model("Qwen/Qwen3-0.6B"))          # which from_pretrained has fetched
+    store.add_base(find_local_model("Qwen/Qwen3-0.6B"))     # after from_pretrained has fetched it
+    store.save(select_weights(model), metadata={"export": {"adapter": adapter_config(model)}})
+    restore_weights(model, store, checkpoint)
 """
 
 from __future__ import annotations
@@ -35,10 +32,11 @@ from msft_store.tensors.bytes import memory_key
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_model(path: PathLike) -> Path:
-    """Return a path as it is; of a hub's id that is no path, the directory in the cache.
+def find_local_model(path: PathLike) -> Path:
+    """Return a path unchanged; for a hub's id that is not a path, return the directory in the
+    cache.
 
-    Nothing is fetched: :class:`BaseError` if the model is not there.
+    Nothing is downloaded. Raises :class:`BaseError` if the model is not in the cache.
     """
     found = check_path(path)
     if found.exists() or not (isinstance(path, str) and _HUB_ID.fullmatch(path)):
@@ -47,16 +45,16 @@ def local_model(path: PathLike) -> Path:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         raise BaseError(
-            f"{path} is no directory here and not in the cache of the Hugging Face hub: load the "
-            "model first, or give the directory that it is in"
+            f"{path} is not a directory and not in the cache of the Hugging Face hub: load the "
+            "model first, or give the path of its directory"
         ) from None
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that training changes; they share their memory with the model.
+def select_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that training changes. They share memory with the model.
 
-    Of a model with an adapter of PEFT that is the active adapter, under the names of its files
-    (learned prompts are copies); of any other the whole state dict.
+    For a model with a PEFT adapter these are the active adapter's, under the names of PEFT's files
+    (learned prompts are copies); for other models it is the whole state dict.
     """
     if not hasattr(model, "peft_config"):
         return dict(model.state_dict())
@@ -66,9 +64,9 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def put_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | str) -> None:
-    """Give a model the weights of a checkpoint, in place and bit-exact; other tensors stay out."""
-    weights = weights_of(model)
+def restore_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | str) -> None:
+    """Restore a model's weights from a checkpoint, in place and bit for bit; skip other tensors."""
+    weights = select_weights(model)
     own = {memory_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
     if all(memory_key(tensor) in own for tensor in weights.values()):
         store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in weights.items()])
@@ -79,10 +77,11 @@ def put_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | s
     set_peft_model_state_dict(model, tensors, adapter_name=_active(model))
 
 
-def adapter_of(model: Any) -> dict[str, Any] | None:
-    """Return the settings of a model's active adapter, as PEFT saves them: those that JSON holds.
+def adapter_config(model: Any) -> dict[str, Any] | None:
+    """Return the configuration of a model's active adapter as PEFT saves it, or ``None``.
 
-    They name the model that it is for, and where the adapter has no task, that model's class.
+    Values that JSON cannot hold are left out. It names the adapter's base model and, if the adapter
+    has no task, that model's class.
     """
     if not getattr(model, "peft_config", None):
         return None
@@ -101,7 +100,7 @@ def adapter_of(model: Any) -> dict[str, Any] | None:
 
 
 def _active(model: Any) -> str:
-    # PEFT's own models have a property, those of transformers a method.
+    # active_adapters is a property in PEFT's models and a method in those of transformers.
     active = model.active_adapters
     return str((active() if callable(active) else active)[0])
 

@@ -1,11 +1,11 @@
-"""The directory that the Trainer resumes from, for the moment in which it reads it.
+"""Write the directory that the Trainer resumes from. It exists only while the Trainer reads it.
 
-It holds a resume point's weights and the Trainer's state, and names the process that made it: what
-a killed process has left is removed by the next one that resumes.
+The directory holds a resume point's weights and the Trainer's state, and names the process that
+wrote it. A directory that a killed process left behind is deleted by the next process that resumes.
 
 Example::
 
-    folder = write_folder("run", weights, trainer_state, adapter=None)
+    folder = write_resume_directory("run", weights, trainer_state, adapter=None)
     trainer.train(resume_from_checkpoint=folder)
 """
 
@@ -29,18 +29,18 @@ _PREFIX = ".resume-"
 _OWNER = "owner.json"
 
 
-def write_folder(
+def write_resume_directory(
     parent: PathLike,
     weights: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
     *,
     adapter: Mapping[str, Any] | None,
 ) -> Path:
-    """Write a new directory under ``parent`` and return it; those of killed processes go."""
+    """Write a new directory under ``parent`` and return it; delete those of killed processes."""
     Path(parent).mkdir(parents=True, exist_ok=True)
     here = Process.this()
     for old in Path(parent).glob(f"{_PREFIX}*"):
-        if _is_left(old, here):
+        if _is_abandoned(old, here):
             shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     _write_json(folder / _OWNER, dataclasses.asdict(here))
@@ -52,7 +52,7 @@ def write_folder(
     return folder
 
 
-def _is_left(folder: Path, here: Process) -> bool:
+def _is_abandoned(folder: Path, here: Process) -> bool:
     try:
         fields = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
         return process_status(Process(**fields), here) == "dead"

@@ -1,9 +1,9 @@
-"""What the Trainer asks for that a store cannot do, and what its evaluations measure.
+"""Check that a store can serve a Trainer's settings, and read the metrics of its evaluations.
 
 Example::
 
     check_trainer(args, state, model, attached=False, resumable=True)
-    metrics_of({"eval_one_loss": 0.4, "eval_one_runtime": 1.2})     # {"eval_one_loss": 0.4}
+    extract_metrics({"eval_one_loss": 0.4, "eval_one_runtime": 1.2})    # {"eval_one_loss": 0.4}
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msft_store.errors import InvalidInputError
 from msft_store.retention import suggest_metric
 
 _COUNTERS = ("_runtime", "_per_second", "_time", "_num_tokens", "epoch")
-"""What an evaluation says besides its metrics; with it no two checkpoints would be equal."""
+"""Endings of values that are not metrics. With them, no two checkpoints would be equal."""
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
@@ -32,15 +32,18 @@ def check_trainer(
     attached: bool,
     resumable: bool,
 ) -> None:
-    """Refuse what cannot be kept; warn of callbacks whose state would be lost."""
+    """Raise an error for settings that cannot work, and warn of callbacks that would lose their
+    state.
+    """
     if args.save_strategy == "best":
         raise InvalidInputError(
-            'save_strategy="best" decides when the callback has no say any more: use "steps" '
-            'or "epoch", and best={metric: direction} of StoreCallback'
+            'save_strategy="best" decides after the callback has run: use "steps" or "epoch", '
+            "and best={metric: direction} of StoreCallback"
         )
     if getattr(args, "enable_jit_checkpoint", False):
         raise InvalidInputError(
-            "enable_jit_checkpoint writes checkpoint-* and asks nobody: leave it out"
+            "enable_jit_checkpoint writes checkpoint-* directories without asking callbacks: "
+            "remove it"
         )
     if args.fp16 and not attached:
         raise InvalidInputError("fp16 has a gradient scaler: use callback.attach(trainer)")
@@ -54,15 +57,15 @@ def check_trainer(
     others = ", ".join(sorted(set(known) - {"TrainerControl"}))
     if others and resumable and not attached:
         warnings.warn(
-            f"after a resume {others} would begin anew: use callback.attach(trainer)", stacklevel=3
+            f"{others} would lose its state in a resume: use callback.attach(trainer)", stacklevel=3
         )
 
 
-def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of one evaluation, without what it counts besides.
+def extract_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of one evaluation, without its counters.
 
-    Of several evaluation sets each comes by itself, as ``eval_NAME_loss``. What is named alike for
-    all of them, ``eval_entropy``, is there a second time as ``eval_NAME_entropy``.
+    Several evaluation sets arrive one by one, as ``eval_NAME_loss``. A metric that has the same
+    name in all of them, ``eval_entropy``, is added as ``eval_NAME_entropy``.
     """
     found = {
         name: float(value)
@@ -77,10 +80,10 @@ def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return found | {prefix + name.removeprefix("eval_"): alike[name] for name in alike}
 
 
-def unknown_metrics(names: Iterable[str], metrics: Mapping[str, float]) -> list[str]:
-    """Return a warning for each metric that the best is to be kept of, and that nobody measures."""
+def find_unknown_metrics(names: Iterable[str], metrics: Mapping[str, float]) -> list[str]:
+    """Return a warning for each metric whose best is to be kept but which no evaluation gives."""
     return [
-        f"no evaluation gives {name!r}, so no best of it is kept; "
+        f"no evaluation gives {name!r}, so its best checkpoint is not kept; "
         f"{suggest_metric(name, set(metrics))}"
         for name in dict.fromkeys(names)
         if name not in metrics

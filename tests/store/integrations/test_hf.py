@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.hf.peft import adapter_of, weights_of
+from msft_store.integrations.hf.peft import adapter_config, select_weights
 from tests.support.ranks import in_ranks
 from tests.support.states import same_bits
 from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
@@ -258,8 +258,8 @@ def test_an_exported_adapter_is_configured_as_peft_does_it(
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type=task)
     model = get_peft_model(loaded, config)
     store = Store.create(tmp_path / "store")
-    said = {"export": {"adapter": adapter_of(model)}}
-    store.export(store.save(weights_of(model), metadata=said), tmp_path / "out")
+    said = {"export": {"adapter": adapter_config(model)}}
+    store.export(store.save(select_weights(model), metadata=said), tmp_path / "out")
 
     model.save_pretrained(tmp_path / "peft")
     for folder in ("out", "peft"):

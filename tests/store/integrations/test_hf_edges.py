@@ -34,7 +34,7 @@ from msft_store import (
     Timeline,
 )
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.hf.trainer_checks import metrics_of
+from msft_store.integrations.hf.trainer_checks import extract_metrics
 from msft_store.storage.backend import LocalBackend
 from tests.support.children import begin, end_of
 from tests.support.faults import CHANGES, FaultyBackend
@@ -240,12 +240,12 @@ def test_which_way_is_good_is_never_guessed(tmp_path: Path, base: Path) -> None:
 def test_what_is_named_alike_for_all_datasets_is_told_apart() -> None:
     metrics = {"eval_one_loss": 1.0, "eval_one_runtime": 3.0, "eval_entropy": 2.0}
     counters = {"eval_num_tokens": 7, "epoch": 1.0, "eval_one_samples_per_second": 4.0}
-    assert metrics_of({**metrics, **counters}) == {
+    assert extract_metrics({**metrics, **counters}) == {
         "eval_one_loss": 1.0,
         "eval_entropy": 2.0,
         "eval_one_entropy": 2.0,
     }
-    assert metrics_of({"eval_loss": 1.0, "eval_runtime": 3.0}) == {"eval_loss": 1.0}
+    assert extract_metrics({"eval_loss": 1.0, "eval_runtime": 3.0}) == {"eval_loss": 1.0}
 
 
 class Asks(TrainerCallback):
@@ -275,7 +275,7 @@ def test_callbacks_whose_state_would_be_lost_are_named(tmp_path: Path, base: Pat
     }
     callback = StoreCallback(tmp_path / "store", base=base)
     others: list[TrainerCallback] = [EarlyStoppingCallback(3)]
-    with pytest.warns(UserWarning, match="EarlyStoppingCallback would begin anew"):
+    with pytest.warns(UserWarning, match="EarlyStoppingCallback would lose its state"):
         make_trainer(tmp_path / "run", make_model(), [callback, *others], **options).train()
 
     attached = StoreCallback(tmp_path / "attached", base=base)
@@ -374,7 +374,7 @@ def test_a_metric_that_nobody_measures_is_a_warning(tmp_path: Path, base: Path) 
     callback = StoreCallback(tmp_path / "store", base=base, best=best)  # type: ignore[arg-type]
     trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=4)
     with pytest.warns(
-        UserWarning, match="'eval_one_los', so no best .* the nearest is 'eval_one_loss'"
+        UserWarning, match="'eval_one_los', so its best .* the nearest is 'eval_one_loss'"
     ) as found:
         trainer.train()
     assert sum("no evaluation gives" in str(warning.message) for warning in found) == 1

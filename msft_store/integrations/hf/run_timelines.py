@@ -1,15 +1,17 @@
-"""What a run of the Trainer keeps in a store: its commits, and one resume point.
+"""Keep the two timelines of a Trainer's run: its checkpoints, and one resume point.
 
-Two timelines: ``NAME`` of the weights, under the run's policy, and ``NAME-resume``, of which only
-the newest stays. Invariant: a commit is durable before its resume point is, so that no resume point
-is ahead of the commits; in the background too, where one pair is under way at a time.
+Timeline ``NAME`` holds the weights, under the run's retention policy. Timeline ``NAME-resume``
+holds the newest resume point. Invariant: the weights are durable before their resume point is, so
+that no resume point is ahead of the weights. This holds in the background too, because only one
+pair is committed at a time.
 
 Example::
 
-    commits = RunCommits(store, "main", resumable=True, background=False)
-    commits.begin(base, KeepLast(1))                # in the main process; the others only read
-    commits.save(weights, training, step=10, metrics={"loss": 0.4}, metadata={}, of_training={})
-    commits.point()
+    timelines = RunTimelines(store, "main", resumable=True, background=False)
+    timelines.open(base, KeepLast(1))           # in the main process; the others only read
+    timelines.commit(weights, training, step=10, metrics={"loss": 0.4}, metadata={},
+                     resume_metadata={})
+    timelines.find_resume_point()
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ _RESUME = "-resume"
 Tensors = Mapping[str, torch.Tensor]
 
 
-class RunCommits:
-    """The timelines of one run; every process has this, the main one alone has begun it."""
+class RunTimelines:
+    """The timelines of one run. Every process has it; only the main one opens it."""
 
     def __init__(self, store: Store, name: str, *, resumable: bool, background: bool) -> None:
         if name.endswith(_RESUME):
             raise InvalidInputError(
-                f"a run named {name!r} would be taken for the resume points of another; "
-                f"give it a name that does not end in {_RESUME!r}"
+                f"the name {name!r} is reserved for the resume points of a run; "
+                f"choose a name that does not end in {_RESUME!r}"
             )
         self._store = store
         self._name = name
@@ -48,11 +50,11 @@ class RunCommits:
         self._weights: Timeline | None = None
         self._resume: Timeline | None = None
 
-    def begin(self, base: Base | None, policy: Policy, *, anew: bool = False) -> bool:
-        """Take up the timelines, or begin them; return whether there are commits already.
+    def open(self, base: Base | None, policy: Policy, *, restart: bool = False) -> bool:
+        """Open or begin the timelines; return True if they hold checkpoints already.
 
-        With ``anew``, a run that ended between its first commit and its first resume point has
-        none: it cannot be resumed, and nothing of it is lost by beginning again.
+        If ``restart`` is true, a run that was killed between its first commit and its first resume
+        point begins again. It cannot be resumed, and nothing of value is lost.
         """
         self.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)
@@ -60,21 +62,21 @@ class RunCommits:
             name = f"{self._name}{_RESUME}"
             self._resume = Timeline(self._store, base, retention=KeepLast(1), name=name)
             numbers = [c.metadata[KEY]["index"] for c in self._weights.checkpoints()]
-            if anew and numbers == [0] and not self._resume.checkpoints():
+            if restart and numbers == [0] and not self._resume.checkpoints():
                 self._weights.rewind(0)
         return bool(self._weights.checkpoints())
 
     @property
     def timeline(self) -> Timeline:
-        """The commits, once nothing of them is under way."""
+        """The timeline of the weights, after commits in the background are done."""
         if self._weights is None:
             raise InvalidInputError(
-                "there is no timeline before training has begun, and only in the main process"
+                "there is no timeline before training begins, and only the main process has one"
             )
         self.wait()
         return self._weights
 
-    def save(
+    def commit(
         self,
         weights: Tensors,
         training: Tensors,
@@ -82,54 +84,54 @@ class RunCommits:
         step: int,
         metrics: Mapping[str, float],
         metadata: Mapping[str, Any],
-        of_training: Mapping[str, Any],
+        resume_metadata: Mapping[str, Any],
     ) -> None:
-        """Commit weights, and with the rest of the training's state the resume point.
+        """Commit the weights and, together with the training's state, the resume point.
 
-        ``of_training`` is the resume point's metadata. In the background this returns after a copy
-        of all; an error of the one before is raised here, or by :meth:`wait`.
+        ``resume_metadata`` is the resume point's metadata. In the background this returns after
+        everything is copied; an error of the previous commit is raised here or by :meth:`wait`.
         """
         names = list(weights)
 
-        def save(tensors: Tensors) -> None:
+        def commit(tensors: Tensors) -> None:
             if self._weights is not None:
                 kept = {name: tensors[name] for name in names}
                 self._weights.commit(kept, step, metrics, metadata)
             if self._resume is not None:
-                self._resume.commit(tensors, step, metrics, of_training)
+                self._resume.commit(tensors, step, metrics, resume_metadata)
 
         tensors = {**weights, **training}
         if self._background is None:
-            save(tensors)
+            commit(tensors)
         else:
-            self._background.submit(tensors, save)
+            self._background.submit(tensors, commit)
 
     def rewind(self, index: int) -> None:
-        """Make the next commit the one of number ``index``; later ones are evicted."""
+        """Delete the commits from number ``index`` on, so that the next commit gets this number."""
         self.timeline.rewind(index)
 
-    def kept(self) -> list[Checkpoint]:
-        """Return the commits that are kept, oldest first, in whatever process."""
+    def list_kept(self) -> list[Checkpoint]:
+        """Return the kept checkpoints, oldest first. This works in every process."""
         self.wait()
         return self._protected(self._name)
 
-    def point(self) -> Checkpoint | None:
-        """Return the newest resume point."""
+    def find_resume_point(self) -> Checkpoint | None:
+        """Return the newest resume point, or ``None``."""
         self.join()
         return next(reversed(self._protected(f"{self._name}{_RESUME}")), None)
 
     def join(self) -> None:
-        """Wait until nothing is under way, whatever came of it."""
+        """Wait for commits in the background and ignore their errors."""
         if self._background is not None:
             self._background.join()
 
     def wait(self) -> None:
-        """Wait until nothing is under way, and raise an error that nobody has got yet."""
+        """Wait for commits in the background and raise an error that was not raised yet."""
         if self._background is not None:
             self._background.wait()
 
     def close(self) -> None:
-        """Drop the refs of both timelines, and the memory of the copy."""
+        """Delete the refs of both timelines, and free the memory of the copy."""
         self.wait()
         if self._background is not None:
             self._background.release()
