@@ -8,6 +8,7 @@ from typing import Any
 from docutils.nodes import Element
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util.nodes import make_refnode
 
 project = "msft-store"
@@ -59,6 +60,19 @@ def find_by_last_name(
     return make_refnode(app.builder, source, entry.docname, entry.node_id, content, found[0])
 
 
+def render_sections(app: Sphinx, what: str, *arguments: Any) -> None:
+    """Convert the sections of Google-style docstrings, such as Args, to reStructuredText.
+
+    Docstrings of attributes are left out: the napoleon extension would take the words before their
+    first colon for a type.
+    """
+    if what != "attribute":
+        name, value, options, lines = arguments
+        config = Config(napoleon_use_ivar=True)
+        lines[:] = GoogleDocstring(lines, config, app, what, name, value, options).lines()
+
+
 def setup(app: Sphinx) -> None:
-    """Register what is above."""
+    """Register the functions above."""
+    app.connect("autodoc-process-docstring", render_sections)
     app.connect("missing-reference", find_by_last_name)

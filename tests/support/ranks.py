@@ -1,4 +1,4 @@
-"""Real processes of one gloo group, forked from a test.
+"""Run an action in real processes of one gloo group, forked from a test.
 
 Example::
 
@@ -18,29 +18,29 @@ import torch.distributed as dist
 
 from tests.support.children import begin, end_of
 
-_PATIENCE = datetime.timedelta(seconds=60)
+_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def in_ranks(count: int, action: Callable[[int], object], folder: Path) -> list[int]:
-    """Do ``action(rank)`` in ``count`` processes of a group; return their exit codes by rank."""
-    meeting = folder / f"meeting-{uuid.uuid4().hex}"
+    """Run ``action(rank)`` in ``count`` processes of a group; return their exit codes by rank."""
+    rendezvous = folder / f"rendezvous-{uuid.uuid4().hex}"
 
     def work(rank: int) -> int:
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{meeting}",
+            init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=count,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
         )
         action(rank)
         dist.barrier()
         dist.destroy_process_group()
         return 0
 
-    def of_rank(rank: int) -> Callable[[], int]:
+    def bind_rank(rank: int) -> Callable[[], int]:
         return lambda: work(rank)
 
-    children = [begin(of_rank(rank)) for rank in range(count)]
+    children = [begin(bind_rank(rank)) for rank in range(count)]
     return [end_of(child) for child in children]

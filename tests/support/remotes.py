@@ -1,4 +1,4 @@
-"""Places to push to, and a remote that fails at its n-th operation."""
+"""A remote that fails at its n-th operation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from msft_store.remote.transport.base import Remote
 
 
 class Died(BaseException):
-    """The process ends here."""
+    """Stands for the death of the process."""
 
 
 class FaultyRemote:
-    """Another remote that fails at the n-th operation (from 0); what it put is kept."""
+    """Wraps a remote; fails at the n-th operation (from 0) and records the paths of all writes."""
 
     workers = 1
 
@@ -62,7 +62,7 @@ class FaultyRemote:
         self._operate("create", path)
         done = self._inner.create(path, data)
         self.put_paths += [path] * done
-        # As if the reply were lost.
+        # A failure here is a lost reply to a write that succeeded.
         self._operate("created", path)
         return done
 

@@ -1,4 +1,4 @@
-"""A small model in the hands of the Hugging Face Trainer, and somebody who looks on.
+"""Train a small model with the Hugging Face Trainer and record its weights.
 
 Example::
 
@@ -79,7 +79,7 @@ def state_of(model: torch.nn.Module) -> State:
 
 
 class Watch(TrainerCallback):
-    """Keeps the weights of every evaluation, and can fail after a step or an evaluation."""
+    """Records the weights of every evaluation; can fail after a step or an evaluation."""
 
     def __init__(self, fail_after: int | None = None, *, evaluated: int | None = None) -> None:
         self.seen: dict[int, State] = {}

@@ -1,4 +1,4 @@
-"""Accelerate's states in a store: by its hooks, and whole."""
+"""Save states of Accelerate in a store, by its hooks and with save_state and load_state."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     return same_bits(one[0], other[0]) and one[1] == other[1]
 
 
-def test_the_whole_state_comes_back_and_training_goes_on_alike(
-    store: Store, timeline: Timeline
-) -> None:
+def test_training_continues_bit_for_bit_after_load_state(store: Store, timeline: Timeline) -> None:
     run = Run()
     run.train()
     saved = save_state(run.accelerator, timeline, step=3, metrics={"loss": 1.0})
@@ -127,7 +125,7 @@ def test_a_folder_without_a_checkpoint_is_refused(
         run.accelerator.load_state(str(tmp_path / "state"))
 
 
-def test_a_state_of_other_parts_is_refused(store: Store, timeline: Timeline) -> None:
+def test_a_state_of_other_objects_is_refused(store: Store, timeline: Timeline) -> None:
     run = Run()
     saved = save_state(run.accelerator, timeline)
     run.accelerator.register_for_checkpointing(Counter())
@@ -140,7 +138,7 @@ def test_a_state_of_other_parts_is_refused(store: Store, timeline: Timeline) -> 
 
 
 def test_the_main_process_needs_a_timeline(tmp_path: Path, store: Store) -> None:
-    # Without one the weights would be nowhere.
+    # Without a timeline, the weights would not be saved.
     run = Run()
     with pytest.raises(InvalidInputError, match="timeline"):
         register(run.accelerator, None, store)

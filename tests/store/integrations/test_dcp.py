@@ -1,4 +1,4 @@
-"""``torch.distributed.checkpoint`` on the store, with real processes, DDP and FSDP2."""
+"""Use a store with ``torch.distributed.checkpoint`` in real processes, with DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDTH = 48
 
 
 def make_model(seed: int = 0) -> torch.nn.Module:
-    """Return a small model, with a tied weight and a first dimension that no 4 divides."""
+    """Return a small model with a tied weight and a first dimension not divisible by 4."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
         torch.nn.Embedding(50, WIDTH),
@@ -90,7 +90,7 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def save_here(
     store: Path, expected: Path, make: Callable[[], torch.nn.Module], **options: Any
 ) -> None:
-    """Train and save in all ranks; the first one also writes what is to come back."""
+    """Train and save in all ranks; rank 0 also writes the expected tensors."""
     model = make()
     optimizer = make_optimizer(model)
     train(model, optimizer)
@@ -104,7 +104,7 @@ def save_here(
 
 
 def load_here(store: Path, expected: Path, make: Callable[[], torch.nn.Module], name: str) -> None:
-    """Load into a model with other weights and a fresh optimizer, and compare all that came."""
+    """Load into a model with other weights and a new optimizer, and compare all tensors."""
     model = make()
     optimizer = make_optimizer(model)
     train(model, optimizer, 1)
@@ -128,7 +128,7 @@ MODELS = {"ddp": wrapped, "fsdp2": sharded}
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (4, 2)])
-def test_what_some_ranks_save_others_load(
+def test_other_numbers_of_ranks_load_a_checkpoint(
     tmp_path: Path, kind: str, before: int, after: int
 ) -> None:
     store, expected, make = tmp_path / "store", tmp_path / "expected", MODELS[kind]
@@ -191,7 +191,7 @@ def test_deltas_are_against_a_base_or_a_checkpoint_of_other_ranks(
     one, two = store.get("one"), store.get("two")
     assert two.parent == one.id
     assert (one.base, two.base) == (base.id, base.id)
-    # What is left are the few bytes of a norm, of which a plain copy is the smallest.
+    # A plain copy is the smallest encoding of the few bytes of a norm.
     assert max(one.unreferenced_bytes, two.unreferenced_bytes) < 0.02 * size
     assert max(one.stored_bytes, two.stored_bytes) < 0.4 * size
     assert store.check() == []
@@ -255,7 +255,7 @@ def test_an_export_is_the_model_alone_under_the_names_of_the_base(
     assert names == store.tensors("c").keys() - {"dcp.json"}
 
 
-def test_what_the_store_saved_dcp_loads(tmp_path: Path, based: tuple[Path, Base]) -> None:
+def test_dcp_loads_a_checkpoint_of_store_save(tmp_path: Path, based: tuple[Path, Base]) -> None:
     path, _ = based
     state = make_model(5).state_dict()
     Store.open(path).save(state)
@@ -269,13 +269,13 @@ def test_what_the_store_saved_dcp_loads(tmp_path: Path, based: tuple[Path, Base]
     assert in_ranks(2, load, tmp_path) == [0, 0]
 
 
-def test_a_save_goes_on_in_the_background(tmp_path: Path) -> None:
+def test_an_async_save_completes_in_the_background(tmp_path: Path) -> None:
     store = tmp_path / "store"
 
     def save(_: int) -> None:
         model = sharded()
         before = whole({"model": model.state_dict()})
-        # One group for training, another one for what goes on beside it.
+        # One group is for training, the other one for the save in the background.
         done = dcp.async_save(
             {"model": model.state_dict()},
             storage_writer=StorageWriter(store, name="early"),
@@ -293,7 +293,7 @@ def test_a_save_goes_on_in_the_background(tmp_path: Path) -> None:
 
 
 class Dying(SavePlanner):
-    """Kills its process before it has written the last thing."""
+    """Kills its process before it writes the last item."""
 
     def resolve_data(self, write_item: Any) -> Any:
         if write_item == self.plan.items[-1]:
@@ -334,7 +334,7 @@ class Failing(SavePlanner):
         raise OSError("no such luck")
 
 
-def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) -> None:
+def test_a_save_that_fails_in_another_rank_releases_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "store"
 
     def save(rank: int) -> None:
@@ -346,7 +346,7 @@ def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) 
         torch.distributed.barrier()
         if rank == 0:
             store = Store.open(path)
-            # Others may collect garbage, although the writer is still there.
+            # Other processes can run gc, although the writer still exists.
             assert store.locks() == []
             assert store.log() == []
             store.plan_gc().execute()
@@ -357,7 +357,7 @@ def test_a_save_that_fails_in_another_rank_lets_go_of_the_store(tmp_path: Path) 
     assert Store.open(path).refs().keys() == {"a"}
 
 
-def test_ranks_with_a_path_each_are_told_so(tmp_path: Path) -> None:
+def test_ranks_with_a_path_each_are_reported(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "own-0")
     store.pin(store.save({"w": torch.ones(3)}), "a")
 
@@ -383,7 +383,7 @@ def test_tied_tensors_are_compared_under_the_name_that_the_parent_has(
     tied = {"head": trained["embed"], "body": trained["body"], "embed": trained["embed"]}
 
     def save(_: int) -> None:
-        # DCP shares the names out: one rank has the head, the other one what it is tied to.
+        # DCP distributes the names: one rank has the head, the other one its tied tensor.
         dcp.save(tied, storage_writer=StorageWriter(store.path, name="a", parent=base))
 
     assert in_ranks(2, save, tmp_path) == [0, 0]
@@ -393,7 +393,7 @@ def test_tied_tensors_are_compared_under_the_name_that_the_parent_has(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_plans_that_dcp_keeps_are_told_the_parent_anew(tmp_path: Path) -> None:
+def test_plans_that_dcp_caches_get_the_new_parent(tmp_path: Path) -> None:
     path, state = tmp_path / "store", {"w": torch.randn(64, 64), "step": 1}
 
     def save(name: str, planner: Any, **options: Any) -> None:
@@ -414,7 +414,7 @@ def test_plans_that_dcp_keeps_are_told_the_parent_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_parent_that_moves_during_a_save_is_the_one_it_was(tmp_path: Path) -> None:
+def test_a_parent_that_moves_during_a_save_is_resolved_once(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store")
     one, two = store.save({"w": torch.ones(3)}), store.save({"w": torch.zeros(3)})
     store.pin(one, "last")
@@ -434,7 +434,7 @@ def test_a_parent_that_moves_during_a_save_is_the_one_it_was(tmp_path: Path) -> 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_state_that_is_not_flattened_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    # What a coordinator leaves that was killed while it made the store.
+    # A coordinator that is killed while it makes the store leaves this folder behind.
     (path / "tmp").mkdir(parents=True)
     state = {"w": torch.ones(3), "rest": {"epoch": 3, "names": ["a"]}}
 
@@ -468,7 +468,7 @@ def test_dcps_own_planners_are_refused_where_they_would_pickle(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_json_has_no_word_for_is_refused_by_name(tmp_path: Path) -> None:
+def test_values_that_json_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
     writer = StorageWriter(tmp_path / "store", name="a")
 
     with pytest.raises(dcp.CheckpointException, match=r"extra\.callback"):

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer and TRL's SFTTrainer with a store in the place of directories."""
+"""Train with the Hugging Face Trainer and TRL's SFTTrainer and keep checkpoints in a store."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_the_best_of_each_dataset_stays_and_is_restored(tmp_path: Path, base: Pa
         (Watch(5), {"save_steps": 2, "eval_steps": 4}),
         (Watch(8), {"save_strategy": "epoch", "eval_strategy": "epoch"}),
         (Watch(7), {"gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine"}),
-        # A sampler that draws the order of an epoch from the global generators.
+        # This sampler draws the order of an epoch from the global generators.
         (Watch(8), {"train_sampling_strategy": "group_by_length", "background": True}),
-        # A save at the end of an epoch, whose evaluation is still to come.
+        # A save at the end of an epoch comes before its evaluation.
         (Watch(evaluated=10), {"eval_strategy": "epoch", "save_steps": 5}),
         (Watch(2), {"eval_on_start": True, "eval_steps": 4}),
     ],
 )
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
+def test_a_run_that_was_killed_resumes_bit_for_bit(
     tmp_path: Path, base: Path, killed: Watch, saves: dict[str, Any]
 ) -> None:
     saves = dict(saves)
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     broken = callback_at("broken")
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path / "b", make_model(), [broken, killed], **saves).train()
-    # This process goes on, and with it what is under way in the background.
+    # This process continues, and so does its commit in the background.
     assert broken.timeline.checkpoints()
 
     again = callback_at("broken")
@@ -111,7 +111,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     assert list((tmp_path / "b").glob("checkpoint-*")) == []
 
 
-def test_two_processes_commit_once_and_go_on_alike(tmp_path: Path, base: Path) -> None:
+def test_two_processes_commit_once_and_resume_bit_for_bit(tmp_path: Path, base: Path) -> None:
     weights = tmp_path / "weights.safetensors"
 
     def run(rank: int, name: str, fail: int | None = None, goes_on: bool = True) -> Trainer:
@@ -309,7 +309,7 @@ def rows(name: str, split: str, count: int) -> Any:
     return datasets.Dataset.from_json(path).select(range(count))
 
 
-def test_what_the_callback_cannot_do_is_said_at_the_beginning(tmp_path: Path, base: Path) -> None:
+def test_unsupported_settings_are_refused_at_the_beginning(tmp_path: Path, base: Path) -> None:
     options = {"save_strategy": "best", "metric_for_best_model": "eval_one_loss"}
     callback = StoreCallback(tmp_path / "store", base=base)
     with pytest.raises(InvalidInputError, match="save_strategy"):

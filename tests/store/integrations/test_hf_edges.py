@@ -1,4 +1,4 @@
-"""Trainings with a StoreCallback that do not go by the book."""
+"""Test unusual trainings with a StoreCallback: kills, errors, odd metrics, adapters."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def points_of(store: Store) -> list[Checkpoint]:
 
 
 def test_a_run_that_has_ended_is_not_trained_further(tmp_path: Path, base: Path) -> None:
-    # In the middle of an epoch the Trainer does a step before it asks whether one is left.
+    # Inside an epoch, the Trainer takes a step before it checks that training is complete.
     def run() -> tuple[Trainer, StoreCallback]:
         callback = StoreCallback(tmp_path / "store", base=base)
         trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=3)
@@ -70,9 +70,7 @@ def test_a_run_that_has_ended_is_not_trained_further(tmp_path: Path, base: Path)
     assert [c.id for c in other.timeline.checkpoints()] == ids
 
 
-def test_what_an_interrupted_evaluation_found_belongs_to_no_other_step(
-    tmp_path: Path, base: Path
-) -> None:
+def test_metrics_of_an_interrupted_evaluation_are_discarded(tmp_path: Path, base: Path) -> None:
     callback = StoreCallback(tmp_path / "store", base=base, retention=KeepLast(9))
     trainer = make_trainer(tmp_path / "run", make_model(), [callback, Watch(evaluated=6)])
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +120,7 @@ def test_a_kill_at_any_moment_of_a_commit_changes_nothing(tmp_path: Path, base: 
         assert callback.store.check() == []
 
 
-def test_what_a_killed_process_left_to_resume_from_is_removed(tmp_path: Path, base: Path) -> None:
+def test_resume_directories_of_killed_processes_are_deleted(tmp_path: Path, base: Path) -> None:
     callback = StoreCallback(tmp_path / "store", base=base)
     make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2, save_steps=1).train()
 
@@ -210,7 +208,7 @@ def test_without_a_finite_metric_no_best_is_restored(tmp_path: Path, base: Path)
     assert same_bits(state_of(trainer.model), watch.seen[3])
 
 
-def test_which_way_is_good_is_never_guessed(tmp_path: Path, base: Path) -> None:
+def test_an_unknown_direction_is_refused(tmp_path: Path, base: Path) -> None:
     def accuracy(evaluated: Any) -> dict[str, float]:
         return {"accuracy": float(next(scores))}
 
@@ -237,7 +235,7 @@ def test_which_way_is_good_is_never_guessed(tmp_path: Path, base: Path) -> None:
         reader.best("eval_one_accuracy")
 
 
-def test_what_is_named_alike_for_all_datasets_is_told_apart() -> None:
+def test_metrics_with_the_same_name_for_all_datasets_get_their_own() -> None:
     metrics = {"eval_one_loss": 1.0, "eval_one_runtime": 3.0, "eval_entropy": 2.0}
     counters = {"eval_num_tokens": 7, "epoch": 1.0, "eval_one_samples_per_second": 4.0}
     assert extract_metrics({**metrics, **counters}) == {
@@ -249,7 +247,7 @@ def test_what_is_named_alike_for_all_datasets_is_told_apart() -> None:
 
 
 class Asks(TrainerCallback):
-    """Wants a save after each evaluation."""
+    """Requests a save after each evaluation."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = True
@@ -284,7 +282,7 @@ def test_callbacks_whose_state_would_be_lost_are_named(tmp_path: Path, base: Pat
     assert trainer.callback_handler.callbacks.count(attached) == 1
 
 
-def test_what_would_be_taken_for_something_else_is_refused(tmp_path: Path, base: Path) -> None:
+def test_a_reserved_run_name_is_refused(tmp_path: Path, base: Path) -> None:
     with pytest.raises(InvalidInputError, match="main-resume"):
         StoreCallback(tmp_path / "store", base=base, name="main-resume")
 
@@ -307,7 +305,7 @@ def test_an_adapter_is_exported_as_one(tmp_path: Path, base: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     callback = StoreCallback(tmp_path / "store")
-    # It is its active adapter that a model is trained with, whatever its name.
+    # Training changes the active adapter, whatever its name.
     model: PeftModel = get_peft_model(plain, config, adapter_name="mine")
     make_trainer(tmp_path / "run", model, [callback], max_steps=2).train()
 
@@ -360,7 +358,7 @@ def test_a_run_that_ended_before_its_first_resume_point_begins_again(
         with pytest.raises(OutOfSpaceError):
             run("ended")
     assert calls == ["main", "main-resume"]
-    # Who does not ask what there is to be resumed is not in the know, and is told.
+    # A training that did not call resume gets an error, because the run exists.
     other = StoreCallback(tmp_path / "ended", base=base)
     with pytest.raises(InvalidInputError, match="has a run 'main' already"):
         make_trainer(tmp_path / "run", make_model(), [other], max_steps=4).train()
@@ -369,7 +367,7 @@ def test_a_run_that_ended_before_its_first_resume_point_begins_again(
     assert [c.id for c in callback.timeline.checkpoints()] == ids
 
 
-def test_a_metric_that_nobody_measures_is_a_warning(tmp_path: Path, base: Path) -> None:
+def test_an_unknown_metric_gives_a_warning(tmp_path: Path, base: Path) -> None:
     best = {"eval_one_los": "min", "eval_two_loss": "min"}
     callback = StoreCallback(tmp_path / "store", base=base, best=best)  # type: ignore[arg-type]
     trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=4)

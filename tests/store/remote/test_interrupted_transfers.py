@@ -1,4 +1,4 @@
-"""A connection that breaks: nothing half is seen, nothing is lost, and a repetition goes on."""
+"""Interrupt transfers at every operation: readers see complete files, and a repetition resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.remotes import Died, FaultyRemote
 from tests.support.states import State, make_state, same_bits, train_step
 
 States = dict[str, State]
-Move = Callable[[Store, FaultyRemote, Path], object]
+Operation = Callable[[Store, FaultyRemote, Path], object]
 
 
 @pytest.fixture
@@ -42,15 +42,15 @@ def assert_holds(store: Store, states: States) -> None:
         assert same_bits(store.load(name), state)
 
 
-def assert_nothing_half(store: Store, states: States) -> None:
-    """What can be seen is whole, refs included."""
+def assert_complete(store: Store, states: States) -> None:
+    """Assert that every visible checkpoint and ref is complete."""
     assert store.check() == []
     for checkpoint in store.log():
         assert same_bits(store.load(checkpoint), states["one" if checkpoint.step == 1 else "two"])
 
 
-def moments(move: Callable[[FaultyRemote], object], inner: Callable[[], Any]) -> int:
-    """Return how many operations a whole move takes."""
+def count_operations(move: Callable[[FaultyRemote], object], inner: Callable[[], Any]) -> int:
+    """Return the number of operations of a complete transfer."""
     remote = FaultyRemote(inner())
     move(remote)
     return remote.count
@@ -60,7 +60,7 @@ def moments(move: Callable[[FaultyRemote], object], inner: Callable[[], Any]) ->
 def test_a_push_cut_at_any_moment_goes_on(
     store: Store, states: States, error: type[BaseException]
 ) -> None:
-    count = moments(
+    count = count_operations(
         lambda remote: push(store, remote, with_base=True), lambda: connect_remote(MemoryStore())
     )
     assert count > 15
@@ -71,10 +71,10 @@ def test_a_push_cut_at_any_moment_goes_on(
         with pytest.raises(error):
             push(store, remote, with_base=True)
         with contextlib.suppress(NotAStoreError):
-            assert_nothing_half(open_remote(memory), states)
+            assert_complete(open_remote(memory), states)
         push(store, remote, with_base=True)
         assert_holds(open_remote(memory), states)
-        assert len(remote.put_paths) == len(set(remote.put_paths)), "something went twice"
+        assert len(remote.put_paths) == len(set(remote.put_paths)), "a file was sent twice"
         assert push(store, remote, with_base=True).bytes == 0
 
 
@@ -86,7 +86,7 @@ def test_a_clone_cut_at_any_moment_goes_on(
     push(store, memory, with_base=True)
     Path(store.bases()[0].path).unlink()
     whole = clone(memory, tmp_path / "whole", with_base=True)
-    count = moments(
+    count = count_operations(
         lambda remote: clone(remote, tmp_path / "counted", with_base=True), lambda: memory
     )
     cut = 0
@@ -99,11 +99,11 @@ def test_a_clone_cut_at_any_moment_goes_on(
         except error:
             cut += 1
         else:
-            # What is only read ahead and fails is read again when it is needed.
+            # A range whose prefetch failed is read again when it is needed.
             assert_holds(Store.open(target), states)
             continue
         if (target / "store.json").exists():
-            assert_nothing_half(Store.open(target), states)
+            assert_complete(Store.open(target), states)
         done = clone(remote, target, with_base=True)
         copy = Store.open(target)
         assert_holds(copy, states)
@@ -120,16 +120,18 @@ def test_a_pull_cut_at_any_moment_goes_on_and_fetches_nothing_twice(
     memory = connect_remote(MemoryStore())
     push(store, memory)
     whole = pull(Store.create(tmp_path / "whole"), memory)
-    count = moments(lambda remote: pull(Store.create(tmp_path / "counted"), remote), lambda: memory)
+    count = count_operations(
+        lambda remote: pull(Store.create(tmp_path / "counted"), remote), lambda: memory
+    )
     cut = 0
     for moment in range(count):
         target = Store.create(tmp_path / f"pull-{moment}")
         remote = FaultyRemote(memory)
         remote.fail_at = moment
-        # What is only read ahead and fails is read again when it is needed.
+        # A range whose prefetch failed is read again when it is needed.
         with contextlib.suppress(StorageError):
             pull(target, remote)
-        assert_nothing_half(target, states)
+        assert_complete(target, states)
         root = tmp_path / f"pull-{moment}"
         here = {path.name for path in root.rglob("*.pack")}
         cut += bool(here) and not target.log()
@@ -142,7 +144,7 @@ def test_a_pull_cut_at_any_moment_goes_on_and_fetches_nothing_twice(
 def test_a_connection_that_breaks_is_tried_again(
     store: Store, states: States, tmp_path: Path, lost: int
 ) -> None:
-    """Each operation fails the given number of times before it does what it should."""
+    """Assert that a transfer survives operations that fail a given number of times first."""
     faulty = FaultyRemote(connect_remote(MemoryStore()))
     failed: dict[tuple[str, str], int] = {}
 
@@ -154,7 +156,7 @@ def test_a_connection_that_breaks_is_tried_again(
     faulty.before = before
     remote = RetryingRemote(faulty, delay=0)
     push(store, remote, with_base=True)
-    # The replies to conditional writes were lost, too, after they had been carried out.
+    # Replies to conditional writes were lost after the writes had succeeded.
     assert any(kind == "created" for kind, _ in failed)
     clone(remote, tmp_path / "clone", with_base=True)
     assert_holds(Store.open(tmp_path / "clone"), states)
@@ -175,7 +177,7 @@ def test_a_connection_that_stays_broken_is_told(store: Store, states: States) ->
 
 
 class Proxy:
-    """A TCP proxy that cuts connections: of every three, two, after so many bytes of a reply."""
+    """A TCP proxy that cuts two of three connections after a number of bytes of the reply."""
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.cut_after: int | None = None
@@ -217,7 +219,7 @@ class Proxy:
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Return a proxy before a real S3 server."""
+    """Return a proxy in front of a real S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     proxy = Proxy(server.get_host_and_port())

@@ -1,4 +1,4 @@
-"""What an object store's library says, as one sentence with what to do."""
+"""Describe errors of an object store in one sentence that says what to do."""
 
 from __future__ import annotations
 

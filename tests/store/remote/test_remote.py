@@ -1,4 +1,4 @@
-"""Push, pull and clone: to a real S3 server, memory, directories and fsspec's file systems."""
+"""Push, pull and clone with a real S3 server, memory, directories and fsspec file systems."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def s3() -> Iterator[str]:
 
 
 def place(kind: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return an empty place of a kind."""
+    """Return an empty remote of the given kind."""
     if kind == "memory":
         return MemoryStore()
     if kind == "directory":
         return f"file://{tmp_path / 'remote'}"
     if kind == "files":
-        # The same through fsspec, which knows no lock.
+        # The same directory through fsspec, which has no locks.
         return f"local://{tmp_path / 'files'}"
     if kind == "fsspec":
         return f"memory://{uuid.uuid4().hex}/run"
@@ -124,7 +124,7 @@ def test_push_clone_load_is_exact(
     assert copy.plan_gc().leftovers == ()
 
 
-def test_what_is_there_does_not_go_again(
+def test_existing_files_are_not_sent_again(
     store: Store, states: dict[str, State], url: Any, tmp_path: Path
 ) -> None:
     push(store, url)
@@ -139,7 +139,7 @@ def test_what_is_there_does_not_go_again(
     assert paths(url) == before
 
 
-def test_only_what_came_since_goes(
+def test_only_new_files_are_sent(
     store: Store, base: Base, states: dict[str, State], url: Any, tmp_path: Path
 ) -> None:
     push(store, url)
@@ -210,7 +210,7 @@ def test_a_store_in_place_takes_the_base_from_where_it_is_now(
         open_remote(url, bases=[other])
 
 
-def test_a_base_goes_along_where_it_is_asked_for(url: Any, tmp_path: Path) -> None:
+def test_a_base_is_sent_on_request(url: Any, tmp_path: Path) -> None:
     state = make_state(big=True)
     (tmp_path / "model").mkdir()
     write_base(tmp_path / "model" / "model.safetensors", state)
@@ -270,7 +270,7 @@ def test_damaged_files_of_a_base_are_refused(
 def test_damage_is_refused_and_the_file_is_named(
     store: Store, states: dict[str, State], tmp_path: Path
 ) -> None:
-    """Each file, changed at several places, is refused, or the change makes no difference."""
+    """Change each file at several places: the change is refused or has no effect."""
     push(store, tmp_path / "remote")
     whole = clone(tmp_path / "remote", tmp_path / "whole")
     assert len(whole.checkpoints) == len(states)
@@ -294,7 +294,7 @@ def test_damage_is_refused_and_the_file_is_named(
                 assert_holds(Store.open(target), states)
             changed_at(path, at)
     assert refused > 20
-    # Where it was damaged on the way and is whole now, the same clone is completed.
+    # If the file is undamaged again, the same clone is completed.
     for target in tmp_path.glob("clone-*"):
         if (target / "tmp" / "cloning").exists():
             clone(tmp_path / "remote", target)
@@ -312,7 +312,7 @@ def test_a_damaged_store_is_not_pushed(
     assert not [path for path in paths(url) if path.startswith(("packs", "manifests", "refs"))]
 
 
-def test_a_push_mends_what_is_gone_or_cut_short(
+def test_a_push_restores_missing_and_truncated_files(
     store: Store, states: dict[str, State], tmp_path: Path
 ) -> None:
     remote = tmp_path / "remote"
@@ -329,7 +329,9 @@ def test_a_push_mends_what_is_gone_or_cut_short(
     assert_holds(Store.open(remote), states)
 
 
-def test_a_pull_mends_what_is_gone_or_cut_short(store: Store, states: dict[str, State]) -> None:
+def test_a_pull_restores_missing_and_truncated_files(
+    store: Store, states: dict[str, State]
+) -> None:
     url = MemoryStore()
     push(store, url)
     root = Path(store.path)
@@ -340,7 +342,7 @@ def test_a_pull_mends_what_is_gone_or_cut_short(store: Store, states: dict[str, 
     assert_holds(Store.open(root), states)
 
 
-def test_pushes_of_two_stores_meet(url: Any, tmp_path: Path, state: State) -> None:
+def test_two_stores_push_to_one_remote(url: Any, tmp_path: Path, state: State) -> None:
     model = write_base(tmp_path / "base.safetensors", state)
     one, two = Store.create(tmp_path / "one"), Store.create(tmp_path / "two")
     states = {}
@@ -356,7 +358,7 @@ def test_pushes_of_two_stores_meet(url: Any, tmp_path: Path, state: State) -> No
     assert_holds(open_remote(url), states)
 
 
-def test_a_ref_that_somebody_else_moved_stays(
+def test_a_ref_that_another_writer_moved_is_not_moved(
     store: Store, states: dict[str, State], url: Any, tmp_path: Path
 ) -> None:
     push(store, url)
@@ -378,16 +380,16 @@ def test_a_ref_that_somebody_else_moved_stays(
     assert [(move.name, move.before, move.after) for move in moved] == [
         ("first", theirs.id, mine.id)
     ]
-    # Nothing was lost: what it pointed to is still a checkpoint there.
+    # The checkpoint to which the ref pointed still exists there.
     assert theirs.id in {checkpoint.id for checkpoint in open_remote(url).log()}
-    # The clone knows nothing of what the ref points to now.
+    # The clone does not have the checkpoint to which the ref points now.
     with pytest.raises(ConflictError):
         push(other, url)
     pull(other, url)
     assert other.refs()["first"] == mine.id
 
 
-def test_a_ref_moves_where_the_pusher_knows_what_it_pointed_to(
+def test_a_ref_moves_if_the_source_has_its_checkpoint(
     store: Store, states: dict[str, State], url: Any
 ) -> None:
     push(store, url)
@@ -400,7 +402,7 @@ def test_a_ref_moves_where_the_pusher_knows_what_it_pointed_to(
 
 @pytest.mark.parametrize("kind", ["s3", "memory", "directory"])
 @pytest.mark.parametrize("new", [True, False])
-def test_of_two_pushers_at_the_same_moment_one_is_told(  # noqa: PLR0917
+def test_of_two_pushers_at_the_same_moment_one_fails(  # noqa: PLR0917
     kind: str,
     new: bool,
     store: Store,
@@ -409,7 +411,7 @@ def test_of_two_pushers_at_the_same_moment_one_is_told(  # noqa: PLR0917
     s3: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The other one comes between a pusher's look at a ref and its write."""
+    """Let another push write a ref between the comparison and the write of this push."""
     url, name = place(kind, tmp_path, s3, monkeypatch), "latest" if new else "first"
     push(store, url)
     clone(url, tmp_path / "clone")
@@ -432,7 +434,7 @@ def test_of_two_pushers_at_the_same_moment_one_is_told(  # noqa: PLR0917
     assert open_remote(url).check() == []
 
 
-def test_refs_of_timelines_stay_at_home_unless_a_run_moves(
+def test_refs_of_timelines_are_sent_only_on_request(
     tmp_path: Path, store: Store, base: Base, state: State
 ) -> None:
     timeline = Timeline(store, base, retention=KeepLast(2), name="run")
@@ -467,8 +469,8 @@ def test_a_run_may_evict_while_its_store_is_pushed(store: Store, base: Base, sta
     assert same_bits(there.load(there.log()[-1]), train_step(state, 0.3, 3))
 
 
-def test_what_a_gc_left_in_a_pack_does_no_harm(tmp_path: Path) -> None:
-    """A record whose reference is gone must not be preferred to a sound one that comes."""
+def test_unreferenced_records_of_a_pack_are_not_sent(tmp_path: Path) -> None:
+    """A record whose reference was deleted must not be preferred to a sound one."""
     goal, near, other = make_state(1), {}, {}
     near, other = train_step(goal, 0.02, 2), train_step(goal, 0.2, 3)
     big = {"other.big": make_state(5, big=True)["model.embed.weight"]}
@@ -496,7 +498,7 @@ def test_what_a_gc_left_in_a_pack_does_no_harm(tmp_path: Path) -> None:
     assert_holds(Store.open(target.path), {"goal": goal})
 
 
-def test_a_directory_with_leftovers_of_a_gc_takes_a_push(tmp_path: Path) -> None:
+def test_a_push_runs_gc_in_a_directory_with_unreferenced_records(tmp_path: Path) -> None:
     goal = make_state(1)
     near, other = train_step(goal, 0.02, 2), train_step(goal, 0.2, 3)
     big = {"other.big": make_state(5, big=True)["model.embed.weight"]}
@@ -513,7 +515,7 @@ def test_a_directory_with_leftovers_of_a_gc_takes_a_push(tmp_path: Path) -> None
     assert_holds(Store.open(target.path), {"goal": goal, "big": big})
 
 
-def test_a_clone_wants_an_empty_place_and_a_store(
+def test_a_clone_needs_an_empty_place_and_a_store(
     store: Store, states: dict[str, State], tmp_path: Path
 ) -> None:
     url = MemoryStore()
@@ -533,7 +535,7 @@ def test_a_clone_wants_an_empty_place_and_a_store(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
 
 
-def test_a_push_wants_an_empty_place_or_a_store(store: Store, url: Any) -> None:
+def test_a_push_needs_an_empty_place_or_a_store(store: Store, url: Any) -> None:
     connect_remote(url).put("notes.txt", *as_parts(b"mine"))
     with pytest.raises(NotAStoreError, match=r"not empty and no store \(notes\.txt\)"):
         push(store, url)
@@ -556,7 +558,7 @@ def test_a_remote_of_another_version_is_refused(store: Store, states: dict[str, 
         ("http://[::1/x", "not a valid URL"),
     ],
 )
-def test_what_is_no_address_is_told(store: Store, url: str, message: str) -> None:
+def test_an_invalid_address_is_reported(store: Store, url: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         push(store, url)
 
@@ -568,10 +570,10 @@ def test_passwords_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize("folder", ["manifests", "bases", "packs", "refs"])
-def test_names_that_lead_elsewhere_are_refused(
+def test_names_that_lead_to_other_folders_are_refused(
     store: Store, states: dict[str, State], tmp_path: Path, folder: str
 ) -> None:
-    """A listing may be a stranger's."""
+    """Assert that names of an untrusted listing are checked."""
     inner = connect_remote(MemoryStore())
     push(store, inner, with_base=True)
     (path, *_) = inner.sizes(folder)
@@ -601,7 +603,7 @@ def test_names_that_lead_elsewhere_are_refused(
     assert not list(inside.rglob("evil*"))
 
 
-def test_a_missing_bucket_is_told(
+def test_a_missing_bucket_is_reported(
     store: Store, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place("s3", tmp_path, s3, monkeypatch)
@@ -609,7 +611,7 @@ def test_a_missing_bucket_is_told(
         push(store, "s3://nobody/run")
 
 
-def test_an_address_that_does_not_answer_is_told_in_seconds(
+def test_an_address_that_does_not_answer_is_reported_in_seconds(
     store: Store, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = place("s3", tmp_path, s3, monkeypatch)
@@ -627,7 +629,7 @@ def test_an_address_that_does_not_answer_is_told_in_seconds(
     assert time.monotonic() - begun < 20
 
 
-def test_profiles_are_read_and_their_absence_is_told(
+def test_profiles_are_read_and_their_absence_is_reported(
     store: Store, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = place("s3", tmp_path, s3, monkeypatch)
@@ -672,7 +674,7 @@ def test_a_pin_during_a_pull_is_not_lost(
     assert copy.check() == []
 
 
-def test_few_requests_tell_of_many_checkpoints(store: Store) -> None:
+def test_few_requests_list_many_checkpoints(store: Store) -> None:
     inner = connect_remote(MemoryStore())
     parent: Any = None
     for step in range(6):
@@ -694,7 +696,9 @@ def test_few_requests_tell_of_many_checkpoints(store: Store) -> None:
     assert sum(one.startswith("read_versioned refs") for one in made) == 6
 
 
-def test_large_files_go_in_parts(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_sent_in_parts(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = place("s3", tmp_path, s3, monkeypatch)
     data = bytes(range(256)) * 100_000
     remote = connect_remote(url)

@@ -1,4 +1,4 @@
-"""Each request to a real S3 server is lost once, or is the last one that goes through."""
+"""Lose each request to a real S3 server once, or all requests after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {"access_key_id": "anybody", "secret_access_key": "anything", "region": "
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[CuttingProxy]:
-    """Return a proxy before a real S3 server with a bucket."""
+    """Return a proxy in front of a real S3 server with a bucket."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -43,7 +43,7 @@ def proxy() -> Iterator[CuttingProxy]:
 
 @pytest.fixture
 def states(tmp_path: Path, state: State) -> dict[str, State]:
-    """Return the state of a small store's checkpoint of a base, by its ref."""
+    """Fill a small store; return the states of its checkpoints by ref."""
     name = "model.layers.0.up.weight"
     small = {name: state[name]}
     store = Store.create(tmp_path / "store")
@@ -58,7 +58,7 @@ def fresh() -> str:
 
 
 def at(proxy: CuttingProxy, url: str, *, retries: int = 3) -> ObjectRemote:
-    """Return what is at a URL, with the library's own retries alone, and no long waits."""
+    """Return the remote at a URL with only the retries of obstore, and short waits."""
     patience = {
         "max_retries": retries,
         "retry_timeout": datetime.timedelta(seconds=10),
@@ -86,7 +86,7 @@ def assert_holds(store: Store, states: dict[str, State]) -> None:
 
 
 def assert_readable(proxy: CuttingProxy, url: str, states: dict[str, State]) -> None:
-    """What can be seen is whole, refs included."""
+    """Assert that every visible checkpoint and ref is complete."""
     with contextlib.suppress(NotAStoreError):
         there = open_remote(at(proxy, url))
         assert there.check() == []
@@ -97,7 +97,7 @@ def assert_readable(proxy: CuttingProxy, url: str, states: dict[str, State]) -> 
 def test_a_push_outlives_the_loss_of_any_one_reply(
     proxy: CuttingProxy, tmp_path: Path, states: dict[str, State]
 ) -> None:
-    """Also of those to conditional writes, which were done."""
+    """Lose also the replies to conditional writes that succeeded."""
     requests_of(proxy)
     push(tmp_path / "store", at(proxy, fresh()), with_base=True)
     count = requests_of(proxy)
@@ -118,7 +118,7 @@ def test_a_push_that_ends_at_any_request_leaves_a_whole_store_and_goes_on(
     push(tmp_path / "store", at(proxy, fresh()), with_base=True)
     for moment in range(requests_of(proxy)):
         url = fresh()
-        # That one is done, but nobody hears of it.
+        # The request succeeds, but its reply is lost.
         proxy.cut = lambda number, moment=moment: "reply" if number >= moment else None
         with pytest.raises(StorageError):
             push(tmp_path / "store", at(proxy, url, retries=0), with_base=True)
