@@ -1,16 +1,16 @@
-"""All input and output of a store, behind one small protocol.
+"""Read and write the files of a store through one small protocol, :class:`Backend`.
 
-Invariants: a published file is complete and durable or not there at all (temporary name, fsync,
-rename, fsync of the directory); a failed fsync fails the operation and is never retried; every
-failure is a :class:`StoreError`. Files are read at positions, never mapped, because a truncated
-mapping kills the interpreter.
+Invariants: a finalized file is complete and durable, or absent (temporary name, fsync, rename,
+fsync of the directory). A failed fsync fails the operation and is never retried. Every failure is a
+:class:`StoreError`. Files are read at positions and never mapped, because a truncated mapping kills
+the interpreter.
 
 Example::
 
     backend = LocalBackend(Path("store"))
     with backend.lock(shared=True, purpose="save"), backend.writer() as writer:
         writer.write(b"...")
-        writer.publish("packs/00ff.pack")
+        writer.finalize("packs/00ff.pack")
 """
 
 from __future__ import annotations
@@ -34,106 +34,194 @@ from msft_store.storage.locks import Locks
 
 TEMPORARY = "tmp"
 QUARANTINE = "quarantine"
-"""What repairs have set aside; without meaning to a reader, and anybody may remove it."""
+"""Folder of the files that repairs have set aside. No reader uses it, and it may be deleted."""
 _MOST_AT_ONCE = 1 << 30
 _CLOCK_TICK_NS = 20_000_000
-"""No file system clock that is in use ticks more slowly, in nanoseconds."""
+"""The longest tick, in nanoseconds, of any file system clock in use."""
 MAX_SMALL_FILE_BYTES = 1 << 28
-"""Bytes of a file that is read whole: anything but a pack."""
+"""Largest size of a file that is read in one call. Only packs may be larger."""
 
 
 @dataclass(frozen=True)
 class FileStat:
-    """The size of a file, and a token that tells whether the file was written since."""
+    """The size of a file, and a token that changes whenever the file is written.
+
+    Attributes:
+        size: Size in bytes.
+        version: Two equal versions of one path mean that nothing wrote the file in between.
+            ``None`` means that the backend cannot tell; such a file must be read again.
+    """
 
     size: int
-    """Bytes."""
     version: Hashable | None = None
-    """Two equal versions of one path mean that nothing wrote the file in between. ``None`` means
-    that the backend cannot tell; such a file must be read again."""
 
 
 class Writer(Protocol):
-    """A file under way; leaving its context without :meth:`write_atomic` discards it."""
+    """A temporary file. Leaving its context without :meth:`finalize` discards it."""
 
     @property
     def position(self) -> int:
-        """Return the bytes written so far."""
+        """Return the number of bytes written so far."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
+        """Append bytes.
+
+        Args:
+            data: The bytes. The caller may reuse the buffer afterwards.
+
+        Raises:
+            OutOfSpaceError: The medium is full.
+            StorageError: The write failed in another way.
+        """
 
     def finalize(self, path: str) -> None:
-        """Make the file durable and visible under ``path``, replacing what was there."""
+        """Make the file durable and visible, replacing any file of that path.
+
+        Args:
+            path: Relative path, with ``/`` between the parts.
+
+        Raises:
+            BusyError: The lock that the thread held was taken away.
+            StorageError: The file could not be made durable.
+        """
 
 
 class Backend(Protocol):
-    """Files by relative path, with ``/`` between the parts."""
+    """Access to the files of one store by relative path, with ``/`` between the parts.
+
+    Implement it to keep a store on another medium. All methods may be called from several threads
+    at once. Every failure must be a :class:`StoreError`.
+    """
 
     def describe(self, path: str) -> str:
-        """Return a path as a person would look for it."""
+        """Return a path as it should appear in error messages.
+
+        Args:
+            path: Relative path; empty for the store itself.
+        """
 
     def exists(self, path: str) -> bool:
-        """Return whether a file is there."""
+        """Return True if there is a file at ``path``; a folder does not count."""
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Return ``length`` bytes from ``offset``; fewer only at the end of the file."""
+        """Return bytes of a file.
+
+        Args:
+            path: Relative path of the file.
+            offset: First byte to read.
+            length: Number of bytes; ``None`` reads to the end of the file.
+
+        Returns:
+            The bytes; fewer than ``length`` only at the end of the file.
+
+        Raises:
+            StorageError: There is no such file, or it cannot be read.
+        """
 
     def size(self, path: str) -> int:
-        """Return a file's size in bytes."""
+        """Return the size of a file in bytes.
+
+        Raises:
+            StorageError: There is no such file.
+        """
 
     def list(self, folder: str) -> list[str]:
-        """Return the paths of all files below a folder, sorted; none if it does not exist."""
+        """Return the paths of all files below a folder, sorted; an absent folder has none.
+
+        Args:
+            folder: Relative path of the folder; empty for the whole store.
+        """
 
     def scan(self, folder: str) -> dict[str, FileStat]:
         """Return sizes and versions of all files below a folder by path, sorted by path.
 
-        A file that another process deletes meanwhile is left out.
+        A file that another process deletes during the scan is left out.
+
+        Args:
+            folder: Relative path of the folder; empty for the whole store.
         """
 
     def writer(self) -> contextlib.AbstractContextManager[Writer]:
-        """Begin a file."""
+        """Open a temporary file; :meth:`Writer.finalize` gives it its path."""
 
     def delete(self, path: str) -> None:
-        """Remove a file, durably; one that is not there is no error."""
+        """Delete a file durably; an absent file is no error.
+
+        Raises:
+            BusyError: The lock that the thread held was taken away; nothing was deleted.
+        """
 
     def move(self, path: str, target: str) -> None:
-        """Give a file another path, durably; its bytes are not read."""
+        """Move a file to another path durably, without reading its bytes.
+
+        Args:
+            path: Present path.
+            target: New path; a file there is replaced.
+
+        Raises:
+            BusyError: The lock that the thread held was taken away; nothing was moved.
+        """
 
     def sync(self, folder: str) -> None:
-        """Make durable which files are below a folder, whoever wrote or removed them.
+        """Make the set of files below a folder durable, no matter which process changed it.
 
-        A process that is killed may leave a file that can be read and is lost in a power loss, or
-        that has gone and comes back. What builds on other processes' files does this first.
+        A process that is killed before its fsync may leave a file that a power loss takes away, or
+        a deleted file that a power loss brings back. Operations that rely on files of other
+        processes call this first.
+
+        Args:
+            folder: Relative path of the folder.
         """
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
-        """Hold the store's lock: shared with other shared owners, or alone.
+        """Hold the lock of the store, together with other shared owners or alone.
 
-        A thread may take it again; shared it then has what it had before. :class:`BusyError` if
-        others have it for too long. Publishing and deleting in a lock that was taken away is
-        :class:`BusyError` too, and does nothing.
+        A thread may take the lock again while it holds it. If it asks for a shared lock then, it
+        keeps the mode that it has. After the lock was taken away, writes and deletions raise
+        :class:`BusyError` and do nothing.
+
+        Args:
+            shared: True for a lock that other shared owners may hold at the same time.
+            purpose: The operation, such as ``save``; error messages and lock listings show it.
+
+        Raises:
+            BusyError: Other owners held the lock for longer than the timeout.
         """
 
     def claim(self, kind: str, name: str) -> Claim:
-        """Claim what has a name for this process; :class:`BusyError` if another one has it."""
+        """Claim a named resource, such as a timeline, for this process.
+
+        Args:
+            kind: Kind of the resource, such as ``timeline``.
+            name: Name of the resource.
+
+        Raises:
+            BusyError: Another process has the claim.
+        """
 
     def locks(self) -> Sequence[Lock]:
-        """Return the lock files that are there, those of some who wait included; oldest first."""
+        """Return all lock files, oldest first, including those of processes that still wait."""
 
     def unlock(self, *, force: bool) -> Sequence[Lock]:
-        """Remove the locks of owners that are dead or count as dead, or all; return them."""
+        """Remove the locks of owners that are dead or count as dead.
+
+        Args:
+            force: True removes all locks.
+
+        Returns:
+            The removed locks.
+        """
 
 
 def write_atomic(backend: Backend, path: str, data: bytes) -> None:
-    """Write a whole small file atomically."""
+    """Write a complete small file atomically and durably."""
     with backend.writer() as writer:
         writer.write(data)
         writer.finalize(path)
 
 
 def read_small_file(backend: Backend, path: str) -> bytes:
-    """Return a whole file of JSON; :class:`CorruptedError` if no such file is as large."""
+    """Return a complete file; :class:`CorruptedError` if it is larger than any small file."""
     if backend.size(path) > MAX_SMALL_FILE_BYTES:
         what = backend.describe(path)
         raise CorruptedError(f"{what} has more than {MAX_SMALL_FILE_BYTES} bytes", file=what)
@@ -141,7 +229,7 @@ def read_small_file(backend: Backend, path: str) -> bytes:
 
 
 def scan_by_size(backend: Backend, folder: str) -> dict[str, FileStat]:
-    """Implement :meth:`Backend.scan` by one listing and one call a file, without versions."""
+    """Implement :meth:`Backend.scan` with one listing and one call per file, without versions."""
     found = {}
     for path in backend.list(folder):
         try:
@@ -159,13 +247,13 @@ def file_sizes(backend: Backend, folder: str) -> dict[str, int]:
 
 
 def disk_bytes(backend: Backend) -> int:
-    """Return the bytes of all files, temporary ones included."""
+    """Return the total size in bytes of all files, temporary ones included."""
     return sum(found.size for found in backend.scan("").values())
 
 
 @contextlib.contextmanager
 def translate_os_errors(action: str, path: object) -> Iterator[None]:
-    """Turn what the operating system says into a :class:`StoreError`."""
+    """Turn an ``OSError`` into a :class:`StoreError` that names the action and the path."""
     try:
         yield
     except OSError as error:
@@ -177,7 +265,7 @@ def translate_os_errors(action: str, path: object) -> Iterator[None]:
 
 
 def _open_regular(path: str | Path, *, follow: bool) -> int:
-    """Open what is a file and nothing else: a pipe would block, a device may do anything."""
+    """Open a regular file only, because opening a pipe would block and a device may do anything."""
     if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -185,16 +273,16 @@ def _open_regular(path: str | Path, *, follow: bool) -> int:
 
 
 def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool = True) -> bytes:
-    """Return ``length`` bytes at ``offset`` of any file, or all from there; fewer only at its end.
+    """Return ``length`` bytes at ``offset`` of any file; ``None`` reads to its end.
 
-    ``follow``: whether it may be a symbolic link to one.
+    If ``follow`` is False, a symbolic link is refused.
     """
     with translate_os_errors("read", path):
         descriptor = _open_regular(path, follow=follow)
         try:
             parts = []
             if length is None:
-                # Of the file that is open: another one may have its name by now.
+                # Use the size of the open file, because another file may have its name by now.
                 length = os.fstat(descriptor).st_size - offset
             while length > 0:
                 part = os.pread(descriptor, min(length, _MOST_AT_ONCE), offset)
@@ -209,7 +297,7 @@ def read_file(path: str | Path, offset: int, length: int | None, *, follow: bool
 
 
 def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
-    """Fill ``target`` with the bytes at ``offset`` of any file; return how many there were."""
+    """Fill ``target`` with the bytes at ``offset`` of any file; return the number of bytes read."""
     with translate_os_errors("read", path):
         descriptor, filled = _open_regular(path, follow=True), 0
         try:
@@ -266,7 +354,7 @@ def _refuse_link(folder: str | Path) -> None:
 
 
 class _Folders:
-    """Makes folders of a store, each durable before a file in it is published."""
+    """Creates the folders of a store and makes each durable before a file in it is finalized."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -282,14 +370,14 @@ class _Folders:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder durable, and those above it that are not there."""
+    """Create a folder and its missing parents durably."""
     if not folder.is_dir():
         if not folder.parent.is_dir():
             make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-    # Also one that is there: who made it may have been killed. Not every directory that one may
-    # write to can be opened.
+    # An existing folder is synced as well, because the process that created it may have been killed
+    # before its fsync. Some writable folders cannot be opened for reading, and so not be synced.
     with contextlib.suppress(PermissionError):
         _sync_folder(folder.parent)
 
@@ -303,14 +391,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Rename a folder, durably, to a place where there is none or an empty one."""
+    """Rename a folder durably; the target must be absent or an empty folder."""
     with translate_os_errors("write", target):
         os.replace(source, target)
         _sync_folder(target.absolute().parent)
 
 
 class LocalBackend:
-    """A folder of a local file system."""
+    """A store in a folder of a local file system."""
 
     def __init__(self, root: Path, *, lock_timeout: float | None = None) -> None:
         self.root = root
@@ -324,7 +412,7 @@ class LocalBackend:
             make_folder(self.root.absolute())
 
     def free_bytes(self) -> int | None:
-        """Return the free bytes of the file system; ``None`` where it does not say."""
+        """Return the free bytes of the file system; ``None`` if it does not report them."""
         with translate_os_errors("look at", self.root):
             found = os.statvfs(self.root)
         return found.f_bfree * found.f_frsize if found.f_blocks else None
@@ -404,7 +492,7 @@ class LocalBackend:
             self._folders.make(place.parent)
             self._locks.confirm()
             os.replace(source, place)
-            # The new entry first: after a power loss the file may have two names, never none.
+            # Sync the new entry first, so that a power loss may leave two names but never none.
             _sync_folder(place.parent)
             _sync_folder(source.parent)
 
@@ -418,7 +506,7 @@ class LocalBackend:
                 _sync_folder(Path(parent))
 
     def clear_temporary(self) -> None:
-        """Remove the folder of unpublished files; nothing may be under way."""
+        """Delete all temporary files; no writer may be open."""
         with translate_os_errors("delete", self.root / TEMPORARY):
             shutil.rmtree(self.root / TEMPORARY)
             _sync_folder(self.root)
@@ -447,9 +535,8 @@ class LocalBackend:
 
 
 def _file_stat(status: os.stat_result) -> FileStat:
-    # A file that replaces another has its own inode, but a third one may reuse the first one's
-    # inode. Its times differ then, unless all three were written within one tick of the clock.
-    # So a file that is that young has no version.
+    # A third file may reuse the inode of the first. Their times differ, unless all were written
+    # within one tick of the clock, so a file that is younger than a tick has no version.
     if time.time_ns() - status.st_ctime_ns < _CLOCK_TICK_NS:
         return FileStat(status.st_size)
     times = (status.st_mtime_ns, status.st_ctime_ns)
@@ -457,6 +544,6 @@ def _file_stat(status: os.stat_result) -> FileStat:
 
 
 def _unless_absent(error: OSError) -> None:
-    # A folder that cannot be listed is not an empty one: gc would believe it.
+    # A folder that cannot be listed must not count as empty, because gc would delete what it needs.
     if not isinstance(error, FileNotFoundError):
         raise error

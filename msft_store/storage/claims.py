@@ -1,12 +1,12 @@
-"""Claims: what one process at a time may use, such as a timeline of a name.
+"""Claims give a named resource, such as a timeline, to one process at a time.
 
 A claim is a lock of the operating system on an empty file ``locks/.KIND-NAME``, which no reader
-takes for a lock of the store. The system frees it when the process ends, however it ends, and tells
-who has it. Where a file system has no such locks, or nothing can be written, all claims succeed.
+takes for a lock of the store. The system frees it when the process ends for any reason, and reports
+its owner. If the file system has no such locks, or is not writable, every claim succeeds.
 
-Invariants: a process has one descriptor of such a file, for closing any of them would give the lock
-up; so all claims of a name in one process are one, and it ends with the last of them. A forked
-child has no claim of its parent's, but may make it where the parent still has it.
+Invariants: a process has one descriptor of such a file, because closing any descriptor would free
+the lock. All claims of one name in a process therefore share one entry, which ends with the last of
+them. A forked child does not inherit claims, but may claim a resource that its parent still has.
 
 Example::
 
@@ -38,12 +38,12 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_FILE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _FLOCK = struct.Struct("hhqqi0q")
-"""Linux's ``struct flock`` of 64 bits: type, whence, start, length, process."""
+"""The 64-bit ``struct flock`` of Linux: type, whence, start, length, process."""
 _NOBODY, _UNKNOWN = 0, -1
 
 
 class _Entry:
-    """The one descriptor of a file that this process has locked."""
+    """The only descriptor of a file that this process has locked."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
@@ -52,46 +52,46 @@ class _Entry:
         self.users = 0
 
     def is_there(self) -> bool:
-        """Return whether its file is still the one that others would lock."""
+        """Return True if the path still leads to the locked file."""
         return self.descriptor is not None and _is_at(self.descriptor, self.path)
 
     def free(self) -> None:
-        """Give the lock up; what was given up already stays so."""
+        """Delete the file and give up the lock; do nothing if it was given up before."""
         if self.descriptor is not None:
-            # Before the lock goes: afterwards the file may be another's.
+            # Delete while the lock is held, because afterwards the file may be another process's.
             with contextlib.suppress(OSError):
                 if _is_at(self.descriptor, self.path):
                     os.unlink(self.path)
             self.close()
 
     def close(self) -> None:
-        """Close the file, and leave it there."""
+        """Close the file without deleting it."""
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
 
 class _Registry:
-    """What this process has locked, by the real path of the file."""
+    """The locked files of this process, by real path."""
 
     def __init__(self) -> None:
         self.of_ancestors: dict[str, int] = {}
-        """Which process had what locked when this one was forked from it."""
+        """The process that had each file locked when this one was forked from it."""
         self._entries: dict[str, _Entry] = {}
         self._left: deque[_Entry] = deque()
-        """A user of each has gone."""
+        """Entries that lost a user but are not yet counted down."""
         self._guard = threading.Lock()
-        os.register_at_fork(after_in_child=self._forked)
+        os.register_at_fork(after_in_child=self._forget_after_fork)
 
     def enter(self, path: str, what: str) -> _Entry | None:
-        """Return the lock of a file with one more user; ``None`` where all goes without."""
+        """Lock a file, or add a user to its lock; ``None`` if the process works without a lock."""
         with self._guard:
-            self._settle()
+            self._remove_left_users()
             entry = self._entries.pop(path, None)
             if entry is None or not entry.is_there():
                 if entry is not None:
                     entry.free()
-                entry = _locked(path, what, self.of_ancestors.get(path))
+                entry = _lock_file(path, what, self.of_ancestors.get(path))
                 if entry is None:
                     return None
             self._entries[path] = entry
@@ -99,24 +99,24 @@ class _Registry:
             return entry
 
     def leave(self, entry: _Entry) -> None:
-        """Have one user less.
+        """Remove one user.
 
-        That may be at any moment, for objects are collected at any: also while the guard is held in
-        the same thread. Then it is done when the next one enters or leaves.
+        Garbage collection may call this at any moment, even while the same thread holds the guard.
+        In that case the next call of :meth:`enter` or :meth:`leave` does the work.
         """
         self._left.append(entry)
         if self._guard.acquire(blocking=False):
             try:
-                self._settle()
+                self._remove_left_users()
             finally:
                 self._guard.release()
 
     def end(self, entry: _Entry) -> None:
-        """Free it, whoever uses it."""
+        """Free an entry, even if it has users."""
         with self._guard:
             self._free(entry)
 
-    def _settle(self) -> None:
+    def _remove_left_users(self) -> None:
         while self._left:
             entry = self._left.popleft()
             entry.users -= 1
@@ -128,8 +128,8 @@ class _Registry:
             del self._entries[entry.path]
         entry.free()
 
-    def _forked(self) -> None:
-        # Closing them takes nothing from the parent: such a lock is of a process.
+    def _forget_after_fork(self) -> None:
+        # These locks belong to a process, so closing the files here takes nothing from the parent.
         for entry in self._entries.values():
             self.of_ancestors[entry.path] = entry.process
             entry.close()
@@ -142,39 +142,39 @@ _registry = _Registry()
 
 
 class Claim:
-    """One user's part in a claim of this process; it is left when this object is collected."""
+    """One user's share in a claim of this process; garbage collection gives it back."""
 
     def __init__(self, entry: _Entry | None = None) -> None:
         self._entry = entry
         self._leave = weakref.finalize(self, _leave, entry)
-        # At the exit something may still be under way; the system frees it right after.
+        # At exit a save may still be running; the system frees the lock right afterwards.
         self._leave.atexit = False
 
     def leave(self) -> None:
-        """Use it no more; it is free once all in this process have left it."""
+        """Give back this share; the claim is free once this process has no share left."""
         self._leave()
 
     def end(self) -> None:
-        """Free it at once, whoever else in this process uses it."""
+        """Free the claim at once, for every user in this process."""
         self._leave()
         if self._entry is not None:
             _registry.end(self._entry)
 
 
 def acquire_claim(store: Path, kind: str, name: str) -> Claim:
-    """Claim what has a name, for this process; :class:`BusyError` if another one has it.
+    """Claim a named resource for this process; :class:`BusyError` if another process has it.
 
-    ``OSError`` where the file system fails in another way than that it has no locks.
+    ``OSError`` if the file system fails for another reason than lacking locks.
     """
     path = os.path.join(os.path.realpath(store), LOCKS, f".{kind}-{name}")
     return Claim(_registry.enter(path, f"{kind} {name!r} of {store}"))
 
 
-def _locked(path: str, what: str, ancestor: int | None) -> _Entry | None:
-    """Return a file's lock; ``None`` where there can be none, or where an ancestor has it."""
+def _lock_file(path: str, what: str, ancestor: int | None) -> _Entry | None:
+    """Lock a file; ``None`` if there can be no lock, or if an ancestor has it."""
     while True:
         try:
-            descriptor = _opened(path)
+            descriptor = _open_lock_file(path)
         except OSError as error:
             if error.errno in _NO_FILE:
                 return None
@@ -184,7 +184,7 @@ def _locked(path: str, what: str, ancestor: int | None) -> _Entry | None:
             outcome = _lock(descriptor)
             if outcome == "nowhere":
                 return None
-            # Who had it before may have removed the file meanwhile: then once more.
+            # The previous owner may have deleted the file in the meantime; then try again.
             if outcome == "here" and _is_at(descriptor, path):
                 stack.pop_all()
                 return _Entry(path, descriptor)
@@ -194,12 +194,12 @@ def _locked(path: str, what: str, ancestor: int | None) -> _Entry | None:
                     return None
                 if holder != _NOBODY:
                     raise BusyError(
-                        f"{what} is in use by {_said(holder)}; two at once would take away each "
-                        "other's work. Wait until that one is done, or give another name"
+                        f"{what} is in use by {_describe_holder(holder)}; two at once would take "
+                        "away each other's work. Wait until that one is done, or give another name"
                     )
 
 
-def _opened(path: str) -> int:
+def _open_lock_file(path: str) -> int:
     make_locks_folder(Path(path).parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
@@ -210,7 +210,7 @@ def _opened(path: str) -> int:
 
 
 def _lock(descriptor: int) -> Literal["here", "elsewhere", "nowhere"]:
-    """Lock a file, or tell where it is locked; nowhere: the file system has no locks."""
+    """Try to lock a file; return where it is locked, or "nowhere" if locks are not supported."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -223,18 +223,18 @@ def _lock(descriptor: int) -> Literal["here", "elsewhere", "nowhere"]:
 
 
 def _holder(descriptor: int) -> int:
-    """Return the process that has a file locked, or one of the constants."""
+    """Return the process that has locked a file, or one of the constants."""
     if sys.platform != "linux" or struct.calcsize("P") != 8:
         return _UNKNOWN
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, process = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
     if kind == fcntl.F_UNLCK:
         return _NOBODY
-    # Of one that is out of sight, Linux tells no number, or a negative one.
+    # For a process in another namespace Linux reports zero or a negative number.
     return process if process > 0 else _UNKNOWN
 
 
-def _said(holder: int) -> str:
+def _describe_holder(holder: int) -> str:
     if holder == _UNKNOWN:
         return "another process, on another machine or in another container"
     return f"process {holder} on {socket.gethostname()}"

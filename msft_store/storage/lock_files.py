@@ -1,23 +1,16 @@
-"""Lock files: empty files whose names say whose they are, and their times whether the owner lives.
+"""Lock files: empty files whose names describe their owner and whose times show that it lives.
 
-As a name is there whole or not at all, there are no half-written locks, and a full disk has room
-for one. The modification time is the owner's last sign of life.
-
-Example::
-
-    name = name_of(shared=True, purpose="save", process=Process.this())
-    now = create(folder, name)
-    look(folder, now=now, here=Process.this())
-
-Which process is this, and does another one still run?
-
-A process is known again by its id together with when it started, on a machine that is known by its
-boot. Where that cannot be told (a container, another machine, a system without ``/proc``), the
-answer is "elsewhere", never a guess.
+A file name appears completely or not at all, so there are no half-written locks, and even a full
+disk has room for one. The modification time is the owner's last sign of life. A process is
+identified by its pid and start time, and its machine by the boot id. If that cannot be read (in a
+container, on another machine, or without ``/proc``), the status is "elsewhere", never a guess.
 
 Example::
 
-    process_status(Process.this(), Process.this())      # "alive"
+    here = Process.this()
+    now = create_lock_file(folder, lock_name(shared=True, purpose="save", process=here))
+    list_locks(folder, now=now, here=here)
+    process_status(here, here)      # "alive"
 """
 
 from __future__ import annotations
@@ -39,25 +32,27 @@ ProcessStatus = Literal["alive", "dead", "elsewhere"]
 
 UNKNOWN = "0"
 _FIRST_NAMESPACE = "pid:[4026531836]"
-"""What Linux names the process ids outside all containers."""
+"""Name that Linux gives to the pid namespace outside all containers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process and where it runs; digests in hex, :data:`UNKNOWN` for what the system hides."""
+    """A process and its machine; digests in hex, :data:`UNKNOWN` if the system hides a value."""
 
     pid: int
     start: int
-    """Clock ticks from the boot of the machine to the start of the process; 0: unknown."""
+    """Clock ticks from the boot of the machine to the start of the process; 0 if unknown."""
     boot: str
     namespace: str
-    """In which ``pid`` and ``start`` have their meaning; another one in each container."""
+    """Digest of the namespace in which ``pid`` and ``start`` are valid; each container has its own.
+    """
     machine: str
-    """The same after a reboot; unknown in a container, which may be copied to other machines."""
+    """Stays the same after a reboot; unknown in a container, which may be copied to other machines.
+    """
 
     @classmethod
     def this(cls) -> Process:
-        """Return the process that runs this."""
+        """Return the running process."""
         pid_namespace, time_namespace = _link("/proc/self/ns/pid"), _link("/proc/self/ns/time")
         identity = _text("/etc/machine-id") if pid_namespace == _FIRST_NAMESPACE else ""
         stat = _stat("self")
@@ -71,7 +66,7 @@ class Process:
 
 
 def process_status(process: Process, here: Process) -> ProcessStatus:
-    """Return what can be told of a process from here."""
+    """Return what can be known about a process from here."""
     if UNKNOWN in (process.boot, here.boot):
         return "elsewhere"
     if process.boot != here.boot:
@@ -88,10 +83,10 @@ def _runs(process: Process) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        # It is there, and somebody else's.
+        # The process exists but belongs to another user.
         pass
     stat = _stat(str(process.pid))
-    # The system may hide other users' processes.
+    # A process without status counts as running: the system may hide other users' processes.
     return stat is None or (stat.runs and (process.start in (0, stat.start)))
 
 
@@ -102,13 +97,13 @@ class _Stat:
 
 
 def _stat(process: str) -> _Stat | None:
-    # The second field is the program's name in brackets, in which anything may stand.
+    # The second field is the program's name in brackets, which may contain any character.
     fields = _text(f"/proc/{process}/stat").rpartition(")")[2].split()
     try:
         state, threads, start = fields[0], int(fields[17]), int(fields[19])
     except (IndexError, ValueError):
         return None
-    # A killed process stays on the list until its parent has asked for it, but does nothing.
+    # A killed process stays listed as a zombie until its parent waits for it.
     return _Stat(start=start, runs=state not in "ZX" or threads > 1)
 
 
@@ -127,7 +122,7 @@ def _link(path: str) -> str:
 
 
 def _digest(*parts: str) -> str:
-    """Return a short digest; unknown if the first part is."""
+    """Return a short digest; :data:`UNKNOWN` if the first part is empty."""
     if not parts[0]:
         return UNKNOWN
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
@@ -135,7 +130,7 @@ def _digest(*parts: str) -> str:
 
 LOCKS = "locks"
 EXPIRY_SECONDS = 300.0
-"""Silence after which an owner that cannot be asked is taken for dead."""
+"""Seconds of silence after which an owner that cannot be checked counts as dead."""
 _NAME = re.compile(
     r"(?P<mode>shared|exclusive)_(?P<since>[0-9]{1,19})_(?P<number>[0-9a-f]{8})"
     r"_(?P<machine>[0-9a-f]{1,12})_(?P<boot>[0-9a-f]{1,12})_(?P<namespace>[0-9a-f]{1,12})"
@@ -144,37 +139,44 @@ _NAME = re.compile(
 )
 
 QueuePosition = tuple[int, str]
-"""One total order, so that of all requests one is first: by time asked for, then by name."""
+"""A total order of requests, so that one of them is first: by request time, then by name."""
 Owner = Literal["alive", "dead", "elsewhere", "silent"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """Somebody's lock on a store."""
+    """A lock on a store.
+
+    Attributes:
+        path: Path relative to the store.
+        shared: True if other shared owners may hold the store at the same time.
+        purpose: The owner's operation, such as ``save`` or ``gc``.
+        host: Name of the owner's machine.
+        pid: Process id of the owner.
+        since: Time of the request by the owner's clock, in nanoseconds since 1970.
+        silent_seconds: Seconds since the owner's last sign of life.
+        owner: ``alive`` or ``dead`` if that can be known on this machine; otherwise ``elsewhere``,
+            or ``silent`` after so many seconds without a sign of life that the owner counts as
+            dead.
+    """
 
     path: str
-    """Relative to the store."""
     shared: bool
     purpose: str
-    """What the owner does, such as ``save`` or ``gc``."""
     host: str
     pid: int
     since: int
-    """When it was asked for, by the owner's clock (nanoseconds since 1970)."""
     silent_seconds: float
-    """Time since the owner's last sign of life."""
     owner: Owner
-    """``alive`` or ``dead`` where that can be known, on this machine; else ``elsewhere``, or
-    ``silent`` if there was no sign of life for so long that it counts as dead."""
 
     @property
     def name(self) -> str:
-        """The name of the file."""
+        """Return the name of the file."""
         return self.path.rpartition("/")[2]
 
     @property
     def turn(self) -> QueuePosition:
-        """What requests are ordered by."""
+        """Return the value by which requests are ordered."""
         return queue_position(self.name)
 
     def __str__(self) -> str:
@@ -189,7 +191,7 @@ class Lock:
 
 
 def lock_name(*, shared: bool, purpose: str, process: Process) -> str:
-    """Return the name of a new lock of a process, asked for now."""
+    """Return the name of a new lock of a process, requested now."""
     return "_".join(
         (
             "shared" if shared else "exclusive",
@@ -207,13 +209,13 @@ def lock_name(*, shared: bool, purpose: str, process: Process) -> str:
 
 
 def queue_position(name: str) -> QueuePosition:
-    """Return the place of a lock among others."""
+    """Return the position of a lock among all requests."""
     found = _NAME.fullmatch(name)
     return int(found["since"]) if found else 0, name
 
 
 def create_lock_file(folder: Path, name: str) -> float:
-    """Create a lock, and the folder if it is not there; return the file system's time."""
+    """Create a lock file, and the folder if necessary; return the time of the file system."""
     make_locks_folder(folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(folder / name, flags, 0o666)
@@ -224,7 +226,7 @@ def create_lock_file(folder: Path, name: str) -> float:
 
 
 def make_locks_folder(folder: Path) -> None:
-    """Make the folder of locks if it is not there; ``OSError`` if it is a link."""
+    """Create the folder of lock files if it is absent; ``OSError`` if it is a symbolic link."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     if os.path.islink(folder):
@@ -232,15 +234,15 @@ def make_locks_folder(folder: Path) -> None:
 
 
 def remove_lock_file(path: Path) -> None:
-    """Remove a lock; one that is not there is no error."""
+    """Delete a lock file; an absent file is no error."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def list_locks(folder: Path, *, now: float, here: Process) -> list[Lock]:
-    """Return all locks, oldest request first; ``now`` is by the file system's clock (seconds).
+    """Return all locks, oldest request first; ``now`` is in seconds by the file system's clock.
 
-    A name of another form is somebody's exclusive lock; one that begins with a dot is none.
+    A file with an unknown form of name counts as an exclusive lock; a hidden file is no lock.
     """
     try:
         names = os.listdir(folder)
@@ -249,7 +251,7 @@ def list_locks(folder: Path, *, now: float, here: Process) -> list[Lock]:
     locks = []
     for name in names:
         if not name.startswith("."):
-            # It may go between the listing and the look at it.
+            # The file may be deleted after the listing.
             with contextlib.suppress(FileNotFoundError):
                 locks.append(_read(name, now - os.stat(folder / name).st_mtime, here))
     return sorted(locks, key=lambda lock: lock.turn)

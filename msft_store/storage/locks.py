@@ -1,13 +1,13 @@
-"""The store's lock: held by many at once (shared) or by one alone.
+"""The lock of a store, held by many owners at once (shared) or by one alone.
 
-Who wants it creates a lock file first and looks at the others afterwards, so that of two that
-conflict at least one sees the other. The younger request then takes its file away and waits, the
-older one leaves it and waits: no deadlock, and whoever asks gets a turn.
+A request creates a lock file first and lists the others afterwards, so at least one of two
+conflicting requests sees the other. The younger request then removes its file and waits; the older
+one keeps its file and waits. This avoids deadlocks, and every request gets its turn.
 
-Invariants: a lock of another is removed only if its owner is known to be dead, or is out of sight
-and was silent for :data:`EXPIRY_SECONDS`; an owner whose file has gone (:meth:`Locks.confirm`)
-changes nothing any more. A thread may take again what it has. A forked child has no lock of its
-parent's.
+Invariants: another owner's lock is removed only if that owner is known to be dead, or cannot be
+checked and was silent for :data:`EXPIRY_SECONDS`. An owner whose file was removed
+(:meth:`Locks.confirm`) changes nothing any more. A thread may take a lock again that it holds. A
+forked child does not inherit locks.
 
 Example::
 
@@ -20,6 +20,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -42,19 +43,23 @@ from msft_store.storage.lock_files import (
 )
 
 YIELDING = "ranks-save"
-"""The purpose of a shared lock that ends when its own thread wants the store alone: it is held by
-the one process that publishes what several save, and if that thread does something else meanwhile,
-the save has failed in another process."""
+"""Purpose of a shared lock that ends when its own thread requests an exclusive lock.
+
+The process that writes the checkpoint of several processes holds it. If its thread starts another
+operation meanwhile, the save has failed in another process.
+"""
 BEAT_SECONDS = 30.0
-"""How often an owner shows that it lives."""
+"""Seconds between two signs of life of an owner."""
 TIMEOUT = "MSFT_STORE_LOCK_TIMEOUT"
 _TIMEOUT_SECONDS = 600.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _MOST_NAMED = 3
 
+_logger = logging.getLogger(__name__)
+
 Step = Literal["go", "place", "withdraw", "wait"]
 
-# What a thread has, by store and owner: several Locks of one store in a thread have one lock.
+# The locks of a thread by store and owner, so that several Locks of one store share one lock.
 _of_thread = threading.local()
 
 
@@ -62,7 +67,7 @@ _Key = tuple[str, Process]
 
 
 class HeldLock:
-    """A lock that this process has, and shows that it lives while it does."""
+    """A lock that this process holds; a thread updates its file's time until it is released."""
 
     def __init__(self, path: Path, *, shared: bool, purpose: str, ended: Callable[[], object]):
         self.shared = shared
@@ -73,27 +78,27 @@ class HeldLock:
         self._ended = ended
         self._released = threading.Event()
         beats = threading.Thread(target=self._beat, name="msft_store lock", daemon=True)
-        # No thread starts while the interpreter ends; what is left to do then is short.
+        # No thread can start while the interpreter exits. The remaining work is short then.
         with contextlib.suppress(RuntimeError):
             beats.start()
 
     def release(self) -> None:
-        """Give it back, as often as it was taken; in a forked child nothing happens."""
+        """Release the lock once for each acquisition; does nothing in a forked child."""
         self.depth -= 1
         if self.depth == 0:
             self.end()
 
     def end(self) -> None:
-        """Give it back, however often it was taken."""
+        """Release the lock at once, no matter how often it was acquired."""
         if not self._released.is_set() and self.process == os.getpid():
             self._released.set()
             self._ended()
             remove_lock_file(self._path)
 
     def is_there(self) -> bool:
-        """Return whether nobody has taken the lock away; ``OSError`` where nothing is known."""
+        """Return True if the lock file still exists; ``OSError`` if that cannot be known."""
         try:
-            # A network file system asks its server when a file is opened, and not always before.
+            # Opening the file makes a network file system ask its server; a stat may be cached.
             os.close(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC))
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -110,10 +115,10 @@ def _held() -> dict[_Key, HeldLock]:
 
 
 class Locks:
-    """The locks of one store; methods raise ``OSError`` where the file system fails them.
+    """The locks of one store; methods raise ``OSError`` if the file system fails.
 
-    ``timeout`` is how many seconds a lock is waited for; by default what
-    ``MSFT_STORE_LOCK_TIMEOUT`` says, else ten minutes.
+    ``timeout`` is the number of seconds to wait for a lock. The default is the value of
+    ``MSFT_STORE_LOCK_TIMEOUT``, or ten minutes.
     """
 
     def __init__(
@@ -129,12 +134,12 @@ class Locks:
         self._identify = identify
 
     def acquire(self, *, shared: bool, purpose: str) -> HeldLock:
-        """Wait for the lock; :class:`BusyError` names the owners when that takes too long.
+        """Wait for the lock; :class:`BusyError` names the owners after the timeout.
 
-        So it is, at once, where a thread that has the lock shared wants it alone, unless it has it
-        for what is over (:data:`YIELDING`).
+        If the thread holds a shared lock and requests an exclusive one, :class:`BusyError` comes at
+        once, unless the shared lock is one that yields (:data:`YIELDING`).
         """
-        held = self._mine()
+        held = self._held_by_this_thread()
         if held is not None and held.purpose == YIELDING and not shared:
             held.end()
             held = None
@@ -154,11 +159,11 @@ class Locks:
 
     def confirm(self) -> None:
         """Raise :class:`BusyError` if a lock that this thread has was taken away."""
-        held = self._mine()
+        held = self._held_by_this_thread()
         if held is not None and not held.is_there():
             raise BusyError(
                 f"the lock of {self._store} was taken away from {held.purpose}: it was suspended "
-                f"for more than {EXPIRY_SECONDS:g} s, or somebody ran msft-store unlock. It has "
+                f"for more than {EXPIRY_SECONDS:g} s, or msft-store unlock was run. It has "
                 "changed nothing since; start it again"
             )
 
@@ -167,18 +172,18 @@ class Locks:
         return list_locks(self._folder, now=time.time(), here=self._identify())
 
     def unlock(self, *, force: bool) -> list[Lock]:
-        """Remove the locks whose owners are dead or count as dead, or all; return them."""
+        """Remove the locks of owners that are dead or count as dead, or all; return them."""
         here = self._identify()
         probe = lock_name(shared=True, purpose="unlock", process=here)
         now = create_lock_file(self._folder, probe)
         remove_lock_file(self._folder / probe)
         locks = list_locks(self._folder, now=now, here=here)
-        gone = [lock for lock in locks if force or lock.owner in ("dead", "silent")]
-        for lock in gone:
+        removed = [lock for lock in locks if force or lock.owner in ("dead", "silent")]
+        for lock in removed:
             remove_lock_file(self._store / lock.path)
-        return gone
+        return removed
 
-    def _mine(self) -> HeldLock | None:
+    def _held_by_this_thread(self) -> HeldLock | None:
         held = _held().get(self._key())
         return held if held is not None and held.process == os.getpid() else None
 
@@ -188,7 +193,7 @@ class Locks:
     def _wait(self, *, shared: bool, purpose: str) -> Path:
         timeout = timeout_seconds() if self._timeout is None else self._timeout
         request = _Request(self._folder, shared=shared, purpose=purpose, here=self._identify())
-        pause = _SHORTEST_PAUSE
+        pause, first_wait = _SHORTEST_PAUSE, True
         try:
             request.place()
             while True:
@@ -201,9 +206,14 @@ class Locks:
                     continue
                 if step == "withdraw":
                     request.withdraw()
+                if first_wait:
+                    _logger.info(
+                        "%s waits for the lock of %s: %s", purpose, self._store, conflicts[0]
+                    )
+                    first_wait = False
                 left = timeout - request.seconds()
                 if left <= 0:
-                    raise BusyError(self._busy(purpose, timeout, conflicts))
+                    raise BusyError(self._describe_conflicts(purpose, timeout, conflicts))
                 request.show_life()
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -211,7 +221,7 @@ class Locks:
             request.withdraw()
             raise
 
-    def _busy(self, purpose: str, timeout: float, conflicts: Sequence[Lock]) -> str:
+    def _describe_conflicts(self, purpose: str, timeout: float, conflicts: Sequence[Lock]) -> str:
         owners = "; ".join(str(lock) for lock in conflicts[:_MOST_NAMED])
         more = len(conflicts) - _MOST_NAMED
         return (
@@ -222,7 +232,7 @@ class Locks:
 
 
 class _Request:
-    """A lock that is asked for; its file is there (placed) or taken away for the time being."""
+    """A request for a lock; its file is either placed or withdrawn for the time being."""
 
     def __init__(self, folder: Path, *, shared: bool, purpose: str, here: Process) -> None:
         self.placed = False
@@ -232,7 +242,7 @@ class _Request:
         self._name = lock_name(shared=shared, purpose=purpose, process=here)
         self._begun = self._shown = time.monotonic()
         self._zero = 0.0
-        """When it was begun, by the file system's clock, which owners elsewhere go by too."""
+        """Start of the request by the file system's clock, which all owners share."""
 
     @property
     def path(self) -> Path:
@@ -243,7 +253,7 @@ class _Request:
         return queue_position(self._name)
 
     def seconds(self) -> float:
-        """Return for how long it has been asked for."""
+        """Return the seconds since the start of the request."""
         return time.monotonic() - self._begun
 
     def place(self) -> None:
@@ -261,22 +271,24 @@ class _Request:
             _touch(self.path)
 
     def conflicts(self) -> list[Lock]:
-        """Return the locks that stand in the way; those of the dead are removed.
+        """Return the conflicting locks; remove those of dead owners.
 
-        Also finds out whether this one is still there itself.
+        This also updates ``placed``, because another process may have removed the file.
         """
         locks = list_locks(self._folder, now=self._zero + self.seconds(), here=self._here)
         self.placed = any(lock.name == self._name for lock in locks)
         found = []
         for lock in locks:
             if lock.owner == "dead":
-                # What cannot be removed does no harm.
+                _logger.info("taking over from a dead owner: %s", lock)
+                # A lock of a dead owner that cannot be removed does no harm.
                 with contextlib.suppress(OSError):
                     remove_lock_file(self._folder / lock.name)
             elif lock.name == self._name or (self._shared and lock.shared):
                 continue
             elif lock.owner == "silent":
-                # It has to be gone before this goes on: an owner that wakes up looks for it.
+                _logger.info("taking over from an owner without a sign of life: %s", lock)
+                # Remove it before continuing, because an owner that wakes up checks its own file.
                 remove_lock_file(self._folder / lock.name)
             else:
                 found.append(lock)
@@ -284,10 +296,11 @@ class _Request:
 
 
 def next_step(mine: QueuePosition, placed: bool, conflicts: Sequence[QueuePosition]) -> Step:
-    """Return what a request does, whose lock is placed or not, at the sight of those of others.
+    """Return the next step of a request, given its position and those of conflicting locks.
 
-    It goes ahead only at a look after placing its lock. Whoever is younger makes way, so that the
-    oldest keeps its place and has only those before it that go ahead already.
+    A request succeeds only if it sees no conflict after placing its file. The younger request
+    withdraws, so the oldest keeps its position and waits only for owners that hold the lock
+    already.
     """
     if not conflicts:
         return "go" if placed else "place"
@@ -298,13 +311,13 @@ def next_step(mine: QueuePosition, placed: bool, conflicts: Sequence[QueuePositi
 
 
 def _touch(path: Path) -> None:
-    # A lock that was taken away must not come back, and utime creates nothing.
+    # utime never creates a file, so a lock that was taken away stays removed.
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def timeout_seconds() -> float:
-    """Return how long a lock is waited for, by the environment or by default."""
+    """Return the seconds to wait for a lock, from the environment or by default."""
     text = os.environ.get(TIMEOUT, "")
     try:
         seconds = float(text or _TIMEOUT_SECONDS)

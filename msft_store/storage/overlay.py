@@ -1,4 +1,5 @@
-"""A store as it would be with some files replaced, to look at before anything is written.
+"""A read-only view of a store in which some files are replaced, to check a change before writing
+it.
 
 Example::
 
@@ -20,11 +21,11 @@ from msft_store.storage.lock_files import Lock
 
 
 class Overlay:
-    """Another backend whose files are read, some of them from memory; nothing can be written."""
+    """A backend that reads some files from memory and the others from another backend."""
 
     def __init__(self, inner: Backend) -> None:
         self.replaced: dict[str, bytes] = {}
-        """What files hold instead, by path."""
+        """New contents of files, by path."""
         self._inner = inner
 
     def describe(self, path: str) -> str:
@@ -75,4 +76,4 @@ class Overlay:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise StorageError(f"{self.describe('')} is only looked at")
+        raise StorageError(f"{self.describe('')} is opened read-only")

@@ -1,15 +1,14 @@
-"""A bound on all bytes of a store's directory, kept at every write.
+"""A limit on the total size of a store's directory, checked at every write.
 
-Invariants: while a thread is within a bound, it begins no write after which the files of the
-directory would take more than that, temporary files and those of every other writer included.
-What other processes write meanwhile is seen when the next file is begun. Outside of a bound
-nothing is counted.
+Invariants: while a thread is within a limit, it begins no write after which the files of the
+directory would exceed that limit. Temporary files and the files of all other writers count. Files
+of other processes are counted when the next file is begun. Without a limit nothing is counted.
 
 Example::
 
     backend = QuotaBackend(LocalBackend(path))
-    with backend.within(10**9), backend.writer() as writer:
-        writer.write(data)                      # OverBudgetError if that would be too much
+    with backend.limit(10**9), backend.writer() as writer:
+        writer.write(data)                      # OverBudgetError if it would exceed the limit
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from msft_store.storage.lock_files import Lock
 
 @runtime_checkable
 class HasFreeBytes(Protocol):
-    """What a backend may have besides, if its medium can be full."""
+    """An optional part of a backend, for a medium that can be full."""
 
     def free_bytes(self) -> int | None:
-        """Return the bytes that certainly cannot be exceeded by more files; ``None``: unknown."""
+        """Return an upper bound of the free bytes; ``None`` if it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bound:
+class _Limit:
     max_bytes: int
     reserve: int
 
@@ -54,11 +53,11 @@ class _Bound:
 
 
 class _Local(threading.local):
-    bound: _Bound | None = None
+    limit: _Limit | None = None
 
 
 class QuotaBackend:
-    """Another backend, whose writes can be held within a bound."""
+    """A backend that can limit the total size of another one."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -66,34 +65,34 @@ class QuotaBackend:
         self._counting = threading.Lock()
         self._open: list[_QuotaWriter] = []
         self._used = 0
-        """Bytes on disk, at least where a writer is open within a bound."""
+        """Bytes on disk; up to date while a writer is open within a limit."""
 
     @contextlib.contextmanager
     def limit(self, max_bytes: int | None, *, reserve: int = 0) -> Iterator[None]:
-        """Hold what this thread writes to a bound in bytes; ``None``: to none.
+        """Limit the total size in bytes for the writes of this thread; ``None`` lifts the limit.
 
-        ``reserve`` bytes of it stay free. Where bounds are nested, the inner one counts.
+        ``reserve`` bytes of it stay free. Of nested limits, the inner one applies.
         """
-        before = self._local.bound
-        self._local.bound = None
+        before = self._local.limit
+        self._local.limit = None
         if max_bytes is not None:
-            self._local.bound = _Bound(max_bytes=max_bytes, reserve=reserve)
+            self._local.limit = _Limit(max_bytes=max_bytes, reserve=reserve)
         try:
             yield
         finally:
-            self._local.bound = before
+            self._local.limit = before
 
     def require_space(self, count: int) -> None:
-        """Refuse ``count`` more bytes if they certainly do not fit, before any is written.
+        """Raise an error if ``count`` more bytes certainly do not fit, before any is written.
 
-        :class:`OverBudgetError` where the bound is too low, :class:`OutOfSpaceError` where the disk
-        is too full.
+        :class:`OverBudgetError` if the limit is too low, :class:`OutOfSpaceError` if the disk is
+        too full.
         """
-        bound = self._local.bound
-        if bound is not None:
+        limit = self._local.limit
+        if limit is not None:
             used = disk_bytes(self._inner)
-            if used + count > bound.max_bytes - bound.reserve:
-                raise bound.refusal(used, count)
+            if used + count > limit.max_bytes - limit.reserve:
+                raise limit.refusal(used, count)
         room = self._inner.free_bytes() if isinstance(self._inner, HasFreeBytes) else None
         if room is not None and count > room:
             raise OutOfSpaceError(
@@ -103,12 +102,13 @@ class QuotaBackend:
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
-        """Begin a file; each of its writes is counted first."""
+        """Open a temporary file whose writes are counted before they are done."""
         with self._inner.writer() as inner:
-            writer = _QuotaWriter(self, inner, self._local.bound)
+            writer = _QuotaWriter(self, inner, self._local.limit)
             with self._counting:
-                if writer.bound is not None:
-                    # Files that are open may be on disk in part: counted twice rather than not.
+                if writer.limit is not None:
+                    # Parts of open files may be on disk already. They are counted twice, because
+                    # counting too much is safe.
                     flushed = sum(other.position for other in self._open)
                     self._used = disk_bytes(self._inner) + flushed
                 self._open.append(writer)
@@ -118,11 +118,11 @@ class QuotaBackend:
                 with self._counting:
                     self._open.remove(writer)
 
-    def count(self, bound: _Bound | None, count: int) -> None:
+    def count(self, limit: _Limit | None, count: int) -> None:
         """Count bytes before they are written; :class:`OverBudgetError` if they do not fit."""
         with self._counting:
-            if bound is not None and self._used + count > bound.max_bytes - bound.reserve:
-                raise bound.refusal(self._used, count)
+            if limit is not None and self._used + count > limit.max_bytes - limit.reserve:
+                raise limit.refusal(self._used, count)
             self._used += count
 
     def describe(self, path: str) -> str:
@@ -166,8 +166,8 @@ class QuotaBackend:
 
 
 class _QuotaWriter:
-    def __init__(self, backend: QuotaBackend, inner: Writer, bound: _Bound | None) -> None:
-        self.bound = bound
+    def __init__(self, backend: QuotaBackend, inner: Writer, limit: _Limit | None) -> None:
+        self.limit = limit
         self._backend = backend
         self._inner = inner
 
@@ -176,7 +176,7 @@ class _QuotaWriter:
         return self._inner.position
 
     def write(self, data: bytes | memoryview) -> None:
-        self._backend.count(self.bound, len(data))
+        self._backend.count(self.limit, len(data))
         self._inner.write(data)
 
     def finalize(self, path: str) -> None:
@@ -184,6 +184,6 @@ class _QuotaWriter:
 
 
 def require_space(backend: Backend, count: int) -> None:
-    """Refuse bytes that certainly do not fit, where the backend is :class:`QuotaBackend`."""
+    """Raise an error if ``count`` bytes do not fit a :class:`QuotaBackend`."""
     if isinstance(backend, QuotaBackend):
         backend.require_space(count)
