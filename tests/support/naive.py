@@ -1,4 +1,4 @@
-"""Retention policies once more, by counting what beats what: slow, plain, and without their code.
+"""A second, naive implementation of retention policies, by counting better candidates.
 
 A policy is given as its parts, which are united.
 
@@ -19,7 +19,7 @@ Candidates = Sequence[Candidate]
 
 
 def policy_of(parts: Parts) -> Policy:
-    """Return the policy that parts make up."""
+    """Return the union of policies."""
     whole = parts[0]
     for part in parts[1:]:
         whole = whole | part
@@ -27,14 +27,14 @@ def policy_of(parts: Parts) -> Policy:
 
 
 def metrics_of(parts: Parts) -> set[str]:
-    """Return what a policy ranks by."""
+    """Return the metrics that a policy ranks by."""
     single = {part.metric for part in parts if isinstance(part, KeepBest)}
     many = [set(part.metrics) for part in parts if isinstance(part, Champions | PeakWindow)]
     return single.union(*many)
 
 
 def kept(parts: Parts, candidates: Candidates) -> set[str]:
-    """Return the ids of what stays; budgets count as never exceeded."""
+    """Return the ids of the kept checkpoints; budgets are ignored."""
     rules = [part for part in parts if not isinstance(part, DiskBudget)]
     return {
         one.id
@@ -72,7 +72,7 @@ def _leads(one: Candidate, candidates: Candidates, metric: str, mode: str) -> bo
 
 
 def _better(one: Candidate, candidates: Candidates, metric: str, mode: str) -> int | None:
-    """Return how many candidates beat one, or ``None`` if it has no number to be beaten."""
+    """Return the number of better candidates, or ``None`` without a finite value."""
 
     def value(candidate: Candidate) -> float:
         number = candidate.metrics.get(metric, math.nan)
@@ -80,9 +80,9 @@ def _better(one: Candidate, candidates: Candidates, metric: str, mode: str) -> i
 
     if not math.isfinite(value(one)):
         return None
-    rivals = [c for c in candidates if math.isfinite(value(c))]
+    finite = [c for c in candidates if math.isfinite(value(c))]
     place = candidates.index(one)
     return sum(
         value(c) > value(one) or (value(c) == value(one) and candidates.index(c) < place)
-        for c in rivals
+        for c in finite
     )

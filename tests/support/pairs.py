@@ -1,4 +1,4 @@
-"""Chunks and their references, like training or like nothing at all, for codecs 6 and 7.
+"""Pairs of chunks and references for codecs 6 and 7, from training-like to hostile.
 
 Example::
 
@@ -76,7 +76,7 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
 def packed(
     dtype: DType, new: Lanes, old: Lanes, compiled: Any, codec: ModuleType = exponent_codec
 ) -> bytes:
-    """Return the payload of one of the two codecs by one path."""
+    """Return the payload of a codec, with compiled kernels or without."""
     found = exponent_codec.find_changes(new, old, layout(dtype), compiled)
     if codec is adaptive_codec:
         return adaptive_codec.encode(old, layout(dtype), found, compiled)
@@ -84,7 +84,7 @@ def packed(
 
 
 def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_codec) -> bytes:
-    """Assert that all paths agree and give back every bit; return the payload."""
+    """Assert that both implementations agree and restore every bit; return the payload."""
     first, second = (packed(dtype, new, old, compiled, codec) for compiled in PATHS)
     assert first == second
     for compiled in PATHS:
@@ -95,7 +95,7 @@ def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_cod
 def outcomes(
     payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = exponent_codec
 ) -> list[bytes | None]:
-    """Return what each path makes of a payload, ``None`` for a refusal."""
+    """Return the decoded bytes of each implementation, or ``None`` if it refuses the payload."""
     found: list[bytes | None] = []
     for compiled in PATHS:
         try:

@@ -1,4 +1,4 @@
-"""A reader of all codecs as anybody would write it from ``docs/FORMAT.md``, section 5, alone.
+"""A reader of all codecs, written from ``docs/FORMAT.md``, section 5, alone.
 
 Slow, codecs 6 to 8 in Python's integers, and without a line of the store's own code.
 
@@ -17,7 +17,7 @@ import numpy as np
 import zstandard
 
 Table = list[tuple[int, int, int]]
-"""Of one context: (first slot, slots, symbol)."""
+"""The symbols of one context: (first slot, slots, symbol)."""
 
 
 DTYPES = [
@@ -50,7 +50,7 @@ MANTISSAS = {"float16": 10, "complex32": 10, "bfloat16": 7, "float32": 23, "comp
 
 
 def decode(code: int, payload: bytes, size: int, reference: bytes | None, dtype: str) -> bytes:
-    """Return the ``size`` bytes of a chunk; ``reference`` has as many, or is ``None``."""
+    """Return the ``size`` bytes of a chunk; ``reference`` has the same size, or is ``None``."""
     width = SIZES[dtype] // 2 if dtype.startswith("complex") else SIZES[dtype]
     if code == 0:
         return payload
@@ -85,7 +85,7 @@ def decode(code: int, payload: bytes, size: int, reference: bytes | None, dtype:
 
 
 def inflate(frame: bytes, size: int) -> bytes:
-    """Return what a zstd frame holds, which is ``size`` bytes."""
+    """Return the ``size`` bytes of a zstd frame."""
     limited = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
     data = limited.decompress(frame)
     assert len(data) == size
@@ -116,7 +116,7 @@ class Bits:
         self._value, self._at = int.from_bytes(data, "little"), 0
 
     def number(self, token: int, half: int | None = None) -> int:
-        """Return the next number, whose token, and maybe half, is known."""
+        """Return the next number, given its token and perhaps its half."""
         if token < 4:
             return token
         count = token // 2 - 1
@@ -127,7 +127,7 @@ class Bits:
 
 
 def read_classes(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
-    """Return the chunk of a payload of codec 6 that is sound."""
+    """Return the chunk of a valid payload of codec 6."""
     listed, gaps, runs, size, words, low, high, busy = struct.unpack_from("<5IBBH", payload)
     tables = read_tables(payload[24 : 24 + size], high - low + 3)
     middle = 24 + size + 4 * words
@@ -148,7 +148,7 @@ def read_classes(payload: bytes, reference: bytes, *, mantissa: int, width: int)
 
 
 def read_adaptive(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
-    """Return the chunk of a payload of codec 7 that is sound."""
+    """Return the chunk of a valid payload of codec 7."""
     listed, gaps, runs, size, words, low, high, busy = struct.unpack_from("<5IBBH", payload)
     middle = 24 + size + 4 * words
     bits = Bits(payload[24 + size : middle])
@@ -165,7 +165,7 @@ def read_adaptive(payload: bytes, reference: bytes, *, mantissa: int, width: int
 
 
 def read_turned(payload: bytes, *, width: int) -> bytes:
-    """Return the chunk of a payload of codec 8 that is sound."""
+    """Return the chunk of a valid payload of codec 8."""
     planes = zstandard.ZstdDecompressor().decompress(payload)
     count = len(planes) // width
     turned = (int.from_bytes(planes[i::count], "little") for i in range(count))
@@ -200,7 +200,7 @@ def listed_lanes(exponents: list[int], runs: list[int], gaps: list[int], busy: i
 
 
 def lanes_of_coded_blocks(runs: list[int], count: int, everything: bool) -> list[int | None]:
-    """Return the lane that each place in the coded blocks stands for."""
+    """Return the lane at each place in the coded blocks."""
     blocks: list[bool] = []
     for i, length in enumerate(runs):
         blocks += [i % 2 == 1] * length
@@ -241,7 +241,7 @@ def read_tables(frame: bytes, contexts: int) -> list[Table]:
 
 
 def read_symbols(contexts: list[int], tables: list[Table], words: Iterator[int]) -> list[int]:
-    """Return one symbol a context."""
+    """Return one symbol for each context."""
     count = len(contexts)
     coders = 1 << min(max(count // 1024, 1), 1024).bit_length() - 1 if count else 0
     states = [next(words) << 16 | next(words) for _ in range(coders)]
@@ -266,7 +266,7 @@ class Decisions:
         self._counters: dict[tuple[int, ...], tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     def symbols(self, exponents: list[int]) -> list[tuple[int, int, int, int]]:
-        """Return token, flipped, smaller, half of each; all bytes are taken."""
+        """Return token, flipped, smaller and half of each symbol; all bytes must be used."""
         if exponents:
             self._value = int.from_bytes([next(self._data) for _ in range(4)], "big")
         quick = slow = 512 * exponents[0] if exponents else 0

@@ -1,6 +1,6 @@
-"""The adaptive codec gives every bit back, and the same bytes by every path.
+"""The adaptive codec restores every bit, and both implementations give the same bytes.
 
-Interpreted it is slow, so what both paths do here is small.
+The chunks are small because interpreted code is slow.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CHANGES = [
     seed=st.integers(0, 2**32),
 )
 @settings(SEEDED, max_examples=100)
-def test_both_paths_give_the_same_bytes_and_every_bit_back(
+def test_both_implementations_give_the_same_bytes_and_restore_every_bit(
     dtype: DType, count: int, kind: str, seed: int
 ) -> None:
     check(dtype, *pair_of(dtype, count, kind, seed), adaptive_codec)
@@ -85,12 +85,12 @@ def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -
         assert again == new.tobytes()
 
 
-@pytest.mark.parametrize("classes_from", [0, 100, 255])
-def test_every_change_after_every_movement_comes_back(classes_from: int) -> None:
-    rng = np.random.default_rng(classes_from)
+@pytest.mark.parametrize("first_exponent", [0, 100, 255])
+def test_every_change_after_every_movement_is_restored(first_exponent: int) -> None:
+    rng = np.random.default_rng(first_exponent)
     symbols = rng.permutation(np.array(CHANGES * 4, np.uint16))
     exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
-    ends = classes_from, min(classes_from + 63, 255)
+    ends = first_exponent, min(first_exponent + 63, 255)
     first, second = (
         adaptive_codec._encode_symbols(symbols, exponents, *ends, compiled) for compiled in PATHS
     )
@@ -104,7 +104,7 @@ def test_every_change_after_every_movement_comes_back(classes_from: int) -> None
 
 
 @pytest.mark.parametrize("surprise", [2, 7])
-def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
+def test_a_change_after_many_equal_symbols_is_restored(surprise: int) -> None:
     symbols = np.zeros(30_000, np.uint16)
     symbols[surprise::5000] = CHANGES[-1]
     exponents = np.full(symbols.size, 120, np.int16)
@@ -119,7 +119,7 @@ def test_what_was_certain_for_long_may_still_change(surprise: int) -> None:
 
 
 @pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "interpreted"])
-def test_an_unchanged_chunk_and_odd_addresses_are_fine(compiled: Any) -> None:
+def test_unchanged_chunks_and_unaligned_addresses_are_coded(compiled: Any) -> None:
     dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 1000, "trained", 1)
     shifted = []

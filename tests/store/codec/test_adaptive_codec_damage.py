@@ -1,4 +1,4 @@
-"""No payload of the adaptive codec crashes, takes much memory, or differs between paths."""
+"""No payload crashes the adaptive codec, takes much memory, or divides the implementations."""
 
 from __future__ import annotations
 
@@ -61,10 +61,12 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
     most = (2**32 - 1,) * 5 + (255, 255, 2**16 - 1)
     tried = {0, 1, head[field] - 1, head[field] + 1, 700, 701, 1 << 15, most[field]}
     for value in (value for value in tried if 0 <= value <= most[field]):
-        told = head.copy()
-        told[field] = value
+        changed_head = head.copy()
+        changed_head[field] = value
         tracemalloc.start()
-        one, other = outcomes(struct.pack(HEADER, *told) + payload[24:], old, BF16, adaptive_codec)
+        one, other = outcomes(
+            struct.pack(HEADER, *changed_head) + payload[24:], old, BF16, adaptive_codec
+        )
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert one == other
@@ -89,7 +91,7 @@ def crafted(
     words: int = 0,
     tail: bytes = b"",
 ) -> list[bytes | None]:
-    """Return what each path makes of runs, gaps and changes that no chunk leads to.
+    """Return the outcomes of a payload with crafted runs, gaps and changes.
 
     ``header`` replaces fields, ``words`` adds to the low bits or takes from them.
     """
@@ -115,7 +117,7 @@ def crafted(
     return outcomes(payload, old, BF16, adaptive_codec)
 
 
-def changed_at(old: Lanes, found: list[bytes | None]) -> list[int]:
+def changed_positions(old: Lanes, found: list[bytes | None]) -> list[int]:
     one, other = found
     assert one is not None
     assert one == other
@@ -126,12 +128,14 @@ UP = (1 << 3,)
 """One step away from zero."""
 
 
-def test_what_is_crafted_is_read_where_it_fits(old: Lanes) -> None:
+def test_a_crafted_payload_that_fits_is_read(old: Lanes) -> None:
     one: dict[str, Any] = {"changes": UP, "numbers": (1,)}
-    assert changed_at(old, crafted(old, runs=[1, 1], gaps=(12,), **one)) == [140]
-    assert changed_at(old, crafted(old, runs=[2], gaps=(43,), **one)) == [299]
-    assert changed_at(old, crafted(old, gaps=(299,), **one)) == [299]
-    assert changed_at(old, crafted(old)) == changed_at(old, crafted(old, runs=[])) == []
+    assert changed_positions(old, crafted(old, runs=[1, 1], gaps=(12,), **one)) == [140]
+    assert changed_positions(old, crafted(old, runs=[2], gaps=(43,), **one)) == [299]
+    assert changed_positions(old, crafted(old, gaps=(299,), **one)) == [299]
+    assert (
+        changed_positions(old, crafted(old)) == changed_positions(old, crafted(old, runs=[])) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_gaps_beyond_the_coded_blocks_are_refused(
 def test_the_farthest_tokens_stay_in_the_lane(old: Lanes, token: int, bits: int) -> None:
     changes = (token << 3 | bits,)
     found = crafted(old, gaps=(140,), changes=changes, numbers=(2**32 - 1,))
-    assert set(changed_at(old, found)) <= {140}
+    assert set(changed_positions(old, found)) <= {140}
 
 
 @pytest.mark.parametrize("token", [61, 62, 63])
@@ -228,5 +232,5 @@ def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes) -> None:
         "changes": UP,
         "numbers": (1,),
     }
-    assert changed_at(old, crafted(old, gaps=(140,), **one)) == [140]
+    assert changed_positions(old, crafted(old, gaps=(140,), **one)) == [140]
     assert crafted(old, gaps=(140, 3), **one) == [None, None]

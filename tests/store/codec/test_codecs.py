@@ -1,4 +1,4 @@
-"""Every codec gives back every bit, and survives every payload."""
+"""Every codec restores every bit, and no payload crashes it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tests.support.pairs import BF16, KINDS, PATHS, pair_of
 from tests.support.plain_codecs import read_turned
 
 ALL = (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED)
-BY_CLASS = (EXPONENT_CLASSES, ADAPTIVE)
+BY_EXPONENT = (EXPONENT_CLASSES, ADAPTIVE)
 DTYPES = dtypes.DTYPES
-CASES = [(c, d) for c in ALL for d in DTYPES if c not in BY_CLASS or float_layout(d) is not None]
+CASES = [(c, d) for c in ALL for d in DTYPES if c not in BY_EXPONENT or float_layout(d) is not None]
 TURNED_DTYPES = [d for d in DTYPES if d.floating]
 LENGTHS = st.integers(1, 3000)
 RELATIONS = st.sampled_from(("none", "equal", "few", "many", "unrelated"))
@@ -83,7 +83,7 @@ def reference_of(chunk: Bytes, dtype: DType, relation: str, seed: int) -> Bytes 
     level=st.sampled_from(LEVELS),
 )
 @settings(max_examples=400, deadline=None)
-def test_what_is_chosen_decodes_to_the_same_bits_and_is_never_larger_than_raw(
+def test_the_chosen_codec_restores_every_bit_and_is_never_larger_than_raw(
     *, dtype: DType, count: int, relation: str, seed: int, level: Level
 ) -> None:
     chunk = chunk_of(dtype, count, seed)
@@ -99,7 +99,7 @@ def test_what_is_chosen_decodes_to_the_same_bits_and_is_never_larger_than_raw(
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_every_type_comes_back_at_every_level(dtype: DType, level: Level) -> None:
+def test_every_type_is_restored_at_every_level(dtype: DType, level: Level) -> None:
     for seed, relation in enumerate(("none", "equal", "few", "many", "unrelated")):
         for count in (1, 10_000):
             chunk = chunk_of(dtype, count, seed)
@@ -116,7 +116,7 @@ def test_every_type_comes_back_at_every_level(dtype: DType, level: Level) -> Non
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=400, deadline=None)
-def test_each_codec_gives_back_every_bit(
+def test_each_codec_restores_every_bit(
     case: tuple[Codec, DType], count: int, relation: str, seed: int
 ) -> None:
     codec, dtype = case
@@ -217,8 +217,8 @@ def test_sparse_changes_that_do_not_fit_the_chunk_are_refused(count: int, gaps: 
         SPARSE.decode(payload, reference.size, reference, dtype)
 
 
-@pytest.mark.parametrize("codec", BY_CLASS, ids=lambda c: c.name)
-def test_classes_are_for_floats_of_two_and_four_bytes(codec: Codec) -> None:
+@pytest.mark.parametrize("codec", BY_EXPONENT, ids=lambda c: c.name)
+def test_exponent_codecs_refuse_other_types_than_floats_of_two_and_four_bytes(codec: Codec) -> None:
     for dtype in (dtype for dtype in DTYPES if (codec, dtype) not in CASES):
         with pytest.raises(ValueError, match=dtype.name):
             codec.encode(bytes_of(16), bytes_of(16), dtype)
@@ -227,7 +227,7 @@ def test_classes_are_for_floats_of_two_and_four_bytes(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("dtype", TURNED_DTYPES, ids=lambda d: d.name)
-def test_turned_lanes_are_the_same_by_every_path_and_by_the_format_page(
+def test_turned_lanes_are_the_same_in_every_implementation_and_by_the_format_page(
     monkeypatch: pytest.MonkeyPatch, dtype: DType
 ) -> None:
     for count in (1, 2, 3, 1000):
@@ -278,7 +278,7 @@ def pair_of_bytes(dtype: DType, count: int, kind: str, seed: int = 1) -> tuple[B
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_an_equal_chunk_is_the_same_and_nothing_else(dtype: DType, level: Level) -> None:
+def test_an_equal_chunk_has_an_empty_payload(dtype: DType, level: Level) -> None:
     chunk = chunk_of(dtype, 50, 1)
     assert encode(chunk, chunk.copy(), dtype, level=level) == (SAME, b"")
 
@@ -286,24 +286,24 @@ def test_an_equal_chunk_is_the_same_and_nothing_else(dtype: DType, level: Level)
 @pytest.mark.parametrize("kind", ["one", "far apart", "trained"])
 @pytest.mark.parametrize("count", [4, 60, 3000, 10_000])
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
-def test_of_few_changes_the_smallest_is_chosen(name: str, count: int, kind: str) -> None:
+def test_the_smallest_codec_is_chosen_for_few_changes(name: str, count: int, kind: str) -> None:
     dtype = dtypes.dtype_by_name(name)
     chunk, reference = pair_of_bytes(dtype, count, kind)
     tried = [RAW, SPARSE, EXPONENT_CLASSES, ADAPTIVE]
-    # For larger ones delta is not worth the time.
+    # For larger chunks the delta codec is not tried, because it is slow.
     tried += [DELTA] if chunk.size < 8192 else []
     sizes = {codec: len(codec.encode(chunk, reference, dtype)) for codec in tried}
     codec, payload = encode(chunk, reference, dtype, level="small")
     assert len(payload) == sizes[codec] == min(sizes.values())
     codec, payload = encode(chunk, reference, dtype)
-    # Tables are for chunks in which they pay.
-    rivals = {RAW, SPARSE, EXPONENT_CLASSES} if chunk.size >= 8192 else {RAW, SPARSE}
-    assert len(payload) == sizes[codec] == min(sizes[rival] for rival in rivals)
+    # Codecs with tables are only tried for chunks that are large enough.
+    candidates = {RAW, SPARSE, EXPONENT_CLASSES} if chunk.size >= 8192 else {RAW, SPARSE}
+    assert len(payload) == sizes[codec] == min(sizes[candidate] for candidate in candidates)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "complex64"])
-def test_what_is_like_nothing_gets_what_suits_it_alone(name: str, level: Level) -> None:
+def test_a_chunk_unlike_its_reference_is_coded_alone(name: str, level: Level) -> None:
     dtype = dtypes.dtype_by_name(name)
     weights, _ = pair_of_bytes(dtype, 20_000, "all")
     others = pair_of_bytes(dtype, 20_000, "all", 2)[1]
@@ -326,7 +326,7 @@ def test_small_is_no_larger_than_fast(name: str, kind: str) -> None:
         chunk, reference = pair_of_bytes(dtype, count, kind)
         for against in (reference, None):
             small, fast = (encode(chunk, against, dtype, level=level)[1] for level in LEVELS[::-1])
-            # Below a kilobyte a header more or less decides.
+            # Below a kilobyte the difference of a header decides.
             assert len(small) <= len(fast) + (8 if chunk.size >= 8192 else 0)
 
 
@@ -341,7 +341,7 @@ def test_a_turned_chunk_of_no_whole_lanes_is_refused(name: str) -> None:
             decode_into(TURNED.code, payload, bytes_of(size), dtype)
 
 
-def test_small_is_smaller_than_fast_where_much_changed() -> None:
+def test_small_is_smaller_than_fast_if_many_elements_change() -> None:
     chunk, reference = pair_of_bytes(BF16, 200_000, "trained")
     small, fast = (encode(chunk, reference, BF16, level=level)[1] for level in LEVELS[::-1])
     assert len(small) < 0.98 * len(fast)

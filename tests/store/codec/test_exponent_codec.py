@@ -1,4 +1,4 @@
-"""The class codec gives every bit back, and the same bytes by every path."""
+"""The exponent codec restores every bit, and both implementations give the same bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.states import make_state, same_bits, train_step, write_base
     seed=st.integers(0, 2**32),
 )
 @settings(SEEDED, max_examples=300)
-def test_all_paths_give_the_same_bytes_and_every_bit_back(
+def test_both_implementations_give_the_same_bytes_and_restore_every_bit(
     dtype: DType, count: int, kind: str, seed: int
 ) -> None:
     check(dtype, *pair_of(dtype, count, kind, seed))
@@ -70,9 +70,7 @@ def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
-    dtype: DType, kind: str
-) -> None:
+def test_pytorch_and_compiled_kernels_find_the_same_changes(dtype: DType, kind: str) -> None:
     for count in (1, 129, 40_000):
         new, old = pair_of(dtype, count, kind, 3)
         one = exponent_codec.find_changes(new, old, layout(dtype), COMPILED)
@@ -84,7 +82,7 @@ def test_what_tensors_and_compiled_loops_find_is_equal_field_by_field(
 
 
 @pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
-def test_an_unchanged_chunk_and_odd_addresses_are_fine(compiled: Any) -> None:
+def test_unchanged_chunks_and_unaligned_addresses_are_coded(compiled: Any) -> None:
     dtype = dtypes.dtype_by_name("float32")
     new, old = pair_of(dtype, 3000, "trained", 1)
     shifted = []
@@ -148,7 +146,7 @@ def test_threads_change_no_byte(compiled: Any) -> None:
 
 @pytest.fixture
 def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return what sets the variable that switches Numba off."""
+    """Return a function that sets the variable that disables Numba."""
 
     def switch(value: str) -> None:
         monkeypatch.setenv(codecs.NUMBA_VARIABLE, value)

@@ -1,4 +1,4 @@
-"""No payload of the class codec crashes, takes memory without bounds, or differs between paths."""
+"""No payload crashes the exponent codec, takes much memory, or divides the implementations."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
 
 
 def crafted(old: Lanes, found: ChunkChanges, **changed: Any) -> list[bytes | None]:
-    """Return what each path makes of findings that no chunk leads to."""
+    """Return the outcomes of a payload with crafted changes."""
     return outcomes(exponent_codec.encode(replace(found, **changed), None), old, BF16)
 
 
@@ -167,7 +167,7 @@ def test_a_gap_that_leads_to_a_busy_element_lists_it_once(old: Lanes, found: Chu
 
 @pytest.mark.parametrize("busy", [0, 5, 6, 255, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_every_limit_of_the_busy_fits_every_type(dtype: DType, busy: int) -> None:
+def test_every_limit_of_busy_exponents_fits_every_type(dtype: DType, busy: int) -> None:
     old = np.array([5 << layout(dtype).shift, -1, 0], f"<i{dtype.lane}")
     count = sum(exponent < busy for exponent in (5, layout(dtype).mask >> layout(dtype).shift, 0))
     found = ChunkChanges(
@@ -241,7 +241,7 @@ def test_levels_that_do_not_exist_are_refused(old: Lanes, found: ChunkChanges, l
 
 @given(levels=st.binary(min_size=3, max_size=768), seed=st.integers(0, 2**32))
 @settings(SEEDED, max_examples=100)
-def test_any_tables_lead_to_the_same_outcome_by_every_path(levels: bytes, seed: int) -> None:
+def test_any_tables_have_the_same_outcome_in_both_implementations(levels: bytes, seed: int) -> None:
     new, old = pair_of(BF16, 300, "one class", seed)
     table = np.frombuffer(levels[: len(levels) // 3 * 3], np.uint8).reshape(3, -1) % 50
     steps = np.diff(table, axis=0, prepend=np.zeros((1, table.shape[1]), np.uint8))
@@ -250,7 +250,7 @@ def test_any_tables_lead_to_the_same_outcome_by_every_path(levels: bytes, seed: 
     assert one == other
 
 
-def test_tables_that_inflate_without_end_are_refused(old: Lanes, found: ChunkChanges) -> None:
+def test_tables_that_decompress_without_end_are_refused(old: Lanes, found: ChunkChanges) -> None:
     payload = exponent_codec.encode(found, None)
     for rows in (bytes(1 << 26), bytes(257 * 3)):
         assert outcomes(with_tables(payload, rows), old, BF16) == [None, None]

@@ -1,4 +1,4 @@
-"""The level: a store's default, and what a save, an anchor and a reader make of it."""
+"""The level of encoding: the default of a store, and its use by saves, anchors and readers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support.states import State, make_state, same_bits, train_step, write
 
 @pytest.fixture
 def levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the levels that chunks are encoded with from here on."""
+    """Record the levels with which chunks are encoded."""
     seen: list[str] = []
     encode = codecs.encode
 
-    def recorded(*arguments: Any, level: Level = "fast", **options: Any) -> Any:
+    def encode_and_record(*arguments: Any, level: Level = "fast", **options: Any) -> Any:
         seen.append(level)
         return encode(*arguments, level=level, **options)
 
-    monkeypatch.setattr(codecs, "encode", recorded)
+    monkeypatch.setattr(codecs, "encode", encode_and_record)
     return seen
 
 
@@ -53,7 +53,7 @@ def test_a_save_may_have_another_level(
     small = store.save(changed, parent=base, level="small")
     assert set(levels) == {"small"}
     assert same_bits(store.load(small), changed)
-    # The level is no part of the content.
+    # The level is not part of the content.
     assert store.save(changed, parent=base).id == small.id
 
 

@@ -1,4 +1,4 @@
-"""The range coder and its tables, apart from what they code; compiled and as NumPy arrays."""
+"""The range coder and its tables on their own, compiled and on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def tables_of(*rows: list[int]) -> Array:
 
 
 def check_coder(symbols: Array, packed: Array) -> Array:
-    """Assert that each path reads what either wrote; return the words."""
-    lanes, slots = rans.count_coders(symbols.size), rans.build_slots(packed)
+    """Assert that both implementations agree and read each other's words; return the words."""
+    coders, slots = rans.count_coders(symbols.size), rans.build_slots(packed)
     words = rans.encode(symbols, packed)
     if COMPILED is not None:
-        assert np.array_equal(COMPILED.encode(symbols, packed, lanes), words)
+        assert np.array_equal(COMPILED.encode(symbols, packed, coders), words)
         assert np.array_equal(COMPILED.build_slots(packed), slots)
-    # What comes after the words is read ahead, and must not matter.
+    # The decoder reads beyond the words, and must ignore the bytes there.
     longer = np.concatenate([words, np.full(symbols.size + 1, 0xABCD, np.uint16)])
     contexts = (symbols >> 8).astype(np.uint8)
-    given_by = [rans.decode(longer, contexts, packed, slots)]
+    results = [rans.decode(longer, contexts, packed, slots)]
     if COMPILED is not None:
-        given_by.append(COMPILED.decode(longer, contexts, packed, slots, lanes))
-    for decoded, used in given_by:
+        results.append(COMPILED.decode(longer, contexts, packed, slots, coders))
+    for decoded, used in results:
         assert np.array_equal(decoded, symbols & 255)
         assert used == words.size
     return words
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_symbols_of_several_contexts_come_back(size: int) -> None:
+def test_symbols_of_several_contexts_are_restored(size: int) -> None:
     histogram = tables_of(*HISTOGRAMS.values())
     packed = rans.compute_frequencies(rans.compute_levels(histogram))
     rng = np.random.default_rng(size)
@@ -65,7 +65,7 @@ def test_symbols_of_several_contexts_come_back(size: int) -> None:
             assert words.size == 2 * rans.count_coders(size)
 
 
-def test_lanes_are_a_power_of_two_that_grows_with_the_symbols() -> None:
+def test_the_number_of_coders_is_a_power_of_two_that_grows_with_the_symbols() -> None:
     counts = [0, 1, 1023, 1024, 2047, 2048, 4095, 4096, 1 << 20, (1 << 20) - 1, 1 << 22]
     assert [rans.count_coders(n) for n in counts] == [0, 1, 1, 1, 1, 2, 2, 4, 1024, 512, 1024]
 
@@ -109,7 +109,7 @@ def test_frequencies_sum_to_4096_and_leave_out_no_symbol(rows: list[list[int]]) 
 
 @given(levels=st.lists(st.integers(0, 49), min_size=256, max_size=256))
 @settings(SEEDED, max_examples=100)
-def test_levels_that_no_histogram_leads_to_make_tables_too(levels: list[int]) -> None:
+def test_arbitrary_levels_give_valid_tables(levels: list[int]) -> None:
     packed = rans.compute_frequencies(np.array(levels, np.uint8))
     assert (packed >> 16).sum() == (4096 if any(levels) else 0)
     if COMPILED is not None:

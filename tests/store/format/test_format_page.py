@@ -1,4 +1,4 @@
-"""The example in ``docs/FORMAT.md``, byte for byte: its files, put together from the page."""
+"""The example in ``docs/FORMAT.md`` is a valid store, byte for byte."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROW = re.compile(r"\| (\d+) \| `((?:[0-9a-f]{2} ?)+)` \| .* \|")
 
 
 def lines_of(heading: str) -> bytes:
-    """Return the indented text below a heading, its lines put together."""
+    """Return the joined lines of the indented text below a heading."""
     lines = EXAMPLE.partition(heading)[2].lstrip("\n").partition("\n\n")[0].splitlines()
     assert all(line.startswith("    ") for line in lines)
     return "".join(line[4:] for line in lines).encode("ascii")
 
 
 def bytes_of(heading: str) -> bytes:
-    """Return the bytes of the table below a heading; each row stands where it says."""
+    """Return the bytes of the table below a heading; each row has the offset that it states."""
     data = b""
     for line in EXAMPLE.partition(heading)[2].lstrip("\n").partition("\n\n")[0].splitlines()[2:]:
         row = ROW.fullmatch(line)
@@ -37,8 +37,8 @@ def bytes_of(heading: str) -> bytes:
     return data
 
 
-def named(folder: str) -> str:
-    """Return the path that the page gives for a file of a folder."""
+def path_in(folder: str) -> str:
+    """Return the path that the page gives for the file in a folder."""
     found = re.search(rf"`({folder}/[0-9a-f]{{32}}\.[a-z]+)`", EXAMPLE)
     assert found is not None
     return found[1]
@@ -46,13 +46,13 @@ def named(folder: str) -> str:
 
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
-    """The example as a store."""
+    """Write the example as a store."""
     files = {
         "store.json": lines_of("`store.json`, one line without an end:"),
         "refs/best.json": lines_of("`refs/best.json`, one line without an end:"),
-        named("packs"): bytes_of(f"`{named('packs')}`, 199 bytes:"),
-        named("manifests"): b"%s\n%s\n"
-        % (lines_of(f"`{named('manifests')}`, first line:"), lines_of("and second line:")),
+        path_in("packs"): bytes_of(f"`{path_in('packs')}`, 199 bytes:"),
+        path_in("manifests"): b"%s\n%s\n"
+        % (lines_of(f"`{path_in('manifests')}`, first line:"), lines_of("and second line:")),
     }
     for path, data in files.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def test_both_readers_restore_it(example: Path) -> None:
 
 
 def test_the_decoded_footer_is_that_of_the_pack(example: Path) -> None:
-    pack = (example / named("packs")).read_bytes()
+    pack = (example / path_in("packs")).read_bytes()
     assert len(pack) == 199
     assert inflate(pack[43:151], 160) == bytes_of("Its footer, decoded, 160 bytes:")
 

@@ -1,4 +1,4 @@
-"""Stores that earlier versions wrote are read for ever: by the product, and by the plain reader."""
+"""The product and the plain reader can read the stores that earlier versions wrote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sums(version: str) -> dict[str, Any]:
 
 @pytest.fixture
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, dict[str, Any]]:
-    """A copy of a kept store, told where its bases are, and the sums of its tensors."""
+    """Return a copy of a kept store with relocated bases, and the checksums of its tensors."""
     version, name = request.param.split("/")
     folder = tmp_path / name
     shutil.copytree(FOLDER / version / name, folder)
@@ -69,7 +69,7 @@ def test_the_plain_reader_reads_it(kept: tuple[Store, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("kept", KEPT, indirect=True)
-def test_the_product_goes_on_with_it(kept: tuple[Store, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_product_continues_it(kept: tuple[Store, dict[str, Any]], tmp_path: Path) -> None:
     store, expected = kept
     parents = store.log()
     floats = store.load(parents[-1])
@@ -87,7 +87,7 @@ def test_the_product_goes_on_with_it(kept: tuple[Store, dict[str, Any]], tmp_pat
         if all(dtype_by_name(dtype).safetensors for dtype, _, _ in expected[parent.id].values()):
             again.export(parent, tmp_path / parent.id)
             file, loaded = tmp_path / parent.id / "model.safetensors", again.load(parent)
-            # Under the names of the base, where all of them have the same prefix beyond those.
+            # The export uses the names of the base, which lack a common prefix of the checkpoint.
             known = loaded if parent.base is None else again.base(parent.base).tensors
             prefix = "" if loaded.keys() & known.keys() else "model."
             assert same_bits(

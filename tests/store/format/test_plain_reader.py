@@ -1,4 +1,4 @@
-"""Another reader, written from ``docs/FORMAT.md`` alone, restores what the product saves."""
+"""A second reader, written from ``docs/FORMAT.md`` alone, restores the stores of the product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.states import State, bits_of, make_state, train_step, write_b
 
 
 def assert_read(store: Store, states: dict[str, State]) -> None:
-    """Compare what the plain reader restores with states by checkpoint."""
+    """Assert that the plain reader restores the given states, by checkpoint."""
     plain = PlainStore(Path(store.path))
     assert plain.checkpoints().keys() == states.keys()
     for identity, state in states.items():
@@ -28,7 +28,7 @@ def assert_read(store: Store, states: dict[str, State]) -> None:
             assert data == bits_of(state[name])
 
 
-def one_of(rng: np.random.Generator, things: Sequence[Any]) -> Any:
+def choose_one(rng: np.random.Generator, things: Sequence[Any]) -> Any:
     return things[rng.integers(len(things))]
 
 
@@ -43,11 +43,11 @@ def test_runs_of_saves_anchors_rebases_and_gcs(
     base = store.add_base(write_base(tmp_path / "base.safetensors", wide))
     states: dict[str, State] = {}
     for seed in range(6):
-        parent = one_of(rng, [base, None, *store.log()])
+        parent = choose_one(rng, [base, None, *store.log()])
         known = states.get(getattr(parent, "id", ""), {n: wide[n].to(dtype) for n in names})
-        state = train_step(known, one_of(rng, [0.0, 0.02, 0.6]), seed)
+        state = train_step(known, choose_one(rng, [0.0, 0.02, 0.6]), seed)
         states[store.save(state, parent=parent, step=seed).id] = state
-        one, other = one_of(rng, store.log()), one_of(rng, store.log())
+        one, other = choose_one(rng, store.log()), choose_one(rng, store.log())
         if rng.random() < 0.5:
             store.anchor(one)
         elif one.base == other.base:

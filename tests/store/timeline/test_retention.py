@@ -1,4 +1,4 @@
-"""Policies are pure: candidates worked by hand in, ids and reasons out."""
+"""Retention policies on candidates made by hand: the kept ids and their reasons."""
 
 from __future__ import annotations
 
@@ -56,11 +56,13 @@ def kept(policy: Policy, candidates: list[Candidate]) -> str:
         (KeepBest("m") | DiskBudget(99), (), ""),
     ],
 )
-def test_what_is_kept(policy: Policy, scores: tuple[float, ...], expected: str) -> None:
+def test_policies_keep_the_expected_checkpoints(
+    policy: Policy, scores: tuple[float, ...], expected: str
+) -> None:
     assert kept(policy, line(*scores)) == expected
 
 
-def test_the_best_loss_is_the_smallest_unless_somebody_says_otherwise() -> None:
+def test_the_best_loss_is_the_smallest_unless_a_mode_is_given() -> None:
     losses = [
         Candidate(id=id, metrics={"eval_one_loss": value}, index=index)
         for index, (id, value) in enumerate((("a", 2.0), ("b", 1.0), ("c", 3.0)))
@@ -82,8 +84,8 @@ def test_champions_are_of_the_current_branch_and_the_best_of_all() -> None:
 @pytest.mark.parametrize(
     ("scores", "window", "expected"),
     [
-        ((5, 1), 2, "a"),  # one evaluation without anything better: open
-        ((5, 1, 1), 2, "a"),  # passed: the next roll-back
+        ((5, 1), 2, "a"),  # the window is open after one evaluation without improvement
+        ((5, 1, 1), 2, "a"),  # the peak has passed: this is the next roll-back
         ((5, 6, 1, 1), 2, "b"),
         ((1, 2, 3), 1, "c"),
     ],
@@ -94,7 +96,7 @@ def test_a_peak_window_keeps_a_champion_until_it_is_rolled_back_to(
     assert kept(PeakWindow({"m": "max"}, window), line(*scores)) == expected
 
 
-def test_of_the_peaks_that_have_passed_only_the_earliest_is_kept() -> None:
+def test_only_the_earliest_of_the_passed_peaks_is_kept() -> None:
     rows = [(9, 0, 0), (0, 9, 0), (0, 0, 1), (0, 0, 2)]
     candidates = [
         Candidate(id="abcd"[i], metrics={"p": p, "q": q, "r": r}, index=i)
@@ -116,7 +118,7 @@ def test_a_budget_drops_the_least_valuable_first_and_never_the_best() -> None:
         (KeepBest("m") | DiskBudget(9)).decide(line(*scores))
 
 
-def test_the_tightest_of_several_budgets_counts_wherever_it_stands() -> None:
+def test_the_smallest_of_several_budgets_counts_in_any_order() -> None:
     for policy in (
         DiskBudget(20) | KeepLast(5) | DiskBudget(40),
         (KeepLast(5) | DiskBudget(40)) | DiskBudget(20),
@@ -129,7 +131,7 @@ def test_a_budget_alone_keeps_the_newest_that_fit() -> None:
     assert kept(DiskBudget(9), line(1, 2, 3)) == ""
 
 
-def test_what_is_pinned_stays_and_says_why() -> None:
+def test_a_pinned_checkpoint_is_kept_with_its_reason() -> None:
     candidates = [Candidate(id="p", metrics={}, pinned="pinned as best"), *line(1, 2)]
     decided = KeepLast(1).decide(candidates)
     assert [reason.text for reason in decided["p"]] == ["pinned as best"]
@@ -159,6 +161,6 @@ def test_every_reason_is_given() -> None:
         lambda: DiskBudget(-1),
     ],
 )
-def test_policies_that_mean_nothing_are_refused(make: object) -> None:
+def test_invalid_policies_are_refused(make: object) -> None:
     with pytest.raises(InvalidInputError):
         make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Comparisons of real runs: nothing is repeated, a failure stops nobody, several run at once."""
+"""Comparisons of real runs: no run is repeated, failures are isolated, and several run at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.training.run import start
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A comparison in ``all`` of runs of half an epoch."""
+    """Return the configuration of a comparison in ``all``, with runs of half an epoch."""
     return make_config(
         tmp_path,
         msft__compute_budget=0.5,
@@ -43,7 +43,7 @@ def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(
     sft, msft = equal.row("sft"), equal.row("msft")
     assert sft is not None
     assert msft is not None
-    # MSFT trains two stages of half an epoch, for nobody peaks.
+    # MSFT trains two stages of half an epoch, because no sub-dataset peaks.
     assert sft.budget() == 1.0
     assert sft.work()["total"].flops == pytest.approx(msft.work()["total"].flops, rel=0.1)
     assert not (directory / "sft/C-0.5/seed-0/model").exists()
@@ -79,7 +79,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         compare(replace(config, train=replace(config.train, lr=0.5)), ["sft"], seeds=1)
 
 
-def test_runs_in_children_are_those_of_this_process(config: Config) -> None:
+def test_runs_in_subprocesses_are_complete(config: Config) -> None:
     comparison = compare(config, ["sft"], seeds=2, jobs=2, keep_models=True)
     assert comparison.failures == {}
     directory = Path(config.output_dir)
@@ -99,7 +99,7 @@ def test_if_no_run_finishes_the_first_failure_is_the_error(config: Config) -> No
         compare(config, ["sft"], jobs=0)
 
 
-def test_a_child_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+def test_a_failed_subprocess_gives_its_reason_in_one_line(tmp_path: Path) -> None:
     ends: dict[str, tuple[int, str]] = {}
 
     def record_exit(name: str, code: int, line: str) -> bool:
@@ -114,7 +114,7 @@ def test_a_child_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     assert line.startswith("no journal at")
 
 
-def test_a_signal_is_passed_on_and_no_other_run_begins(config: Config) -> None:
+def test_a_signal_is_forwarded_and_no_other_run_starts(config: Config) -> None:
     path = Path(config.output_dir).parent / "config.yaml"
     ends: dict[str, int] = {}
 
@@ -132,5 +132,5 @@ def test_a_signal_is_passed_on_and_no_other_run_begins(config: Config) -> None:
         )
     assert interrupted.value.number == signal.SIGTERM
     assert list(ends) == ["long"]
-    # It may have been told before it could listen.
+    # The signal may have come before its handler was installed.
     assert ends["long"] in (143, -signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Grids of runs, what they come to, tables, pictures and page: on made-up and recorded runs."""
+"""Lists of runs, their aggregation, tables, plots and page, on synthetic and recorded runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def with_test(summary: Summary, **values: float) -> Summary:
 
 
 def make(recorded: Mapping[str, Summary]) -> Comparison:
-    """Three seeds of SFT; two of MSFT, whose third has failed."""
+    """Return three seeds of SFT and three of MSFT, of which the third failed."""
     cells = {
         "sft": [(0.4, 0.6), (0.5, 0.7), (0.6, 0.8)],
         "msft": [(0.5, 0.7), (0.8, 0.8), None],
@@ -92,7 +92,7 @@ def test_means_differences_and_spread_by_hand(recorded: dict[str, Summary]) -> N
     )
     difference = group.difference(msft)
     assert difference is not None
-    # 0.6 - 0.5 and 0.8 - 0.6: the seed that MSFT lacks counts on neither side.
+    # The differences are 0.6 - 0.5 and 0.8 - 0.6; the seed that MSFT lacks is ignored.
     assert (difference.mean, difference.error, difference.count) == (
         pytest.approx(0.15),
         pytest.approx(0.05),
@@ -133,14 +133,14 @@ def test_the_tables(recorded: dict[str, Summary]) -> None:
     assert all(section.title in text for section in build_sections(comparison))
 
 
-def test_a_total_leaves_out_what_was_repeated(recorded: dict[str, Summary]) -> None:
+def test_a_total_excludes_repeated_work(recorded: dict[str, Summary]) -> None:
     account = recorded["msft"].account
     again = replace(account, repeated=account.kept)
     assert total_work(again) == total_work(account)
     assert total_work(account).tokens == 4000 + 8000 + 600 + 750 + 300
 
 
-def test_json_knows_no_nan_and_names_what_failed(recorded: dict[str, Summary]) -> None:
+def test_json_has_no_nan_and_names_failed_runs(recorded: dict[str, Summary]) -> None:
     comparison = make(recorded)
     broken = with_test(recorded["sft"], a=float("nan"), b=1.0)
     case = Case(method="sft", budget=3.0, seed=0)
@@ -173,7 +173,7 @@ def test_at_equal_compute_msft_stands_beside_the_others(recorded: dict[str, Summ
         assert difference.mean == pytest.approx(gain)
 
 
-def test_without_test_data_validation_is_compared_and_called_so(
+def test_without_test_data_the_validation_metric_is_compared(
     recorded: dict[str, Summary],
 ) -> None:
     bare = replace(
@@ -255,7 +255,7 @@ def test_peaks_and_how_exclusions_move_them(tmp_path: Path) -> None:
     )
 
 
-def test_the_files_of_a_comparison_stand_by_themselves(
+def test_the_files_of_a_comparison_are_self_contained(
     tmp_path: Path, recorded: dict[str, Summary]
 ) -> None:
     comparison = make(recorded)

@@ -1,4 +1,4 @@
-"""Means, standard errors and spreads: against numbers by hand, and what holds for all numbers."""
+"""Means, standard errors and deviations: values computed by hand, and general properties."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_an_estimate_by_hand() -> None:
     assert estimate([]) is None
 
 
-def test_a_spread_is_over_all_sub_datasets() -> None:
+def test_the_standard_deviation_is_that_of_the_population() -> None:
     assert standard_deviation([1.0, 3.0]) == 1.0
     assert standard_deviation([2.0]) == 0.0
 
 
-def test_nan_is_not_passed_over() -> None:
+def test_nan_is_not_ignored() -> None:
     found = estimate([0.5, math.nan])
     assert found is not None
     assert math.isnan(found.mean)
@@ -52,7 +52,7 @@ def test_mean_and_error_are_those_of_the_standard_library(values: list[float]) -
 
 
 @given(by_seed, by_seed, numbers)
-def test_a_paired_difference_has_nothing_of_what_a_seed_does_to_both(
+def test_a_paired_difference_excludes_the_common_effect_of_a_seed(
     ours: dict[int, float], theirs: dict[int, float], effect: float
 ) -> None:
     there, back = estimate_difference(ours, theirs), estimate_difference(theirs, ours)
