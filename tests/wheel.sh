@@ -15,7 +15,7 @@ pip=(install --quiet --disable-pip-version-check)
 "$work/empty/bin/pip" "${pip[@]}" --constraint constraints.txt "$work"/dist/*.whl
 "$work/empty/bin/python" -m zipfile --list "$work"/dist/*.whl > "$work/files"
 for file in msft_store/store.py msft_store/integrations/dcp/storage.py msft_store/py.typed msft_store/__init__.pyi \
-            trainer/training/loop.py trainer/algorithms/msft.py licenses/LICENSE; do
+            trainer/__init__.pyi trainer/training/loop.py trainer/algorithms/msft.py licenses/LICENSE; do
     grep -q "$file" "$work/files" || { echo "the wheel lacks $file"; exit 1; }
 done
 

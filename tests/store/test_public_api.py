@@ -13,6 +13,7 @@ import pytest
 
 import msft_store
 from msft_store import StoreError, errors
+from tests.test_layers import public_names
 
 HEAVY = (
     "transformers",
@@ -26,33 +27,28 @@ HEAVY = (
 )
 
 
+def stub() -> ast.Module:
+    """Return ``__init__.pyi``, which type checkers and lazy_loader read."""
+    return ast.parse((Path(msft_store.__file__).parent / "__init__.pyi").read_text())
+
+
 def test_the_public_names_are_sorted_and_complete() -> None:
     names = msft_store.__all__
-    assert names == sorted(set(names))
-    assert set(names) <= set(dir(msft_store))
-    assert set(names) == set(msft_store._HOME)
-    for name in names:
-        assert getattr(msft_store, name).__module__ == f"msft_store.{msft_store._HOME[name]}"
-    with pytest.raises(AttributeError, match="'Stor'"):
+    assert names == sorted(set(names)) == dir(msft_store)
+    assert set(names) == public_names("msft_store")
+    homes = {
+        alias.name: f"msft_store.{node.module}"
+        for node in stub().body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert homes == {name: getattr(msft_store, name).__module__ for name in names}
+    with pytest.raises(AttributeError, match="Stor"):
         _ = msft_store.Stor
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
     assert msft_store.__version__ == version("msft-store")
-    assert "__version__" in dir(msft_store)
-
-
-def test_type_checkers_see_the_same_names() -> None:
-    stub = ast.parse((Path(msft_store.__file__).parent / "__init__.pyi").read_text())
-    found = {
-        (node.module, alias.name, alias.asname)
-        for node in stub.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert found == {
-        (f"msft_store.{module}", name, name) for name, module in msft_store._HOME.items()
-    }
 
 
 def test_every_exception_is_public_and_a_store_error() -> None:
@@ -72,8 +68,15 @@ def test_everything_public_is_documented() -> None:
                 assert inspect.getdoc(getattr(value, part)), f"{name}.{part}"
 
 
-def test_importing_the_store_imports_nothing_heavy() -> None:
-    code = "import sys, msft_store; [getattr(msft_store, name) for name in msft_store.__all__]; "
-    code += f"print([m for m in {HEAVY} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("use", "heavy"),
+    [
+        ("msft_store", (*HEAVY, "torch", "numpy")),
+        ("[getattr(msft_store, name) for name in msft_store.__all__]", HEAVY),
+    ],
+    ids=["the package", "all of its names"],
+)
+def test_importing_the_store_imports_nothing_heavy(use: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, msft_store; {use}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -162,11 +162,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read, complete and check a configuration.
+    """Read, complete and check the configuration of a run.
 
-    ``overrides`` are ``dotted.key=value`` with values in YAML; the paths in them follow the same
-    rule as those in the file. All paths of the result are absolute. Raises :class:`ConfigError`
-    with the file, the dotted key and what to do.
+    Args:
+        path: A YAML file. Relative paths in it are taken from its folder, except ``output_dir``,
+            which is taken from the working directory.
+        overrides: Assignments ``dotted.key=value`` with values in YAML, as on the command line.
+            Paths in them follow the same rule.
+
+    Returns:
+        The configuration. All of its paths are absolute.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value is wrong. The message names the file,
+            the dotted key and what to do.
     """
     path = Path(path)
     try:
