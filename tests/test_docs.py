@@ -130,8 +130,8 @@ def test_the_example_of_a_module_with_a_page_runs(name: str, scope: dict[str, An
 def test_every_command_is_on_the_page_of_commands() -> None:
     page = (ROOT / "docs" / "howto" / "command.md").read_text(encoding="utf-8")
     source = "".join(
-        (ROOT / "msft_store" / name).read_text(encoding="utf-8")
-        for name in ("cli.py", "cli_remote.py")
+        (ROOT / "msft_store" / "cli" / name).read_text(encoding="utf-8")
+        for name in ("main.py", "remote.py")
     )
     commands = set(re.findall(r"\badd\(\s*\"([a-z-]+)\"", source))
     assert len(commands) > 18

@@ -63,7 +63,7 @@ def run(config: Config, *, progress: bool = False) -> RunResult:
         DataError: A data file is wrong.
         RunError: The directory has a run already, or another process uses it.
         PausedError: The disk, or ``max_disk``, is full. :func:`resume` continues the run.
-        Interrupted: SIGINT or SIGTERM ended the run. :func:`resume` continues it.
+        ~trainer.signals.Interrupted: SIGINT or SIGTERM ended the run. :func:`resume` continues it.
     """
     return RunResult(
         directory=Path(config.output_dir), summary=runs.start(config, progress=progress)
@@ -83,7 +83,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = False) -> RunR
     Raises:
         RunError: The directory has no run, another process uses it, or its model was changed.
         PausedError: The disk, or ``max_disk``, is still full.
-        Interrupted: SIGINT or SIGTERM ended the run again.
+        ~trainer.signals.Interrupted: SIGINT or SIGTERM ended the run again.
     """
     directory = Path(directory).absolute()
     return RunResult(directory=directory, summary=runs.resume(directory, progress=progress))
