@@ -26,6 +26,7 @@ from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, Record
 from msft_store.objects.bases import Base, BaseTensor, base_id, write_base
 from msft_store.objects.manifest import (
+    CheckpointFacts,
     Piece,
     TensorEntry,
     checkpoint_content,
@@ -158,12 +159,13 @@ class Maker:
         }
         line = tensor_table(table)
         content = checkpoint_content(
+            CheckpointFacts.of(
+                step=step,
+                metrics={"loss": float(self._random.random()), "accuracy": step / 1e4},
+                metadata={"epoch": step / 10},
+            ),
             parent=self._parent,
             base=self._base,
-            step=step,
-            metrics={"loss": float(self._random.random()), "accuracy": step / 1e4},
-            tags=(),
-            metadata={"epoch": step / 10},
             tensors=line,
             logical_bytes=sum(entry.nbytes for entry in table.values()),
         )

@@ -16,6 +16,7 @@ from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, Record, c
 from msft_store.objects.base_reader import BaseReader, box_runs
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
+    CheckpointFacts,
     Piece,
     TensorEntry,
     checkpoint_content,
@@ -414,9 +415,8 @@ def test_a_tensor_of_several_pieces_is_put_together(store: Store) -> None:
         pack.finalize()
     line = tensor_table({"w": TensorEntry(dtype=dtype, shape=(6, 10), pieces=tuple(pieces))})
     content = checkpoint_content(
-        parent=None, base=None, step=None, metrics={}, tags=(), metadata={}, tensors=line,
-        logical_bytes=240,
-    )  # fmt: skip
+        CheckpointFacts.of(), parent=None, base=None, tensors=line, logical_bytes=240
+    )
     ckpt = write_manifest(
         backend, content, line, created=1, stored_bytes=240, unreferenced_bytes=240
     )
