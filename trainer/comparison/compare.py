@@ -88,7 +88,8 @@ def compare(
         ConfigError: An argument or the configuration is wrong. Nothing was run.
         RunError: ``output_dir`` has runs of another configuration, or no run finished.
         PausedError: The disk is full. The same call continues the comparison.
-        ~trainer.signals.Interrupted: SIGINT or SIGTERM ended a run. The same call continues the comparison.
+        ~trainer.signals.Interrupted: SIGINT or SIGTERM ended a run. The same call continues the
+            comparison.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {jobs}")
