@@ -38,6 +38,7 @@ nitpick_ignore_regex = [
 # Fields that have the name of a type.
 suppress_warnings = ["ref.python"]
 
+html_extra_path = ["groups-light.svg", "groups-dark.svg"]
 html_theme = "furo"
 html_title = f"msft-store {release}"
 html_copy_source = False
