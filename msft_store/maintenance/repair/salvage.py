@@ -1,8 +1,7 @@
 """What can still be read of a damaged file.
 
-Invariant: whatever is returned is proven by a digest, so it is what was written. One flipped bit of
-a small file is found by trying all of them; what was appended to a file is cut off; a pack whose
-header or trailer is damaged is read by its footer.
+Invariant: a digest proves that the returned bytes are those that were written. Appended bytes are
+cut off. A pack with a damaged header or trailer is read by its footer.
 
 Example::
 
@@ -16,8 +15,7 @@ import contextlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
 
 import xxhash
 import zstandard
@@ -37,8 +35,6 @@ from msft_store.format.pack_footer import (
 from msft_store.objects.packs import pack_path, read_pack
 from msft_store.storage.backend import Backend
 
-_MOST_TRIED = 1 << 14
-"""Bytes up to which all flipped bits are tried: a second or two."""
 _MOST_SEARCHED = 1 << 26
 """Bytes in which the footer of a pack, or the end of a line, is looked for."""
 _MOST_PLACES = 64
@@ -49,48 +45,27 @@ _FRAME = b"\x28\xb5\x2f\xfd"
 """How a zstd frame begins."""
 
 
-def flipped_back(data: bytes, right: Callable[[bytes], bool]) -> bytes | None:
-    """Return the data that is right, if one flipped bit or none makes it so; else ``None``."""
-    if right(data):
-        return data
-    trial = bytearray(data if len(data) <= _MOST_TRIED else b"")
-    for at in range(len(trial)):
-        for bit in range(8):
-            trial[at] ^= 1 << bit
-            if right(bytes(trial)):
-                return bytes(trial)
-            trial[at] ^= 1 << bit
-    return None
-
-
-@lru_cache(maxsize=32)
 def mended_sealed(data: bytes) -> bytes | None:
-    """Return a line of sealed JSON as it was written, or ``None`` if that cannot be told."""
-    whole = flipped_back(data, _is_sealed)
-    if whole is None:
-        try:
-            text = data[:_MOST_SEARCHED].decode("ascii", "replace")
-            _, end = json.JSONDecoder().raw_decode(text)
-        except (ValueError, RecursionError):
-            return None
-        whole = data[:end] if _is_sealed(data[:end]) else None
-    return whole
+    """Return the sealed JSON line at the start of the data, or ``None`` if it is damaged."""
+    if _is_sealed(data):
+        return data
+    try:
+        text = data[:_MOST_SEARCHED].decode("ascii", "replace")
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return data[:end] if _is_sealed(data[:end]) else None
 
 
-@lru_cache(maxsize=32)
 def mended_manifest(data: bytes) -> bytes | None:
-    """Return a manifest's two lines as they were written, or ``None`` if that cannot be told."""
+    """Return the two lines of a manifest without appended bytes, or ``None`` if one is damaged."""
     line, _, rest = data.partition(b"\n")
     head = mended_sealed(line)
     stated = None if head is None else _TABLE.search(head)
-    if head is None or stated is None:
+    table = rest.partition(b"\n")[0]
+    if head is None or stated is None or digest(table) != stated[1].decode():
         return None
-    wanted = stated[1].decode()
-    # A third line was appended; the last one ends with a byte that may be the damaged one.
-    first = rest.partition(b"\n")[0]
-    right = digest(first) == wanted
-    table = first if right else flipped_back(rest[:-1], lambda some: digest(some) == wanted)
-    return None if table is None else head + b"\n" + table + b"\n"
+    return head + b"\n" + table + b"\n"
 
 
 def salvage_footer(backend: Backend, path: str) -> Footer:
@@ -115,12 +90,8 @@ def _footer(tail: bytes, begin: int, trailer: Trailer, what: str) -> Footer | No
     at = trailer.offset - begin
     if at < 0:
         return None
-    data = flipped_back(
-        tail[at : at + trailer.length],
-        lambda some: xxhash.xxh3_128_digest(some) == trailer.check,
-    )
     try:
-        return None if data is None else decode_footer(data, trailer, what)
+        return decode_footer(tail[at : at + trailer.length], trailer, what)
     except CorruptedError:
         return None
 

@@ -104,6 +104,30 @@ def test_where_only_the_ends_of_a_pack_are_damaged_nothing_is_lost(
     assert same_bits(Store.open(store.path).load(ckpt), train_step(state, 0.05, 1))
 
 
+def test_appended_bytes_are_cut_off_a_manifest(store: Store, ckpt: Checkpoint) -> None:
+    path = Path(store.path, "manifests", f"{ckpt.id}.json")
+    written = path.read_bytes()
+    path.write_bytes(written + b"x" * 40)
+    store.plan_repair().execute()
+    assert path.read_bytes() == written
+    assert Store.open(store.path).check() == []
+
+
+@pytest.mark.parametrize("place", [90, -9], ids=["first line", "tensor table"])
+def test_a_flipped_bit_of_a_manifest_loses_its_checkpoint(
+    store: Store, ckpt: Checkpoint, other: Checkpoint, place: int
+) -> None:
+    path = Path(store.path, "manifests", f"{ckpt.id}.json")
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    plan = store.plan_repair()
+    assert [condition.checkpoint for condition in plan.lost] == [ckpt.id]
+    plan.execute()
+    assert not path.exists()
+    assert [known.id for known in Store.open(store.path).log()] == [other.id]
+
+
 @pytest.mark.parametrize("spoil", [torn, Path.unlink], ids=["torn", "gone"])
 def test_a_config_is_written_anew(
     store: Store, ckpt: Checkpoint, capsys: pytest.CaptureFixture[str], spoil: Callable[..., None]
