@@ -1,14 +1,20 @@
-"""Saves in the background: the caller waits for a copy of the tensors, a thread does the rest.
+"""Save checkpoints in the background: the caller waits only for a copy of the tensors.
 
-Invariants: one save at a time, and the next call waits for it before it overwrites the copy; the
-thread runs what a synchronous save runs, so ids and durability are the same: no checkpoint is
-visible before it is durable, and a process that dies leaves none or a whole one. Each error is
-raised once: by the future's ``result()`` or ``exception()`` if somebody asks it, otherwise by the
-next call; one that nobody has got when the saver goes, or the interpreter ends, is printed. A call
-that raises the error of the one before has done nothing itself.
+:class:`AsyncSaver` copies the tensors into host memory, and a thread does the rest.
 
-A save that is under way when the interpreter ends fails, and that is printed: close a saver, or use
-``with``. In a forked process, waiting for a save that its parent has begun is an error, not a hang.
+Invariants:
+
+- One save runs at a time. The next call waits for it before it overwrites the copy.
+- The thread runs a synchronous save, so ids and durability are the same. A process that dies leaves
+  either a complete checkpoint or none.
+- Each error is raised once: by the future's ``result()`` or ``exception()`` if the caller asks for
+  it, otherwise by the next call, which then does nothing else. If neither happens before the saver
+  is deleted or the interpreter ends, the error is printed.
+- A save that still runs when the interpreter ends fails with a printed error, so close a saver or
+  use ``with``. In a forked process, waiting for a save of the parent raises an error.
+- A copy has the bits of its tensor, whatever the layout. Tied tensors are copied once and are tied
+  in the copy. A buffer is reused while its tensor keeps shape and dtype. CUDA tensors are copied
+  into pinned memory on a separate stream, after the work queued on the current stream.
 
 Example::
 
@@ -18,20 +24,6 @@ Example::
             if step % 100 == 0:
                 future = saver.save(model, parent=base, step=step)      # returns after a copy
     ckpt = future.result()                                              # durable
-
-A copy of tensors in host memory, so that the originals may change while they are saved.
-
-Invariants: every copy has the bits of its tensor, row by row, whatever the tensor's layout; tied
-tensors are copied once and are tied in the copy; a buffer is used again as long as its tensor keeps
-shape and dtype. A tensor on a CUDA device goes into pinned memory on a stream of its own, after
-what the current stream has still to do, and the caller waits for one event a device.
-
-Example::
-
-    staging = Staging()
-    copy = staging.copy(model.state_dict())       # the model may go on
-    ...
-    copy = staging.copy(model.state_dict())       # the same memory; the copy before is overwritten
 """
 
 from __future__ import annotations
@@ -71,9 +63,9 @@ class Staging:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors in host memory; the copy that was returned before is overwritten.
+        """Copy tensors into host memory and overwrite the copy that was returned before.
 
-        :class:`StorageError` if there is no memory for it.
+        :class:`StorageError` if there is not enough memory.
         """
         places: dict[tuple[object, ...], str] = {}
         first = {name: places.setdefault(memory_key(t), name) for name, t in tensors.items()}
@@ -84,7 +76,7 @@ class Staging:
         return {name: self._buffers[first[name]] for name in tensors}
 
     def _allocate(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Have a buffer for each tensor; what fits no longer is given up first."""
+        """Provide a buffer for each tensor; free the buffers that no longer fit first."""
         self._buffers = {
             name: buffer
             for name, buffer in self._buffers.items()
@@ -118,7 +110,7 @@ class Staging:
             event.synchronize()
 
     def _start(self, device: torch.device, tensors: Mapping[str, torch.Tensor]) -> torch.cuda.Event:
-        """Begin to copy a device's tensors; return the event after the last of them."""
+        """Start copying a device's tensors; return an event that follows the last copy."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._streams[device]
@@ -140,17 +132,17 @@ State = Mapping[str, torch.Tensor]
 
 
 class Background:
-    """Runs one thing at a time in a thread, on a copy of the tensors that it needs."""
+    """A thread that runs one task at a time on a copy of the caller's tensors."""
 
     def __init__(self) -> None:
         self._staging = Staging()
         self._tasks: list[_Task[Any]] = []
-        """What was begun last, unless it was waited for."""
+        """The last task, until :meth:`wait` has checked it for an error."""
         self._thread: threading.Thread | None = None
         weakref.finalize(self, _print_errors, self._tasks)
 
     def submit(self, tensors: State | torch.nn.Module, work: Callable[[State], _T]) -> Future[_T]:
-        """Wait for what is under way, copy the tensors, and run ``work`` on the copy."""
+        """Wait for the running task, copy the tensors, and start ``work`` on the copy."""
         self.wait()
         state = self._staging.copy(check_tensors(tensors))
         task: _Task[_T] = _Task()
@@ -161,13 +153,13 @@ class Background:
         return task
 
     def join(self) -> None:
-        """Wait until nothing is under way, whatever came of it."""
-        # A callback of the future is called in the thread itself.
+        """Wait for the running task to end; ignore its outcome."""
+        # A callback of the future runs in the thread itself, which cannot wait for itself.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def wait(self) -> None:
-        """Wait until nothing is under way, and raise an error that nobody has taken yet."""
+        """Wait for the running task to end; raise its error if no caller has received it yet."""
         self.join()
         self._thread = None
         while self._tasks:
@@ -176,15 +168,18 @@ class Background:
                 task.result()
 
     def release(self) -> None:
-        """Give the memory of the copy back; the next one takes it again."""
+        """Free the memory of the copy; the next copy allocates it again."""
         self._staging = Staging()
 
 
 class AsyncSaver:
     """Saves checkpoints of one store in the background; for use by one thread.
 
-    It holds one copy of the tensors in host memory until it is closed, pinned where they are on a
-    CUDA device.
+    Until it is closed, it holds one copy of the tensors in host memory. The copies of CUDA tensors
+    are in pinned memory.
+
+    Args:
+        store: Store to save to.
     """
 
     def __init__(self, store: Store) -> None:
@@ -204,11 +199,28 @@ class AsyncSaver:
         level: Level | None = None,
         compared: Compared | None = None,
     ) -> Future[Checkpoint]:
-        """Save tensors as they are now, as :meth:`Store.save` does; return its checkpoint to come.
+        """Copy the tensors and save the copy in the background.
 
-        Waits for the save before, if that still runs, and raises its error unless the future was
-        asked for it; then nothing is saved. What no checkpoint can hold is
-        :class:`InvalidInputError` at once. The future cannot be cancelled.
+        If the previous save still runs, this waits for it first.
+
+        Args:
+            tensors: Tensors by name, or a module. They may change as soon as this returns.
+            parent: Base or checkpoint that these tensors descend from.
+            step: Training step.
+            metrics: Numbers by metric name, in their natural units.
+            tags: Labels of the checkpoint.
+            metadata: JSON object to keep with the checkpoint.
+            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
+            compared: Result of :meth:`Resident.compare` for these tensors.
+
+        Returns:
+            A future of the durable checkpoint. It cannot be cancelled.
+
+        Raises:
+            InvalidInputError: The saver is closed, or a checkpoint cannot hold one of the values.
+            StorageError: There is not enough memory for the copy.
+            StoreError: The previous save failed and its future was not asked for the error.
+                Nothing was saved.
         """
         if self._closed:
             raise InvalidInputError("this AsyncSaver is closed; make another one of the store")
@@ -231,11 +243,19 @@ class AsyncSaver:
         return self._background.submit(tensors, work)
 
     def wait(self) -> None:
-        """Wait until the last save is durable; raise its error unless somebody has taken it."""
+        """Wait until the last save is durable.
+
+        Raises:
+            StoreError: The last save failed and its future was not asked for the error.
+        """
         self._background.wait()
 
     def close(self) -> None:
-        """Wait as :meth:`wait` does, and give the memory back; later saves are refused."""
+        """Wait for the last save, free the memory of the copy, and refuse later saves.
+
+        Raises:
+            StoreError: The last save failed and its future was not asked for the error.
+        """
         self._closed = True
         try:
             self._background.wait()
@@ -251,7 +271,7 @@ class AsyncSaver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # An error that is on its way says more than one from the background, which the future has.
+        # Let the caller's exception through; the future still has the error of the background save.
         if kind is not None:
             self._background.join()
             self._closed = True
@@ -261,17 +281,17 @@ class AsyncSaver:
 
 
 class _Task(Future[_T]):
-    """What runs in the background."""
+    """The future of one background task; it knows if a caller has received its error."""
 
     def __init__(self) -> None:
         super().__init__()
         self.taken = False
-        """Whether somebody has got its error, or it was printed."""
+        """True if a caller has received the error, or it was printed."""
         self._process = os.getpid()
         self.set_running_or_notify_cancel()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return the error, or ``None``, once there is an outcome."""
+        """Wait for the end of the task; return its error, or ``None``."""
         if not self.done() and os.getpid() != self._process:
             raise StorageError(
                 f"process {self._process} was forked while it saved; only there the save goes on, "
@@ -282,7 +302,7 @@ class _Task(Future[_T]):
         return error
 
     def result(self, timeout: float | None = None) -> _T:
-        """Return the result, or raise the error, once there is an outcome."""
+        """Wait for the end of the task; return its result, or raise its error."""
         self.exception(timeout)
         return super().result(timeout)
 
@@ -291,11 +311,11 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
     try:
         result = work(state)
     except BaseException as error:
-        # KeyboardInterrupt and SystemExit too: whoever waits would wait forever.
+        # Catch KeyboardInterrupt and SystemExit too, or waiting callers would wait forever.
         task.set_exception(error)
-        # Pools refuse work a moment before the main thread counts as ended.
+        # Thread pools refuse work shortly before the main thread is no longer alive.
         if not threading.main_thread().is_alive() or "interpreter shutdown" in str(error):
-            # Nobody will ask any more: threading prints it.
+            # No caller can ask for it any more, so let threading print it.
             task.taken = True
             raise StorageError(
                 "a save in the background failed as the interpreter ended: close an AsyncSaver or "

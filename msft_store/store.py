@@ -1,7 +1,8 @@
-"""The store: what a program calls.
+"""The public interface of a store: save, load, pin, check and delete checkpoints.
 
-Invariants: ``save`` never deletes; a checkpoint exists once ``save`` returns, durably, and not
-before; whatever ``load`` returns is bit-exact, because every chunk is compared with its key.
+Invariants: ``save`` never deletes. A checkpoint is durable once ``save`` returns, and invisible
+before. ``load`` returns exactly the bits that were saved, because every chunk is verified against
+its key.
 
 Example::
 
@@ -76,13 +77,13 @@ from msft_store.tensors.resident import Compared, check_compared
 
 
 class _Session:
-    """The view of one operation while it holds the lock."""
+    """The state of one operation while it holds the lock."""
 
     def __init__(self, *, exclusive: bool) -> None:
         self.exclusive = exclusive
         self.process = os.getpid()
         self.refs: dict[str, Ref] | None = None
-        """The refs, once they were read."""
+        """The refs, or ``None`` until they are first read."""
 
 
 class _Local(threading.local):
@@ -90,7 +91,18 @@ class _Local(threading.local):
 
 
 class Store:
-    """A content-addressed store of checkpoints in one directory."""
+    """A content-addressed store of checkpoints in one directory.
+
+    Methods that take a checkpoint accept the object, its id, a unique prefix of the id of at least
+    4 characters, or the name of a ref. They raise :class:`UnknownCheckpointError` if there is no
+    such checkpoint, and :class:`CorruptedError` if stored data is damaged.
+
+    Args:
+        backend: File system of the store's directory. Programs use :meth:`create` or :meth:`open`.
+
+    Raises:
+        NotAStoreError: The directory holds no store.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = QuotaBackend(backend)
@@ -103,8 +115,16 @@ class Store:
     def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
         """Create a store in a new or empty directory and open it.
 
-        ``level`` is what its saves aim for unless they say otherwise: ``fast`` or ``small``.
-        :class:`NotAStoreError` if there is a store already, or something else.
+        Args:
+            path: Directory of the store.
+            level: Default effort of the store's saves, ``"fast"`` or ``"small"``.
+
+        Returns:
+            The open store.
+
+        Raises:
+            NotAStoreError: The directory holds a store or other files.
+            InvalidInputError: There is no such level.
         """
         config = write_config(level)
         root = check_path(path)
@@ -114,7 +134,7 @@ class Store:
                 f"there is a store at {root} already: open that one, or choose another path"
             )
         with translate_os_errors("read", root):
-            # One that was killed here, or had no room, may have left its temporary file.
+            # A killed process or a full disk may have left the folder of temporary files behind.
             if root.exists() and (
                 not root.is_dir() or {p.name for p in root.iterdir()} - {TEMPORARY}
             ):
@@ -125,31 +145,64 @@ class Store:
 
     @classmethod
     def open(cls, path: PathLike) -> Store:
-        """Open a store; :class:`NotAStoreError` if there is none."""
+        """Open an existing store.
+
+        Args:
+            path: Directory of the store.
+
+        Returns:
+            The open store.
+
+        Raises:
+            NotAStoreError: The directory holds no store.
+            VersionError: A newer release wrote the store.
+        """
         return cls(LocalBackend(check_path(path)))
 
     @property
     def path(self) -> str:
-        """Where the store is."""
+        """Path of the store's directory."""
         return self._backend.describe("").rstrip("/")
 
     @property
     def level(self) -> Level:
-        """What a save aims for unless it says otherwise."""
+        """Default effort of saves, ``"fast"`` or ``"small"``."""
         return self._catalog.level
 
     def __repr__(self) -> str:
         return f"Store({self.path!r})"
 
     def add_base(self, path: PathLike) -> Base:
-        """Record a safetensors file, or a directory of them, by content; nothing is copied."""
+        """Record a model on disk as a base, by the keys of its chunks; copy nothing.
+
+        Args:
+            path: Safetensors file, or a directory of them.
+
+        Returns:
+            The base, for use as the ``parent`` of a save.
+
+        Raises:
+            BaseError: There are no valid safetensors files.
+        """
         with self._backend.lock(shared=True, purpose="add-base"):
             base = add_base(self._backend, check_path(path))
         self._catalog.objects.add_base(base)
         return base
 
     def relocate(self, base: Base | str, path: PathLike) -> Base:
-        """Tell where a base's files are now; :class:`BaseError` if they hold another model."""
+        """Record the new location of a base whose files were moved.
+
+        Args:
+            base: The base, its id, or a unique prefix of the id.
+            path: New safetensors file or directory.
+
+        Returns:
+            The base with its new paths and the same id.
+
+        Raises:
+            BaseError: The files hold another model.
+            UnknownCheckpointError: The store has no such base.
+        """
         known = self.base(base)
         with self._backend.lock(shared=True, purpose="relocate"):
             moved = relocate(self._backend, known, check_path(path))
@@ -157,12 +210,26 @@ class Store:
         return moved
 
     def bases(self) -> list[Base]:
-        """Return all bases."""
+        """Return all bases.
+
+        Returns:
+            The bases whose records can be read.
+        """
         self._refresh()
         return list(self._catalog.objects.bases().values())
 
     def base(self, base: Base | str) -> Base:
-        """Return a base by id or unique prefix."""
+        """Return a base by its id.
+
+        Args:
+            base: The base, its id, or a unique prefix of at least 4 characters.
+
+        Returns:
+            The base.
+
+        Raises:
+            UnknownCheckpointError: The store has no such base.
+        """
         found = self._catalog.resolve_base(base)
         if found is None:
             self._catalog.refresh()
@@ -187,12 +254,30 @@ class Store:
         level: Level | None = None,
         compared: Compared | None = None,
     ) -> Checkpoint:
-        """Store tensors as a checkpoint, durably; only what the store has not yet costs space.
+        """Save tensors as a durable checkpoint; only chunks that the store lacks take space.
 
-        ``parent`` is the lineage: a base, a checkpoint, or ``None``. ``level`` is what encoding
-        aims for, ``fast`` or ``small``; by default the store's. ``compared`` is what a
-        :class:`Resident` found on the device. Saving equal content with equal metadata again
-        returns the checkpoint that is there. Of :class:`Parts`, all is encoded already.
+        Saving equal tensors with equal metadata again returns the existing checkpoint.
+
+        Args:
+            tensors: Tensors by name, a module, or the :class:`Parts` that several processes
+                encoded.
+            parent: Base or checkpoint that these tensors descend from.
+            step: Training step.
+            metrics: Numbers by metric name, in their natural units.
+            tags: Labels of the checkpoint.
+            metadata: JSON object to keep with the checkpoint.
+            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
+            compared: Result of :meth:`Resident.compare` for these tensors.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            InvalidInputError: A checkpoint cannot hold one of the values.
+            UnknownCheckpointError: The parent is not in this store.
+            OverBudgetError: The save would exceed the limit of :meth:`within`.
+            OutOfSpaceError: The disk is full.
+            BusyError: Another process holds the lock for too long.
         """
         state = tensors if isinstance(tensors, Parts) else check_tensors(tensors)
         level = self.level if level is None else check_level(level)
@@ -208,10 +293,22 @@ class Store:
         parent: Base | Checkpoint | str | None = None,
         level: Level | None = None,
     ) -> Part:
-        """Write what this process holds of a checkpoint to come; ``save`` of all parts makes one.
+        """Write this process's share of a checkpoint that several processes save together.
 
-        Parts that no checkpoint is made of go with the next gc. The process that saves holds it off
-        meanwhile: ``with store.awaiting_parts()`` around all of it.
+        One process then collects all parts and calls ``save(Parts(parts))``. The next gc deletes
+        parts that no checkpoint names, so that process keeps :meth:`awaiting_parts` open from
+        before the first ``encode`` until its ``save`` returns.
+
+        Args:
+            boxes: Parts of tensors that this process holds.
+            parent: Base or checkpoint that these tensors descend from; the same in all processes.
+            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
+
+        Returns:
+            The part, which can be pickled and sent to the process that saves.
+
+        Raises:
+            InvalidInputError: A box lies outside its tensor, or a tensor cannot be saved.
         """
         mine = check_boxes(boxes)
         check_tensors({box.name: box.tensor for box in mine})
@@ -225,7 +322,20 @@ class Store:
         names: Iterable[str] | None = None,
         device: str | torch.device = "cpu",
     ) -> dict[str, torch.Tensor]:
-        """Return a checkpoint's tensors, all or those named, bit-exact and verified."""
+        """Return the tensors of a checkpoint, bit-exact and verified.
+
+        Args:
+            checkpoint: Checkpoint to load.
+            names: Names of the tensors to load; all by default.
+            device: Device of the returned tensors.
+
+        Returns:
+            New tensors by name.
+
+        Raises:
+            MismatchError: The checkpoint lacks one of the names.
+            BaseError: The base's files are missing or changed.
+        """
         found, tensors = self._entries(checkpoint)
         if names is not None:
             tensors = select_tensors(found, tensors, names)
@@ -239,25 +349,36 @@ class Store:
         target: torch.nn.Module | Mapping[str, torch.Tensor],
         checkpoint: Checkpoint | str,
     ) -> None:
-        """Restore a checkpoint into a module's tensors, or those of a mapping, in place.
+        """Restore a checkpoint in place into a module or into a mapping of tensors.
 
-        Names, shapes and dtypes must be equal; tensors may be on any device and of any layout with
-        memory for each element. :class:`MismatchError` names what differs, and then nothing was
-        changed, unless it says so: where tensors share memory for what is not equal.
+        Args:
+            target: Module, or tensors by name, with the names, shapes and dtypes of the checkpoint.
+                The tensors may be on any device and of any layout with memory for each element.
+            checkpoint: Checkpoint to restore.
+
+        Raises:
+            MismatchError: The target does not match the checkpoint. Nothing was changed, unless
+                the message says otherwise: tensors that partly share memory can only be found to
+                differ after they were written.
+            BaseError: The base's files are missing or changed.
         """
         found, tensors = self._entries(checkpoint)
         items = target.state_dict() if isinstance(target, torch.nn.Module) else target
         state = {name: tensor for name, tensor in items.items() if torch.is_tensor(tensor)}
         check_match(found, tensors, state)
-        # Tied tensors are restored once: they are equal, or they would not match.
+        # Restore tied tensors once: check_match has made sure that their contents are equal.
         once = {memory_key(tensor): name for name, tensor in state.items()}
         self._decode(found, {name: tensors[name] for name in once.values()}, state)
 
     def load_boxes(self, checkpoint: Checkpoint | str, boxes: Iterable[Box]) -> None:
-        """Fill the tensors of boxes, in place, with what a checkpoint has there.
+        """Restore parts of a checkpoint's tensors in place.
 
-        It may have been saved in any other pieces. :class:`MismatchError` names what differs in
-        shape or dtype; then nothing was changed.
+        Args:
+            checkpoint: Checkpoint to restore. It may have been saved in other boxes.
+            boxes: Boxes whose tensors are overwritten.
+
+        Raises:
+            MismatchError: A shape or dtype differs from the checkpoint. Nothing was changed.
         """
         found, tensors = self._entries(checkpoint)
         wanted, what = list(boxes), f"checkpoint {found.id[:12]}"
@@ -271,11 +392,21 @@ class Store:
     def chunks(
         self, checkpoint: Checkpoint | str, names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """Yield a checkpoint's tensors in parts: name, first element (row by row), flat CPU tensor.
+        """Yield the tensors of a checkpoint in small verified parts, to bound memory.
 
-        Verified, at most 4 MiB each, in the order of ``names`` or sorted by name; a few parts are
-        in memory at a time. Checkpoints of equal shapes and dtypes come apart alike, unless they
-        were saved in pieces: such a tensor comes whole. An empty one has no part.
+        Checkpoints of equal shapes and dtypes have parts at equal places. The exception is a tensor
+        that was saved in several boxes: it is yielded as one part of its full size.
+
+        Args:
+            checkpoint: Checkpoint to read.
+            names: Names of the tensors to read, in this order; by default all, sorted by name.
+
+        Yields:
+            The tensor's name, the row-major index of the part's first element, and the part as a
+            flat CPU tensor of at most 4 MiB. Empty tensors have no part.
+
+        Raises:
+            MismatchError: The checkpoint lacks one of the names.
         """
         found, tensors = self._entries(checkpoint)
         if names is not None:
@@ -287,31 +418,68 @@ class Store:
                 yield name, start, torch.from_numpy(data).view(torch_dtype(tensors[name].dtype))
 
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
-        """Return a checkpoint by id, unique prefix of an id, or name of a ref."""
+        """Return a checkpoint by id, unique prefix of an id, or name of a ref.
+
+        Args:
+            checkpoint: The checkpoint, its id, a prefix of at least 4 characters, or a ref's name.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            UnknownCheckpointError: Nothing has this name; the message suggests the closest one.
+        """
         try:
             return self._catalog.resolve(checkpoint)
         except (UnknownCheckpointError, CorruptedError):
-            # What others saved or pinned since.
+            # Another process may have saved or pinned it since the last refresh.
             self._catalog.refresh()
             return self._catalog.resolve(checkpoint)
 
     def log(self) -> list[Checkpoint]:
-        """Return all checkpoints, oldest first."""
+        """Return all checkpoints.
+
+        Returns:
+            The checkpoints, oldest first.
+        """
         self._refresh()
         return self._catalog.checkpoints()
 
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
-        """Return names, dtypes, shapes and chunk keys of a checkpoint's tensors."""
+        """Return the tensor table of a checkpoint.
+
+        Args:
+            checkpoint: Checkpoint to describe.
+
+        Returns:
+            Dtype, shape and chunk keys of each tensor, by name.
+        """
         return self._entries(checkpoint)[1]
 
     def sources(self, checkpoint: Checkpoint | str) -> list[TensorSources]:
-        """Return a checkpoint's tensors and where their bytes come from."""
+        """Return how each tensor of a checkpoint is stored.
+
+        Args:
+            checkpoint: Checkpoint to describe.
+
+        Returns:
+            For each tensor its decoded and encoded bytes and the ways in which its chunks are kept.
+        """
         return list(sources(self._catalog, self.get(checkpoint)))
 
     def pin(
         self, checkpoint: Checkpoint | str, name: str, *, note: Mapping[str, Any] | None = None
     ) -> None:
-        """Point a ref to a checkpoint, which is not evicted while it does; an old ref moves."""
+        """Protect a checkpoint from eviction by pointing a ref to it.
+
+        Args:
+            checkpoint: Checkpoint to protect.
+            name: Name of the ref. An existing ref of this name moves to the checkpoint.
+            note: JSON object to keep with the ref.
+
+        Raises:
+            InvalidInputError: The name or the note is not valid.
+        """
         check_ref_name(name)
         with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
@@ -369,49 +537,94 @@ class Store:
             self._catalog.refresh()
 
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
-        """Hold off every gc and ``forget``, from here or elsewhere, while in this context."""
+        """Block every gc and ``forget`` of any process while the context is open.
+
+        Args:
+            purpose: Name of the operation, as ``msft-store inspect --locks`` shows it.
+
+        Returns:
+            A context that holds the store's lock as shared.
+        """
         return self._backend.lock(shared=True, purpose=purpose)
 
     def claim(self, kind: str, name: str) -> Claim:
-        """Have what is named used by this process alone, until it ends or ends the claim.
+        """Reserve a name for this process until the claim is released or the process ends.
 
-        A timeline does so; :class:`BusyError` names another process that has it. A second claim in
-        one process is the same one. A store that cannot be written has no claims.
+        Timelines use claims so that no two processes write to one timeline. A second claim of the
+        same name in one process returns the first one. A read-only store grants every claim.
+
+        Args:
+            kind: Kind of the named thing, such as ``"timeline"``.
+            name: Name to reserve.
+
+        Returns:
+            The claim.
+
+        Raises:
+            BusyError: Another process holds the claim; the message names it.
         """
         return self._backend.claim(kind, name)
 
     def awaiting_parts(self) -> contextlib.AbstractContextManager[None]:
-        """Hold off every gc until what several processes encode is saved, in the one that saves.
+        """Block every gc while several processes encode the parts of one checkpoint.
 
-        It ends with the context, or when the same thread wants the store alone: then the save has
-        failed in another process.
+        Use it in the process that saves. If the same thread asks for the exclusive lock meanwhile,
+        the save must have failed in another process, and the block ends early.
+
+        Returns:
+            A context that holds the store's lock as shared.
         """
         return self._backend.lock(shared=True, purpose=YIELDING)
 
     def within(
         self, max_bytes: int | None, *, reserve: int = 0
     ) -> contextlib.AbstractContextManager[None]:
-        """Let no write of this thread in this context take the directory beyond ``max_bytes``.
+        """Limit the size of the store's directory for this thread's writes.
 
-        Temporary files count, bases are elsewhere. :class:`OverBudgetError` comes before a write
-        that would leave less than ``reserve`` bytes of it.
+        A write that would exceed the limit raises :class:`OverBudgetError` before it begins.
+        Temporary files count; the files of bases do not.
+
+        Args:
+            max_bytes: Limit in bytes, or ``None`` for no limit.
+            reserve: Bytes of the limit that writes must leave free.
+
+        Returns:
+            A context in which the limit holds.
         """
         return self._backend.limit(max_bytes, reserve=reserve)
 
     def locks(self) -> list[Lock]:
-        """Return who writes to the store, and some who wait to, here or elsewhere; oldest first."""
+        """Return the locks on the store.
+
+        Returns:
+            The locks of all processes that write, and those of some that wait; oldest first.
+        """
         return list(self._backend.locks())
 
     def unlock(self, *, force: bool = False) -> list[Lock]:
-        """Remove locks whose owners are or count as dead, with ``force`` all; return them.
+        """Remove the locks of dead processes.
 
-        Nothing that waits for the lock needs this, unless an owner hangs. One that lives on in
-        spite of ``force`` fails before it changes anything.
+        Waiting operations take over the locks of dead processes by themselves, so this is needed
+        only if the owner of a lock hangs.
+
+        Args:
+            force: True to remove the locks of living processes too. Such a process then fails
+                before it changes anything.
+
+        Returns:
+            The removed locks.
         """
         return list(self._backend.unlock(force=force))
 
     def unpin(self, name: str) -> None:
-        """Remove a ref."""
+        """Delete a ref; the checkpoint stays until it is forgotten.
+
+        Args:
+            name: Name of the ref.
+
+        Raises:
+            UnknownCheckpointError: There is no such ref.
+        """
         refs = self._refs()
         if name not in refs:
             raise UnknownCheckpointError(f"no ref {name!r} in {self.path}")
@@ -419,17 +632,30 @@ class Store:
         del refs[name]
 
     def refs(self) -> dict[str, str]:
-        """Return the checkpoint id that each ref points to."""
+        """Return all refs.
+
+        Returns:
+            Checkpoint ids by name of the ref.
+        """
         return {name: ref.checkpoint for name, ref in self._refs().items()}
 
     def notes(self) -> dict[str, Mapping[str, Any]]:
-        """Return what each ref carries besides its checkpoint."""
+        """Return the notes of all refs.
+
+        Returns:
+            JSON objects by name of the ref.
+        """
         return {name: ref.note for name, ref in self._refs().items()}
 
     def forget(self, checkpoint: Checkpoint | str) -> None:
-        """Make a checkpoint one no more; gc frees its space.
+        """Delete the manifest of a checkpoint; the next gc frees its space.
 
-        :class:`PinnedError` if a ref is on it.
+        Args:
+            checkpoint: Checkpoint to forget.
+
+        Raises:
+            PinnedError: A ref points to the checkpoint.
+            BusyError: Another process holds the lock for too long.
         """
         with self.session("forget", exclusive=True):
             found = self._catalog.resolve(checkpoint)
@@ -443,16 +669,33 @@ class Store:
     def anchor(self, checkpoint: Checkpoint | str) -> Checkpoint:
         """Re-encode a checkpoint so that restoring it needs nothing but the base.
 
-        Others may then be differences of it. Its id stays; what it needed before, gc may free.
+        Other checkpoints can then be stored as differences from it. The next gc may free the chunks
+        that it needed before.
+
+        Args:
+            checkpoint: Checkpoint to re-encode.
+
+        Returns:
+            The checkpoint with the same id and its new ``stored_bytes``.
         """
         with self.session("anchor"):
             return self._writer.anchor(self._catalog.resolve(checkpoint))
 
     def rebase(self, checkpoint: Checkpoint | str, onto: Checkpoint | str) -> Checkpoint:
-        """Re-encode a checkpoint as a change of another one, if gc can free more than that takes.
+        """Re-encode a checkpoint as a difference from another one, if that frees space.
 
-        For one that stays while what it was a change of goes. Its id stays.
-        :class:`InvalidInputError` if the two have different bases.
+        Use it for a checkpoint that stays when the checkpoint that it is a difference from is
+        forgotten. Nothing happens unless gc can then free more bytes than re-encoding takes.
+
+        Args:
+            checkpoint: Checkpoint to re-encode.
+            onto: Checkpoint to take the difference from.
+
+        Returns:
+            The checkpoint with the same id and its new ``stored_bytes``.
+
+        Raises:
+            InvalidInputError: The two checkpoints have different bases.
         """
         with self.session("rebase"):
             found, other = self._catalog.resolve(checkpoint), self._catalog.resolve(onto)
@@ -461,8 +704,11 @@ class Store:
     def reencode(self, root: Checkpoint | str, others: Iterable[Checkpoint | str]) -> None:
         """Re-encode ``root`` against its base alone, then each other checkpoint against ``root``.
 
-        This is :meth:`anchor` and :meth:`rebase` in one session. Checkpoints of another base stay
-        as they are.
+        This is :meth:`anchor` and :meth:`rebase` in one session.
+
+        Args:
+            root: Checkpoint to encode against its base alone.
+            others: Checkpoints to encode against ``root``; those of another base are not changed.
         """
         with self.session("reencode"):
             anchored = self._writer.anchor(self._catalog.resolve(root))
@@ -470,29 +716,66 @@ class Store:
             self._writer.rebase([c for c in found if c.base == anchored.base], anchored)
 
     def plan_gc(self, policy: Policy | None = None) -> GcPlan:
-        """Return what could be freed; ``print`` it, then ``execute`` it.
+        """Plan how to free space; delete nothing.
 
-        Without a policy, only bytes that no checkpoint needs; with one, also the checkpoints that
-        it does not keep and no ref protects.
+        Args:
+            policy: Retention policy. Checkpoints that it drops and no ref protects are forgotten.
+                Without a policy, only bytes that no checkpoint needs are freed.
+
+        Returns:
+            A plan to ``print`` and then ``execute()``.
+
+        Raises:
+            OverBudgetError: The checkpoints that must be kept exceed the policy's budget.
         """
         return read_consistently(self._backend, lambda: plan_gc(self._catalog, policy))
 
     def plan_repack(self) -> RepackPlan:
-        """Return how few packs would do, without anything dead; ``print`` it, ``execute`` it."""
+        """Plan how to merge packs into fewer ones without dead bytes; change nothing.
+
+        Returns:
+            A plan to ``print`` and then ``execute()``.
+        """
         return read_consistently(self._backend, lambda: plan_repack(self._catalog))
 
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
-        """Forget checkpoints by id, but those that a ref protects, and free their space at once."""
+        """Forget checkpoints and free their space at once.
+
+        Args:
+            checkpoints: Ids of checkpoints. Those that a ref protects are kept.
+
+        Returns:
+            The freed bytes and the size of the store.
+
+        Raises:
+            BusyError: Another process holds the lock for too long.
+        """
         with self.session("gc", exclusive=True):
             return evict_locked(self._catalog, list(checkpoints))
 
     def check(self, read_data: bool = True) -> list[Finding]:
-        """Return what is wrong with the store, an empty list if nothing is."""
+        """Check the store for damage.
+
+        Args:
+            read_data: True to decode and verify every chunk; False to check only that all files
+                and references exist.
+
+        Returns:
+            The problems found; an empty list if there are none.
+        """
         return list(self.examine(read_data).findings)
 
     def examine(self, read_data: bool = True) -> Report:
-        """Return what is wrong with the store, and which checkpoints are sound all the same."""
-        # A catalog of its own, for what was read earlier may be damaged since.
+        """Check the store for damage and list the intact checkpoints.
+
+        Args:
+            read_data: True to decode and verify every chunk; False to check only that all files
+                and references exist.
+
+        Returns:
+            A report with the problems found and the checkpoints that can be restored.
+        """
+        # A new catalog has no cached files, so that damage since the last read is found.
         return read_consistently(
             self._backend,
             lambda: examine(Catalog(self._backend), read_data=read_data),
@@ -500,26 +783,45 @@ class Store:
         )
 
     def plan_repair(self) -> RepairPlan:
-        """Return what is damaged and what of it can be kept; ``print`` it, then ``execute`` it.
+        """Read the whole store and plan how to repair damage; change nothing.
 
-        Everything is read. Where ``store.json`` itself is damaged: ``msft-store repair``.
+        A store whose ``store.json`` is damaged cannot be opened; run ``msft-store repair`` for it.
+
+        Returns:
+            A plan to ``print`` and then ``execute()``.
         """
         return plan_repair(self._backend)
 
     def diff(
         self, one: Base | Checkpoint | str, other: Base | Checkpoint | str
     ) -> list[TensorDiff]:
-        """Return what differs between two checkpoints or bases, tensor by tensor, by bits."""
+        """Compare two checkpoints or bases bit by bit.
+
+        Args:
+            one: First checkpoint or base.
+            other: Second checkpoint or base.
+
+        Returns:
+            One entry for each tensor of either side, equal ones included, by name.
+        """
         first, second = self._either(one), self._either(other)
         return read_consistently(self._backend, lambda: diff(self._catalog, first, second))
 
     def export(
         self, checkpoint: Checkpoint | str, folder: PathLike, *, like: PathLike | None = None
     ) -> list[Path]:
-        """Write a checkpoint as an ordinary directory of safetensors; return its files.
+        """Write a checkpoint as an ordinary directory of safetensors files.
 
-        Configuration and tokenizer come from the base's directory, or from the one that ``like``
-        names.
+        Args:
+            checkpoint: Checkpoint to export.
+            folder: New directory.
+            like: Model directory to copy configuration and tokenizer from; by default the base's.
+
+        Returns:
+            Paths of the written files.
+
+        Raises:
+            InvalidInputError: The directory is not empty.
         """
         found, place = self.get(checkpoint), check_path(folder)
         beside = None if like is None else check_path(like)
@@ -528,20 +830,34 @@ class Store:
         )
 
     def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
-        """Return the encoded bytes of the chunks that checkpoints name, as of now, by id.
+        """Count the encoded bytes of the chunks that checkpoints name now.
 
-        Others may have stored a chunk anew since a checkpoint was saved. What was forgotten is not
-        in there.
+        The count can differ from ``Checkpoint.stored_bytes``, because chunks can be re-encoded
+        after a save.
+
+        Args:
+            checkpoints: Checkpoints to count; forgotten ones are left out.
+
+        Returns:
+            Bytes by checkpoint id.
         """
         found = list(checkpoints)
         return read_consistently(self._backend, lambda: encoded_bytes(self._catalog, found))
 
     def held_bytes(self) -> int:
-        """Return the encoded bytes of forgotten checkpoints that others are differences of."""
+        """Count the bytes of forgotten checkpoints that others are differences from.
+
+        Returns:
+            Encoded bytes that gc cannot free yet.
+        """
         return read_consistently(self._backend, lambda: held_bytes(self._catalog))
 
     def stats(self) -> Stats:
-        """Return what the store holds, counted now."""
+        """Count the contents of the store.
+
+        Returns:
+            Numbers of checkpoints and chunks, and their sizes in bytes.
+        """
         return read_consistently(self._backend, lambda: stats(self._catalog))
 
     def _either(self, name: Base | Checkpoint | str) -> Base | Checkpoint:

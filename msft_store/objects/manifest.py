@@ -1,24 +1,17 @@
-"""Manifests: a checkpoint exists if and only if its manifest file does.
+"""Write and read manifests: a checkpoint exists if and only if its manifest file does.
 
-``manifests/<id>.json`` has two lines. The first, sealed, is what a listing needs; the second is
-the tensor table, whose digest the first holds. The id is the digest of the canonical content:
-tensor keys and metadata, never encodings, sizes on disk, places or times. So saving equal content
-again gives the same checkpoint, and repacking never changes an id.
+``manifests/<id>.json`` has two lines (FORMAT.md, section 3). The first is sealed and holds all
+that a listing needs. The second is the tensor table; the first line holds its digest.
+
+Invariants: the id is the digest of the canonical content, which is the tensor keys and the
+metadata, but no encodings, sizes on disk, paths or times. Saving equal content again therefore
+gives the same checkpoint, and repacking never changes an id. The pieces of a tensor cover each of
+its elements exactly once.
 
 Example::
 
     checkpoint = read_checkpoint(backend, identity)
     read_tensors(backend, checkpoint)["lm_head.weight"].pieces[0].keys
-
-Do boxes cover a tensor, each element once? In time that grows with their number alone.
-
-Each corner of a box counts 1 or -1, in turns along each dimension. A sum of boxes is told by these
-counts, and so it equals the tensor if and only if its corners do. Dimensions along which no box
-is cut are left out.
-
-Example::
-
-    is_exactly_covered([((0, 0), (2, 3)), ((2, 0), (1, 3))], (3, 3))            # True
 """
 
 from __future__ import annotations
@@ -59,16 +52,18 @@ from msft_store.format.strict_json import (
 from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, read_small_file, write_atomic
 
 MAX_CUT = 4
-"""Dimensions along which a tensor may be cut into pieces."""
+"""Maximum number of dimensions along which a tensor may be cut into pieces."""
 
 Shape = tuple[int, ...]
 
 
 def is_exactly_covered(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bool:
-    """Return whether boxes, (offset, shape) each, cover a shape and do not overlap.
+    """Return True if boxes, given as (offset, shape), cover each element of a shape once.
 
-    They must lie inside it. :class:`ValueError` if it is cut along more than :data:`MAX_CUT`
-    dimensions.
+    The boxes must lie inside the shape. The time is linear in their number: each corner of a box is
+    weighted 1 or -1, alternating along each dimension, and the boxes tile the shape if and only if
+    the summed weights equal those of the shape itself. :class:`ValueError` if the shape is cut
+    along more than :data:`MAX_CUT` dimensions.
     """
     if math.prod(shape) == 0:
         return True
@@ -94,17 +89,29 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A box of a tensor: the part that one process held."""
+    """The box of a tensor that one process held.
+
+    Attributes:
+        offset: Index of the box's first element in the tensor, for each dimension.
+        shape: Shape of the box.
+        keys: Keys of the chunks of the box's row-major little-endian bytes, in order.
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     keys: tuple[bytes, ...]
-    """The chunks of its row-major little-endian bytes, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """A named tensor: pieces that cover it without overlap."""
+    """The description of one tensor of a checkpoint.
+
+    Attributes:
+        dtype: Element type.
+        shape: Shape of the whole tensor.
+        pieces: Boxes with their chunk keys; they cover each element once. A tensor that one process
+            saved has one piece.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -112,31 +119,41 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Decoded size of the whole tensor in bytes."""
         return math.prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An immutable set of named tensors with metadata."""
+    """An immutable set of named tensors with metadata.
+
+    Attributes:
+        id: Digest of the canonical content (FORMAT.md, section 3).
+        parent: Id of the checkpoint or base that it descends from, or ``None``.
+        base: Id of the base at the start of its lineage, or ``None``.
+        step: Training step, or ``None``.
+        metrics: Numbers by metric name, in their natural units.
+        tags: Labels.
+        metadata: JSON object.
+        logical_bytes: Decoded size of its tensors in bytes.
+        stored_bytes: Encoded bytes of the chunks that it names. A chunk that several checkpoints
+            share counts for each of them.
+        unreferenced_bytes: Decoded bytes that its save encoded without a reference.
+        created: Time of the save in nanoseconds since 1970; not part of the content.
+        tensor_digest: Digest of the tensor table.
+    """
 
     id: str
     parent: str | None
-    """Id of the checkpoint, or of the base, that it descends from."""
     base: str | None
-    """Id of the base that its lineage began with."""
     step: int | None
     metrics: Mapping[str, float]
     tags: tuple[str, ...]
     metadata: Mapping[str, Any]
     logical_bytes: int
-    """Bytes of its tensors."""
     stored_bytes: int
-    """Encoded bytes of the chunks that it names; a chunk shared by several counts for each."""
     unreferenced_bytes: int
-    """Bytes that were encoded anew without any reference to take a difference against."""
     created: int
-    """Nanoseconds since 1970; not part of the content."""
     tensor_digest: str = field(repr=False)
 
 
@@ -236,7 +253,7 @@ def _metric_to_json(number: float) -> float | str:
 
 
 def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
-    """Return the second line of a manifest."""
+    """Encode a tensor table, the second line of a manifest."""
     return canonical_json(
         {
             name: {
@@ -265,7 +282,7 @@ def write_manifest(
     stored_bytes: int,
     unreferenced_bytes: int,
 ) -> Checkpoint:
-    """Publish a manifest: from here on the checkpoint exists."""
+    """Write a manifest durably; once this returns, the checkpoint exists."""
     identity = digest(canonical_json(content))
     head = {
         "format": "msft-manifest",
@@ -286,7 +303,7 @@ def write_manifest(
 
 
 def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
-    """Record how many bytes a checkpoint's chunks take now; its id does not depend on it."""
+    """Replace ``stored_bytes`` in a manifest; the id does not depend on it."""
     data = read_small_file(backend, manifest_path(checkpoint.id))
     line, _, tensors = data.partition(b"\n")
     head = unseal(line, backend.describe(manifest_path(checkpoint.id)), "msft-manifest")
@@ -296,7 +313,7 @@ def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: 
 
 
 def manifest_path(identity: str) -> str:
-    """Return where the manifest of a checkpoint stands."""
+    """Return the path of a checkpoint's manifest."""
     return f"{MANIFESTS}/{identity}{_SUFFIX}"
 
 
@@ -335,7 +352,7 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
 
 
 def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> Keys:
-    """Read the keys of all chunks that a checkpoint names, in order; some stand repeatedly."""
+    """Read the keys of all chunks that a checkpoint names, in order and with duplicates."""
     table, _ = _table(backend, checkpoint)
     keys = scanner.scan(table)
     if keys is None:
@@ -357,7 +374,7 @@ def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
 
 
 def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
-    """Yield the decoded size of each chunk of a piece: full ones, then the rest."""
+    """Yield the decoded size of each chunk of a piece in bytes; only the last can be smaller."""
     rest = math.prod(piece.shape) * dtype.size
     while rest > 0:
         yield min(rest, CHUNK_BYTES)

@@ -1,14 +1,13 @@
-"""Checkpoints that several processes write: boxes in, parts out, one table of all.
+"""Describe checkpoints that several processes save together.
 
-A box is what one process holds of a tensor. Each process encodes its boxes into a pack of its own,
-which makes a :class:`Part`; one of them collects the parts and publishes the checkpoint, which
-exists from then on. Invariant: a table is made only of boxes that cover each tensor and do not
-overlap.
+Each process holds boxes of tensors and encodes them into its own pack; the result is a
+:class:`Part`. One process collects all parts, joins them into one tensor table and writes the
+manifest. Invariant: in a joined table, the boxes of a tensor cover each element exactly once.
 
 Example::
 
-    part = store.encode([Box(name="w", shape=(8, 4), offset=(4, 0), tensor=mine)], parent=base)
-    ckpt = store.save(Parts(gathered), parent=base, step=10)        # in one process
+    part = store.encode([Box(name="w", shape=(8, 4), offset=(4, 0), tensor=shard)], parent=base)
+    ckpt = store.save(Parts(parts), parent=base, step=10)       # in one process
 """
 
 from __future__ import annotations
@@ -26,18 +25,29 @@ from msft_store.objects.manifest import Piece, TensorEntry, is_exactly_covered
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A part of a tensor that one process holds, or a whole one."""
+    """A rectangular part of a tensor, or the whole tensor, that one process holds.
+
+    Attributes:
+        name: Name of the whole tensor.
+        shape: Shape of the whole tensor.
+        offset: Index of the box's first element in the whole tensor, for each dimension.
+        tensor: Elements of the box; on any device, of any strided layout.
+    """
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
     offset: tuple[int, ...]
-    """Where the box begins, in each dimension."""
     tensor: torch.Tensor
-    """The box itself; on any device, of any layout."""
 
     def entry(self, keys: tuple[bytes, ...] = ()) -> TensorEntry:
-        """Return the tensor with this piece alone."""
+        """Describe the whole tensor with this box as its only piece.
+
+        Args:
+            keys: Chunk keys of the box; none if it is not encoded yet.
+
+        Returns:
+            The entry for a tensor table.
+        """
         piece = Piece(offset=self.offset, shape=tuple(self.tensor.shape), keys=keys)
         return TensorEntry(
             dtype=dtype_by_torch(self.tensor.dtype), shape=self.shape, pieces=(piece,)
@@ -46,21 +56,31 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one process has encoded of a checkpoint to come; it can be sent to another one."""
+    """The share of one process in a checkpoint; it can be pickled and sent to another process.
+
+    Attributes:
+        base: Id of the base that it was encoded against, or ``None``.
+        tensors: Tensors by name, each with the pieces that this process held.
+        stored_bytes: Encoded bytes of their chunks.
+        unreferenced_bytes: Decoded bytes that were encoded without a reference.
+    """
 
     base: str | None
-    """Id of the base that it was encoded against."""
     tensors: Mapping[str, TensorEntry]
-    """Tensors with the pieces that this process had."""
     stored_bytes: int
-    """Encoded bytes of their chunks."""
     unreferenced_bytes: int
-    """Decoded bytes of what was encoded without a reference."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All parts of a checkpoint to come, of all processes."""
+    """The parts of all processes that together make one checkpoint.
+
+    Args:
+        parts: Results of :meth:`Store.encode`, in any order.
+
+    Attributes:
+        parts: The same parts as a tuple.
+    """
 
     parts: tuple[Part, ...]
 
@@ -72,15 +92,15 @@ class Parts:
 
 
 def whole_box(name: str, tensor: torch.Tensor) -> Box:
-    """Return the box that is a whole tensor."""
+    """Return a box that holds a whole tensor."""
     shape = tuple(tensor.shape)
     return Box(name=name, shape=shape, offset=(0,) * len(shape), tensor=tensor)
 
 
 def check_boxes(boxes: Iterable[Box]) -> list[Box]:
-    """Return the boxes with something in them; an empty tensor has one, which is all of it.
+    """Return the boxes without the empty ones; a box of an empty tensor becomes the whole tensor.
 
-    :class:`InvalidInputError` for one that lies outside its tensor.
+    :class:`InvalidInputError` if a box lies outside its tensor.
     """
     found = []
     for box in boxes:
@@ -100,9 +120,10 @@ def check_boxes(boxes: Iterable[Box]) -> list[Box]:
 
 
 def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
-    """Return the tensor table of a checkpoint of parts.
+    """Join the tensors of all parts into one tensor table.
 
-    :class:`InvalidInputError` names a tensor whose pieces do not fit, or leave something out.
+    :class:`InvalidInputError` names a tensor whose pieces overlap, leave elements out, or differ in
+    dtype or shape.
     """
     table: dict[str, TensorEntry] = {}
     for part in parts:

@@ -1,10 +1,10 @@
-"""Nested state as tensors and JSON, and back: what a checkpoint can hold, without pickle.
+"""Split nested state into tensors and JSON, so that a checkpoint can hold it without pickle.
 
-Optimizers, schedulers and generators give dictionaries and lists of tensors, numbers and strings.
-``flatten`` takes the tensors out, under names made of their path, and puts the rest into JSON.
-Invariant: ``unflatten`` gives back equal values of equal types: tuples, integer keys, NaN and
-numbers of any size included, and the ``Counter`` that a scheduler has. Other subclasses come back
-as what they extend, NumPy arrays as such, a tensor that several places share once for each.
+The states of optimizers, schedulers and random generators are nested dictionaries and lists of
+tensors, numbers and strings. :func:`flatten` names each tensor by its path and puts the rest into
+JSON. Invariant: :func:`unflatten` returns equal values of equal types, including tuples, integer
+keys, NaN, large integers, NumPy arrays and ``Counter``. Other subclasses are returned as the
+builtin type that they extend. A tensor that occurs in several places is stored once for each.
 
 Example::
 
@@ -30,26 +30,42 @@ _DICT, _COUNTER = "$dict", "$counter"
 _FLOAT, _INTEGER, _BYTES = "$float", "$integer", "$bytes"
 _LARGEST = 1 << 63
 _MOST_BITS = 14_000
-"""Of an integer; Python reads and writes no more than 4,300 digits."""
+"""Maximum size of an integer; Python converts at most 4,300 decimal digits."""
 _MOST_LEVELS = 40
-"""Each may take more than one level of the 64 that metadata can have."""
+"""Maximum depth; a level can take several of the 64 levels that metadata may have."""
 
 
 def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
-    """Return the tensors of a nested value by name, and the rest as JSON that names them.
+    """Split a nested value into its tensors and a JSON value that refers to them by name.
 
-    ``prefix`` begins every name. :class:`InvalidInputError` names what is neither a tensor nor a
-    number, string, ``bytes``, ``None``, or a mapping, list or tuple of such.
+    Args:
+        tree: Tensors, NumPy arrays, numbers, strings, ``bytes`` and ``None``, in mappings, lists
+            and tuples.
+        prefix: Beginning of every tensor's name.
+
+    Returns:
+        The tensors by name, and the JSON value for :func:`unflatten`.
+
+    Raises:
+        InvalidInputError: The value holds an object of another type; the message names its path.
     """
     tensors: dict[str, torch.Tensor] = {}
     return tensors, _to_json(tree, prefix, tensors, 0)
 
 
 def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
-    """Return the nested value that :func:`flatten` took apart; other tensors do not matter.
+    """Rebuild a nested value from the results of :func:`flatten`.
 
-    :class:`MismatchError` if a tensor is missing, :class:`InvalidInputError` if ``tree`` is not
-    :func:`flatten`'s.
+    Args:
+        tensors: Tensors by name; those that ``tree`` does not name are ignored.
+        tree: JSON value that :func:`flatten` returned.
+
+    Returns:
+        The nested value, with the given tensors in it.
+
+    Raises:
+        MismatchError: A tensor is missing.
+        InvalidInputError: ``tree`` is not a result of :func:`flatten`.
     """
     try:
         return _from_json(tree, tensors)
@@ -96,7 +112,7 @@ def _mapping(
     below = {
         key: _to_json(item, _below(name, key), tensors, level + 1) for key, item in value.items()
     }
-    # Canonical JSON sorts its keys, and the order of a mapping matters to some who read it.
+    # Canonical JSON sorts keys, but some state dicts depend on the order of their keys.
     counter = isinstance(value, Counter)
     plain = all(isinstance(key, str) and not key.startswith("$") for key in below)
     if plain and not counter and list(below) == sorted(below):
@@ -110,7 +126,7 @@ def _kind(value: object) -> str:
 
 
 def _is_plain(array: np.ndarray[Any, Any]) -> bool:
-    """Return whether an array is its elements alone, of a type that torch has."""
+    """Return True if torch has the array's type and the array has no mask."""
     native = array.dtype.isnative and array.dtype.kind in "biuf" and array.dtype.itemsize <= 8
     return native and not isinstance(array, np.ma.MaskedArray)
 
@@ -120,7 +136,7 @@ def _below(name: str, key: object) -> str:
 
 
 def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> str:
-    # Two paths may read alike, and a tensor may be all there is.
+    # Two paths can give the same name, and a lone tensor has an empty path.
     wanted = unique = name or "value"
     number = 2
     while unique in tensors:

@@ -1,14 +1,14 @@
-"""References that stay on the device of the weights, so that changes are found and compacted there.
+"""Keep reference weights on the device, so that changes are found and compacted there.
 
-A resident is one more copy of the weights on their device. What crosses to the host because of it
-is what changed, at most seven bytes a listed weight and a few for each run and gap; the weights
-themselves cross all the same, once a save: their keys are taken, and what was encoded is verified,
-on the host. Which chunks have which resident as reference is told by their keys: one that is out
-of date, or of another model, costs time and is never wrong.
+A resident is a second copy of the weights on their device. It sends only the changes to the host:
+at most seven bytes for a changed weight and a few for each run and gap. The weights still cross to
+the host once a save, because the host computes their keys and verifies the encoded chunks.
+Invariant: a chunk uses a resident's changes only if the key of its reference is equal, so that an
+outdated resident, or one of another model, costs time but never gives wrong data.
 
 Example::
 
-    resident = Resident(model)                        # as it was loaded from the base
+    resident = Resident(model)                        # a model with the weights of the base
     train(model)
     store.save(model, parent=base, compared=resident.compare(model))
 """
@@ -32,19 +32,23 @@ _LANES = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What changed in one chunk."""
+    """The changes of one chunk against a reference.
+
+    Attributes:
+        reference: Key of the reference chunk.
+        found: Changed elements.
+    """
 
     reference: bytes
-    """Key of the chunk that it was compared with."""
     found: ChunkChanges
 
 
 Compared = Mapping[tuple[str, int], Change]
-"""By name of the tensor and number of the chunk; what is equal, or like nothing here, is absent."""
+"""Changes by tensor name and chunk number; chunks that are equal or unmatched are absent."""
 
 
 def check_compared(compared: object) -> Compared | None:
-    """Return what a resident found, or ``None``; :class:`InvalidInputError` for anything else."""
+    """Return a result of :meth:`Resident.compare`, or ``None``, if it is one."""
     if compared is None:
         return None
     if isinstance(compared, Mapping) and all(isinstance(c, Change) for c in compared.values()):
@@ -57,16 +61,22 @@ def check_compared(compared: object) -> Compared | None:
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
     lanes: torch.Tensor
-    """Flat, on the device."""
+    """Flat copy on the device, as integers of the elements' size."""
     keys: tuple[bytes, ...]
     layout: FloatLayout
 
 
 class Resident:
-    """A copy of tensors on their device, to compare later ones with."""
+    """A copy of tensors on their device, to compare later values of them with.
+
+    Args:
+        tensors: Tensors by name, or a module. Only dense floats of 2 and 4 bytes are copied.
+
+    Raises:
+        InvalidInputError: A checkpoint cannot hold one of the tensors.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
-        """Copy what may serve as a reference: dense floats of 2 and 4 bytes."""
         kept: dict[tuple[object, ...], _Kept | None] = {}
         self._kept: dict[str, _Kept] = {}
         for name, tensor in check_tensors(tensors).items():
@@ -78,7 +88,18 @@ class Resident:
                 self._kept[name] = found
 
     def compare(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> Compared:
-        """Return what changed, found on the device of the copy; for ``save(compared=…)``."""
+        """Find the changes of tensors since the copy was made, on the device of the copy.
+
+        Args:
+            tensors: Tensors by name, or a module, with the current values.
+
+        Returns:
+            Changes by tensor name and chunk number, for :meth:`Store.save`. Tensors of another
+            name, shape or device than the copy's have none.
+
+        Raises:
+            InvalidInputError: A checkpoint cannot hold one of the tensors.
+        """
         state = check_tensors(tensors)
         compared: dict[tuple[str, int], Change] = {}
         places: dict[tuple[object, ...], str] = {}
