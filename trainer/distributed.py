@@ -6,14 +6,14 @@ survives. With one process there is nothing of all this.
 
 Example::
 
-    with Alarm():
+    with FailureWatch():
         train()
 
 What the processes of a run tell each other: one decides, all act.
 
 Example::
 
-    together = Together(accelerator)
+    together = RunProcesses(accelerator)
     decision = together.share(decision)             # the main process's, in every process
     if together.any_of(signalled): ...
 """
@@ -74,7 +74,7 @@ def in_turns(
         yield items[0], False
 
 
-class Together:
+class RunProcesses:
     """The processes of a run."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -106,7 +106,7 @@ _PATIENCE = 10.0
 """Seconds that a process which fails waits until the others know."""
 
 
-class Alarm:
+class FailureWatch:
     """Ends all processes of a run where an error leaves this context in one of them."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Alarm:
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="alarm", daemon=True)
 
-    def __enter__(self) -> Alarm:
+    def __enter__(self) -> FailureWatch:
         """Connect the processes; all of them must come here."""
         state = this_process()
         if state.num_processes == 1:

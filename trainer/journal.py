@@ -77,10 +77,10 @@ that wait when a process dies are lost with the steps that they tell of, which r
 
 Example::
 
-    outbox = Outbox(journal)
-    outbox.add_later(future, lambda: [("committed", {"checkpoint": future.result().id})])
-    outbox.add("trained", step=1)           # waits behind it
-    outbox.settle()                         # waits for the commit, writes both
+    journal_queue = JournalQueue(journal)
+    journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result().id})])
+    journal_queue.add("trained", step=1)           # waits behind it
+    journal_queue.settle()                         # waits for the commit, writes both
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ Line = tuple[str, dict[str, Any]]
 _Waiting = tuple[Future[Any] | None, Callable[[], Iterable[Line]]]
 
 
-class Outbox:
+class JournalQueue:
     """Writes a journal's records in the order in which they were added."""
 
     def __init__(

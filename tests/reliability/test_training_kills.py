@@ -25,7 +25,7 @@ from tests.support.tiny_runs import make_config
 from trainer.cli.main import main
 from trainer.config.load import dump
 from trainer.config.schema import Config
-from trainer.journal import Outbox, read
+from trainer.journal import JournalQueue, read
 from trainer.report.summary import summarize
 from trainer.training import run
 from trainer.training.steps import StageSteps
@@ -143,7 +143,7 @@ def killed_ahead(config: Config, directory: Path, commit: int) -> int:
     """Train on while commit number ``commit`` is under way, and die before it is durable."""
     ahead, commits = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, train = Outbox.settle, StageSteps.train
+    settle, train = JournalQueue.settle, StageSteps.train
 
     def committing(self: Timeline, *arguments: Any, **keywords: Any) -> Any:
         ahead.clear()
@@ -156,7 +156,7 @@ def killed_ahead(config: Config, directory: Path, commit: int) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(self, tensors, **keywords)
 
-    def settling(self: Outbox) -> None:
+    def settling(self: JournalQueue) -> None:
         ahead.set()
         settle(self)
 
@@ -165,5 +165,5 @@ def killed_ahead(config: Config, directory: Path, commit: int) -> int:
         ahead.set()
 
     Timeline.commit_async, Store.save = committing, saving
-    Outbox.settle, StageSteps.train = settling, training
+    JournalQueue.settle, StageSteps.train = settling, training
     return go_on(config, directory)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from trainer.algorithms.base import Mode, Strategy
 from trainer.algorithms.continual import Continual
-from trainer.algorithms.divergence import Guarded, Method
+from trainer.algorithms.divergence import DivergenceHandler, Method
 from trainer.algorithms.dynamix import Dynamix
 from trainer.algorithms.ies import Ies
 from trainer.algorithms.msft import Msft
@@ -23,8 +23,8 @@ from trainer.config.schema import Config, MsftConfig
 
 __all__ = [
     "Continual",
+    "DivergenceHandler",
     "Dynamix",
-    "Guarded",
     "Ies",
     "Msft",
     "Sft",
@@ -47,7 +47,7 @@ def make_strategy(config: Config, sizes: Mapping[str, float]) -> Strategy:
     ``sizes`` are the sub-datasets with the proportions in which their examples come.
     """
     max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
-    return Guarded(make_method(config, sizes), max_skips=max_skips)
+    return DivergenceHandler(make_method(config, sizes), max_skips=max_skips)
 
 
 def make_method(config: Config, sizes: Mapping[str, float]) -> Method:

@@ -14,7 +14,7 @@ Like the methods that it guards, this decides from what it is told and nothing e
 
 Example::
 
-    strategy = Guarded(Msft(...), max_skips=3)
+    strategy = DivergenceHandler(Msft(...), max_skips=3)
     strategy.on_divergence(Divergence(...))         # Skip(...), after the third one Stop(...)
 """
 
@@ -61,7 +61,7 @@ class Method(Protocol):
         """Stop where an evaluation of the stage has been decided on, with the best so far."""
 
 
-class Guarded:
+class DivergenceHandler:
     """A method, and what to do when training diverges."""
 
     def __init__(self, method: Method, *, max_skips: int) -> None:
@@ -117,7 +117,7 @@ class Guarded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class NonFiniteNumber:
     """A number that is not finite."""
 
     what: str
@@ -126,16 +126,16 @@ class Finding:
     """``nan``, ``inf`` or ``-inf``."""
 
 
-def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> Finding | None:
+def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber | None:
     """Return the first number that is not finite, by what it is called; ``None`` counts as one."""
     for what, number in numbers.items():
         value = 0.0 if number is None else float(number)
         if not math.isfinite(value):
-            return Finding(what=what, value=str(value))
+            return NonFiniteNumber(what=what, value=str(value))
     return None
 
 
-def ruined(losses: Mapping[str, float]) -> Finding | None:
+def ruined(losses: Mapping[str, float]) -> NonFiniteNumber | None:
     """Say whether weights that have these losses on the sub-datasets are of no use at all.
 
     A loss that is not finite here or there may lie in the examples; if all are so, it is the

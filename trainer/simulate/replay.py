@@ -42,12 +42,12 @@ from trainer.report.flops import Account, Work
 from trainer.simulate.stage_ends import (
     Kind,
     StageReplay,
-    course,
+    explain_departure,
     first_evaluations,
+    get_target,
     recorded_turn,
     turn_of,
     why_known,
-    why_left,
     why_open,
 )
 
@@ -223,8 +223,8 @@ class _Replay:
         """Say how the next stage differs from the run's."""
         if self._replays:
             before = self._replays[-1]
-            same = group is not None and course(before.simulated) == course(before.recorded)
-            return why_left(before, is_other_data=same)
+            same = group is not None and get_target(before.simulated) == get_target(before.recorded)
+            return explain_departure(before, is_other_data=same)
         return (
             f"The run's first stage trains on {', '.join(self._stages[1][0]['active'])}, this "
             f"policy's on {', '.join(stage.active)}, so the run says nothing about it."

@@ -24,8 +24,8 @@ from trainer.simulate.policies import (
     with_policy,
 )
 from trainer.simulate.replay import Simulation, simulate
-from trainer.simulate.retained import HeldTotal, Holding
-from trainer.simulate.stage_ends import Turn
+from trainer.simulate.retained import HeldTotal, RetentionReplay
+from trainer.simulate.stage_ends import StageEnd
 from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
 
 
@@ -138,7 +138,7 @@ def _mean(values: Sequence[float]) -> float:
 def _held(
     simulation: Simulation, sizes: Mapping[str, int], retention: Retention
 ) -> HeldTotal | None:
-    holding = Holding(sizes)
+    holding = RetentionReplay(sizes)
     for moment in simulation.moments:
         move = holding.roll_back if moment.is_roll_back else holding.commit
         policy = retention(moment.needs, simulation.mode)
@@ -202,7 +202,7 @@ def _stage_table(simulation: Simulation) -> Table:
     return Table(header=("stage", "active", "the run", "simulated"), rows=rows, numeric=False)
 
 
-def _turn(turn: Turn | None) -> str:
+def _turn(turn: StageEnd | None) -> str:
     if turn is None:
         return "trains on"
     excludes = f"excludes {', '.join(turn.exclude)}" if turn.exclude else "excludes nothing"

@@ -8,7 +8,7 @@ roll-back anew, so the true size differs a little; the journal has it for the ru
 
 Example::
 
-    holding = Holding(stored_bytes)
+    holding = RetentionReplay(stored_bytes)
     holding.commit("b2f1", metrics, policy)
     holding.roll_back("b2f1", policy)
     holding.points[-1].alive
@@ -51,7 +51,7 @@ class HeldTotal:
     """Ids that were gone back to, but that the policy no longer kept."""
 
 
-class Holding:
+class RetentionReplay:
     """The rollback points of a run, as commits and roll-backs come."""
 
     def __init__(self, stored_bytes: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 Example::
 
     turn = recorded_turn(stage_records, first_evaluations(counted))
-    deed("the run", turn)           # at epoch 3 the run excludes arith and goes on from stage 1, …
+    describe_stage_end("the run", turn)     # at epoch 3 the run excludes arith and goes on from …
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kind = Literal["roll_back", "stop"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class StageEnd:
     """How a stage ends."""
 
     epoch: float
@@ -39,9 +39,9 @@ class StageReplay:
 
     number: int
     active: tuple[str, ...]
-    recorded: Turn | None
+    recorded: StageEnd | None
     """``None`` where the run was not over."""
-    simulated: Turn | None
+    simulated: StageEnd | None
     """``None`` where the curve ends before a decision."""
 
 
@@ -54,7 +54,7 @@ def first_evaluations(counted: Sequence[Record]) -> dict[str, Record]:
     return first
 
 
-def recorded_turn(group: Sequence[Record], first: Mapping[str, Record]) -> Turn | None:
+def recorded_turn(group: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:
     """Return how a stage ended, of all records of it; ``None`` where it has not."""
     epochs = {r["index"]: r["epoch"] for r in group if r["event"] == "evaluated"}
     for record in group:
@@ -68,10 +68,10 @@ def turn_of(
     kind: Kind,
     decided: Mapping[str, Any],
     first: Mapping[str, Record],
-) -> Turn:
+) -> StageEnd:
     """Return a turn; ``decided`` has checkpoint, exclude and reason, ``first`` all checkpoints."""
     target = first[decided["checkpoint"]]
-    return Turn(
+    return StageEnd(
         epoch=epoch,
         decision=kind,
         checkpoint=decided["checkpoint"],
@@ -82,12 +82,12 @@ def turn_of(
     )
 
 
-def course(turn: Turn | None) -> tuple[Any, ...]:
+def get_target(turn: StageEnd | None) -> tuple[Any, ...]:
     """Return where a turn leads, whenever it was decided."""
     return () if turn is None else (turn.decision, turn.checkpoint, turn.exclude)
 
 
-def deed(who: str, turn: Turn | None) -> str:
+def describe_stage_end(who: str, turn: StageEnd | None) -> str:
     """Say what a policy does at the end of a stage."""
     if turn is None:
         return f"{who} trains on"
@@ -99,28 +99,29 @@ def deed(who: str, turn: Turn | None) -> str:
 
 def why_known(stages: Sequence[StageReplay], reason: str) -> str:
     """Say that a policy is known to its end, which it gives as a reason."""
-    courses = [(course(stage.recorded), course(stage.simulated)) for stage in stages]
-    if all(its == mine for its, mine in courses):
+    targets = [(get_target(stage.recorded), get_target(stage.simulated)) for stage in stages]
+    if all(its == mine for its, mine in targets):
         how = "with the run's own decisions"
-    elif all((its[0], its[2:]) == (mine[0], mine[2:]) for its, mine in courses if its):
+    elif all((its[0], its[2:]) == (mine[0], mine[2:]) for its, mine in targets if its):
         how = "with the run's own exclusions, but another result"
     else:
         how = "though not as the run"
     return f"It is known to its end, {how}: {reason}."
 
 
-def why_left(stage: StageReplay, *, is_other_data: bool) -> str:
+def explain_departure(stage: StageReplay, *, is_other_data: bool) -> str:
     """Say how a policy leaves the run's path at the end of a stage.
 
     With ``is_other_data`` it decides as the run did, but the next stage has other shares.
     """
     mine, its = stage.simulated, stage.recorded
     if its is None:
-        return f"In stage {stage.number} {deed('it', mine)}; the run has not come so far."
-    deeds = f"In stage {stage.number} {deed('it', mine)}; {deed('the run', its)}"
+        end = describe_stage_end("it", mine)
+        return f"In stage {stage.number} {end}; the run has not come so far."
+    ends = f"{describe_stage_end('it', mine)}; {describe_stage_end('the run', its)}"
     if is_other_data:
-        deeds += f". But stage {stage.number + 1} trains on other shares of the data"
-    return f"{deeds}. From there on the run's curves say nothing."
+        ends += f". But stage {stage.number + 1} trains on other shares of the data"
+    return f"In stage {stage.number} {ends}. From there on the run's curves say nothing."
 
 
 def why_open(stage: StageReplay, *, epoch: float, budget: float) -> str:
@@ -133,7 +134,5 @@ def why_open(stage: StageReplay, *, epoch: float, budget: float) -> str:
         )
     if stage.recorded is None:
         return f"The run is not over: stage {number} is known up to epoch {epoch:.4g}."
-    return (
-        f"In stage {number} it trains on when {deed('the run', stage.recorded)}. Beyond that "
-        "nothing is known."
-    )
+    end = describe_stage_end("the run", stage.recorded)
+    return f"In stage {number} it trains on when {end}. Beyond that nothing is known."

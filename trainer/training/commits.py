@@ -6,7 +6,7 @@ Example::
 
     work.timeline.retention = retention(strategy.needs(), strategy.mode)
     commit = begin_commit(work, stage=1, step=40, epoch=0.25, metrics=result.metrics)
-    work.outbox.add_later(commit.future, lambda: [("committed", commit.record())])
+    work.journal_queue.add_later(commit.future, lambda: [("committed", commit.record())])
 """
 
 from __future__ import annotations

@@ -46,11 +46,11 @@ from trainer.algorithms.base import (
     Stop,
     Strategy,
 )
-from trainer.algorithms.divergence import Finding, names_not_finite, ruined
+from trainer.algorithms.divergence import NonFiniteNumber, names_not_finite, ruined
 from trainer.algorithms.peaks import margin_warnings
 from trainer.config.schema import OVERALL
 from trainer.data.schedule import Schedule
-from trainer.distributed import Together
+from trainer.distributed import RunProcesses
 from trainer.errors import RunError
 from trainer.journal import Line
 from trainer.model.evaluate import Evaluator, Result
@@ -99,7 +99,7 @@ class Loop:
         self._interrupts = interrupts
         self._say = say
         self._progress = progress
-        self._together = Together(work.accelerator)
+        self._together = RunProcesses(work.accelerator)
         # A process that ends alone would leave the others waiting for its share.
         check = interrupts.check if self._together.is_one else None
         self._evaluator = Evaluator(
@@ -237,7 +237,7 @@ class Loop:
         finding = ruined(result.losses)
         if finding is not None:
             return self._diverge(finding, stage, position, schedule)
-        self._work.outbox.settle()
+        self._work.journal_queue.settle()
         epoch = schedule.epoch(position.step)
         commit = self._commit(stage, epoch, result)
         index = position.evaluations
@@ -245,13 +245,13 @@ class Loop:
         return self._decide(stage, index, epoch, result, commit, last=last)
 
     def _diverge(
-        self, finding: Finding, stage: Stage, position: Position, schedule: Schedule
+        self, finding: NonFiniteNumber, stage: Stage, position: Position, schedule: Schedule
     ) -> Skip | Stop:
         """Decide what follows numbers that are not finite; where that is to skip, do it."""
         work, answer = self._work, None
         if work.accelerator.is_main_process:
             # A checkpoint that is restored must be durable, and its id known.
-            work.outbox.settle()
+            work.journal_queue.settle()
             divergence = Divergence(
                 stage=stage.number,
                 epoch=schedule.epoch(position.step),
@@ -349,9 +349,9 @@ class Loop:
             written = [("evaluated", evaluated), ("decided", decided)]
             return [("committed", committed), *written] if committed else written
 
-        self._work.outbox.add_later(commit.future if commit else None, lines)
+        self._work.journal_queue.add_later(commit.future if commit else None, lines)
         if not isinstance(decision, Continue):
-            self._work.outbox.settle()
+            self._work.journal_queue.settle()
         text = f"stage {stage.number}, epoch {epoch:.2f}: {OVERALL} {known.metrics[OVERALL]:.4f}"
         if unsound := names_not_finite(known.metrics):
             text += f"; not finite: {', '.join(unsound)}"
@@ -363,7 +363,7 @@ class Loop:
         self, steps: StageSteps, position: Position, schedule: Schedule, *, is_last: bool
     ) -> None:
         """Journal what is due, all where this step ``is_last``, and end on a signal otherwise."""
-        self._work.outbox.write_ready()
+        self._work.journal_queue.write_ready()
         signalled = self._together.any_of(self._interrupts.number is not None) and not is_last
         if signalled or is_last or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position, schedule)
@@ -385,7 +385,7 @@ class Loop:
         """Replace the resume point; every process adds its random number generators."""
         work = self._work
         self._observing.write_losses(position)
-        work.outbox.settle()
+        work.journal_queue.settle()
         seq = 0 if work.journal is None else work.journal.next_seq - 1
         size = resume_point.save(work, Point(position=position, seq=seq))
         place = {"step": position.global_step, "stage": position.stage}

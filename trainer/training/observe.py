@@ -37,7 +37,7 @@ from trainer.algorithms.base import Adjustment, ExampleLosses, LookAhead, Stage,
 from trainer.data.batches import micro_batches
 from trainer.data.examples import Example
 from trainer.data.schedule import Schedule
-from trainer.distributed import Together
+from trainer.distributed import RunProcesses
 from trainer.model.forward import collate, target_losses
 from trainer.model.optim import set_learning_rate
 from trainer.training.replay import Observed, Position, describe_adjustment
@@ -159,7 +159,7 @@ def _put_back(state: Any, states: Mapping[Any, Any]) -> None:
 class Observing:
     """Asks a strategy how a stage with ``observe`` goes on."""
 
-    def __init__(self, work: Workspace, strategy: Strategy, together: Together) -> None:
+    def __init__(self, work: Workspace, strategy: Strategy, together: RunProcesses) -> None:
         """Prepare; :meth:`begin` follows for each stage."""
         self._work = work
         self._strategy = strategy

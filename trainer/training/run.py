@@ -35,7 +35,7 @@ from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Stop, Strategy
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.distributed import Alarm, this_process
+from trainer.distributed import FailureWatch, this_process
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.files import is_full
 from trainer.journal import effective, read
@@ -105,7 +105,7 @@ def start(config: Config, *, say: Say = _silent, progress: bool = False) -> Summ
     Raises :class:`RunError` if a run is there already, :class:`Interrupted` on a signal,
     :class:`PausedError` where there is no room to go on.
     """
-    with Alarm():
+    with FailureWatch():
         try:
             create_directory(config)
             return _begin(config, say=say, progress=progress)
@@ -138,7 +138,7 @@ def resume(
         say(f"the run in {directory} is finished, there is nothing to resume")
         return write_report(directory)
     config = replace(load_config(directory / CONFIG), output_dir=str(directory))
-    with Alarm():
+    with FailureWatch():
         return _run(config, say=say, progress=progress)
 
 

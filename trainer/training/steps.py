@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from trainer.algorithms.base import Adjustment, ExampleLosses, Stage
-from trainer.algorithms.divergence import Finding, not_finite
+from trainer.algorithms.divergence import NonFiniteNumber, not_finite
 from trainer.data.batches import DataOrder, MicroBatch, Reference, SampledOrder, Step, micro_batches
 from trainer.data.schedule import Schedule
 from trainer.distributed import in_turns
@@ -68,7 +68,7 @@ class StageSteps:
         self._told: list[tuple[Reference, float]] = []
         self._forget_totals()
 
-    def train(self, step: int) -> Finding | None:
+    def train(self, step: int) -> NonFiniteNumber | None:
         """Do optimizer step ``step`` (from 0) of the stage, the same in all processes.
 
         Where the loss or the norm of the gradients is not finite, the weights stay as they were,

@@ -47,7 +47,7 @@ from trainer.data.load import load_mixture
 from trainer.data.sampling import shares
 from trainer.data.schedule import stage_schedule
 from trainer.errors import RunError
-from trainer.journal import Journal, Outbox, Record, read
+from trainer.journal import Journal, JournalQueue, Record, read
 from trainer.model.forward import compute_in
 from trainer.model.load import LoadedModel
 from trainer.model.lora import load_trained
@@ -79,7 +79,7 @@ class Workspace:
     mixture: Mixture
     journal: Journal | None
     """``None`` in every process but the main one, like ``store``, ``base`` and ``timeline``."""
-    outbox: Outbox
+    journal_queue: JournalQueue
     """Through which everything is written to the journal."""
     store: Store | None
     base: Base | None
@@ -89,7 +89,7 @@ class Workspace:
 
     def record(self, event: str, **fields: Any) -> None:
         """Write to the journal, in the main process, behind what waits for a commit."""
-        self.outbox.add(event, **fields)
+        self.journal_queue.add(event, **fields)
 
     @property
     def max_disk(self) -> int | None:
@@ -259,7 +259,7 @@ def open_workspace(
             optimizer=getattr(optimizer, "optimizer", optimizer),
             mixture=mixture,
             journal=None,
-            outbox=Outbox(None),
+            journal_queue=JournalQueue(None),
             store=None,
             base=None,
             timeline=None,
@@ -272,7 +272,7 @@ def open_workspace(
             _open_store(work)
             earlier = read(directory / JOURNAL)
             with tracking(config, earlier, warn=warn) as told, _settled(work):
-                work.outbox = Outbox(work.journal, told)
+                work.journal_queue = JournalQueue(work.journal, told)
                 yield work
 
 
@@ -287,12 +287,12 @@ def _settled(work: Workspace) -> Iterator[None]:
     except BaseException:
         # The error that is on its way says more than one that a commit may add.
         with suppress(Exception):
-            work.outbox.settle()
+            work.journal_queue.settle()
         with suppress(Exception):
             if work.timeline is not None:
                 work.timeline.wait()
         raise
-    work.outbox.settle()
+    work.journal_queue.settle()
 
 
 def start_record(work: Workspace) -> Record:

@@ -20,8 +20,8 @@ from trainer.report.flops import Work
 from trainer.simulate.policies import recorded_config, retention_named, swept, with_policy
 from trainer.simulate.replay import Simulation, simulate
 from trainer.simulate.report import Copies, outcome, recorded, to_text
-from trainer.simulate.retained import Holding
-from trainer.simulate.stage_ends import Turn
+from trainer.simulate.retained import RetentionReplay
+from trainer.simulate.stage_ends import StageEnd
 from trainer.training.run import start
 
 
@@ -183,7 +183,7 @@ def test_rollback_points_as_the_policy_keeps_them(tmp_path: Path) -> None:
 
 
 def test_sizes_that_are_not_recorded_are_not_made_up() -> None:
-    holding = Holding({"a": 5})
+    holding = RetentionReplay({"a": 5})
     for name in "ab":
         holding.commit(name, {}, KeepLast(2))
     assert [point.bytes for point in holding.points] == [5, None]
@@ -279,7 +279,7 @@ def test_what_is_known_is_what_a_real_run_does(runs: dict[str, list[Record]]) ->
     assert curves[0] == curves[1]
 
 
-def place(turn: Turn) -> tuple[Any, ...]:
+def place(turn: StageEnd) -> tuple[Any, ...]:
     """Return what two runs have in common, whose ids differ as their steps do."""
     return turn.epoch, turn.exclude, turn.to_stage, turn.to_epoch
 
@@ -304,7 +304,7 @@ def test_a_runs_own_policy_is_known_to_its_end_and_keeps_what_its_store_kept(
     assert simulation.ending == "result"
     assert "with the run's own decisions" in simulation.why
     assert simulation.simulated == simulation.recorded
-    holding = Holding({})
+    holding = RetentionReplay({})
     for moment in simulation.moments:
         policy = retention_named("needs")(moment.needs, simulation.mode)
         move = holding.roll_back if moment.is_roll_back else holding.commit

@@ -13,7 +13,7 @@ from msft_store import StorageError, Store, Timeline
 from tests.support.tiny_runs import make_config
 from trainer.algorithms.base import Continue, Names, RollBack, Stage, Stop
 from trainer.errors import RunError
-from trainer.journal import Journal, Outbox, effective, read
+from trainer.journal import Journal, JournalQueue, effective, read
 from trainer.training import resume_point, run
 from trainer.training.run import resume, start
 from trainer.training.steps import StageSteps
@@ -101,7 +101,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     journal = Path(config.output_dir) / "journal.jsonl"
     settling, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, save_point = Outbox.settle, resume_point.save_point
+    settle, save_point = JournalQueue.settle, resume_point.save_point
 
     def committing(self, *arguments, **keywords):
         settling.clear()
@@ -124,7 +124,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
-    monkeypatch.setattr(Outbox, "settle", settled)
+    monkeypatch.setattr(JournalQueue, "settle", settled)
     monkeypatch.setattr(resume_point, "save_point", saving_point)
     start(config)
     assert len(counted) > 10
@@ -186,16 +186,16 @@ def test_an_error_in_training_leaves_no_evaluation_out(config, monkeypatch):
 def test_records_wait_behind_a_commit_in_their_order(tmp_path):
     future = Future()
     with Journal.open(tmp_path / "journal.jsonl") as journal:
-        outbox = Outbox(journal)
-        outbox.add("trained", step=1, loss=1.0)
-        outbox.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
-        outbox.add("trained", step=2, loss=1.0)
-        outbox.write_ready()
+        journal_queue = JournalQueue(journal)
+        journal_queue.add("trained", step=1, loss=1.0)
+        journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
+        journal_queue.add("trained", step=2, loss=1.0)
+        journal_queue.write_ready()
         assert journal.next_seq == 1
         future.set_result("c")
-        outbox.write_ready()
+        journal_queue.write_ready()
         assert journal.next_seq == 3
-        outbox.add("trained", step=3, loss=1.0)
+        journal_queue.add("trained", step=3, loss=1.0)
     found = [(r["event"], r.get("step")) for r in read(tmp_path / "journal.jsonl")]
     assert found == [("trained", 1), ("committed", None), ("trained", 2), ("trained", 3)]
 
@@ -203,15 +203,15 @@ def test_records_wait_behind_a_commit_in_their_order(tmp_path):
 def test_nothing_is_written_after_a_commit_that_failed(tmp_path):
     future = Future()
     with Journal.open(tmp_path / "journal.jsonl") as journal:
-        outbox = Outbox(journal)
-        outbox.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
-        outbox.add("trained", step=2, loss=1.0)
+        journal_queue = JournalQueue(journal)
+        journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
+        journal_queue.add("trained", step=2, loss=1.0)
         future.set_exception(StorageError("full"))
         with pytest.raises(StorageError, match="full"):
-            outbox.settle()
-        outbox.settle()
+            journal_queue.settle()
+        journal_queue.settle()
         assert journal.next_seq == 0
-    Outbox(None).add("trained", step=1)
+    JournalQueue(None).add("trained", step=1)
 
 
 def test_names_in_decisions_become_ids():
