@@ -10,7 +10,7 @@ import pytest
 from docs import module_graph
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("docs/architecture.md", "docs/glossary.md", "CHANGELOG.md")
+PAGES = ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md", "CHANGELOG.md")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
