@@ -1,4 +1,6 @@
-"""Is a store sound? What is wrong with it, and which checkpoints are whole all the same.
+"""Check a store: list its faults, and the checkpoints that can be restored in spite of them.
+
+Invariant: a check changes nothing and goes on after a fault.
 
 Example::
 
@@ -33,24 +35,31 @@ from msft_store.objects.refs import RefReader, ref_path
 
 Kind = Literal["manifest", "ref", "pack", "base", "chunk"]
 Known = dict[tuple[bytes, int, DType, str | None], StoreError | None]
-"""What is wrong with each chunk that was looked at: key, size, dtype and base."""
+"""The error of each checked chunk, by key, size, dtype and base; ``None`` for a sound chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that is wrong."""
+    """Describe one fault of a store.
+
+    Attributes:
+        where: A checkpoint and tensor, a ref, a base, or a file, for people to read.
+        what: The error message.
+        kind: The kind of object that has the fault.
+        checkpoint: Id of the checkpoint that this fault makes unusable; ``None`` if the fault does
+            not name one.
+        tensor: Name of the tensor, if the fault is in one.
+        base: Id of the base whose files or record have the fault.
+        file: Path of the file with the fault, if it is known.
+    """
 
     where: str
-    """A checkpoint and tensor, a ref, a base, or a file."""
     what: str
     kind: Kind
     checkpoint: str | None = None
-    """Id of the checkpoint that cannot be restored because of it; ``None`` if none is by itself."""
     tensor: str | None = None
     base: str | None = None
-    """Id of the base whose files or record are to blame."""
     file: str | None = None
-    """The file that is to blame, where that can be told."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -58,13 +67,18 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is wrong with a store, and what is not."""
+    """List the faults of a store, its sound checkpoints and its damaged checkpoints.
+
+    Attributes:
+        findings: The faults.
+        sound: Ids of the checkpoints without a fault. If the data was not read, their chunks exist
+            but may be damaged.
+        damaged: Ids of the checkpoints that cannot be restored now.
+    """
 
     findings: tuple[Finding, ...]
     sound: tuple[str, ...]
-    """Ids of the checkpoints that can be restored, as far as was looked."""
     damaged: tuple[str, ...]
-    """Ids of those that cannot be, at least not now."""
 
     def __str__(self) -> str:
         count = len(self.sound) + len(self.damaged)
@@ -75,11 +89,11 @@ class Report:
 
 
 def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
-    """Return what is wrong with a store.
+    """Return the faults of a store.
 
-    Without ``read_data``, structure only: every chunk has a representation, every ref a target,
-    every base its files. With it, every chunk is decoded and compared with its key, and so are the
-    bases.
+    Without ``read_data``, only the structure is checked: every chunk must have a representation,
+    every ref a target, every base its files. With it, every chunk and every base is also decoded
+    and compared with its keys.
     """
     catalog.refresh()
     findings = list(_check_files(catalog))
@@ -87,7 +101,7 @@ def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
     findings += _check_refs(catalog)
     bases = list(_check_bases(catalog, read_data=read_data))
     findings += bases
-    # Where data is read, each checkpoint shows what it needs of a base; else all of it counts.
+    # If no data is read, a fault anywhere in a base counts against all of its checkpoints.
     gone = set() if read_data else {finding.base for finding in bases}
     known: Known = {}
     sound: list[str] = []
@@ -135,7 +149,7 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
     for path, error in damaged.items():
         file = catalog.backend.describe(path)
         yield Finding(where=path, what=str(error), kind="ref", file=file)
-    # Some may have come since, but then they were there before the refs.
+    # A checkpoint may have been saved since the refresh, but its manifest precedes its refs.
     there = set(list_manifests(catalog.backend)) - catalog.damaged.keys()
     for ref in refs.values():
         if catalog.get(ref.checkpoint) is None and ref.checkpoint not in there:
@@ -157,10 +171,10 @@ def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
                 if read_data:
                     reader.verify_span(BaseSpan(tensor=name, start=0), elements)
                 elif elements:
-                    # The last element shows whether the file is still there and long enough.
+                    # Reading the last element shows that the file exists and is long enough.
                     reader.read_span(BaseSpan(tensor=name, start=elements - 1), 1, tensor.dtype)
             except StoreError as error:
-                # A file that is gone is one finding, not one for each of its tensors.
+                # A missing file has the same error for each of its tensors and is one finding.
                 if str(error) not in said:
                     said.add(str(error))
                     yield Finding(
@@ -246,7 +260,7 @@ def _chunks(entry: TensorEntry) -> Iterator[tuple[bytes, int]]:
 def _is_whole(
     catalog: Catalog, keys: Mapping[str | None, Keys], entries: Iterable[TensorEntry]
 ) -> bool:
-    """Return whether nothing is missing, all keys at once; what is, is found one by one."""
+    """Return True if all chunks exist with the right dtype; look up all keys at once."""
     index = catalog.objects.index
     if len(find_reachable(catalog.objects, index, keys).missing):
         return False

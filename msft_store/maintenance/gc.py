@@ -1,10 +1,10 @@
-"""Freeing space: a plan that can be printed first, and its execution.
+"""Plan a garbage collection, print the plan, and execute it.
 
-Invariants: nothing that a checkpoint needs, directly or as a reference, is ever deleted; manifests
-go before the packs that they name, and rewritten packs are durable before the old ones go, so that
-a crash at any point leaves every remaining checkpoint whole. What a key stands for stays the same.
-Deleting excludes saves. What needs no room is freed first; a pack for whose rewriting there is none
-then stays as it is, and that is said.
+Invariants: gc never deletes a chunk that a checkpoint needs, directly or as a reference. Manifests
+are deleted before the packs that they name, and rewritten packs are durable before the old ones go,
+so a crash at any point leaves every remaining checkpoint complete. Keys keep their content.
+Deleting excludes saves. Packs that need no space are freed first; a pack that there is no space to
+rewrite stays as it is and is reported.
 
 Example::
 
@@ -44,12 +44,12 @@ from msft_store.storage.quota import require_space
 
 _LOG = logging.getLogger(__name__)
 _REWRITE_FROM = 0.2
-"""Dead share of a pack from which rewriting it pays for the copying."""
+"""Share of dead bytes from which a pack is rewritten; below it, copying costs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What happens to a checkpoint, and why."""
+    """A checkpoint that a gc keeps or deletes, and the reasons."""
 
     checkpoint: Checkpoint
     reasons: tuple[str, ...]
@@ -66,23 +66,27 @@ class PackWaste:
 
     @property
     def live_bytes(self) -> int:
-        """Return the room that rewriting it takes until it is deleted, the footer aside."""
+        """Bytes that the rewritten pack occupies until this one is deleted, without the footer."""
         return sum(record.length for record in self.live)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GcResult:
-    """What an executed plan did, in bytes on disk."""
+    """Report the effect of an executed plan, in bytes on disk.
+
+    Attributes:
+        freed_bytes: Bytes that the store lost.
+        bytes: Size of the store afterwards.
+        peak_bytes: Largest size of the store during the execution.
+        left_bytes: Dead bytes in packs that there was no space to rewrite. A later gc frees them.
+        hindrance: The error that postponed the rewriting; ``None`` if there was none.
+    """
 
     freed_bytes: int
     bytes: int
-    """All bytes of the store afterwards."""
     peak_bytes: int
-    """All bytes of the store at the worst moment."""
     left_bytes: int = 0
-    """Dead bytes of packs for whose rewriting there was no room; a later gc frees them."""
     hindrance: str | None = None
-    """Why they were left."""
 
     def __str__(self) -> str:
         text = f"freed {format_bytes(self.freed_bytes)}"
@@ -93,21 +97,28 @@ class GcResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GcPlan:
-    """What a gc would do; nothing happens before :meth:`execute`."""
+    """List the changes of a gc; :meth:`execute` makes them, and ``str`` describes them.
+
+    Attributes:
+        kept: Checkpoints that stay, with the reasons.
+        dropped: Checkpoints whose manifests are deleted, with the reasons.
+        delete: Packs that no kept checkpoint needs.
+        rewrite: Packs whose live chunks are copied to a new pack.
+        leftovers: Paths of files of interrupted saves, and their sizes in bytes.
+        held_bytes: Bytes of chunks that no kept checkpoint names but that others refer to.
+    """
 
     kept: tuple[Verdict, ...]
     dropped: tuple[Verdict, ...]
     delete: tuple[PackWaste, ...]
     rewrite: tuple[PackWaste, ...]
     leftovers: tuple[tuple[str, int], ...]
-    """Files of saves that never ended, and their sizes in bytes."""
     held_bytes: int
-    """Bytes that no checkpoint names but that others are differences of."""
     _catalog: Catalog = field(repr=False, compare=False)
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes that executing frees, footers aside."""
+        """Bytes that :meth:`execute` frees, not counting footers."""
         return (
             sum(waste.size for waste in self.delete)
             + sum(waste.dead_bytes for waste in self.rewrite)
@@ -118,7 +129,7 @@ class GcPlan:
         return "\n".join([f"would free {format_bytes(self.freed_bytes)}", *self.steps()])
 
     def steps(self) -> list[str]:
-        """Return what goes, in the order in which it does, and what stays; one line for each."""
+        """Return one line for each deletion, in order, then one for each kept checkpoint."""
         lines = [
             f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
             for verdict in self.dropped
@@ -144,12 +155,19 @@ class GcPlan:
         return lines
 
     def execute(self) -> GcResult:
-        """Carry the plan out; what was pinned or came to be needed since stays."""
+        """Free the space, but keep all that was pinned or became needed since the plan was made.
+
+        Returns:
+            The freed bytes and the new size of the store.
+
+        Raises:
+            StoreError: The store is damaged or locked. Nothing of a damaged store is deleted.
+        """
         return evict(self._catalog, [verdict.checkpoint.id for verdict in self.dropped])
 
 
 def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
-    """Return what could go: without a policy, only bytes that no checkpoint needs."""
+    """Plan a gc; without a policy, it frees only bytes that no checkpoint needs."""
     catalog.refresh()
     refuse_damage(catalog)
     checkpoints, protected = catalog.checkpoints(), catalog.list_protected()
@@ -184,7 +202,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
 
 
 def _candidates(checkpoints: Sequence[Checkpoint], protected: Mapping[str, str]) -> list[Candidate]:
-    # To a policy of the whole store, timelines and their branches are one line of checkpoints.
+    # A policy of the whole store sees timelines and branches as one sequence of checkpoints.
     return [
         Candidate(
             id=checkpoint.id,
@@ -213,7 +231,7 @@ def evict_locked(
     """Delete checkpoints that no ref protects, and free the bytes that no other one needs.
 
     The caller holds the lock exclusively and has refreshed the catalog. A pack is rewritten if at
-    least a share ``rewrite_from`` of it is dead; with 0 if anything in it is.
+    least a share ``rewrite_from`` of it is dead; 0 means any dead byte.
     """
     backend = catalog.backend
     before = peak = disk_bytes(backend)
@@ -245,7 +263,7 @@ def evict_locked(
         try:
             rewrite_packs(catalog, [waste])
         except (OutOfSpaceError, OverBudgetError) as error:
-            # The remaining packs need even more room.
+            # The packs are sorted by the space they need, so the remaining ones need even more.
             left, hindrance = sum(w.dead_bytes for w in rewrite[number:]), str(error)
             _LOG.info("rewriting %s is postponed: %s", format_bytes(left), hindrance)
             break
@@ -264,7 +282,7 @@ def evict_locked(
 
 
 def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
-    """Write what is live in packs into one new pack, durably; the old ones stay."""
+    """Copy the live chunks of packs to one new durable pack; the old packs stay."""
     require_space(catalog.backend, sum(waste.live_bytes for waste in wastes))
     with catalog.backend.writer() as writer:
         pack = PackWriter(writer)
@@ -284,9 +302,10 @@ def waste_of(
     share: float = _REWRITE_FROM,
     small: int = 0,
 ) -> tuple[tuple[PackWaste, ...], tuple[PackWaste, ...], int]:
-    """Return packs without anything that ``keep`` needs, packs to rewrite, and the bytes held.
+    """Return the packs that ``keep`` does not need, the packs to rewrite, and the held bytes.
 
-    To rewrite are those of which a ``share`` is dead, and all below ``small`` bytes.
+    A pack is rewritten if at least a ``share`` of it is dead, or if it has fewer than ``small``
+    bytes.
     """
     index = catalog.objects.index
     keys = catalog.keys_by_base(keep)
@@ -309,7 +328,7 @@ def waste_of(
                 for row, rival in zip(alive, rivals, strict=True)
             )
             rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
-    # The one that takes the least room first: what it frees, the next one has.
+    # The pack that needs the least space comes first, so that the next one can use what it frees.
     rewrite.sort(key=lambda waste: waste.live_bytes)
     return tuple(delete), tuple(rewrite), int(index.lengths[needs.only_referenced].sum())
 
@@ -328,7 +347,7 @@ def _leftovers(catalog: Catalog) -> tuple[tuple[str, int], ...]:
 
 
 def refuse_damage(catalog: Catalog) -> None:
-    """Raise where something of a store cannot be read, for then it is not known what it needs."""
+    """Raise if a file of the store cannot be read, because its references are then unknown."""
     for error in (*catalog.damaged.values(), *catalog.objects.damaged.values()):
         raise _damaged(error, type(error))
 

@@ -1,8 +1,8 @@
-"""Fewer and denser packs: all that is dead goes, and small packs become large ones.
+"""Repack a store: remove all dead bytes and merge small packs into large ones.
 
-A gc rewrites a pack only where that pays for the copying; a repack does what it leaves. Invariants:
-as with gc, new packs are durable before old ones go, deleting excludes saves, ids stay, and what a
-key stands for stays the same.
+A gc rewrites a pack only if enough of it is dead; a repack rewrites the others too. Invariants, as
+for gc: new packs are durable before old ones are deleted, deleting excludes saves, and ids and the
+content of every key stay the same.
 
 Example::
 
@@ -24,23 +24,27 @@ from msft_store.objects.packs import PACKS
 from msft_store.storage.backend import disk_bytes
 
 SMALL = 64 << 20
-"""Bytes below which a pack is put together with others."""
+"""Size in bytes below which a pack is merged with others."""
 LARGEST = 1 << 30
-"""Bytes of chunks that are put together at most."""
+"""Largest size of a merged pack, in bytes of chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepackPlan:
-    """What a repack would do; nothing happens before :meth:`execute`."""
+    """List the changes of a repack; :meth:`execute` makes them, and ``str`` describes them.
+
+    Attributes:
+        delete: Packs that no checkpoint needs.
+        merge: Groups of packs. The live chunks of each group are copied to one new pack.
+    """
 
     delete: tuple[PackWaste, ...]
     merge: tuple[tuple[PackWaste, ...], ...]
-    """Packs that become one, or one that loses what is dead in it."""
     _catalog: Catalog = field(repr=False, compare=False)
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes that executing frees, footers aside."""
+        """Bytes that :meth:`execute` frees, not counting footers."""
         dead = sum(waste.dead_bytes for group in self.merge for waste in group)
         return dead + sum(waste.size for waste in self.delete)
 
@@ -53,12 +57,12 @@ class RepackPlan:
         return "\n".join([heading, *self.steps()])
 
     def change(self) -> str:
-        """Return how many packs become how many: "1 pack of 4"."""
+        """Return the number of packs after and before, such as "1 pack of 4"."""
         before = len(self.delete) + sum(map(len, self.merge))
         return f"{format_count(len(self.merge), 'pack')} of {before}"
 
     def steps(self) -> list[str]:
-        """Return what happens to each pack, one line for each."""
+        """Return one line for each pack."""
         lines = [f"  delete   {waste.path} ({format_bytes(waste.size)})" for waste in self.delete]
         for number, group in enumerate(self.merge, 1):
             lines += [
@@ -69,11 +73,18 @@ class RepackPlan:
         return lines
 
     def execute(self) -> GcResult:
-        """Carry it out, as far as it is still what the store needs."""
+        """Plan again under the exclusive lock, then merge and delete packs.
+
+        Returns:
+            The freed bytes and the new size of the store.
+
+        Raises:
+            StoreError: The store is damaged or locked, or there is no space for a merged pack.
+        """
         backend = self._catalog.backend
         with backend.lock(shared=False, purpose="repack"):
             before = peak = disk_bytes(backend)
-            # What was saved since is not in the plan that was printed, and is not harmed by this.
+            # A new plan accounts for checkpoints that were saved after this one was made.
             plan = plan_repack(self._catalog)
             if plan.delete or plan.merge:
                 backend.sync(MANIFESTS)
@@ -91,7 +102,7 @@ class RepackPlan:
 
 
 def plan_repack(catalog: Catalog) -> RepackPlan:
-    """Return what could be put together; :class:`StoreError` in a damaged store."""
+    """Plan a repack; raise :class:`StoreError` if the store is damaged."""
     catalog.refresh()
     refuse_damage(catalog)
     delete, wasteful, _ = waste_of(catalog, catalog.checkpoints(), share=0.0, small=SMALL)
@@ -102,7 +113,7 @@ def plan_repack(catalog: Catalog) -> RepackPlan:
 
 
 def _groups(wastes: Sequence[PackWaste]) -> list[tuple[PackWaste, ...]]:
-    """Put packs together, the smallest first, until a group is large enough."""
+    """Group packs, the smallest first, up to :data:`LARGEST` bytes of chunks a group."""
     groups: list[tuple[PackWaste, ...]] = []
     group: list[PackWaste] = []
     for waste in sorted(wastes, key=lambda waste: (waste.live_bytes, waste.path)):

@@ -1,13 +1,8 @@
-"""Counting what a store holds.
+"""Count the bytes of a store, and list how each tensor of a checkpoint is stored.
 
 Example::
 
-    stats(catalog).on_disk_bytes
-
-Where the bytes of a checkpoint's tensors come from.
-
-Example::
-
+    print(stats(catalog).on_disk_bytes)
     for source in sources(catalog, checkpoint):
         print(source.tensor, source.how, source.stored_bytes)
 """
@@ -31,7 +26,7 @@ MISSING = "missing"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSources:
-    """One tensor of a checkpoint and how its chunks are kept."""
+    """One tensor of a checkpoint, and how its chunks are stored."""
 
     tensor: str
     dtype: str
@@ -39,7 +34,7 @@ class TensorSources:
     logical_bytes: int
     stored_bytes: int
     how: tuple[str, ...]
-    """Distinct ways, the one with the most logical bytes first."""
+    """Distinct representations, the one with the most logical bytes first."""
 
 
 def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]:
@@ -78,29 +73,34 @@ def _how(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a store holds, in bytes and counts."""
+    """Count the content of a store.
+
+    Attributes:
+        checkpoints: Number of checkpoints.
+        logical_bytes: Bytes of all checkpoints as full copies.
+        stored_bytes: Encoded bytes of all chunks in packs.
+        held_bytes: Encoded bytes of chunks that no checkpoint names but that others refer to.
+        on_disk_bytes: Bytes of all files of the store, including temporary ones but not the bases.
+        quarantine_bytes: Bytes of the files that repairs moved to quarantine, a part of
+            ``on_disk_bytes``.
+        base_bytes: Bytes of the tensors of all recorded bases.
+        chunks: Number of distinct chunks that checkpoints name.
+        shared_chunks: Number of those that several checkpoints name or that a base contains.
+    """
 
     checkpoints: int
     logical_bytes: int
-    """Of all checkpoints, as if each were a full copy."""
     stored_bytes: int
-    """Encoded bytes of all chunks in packs."""
     held_bytes: int
-    """Those of chunks that no checkpoint names but that others are changes of."""
     on_disk_bytes: int
-    """All files of the store, temporary ones included; bases are elsewhere."""
     quarantine_bytes: int
-    """Of those, what repairs have set aside."""
     base_bytes: int
-    """Of the bases that it refers to."""
     chunks: int
-    """Distinct chunks that checkpoints name."""
     shared_chunks: int
-    """Those that more than one checkpoint names, or that stand in a base."""
 
 
 def held_bytes(catalog: Catalog) -> int:
-    """Return the encoded bytes that no checkpoint names but that others are changes of."""
+    """Return the encoded bytes of chunks that no checkpoint names but that others refer to."""
     catalog.refresh()
     index = catalog.objects.index
     needs = find_reachable(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
@@ -108,14 +108,14 @@ def held_bytes(catalog: Catalog) -> int:
 
 
 def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
-    """Return the encoded bytes of the chunks that checkpoints name, by id; of those that exist."""
+    """Return the encoded bytes of the chunks of each existing checkpoint, by checkpoint id."""
     catalog.refresh()
     there = [checkpoint for checkpoint in checkpoints if catalog.get(checkpoint.id) is not None]
     return {checkpoint.id: catalog.stored_bytes(checkpoint) for checkpoint in there}
 
 
 def stats(catalog: Catalog) -> Stats:
-    """Return what a store holds, counted now."""
+    """Refresh the catalog and count the content of the store."""
     catalog.refresh()
     checkpoints, objects = catalog.checkpoints(), catalog.objects
     index, keys = objects.index, catalog.keys_by_base(checkpoints)
