@@ -1,19 +1,12 @@
-"""What of a damaged store is sound: every chunk that a checkpoint needs is read.
+"""Assess a damaged store: read every chunk that a checkpoint needs, and sort out what is usable.
 
-Invariants: nothing is written. A record is blamed only after what it refers to was found sound. One
-that is damaged, or whose reference is lost, is left out; then another representation of its chunk
-serves, if there is one, and is read in its turn.
-
-Example::
-
-    found = survey(backend, Verdicts())
-    found.sound, found.lost, found.packs
-
-Which checkpoints and packs a survey found sound, and what is the matter with the others.
+Invariants: nothing is written. A record counts as damaged only after its references were found
+sound. A record that is damaged, or whose reference is lost, is ignored; another representation of
+its chunk is then read instead, if there is one.
 
 Example::
 
-    for condition in Conditions(survey).lost:
+    for condition in Conditions(Survey(catalog, Verdicts())).lost:
         print(condition.checkpoint, condition.reasons)
 """
 
@@ -54,18 +47,18 @@ Row = tuple[str, int]
 
 
 class Verdicts:
-    """What was found out about records. Packs never change, so a second survey is quick."""
+    """Known states of records. Packs never change, so a second survey can reuse them."""
 
     def __init__(self) -> None:
         self.damaged: dict[Row, str] = {}
-        """Records whose payload is not what was written, and why."""
+        """Records with a damaged payload, and the reasons."""
         self.mended: dict[str, str] = {}
-        """What is wrong with packs that could be read all the same, by path."""
+        """Errors of damaged packs whose footers could be read, by path."""
         self.sound: set[Row] = set()
         self._footers: dict[str, Footer] = {}
 
     def footer(self, backend: Backend, path: str) -> Footer:
-        """Return all records of a pack, read in spite of damage where that is possible."""
+        """Return the footer of a pack, also if its header or trailer is damaged."""
         if path not in self._footers:
             try:
                 self._footers[path] = read_pack(backend, path)
@@ -76,22 +69,22 @@ class Verdicts:
 
 
 class Survey:
-    """One look at the chunks that checkpoints need."""
+    """The state of all chunks that checkpoints need."""
 
     def __init__(self, catalog: Catalog, verdicts: Verdicts) -> None:
         self.catalog = catalog
-        """Which finds only what can be used."""
+        """A catalog that finds only usable records."""
         self.verdicts = verdicts
         self.stranded: dict[Row, str] = {}
-        """Records whose references are lost, and why."""
+        """Records whose references are lost, and the reasons."""
         self.waiting: dict[Row, str] = {}
-        """Records that need a base which is not as it was, and why."""
+        """Records that need a missing or changed base, and the reasons."""
         self.live: NDArray[np.bool_] = np.zeros(0, bool)
-        """Which rows of the catalog's index checkpoints need."""
+        """Mask of the rows of the catalog's index that checkpoints need."""
         self.places: list[Row] = []
-        """Where each row of the catalog's index stands."""
+        """The record of each row of the catalog's index."""
         self.unreadable: dict[str, StoreError] = dict(catalog.damaged)
-        """Checkpoints whose manifests cannot be read, and why, by id."""
+        """Errors of checkpoints whose manifests cannot be read, by id."""
         for checkpoint in catalog.checkpoints():
             try:
                 catalog.tensors(checkpoint)
@@ -113,20 +106,20 @@ class Survey:
         return np.array([n for n in range(count) if (path, n) not in unusable], np.int64)
 
     def needs_without(self, path: str) -> bool:
-        """Return whether a chunk is needed of which a stranded record stands in a pack.
+        """Return True if a pack has a stranded record of a chunk that a checkpoint needs.
 
-        That record would be taken for it.
+        A reader would use that record for the chunk, so the pack must go.
         """
         here = [number for at, number in self.stranded if at == path]
         keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
         return bool(is_among(keys, self.catalog.objects.index.keys[self.live]).any())
 
     def can_serve(self, stored: StoredChunk, place: Row) -> bool:
-        """Return whether a record is sound, or cannot be judged before its base is back."""
+        """Return True if a record is sound or cannot be verified until its base is back."""
         return place in self.verdicts.sound or self._judge(place, stored) is None
 
     def _look(self) -> bool:
-        """Judge what is needed; return whether all of it can be used."""
+        """Verify the needed records; return True if no new one turned out to be unusable."""
         catalog = self.catalog
         catalog.objects = ChunkStore(catalog.backend, self._usable)
         catalog.objects.refresh()
@@ -151,7 +144,7 @@ class Survey:
                 for _ in verdicts:
                     pass
             if len(self.verdicts.damaged) + len(self.stranded) > before:
-                # Deeper ones may refer to what cannot be used, and must not be blamed for it.
+                # Deeper records may refer to these and must not count as damaged for that reason.
                 return False
         return True
 
@@ -162,7 +155,7 @@ class Survey:
         return replace(footer, rows=footer.rows[rows], refers_to_chunk=footer.refers_to_chunk[rows])
 
     def _judge(self, place: Row, stored: StoredChunk) -> str | None:
-        """Read a record, unless that was done; return why it cannot be used."""
+        """Verify a record once; return the reason why it is unusable, or ``None``."""
         objects, base = self.catalog.objects, stored.record.base
         if base is not None and base not in objects.bases():
             self.waiting[place] = f"base {base[:12]} has no record that can be read"
@@ -184,7 +177,7 @@ class Survey:
         return self.verdicts.damaged.get(place)
 
     def _blame(self, place: Row, stored: StoredChunk, error: StorageError) -> str | None:
-        """Tell a pack that cannot be read from a base that cannot."""
+        """Attribute a read error to the pack of a record, or else to its base."""
         try:
             self.catalog.backend.read(stored.pack, stored.record.offset, stored.record.length)
         except StorageError as own:
@@ -196,12 +189,12 @@ class Survey:
 
 
 _REASONS = 3
-"""How many are given of a checkpoint; one damaged pack may be the reason a thousand times."""
+"""Largest number of reasons for a checkpoint; one damaged pack can cause a thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A checkpoint that cannot be restored, and why."""
+    """A checkpoint that cannot be restored, and the reasons."""
 
     checkpoint: str
     reasons: tuple[str, ...]
@@ -212,22 +205,22 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class PackCondition:
-    """A pack that is not as it should be."""
+    """A pack that is damaged or has the wrong name."""
 
     path: str
     why: str
     records: int
-    """How many it has; 0 if that cannot be told."""
+    """Number of its records; 0 if the footer cannot be read."""
     usable: tuple[Record, ...]
-    """Those that are sound, and those that cannot be judged before a base is back."""
+    """Records that are sound or cannot be verified until their base is back."""
     right_path: str
-    """Where it belongs, by its footer; its own path if that cannot be read."""
+    """The path that its footer implies; its own path if the footer cannot be read."""
     damaged: bool = True
-    """Whether more is wrong with it than its name."""
+    """False if only its name is wrong."""
 
 
 class Conditions:
-    """What is the matter with checkpoints and packs."""
+    """The condition of all checkpoints and packs, derived from a survey."""
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
@@ -253,12 +246,12 @@ class Conditions:
         self.sound = tuple(sound)
         """Ids of the checkpoints that can be restored, oldest first."""
         self.waiting = tuple(waiting)
-        """Those that need a base which is not there or not as it was, and may come back."""
+        """Checkpoints that need a missing or changed base, which may come back."""
         self.lost = tuple(lost)
         self.packs = tuple(self._packs())
 
     def _unusable(self) -> dict[bytes, str]:
-        """Return why records cannot be used, by the key of their chunk."""
+        """Return the reasons why records are unusable, by the key of their chunk."""
         backend, verdicts = self._catalog.backend, self._survey.verdicts
         return {
             verdicts.footer(backend, path).rows["key"][number].tobytes(): why
@@ -269,7 +262,7 @@ class Conditions:
     def _problems(self, checkpoint: Checkpoint) -> list[StoreError]:
         base = checkpoint.base
         if base is not None and base not in self._catalog.objects.bases():
-            # Not lost: the same model, added again, is the same base.
+            # The checkpoint is not lost: adding the same model again restores the same base.
             text = f"base {base[:12]} has no record that can be read; msft-store add-base PATH"
             return [BaseError(f"{text} with the same model brings it back")]
         problems: list[StoreError] = []
@@ -334,7 +327,7 @@ class Conditions:
             if self._survey.can_serve(StoredChunk(pack=path, record=record), (path, number))
         ]
         if len(usable) == len(footer):
-            # The same pack again, under the same name.
+            # Unchanged records give a new pack with the same content and name.
             return [record for _, record in usable]
         needed = self._survey.needed
         return [raise_generation(record) if (path, n) in needed else record for n, record in usable]

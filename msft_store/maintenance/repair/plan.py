@@ -1,8 +1,8 @@
-"""Repairing a damaged store: a plan that can be printed first, and its execution.
+"""Plan the repair of a damaged store, print the plan, and execute it.
 
-Invariants: nothing is deleted: what is damaged, or of no use any more, moves to ``quarantine/``.
-What is sound is written anew before the damaged file that holds it goes, so that a repair that was
-killed at any point can be repeated and ends the same. Executing excludes saves and gc.
+Invariants: repair deletes nothing; damaged and useless files move to ``quarantine/``. The sound
+chunks of a damaged pack are copied to a new pack before the damaged one moves, so a killed repair
+can be repeated with the same result. Executing excludes saves and gc.
 
 Example::
 
@@ -39,39 +39,45 @@ _ACCOUNT = "why.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RepairResult:
-    """What an executed plan did."""
+    """Report the files that an executed plan moved to quarantine.
+
+    Attributes:
+        folder: Path of the quarantine folder; ``None`` if there was nothing to repair.
+        files: Number of the files in it, without ``why.json``.
+        bytes: Their size.
+    """
 
     folder: str | None
-    """Where the files went that were set aside; ``None`` if there was nothing to do."""
     files: int
-    """How many there are."""
     bytes: int
-    """Their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairPlan:
-    """What a repair would do; nothing happens before :meth:`execute`."""
+    """List the changes of a repair; :meth:`execute` makes them, and ``str`` describes them.
+
+    Attributes:
+        sound: Ids of the sound checkpoints, oldest first. They do not change.
+        waiting: Checkpoints that stay but cannot be restored until a base is back.
+        lost: Checkpoints that cannot be restored; their manifests move to quarantine.
+        mended: Reasons to write small files again with corrected content, by path.
+        packs: Packs that are rewritten without their damaged chunks, quarantined, or renamed.
+        aside: Reasons to move other files to quarantine, by path.
+    """
 
     sound: tuple[str, ...]
-    """Ids of the checkpoints that are sound, oldest first; they stay, as they are."""
     waiting: tuple[Condition, ...]
-    """Checkpoints that stay, but cannot be restored before a base is back as it was."""
     lost: tuple[Condition, ...]
-    """Checkpoints that cannot be restored any more; their manifests are set aside."""
     mended: Mapping[str, str]
-    """Files that are written anew, and why, by path."""
     packs: tuple[PackCondition, ...]
-    """Packs that are set aside; what is usable of them is written anew."""
     aside: Mapping[str, str]
-    """Other files that are set aside, and why, by path."""
     _contents: Mapping[str, bytes] = field(repr=False)
     _backend: Backend = field(repr=False, compare=False)
     _verdicts: Verdicts = field(repr=False, compare=False)
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to do."""
+        """True if the plan changes anything."""
         return bool(self.mended or self.packs or self.aside)
 
     def __str__(self) -> str:
@@ -85,19 +91,27 @@ class RepairPlan:
         return "\n".join(lines if self.needed else [*lines, "nothing to repair"])
 
     def execute(self) -> RepairResult:
-        """Carry the plan out, as far as it is still true."""
+        """Plan again under the exclusive lock, then move damaged files and write corrected ones.
+
+        Returns:
+            The quarantine folder, and the number and size of the files in it.
+
+        Raises:
+            StoreError: The store is locked, or the file system refuses a write.
+        """
         with self._backend.lock(shared=False, purpose="repair"):
             return _execute(_plan(self._backend, self._verdicts))
 
 
 def plan_repair(backend: Backend) -> RepairPlan:
-    """Return what is damaged and how much of it can be kept. Everything is read.
+    """Read the whole store and plan its repair.
 
-    :class:`StoreError` for what is no damage: no store there, another version, a file system that
-    refuses.
+    Raises:
+        StoreError: There is no store, it has another version, or the file system refuses to read
+            it. None of these counts as damage.
     """
     if not (backend.exists(CONFIG) or list_manifests(backend) or list_packs(backend)):
-        Catalog(backend)  # says so; a lock would leave its folder where no store is
+        Catalog(backend)  # raises; taking the lock would create a folder where no store is
     with backend.lock(shared=True, purpose="repair"):
         return _plan(backend, Verdicts())
 
@@ -157,7 +171,7 @@ def _execute(plan: RepairPlan) -> RepairResult:
         write_atomic(backend, path, plan._contents[path])
     for path in plan.aside:
         backend.move(path, f"{folder}/{path}")
-    # First of all no pack stands where another one belongs, which would be replaced.
+    # Misnamed packs move first, because writing a pack replaces a file that has its name.
     packs = [_out_of_the_way(backend, pack) for pack in plan.packs]
     for pack in packs:
         if pack.damaged and _rewritten(backend, pack) != pack.path:
@@ -182,7 +196,7 @@ def _new_folder(backend: Backend) -> str:
 
 
 def _account(plan: RepairPlan) -> bytes:
-    """Return what says, beside the files, why they are there."""
+    """Return the content of ``why.json``: the reasons for each file and lost checkpoint."""
     packs = {pack.path: pack.why for pack in plan.packs}
     return seal(
         {
@@ -198,7 +212,7 @@ def _copy(backend: Backend, path: str, target: str) -> None:
     try:
         data = backend.read(path)
     except StoreError as error:
-        # Of a file that is gone, or on a bad medium, there is nothing to keep.
+        # A file that is missing or on a bad medium cannot be copied.
         if backend.exists(path) and not is_damage(error):
             raise
     else:
@@ -217,9 +231,9 @@ def _out_of_the_way(backend: Backend, pack: PackCondition) -> PackCondition:
 
 
 def _rewritten(backend: Backend, pack: PackCondition) -> str | None:
-    """Write what is usable of a pack anew; return where.
+    """Copy the usable chunks of a pack to a new pack; return its path, or ``None`` without any.
 
-    In the pack's own place, if nothing was damaged but what says where its parts are.
+    The path is the old one if only the header or trailer was damaged.
     """
     if not pack.usable:
         return None

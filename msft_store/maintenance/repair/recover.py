@@ -1,7 +1,7 @@
-"""The small files of a damaged store as they were, where that can be told.
+"""Recover the content of damaged small files: config, base records, manifests and refs.
 
-Invariants: nothing is written. A digest proves what is mended; but of a ref it may be that only the
-checkpoint which it names could be read, and of a config only its level, if that.
+Invariants: nothing is written. A digest proves the recovered content, with two exceptions: a ref
+may keep only the checkpoint that it names, and a config only its level, or the default level.
 
 Example::
 
@@ -34,16 +34,16 @@ _TARGET = re.compile(rb'"checkpoint":"([0-9a-f]{32})"')
 _TIMELINES = "timelines/"
 
 Way = Callable[[bytes], bytes | None]
-"""Returns what a file should hold, given what it does; ``None`` if it does not know."""
+"""Returns the right content of a file, given its damaged content, or ``None`` if it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
     path: str
     check: Callable[[Backend], object]
-    """Raises what is wrong with it."""
+    """Raises a :class:`StoreError` if the file is damaged."""
     ways: tuple[tuple[str, Way], ...]
-    """How it may be mended, each with what is said of it."""
+    """Ways to recover the file, each after the text that describes it to the user."""
 
     def problem(self, backend: Backend) -> StoreError | None:
         try:
@@ -54,10 +54,10 @@ class _File:
 
 
 def mend(backend: Backend) -> tuple[Overlay, dict[str, str]]:
-    """Return the store with its small files mended, and what was wrong with each, by path.
+    """Return the store with its small files recovered, and a reason for each of them, by path.
 
-    What cannot be mended is as it was. :class:`StoreError` for what is no damage: another version,
-    a file system that refuses.
+    Files that cannot be recovered keep their content. Raise :class:`StoreError` if the store has
+    another version or the file system refuses to read it.
     """
     overlay, why = Overlay(backend), dict[str, str]()
     for file in _files(backend):
@@ -128,7 +128,7 @@ def _config_of(level: Level) -> Way:
 
 
 def _base_again(data: bytes) -> bytes | None:
-    """Return the record of the model that stands where a damaged record says."""
+    """Build the record again from the model at the path that the damaged record names."""
     found = _PATH.search(data)
     try:
         return None if found is None else rebuild_base_record(Path(str(json.loads(found[1]))))[1]
@@ -139,7 +139,7 @@ def _base_again(data: bytes) -> bytes | None:
 def _ref_again(backend: Backend, path: str) -> Way:
     def again(data: bytes) -> bytes | None:
         found, name = _TARGET.search(data), ref_name(path)
-        # A timeline's refs mean nothing without their notes.
+        # The ref of a timeline is useless without its note.
         if found is None or name.startswith(_TIMELINES):
             return None
         target = found[1].decode()

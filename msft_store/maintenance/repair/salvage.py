@@ -1,11 +1,11 @@
-"""What can still be read of a damaged file.
+"""Read the intact parts of damaged manifests, configs, refs and packs.
 
 Invariant: a digest proves that the returned bytes are those that were written. Appended bytes are
 cut off. A pack with a damaged header or trailer is read by its footer.
 
 Example::
 
-    mended_sealed(data)                      # the line as it was, or None
+    mended_sealed(data)                      # the line as it was written, or None
     salvage_footer(backend, "packs/00ff.pack").record(0)
 """
 
@@ -36,13 +36,13 @@ from msft_store.objects.packs import pack_path, read_pack
 from msft_store.storage.backend import Backend
 
 _MOST_SEARCHED = 1 << 26
-"""Bytes in which the footer of a pack, or the end of a line, is looked for."""
+"""Number of bytes that are searched for the footer of a pack or the end of a line."""
 _MOST_PLACES = 64
-"""How many of them may be one."""
+"""Number of candidates for a trailer or a footer that are tried."""
 _SEAL = re.compile(rb',"digest":"([0-9a-f]{32})"')
 _TABLE = re.compile(rb'"tensors":"([0-9a-f]{32})"')
 _FRAME = b"\x28\xb5\x2f\xfd"
-"""How a zstd frame begins."""
+"""The first bytes of a zstd frame."""
 
 
 def mended_sealed(data: bytes) -> bytes | None:
@@ -71,7 +71,7 @@ def mended_manifest(data: bytes) -> bytes | None:
 def salvage_footer(backend: Backend, path: str) -> Footer:
     """Return the footer of a pack whose header or trailer may be damaged.
 
-    What :func:`read_pack` raises, if there is none to be found.
+    If no footer is found, raise the error of :func:`read_pack`.
     """
     try:
         return read_pack(backend, path)
@@ -97,9 +97,9 @@ def _footer(tail: bytes, begin: int, trailer: Trailer, what: str) -> Footer | No
 
 
 def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
-    """Yield what may be the trailer of a pack of which ``tail`` is the end, from ``begin`` on."""
+    """Yield candidates for the trailer of a pack that ends with ``tail`` at offset ``begin``."""
     end = len(tail)
-    # What stands behind the last one was appended.
+    # Bytes after the last magic number were appended.
     for _ in range(_MOST_PLACES):
         magic = tail.rfind(PACK_MAGIC, 0, end)
         if magic < 0:
@@ -108,7 +108,7 @@ def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
         with contextlib.suppress(CorruptedError):
             piece = tail[max(stop - PACK_TRAILER.size, 0) : stop]
             yield decode_trailer(piece, begin + stop, path)
-    # A pack is named after its footer, which stands before a damaged trailer.
+    # If the trailer is damaged, the name of the pack, a digest, identifies the footer before it.
     end = stop = len(tail) - PACK_TRAILER.size
     for _ in range(_MOST_PLACES):
         at = tail.rfind(_FRAME, 0, max(end, 0))
@@ -121,7 +121,7 @@ def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
 
 
 def _described(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
-    """Yield the trailer that a footer should have."""
+    """Yield the trailer that belongs to a footer."""
     with contextlib.suppress(ValueError, struct.error, zstandard.ZstdError):
         size = zstandard.get_frame_parameters(footer).content_size
         if size <= max_footer_bytes(len(footer) // KEY_BYTES):
@@ -132,7 +132,7 @@ def _described(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
 
 
 def _is_sealed(data: bytes) -> bool:
-    """Return whether a line holds the digest of what it is without it."""
+    """Return True if a line contains the digest of its other bytes."""
     return any(
         digest(data[: seal.start()] + data[seal.end() :]) == seal[1].decode()
         for seal in _SEAL.finditer(data)
