@@ -1,8 +1,8 @@
-"""Reading a base by span: elements of one of its tensors, or of a box of it.
+"""Read elements of a base's tensors, or of boxes of them.
 
-Elements of a base in another dtype are rounded to the one that is asked for, so that a float32
-model on disk serves a bfloat16 run. The base is somebody else's file: it may have moved or changed,
-which is a :class:`BaseError` that says so, never wrong bytes.
+Elements are rounded to the requested dtype, so that a float32 model on disk can be the base of a
+bfloat16 run. The user may move or change the files of a base at any time. Invariant: callers that
+verify a span get a :class:`BaseError` for changed files, never wrong bytes.
 
 Example::
 
@@ -31,7 +31,7 @@ from msft_store.storage.backend import Backend, read_file_into
 
 
 class BaseReader:
-    """Reads a base's bytes by span; who decodes checks them, the file may have changed."""
+    """Reads the bytes of a base by span; the caller must verify them, as files may have changed."""
 
     def __init__(self, backend: Backend, base: Base) -> None:
         self.base = base
@@ -49,20 +49,20 @@ class BaseReader:
         return KeyTable(keys, np.arange(len(keys)))
 
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
-        """Return which chunks the base holds unchanged."""
+        """Return a mask of the keys whose chunks are in the base."""
         return self._table.contains(keys)
 
     def file_of(self, span: BaseSpan) -> str:
-        """Return the file that holds a span."""
+        """Return the path of the file that holds a span."""
         return self.base.files[self._tensor(span.tensor).file][0]
 
     def chunk_bytes(self, span: BaseSpan) -> int:
-        """Return the size of the chunk that begins where a span does."""
+        """Return the size in bytes of the chunk that begins at a span's first element."""
         tensor = self._tensor(span.tensor)
         return min(CHUNK_BYTES, tensor.nbytes - span.start * tensor.dtype.size)
 
     def verify_span(self, span: BaseSpan, count: int) -> None:
-        """Compare what a span touches with its keys; :class:`BaseError` if it changed."""
+        """Verify all chunks that a span overlaps; :class:`BaseError` if one changed."""
         tensor = self._tensor(span.tensor)
         step = CHUNK_BYTES // tensor.dtype.size
         touched: set[int] = set()
@@ -74,7 +74,7 @@ class BaseReader:
             self.verify(whole, self.read_span(whole, size, tensor.dtype), tensor.keys[number])
 
     def verify(self, span: BaseSpan, data: Bytes, key: bytes) -> None:
-        """Compare with its key what was read of a chunk; :class:`BaseError` if it changed."""
+        """Verify the bytes of a chunk against its key; :class:`BaseError` if it changed."""
         if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
             raise BaseError(
                 f"{self.file_of(span)} changed since it was added as base {self.base.id[:12]} "
@@ -83,13 +83,13 @@ class BaseReader:
             )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
-        """Return ``count`` elements, rounded to ``dtype`` if the base has another."""
+        """Return the bytes of ``count`` elements, converted to ``dtype``."""
         out: Bytes = np.empty(count * dtype.size, np.uint8)
         self.read_span_into(span, out, dtype)
         return out
 
     def read_span_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> None:
-        """Fill ``out`` with elements, rounded to ``dtype`` if the base has another."""
+        """Fill ``out`` with the bytes of elements, converted to ``dtype``."""
         tensor = self._tensor(span.tensor)
         same = tensor.dtype == dtype
         raw = out if same else np.empty(out.size // dtype.size * tensor.dtype.size, np.uint8)
@@ -104,10 +104,10 @@ class BaseReader:
             out[:] = _convert(raw, tensor.dtype, dtype)
 
     def read_verified_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> bytes:
-        """Do as :meth:`read_span_into`, from chunks that equal their keys; return the key of it.
+        """Fill ``out`` from verified chunks; return the key of the result.
 
-        :class:`BaseError` if the base changed. For who takes a difference against it: a change that
-        goes unnoticed would make checkpoints that need what is not recorded anywhere.
+        :class:`BaseError` if the base changed. Encoders must use this method: a difference from
+        unnoticed changed bytes could never be decoded again.
         """
         tensor, count = self._tensor(span.tensor), out.size // dtype.size
         runs = list(self._runs(span, count))
@@ -150,7 +150,7 @@ class BaseReader:
         except StorageError as error:
             if os.path.isfile(path):
                 raise
-            # Another process may have recorded since where it is now.
+            # Another process may have recorded a new path since this record was read.
             self.base = read_base(self._backend, base.id)
             if self.base.files != base.files:
                 self._fill(name, start, out)
@@ -184,9 +184,10 @@ def box_runs(
     start: int,
     count: int,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (first element, elements) runs of a row-major tensor that make up part of a box.
+    """Yield the contiguous runs of a row-major tensor that make up part of a box.
 
-    The part is ``count`` elements from element ``start`` of the box.
+    The part is ``count`` elements from element ``start`` of the box. A run is its first element's
+    index in the tensor and its number of elements.
     """
     if len(offset) != len(shape) or any(
         o + n > s for o, n, s in zip(offset, box, shape, strict=True)
@@ -211,7 +212,7 @@ def box_runs(
 
 
 def can_convert(have: DType, want: DType) -> bool:
-    """Return whether a base's elements of one type serve as references for another."""
+    """Return True if base elements of one dtype can be references for another dtype."""
     return have == want or (_rounds(have) and _rounds(want))
 
 
@@ -228,6 +229,6 @@ def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
     converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()
     nan = source.isnan()
     if nan.any():
-        # Which NaN a conversion gives depends on the processor and the position.
+        # Replace NaN, because the bits of a converted NaN depend on the processor.
         converted.reshape(-1, want.size)[nan.numpy()] = 0
     return converted

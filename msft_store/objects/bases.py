@@ -1,8 +1,8 @@
-"""Bases: models on disk that a store refers to by content; never copied, never changed.
+"""Record bases: models on disk that a store refers to by content.
 
-``bases/<id>.json`` records the keys of all chunks and where they stand. The id is the digest of
-names, dtypes, shapes and keys, so a base keeps its id when its files move (:func:`relocate`) or are
-sharded anew.
+``bases/<id>.json`` records the keys of all chunks and their positions in the files. Invariants: the
+store never copies or changes a base's files. The id is the digest of names, dtypes, shapes and
+keys, so a base keeps its id if its files are moved (:func:`relocate`) or sharded differently.
 
 Example::
 
@@ -55,40 +55,52 @@ _SUFFIX = ".json"
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTensor:
-    """A tensor of a base."""
+    """A tensor of a base.
+
+    Attributes:
+        dtype: Element type in the file.
+        shape: Shape of the tensor.
+        file: Index of the file in ``Base.files``.
+        offset: Position of the tensor's first byte in the file.
+        keys: Keys of its chunks, in order.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
     file: int
     offset: int
-    """Of its first byte in the file."""
     keys: tuple[bytes, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A model on disk that checkpoints are differences against."""
+    """A model on disk that checkpoints are stored as differences from.
+
+    Attributes:
+        id: Digest of the tensors' names, dtypes, shapes and chunk keys.
+        path: File or directory that was added.
+        files: Paths of its safetensors files and their sizes in bytes.
+        tensors: Tensors by name.
+    """
 
     id: str
     path: str
-    """The file or directory that was added."""
     files: tuple[tuple[str, int], ...]
-    """Its safetensors files and their sizes in bytes."""
     tensors: Mapping[str, BaseTensor] = field(repr=False)
 
     @property
     def logical_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Total size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def add_base(backend: Backend, path: Path) -> Base:
-    """Read a safetensors file, or a directory of them, once and record it by content."""
+    """Read a safetensors file, or a directory of them, and write its record."""
     with translate_os_errors("read", path):
         base = _scan(path.absolute())
     write_base(backend, base)
@@ -96,7 +108,7 @@ def add_base(backend: Backend, path: Path) -> Base:
 
 
 def relocate(backend: Backend, base: Base, path: Path) -> Base:
-    """Record that a base's files moved; :class:`BaseError` if the content there is another."""
+    """Record a base's new path; :class:`BaseError` if the files there hold another model."""
     with translate_os_errors("read", path):
         found = _scan(path.absolute())
     if found.id != base.id:
@@ -106,7 +118,7 @@ def relocate(backend: Backend, base: Base, path: Path) -> Base:
 
 
 def write_base(backend: Backend, base: Base) -> None:
-    """Make a base durable, in place of an earlier record of it."""
+    """Write the record of a base durably; replace an earlier record."""
     write_atomic(backend, base_path(base.id), _to_json(base))
 
 
@@ -138,14 +150,14 @@ def _scan(path: Path) -> Base:
 
 
 def rebuild_base_record(path: Path) -> tuple[str, bytes]:
-    """Return the id and the record of the model at a path; nothing is written."""
+    """Return the id and the encoded record of the model at a path; write nothing."""
     with translate_os_errors("read", path):
         base = _scan(path)
     return base.id, _to_json(base)
 
 
 def has_missing_files(base: Base) -> bool:
-    """Return whether a file of a base is not there any more, or is too short."""
+    """Return True if a file of a base is missing or shorter than recorded."""
     try:
         return any(os.stat(path).st_size < size for path, size in base.files)
     except OSError:
@@ -153,7 +165,7 @@ def has_missing_files(base: Base) -> bool:
 
 
 def base_path(identity: str) -> str:
-    """Return where the record of a base stands."""
+    """Return the path of a base's record."""
     return f"{BASES}/{identity}{_SUFFIX}"
 
 

@@ -1,22 +1,16 @@
-"""What a store directory holds, without any policy: checkpoints, refs, bases, chunks.
+"""The cached contents of a store directory: checkpoints, refs, bases and chunks.
 
-The rooms above (gc, check, export, the store itself) share one catalog. It caches what cannot
-change and reads the rest again on :meth:`Catalog.refresh`.
+The groups above (gc, check, export and the store itself) share one catalog. It caches immutable
+files and rereads everything else on :meth:`Catalog.refresh`.
+
+Reading takes no lock, so that a listed file may be deleted before it is read. This is not damage:
+:func:`read_consistently` repeats an operation that failed while files appeared or disappeared, at
+last while it holds the lock.
 
 Example::
 
     catalog = Catalog(LocalBackend(path))
     catalog.refresh()
-    catalog.resolve("3fa9").step
-
-A look at a whole store while others forget, move and delete.
-
-Reading takes no lock, so what was listed may have gone when it is read. That is no damage: where a
-look fails or finds something wrong, and files have come or gone, it is repeated while nobody may
-delete.
-
-Example::
-
     plan = read_consistently(backend, lambda: plan_gc(catalog))
 """
 
@@ -75,9 +69,10 @@ def read_consistently(
     *,
     times: int = 1,
 ) -> _T:
-    """Return what ``look`` returns, or raise what it raises, once others have no part in it.
+    """Run a read operation, again if other processes changed the store while it failed.
 
-    It may be called ``times`` times without the lock, for one that takes long, and once with it.
+    It runs at most ``times`` times without the lock and then once with it. A result for which
+    ``is_fine`` returns False counts as a failure.
     """
     for _ in range(times):
         before = _names(backend)
@@ -89,7 +84,7 @@ def read_consistently(
             if _names(backend) == before:
                 raise
     with contextlib.ExitStack() as stack:
-        # A store that cannot be written to is looked at all the same.
+        # A read-only store has no lock, but can still be read.
         with contextlib.suppress(BusyError, StorageError):
             stack.enter_context(backend.lock(shared=True, purpose="look"))
         return look()
@@ -111,7 +106,7 @@ def write_config(level: Level) -> bytes:
 
 
 def check_level(level: Any) -> Level:
-    """Return what an encoder may aim for; :class:`InvalidInputError` for anything else."""
+    """Return ``level``; :class:`InvalidInputError` if there is no such level."""
     if level not in LEVELS:
         raise InvalidInputError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
     found: Level = level
@@ -119,12 +114,12 @@ def check_level(level: Any) -> Level:
 
 
 def read_level(backend: Backend) -> Level:
-    """Return the level of ``store.json``; a store that states none is fast."""
+    """Return the level in ``store.json``; ``"fast"`` if it states none."""
     what = backend.describe(CONFIG)
     try:
         config = unseal(read_small_file(backend, CONFIG), what, "msft-store")
     except CorruptedError as error:
-        # Not even check opens such a store.
+        # Only repair can open such a store, so do not recommend check.
         raise CorruptedError(f"{strip_hint(error)}; {_REPAIR_ALONE}", file=what) from None
     if config.get("chunk_bytes") != CHUNK_BYTES:
         raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
@@ -135,8 +130,8 @@ def read_level(backend: Backend) -> Level:
 
 
 def _hint(backend: Backend) -> str:
-    """Return what to do where there is no ``store.json``."""
-    with contextlib.suppress(StorageError):  # a file, or nothing that could be listed
+    """Return advice for a directory without ``store.json``."""
+    with contextlib.suppress(StorageError):  # The path can be a file, or be unreadable.
         if list_manifests(backend) or list_packs(backend):
             return f"its {CONFIG} is gone, but checkpoints are there: {_REPAIR_ALONE}"
     inside = backend.exists(f"store/{CONFIG}")
@@ -145,7 +140,7 @@ def _hint(backend: Backend) -> str:
 
 
 class Catalog:
-    """Everything in one store directory."""
+    """The contents of one store directory."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -160,16 +155,16 @@ class Catalog:
         self.level = read_level(backend)
 
     def refresh(self) -> None:
-        """Read what other processes added or removed since."""
+        """Reread the directory to see the changes of other processes."""
         identities = set(list_manifests(self.backend))
-        # A copy, for other threads add to it at the same time.
+        # Copy the dictionary, because other threads may add to it at the same time.
         known, damaged = dict(self._checkpoints), {}
         checkpoints = {identity: known[identity] for identity in known if identity in identities}
         for identity in sorted(identities - checkpoints.keys()):
             try:
                 checkpoints[identity] = read_checkpoint(self.backend, identity)
             except StoreError as error:
-                # One that was forgotten since it was listed is no damage.
+                # A manifest that was deleted after the listing is not damaged.
                 if self.backend.exists(manifest_path(identity)):
                     damaged[identity] = strip_frames(error)
         self._checkpoints, self._damaged = checkpoints, damaged
@@ -179,7 +174,7 @@ class Catalog:
 
     @property
     def damaged(self) -> dict[str, StoreError]:
-        """Manifests that cannot be read, by id; they are left out of :meth:`checkpoints`."""
+        """Errors of unreadable manifests, by id; :meth:`checkpoints` leaves these out."""
         return self._damaged
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -187,11 +182,11 @@ class Catalog:
         return sorted(self._checkpoints.values(), key=lambda ckpt: (ckpt.created, ckpt.id))
 
     def get(self, identity: str) -> Checkpoint | None:
-        """Return the checkpoint of an exact id."""
+        """Return the checkpoint with exactly this id."""
         return self._checkpoints.get(identity)
 
     def find_intact(self, identity: str) -> Checkpoint | None:
-        """Return the checkpoint of an exact id, if its manifest is still what was written."""
+        """Return the checkpoint with exactly this id, if its manifest on disk is undamaged."""
         found = self.get(identity)
         try:
             if found is not None:
@@ -202,17 +197,17 @@ class Catalog:
         return found
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Make a checkpoint known that was just written."""
+        """Add a checkpoint whose manifest was just written."""
         self._checkpoints[checkpoint.id] = checkpoint
 
     def remove(self, identity: str) -> None:
-        """Make known that a checkpoint is one no more."""
+        """Remove a checkpoint whose manifest was deleted."""
         self._checkpoints.pop(identity, None)
 
     def resolve(self, name: str | Checkpoint) -> Checkpoint:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref.
 
-        :class:`UnknownCheckpointError` names the nearest one.
+        The message of :class:`UnknownCheckpointError` suggests the closest name.
         """
         if isinstance(name, Checkpoint):
             name = name.id
@@ -221,7 +216,7 @@ class Catalog:
         found = self._checkpoints.get(name)
         if found is not None:
             return found
-        # A ref that cannot be read stands in the way of no other name.
+        # An unreadable ref must not prevent looking up other names.
         refs, unreadable = self._refs.scan()
         if ref_path(name) in unreadable:
             raise unreadable[ref_path(name)]
@@ -242,7 +237,7 @@ class Catalog:
             raise UnknownCheckpointError(
                 f"{name!r} stands for {len(matches)} checkpoints; give more characters"
             )
-        # Some commands take a base as well.
+        # Search the ids of bases too, because some commands also accept a base.
         known = [*self._checkpoints, *self.objects.bases()]
         if 0 < len(name) < _SHORTEST_PREFIX and any(one.startswith(name) for one in known):
             raise UnknownCheckpointError(
@@ -270,7 +265,7 @@ class Catalog:
     def resolve_parent(
         self, parent: Base | Checkpoint | str | None
     ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
-        """Return the ids of a parent and of its base, and the tensors of a checkpoint."""
+        """Return a parent's id, its base's id, and its tensor table if it is a checkpoint."""
         if parent is None:
             return None, None, None
         base = None if isinstance(parent, Checkpoint) else self.resolve_base(parent)
@@ -292,12 +287,12 @@ class Catalog:
         try:
             return read_tensors(self.backend, checkpoint)
         except StorageError:
-            # It may have gone since.
+            # Report a checkpoint that another process forgot meanwhile as unknown.
             self.require_exists(checkpoint)
             raise
 
     def keys(self, checkpoint: Checkpoint) -> Keys:
-        """Return the keys of all chunks that a checkpoint names; some stand repeatedly."""
+        """Return the keys of all chunks that a checkpoint names, with duplicates."""
         found = self._keys.get(checkpoint.id)
         if found is None:
             try:
@@ -314,13 +309,13 @@ class Catalog:
         before: dict[str | None, Keys] = {}
         for checkpoint in checkpoints:
             keys, base = self.keys(checkpoint), checkpoint.base
-            # Most of what a checkpoint names stood in the same place in the one before it.
+            # Skip keys at the same position as in the previous checkpoint: most are equal.
             parts.setdefault(base, []).append(select_changed_keys(keys, before.get(base)))
             before[base] = keys
         return {base: concatenate_keys(keys) for base, keys in parts.items()}
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
-        """Return the encoded bytes of the chunks that a checkpoint names, as of now."""
+        """Return the current encoded bytes of the chunks that a checkpoint names."""
         keys, base, index = unique_keys(self.keys(checkpoint)), checkpoint.base, self.objects.index
         rows = index.find_all(keys[~self.objects.mask_in_base(keys, base)], base)
         return int(index.lengths[rows[rows >= 0]].sum())
@@ -330,18 +325,18 @@ class Catalog:
         return self._refs.read()
 
     def list_protected(self) -> dict[str, str]:
-        """Return the ids of checkpoints that refs point to, and why they stay."""
+        """Return the reasons why refs protect checkpoints, by checkpoint id."""
         reasons: dict[str, list[str]] = {}
         for name, ref in sorted(self.refs().items()):
             notes = ref.note.get("reasons")
-            told = notes if isinstance(notes, list) else []
-            each = dict.fromkeys(" ".join(str(one).split()) for one in told)
-            why = f" ({', '.join(each)})" if each else ""
+            listed = notes if isinstance(notes, list) else []
+            texts = dict.fromkeys(" ".join(str(reason).split()) for reason in listed)
+            why = f" ({', '.join(texts)})" if texts else ""
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
-        return {identity: "; ".join(texts) for identity, texts in reasons.items()}
+        return {identity: "; ".join(pins) for identity, pins in reasons.items()}
 
     def require_exists(self, checkpoint: Checkpoint) -> None:
-        """Raise :class:`UnknownCheckpointError` for a checkpoint that was forgotten."""
+        """Raise :class:`UnknownCheckpointError` if a checkpoint was forgotten."""
         if not self.backend.exists(manifest_path(checkpoint.id)):
             self.remove(checkpoint.id)
             raise UnknownCheckpointError(

@@ -1,14 +1,14 @@
-"""Chunks by key: packs, their records, and the bases that records refer to.
+"""Read chunks by key from packs and bases, and verify them.
 
-A key may have several representations. A checkpoint of base B may use those that need no base or B
-itself, so that no checkpoint ever depends on a base that is not its own. What a record refers to is
-looked up with the record's base, not the checkpoint's: a record that needs no base serves every
-checkpoint. References only point to what is less deep (``Record.depth``), so they are acyclic, and
-restoring takes at most ``MAX_DEPTH + 1`` decodings a chunk.
+A key may have several representations. Invariants: a checkpoint of base B uses only
+representations that need B or no base, so it never depends on another base. References are looked
+up with the base of the record, not of the checkpoint, so a record without a base serves every
+checkpoint. A reference always has a smaller ``Record.depth``, so references are acyclic and
+restoring a chunk takes at most ``MAX_DEPTH + 1`` decodings.
 
 Example::
 
-    objects = Objects(backend)
+    objects = ChunkStore(backend)
     data = objects.read(key, size, dtype, base_id)        # verified against the key
 """
 
@@ -41,7 +41,7 @@ from msft_store.storage.backend import Backend
 
 
 class _Scratch(threading.local):
-    """A buffer of one thread: fresh memory of this size costs more than what is done with it."""
+    """A buffer for each thread, because allocating it anew would take longer than decoding."""
 
     def __init__(self) -> None:
         self.buffer: Bytes = np.empty(CHUNK_BYTES, np.uint8)
@@ -53,14 +53,14 @@ class ChunkStore:
     def __init__(
         self, backend: Backend, read: Callable[[Backend, str], Footer] = read_pack
     ) -> None:
-        """``read`` gives what a pack is taken to hold, by its path."""
+        """Create a reader; ``read`` returns the footer of the pack at a path."""
         self._backend = backend
         self._read_pack = read
         self._snapshot = PackIndex({})
         self._damaged_packs: dict[str, StoreError] = {}
         self._damaged_bases: dict[str, StoreError] = {}
         self._readers: dict[str, BaseReader] = {}
-        # What is read is compared with what was asked for: packs are read when first needed.
+        # Refresh numbers: the last requested one, and those of the packs and bases last read.
         self._wanted = self._have_packs = self._have_bases = 0
         self._reading = threading.RLock()
         self._scratch = _Scratch()
@@ -68,7 +68,7 @@ class ChunkStore:
 
     @property
     def index(self) -> PackIndex:
-        """What all packs hold, as of the last :meth:`refresh` or later."""
+        """Index of all packs, not older than the last :meth:`refresh`."""
         if self._have_packs != self._wanted:
             with self._reading:
                 self._read_packs()
@@ -76,19 +76,19 @@ class ChunkStore:
 
     @property
     def packs(self) -> Mapping[str, Footer]:
-        """What each pack holds, by its path."""
+        """Footers of all packs, by path."""
         return self.index.packs
 
     @property
     def damaged(self) -> Mapping[str, StoreError]:
-        """Packs and bases that cannot be read, by path; they are left out of everything else."""
+        """Errors of unreadable packs and bases, by path; all other results leave these out."""
         with self._reading:
             self._read_packs()
             self._read_bases()
         return {**self._damaged_packs, **self._damaged_bases}
 
     def refresh(self) -> None:
-        """See from here on what other processes added or removed."""
+        """Reread packs and bases on the next access, to see changes of other processes."""
         with self._reading:
             self._wanted += 1
 
@@ -104,7 +104,7 @@ class ChunkStore:
                 if path not in known:
                     packs[path] = self._read_pack(self._backend, path)
             except StoreError as error:
-                # One that a gc removed since it was listed is no loss.
+                # A pack that a gc deleted after the listing is not damaged.
                 if self._backend.exists(path):
                     damaged[path] = strip_frames(error)
         if packs.keys() != known.keys():
@@ -125,8 +125,8 @@ class ChunkStore:
         self._damaged_bases, self._have_bases = damaged, wanted
 
     def add_base(self, base: Base) -> None:
-        """Make a base known that was just recorded, or recorded anew in another place."""
-        # Replaced whole, for other threads read it at the same time.
+        """Add a base that was just recorded, or replace it after it was relocated."""
+        # Replace the dictionary, because other threads may read it at the same time.
         self._readers = {**self._readers, base.id: BaseReader(self._backend, base)}
 
     def bases(self) -> dict[str, Base]:
@@ -151,24 +151,24 @@ class ChunkStore:
             ) from None
 
     def find_in_base(self, key: bytes, base: str | None) -> BaseSpan | None:
-        """Return where a chunk stands unchanged in a base."""
+        """Return the position of an equal chunk in a base, or ``None``."""
         return None if base is None else self.base(base).chunks.get(key)
 
     def mask_in_base(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
-        """Return which chunks stand unchanged in a base."""
+        """Return a mask of the keys whose chunks are in a base."""
         return np.zeros(len(keys), bool) if base is None else self.base(base).contains(keys)
 
     def find(self, key: bytes, base: str | None) -> StoredChunk | None:
-        """Return the representation that :meth:`PackIndex.find_all` chooses for a key."""
+        """Return the representation that :meth:`PackIndex.find_all` prefers, or ``None``."""
         index = self.index
         row = index.find(key, base)
         return None if row < 0 else index.stored(row)
 
     def has_all_references(self, record: Record) -> bool:
-        """Return whether all is there that a record refers to.
+        """Return True if all chunks that a record refers to, directly or not, exist.
 
-        It is for whatever a checkpoint needs. Of the rest a gc may leave records in a pack whose
-        references it removed.
+        This always holds for records that a checkpoint needs. A gc may delete the references of
+        other records.
         """
         keys: tuple[bytes, ...] = ()
         if record.refers_to_chunk:
@@ -184,13 +184,13 @@ class ChunkStore:
         return True
 
     def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
-        """Return the ``size`` bytes of a chunk, verified; :class:`CorruptedError` otherwise."""
+        """Return the ``size`` verified bytes of a chunk; :class:`CorruptedError` on damage."""
         out: Bytes = np.empty(size, np.uint8)
         self.read_into(out, key, dtype, base)
         return out
 
     def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
-        """Fill ``out`` with a chunk, verified; after an error its content means nothing."""
+        """Fill ``out`` with the verified bytes of a chunk; undefined after an error."""
         span = self.find_in_base(key, base)
         if span is not None and base is not None:
             self.base(base).read_span_into(span, out, dtype)
@@ -201,7 +201,7 @@ class ChunkStore:
             with contextlib.suppress(StoreError):
                 self._decode(stored, out, dtype)
                 return
-        # A gc may have moved the chunk, or what it refers to, since it was indexed.
+        # A gc may have moved the chunk or its references since the index was read.
         self.refresh()
         stored = self.find(key, base)
         if stored is None:
@@ -213,19 +213,19 @@ class ChunkStore:
         self._decode(stored, out, dtype)
 
     def verify(self, stored: StoredChunk) -> None:
-        """Decode one representation of a chunk; raise what reading it would."""
+        """Decode one representation of a chunk, only to raise the errors of reading it."""
         record = stored.record
         self._decode(stored, np.empty(record.size, np.uint8), dtype_by_code(record.dtype))
 
     def verify_once(self, stored: StoredChunk) -> None:
-        """Do as :meth:`verify`, but not again for what was found sound before."""
+        """Verify a representation unless an earlier call already has."""
         place = (stored.pack, stored.record.offset)
         if place not in self._sound:
             self.verify(stored)
             self._sound.add(place)
 
     def scratch(self, size: int) -> Bytes:
-        """Return memory of this thread for a reference; the next call returns the same."""
+        """Return this thread's buffer for a reference; each call returns the same memory."""
         return self._scratch.buffer[:size]
 
     def _decode(self, stored: StoredChunk, out: Bytes, dtype: DType) -> None:
@@ -245,7 +245,7 @@ class ChunkStore:
                 return
             reason = "its content does not match its key"
         if record.ref_key != bytes(KEY_BYTES):
-            # Decoded in its place, so it is read again.
+            # Decoding overwrote the reference, so read it again to find the damaged chunk.
             self._reference(record, out)
             if chunk_key(out.data, dtype) != record.ref_key:
                 self._blame_reference(record)
@@ -254,7 +254,7 @@ class ChunkStore:
         )
 
     def _reference(self, record: Record, out: Bytes) -> None:
-        """Fill ``out`` with what a record refers to, if it does."""
+        """Fill ``out`` with the reference of a record, if it has one."""
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
             if codecs.codec_by_code(record.codec).needs_reference:
                 raise CorruptedError(f"chunk {record.key.hex()} is a change of nothing")
@@ -276,7 +276,7 @@ class ChunkStore:
     def read_parts_into(
         self, spans: tuple[ChunkSpan, ...], out: Bytes, dtype: DType, base: str | None
     ) -> None:
-        """Fill ``out`` with parts of chunks, verified, one after the other."""
+        """Fill ``out`` with consecutive parts of verified chunks."""
         at = 0
         for span in spans:
             size, part = self._chunk_size(span, base), out[at : at + span.length]

@@ -1,8 +1,8 @@
-"""Packs: files of encoded chunks, and finding a chunk's representations in all of them.
+"""Write packs of encoded chunks, and find the representations of a chunk in all packs.
 
-A pack exists once it is finalized, and never changes. A :class:`PackIndex` is a snapshot
-of all packs of a store. Its rows are the packs' records, pack by pack. Lookups of many keys work on
-arrays.
+Invariant: a pack exists once it is finalized, and never changes. A :class:`PackIndex` is a snapshot
+of all packs of a store. Its rows are the packs' records, pack by pack, and lookups of many keys
+work on arrays.
 
 Example::
 
@@ -39,15 +39,14 @@ PACKS = "packs"
 _N = TypeVar("_N", bound=np.generic)
 _SUFFIX = ".pack"
 _TAIL = 1 << 16
-"""Read at once from the end of a pack: the whole footer of most."""
+"""Bytes to read first from the end of a pack; they hold the whole footer of most packs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredChunk:
-    """A record and the pack that it stands in."""
+    """A record and the path of its pack."""
 
     pack: str
-    """Path of the pack."""
     record: Record
 
 
@@ -61,7 +60,7 @@ class PackWriter:
 
     @property
     def position(self) -> int:
-        """Where the next payload will begin."""
+        """Position of the next payload in the file."""
         return self._writer.position
 
     def append(self, record: Record, payload: bytes) -> None:
@@ -99,26 +98,26 @@ def read_pack(backend: Backend, path: str) -> Footer:
 
 
 def is_misnamed(path: str, footer: Footer) -> bool:
-    """Return whether a pack stands under the name of another one."""
+    """Return True if a pack's name does not match its footer."""
     return path != pack_path(footer.check)
 
 
 def pack_path(check: bytes) -> str:
-    """Return where the pack stands whose footer has a digest."""
+    """Return the path of the pack whose footer has this digest."""
     return f"{PACKS}/{check.hex()}{_SUFFIX}"
 
 
 def raise_generation(record: Record) -> Record:
-    """Return a record to be moved to another pack, where none of its equals may come before it.
+    """Return a record for another pack, preferred to records that are otherwise equal.
 
-    The last thing that equals are told apart by is the name of their pack, and what an equal that
-    nobody needed refers to may be gone.
+    Without this, the arbitrary name of the pack would decide, and could select an unneeded record
+    whose reference a gc has already deleted.
     """
     return replace(record, generation=min(record.generation + 1, MAX_GENERATION))
 
 
 class PackIndex:
-    """What packs hold, by key."""
+    """A snapshot of the records of all packs, with lookup by key."""
 
     def __init__(self, packs: Mapping[str, Footer]) -> None:
         self.packs = dict(sorted(packs.items()))
@@ -140,9 +139,9 @@ class PackIndex:
             ],
             np.int32,
         )
-        """The number of the base that each row needs, -1 for none; :meth:`base_of` has its id."""
+        """Number of each row's base for :meth:`base_of`, or -1 for rows without a base."""
         self.explicit = self._column("reference", np.uint32) != NO_INDEX
-        """Which rows have a reference that is written out, and is not a whole chunk."""
+        """Mask of the rows with an explicit reference: not one whole chunk, but spans."""
         self.refers_to_chunk = _concatenate_column(
             [footer.refers_to_chunk for footer in footers], np.bool_
         )
@@ -152,15 +151,14 @@ class PackIndex:
         return len(self.keys)
 
     def find(self, key: bytes, base: str | None) -> int:
-        """Return the row to decode a key with; -1 if there is none."""
+        """Return the preferred row for a key, or -1; see :meth:`find_all`."""
         return self._table_of(base).get(key)
 
     def find_all(self, keys: Keys, base: str | None) -> Numbers:
-        """Return the row to decode each key with; -1 where there is none.
+        """Return the preferred row for each key, or -1 for keys without a row.
 
-        Of the rows that need ``base`` or none, the shallowest; of those, one that needs no other
-        chunk; of those, one of the latest generation; of those, the smallest; of those, the one
-        whose pack's name sorts first.
+        Candidates are the rows that need ``base`` or no base. They are ordered by smallest depth,
+        no reference to another chunk, latest generation, smallest size, and name of the pack.
         """
         return self._table_of(base).find(keys)
 
@@ -171,7 +169,7 @@ class PackIndex:
         return StoredChunk(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
 
     def slices(self) -> Iterator[tuple[str, slice]]:
-        """Yield the path of each pack and its rows."""
+        """Yield the path of each pack and the slice of its rows."""
         ends = self._starts.tolist()
         yield from zip(self._paths, map(slice, ends, ends[1:]), strict=True)
 

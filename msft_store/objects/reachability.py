@@ -1,9 +1,9 @@
-"""What checkpoints need: the closure of their chunks over references.
+"""Find all chunks that checkpoints need, directly or as references.
 
 Example::
 
-    needs = closure(objects, objects.index, {base.id: keys})
-    needs.live[index_row]
+    reachable = find_reachable(objects, objects.index, {base.id: keys})
+    reachable.live[index_row]
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from msft_store.objects.packs import PackIndex
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReachableChunks:
-    """What restoring chunks needs."""
+    """The rows of an index that are needed to restore chunks.
+
+    Attributes:
+        live: Mask of the needed rows.
+        only_referenced: Mask of the rows that are needed only as references of others.
+        missing: Keys of needed chunks that are in no pack and in no base.
+    """
 
     live: NDArray[np.bool_]
-    """Which rows of the index."""
     only_referenced: NDArray[np.bool_]
-    """Those that are needed only because others are differences of them."""
     missing: Keys
-    """What is in no pack and in no base."""
 
 
 def find_reachable(
     objects: ChunkStore, index: PackIndex, keys: Mapping[str | None, Keys]
 ) -> ReachableChunks:
-    """Return what restoring chunks needs; ``keys`` are those of checkpoints, by their base."""
+    """Find the rows needed to restore chunks; ``keys`` are grouped by their checkpoints' base."""
     live, missing = np.zeros(len(index), bool), [view_keys(b"")]
     pending, named = list(keys.items()), None
     while pending:
@@ -46,7 +49,7 @@ def find_reachable(
             rows = index.find_all(packed, base)
             missing.append(packed[rows < 0])
             fresh[rows[rows >= 0]] = True
-        # What a row refers to depends on the row alone: once is enough.
+        # Follow each row only once, because its references depend on the row alone.
         fresh &= ~live
         live |= fresh
         named = fresh if named is None else named
@@ -54,13 +57,15 @@ def find_reachable(
     held = live if named is None else live & ~named
     return ReachableChunks(
         live=live,
-        only_referenced=held & ~_stands(index, held, keys.values()),
+        only_referenced=held & ~_mask_named(index, held, keys.values()),
         missing=unique_keys(concatenate_keys(missing)),
     )
 
 
-def _stands(index: PackIndex, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> NDArray[np.bool_]:
-    """Return which of some rows have a key that stands among others."""
+def _mask_named(
+    index: PackIndex, rows: NDArray[np.bool_], keys: Iterable[Keys]
+) -> NDArray[np.bool_]:
+    """Return a mask of those ``rows`` whose key is among ``keys``."""
     found, places = np.zeros(len(index), bool), np.flatnonzero(rows)
     if places.size:
         distinct = unique_keys(index.keys[places])
@@ -73,7 +78,7 @@ def _stands(index: PackIndex, rows: NDArray[np.bool_], keys: Iterable[Keys]) -> 
 
 
 def _referred(index: PackIndex, rows: NDArray[np.int64]) -> list[tuple[str | None, Keys]]:
-    """Return the keys that rows refer to, each with the base that it is looked up with."""
+    """Return the keys that rows refer to, grouped by the base to look them up with."""
     found = []
     for number in np.unique(index.bases[rows]).tolist():
         here = rows[index.bases[rows] == number]
@@ -85,7 +90,7 @@ def _referred(index: PackIndex, rows: NDArray[np.int64]) -> list[tuple[str | Non
 
 
 def own_bytes(catalog: Catalog, checkpoint: Checkpoint) -> int:
-    """Return the encoded bytes that nothing would need if it were not for a checkpoint."""
+    """Return the encoded bytes that only this checkpoint needs."""
     index, known = catalog.objects.index, catalog.checkpoints()
     others = [other for other in known if other.id != checkpoint.id]
     needed, rest = (

@@ -1,8 +1,10 @@
-"""What a chunk is compared with: the parent's chunk in the same place, or the base's elements.
+"""Choose the reference of each chunk that is encoded as a difference.
+
+Invariant: a record that uses a chosen reference is at most ``MAX_DEPTH`` deep.
 
 Example::
 
-    planner = Planner(objects, base.id, parent_tensors)
+    planner = ReferencePlanner(objects, base.id, parent_tensors)
     planner.match({"lm_head.weight": (512, 192)})
     planner.reference("lm_head.weight", entry, piece=0, chunk=0)
 """
@@ -22,22 +24,25 @@ from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a chunk is compared with."""
+    """The data that a chunk is encoded against.
+
+    Attributes:
+        base: Id of the base that is needed to read it, or ``None``.
+        depth: Depth of a record that uses it.
+        span: Elements of the base, a whole chunk, or consecutive parts of several chunks.
+    """
 
     base: str | None
     depth: int
-    """Of a record that uses it."""
     span: BaseSpan | ChunkSpan | tuple[ChunkSpan, ...]
-    """A whole chunk, or parts of several one after the other."""
 
 
 class ReferencePlanner:
-    """Chooses references: the parent's chunk in the same place, or the base's elements.
+    """Chooses the parent's chunk at the same position, or else the base's elements.
 
-    A parent's chunk serves if decoding it needs nothing deeper than the base; if it is itself a
-    change of another chunk, that one serves. So no chunk is ever more than ``MAX_DEPTH`` deep.
-    Where parent and checkpoint are cut into other pieces, but both by rows, the same elements of
-    the parent serve, wherever its chunks begin and end.
+    If the parent's chunk is already at the maximum depth, its own reference is used instead. If
+    parent and checkpoint are cut into different pieces, but both along the first dimension only,
+    the reference consists of the parts of the parent's chunks that hold the same elements.
     """
 
     def __init__(
@@ -50,18 +55,18 @@ class ReferencePlanner:
         self._names: dict[str, str] = {}
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Find the base's tensors that tensors of these names and shapes are compared with."""
+        """Match tensors, given as shapes by name, with the tensors of the base."""
         if self._base is not None:
             self._theirs = self._objects.base(self._base).base.tensors
             theirs = {name: tensor.shape for name, tensor in self._theirs.items()}
             self._names = match_names(shapes, theirs)
 
     def knows(self, name: str) -> bool:
-        """Return whether a tensor may have references."""
+        """Return True if a tensor may have references."""
         return name in self._parent or name in self._names
 
     def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
-        """Return what one chunk is compared with; ``None`` if there is nothing like it."""
+        """Return the reference of one chunk, or ``None``."""
         box = entry.pieces[piece]
         theirs = self._parent.get(name)
         if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
@@ -88,7 +93,7 @@ class ReferencePlanner:
         return Reference(base=self._base, depth=1, span=span)
 
     def _across(self, theirs: TensorEntry, box: Piece, chunk: int) -> Reference | None:
-        """Return the parts of the parent's chunks that hold the elements of a chunk of a box."""
+        """Return the parts of the parent's chunks that hold the elements of a box's chunk."""
         if not all(is_by_rows(piece, theirs.shape) for piece in (box, *theirs.pieces)):
             return None
         row = math.prod(theirs.shape[1:]) * theirs.dtype.size
@@ -130,17 +135,17 @@ class ReferencePlanner:
 
 
 def is_by_rows(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Return whether a piece is whole but for the first dimension: a run of the tensor's bytes."""
+    """Return True if a piece is cut along the first dimension only, and so is contiguous."""
     return piece.shape[1:] == shape[1:]
 
 
 def match_names(
     shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Return which tensor of a base each tensor is compared with: name → base name.
+    """Return the name of the base's tensor that matches each tensor's name.
 
-    Equal names first; then, where one side carries a prefix such as ``model.`` or ``module.``, the
-    prefix that matches most names. Shapes must agree.
+    Shapes must be equal. Equal names match first. Other names match if one side has an additional
+    prefix, such as ``model.`` or ``module.``; the prefix that matches most names is tried first.
     """
     matches = {name: name for name, shape in shapes.items() if base.get(name) == shape}
     rest = [name for name in shapes if name not in matches]

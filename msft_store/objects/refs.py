@@ -1,7 +1,7 @@
-"""Refs: named pointers to checkpoints. What a ref points to is never evicted.
+"""Read and write refs: named pointers to checkpoints.
 
-One sealed JSON file each, ``refs/<name>.json``. A ref may carry a note (JSON), in which a timeline
-says why it keeps a checkpoint.
+Each ref is one sealed JSON file, ``refs/<name>.json``. A timeline uses the note of a ref, a JSON
+object, to record its reasons. Invariant: a checkpoint that a ref points to is never evicted.
 
 Example::
 
@@ -34,7 +34,7 @@ _MAX_NAME = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Ref:
-    """A named pointer."""
+    """A named pointer to a checkpoint, with a JSON object as its note."""
 
     name: str
     checkpoint: str
@@ -42,7 +42,7 @@ class Ref:
 
 
 def check_ref_name(name: str) -> str:
-    """Return a ref's name; :class:`InvalidInputError` if it cannot be one."""
+    """Return ``name``; :class:`InvalidInputError` if it is not a valid name of a ref."""
     if not isinstance(name, str) or not _is_name(name):
         raise InvalidInputError(
             f"{name!r} cannot be the name of a ref: use letters, digits, '.', '_', '+' and '-', "
@@ -56,21 +56,21 @@ def _is_name(name: str) -> bool:
 
 
 class RefReader:
-    """Reads all refs of a store; a file that was not written since is not read again."""
+    """Reads all refs of a store; rereads only files that were written since the last read."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[str, tuple[Hashable, Ref]] = {}
 
     def read(self) -> dict[str, Ref]:
-        """Return all refs by name; :class:`StoreError` if one of them cannot be read."""
+        """Return all refs by name; :class:`StoreError` if a ref cannot be read."""
         refs, damaged = self.scan()
         for error in damaged.values():
             raise error
         return refs
 
     def scan(self) -> tuple[dict[str, Ref], dict[str, StoreError]]:
-        """Return the refs that can be read by name, and the errors of the others by path."""
+        """Return the readable refs by name, and the errors of the others by path."""
         known: dict[str, tuple[Hashable, Ref]] = {}
         damaged: dict[str, StoreError] = {}
         for path, found in self._backend.scan(REFS).items():
@@ -85,7 +85,7 @@ class RefReader:
                 # Another process may delete a ref after the scan.
                 if self._backend.exists(path):
                     damaged[path] = strip_frames(error)
-        # Replaced as a whole, because other threads read it at the same time.
+        # Replace the dictionary, because other threads may read it at the same time.
         self._known = known
         return {ref.name: ref for _, ref in known.values()}, damaged
 
@@ -96,7 +96,7 @@ def list_refs(backend: Backend) -> list[str]:
 
 
 def ref_path(name: str) -> str:
-    """Return where a ref stands."""
+    """Return the path of a ref's file."""
     return f"{REFS}/{name}{_SUFFIX}"
 
 
@@ -130,7 +130,7 @@ def write_ref(backend: Backend, ref: Ref) -> None:
 
 
 def encode_ref(ref: Ref) -> bytes:
-    """Return what the file of a ref holds."""
+    """Return the content of a ref's file."""
     if not isinstance(ref.note, Mapping):
         raise InvalidInputError(f"the note of {ref.name!r} must be a mapping, not {ref.note!r}")
     content = {
@@ -149,5 +149,5 @@ def encode_ref(ref: Ref) -> bytes:
 
 
 def delete_ref(backend: Backend, name: str) -> None:
-    """Remove a ref."""
+    """Delete a ref."""
     backend.delete(ref_path(check_ref_name(name)))

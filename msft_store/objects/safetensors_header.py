@@ -1,8 +1,8 @@
-"""The headers of safetensors files, read at positions and checked before anything is believed.
+"""Read and validate the headers of safetensors files.
 
-The library's own reader maps files into memory, which kills the interpreter when a file is
-truncated under it; a base is somebody else's file, so only the header is parsed here and the data
-is read by position. Format: 8 bytes of header length, a JSON header, then the data.
+The safetensors library maps files into memory, which kills the interpreter if the user truncates a
+base's file meanwhile. This module therefore parses only the header, and the data is read by
+position. A file is 8 bytes of header length, a JSON header, and the data.
 
 Example::
 
@@ -31,24 +31,23 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
-    """Where a tensor's bytes stand in a safetensors file."""
+    """The type of a tensor and the position of its first byte in a safetensors file."""
 
     dtype: DType
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.size
 
 
 def find_files(path: Path) -> list[Path]:
     """Return the safetensors files of a model: the file itself, or those of a directory.
 
-    Where a directory has an index of shards, the files that it names. :class:`BaseError` if there
-    are none.
+    If a directory has an index of shards, only the files in the index are returned.
+    :class:`BaseError` if there are none.
     """
     if path.is_file():
         return [path]
@@ -78,7 +77,7 @@ def find_files(path: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:
-    """Return the tensors of a file; :class:`BaseError` if it is not a sound safetensors file."""
+    """Return the tensors of a file; :class:`BaseError` if it is not a valid safetensors file."""
     start = read_file(path, 0, 8)
     if len(start) < 8:
         raise BaseError(f"{path} is too short for a safetensors file")
@@ -105,7 +104,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
 
 
 def _pickled(files: Iterable[Path]) -> str:
-    """Return what to do about files that are none of ours, if some are pickles by their names."""
+    """Return advice if some files are pickles by their names, otherwise an empty string."""
     found = sorted(file.name for file in files if file.suffix in _PICKLES)
     return (
         f"; {found[0]} may be a pickle, which can run code and is never read: load the model and "
@@ -126,7 +125,7 @@ def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:
 
 
 def _check_apart(places: Iterable[TensorPlace]) -> None:
-    # Each byte of a file belongs to one tensor; else a small file would be a huge model.
+    # Overlapping tensors would let a small file claim to be a huge model.
     reached = 0
     for place in sorted(places, key=lambda place: (place.offset, place.nbytes)):
         if place.offset < reached:

@@ -1,11 +1,10 @@
-"""Between torch tensors and the bytes of pieces.
+"""Convert between torch tensors of any layout and their row-major little-endian bytes.
 
-Invariant: bits go through unchanged. A tensor of any layout becomes its row-major little-endian
-bytes, and back.
+Invariant: conversion never changes a bit.
 
 Example::
 
-    data = to_bytes(tensor)                       # a view where the tensor allows it
+    data = to_bytes(tensor)                       # a view if the tensor is contiguous on the CPU
     out = torch.empty(shape, dtype=torch.bfloat16)
     view_bytes(out)[:] = data
 """
@@ -24,7 +23,7 @@ from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
 
 
 def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
-    """Return what can be saved; :class:`InvalidInputError` names the first thing that cannot."""
+    """Return the tensors by name; :class:`InvalidInputError` names one that cannot be saved."""
     if isinstance(tensors, torch.nn.Module):
         tensors = tensors.state_dict()
     if not isinstance(tensors, Mapping):
@@ -49,13 +48,13 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return what is equal for tied tensors only: the place and its interpretation."""
+    """Return a value that is equal only for tied tensors: same memory, same interpretation."""
     place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
     return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
 
 
 def may_overlap_itself(tensor: torch.Tensor) -> bool:
-    """Return whether elements of a tensor may share memory; odd strides are suspected."""
+    """Return True if elements of a tensor may share memory; unusual strides count as sharing."""
     reach = 0
     sizes = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, count in sorted(pair for pair in sizes if pair[1] > 1):
@@ -73,20 +72,20 @@ def to_bytes(tensor: torch.Tensor) -> Bytes:
 
 
 def read_elements(tensor: torch.Tensor, start: int, stop: int) -> Bytes:
-    """Return the bytes of some elements, counted row by row; a view where there can be one.
+    """Return the bytes of a range of elements in row-major order, as a view if possible.
 
-    Of another tensor no more than about three times these elements is copied.
+    If a view is not possible, at most about three times as many elements are copied.
     """
     return to_bytes(_elements(tensor.detach(), start, stop))
 
 
 def write_elements(tensor: torch.Tensor, start: int, data: Bytes) -> None:
-    """Set some elements, counted row by row, of a tensor of any layout and device."""
+    """Set a range of elements in row-major order, in a tensor of any layout and device."""
     _set(tensor.detach(), start, torch.from_numpy(data).view(tensor.dtype))
 
 
 def has_plain_bytes(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's memory is its row-major bytes, for :func:`view_bytes`."""
+    """Return True if a tensor's memory is its row-major bytes, as :func:`view_bytes` needs."""
     lazy = tensor.is_conj() or tensor.is_neg()
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
 
@@ -129,7 +128,7 @@ def _set(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return torch's dtype; :class:`VersionError` if this torch has none."""
+    """Return the dtype of torch; :class:`VersionError` if this release of torch lacks it."""
     if dtype.torch is None:
         raise VersionError(f"torch {torch.__version__} has no dtype {dtype.name}; use a newer one")
     return dtype.torch

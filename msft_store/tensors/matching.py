@@ -1,4 +1,4 @@
-"""Do the tensors to be restored and a checkpoint's agree? Strictly: names, shapes and dtypes.
+"""Check that target tensors match a checkpoint exactly in names, shapes and dtypes.
 
 Example::
 
@@ -24,7 +24,7 @@ def check_match(
     tensors: Mapping[str, TensorEntry],
     state: Mapping[str, torch.Tensor],
 ) -> None:
-    """Raise :class:`MismatchError`, which names what differs, unless all tensors agree."""
+    """Raise :class:`MismatchError`, which names the differences, unless all tensors match."""
     problems = []
     missing = sorted(state.keys() - tensors.keys())
     extra = sorted(tensors.keys() - state.keys())
@@ -42,7 +42,7 @@ def check_match(
             problems.append(f"{name} is expanded: its elements share memory")
         elif dtype_by_torch(have.dtype) != want.dtype:
             problems.append(f"{name} is {have.dtype}, in the checkpoint {want.dtype.name}")
-    problems += _torn(tensors, state) if not problems else []
+    problems += _compare_tied_tensors(tensors, state) if not problems else []
     if problems:
         more = f"; and {len(problems) - _NAMES_SHOWN} more" * (len(problems) > _NAMES_SHOWN)
         raise MismatchError(
@@ -51,8 +51,10 @@ def check_match(
         )
 
 
-def _torn(tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    # Tied tensors share memory: only one content can be restored into it.
+def _compare_tied_tensors(
+    tensors: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    # Tied tensors share memory, so they must have the same content in the checkpoint.
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
         first = seen.setdefault(memory_key(tensor), name)
@@ -67,7 +69,7 @@ def _content(entry: TensorEntry) -> list[tuple[object, ...]]:
 def select_tensors(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], names: Iterable[str]
 ) -> dict[str, TensorEntry]:
-    """Return the tensors of some names; :class:`MismatchError` if the checkpoint lacks one."""
+    """Return the named tensors; :class:`MismatchError` if the checkpoint lacks one."""
     wanted = None if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if wanted is None or not all(isinstance(name, str) for name in wanted):
         raise InvalidInputError(
@@ -80,6 +82,6 @@ def select_tensors(
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Return the first few of many names."""
+    """Return the first few names as text, and the number of the others."""
     more = f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN)
     return ", ".join(names[:_NAMES_SHOWN]) + more
