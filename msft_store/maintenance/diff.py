@@ -1,8 +1,8 @@
-"""What differs between two checkpoints, or a checkpoint and a base, tensor by tensor.
+"""Compare two checkpoints, or a checkpoint and a base, tensor by tensor.
 
-By bits: -0.0 and 0.0 differ, a NaN equals itself. Parts with equal keys are equal and are not read;
-of the others a few are in memory at a time. What the two have in other pieces is read all through,
-some rows at a time.
+Invariant: bits are compared: -0.0 and 0.0 differ but a NaN equals itself. Chunks with equal keys
+are equal and are not read; only a few of the others are in memory at a time. A tensor that the two
+sides split into different pieces is read completely, some rows at a time.
 
 Example::
 
@@ -39,34 +39,40 @@ from msft_store.tensors.bytes import torch_dtype, view_bytes
 Kind = Literal["equal", "changed", "other", "added", "removed"]
 
 SLAB_BYTES = 64 << 20
-"""Bytes of each side that are in memory at once, of a tensor that the two have in other pieces."""
+"""Bytes of each side in memory at once, for a tensor that the sides split differently."""
 _HELD_AS_FLOATS = ("float8_e8m0fnu",)
-"""Whose bits are no sign and magnitude, but whose values are floats all the same."""
+"""Dtypes whose bits are not sign and magnitude, but whose values are floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDiff:
-    """One tensor of two checkpoints."""
+    """Compare one tensor of two checkpoints.
+
+    Attributes:
+        name: Name of the tensor.
+        kind: ``equal``; ``changed``; ``other`` if the shape or dtype differs; ``added`` if only the
+            second checkpoint has the tensor; ``removed`` if only the first one has it.
+        dtype: Dtype in the second checkpoint, or in the first one if the tensor was removed.
+        shape: Shape in the same checkpoint as ``dtype``.
+        elements: Number of elements of that shape.
+        changed: Number of elements whose bits differ; all of them if there is nothing to compare.
+        largest: Largest finite absolute difference; ``None`` if there is none. For integers it is
+            rounded to a float, for complex numbers it is the modulus of the difference.
+        stored_bytes: Encoded bytes of the tensor's chunks in the second checkpoint.
+    """
 
     name: str
     kind: Kind
-    """``other``: of another shape or dtype; ``added``, ``removed``: only the second, the first has
-    it."""
     dtype: str
     shape: tuple[int, ...]
-    """As the second one has it, or the first, if that alone does."""
     elements: int
     changed: int
-    """Elements whose bits differ; all of them where there is nothing to compare."""
     largest: float | None
-    """The largest absolute difference that is finite; ``None`` without any. Of whole numbers it is
-    exact up to the rounding of a float, of complex ones it is the absolute value."""
     stored_bytes: int
-    """Encoded bytes of the second one's chunks."""
 
     @property
     def share(self) -> float:
-        """Return the share of elements that changed."""
+        """Share of the elements that changed, from 0 to 1."""
         return self.changed / self.elements if self.elements else 0.0
 
 
@@ -76,13 +82,14 @@ class _Side:
     base: str | None
     what: str
     names: Mapping[str, str] = field(default_factory=dict)
-    """Of tensors that a checkpoint calls otherwise: its name → the base's."""
+    """Names in the checkpoint that differ from the base → names in the base."""
 
 
 def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> list[TensorDiff]:
-    """Return all tensors of both, by name.
+    """Compare all tensors of both sides, in the order of their names.
 
-    Against a base, what a checkpoint has under a prefix has the base's name.
+    If one side is a base, the tensors of the checkpoint get the names of the matching tensors of
+    the base, without their prefix.
     """
     first, second = _side(catalog, one), _side(catalog, other)
     first, second = _renamed(first, one, other), _renamed(second, other, one)
@@ -99,7 +106,7 @@ def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> 
 
 
 def table_of(base: Base) -> dict[str, TensorEntry]:
-    """Return a base's tensors as those of a checkpoint, each of one piece."""
+    """Return the tensors of a base as entries of one piece each, as in a checkpoint."""
     return {
         name: TensorEntry(
             dtype=tensor.dtype,
@@ -118,7 +125,7 @@ def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
 
 
 def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
-    """Return a checkpoint's side with the names of the base that it is compared with."""
+    """Return the side of a checkpoint, renamed to the names of the base on the other side."""
     if isinstance(one, Base) or not isinstance(other, Base):
         return side
     shapes = {name: entry.shape for name, entry in side.tensors.items()}
@@ -228,7 +235,7 @@ def _count_of(reads: Sequence[Callable[[], Bytes]], dtype: DType) -> tuple[int, 
 
 
 def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
-    """Return how many elements differ, and by how much at most."""
+    """Return the number of different elements and the largest finite difference."""
     differ = (one != other).reshape(-1, dtype.size).any(axis=1)
     changed = int(differ.sum())
     if not changed:
@@ -249,7 +256,7 @@ def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
 
 
 def _integers_apart(one: Bytes, other: Bytes, dtype: DType) -> float:
-    # A float has no room for each of 64 bits, and a difference may be larger than an integer.
+    # A float cannot hold 64 bits, and a difference may overflow the integer type.
     kind = np.dtype(np.uint8 if dtype.name == "bool" else dtype.name)
     before, after = one.view(kind), other.view(kind)
     above = np.maximum(before, after).astype(np.uint64)

@@ -1,15 +1,14 @@
-"""Out of the store: a checkpoint as an ordinary directory of safetensors.
+"""Export a checkpoint to an ordinary directory of safetensors files.
 
-Where the base is a model directory, its other files (configuration, tokenizer) come along, so that
-the result loads with ``from_pretrained``; for any other checkpoint ``like`` names a directory that
-has them. What a checkpoint says of itself in its metadata, under ``export``, is heeded: tensors
-that are a training's state stay out (:mod:`msft_store.maintenance.export_names`), and with the
-settings of an ``adapter`` the result is a directory of PEFT. The directory appears whole or not at
-all; an export that is killed leaves a hidden one beside it, which the next export to that place
-removes.
+If the base is a model directory, its other files (configuration, tokenizer) are copied, so that
+``from_pretrained`` loads the result; for other checkpoints, ``like`` names a directory with such
+files. The metadata of a checkpoint controls its export under the key ``export``: tensors of the
+training state are left out (:mod:`msft_store.maintenance.export_names`), and the settings of an
+``adapter`` give a PEFT directory. If a configuration is copied, a tied tensor is written once,
+under its name in the files of the base, and ``from_pretrained`` ties it again.
 
-Tensors that are tied are written once where the base's files have one of them and a configuration
-comes along, so that ``from_pretrained`` ties them again.
+Invariant: the directory appears complete or not at all. A killed export leaves a hidden directory
+beside it, which the next export to the same path removes.
 
 Example::
 
@@ -52,7 +51,7 @@ from msft_store.storage.quota import QuotaBackend
 _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _CONFIGS = ("config.json", _SETTINGS)
-"""Of a model, and of an adapter (LoRA), whose weights have another name and are in one file."""
+"""Configuration files of a model and of a LoRA adapter, whose weights are in one other file."""
 _TIED = "tie_word_embeddings"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
@@ -70,10 +69,10 @@ def export(
 ) -> list[Path]:
     """Write a checkpoint to a new directory; return its files.
 
-    ``shard_bytes`` bounds each safetensors file, unless one tensor is larger; of a shard, a few
-    chunks at a time are in memory. ``like`` is a directory whose other files come along in the
-    place of the base's. :class:`InvalidInputError` if the directory has something in it, ``like``
-    has no configuration, or a dtype is not safetensors'.
+    A safetensors file has at most ``shard_bytes``, unless one tensor is larger; only a few chunks
+    of it are in memory at a time. The other files are copied from ``like`` or else from the base.
+    Raise :class:`InvalidInputError` if the directory is not empty, ``like`` has no configuration,
+    or safetensors has no such dtype or name.
     """
     with translate_os_errors("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -94,10 +93,10 @@ def export(
             )
     with _under_way(folder.absolute()) as partial:
         backend = LocalBackend(partial)
-        # What a manifest names again and again takes no room in the store, and all of it here.
+        # A chunk that a manifest names many times is stored once but exported each time.
         QuotaBackend(backend).require_space(chosen.nbytes)
         is_peft = settings is not None or is_adapter(beside)
-        # An adapter is a few tensors, which nothing reads in parts.
+        # An adapter is small, and its readers expect one file.
         shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
         _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_peft)
         for file, size in beside.items():
@@ -112,9 +111,9 @@ def export(
 
 @contextlib.contextmanager
 def _under_way(folder: Path) -> Iterator[Path]:
-    """Give a new directory beside ``folder``, which is removed if it is still there at the end.
+    """Create a temporary directory beside ``folder`` and remove it afterwards if it still exists.
 
-    Those of earlier exports to ``folder`` that were killed are removed, too.
+    Also remove the temporary directories of killed exports to ``folder``.
     """
     prefix = f".{folder.name}-"
     partial = folder.parent / f"{prefix}{uuid.uuid4().hex}"
@@ -127,7 +126,7 @@ def _under_way(folder: Path) -> Iterator[Path]:
         os.mkdir(partial)
     try:
         with contextlib.ExitStack() as stack:
-            # Some network file systems cannot; then nobody can tell that it was left behind.
+            # Some network file systems have no locks; leftovers there cannot be recognised.
             with contextlib.suppress(OSError):
                 stack.enter_context(_owned(partial))
             yield partial
@@ -137,7 +136,7 @@ def _under_way(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """Hold a directory's lock, which ends with the process; ``OSError`` if another one does."""
+    """Lock a directory until the process ends; raise ``OSError`` if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +173,7 @@ def _write_file(
     backend: LocalBackend,
     file: str,
 ) -> None:
-    # The largest elements first, so that all are aligned; then by name.
+    # Tensors with larger elements come first, so that all are aligned.
     part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
     what = f"checkpoint {checkpoint.id[:12]}"
     with backend.writer() as writer:
@@ -185,7 +184,7 @@ def _write_file(
 
 
 def _header(tensors: dict[str, TensorEntry]) -> bytes:
-    """Return what a safetensors file begins with: a length, and JSON padded to eight bytes."""
+    """Return the header of a safetensors file: a length, and JSON padded to eight bytes."""
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     end = 0
     for name, entry in tensors.items():
@@ -213,7 +212,7 @@ def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[li
 
 
 def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
-    """Return the files that come along, and their sizes in bytes."""
+    """Return the files to copy, and their sizes in bytes."""
     if like is not None:
         with translate_os_errors("read", like):
             found = {file: file.stat().st_size for file in companions(like)}
@@ -231,12 +230,12 @@ def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict
 
 
 def is_configured(files: Iterable[Path]) -> bool:
-    """Return whether a configuration is among files, so that ``from_pretrained`` knows a model."""
+    """Return True if a configuration for ``from_pretrained`` is among files."""
     return any(file.name in _CONFIGS for file in files)
 
 
 def _ties(files: Mapping[Path, int]) -> bool:
-    """Return whether whoever reads the configuration among files ties what a model ties."""
+    """Return True if a loader that reads the configuration among files ties tensors."""
     for file, size in files.items():
         if file.name == _CONFIGS[0]:
             try:
@@ -248,33 +247,33 @@ def _ties(files: Mapping[Path, int]) -> bool:
 
 
 def _is_untied(config: Mapping[str, Any]) -> bool:
-    # A model of several has a configuration for each of them.
+    # A model that contains other models has a configuration for each of them.
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return any(part.get(_TIED) is False for part in parts)
 
 
 def is_adapter(files: Iterable[Path]) -> bool:
-    """Return whether files are beside an adapter's weights, not a model's."""
+    """Return True if files accompany the weights of an adapter, not of a model."""
     names = {file.name for file in files}
     return _CONFIGS[1] in names and _CONFIGS[0] not in names
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files that belong to a model besides its weights; ``OSError`` if that fails."""
+    """Return the files of a model directory that are not weights; may raise ``OSError``."""
     files = sorted(file for file in folder.iterdir() if _comes(file))
     return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
 
 
 def _comes(file: Path) -> bool:
-    # The name of the backend's own folder, which is there while files are written, is left out.
+    # The backend creates its folder of temporary files while it writes an export.
     other = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
     return not other and file.is_file()
 
 
 def _stands_in(reader: BaseReader, folder: Path) -> bool:
-    """Return whether a folder is the base's: its weights are there, by a sample of each file.
+    """Return True if a folder contains the weights of the base, by a sample of each file.
 
-    A stranger's store may name any folder; what is in it must not come along for that.
+    The store of a stranger may name any folder, and its files must not leak into an export.
     """
     smallest: dict[int, tuple[int, str]] = {}
     for name, tensor in reader.base.tensors.items():

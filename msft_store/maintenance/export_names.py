@@ -1,8 +1,8 @@
-"""What of a checkpoint an export writes, and under which names.
+"""Select the tensors of a checkpoint that an export writes, and their names in the files.
 
-A checkpoint says in its metadata, under ``export``, which of its tensors are a model's: those whose
-names do not begin with ``without``, and begin with ``within``. What the names then have more in
-front than the base's names is left out of them.
+The metadata of a checkpoint describes its model under ``export``: the names of the model's tensors
+do not begin with ``without``, and begin with ``within``, which is cut off. A prefix that remains in
+comparison with the names of the base is cut off too.
 
 Example::
 
@@ -22,23 +22,22 @@ from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.reference_planner import match_names
 
 KEY = "export"
-"""Of the metadata: how a checkpoint is exported."""
-
+"""Key of the metadata for the settings of an export."""
 
 _MATRIX = 2
-"""Dimensions."""
+"""Number of dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export writes."""
+    """The content of an export."""
 
     tensors: Mapping[str, TensorEntry]
-    """By the names that they get in the files."""
+    """Tensors by their names in the files."""
     left_out: tuple[str, ...]
-    """The checkpoint's names of what is no part of the model."""
+    """Names in the checkpoint of tensors that do not belong to the model."""
     adapter: Mapping[str, Any] | None
-    """The settings of an adapter, if it is one."""
+    """The settings of an adapter; ``None`` for a model."""
 
     @property
     def nbytes(self) -> int:
@@ -53,10 +52,10 @@ def exported(
     *,
     ties: bool = False,
 ) -> Exported:
-    """Return what an export of a checkpoint with these tensors writes; ``base`` is its base.
+    """Return the content of the export of a checkpoint that has these tensors and this base.
 
-    ``ties``: whoever reads the files ties tensors as the configuration beside them says. Then what
-    the base's files have under one of its names is written under that name only.
+    ``ties`` means that the loader of the files ties tensors. A tied tensor is then written only
+    under its name in the files of the base.
     """
     said = checkpoint.metadata.get(KEY)
     said = said if isinstance(said, Mapping) else {}
@@ -83,10 +82,10 @@ def exported(
 def root_of_model(
     shapes: Mapping[str, tuple[int, ...]], base: Base, roots: Iterable[str]
 ) -> str | None:
-    """Return which of ``roots`` the names of a model begin with, for ``within``.
+    """Return the one of ``roots`` that the names of a model begin with, for ``within``.
 
-    That is the one under which most tensors have a counterpart in the base, of several the longest;
-    ``None`` if there is none under any.
+    Choose the root with the most counterparts in the base, then the longest one. Return ``None`` if
+    no tensor has a counterpart.
     """
     found = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
     counts = {root: sum(name.startswith(root) for name in found) for root in sorted(roots)}
@@ -95,10 +94,10 @@ def root_of_model(
 
 
 def _without_tied(tensors: Mapping[str, TensorEntry], base: Base) -> dict[str, TensorEntry]:
-    """Return tensors without those that are tied to one of the base's, and not in its files.
+    """Return tensors without those that are tied to a tensor in the files of the base.
 
-    Such a one is equal to exactly one that the base has, and no vector: those, such as the scales
-    of layer norms, are often equal by chance.
+    A tied tensor equals exactly one tensor that the base names. Vectors do not count, because
+    vectors such as the scales of layer norms are often equal by chance.
     """
     twins = Counter(_content(entry) for name, entry in tensors.items() if name in base.tensors)
     return {
@@ -113,7 +112,7 @@ def _content(entry: TensorEntry) -> tuple[object, ...]:
 
 
 def common_prefix(shapes: Mapping[str, tuple[int, ...]], base: Base) -> str:
-    """Return what all names begin with that the base's names do not: ``module.``, or nothing."""
+    """Return the prefix that all names have over those of the base, such as ``module.``."""
     found = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
     prefixes = {
         name.removesuffix(other) if name.endswith(other) else "" for name, other in found.items()
