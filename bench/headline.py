@@ -1,12 +1,12 @@
-"""The README's table of figures, made from ``bench/results/``.
+"""Make the table of figures in ``docs/BENCHMARKS.md`` from ``bench/results/``.
 
-Every figure is one that a benchmark measured and wrote; nothing is typed by hand. The table stands
-between two comments in the README, and a test compares it with the results.
+Every figure was measured and written by a benchmark; none is typed by hand. The table stands
+between two comments on the page, and a test compares it with the results.
 
 Example::
 
-    python -m bench.headline            # print it
-    python -m bench.headline --write    # put it into the README
+    python -m bench.headline            # print the table
+    python -m bench.headline --write    # write it into docs/BENCHMARKS.md
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from bench.codec import FAST, RESULTS, SMALL, TENSORX
 from bench.trajectories import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "BENCHMARKS.md"
 BEGIN, END = "<!-- figures: python -m bench.headline --write -->", "<!-- end of figures -->"
 ENCODER = "encoder-22.7M"
 REGIMES = {
@@ -44,9 +44,8 @@ def table(results: Path = RESULTS) -> str:
         f"{codec['date']}, {store['cores']} shared cores of {codec['cpu']}: codecs on one of them "
         f"(commit {codec['commit']}), saves on a disk that writes {store['disk']:.2f} GB/s "
         f"(commit {store['machine']['commit']}), whole runs at commit {disk['commit']}. Sizes and "
-        "speeds are of an encoder of 22.7 M parameters, runs of a causal LM of 2.5 M; more, and "
-        "what falls short of its target, in [`bench/results`](bench/results) and "
-        "[`docs/LOG.md`](docs/LOG.md)."
+        "speeds are of an encoder of 22.7 M parameters, runs of a causal LM of 2.5 M. "
+        "`bench/results` and [the log](LOG.md) have more figures, and those that miss their target."
     )
     return "\n".join([*lines, "", about])
 
@@ -125,15 +124,15 @@ def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Print the table, or put it into the README."""
-    parser = argparse.ArgumentParser(description="Make the README's table of figures.")
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    """Print the table, or write it into the page."""
+    parser = argparse.ArgumentParser(description="Make the table of figures in docs/BENCHMARKS.md.")
+    parser.add_argument("--write", action="store_true", help="write it into docs/BENCHMARKS.md")
     if not parser.parse_args().write:
         print(table())
         return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The README: its code runs as it stands, and its map names every file."""
+"""Check the README: its length, its example, commands and configuration, and its figures."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -18,28 +19,24 @@ from trainer.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MOST_WORDS = 1_500
 
 
-def python_block() -> str:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return str(block)
+def find_blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def mapped() -> list[Path]:
-    """Return the paths of the file map; in a row, later names may leave out the first folder."""
-    (section,) = re.findall(r"^## Where things are\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
-    paths = []
-    for cell in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE):
-        names = re.findall(r"`([^`]+)`", cell)
-        top = names[0].partition("/")[0]
-        paths += [Path(names[0]), *(Path(top, name) for name in names[1:])]
-    return paths
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= MOST_WORDS
 
 
-def test_the_code_runs_and_the_store_is_sound_at_its_end(tmp_path: Path) -> None:
+def test_the_example_has_twelve_lines_and_prints_what_is_shown(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (code,) = find_blocks("python")
+    shown = find_blocks("text", README.partition(code)[2])[0]
+    assert len([line for line in code.splitlines() if line]) == 12
     done = subprocess.run(
-        [sys.executable, "-c", python_block()],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -48,54 +45,59 @@ def test_the_code_runs_and_the_store_is_sound_at_its_end(tmp_path: Path) -> None
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert (tmp_path / "runs" / "readme-model" / "model.safetensors").is_file()
+    assert done.stdout == shown
 
 
-def commands() -> list[list[str]]:
-    """Return the words of every command line of ours, in blocks and in the text."""
-    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
-    found = re.findall(r"^(?:\.venv/bin/)?(msft-(?:store|train) [^#\n]+)", blocks, re.MULTILINE)
-    found += re.findall(r"`(msft-store (?!\[)[^`]+)`", README)
-    found += [f"msft-train {rest}" for rest in re.findall(r"-m trainer ([^`]+)`", README)]
-    # A verb alone is only named.
+def find_commands() -> list[list[str]]:
+    """Return the words of each of this project's command lines, in blocks and in the text."""
+    found = re.findall(r"^(msft-(?:store|train) [^#\n]+)", "".join(find_blocks("sh")), re.MULTILINE)
+    found += re.findall(r"`(msft-(?:store|train) [^`]+)`", README)
+    # A line of two words is the name of a subcommand without its arguments.
     return [words for line in found if len(words := shlex.split(line)) > 2]
 
 
 def test_there_are_commands() -> None:
-    assert len(commands()) > 10
+    assert len(find_commands()) >= 8
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_is_one_that_is_understood(words: list[str]) -> None:
+@pytest.mark.parametrize("words", find_commands(), ids=" ".join)
+def test_every_command_is_accepted(words: list[str]) -> None:
     parser = {"msft-store": store_cli._parser, "msft-train": train_cli._parser}[words[0]]
     parser().parse_args(words[1:])
 
 
-def test_the_configuration_is_one(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    path = tmp_path / "config.yaml"
-    for name in re.findall(r"mine[.\w]+", block):
+@pytest.mark.parametrize("page", ["README.md", "docs/howto/data.md"])
+def test_the_configuration_is_accepted(page: str, tmp_path: Path) -> None:
+    (block,) = find_blocks("yaml", (ROOT / page).read_text(encoding="utf-8"))
+    for name in re.findall(r"\w+\.\w+\.(?:jsonl|parquet)", block):
         (tmp_path / name).touch()
-    path.write_text(f"output_dir: run\nmodel: {{path: base}}\n{block}", encoding="utf-8")
-    config = load_config(path)
-    assert list(config.data.sub_datasets) == ["mine", "gsm8k"]
+    (tmp_path / "path" / "to" / "model").mkdir(parents=True)
+    path = tmp_path / "config.yaml"
+    path.write_text(block, encoding="utf-8")
+    assert next(iter(load_config(path).data.sub_datasets)) == "mine"
 
 
-def test_everything_on_the_map_is_there() -> None:
-    paths = mapped()
-    assert len(paths) == len(set(paths)) > 20
-    assert [str(path) for path in paths if not (ROOT / path).exists()] == []
+def test_the_links_lead_to_files() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(targets) > 10
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_the_figures_are_those_of_the_results() -> None:
-    _, _, rest = README.partition(headline.BEGIN)
-    shown, _, _ = rest.partition(headline.END)
+    page = headline.PAGE.read_text(encoding="utf-8")
+    shown = page.partition(headline.BEGIN)[2].partition(headline.END)[0]
     assert shown.strip() == headline.table()
 
 
-@pytest.mark.parametrize("package", ["msft_store", "trainer"])
-def test_every_module_is_on_the_map(package: str) -> None:
-    modules = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
-    named = {path for path in modules if not path.name.startswith("__")}
-    assert sorted(map(str, named - set(mapped()))) == []
+def test_the_three_rows_are_those_of_the_results_and_of_the_demo() -> None:
+    demo, hugging_face, codec = re.findall(
+        r"^\| [^|]+ \| \*\*([\d.]+)(?: %)?\*\*[^|]*\| ([\d.]+)", README, re.MULTILINE
+    )
+    peaks = re.findall(r"(?:on disk|same run): peak ([\d.]+)", README)
+    assert list(demo) == peaks
+    results = json.loads((headline.RESULTS / "huggingface.json").read_text(encoding="utf-8"))
+    ways = ("StoreCallback, the best of every sub-dataset", "checkpoint-*, all")
+    measured = [results["runs"][way][0]["largest"] / results["full"] for way in ways]
+    assert list(hugging_face) == [f"{measured[0]:.2f}", f"{measured[1]:.1f}"]
+    row = headline.table().splitlines()[2]
+    assert [f"{value} %" in row for value in codec] == [True, True]
