@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TRAINER_STAMP := $(VENV)/.installed-trainer
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 CODE   := msft_store trainer tests bench examples docs
 
 .PHONY: help demo test test-crash test-soak check format lint types docs wheel bench clean
@@ -10,12 +12,18 @@ CODE   := msft_store trainer tests bench examples docs
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
+# The demo needs the extra `trainer` alone; all other targets need `dev`, too, which contains what the demo needs.
+$(TRAINER_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[trainer]'
+	@touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev]'
-	@touch $(STAMP)
+	$(INSTALL) '.[trainer,dev]'
+	@touch $(TRAINER_STAMP) $@
 
-demo: $(STAMP)   ## fine-tune the bundled example with MSFT and with plain SFT, print the comparison
+demo: $(TRAINER_STAMP) ## fine-tune the bundled example with MSFT and with plain SFT, print the comparison
 	$(BIN)/msft-train compare examples/stdlib_tasks/demo.yaml
 
 test: $(STAMP)   ## run the tests, one process a core
@@ -46,8 +54,8 @@ docs: $(STAMP)   ## build the documentation site into site/, warnings are errors
 wheel:           ## build the wheel, install it into an empty environment and try it there
 	tests/wheel.sh $(PYTHON)
 
-bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an hour or two; renew the README's table
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev,bench]'
+bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an hour or two; renew the table of docs/BENCHMARKS.md
+	$(INSTALL) '.[trainer,dev,bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check zipnn
 	$(BIN)/python -m bench.trajectories
 	$(BIN)/python -m bench.codec
