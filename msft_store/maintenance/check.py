@@ -89,7 +89,7 @@ class Report:
 
 
 def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
-    """Return the faults of a store.
+    """Check a store and return a report.
 
     Without ``read_data``, only the structure is checked: every chunk must have a representation,
     every ref a target, every base its files. With it, every chunk and every base is also decoded

@@ -25,7 +25,7 @@ KEY = "export"
 """Key of the metadata for the settings of an export."""
 
 _MATRIX = 2
-"""Number of dimensions."""
+"""Number of dimensions of a matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)

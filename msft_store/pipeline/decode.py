@@ -1,8 +1,7 @@
-"""From chunks back to tensors: in parallel, in bounded memory, in place where that is possible.
+"""Decode chunks to tensors in parallel, in bounded memory, in place if possible.
 
-Invariants: every chunk is verified; no more than a few chunks per thread are in memory besides the
-tensors themselves, whatever their size, device and layout. Tensors that share some memory are not
-decoded in it.
+Invariants: every chunk is verified. Besides the tensors, at most a few chunks per thread are in
+memory, for any size, device and layout. Tensors that share memory are not decoded in place.
 
 Example::
 
@@ -44,10 +43,10 @@ class _Read:
     dtype: DType
     size: int
     target: Bytes | None
-    """Where its bytes go, if that is memory of the host, row by row."""
+    """Row-major host memory for its bytes; ``None`` if there is no such memory."""
     box: torch.Tensor
     start: int
-    """Otherwise: the part of the tensor, and its first element there."""
+    """First element of the chunk in ``box``, the piece of the tensor, if ``target`` is ``None``."""
 
 
 def decode_state(
@@ -58,13 +57,12 @@ def decode_state(
     base: str | None,
     what: str,
 ) -> None:
-    """Restore tensors into existing ones of the same shape and dtype, on any device.
+    """Decode tensors into existing ones of the same shape and dtype, on any device.
 
-    Every chunk is verified; :class:`StoreError` at the first that is damaged, which names ``what``
-    and the tensor, and then ``outs`` are partly overwritten. So is :class:`MismatchError`, if some
-    of ``outs`` share memory that would have to hold two things.
+    Raise :class:`StoreError`, which names ``what`` and the tensor, at the first damaged chunk, and
+    :class:`MismatchError` if some of ``outs`` share memory but have different content. In both
+    cases ``outs`` are partly overwritten.
     """
-
     plain = _apart({name: outs[name].detach() for name in tensors})
     jobs = (
         job
@@ -87,10 +85,7 @@ def decode_state(
 def decode_bytes(
     objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
 ) -> Iterator[Bytes]:
-    """Yield the row-major bytes of tensors, one after the other, a chunk at a time.
-
-    A tensor of several pieces comes whole.
-    """
+    """Yield the row-major bytes of tensors chunk by chunk; a tensor of several pieces at once."""
     with closing(decode_chunks(objects, tensors, base=base, what=what)) as parts:
         for _, _, data in parts:
             yield data
@@ -99,9 +94,9 @@ def decode_bytes(
 def decode_chunks(
     objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
 ) -> Generator[tuple[str, int, Bytes], None, None]:
-    """Yield names, first elements (counted row by row) and bytes of all chunks, in order.
+    """Yield the name, first element (in row-major order) and bytes of each chunk, in order.
 
-    A tensor of several pieces comes whole.
+    A tensor of several pieces is yielded at once.
     """
 
     def whole(name: str) -> tuple[str, int, Bytes]:
@@ -130,7 +125,7 @@ def decode_chunks(
 
 
 def device_of(device: object) -> torch.device:
-    """Return a device that can hold numbers; :class:`InvalidInputError` for anything else."""
+    """Return a device that can hold data; raise :class:`InvalidInputError` for any other value."""
     with contextlib.suppress(RuntimeError, TypeError):
         found: torch.device = torch.device(device)  # type: ignore[call-overload]
         if found.type != "meta":
@@ -160,7 +155,7 @@ def _restore(objects: ChunkStore, base: str | None, what: str, job: _Read) -> No
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Let errors say what was to be read."""
+    """Add the description of the data to read to errors."""
     try:
         yield
     except StoreError as error:
@@ -168,10 +163,10 @@ def named(what: str) -> Iterator[None]:
 
 
 def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names of host tensors whose memory nothing else uses, not even themselves.
+    """Return the names of tensors that overlap neither another host tensor nor themselves.
 
-    Until it is decoded, a chunk's place holds its reference: two threads must not share it. Memory
-    of other devices is compared by place alone.
+    Decoding in place uses the memory of a chunk for its reference, so two threads must not share
+    it. On other devices, only overlap of a tensor with itself is looked for.
     """
     extents = []
     for name, out in outs.items():

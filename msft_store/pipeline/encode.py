@@ -1,9 +1,8 @@
-"""A state dict through the codecs: in parallel, in order, in bounded memory.
+"""Encode a state dict in parallel, in order, in bounded memory.
 
-Invariants: chunks are worked on by threads but written in one order, so the same bytes
-come out whatever the number of threads; no more than a few chunks per thread are in memory at a
-time, whatever the size, device and layout of the tensors; every encoded chunk is decoded again and
-compared before it is written.
+Invariants: chunks are encoded by threads but written in a fixed order, so the output does not
+depend on the number of threads. At most a few chunks per thread are in memory, for any size,
+device and layout of the tensors. Every encoded chunk is decoded and compared before it is written.
 
 Example::
 
@@ -46,11 +45,11 @@ from msft_store.tensors.resident import Change, Compared
 
 
 class Sink(Protocol):
-    """Where encoded chunks go; :class:`msft_store.objects.packs.PackWriter` is one."""
+    """A destination of encoded chunks, such as :class:`msft_store.objects.packs.PackWriter`."""
 
     @property
     def position(self) -> int:
-        """Where the next payload will begin."""
+        """Offset of the next payload in bytes."""
 
     def append(self, record: Record, payload: bytes) -> None:
         """Add a chunk."""
@@ -58,20 +57,20 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One chunk to be stored."""
+    """One chunk to encode."""
 
     read: Callable[[], Bytes]
-    """Gives its bytes."""
+    """Returns its bytes."""
     dtype: DType
     reference: Reference | None
-    """What it is compared with."""
+    """The content to encode a difference against; ``None`` if there is none."""
     change: Change | None = None
-    """What changed, if it was found already."""
+    """The changes against the reference, if a comparison on the device found them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One chunk as it will be stored; ``record`` is ``None`` where the store holds it already."""
+    """One encoded chunk; ``record`` is ``None`` if the store has the chunk already."""
 
     key: bytes
     size: int
@@ -82,7 +81,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What a save amounted to, in bytes."""
+    """Sizes of the chunks of a save, in bytes."""
 
     stored_bytes: int
     unreferenced_bytes: int
@@ -96,28 +95,28 @@ class EncodeOptions:
     """Id of the base that the checkpoint belongs to."""
     level: codecs.Level
     compared: Compared | None = None
-    """Changes that a :class:`msft_store.Resident` found on the device."""
+    """Changes that a :class:`msft_store.Resident` found on the device, by tensor and chunk."""
 
 
 class Encoder:
     """Encodes chunks, each against the reference that a planner chose for it."""
 
     def __init__(self, objects: ChunkStore, options: EncodeOptions, *, alone: bool = False) -> None:
-        """``alone``: also encode what is stored already, but as a change of another chunk."""
+        """Set ``alone`` to encode again the stored chunks that refer to another chunk."""
         self._objects = objects
         self._base = options.base
         self._level = options.level
         self._alone = alone
 
     def encode(self, work: Work) -> Encoded:
-        """Return a chunk in the smallest representation, or as one that the store has."""
+        """Return a chunk in its smallest representation, or the one that the store has."""
         data, dtype = work.read(), work.dtype
         key, size = chunk_key(data.data, dtype), data.size
         if self._objects.find_in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored, reference = self._objects.find(key, self._base), work.reference
         if stored is not None and not self._serves(stored):
-            # Of what may replace it, only what refers to no chunk is sure to be preferred.
+            # Only a record that refers to no chunk is certain to be preferred to the damaged one.
             reference = None
         elif stored is not None and not (self._alone and _improves(reference, stored.record)):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
@@ -129,7 +128,7 @@ class Encoder:
             except StoreError as error:
                 if not is_damage(error):
                     raise
-                # What a difference of it would be, nobody could ever restore.
+                # A difference against a damaged reference could never be restored.
                 old = reference = None
         change = work.change if work.change and work.change.reference == ref_key else None
         codec, payload = codecs.encode(
@@ -137,11 +136,11 @@ class Encoder:
         )
         if not codec.needs_reference:
             reference, ref_key = None, bytes(KEY_BYTES)
-        # Over the reference, which nobody needs any more.
+        # The reference is no longer needed, so its memory is reused.
         again = self._objects.scratch(size) if old is None else old
         if not _restores(codec.code, payload, data, again, dtype):
             if change is not None:
-                # The weights went on after they were compared; what is saved is what is here.
+                # The weights changed after the comparison, so encode their present content.
                 return self.encode(replace(work, change=None))
             raise CorruptedError(
                 f"the {codec.name} codec did not restore a chunk of {size} bytes; "
@@ -165,7 +164,7 @@ class Encoder:
         )
 
     def _serves(self, stored: StoredChunk) -> bool:
-        """Return whether a chunk that the store has can be relied on; it is read once to see."""
+        """Return True if a stored chunk is intact; read it once to find out."""
         if not self._objects.has_all_references(stored.record):
             return False
         try:
@@ -177,7 +176,7 @@ class Encoder:
         return True
 
     def _read(self, reference: Reference, out: Bytes, dtype: DType) -> bytes:
-        """Read a reference; return its key. The base's bytes only if they are what was added."""
+        """Read a reference and return its key; verify bytes that come from the base."""
         span, base = reference.span, reference.base
         if isinstance(span, ChunkSpan):
             self._objects.read_into(out, span.key, dtype, self._base)
@@ -191,12 +190,12 @@ class Encoder:
 
 
 def _improves(reference: Reference | None, stored: Record) -> bool:
-    """Return whether a record with a reference would be preferred, and lets go of another chunk."""
+    """Return True if a record with this reference is preferred and drops the old reference."""
     if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
         return stored.refers_to_chunk
     if isinstance(reference.span, ChunkSpan) and reference.span.key == stored.ref_key:
         return False
-    # Of equal depth a later generation is preferred, if there is one.
+    # At equal depth a later generation is preferred, unless the generation is at its limit.
     return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
 
 
@@ -209,7 +208,7 @@ def _restores(code: int, payload: bytes, data: Bytes, again: Bytes, dtype: DType
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
-    # Eight bytes at a time, the last few alone.
+    # Comparing words of eight bytes is faster; the remaining bytes are compared separately.
     words = one.size & ~7
     return (
         one.size == other.size
@@ -219,14 +218,14 @@ def _equal(one: Bytes, other: Bytes) -> bool:
 
 
 def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] | None:
-    # A whole chunk is named by the record's ref_key alone.
+    # If the reference is one whole chunk, ref_key in the record names it.
     if reference is None or isinstance(reference.span, ChunkSpan):
         return None
     return reference.span
 
 
 class ChunkWriter:
-    """Writes encoded chunks, each once, into a pack that is begun when the first one comes."""
+    """Write each encoded chunk once, to a pack that is created for the first one."""
 
     def __init__(self, begin: Callable[[], Sink]) -> None:
         self._begin = begin
@@ -236,7 +235,7 @@ class ChunkWriter:
 
     @property
     def totals(self) -> Totals:
-        """What was put so far."""
+        """Sizes of the chunks so far."""
         return Totals(
             stored_bytes=sum(self._stored.values()),
             unreferenced_bytes=self._unreferenced,
@@ -264,9 +263,9 @@ def encode_boxes(
     options: EncodeOptions,
     planner: ReferencePlanner,
 ) -> tuple[list[TensorEntry], Totals]:
-    """Store the chunks of boxes; return their entries, of one piece each, and what it took.
+    """Store the chunks of boxes; return their entries, of one piece each, and the sizes.
 
-    ``begin`` begins a pack; it is called only if there is a chunk to be written.
+    ``begin`` creates a pack; it is called only if there is a chunk to write.
     """
     entries = [box.entry() for box in boxes]
 
@@ -298,13 +297,13 @@ def encode_state(
     options: EncodeOptions,
     parent: Mapping[str, TensorEntry] | None,
 ) -> tuple[dict[str, TensorEntry], Totals]:
-    """Store the chunks of a state dict; return its tensor table and what it took.
+    """Store the chunks of a state dict; return its tensor table and the sizes.
 
-    ``begin`` begins a pack; it is called only if there is a chunk to be written.
+    ``begin`` creates a pack; it is called only if there is a chunk to write.
     """
     planner = ReferencePlanner(objects, options.base, parent)
     planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    # A tied tensor may stand under one of its names only in the base: that name goes first.
+    # The base may have only one of the names of a tied tensor, so names in the base come first.
     order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
     places: dict[tuple[object, ...], str] = {}
     first = {name: places.setdefault(memory_key(tensors[name]), name) for name in order}
@@ -320,7 +319,7 @@ def encode_state(
 
 
 def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Return the bytes that the tensor table of a save will have, whatever the weights are."""
+    """Return the size in bytes of the tensor table of a save; it does not depend on the weights."""
     key = bytes(KEY_BYTES)
     keys = {name: (key,) * -(-tensor.nbytes // CHUNK_BYTES) for name, tensor in tensors.items()}
     whole = {name: whole_box(name, tensor) for name, tensor in tensors.items()}
@@ -335,9 +334,9 @@ def reencode(
     options: EncodeOptions,
     onto: Mapping[str, TensorEntry] | None = None,
 ) -> None:
-    """Store stored chunks once more: without any reference but the base, or as changes of ``onto``.
+    """Encode stored chunks again, against only the base or the chunks of ``onto``.
 
-    Chunks that need none but the base already, or one of ``onto``, are left as they are.
+    Skip chunks that already refer to no chunk, or to one of ``onto``.
     """
     base, planner = options.base, ReferencePlanner(objects, options.base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})

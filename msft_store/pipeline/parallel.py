@@ -1,4 +1,6 @@
-"""Mapping in threads: in order, a few items ahead.
+"""Map a function over items in threads.
+
+Invariant: results come in the order of the items, and only a few are computed ahead.
 
 Example::
 
@@ -18,16 +20,16 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = min(8, _CORES or 1)
-"""How many threads work on chunks: one for each core, and no more than memory is promised for.
+"""Number of threads: one for each core, but at most eight.
 
-Encoding a chunk of 4 MiB takes up to some 40 MB; eight of them keep up with any disk.
+Encoding a chunk of 4 MiB takes up to 40 MB of memory, and eight threads keep up with any disk.
 """
 
 
 def in_order(
     function: Callable[[_T], _R], items: Iterator[_T], workers: int = WORKERS
 ) -> Generator[_R, None, None]:
-    """Map in threads, a few items ahead, and yield the results in order."""
+    """Map in threads and yield the results in order; compute at most ``2 * workers`` ahead."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[_R]] = deque()
         try:

@@ -1,7 +1,7 @@
-"""Parts of tensors out of a checkpoint, whatever it was cut into: for loads in other processes.
+"""Decode parts of tensors from a checkpoint with other pieces, for loads by other processes.
 
-Invariants: every chunk is verified; only those are read that hold something wanted; where pieces
-are cut by rows, a few chunks at a time are in memory, and otherwise some rows of one piece besides.
+Invariants: every chunk is verified, and only chunks with a wanted element are read. At most a few
+chunks are in memory at a time, and if a piece is not split by rows, also some rows of that piece.
 
 Example::
 
@@ -35,15 +35,15 @@ _BAND_BYTES = 16 * CHUNK_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class _Overlap:
-    """What a piece and a box share."""
+    """The part of a tensor that is in both a piece and a box."""
 
     name: str
     entry: TensorEntry
     piece: Piece
     start: tuple[int, ...]
-    """Where it begins in the piece, in each dimension."""
+    """Its first index in the piece, for each dimension."""
     target: torch.Tensor
-    """That part of the box."""
+    """The memory of this part in the box."""
 
     @property
     def first_row(self) -> int:
@@ -55,7 +55,7 @@ class _Overlap:
 
     @property
     def row(self) -> int:
-        """Elements of a row of the piece."""
+        """Number of elements in a row of the piece."""
         return math.prod(self.piece.shape[1:])
 
 
@@ -67,10 +67,10 @@ def decode_boxes(
     base: str | None,
     what: str,
 ) -> None:
-    """Fill the tensors of boxes, on any device and of any layout, with what a checkpoint has there.
+    """Fill the tensors of boxes, on any device and of any layout, from a checkpoint.
 
-    :class:`MismatchError`, before anything is changed, for a tensor that it does not have in that
-    shape and dtype; :class:`StoreError` at the first damaged chunk, with boxes partly overwritten.
+    Raise :class:`MismatchError`, before any change, if the checkpoint lacks a tensor of that name,
+    shape and dtype, and :class:`StoreError` at the first damaged chunk, after some boxes changed.
     """
     wanted = list(boxes)
     for box in wanted:
@@ -92,7 +92,7 @@ def decode_boxes(
 
 
 def _is_a_run(overlap: _Overlap) -> bool:
-    """Return whether what is shared is a run of the piece's bytes."""
+    """Return True if the overlap is one contiguous range of bytes of the piece."""
     shape = tuple(overlap.target.shape)
     return is_by_rows(Piece(offset=overlap.start, shape=shape, keys=()), overlap.piece.shape)
 
@@ -131,7 +131,7 @@ def _overlaps(box: Box, entry: TensorEntry) -> Iterator[_Overlap]:
 def _jobs(
     objects: ChunkStore, overlap: _Overlap, target: torch.Tensor, base: str | None, what: str
 ) -> Iterator[Callable[[], None]]:
-    """Yield what writes the rows of a piece that are shared into ``target``, chunk by chunk."""
+    """Yield one job for each chunk, which writes its rows of the overlap to ``target``."""
     dtype = overlap.entry.dtype
     begin = overlap.first_row * overlap.row
     end = begin + overlap.rows * overlap.row
@@ -160,7 +160,7 @@ def _read_part(
 
 
 def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
-    """Yield what is shared in a few rows at a time; chunks between two bands are read for both."""
+    """Split an overlap into bands of a few rows; a chunk in two bands is read twice."""
     first, *rest = overlap.start
     rows = max(1, _BAND_BYTES // (overlap.row * overlap.entry.dtype.size))
     for at in range(0, overlap.rows, rows):
@@ -169,7 +169,7 @@ def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
 
 
 def _decode_across(objects: ChunkStore, overlap: _Overlap, base: str | None, what: str) -> None:
-    """Decode rows of a piece whole, of which a part of each is wanted."""
+    """Decode complete rows of a piece, then copy the wanted part of each row."""
     rows = torch.empty(
         (overlap.rows, *overlap.piece.shape[1:]), dtype=torch_dtype(overlap.entry.dtype)
     )

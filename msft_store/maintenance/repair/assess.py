@@ -1,4 +1,4 @@
-"""Assess a damaged store: read every chunk that a checkpoint needs, and sort out what is usable.
+"""Assess a damaged store: read every chunk that a checkpoint needs, and list the usable ones.
 
 Invariants: nothing is written. A record counts as damaged only after its references were found
 sound. A record that is damaged, or whose reference is lost, is ignored; another representation of

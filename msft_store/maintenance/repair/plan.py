@@ -111,7 +111,7 @@ def plan_repair(backend: Backend) -> RepairPlan:
             it. None of these counts as damage.
     """
     if not (backend.exists(CONFIG) or list_manifests(backend) or list_packs(backend)):
-        Catalog(backend)  # raises; taking the lock would create a folder where no store is
+        Catalog(backend)  # This raises; taking the lock would create a folder.
     with backend.lock(shared=True, purpose="repair"):
         return _plan(backend, Verdicts())
 
