@@ -10,7 +10,7 @@ import pytest
 
 from msft_store.codec.codecs import Codec
 from msft_store.format.dtypes import DTYPES
-from trainer.algorithms.divergence import Guarded
+from trainer.algorithms.divergence import DivergenceHandler
 
 FOLDER = Path(__file__).parent.parent / "examples" / "extend"
 
@@ -46,5 +46,5 @@ def test_the_strategy_stops_early_with_the_best(capsys: pytest.CaptureFixture[st
     strategy = run("strategy")["EarlyStopping"](["arith"], compute_budget=1.0, patience=2)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("epoch 1.5: Stop(checkpoint='1.1'")
-    guarded = Guarded(strategy, max_skips=0)
-    assert guarded.first_stage().active == ("arith",)
+    handler = DivergenceHandler(strategy, max_skips=0)
+    assert handler.first_stage().active == ("arith",)
