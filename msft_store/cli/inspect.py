@@ -14,7 +14,7 @@ from typing import Any
 
 from msft_store._util import format_bytes, format_percent, format_table
 from msft_store.cli.lineage import lineage
-from msft_store.cli.output import facts, facts_of_base, gone, measured
+from msft_store.cli.output import describe_missing_files, facts, facts_of_base, measured
 from msft_store.cli.plots import draw_lineage
 from msft_store.errors import InvalidInputError, UnknownCheckpointError
 from msft_store.objects.bases import Base, has_missing_files
@@ -62,7 +62,7 @@ def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
         "held_bytes": held,
     }
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
-    text += f"\nlevel {store.level}{gone(bases)}"
+    text += f"\nlevel {store.level}{describe_missing_files(bases)}"
     if held:
         text += (
             f"\nbesides {format_bytes(held)} of forgotten checkpoints that others are changes of"

@@ -31,7 +31,15 @@ from msft_store.cli.check import examine, repair
 from msft_store.cli.gc import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli.inspect import inspect, summary
 from msft_store.cli.lineage import kept_by, metrics_text
-from msft_store.cli.output import as_json, counts, gone, hush, printable, say
+from msft_store.cli.output import (
+    as_json,
+    counts,
+    describe_missing_files,
+    discard_output,
+    print_text,
+    printable,
+    show_log,
+)
 from msft_store.cli.progress import INTERRUPTED, MESSAGE, interruptible
 from msft_store.cli.remote import TRANSFERS, add_commands, open_store
 from msft_store.cli.tensors import (
@@ -91,15 +99,16 @@ Output = tuple[Any, str]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(arguments)
+    show_log(getattr(options, "verbose", 0))
     command: Callable[[argparse.Namespace], Output] = options.command
     try:
         # Who waits for a server waits in a library that does not hear of Ctrl-C.
         away = options.name in TRANSFERS or is_url(_path(options))
         document, text = interruptible(lambda: command(options)) if away else command(options)
         if getattr(options, "json", False):
-            say(as_json(document))
+            print_text(as_json(document))
         elif text:
-            say(printable(text))
+            print_text(printable(text))
     except StoreError as error:
         print(f"msft-store: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -107,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{MESSAGE}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        hush()
+        discard_output()
         return 0
     except OSError as error:
-        hush()
+        discard_output()
         print(f"msft-store: the output was cut off: {error}", file=sys.stderr)
         return 1
     return 3 if isinstance(document, Report) and document.findings else 0
@@ -225,21 +234,11 @@ def _unlock(options: argparse.Namespace) -> Output:
 def _stats(options: argparse.Namespace) -> Output:
     store = _open(options)
     stats = store.stats()
-    return dataclasses.asdict(stats), counts(stats) + gone(store.bases())
+    return dataclasses.asdict(stats), counts(stats) + describe_missing_files(store.bases())
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--store",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help=f"the store's directory, or a URL to read from (default: ${_STORE}, else the current "
-        "directory)",
-    )
-    common.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text"
-    )
+    common = _common_options()
     parser = argparse.ArgumentParser(
         prog="msft-store",
         description="A content-addressed delta store for model checkpoints.",
@@ -365,6 +364,29 @@ def _parser() -> argparse.ArgumentParser:
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     add_commands(add, _path)
     return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """Return the options that every command takes, before or after its name."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--store",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=f"the store's directory, or a URL to read from (default: ${_STORE}, else the current "
+        "directory)",
+    )
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text"
+    )
+    common.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=argparse.SUPPRESS,
+        help="log to stderr what the store does; twice: details",
+    )
+    return common
 
 
 def _add_checkpoint(command: argparse.ArgumentParser, **how: Any) -> None:

@@ -5,13 +5,14 @@ notes may be a stranger's.
 
 Example::
 
-    say(printable(facts(store, checkpoint)))
+    print_text(printable(facts(store, checkpoint)))
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from msft_store.objects.bases import Base, has_missing_files
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 
+_HANDLER = "msft-store command"
+
 
 def printable(text: str) -> str:
     """Return text with all that is neither visible nor a space or line end escaped."""
@@ -33,13 +36,25 @@ def printable(text: str) -> str:
     )
 
 
-def say(text: str) -> None:
+def print_text(text: str) -> None:
     """Print text at once, so that an error of writing it is raised here."""
     if sys.stdout is None:
         # Whoever closed it wants nothing of it.
         return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def show_log(verbosity: int) -> None:
+    """Show the store's log on stderr: warnings; INFO too from 1 on, DEBUG from 2 on."""
+    logger = logging.getLogger("msft_store")
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
+    for handler in [one for one in logger.handlers if one.name == _HANDLER]:
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.name = _HANDLER
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
 
 
 def as_json(document: Any) -> str:
@@ -53,7 +68,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} has no JSON form")
 
 
-def hush() -> None:
+def discard_output() -> None:
     """Throw away what could not be printed; else it is tried again when the interpreter ends."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,7 +108,9 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
             "pins": "; ".join(_pin(name, notes.get(name, {})) for name in pins) or "none",
         }
     )
-    return text + gone(base for base in store.bases() if base.id == checkpoint.base)
+    return text + describe_missing_files(
+        base for base in store.bases() if base.id == checkpoint.base
+    )
 
 
 def facts_of_base(base: Base) -> str:
@@ -109,7 +126,7 @@ def facts_of_base(base: Base) -> str:
             "files": f"{files}, {format_bytes(sum(size for _, size in base.files))}, {there}",
         }
     )
-    return text + gone([base])
+    return text + describe_missing_files([base])
 
 
 def counts(stats: Stats) -> str:
@@ -130,7 +147,7 @@ def counts(stats: Stats) -> str:
     )
 
 
-def gone(bases: Iterable[Base]) -> str:
+def describe_missing_files(bases: Iterable[Base]) -> str:
     """Return a line for each base that checkpoints cannot be restored with as it is."""
     return "".join(f"\n{missing(base)}" for base in bases if has_missing_files(base))
 

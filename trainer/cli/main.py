@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from msft_store import StoreError
 from trainer.cli import compare as cli_compare
 from trainer.cli import simulate as cli_simulate
+from trainer.cli.logs import show_log
 from trainer.comparison.tables import describe_failures
 from trainer.config.load import load_config
 from trainer.config.schema import Config
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     quiet_libraries()
+    show_log(quiet=options.quiet, verbosity=options.verbose)
     try:
         return int(options.command(options) or 0)
     except Interrupted as interrupted:
@@ -156,6 +157,13 @@ def _add(
         )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="show the store's log too; twice: details",
+    )
     return parser
 
 
@@ -179,7 +187,6 @@ def _report(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     try:
-        _show_log(options)
         comparison = cli_compare.comparison_of(config, options, progress=not options.quiet)
     except Interrupted as interrupted:
         _complain(f"{interrupted}; give the same command again to go on")
@@ -243,22 +250,6 @@ def plan_of(config: Config) -> Plan:
 
 def _lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example) for example in examples]
-
-
-class _TerminalHandler(logging.Handler):
-    """Writes log lines to stderr without tearing progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _show_log(options: argparse.Namespace) -> None:
-    """Show what the trainer logs on the terminal, unless the user asked for quiet."""
-    log = logging.getLogger("trainer")
-    log.setLevel(logging.ERROR if options.quiet else logging.INFO)
-    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
-        log.addHandler(_TerminalHandler())
 
 
 def _progress(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -803,3 +804,22 @@ def test_a_base_that_is_gone_is_told(
         assert "no longer at" in out
         assert "msft-store relocate" in out
     assert document(capsys, "--store", run_store.path, "inspect")["bases"][0]["gone"] is True
+
+
+def test_verbose_logs_to_stderr_and_leaves_the_output_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.create(tmp_path / "store")
+    for value in (1.0, 2.0):
+        store.save({"w": torch.full((3,), value)})
+    found = []
+    for verbose in ([], ["-v"]):
+        clone = tmp_path / f"clone{len(verbose)}"
+        shutil.copytree(store.path, clone)
+        command = ["gc", "--keep-last", "1", "--json"]
+        assert main(["--store", str(clone), *verbose, *command]) == 0
+        found.append(capsys.readouterr())
+    quiet, loud = found
+    assert quiet.err == ""
+    assert "INFO msft_store.maintenance.gc: evict checkpoint" in loud.err
+    json.loads(loud.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from msft_store import Store
 from tests.support.tiny_runs import make_config
 from trainer import __main__
+from trainer.cli.logs import show_log
 from trainer.cli.main import main
 from trainer.journal import read
 
@@ -237,3 +239,21 @@ def test_sigterm_ends_a_process_cleanly_and_resumably(capsys, directory):
     assert f"msft-train resume {directory / 'run'}" in rest
     assert [r["event"] for r in read(directory / "run/journal.jsonl")][-1] == "interrupted"
     assert os.path.exists(directory / "run/resume.safetensors")
+
+
+def test_quiet_and_verbose_choose_what_is_logged(capsys):
+    trainer, store = (logging.getLogger(name) for name in ("trainer.x", "msft_store.x"))
+    shown = {}
+    for quiet, verbosity in ((True, 0), (False, 0), (False, 1), (False, 2)):
+        show_log(quiet=quiet, verbosity=verbosity)
+        for logger in (trainer, store):
+            logger.debug("detail")
+            logger.info("step")
+            logger.warning("problem")
+        shown[quiet, verbosity] = capsys.readouterr().err.split("\n")[:-1]
+    assert shown[True, 0] == ["problem", "problem"]
+    assert shown[False, 0] == ["step", "problem", "problem"]
+    assert shown[False, 1][0] == "INFO trainer.x: step"
+    assert len(shown[False, 1]) == 4
+    assert len(shown[False, 2]) == 6
+    show_log(quiet=False, verbosity=0)
