@@ -94,8 +94,8 @@ class Staging:
                 reason = str(error).partition("\n")[0]
                 raise StorageError(
                     f"no memory for the staging copy of {name!r}, {format_bytes(tensor.nbytes)} of "
-                    f"{format_bytes(sum(t.nbytes for t in tensors.values()))}: {reason}. A save "
-                    "that is not in the background needs no copy"
+                    f"{format_bytes(sum(t.nbytes for t in tensors.values()))}: {reason}. "
+                    "Store.save needs no copy"
                 ) from error
 
     def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -223,7 +223,7 @@ class AsyncSaver:
                 Nothing was saved.
         """
         if self._closed:
-            raise InvalidInputError("this AsyncSaver is closed; make another one of the store")
+            raise InvalidInputError("this AsyncSaver is closed; make another one for the store")
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
         if level is not None:
             check_level(level)
@@ -294,8 +294,8 @@ class _Task(Future[_T]):
         """Wait for the end of the task; return its error, or ``None``."""
         if not self.done() and os.getpid() != self._process:
             raise StorageError(
-                f"process {self._process} was forked while it saved; only there the save goes on, "
-                "and only there it can be waited for"
+                f"process {self._process} was forked while it saved; the save continues only in "
+                "that process, so wait for it there"
             )
         error = super().exception(timeout)
         self.taken = self.taken or error is not None

@@ -242,7 +242,7 @@ def _tensor(entry: Mapping[str, Any], place: Any, files: Sequence[tuple[str, int
     nbytes = math.prod(shape) * dtype.size
     file, offset = check_shape(place)
     if file >= len(files) or offset + nbytes > files[file][1]:
-        raise ValueError("a tensor stands in no file that is listed")
+        raise ValueError("a tensor's position is outside the listed files")
     keys = split_keys(check_string(entry["chunks"]), nbytes)
     return BaseTensor(dtype=dtype, shape=shape, file=file, offset=offset, keys=keys)
 
@@ -250,5 +250,5 @@ def _tensor(entry: Mapping[str, Any], place: Any, files: Sequence[tuple[str, int
 def _path(value: Any) -> str:
     path = check_string(value)
     if not os.path.isabs(os.fsencode(path)) or "\0" in path:
-        raise ValueError(f"{path!r:.80} is no absolute path")
+        raise ValueError(f"{path!r:.80} is not an absolute path")
     return path

@@ -96,7 +96,7 @@ def _names(backend: Backend) -> set[str]:
 
 CONFIG = "store.json"
 _SHORTEST_PREFIX = 4
-_REPAIR_ALONE = "msft-store repair writes it anew (--dry-run shows what it would do)"
+_REPAIR_ALONE = "msft-store repair rewrites it (--dry-run shows what it would do)"
 
 
 def write_config(level: Level) -> bytes:
@@ -241,7 +241,7 @@ class Catalog:
         known = [*self._checkpoints, *self.objects.bases()]
         if 0 < len(name) < _SHORTEST_PREFIX and any(one.startswith(name) for one in known):
             raise UnknownCheckpointError(
-                f"{name!r} is too short, as other ids may come to begin with it; give at least "
+                f"{name!r} is too short, as later ids may begin with it too; give at least "
                 f"{_SHORTEST_PREFIX} characters"
             )
         for identity, damage in self._damaged.items():

@@ -41,7 +41,7 @@ from msft_store.storage.backend import Backend
 
 
 class _Scratch(threading.local):
-    """A buffer for each thread, because allocating it anew would take longer than decoding."""
+    """A reused buffer for each thread, because allocating takes longer than decoding."""
 
     def __init__(self) -> None:
         self.buffer: Bytes = np.empty(CHUNK_BYTES, np.uint8)
@@ -257,7 +257,7 @@ class ChunkStore:
         """Fill ``out`` with the reference of a record, if it has one."""
         if record.reference is None and record.ref_key == bytes(KEY_BYTES):
             if codecs.codec_by_code(record.codec).needs_reference:
-                raise CorruptedError(f"chunk {record.key.hex()} is a change of nothing")
+                raise CorruptedError(f"chunk {record.key.hex()} needs a reference but has none")
             return
         dtype = dtype_by_code(record.dtype)
         if isinstance(record.reference, BaseSpan):
@@ -300,7 +300,9 @@ class ChunkStore:
         stored, size = self.find(span.key, base), self._chunk_size(span, base)
         in_base = self.find_in_base(span.key, base) is not None
         if not in_base and stored is not None and stored.record.depth >= record.depth:
-            raise CorruptedError(f"chunk {record.key.hex()} refers to one that is no less deep")
+            raise CorruptedError(
+                f"chunk {record.key.hex()} refers to a chunk of the same or a greater depth"
+            )
         if (span.start, span.length) == (0, size) and out.size == size:
             self.read_into(out, span.key, dtype, base)
             return

@@ -100,7 +100,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     except InvalidInputError as error:
         raise BaseError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BaseError(f"{path} is not a sound safetensors file: {error}") from None
+        raise BaseError(f"{path} is not a valid safetensors file: {error}") from None
 
 
 def _pickled(files: Iterable[Path]) -> str:
@@ -120,7 +120,7 @@ def _place(entry: Any, data_start: int, file_size: int) -> TensorPlace:
         dtype=dtype_by_safetensors(entry["dtype"]), shape=shape, offset=data_start + begin
     )
     if end - begin != place.nbytes or data_start + end > file_size:
-        raise ValueError("a tensor does not fit its place in the file")
+        raise ValueError("a tensor's size does not match its offsets, or exceeds the file")
     return place
 
 
@@ -129,5 +129,5 @@ def _check_apart(places: Iterable[TensorPlace]) -> None:
     reached = 0
     for place in sorted(places, key=lambda place: (place.offset, place.nbytes)):
         if place.offset < reached:
-            raise ValueError("two tensors stand in the same place")
+            raise ValueError("two tensors overlap")
         reached = place.offset + place.nbytes

@@ -110,7 +110,7 @@ def check_boxes(boxes: Iterable[Box]) -> list[Box]:
             first < 0 or first + size > whole for first, size, whole in sizes
         ):
             raise InvalidInputError(
-                f"a box of {box.name!r}, {inner} at {box.offset}, is not inside of {box.shape}"
+                f"a box of {box.name!r}, {inner} at {box.offset}, exceeds the shape {box.shape}"
             )
         if box.tensor.numel():
             found.append(box)
@@ -140,7 +140,7 @@ def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
         if not _fit(pieces, entry.shape):
             raise InvalidInputError(
                 f"the pieces of {name!r} do not cover its shape {entry.shape}, or overlap: "
-                "every process must give what it holds, and each element once"
+                "the processes together must pass each element exactly once"
             )
         table[name] = TensorEntry(dtype=entry.dtype, shape=entry.shape, pieces=pieces)
     return table

@@ -59,7 +59,7 @@ def _compare_tied_tensors(
     for name, tensor in state.items():
         first = seen.setdefault(memory_key(tensor), name)
         if tensor.numel() and _content(tensors[name]) != _content(tensors[first]):
-            yield f"{first} and {name} are one tensor, in the checkpoint they differ"
+            yield f"{first} and {name} share memory, but differ in the checkpoint"
 
 
 def _content(entry: TensorEntry) -> list[tuple[object, ...]]:

@@ -70,7 +70,9 @@ def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
     try:
         return _from_json(tree, tensors)
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidInputError(f"this is no nested state: {error}") from None
+        raise InvalidInputError(
+            f"this is not a nested state that flatten returned: {error}"
+        ) from None
 
 
 def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int) -> Any:
@@ -84,7 +86,7 @@ def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int
         return value
     if type(value) is int:
         if value.bit_length() > _MOST_BITS:
-            raise InvalidInputError(f"{name or 'the state'} is a number of too many digits")
+            raise InvalidInputError(f"{name or 'the state'} is an integer with too many digits")
         return value if -_LARGEST <= value < _LARGEST else {_INTEGER: str(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_FLOAT: str(float(value))}
@@ -108,7 +110,9 @@ def _mapping(
 ) -> Any:
     for key in value:
         if not isinstance(key, (str, int)) or isinstance(key, bool):
-            raise InvalidInputError(f"{name or 'the state'} has the key {key!r}: no string or int")
+            raise InvalidInputError(
+                f"{name or 'the state'} has the key {key!r}, which is not a string or int"
+            )
     below = {
         key: _to_json(item, _below(name, key), tensors, level + 1) for key, item in value.items()
     }
@@ -169,4 +173,4 @@ def _from_json(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return float(content)
     if kind == _INTEGER:
         return int(content)
-    raise ValueError(f"it has a part {kind[:80]!r} that is not known")
+    raise ValueError(f"it has an unknown part {kind[:80]!r}")

@@ -204,7 +204,7 @@ def test_a_tied_module_is_not_restored_from_weights_that_differ(store: Store) ->
     ckpt = store.save(Tied(1, tied=False))
     target = Tied(2)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(MismatchError, match="one tensor"):
+    with pytest.raises(MismatchError, match="share memory"):
         store.load_into(target, ckpt)
     assert same_bits(dict(target.state_dict()), before)
 

@@ -150,5 +150,5 @@ def test_a_missing_tensor_is_named() -> None:
 
 @pytest.mark.parametrize("tree", [{"$else": 1}, {"$bytes": "x"}, {"$dict": 3}, {"$integer": "x"}])
 def test_json_of_somebody_else_is_refused(tree: object) -> None:
-    with pytest.raises(InvalidInputError, match="no nested state"):
+    with pytest.raises(InvalidInputError, match="not a nested state"):
         unflatten({}, tree)
