@@ -1,4 +1,4 @@
-"""Single roll-out search: one roll-out finds all peaks, a second run leaves each out at its own.
+"""Single roll-out search: one roll-out finds all peaks; a second one stops each sub-dataset there.
 
 A baseline of the MSFT paper (arXiv 2603.21606, "SRO"). The first stage trains on the mixture for
 the compute budget and gives each sub-dataset's peak, its first best evaluation. The second one
