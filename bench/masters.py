@@ -21,10 +21,10 @@ from msft_store import Base, Checkpoint, Policy, Store, Timeline
 from trainer.algorithms import make_strategy
 from trainer.config.schema import Config
 from trainer.journal import read
-from trainer.model.weights import unique, weights_of
+from trainer.model.weights import drop_tied, weights_of
 from trainer.report.summary import Summary, summarize
 from trainer.signals import Interrupts
-from trainer.training.commits import retention
+from trainer.training.rollback_points import make_policy
 from trainer.training.directory import JOURNAL, create_directory
 from trainer.training.loop import Loop
 from trainer.training.replay import replay
@@ -81,10 +81,10 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
     with open_workspace(config) as work, Interrupts() as interrupts:
         assert work.store is not None, "this is the main process"
         assert work.base is not None, "this is the main process"
-        size = sum(t.nbytes for t in rounded(unique(weights_of(work.loaded.model)), dtype).values())
+        size = sum(t.nbytes for t in rounded(drop_tied(weights_of(work.loaded.model)), dtype).values())
         work.loaded = replace(work.loaded, full_bytes=size)
         strategy = make_strategy(config, work.proportions)
-        policy = retention(strategy.needs(), strategy.mode)
+        policy = make_policy(strategy.needs(), strategy.mode)
         work.timeline = RoundingTimeline(
             work.store, work.base, retention=policy, name=config.method, dtype=dtype
         )

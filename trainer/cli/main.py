@@ -30,13 +30,13 @@ from trainer.data.examples import Example
 from trainer.data.load import load_mixture
 from trainer.distributed import is_alone, this_process
 from trainer.errors import PausedError, TrainerError
-from trainer.model.lora import load_trained
+from trainer.model.lora import load_for_training
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, Plan, plan
 from trainer.report.report import DIVERGED, compare_table, write_report
 from trainer.report.summary import Summary
 from trainer.signals import Interrupted
-from trainer.training.preflight import check
+from trainer.training.preflight import check_compatibility
 from trainer.training.run import resume, start
 from trainer.training.workspace import quiet_libraries
 
@@ -219,11 +219,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 def plan_of(config: Config) -> Plan:
     """Count a configuration's data and model, and work out what its run takes at most."""
-    loaded = load_trained(config)
+    loaded = load_for_training(config)
     mixture = load_mixture(
         config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
     )
-    check(config, loaded, mixture)
+    check_compatibility(config, loaded, mixture)
     generates = config.evaluation.metric == "exact_match"
     counts = {}
     for name, sub in mixture.items():

@@ -1,6 +1,6 @@
-"""The result of a run as a directory that others load: a whole model, or an adapter.
+"""Write the result of a run as a directory that transformers or PEFT can load.
 
-It has the values and the dtype of the checkpoint that it is.
+The files hold the values and the dtype of the result's checkpoint.
 
 Example::
 
@@ -25,11 +25,10 @@ def save_model(
     directory: str | Path,
     export: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write an ordinary Hugging Face directory, or PEFT's, with the tokenizer.
+    """Write a Hugging Face model directory, or a PEFT adapter, with the tokenizer.
 
-    ``export`` writes it where this process does not have the weights.
-
-    It appears under its name only when it is whole; one that is there already is replaced.
+    The directory appears under its name only when it is complete, and replaces an existing one.
+    ``export`` writes it if this process does not have the weights.
     """
     directory = Path(directory)
     partial = directory.with_name(f"{directory.name}.partial")

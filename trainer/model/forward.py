@@ -1,13 +1,14 @@
-"""Batches of tensors, and the loss of a model on their completions.
+"""Run forward passes: batches of tensors, the loss of a model on completions, and its token cost.
 
-Batches are padded on the right. A causal model's real tokens cannot see what stands to their right,
-so no attention mask is needed, the fastest attention kernels apply, and the loss of an
-example does not depend on its padding.
+Batches are padded on the right. The real tokens of a causal model cannot see tokens to their right,
+so no attention mask is needed, the fastest attention kernels apply, and the loss of an example does
+not depend on its padding.
 
 Example::
 
     batch = collate(examples, pad_token_id=0, device="cpu")
     losses, logits = target_losses(model, batch)                # one value a target token
+    cost = TokenCost.of_batch([len(example) for example in examples])
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that everybody knows it by
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from trainer.data.examples import Example
@@ -29,25 +30,49 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Padded examples."""
+    """Padded examples, on one device."""
 
     input_ids: Tensor
-    """(examples, tokens of the longest one), int64."""
+    """(examples, tokens of the longest example), int64."""
     labels: Tensor
-    """Same shape: the completion's token ids, :data:`IGNORED` on prompt and padding."""
+    """Same shape: the completion's token ids; :data:`IGNORED` on prompt and padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCost:
+    """Tokens of forward passes; :mod:`trainer.journal` defines the fields."""
+
+    tokens: int = 0
+    attention_tokens: int = 0
+    padded_tokens: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        """Return the sum, field by field."""
+        added = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return type(self)(**added)
+
+    @classmethod
+    def of_batch(cls, lengths: Sequence[int]) -> Self:
+        """Return the cost of one pass over sequences that are padded to the longest one."""
+        tokens = sum(lengths)
+        return cls(
+            tokens=tokens,
+            attention_tokens=sum(length * length for length in lengths),
+            padded_tokens=max(lengths) * len(lengths) - tokens,
+        )
 
 
 def compute_in(dtype: str, model: Any, device: str) -> None:
-    """Let every forward pass of a model compute in ``dtype`` what loses nothing by it (autocast).
+    """Let every forward pass of a model compute in ``dtype`` (autocast).
 
-    What does, as sums and norms, stays in the dtype of the weights.
+    Operations that would lose accuracy, such as sums and norms, stay in the dtype of the weights.
     """
     autocast = torch.autocast(device, dtype=getattr(torch, dtype))
     model.forward = autocast(model.forward)
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int, device: Any = "cpu") -> Batch:
-    """Pad examples to the longest one of them."""
+    """Pad examples to the length of the longest one."""
     width = max(len(example) for example in examples)
     ids, labels = [], []
     for example in examples:
@@ -63,24 +88,31 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, device: Any = "cp
 def target_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the cross entropy (targets,) in float32 and the logits (targets, vocabulary).
 
-    Targets are the completions' tokens, example after example. Logits are computed for them alone,
-    because those of prompts and padding would cost time and, with a large vocabulary, most memory.
+    Targets are the completions' tokens, example after example. Only their logits are computed,
+    because the logits of prompts and padding would cost time and, with a large vocabulary, most of
+    the memory.
     """
     shifted = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     wanted = shifted != IGNORED
     with _logits_at(model, wanted):
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    if logits.dim() == 3:  # an architecture that does not call its output layer as a module
+    if logits.dim() == 3:  # the architecture does not call its output layer as a module
         logits = logits[wanted]
     losses = F.cross_entropy(logits.float(), shifted[wanted], reduction="none")
     return losses, logits
 
 
+def mean_losses(token_losses: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Return the mean loss of each example (examples,), float32 on the CPU."""
+    parts = torch.split(token_losses.detach(), [len(example.completion) for example in examples])
+    return torch.stack([part.mean() for part in parts]).float().cpu()
+
+
 @contextmanager
 def _logits_at(model: Any, wanted: Tensor) -> Iterator[None]:
-    """Let the output layer see the hidden states at ``wanted`` (examples, tokens) only.
+    """Let the output layer see only the hidden states at ``wanted`` (examples, tokens).
 
-    A hook does this for every architecture; not all of them have an argument for it.
+    A hook works for every architecture, while only some have an argument for this.
     """
 
     def select(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

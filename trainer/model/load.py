@@ -1,7 +1,7 @@
-"""Loading a causal language model with its tokenizer.
+"""Load a causal language model with its tokenizer.
 
-A model comes from a directory or from the Hugging Face hub; the latter is downloaded to a directory
-first, so that its safetensors files can serve as a store's base.
+A model from the Hugging Face hub is downloaded to a directory first, so that its safetensors files
+can serve as a store's base.
 
 Example::
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError
-from trainer.model.weights import unique, weights_of
+from trainer.model.weights import drop_tied, weights_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -30,33 +30,33 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model, its tokenizer and what is counted of it."""
+    """A model, its tokenizer and its sizes."""
 
     model: Any
     """A transformers ``PreTrainedModel``."""
     tokenizer: PreTrainedTokenizerBase
     directory: Path
-    """Where its files are."""
+    """The directory of the model's files."""
     parameters: int
-    """N: all parameters, tied ones and those of an adapter once."""
+    """N: all parameters, those of an adapter included; tied ones count once."""
     trainable: int
-    """Of them, those that are trained."""
+    """The parameters that are trained."""
     layers: int
-    """L."""
+    """L: number of layers."""
     hidden: int
-    """d."""
+    """d: width of the residual stream."""
     trained_bytes: int
-    """Bytes of the run's weights in the dtype of training: parameters and saved buffers."""
+    """Bytes of the run's weights, parameters and saved buffers, in the dtype of training."""
     full_bytes: int
-    """Bytes of one full checkpoint: the run's weights in the dtype of its checkpoints."""
+    """Bytes of one full checkpoint: the same weights in the dtype of checkpoints."""
     base_bytes: int
     """Bytes of the safetensors files in ``directory``."""
     adapter: Any = None
-    """PEFT's configuration of the adapter; ``None`` where all parameters are trained."""
+    """PEFT's configuration of the adapter; ``None`` if all parameters are trained."""
 
     @property
     def pad_token_id(self) -> int:
-        """Return the token that fills batches; nothing depends on which one it is."""
+        """The token that fills batches; no result depends on its choice."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if isinstance(token, int):
                 return token
@@ -66,8 +66,8 @@ class LoadedModel:
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load the model for training and its tokenizer.
 
-    Raises :class:`ConfigError` where there is no model, no safetensors file in it, or where weights
-    of the architecture are missing from the files.
+    Raises :class:`ConfigError` if there is no model, if it has no safetensors file, or if the files
+    lack weights of the architecture.
     """
     directory = _locate(config.path)
     files = sorted(directory.glob("*.safetensors"))
@@ -86,7 +86,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes on a file it cannot use
+    except Exception as error:  # transformers raises many classes for unusable files
         raise ConfigError(
             f"model.path {directory} cannot be loaded: {_first_line(error)}"
         ) from error
@@ -94,15 +94,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(
             f"model.path {directory} lacks {len(info['missing_keys'])} of the architecture's "
-            f"weights ({missing}, …), which would be random; is it a model of another kind?"
+            f"weights ({missing}, …), which would be random: name a causal language model"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"the tokenizer in {directory} has no EOS token, so no completion could ever end"
+            f"the tokenizer in {directory} has no EOS token, so no completion could end: set "
+            "eos_token in its configuration"
         )
     text_config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    weight_bytes = sum(tensor.nbytes for tensor in unique(weights_of(model)).values())
+    weight_bytes = sum(tensor.nbytes for tensor in drop_tied(weights_of(model)).values())
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -118,7 +119,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
 
 
 def max_positions(model: Any) -> int | None:
-    """Return the longest sequence that the model has positions for, where it says so."""
+    """Return the number of the model's positions, or ``None`` if its configuration has none."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
 
@@ -129,14 +130,14 @@ def _locate(path: str) -> Path:
         return directory.resolve()
     if directory.exists() or not _HUB_ID.fullmatch(path):
         raise ConfigError(
-            f"model.path {path} is no directory; name a directory with a model, or a hub id such "
+            f"model.path {path} is no directory: name a directory with a model, or a hub id such "
             "as Qwen/Qwen2.5-0.5B"
         )
     try:
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-    except Exception as error:  # no such model, no access, no network: each has its own class
+    except Exception as error:  # a missing model, no access and no network have classes of their own
         raise ConfigError(
-            f"model.path {path} is no directory here, and it cannot be had from the Hugging Face "
+            f"model.path {path} is no directory, and it cannot be downloaded from the Hugging Face "
             f"hub: {_first_line(error)}"
         ) from error
 

@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, which is an optional dependency.
+"""Train low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, an optional dependency.
 
 A linear layer ``W x`` becomes ``W x + scale · B A x`` with ``A`` of r rows and ``B`` of r columns;
-only ``A`` and ``B`` are trained. ``B`` begins with zeros, so a fresh adapter changes nothing; ``A``
+only ``A`` and ``B`` are trained. ``B`` starts as zeros, so a fresh adapter changes nothing. ``A``
 is random and follows from the run's seed alone, in every process and after every resume.
 
 Example::
 
-    loaded = load_trained(config)               # with an adapter where ``lora`` is configured
-    silence(loaded.model)                       # computes what the base does
+    loaded = load_for_training(config)          # with an adapter if ``lora`` is configured
+    zero_adapter(loaded.model)                  # computes what the base does
     write_adapter(loaded, weights, directory)   # for PeftModel.from_pretrained
 """
 
@@ -28,25 +28,25 @@ from trainer.config.schema import Config, LoraConfig
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.model.load import LoadedModel, load_model
-from trainer.model.weights import ADAPTER, Snapshots, unique, weights_of
+from trainer.model.weights import ADAPTER, Snapshots, drop_tied, weights_of
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def load_trained(config: Config) -> LoadedModel:
-    """Load the model that a run trains, as it is before any training.
+def load_for_training(config: Config) -> LoadedModel:
+    """Load the model that a run trains, with a fresh adapter if one is configured.
 
-    Raises :class:`ConfigError` where there is none, or where an adapter does not fit it.
+    Raises :class:`ConfigError` if there is no model, or if the adapter does not fit it.
     """
     loaded = load_model(config.model)
     if config.lora is not None:
-        loaded = _adapted(loaded, config.lora, seed=config.seed, path=config.model.path)
+        loaded = _add_adapter(loaded, config.lora, seed=config.seed, path=config.model.path)
     stored = Snapshots(loaded.model, config.snapshot_dtype).take()
-    return replace(loaded, full_bytes=sum(t.nbytes for t in unique(stored).values()))
+    return replace(loaded, full_bytes=sum(t.nbytes for t in drop_tied(stored).values()))
 
 
-def silence(model: torch.nn.Module) -> None:
-    """Set the adapter to one that changes nothing."""
+def zero_adapter(model: torch.nn.Module) -> None:
+    """Zero the adapter's ``B``, so that the model computes what its base does."""
     with torch.no_grad():
         for name, tensor in weights_of(model).items():
             if ".lora_B" in name or ".lora_embedding_B" in name:
@@ -56,7 +56,7 @@ def silence(model: torch.nn.Module) -> None:
 def write_adapter(
     loaded: LoadedModel, weights: Mapping[str, torch.Tensor], directory: Path
 ) -> None:
-    """Write an adapter as PEFT does: its weights, and a configuration that names the base."""
+    """Write an adapter's weights, and its configuration with the base's path, as PEFT does."""
     settings = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in loaded.adapter.to_dict().items()
@@ -69,10 +69,10 @@ def write_adapter(
     write_atomic(directory / _CONFIG, f"{text}\n".encode())
 
 
-def _adapted(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> LoadedModel:
-    """Freeze the model and give it a fresh adapter, in place."""
-    peft = _peft()
-    targets = _targets(loaded.model, lora)
+def _add_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> LoadedModel:
+    """Freeze the model and add a fresh adapter, in place."""
+    peft = _import_peft()
+    targets = _find_targets(loaded.model, lora)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=path,
@@ -82,7 +82,7 @@ def _adapted(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> 
         use_rslora=lora.rslora,
         target_modules=targets,
     )
-    # Layers are made one after the other on the CPU, so the seed alone decides.
+    # PEFT initialises layers one after the other on the CPU, so the result follows from the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -102,8 +102,8 @@ def _adapted(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> 
     )
 
 
-def _targets(model: Any, lora: LoraConfig) -> list[str]:
-    """Return the names that PEFT shall look for, each of which stands for a layer that is there."""
+def _find_targets(model: Any, lora: LoraConfig) -> list[str]:
+    """Return the module names for PEFT to match, each of which matches a layer of the model."""
     head = model.get_output_embeddings()
     layers = {
         name: module
@@ -112,7 +112,7 @@ def _targets(model: Any, lora: LoraConfig) -> list[str]:
     }
     known = sorted({name.rpartition(".")[2] for name in layers})
     for target in lora.target_modules or ():
-        if not any(_is_named(name, target) for name, _ in model.named_modules()):
+        if not any(_matches(name, target) for name, _ in model.named_modules()):
             near = difflib.get_close_matches(target, known, n=1)
             advice = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
@@ -120,24 +120,24 @@ def _targets(model: Any, lora: LoraConfig) -> list[str]:
                 f"(its linear layers are {', '.join(known) or 'none'})"
             )
     targets = list(known if lora.target_modules is None else lora.target_modules)
-    found = [m for n, m in layers.items() if any(_is_named(n, target) for target in targets)]
+    found = [m for n, m in layers.items() if any(_matches(n, target) for target in targets)]
     if not targets:
-        raise ConfigError("lora: the model has no linear layer that an adapter could be for")
+        raise ConfigError("lora: the model has no linear layer to adapt; set lora: null")
     widest = max((min(module.weight.shape) for module in found), default=lora.r)
     if lora.r > widest:
         raise ConfigError(
-            f"lora.r is {lora.r}, but no layer that it is for has a rank above {widest}: lower it, "
-            "or train all weights (lora: null)"
+            f"lora.r is {lora.r}, but no target layer has a rank above {widest}: lower it, or train "
+            "all weights (lora: null)"
         )
     return targets
 
 
-def _is_named(name: str, target: str) -> bool:
-    """Say whether PEFT takes a module for one that is asked for."""
+def _matches(name: str, target: str) -> bool:
+    """Return whether PEFT matches a module to a target name."""
     return name == target or name.endswith(f".{target}")
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft  # noqa: PLC0415 - optional, and slow to import
     except ImportError as error:

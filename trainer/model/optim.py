@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules.
+"""Make the optimizer, and compute and set learning rates.
 
 Example::
 
@@ -19,8 +19,8 @@ from trainer.config.schema import TrainConfig
 def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Return Adam or AdamW over all trainable parameters, with weight decay on matrices only.
 
-    State has the dtype of the weights. The fused implementation does a step's arithmetic in one
-    pass over memory, in a fixed order, so it is repeatable.
+    Its state has the dtype of the weights. The fused implementation does a step's arithmetic in one
+    pass over memory and in a fixed order, so results are repeatable.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -37,8 +37,8 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.O
     )
 
 
-def reset(optimizer: torch.optim.Optimizer) -> None:
-    """Forget all state and gradients: the optimizer is as good as new."""
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Delete all state and gradients of an optimizer."""
     optimizer.state.clear()
     optimizer.zero_grad(set_to_none=True)
 
@@ -46,7 +46,7 @@ def reset(optimizer: torch.optim.Optimizer) -> None:
 def learning_rate(config: TrainConfig, *, step: int, steps: int) -> float:
     """Return the learning rate of step ``step`` (from 0) of a stage of ``steps``.
 
-    After a linear warm-up it stays, or falls to zero on a line or a half cosine.
+    After a linear warm-up it is constant, or falls to zero linearly or as a half cosine.
     """
     warmup = round(config.warmup_ratio * steps)
     if step < warmup:

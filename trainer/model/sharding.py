@@ -1,18 +1,17 @@
-"""A model that no process holds whole: FSDP2, as ``accelerate launch --use_fsdp`` asks for it.
+"""Shard a model over processes with FSDP2, as ``accelerate launch --use_fsdp`` requests it.
 
-Every process works on the part that it has: it commits it, restores it and never sees the rest.
-What a roll-back needs is the same as elsewhere; :mod:`msft_store.integrations.dcp` has the
-boxes.
+Every process commits and restores its own part of the model and never sees the rest. The parts are
+boxes of tensors; see :mod:`msft_store.integrations.dcp`.
 
-Invariants: all processes make the same calls in the same order; the main process alone decides what
-is kept, and publishes checkpoints; no device ever holds more than its own part, of weights and of
-gradients, and one layer or tensor besides; on the host, only the main process of a machine holds
-the whole, while it is loaded.
+Invariants: all processes make the same calls in the same order; only the main process decides what
+is kept and writes manifests; a device never holds more than its part of weights and gradients and
+one more layer or tensor; on the host, only the main process of a machine holds the whole model, and
+only while it is loaded.
 
 Example::
 
-    shards = split(accelerator, model, directory / STORE)
-    with shards.parts(timeline, shards.boxes(tensors)) as parts:        # in every process
+    shards = shard_model(accelerator, model, directory / STORE)
+    with shards.encode_parts(timeline, shards.make_boxes(tensors)) as parts:    # in every process
         if timeline is not None:
             timeline.commit(parts, step, metrics)
     shards.load(checkpoint, tensors)
@@ -39,41 +38,41 @@ from trainer.config.schema import Config
 from trainer.errors import ConfigError, RunError, TrainerError
 from trainer.model.weights import weights_of
 
-_ASKED = "ACCELERATE_USE_FSDP"
+_REQUESTED = "ACCELERATE_USE_FSDP"
 _LOAD_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """Lets transformers read the weights in one process of a machine, and give the others none."""
 
 
-def is_asked() -> bool:
-    """Return whether the processes were started for a model that is sharded."""
-    asked: bool = parse_flag_from_env(_ASKED)
-    return asked
+def is_fsdp_requested() -> bool:
+    """Return whether the processes were launched with FSDP."""
+    requested: bool = parse_flag_from_env(_REQUESTED)
+    return requested
 
 
-def load_once() -> None:
-    """Let no process but the main one of a machine load weights, where they are to be sharded."""
-    if is_asked():
+def load_weights_once() -> None:
+    """With FSDP, let only the main process of each machine load the weights."""
+    if is_fsdp_requested():
         os.environ[_LOAD_ONCE] = "true"
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether processes have a part of a model each."""
+    """Return whether FSDP shards a model."""
     return isinstance(model, FSDPModule)
 
 
-def split(
+def shard_model(
     accelerator: Accelerator, model: Any, path: Path, *, compute_dtype: str | None = None
 ) -> Shards | None:
-    """Leave every process its part of a model, in place; ``None`` where each is to have it whole.
+    """Shard a model in place; return ``None`` if each process keeps the whole model.
 
-    The weights are those of the main process, and the others need not have loaded any. Each layer
-    is a unit of its own, the rest another one. ``path`` is the run's store. With a
-    ``compute_dtype`` layers are gathered in it.
+    The weights come from the main process; the other processes need not have loaded any. Each layer
+    is an FSDP unit, and the rest of the model is one more. ``path`` is the run's store. Layers are
+    gathered in ``compute_dtype`` if it is given.
     """
-    if not is_asked() or accelerator.num_processes == 1:
+    if not is_fsdp_requested() or accelerator.num_processes == 1:
         return None
-    whole = model.state_dict()
-    _make_room(model)
+    weights = model.state_dict()
+    _allocate_weights(model)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     }
@@ -88,15 +87,15 @@ def split(
             fully_shard(module, **options, mp_policy=_policy(module, compute_dtype))
     fully_shard(model, **options)
     shards = Shards(accelerator, model, path)
-    shards.copy(whole)
+    shards.copy_from_main(weights)
     return shards
 
 
 def _policy(layer: torch.nn.Module, compute_dtype: str | None) -> MixedPrecisionPolicy:
-    """Return in which dtypes a layer is gathered and its gradients are reduced.
+    """Return the dtypes in which a layer is gathered and its gradients are reduced.
 
-    What autocast makes of weights that come in their own dtype stays for the backward pass: a copy
-    of all layers, on every device.
+    If weights were gathered in their own dtype, autocast would keep a converted copy of all layers
+    on every device until the backward pass.
     """
     if compute_dtype is None:
         return MixedPrecisionPolicy()
@@ -107,15 +106,15 @@ def _policy(layer: torch.nn.Module, compute_dtype: str | None) -> MixedPrecision
     )
 
 
-def _make_room(model: torch.nn.Module) -> None:
-    """Give memory to weights that were not loaded; it is not touched before they come."""
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+def _allocate_weights(model: torch.nn.Module) -> None:
+    """Allocate memory, without touching it, for weights that this process has not loaded."""
+    allocated: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            room = torch.empty_like(parameter, device="cpu")
-            fresh = torch.nn.Parameter(room, requires_grad=parameter.requires_grad)
+            memory = torch.empty_like(parameter, device="cpu")
+            fresh = torch.nn.Parameter(memory, requires_grad=parameter.requires_grad)
             module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, made.setdefault(parameter, fresh))
+            setattr(model.get_submodule(module), own, allocated.setdefault(parameter, fresh))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             module, _, own = name.rpartition(".")
@@ -123,23 +122,25 @@ def _make_room(model: torch.nn.Module) -> None:
 
 
 def check_sharded(config: Config, accelerator: Accelerator) -> None:
-    """Raise :class:`ConfigError` for what a sharded model does not go with, before it is loaded."""
-    if not is_asked():
+    """Raise :class:`ConfigError` for a setting that FSDP does not support, before loading."""
+    if not is_fsdp_requested():
         return
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
-        raise ConfigError("FSDP is supported in its version 2: accelerate launch --fsdp_version 2")
-    wanted = {
+        raise ConfigError(
+            "only version 2 of FSDP is supported: use accelerate launch --fsdp_version 2"
+        )
+    settings = {
         "resident_reference": config.resident_reference,
         "max_disk": config.max_disk is not None,
         "msft.optimizer_on_rollback=restore": config.restores_optimizer,
         "lora": config.lora is not None,
         "method=dynamix": config.method == "dynamix",
     }
-    refused = [name for name, is_set in wanted.items() if is_set]
-    if refused:
+    unsupported = [name for name, is_set in settings.items() if is_set]
+    if unsupported:
         raise ConfigError(
-            f"with FSDP, {', '.join(refused)} cannot be had: leave it out, or train without FSDP"
+            f"FSDP does not support {', '.join(unsupported)}: leave it out, or train without FSDP"
         )
 
 
@@ -147,53 +148,53 @@ class Shards:
     """Commits and restores a sharded model, in all processes together."""
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, path: Path) -> None:
-        """``path`` is the run's store, which the main process makes."""
+        """Prepare; ``path`` is the run's store, which the main process creates."""
         self._accelerator = accelerator
         self._model = model
         self._path = path
         self._opened: Store | None = None
 
     @contextmanager
-    def parts(self, timeline: Timeline | None, boxes: Sequence[Box]) -> Iterator[Parts]:
-        """Encode what every process has; give all parts, for the main process's commit.
+    def encode_parts(self, timeline: Timeline | None, boxes: Sequence[Box]) -> Iterator[Parts]:
+        """Encode this process's ``boxes``; yield the parts of all processes for the commit.
 
-        What fails in one process is raised in all, for the others wait for its part.
-        ``boxes`` are this process's own. In the context of the main process no gc takes them away.
+        An error in one process is raised in all of them, because the others wait for its part. No
+        gc deletes the parts while the main process is in this context.
         """
-        root = self.shared(None if timeline is None or timeline.root is None else timeline.root.id)
+        root = self.broadcast(None if timeline is None or timeline.root is None else timeline.root.id)
         if timeline is None:
-            yield self._gathered(root, boxes)
+            yield self._gather_parts(root, boxes)
             return
-        with self._store().awaiting_parts():
-            yield self._gathered(root, boxes)
+        with self._open_store().awaiting_parts():
+            yield self._gather_parts(root, boxes)
 
     def load(self, checkpoint: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill this process's own tensors from a checkpoint."""
-        self._store().load_boxes(checkpoint, self.boxes(tensors))
+        """Load this process's parts of a checkpoint into ``tensors``."""
+        self._open_store().load_boxes(checkpoint, self.make_boxes(tensors))
 
-    def copy(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Give every process its own part of the main process's tensors, one after the other."""
+    def copy_from_main(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy the main process's weights into the parts of all processes, tensor by tensor."""
         device = self._accelerator.device
         with torch.no_grad():
-            for box in self.boxes(weights_of(self._model)):
+            for box in self.make_boxes(weights_of(self._model)):
                 if self._accelerator.is_main_process:
-                    tensor = whole[box.name].to(device).contiguous()
+                    tensor = weights[box.name].to(device).contiguous()
                 else:
                     tensor = torch.empty(box.shape, dtype=box.tensor.dtype, device=device)
                 broadcast(tensor)
                 sides = zip(box.offset, box.tensor.shape, strict=True)
                 box.tensor.copy_(tensor[tuple(slice(at, at + size) for at, size in sides)])
 
-    def boxes(self, tensors: Mapping[str, torch.Tensor]) -> list[Box]:
-        """Return this process's tensors with their places in the whole."""
+    def make_boxes(self, tensors: Mapping[str, torch.Tensor]) -> list[Box]:
+        """Return this process's tensors with their places in the whole tensors."""
         return [
             replace(box, tensor=tensors[box.name]) for box in boxes_of(self._model.state_dict())
         ]
 
-    def _gathered(self, root: str | None, boxes: Sequence[Box]) -> Parts:
+    def _gather_parts(self, root: str | None, boxes: Sequence[Box]) -> Parts:
         mine: Part | Exception
         try:
-            mine = self._store().encode(boxes, parent=root)
+            mine = self._open_store().encode(boxes, parent=root)
         except (StoreError, TrainerError, OSError) as error:
             mine = error
         parts: list[Any] = [None] * self._accelerator.num_processes
@@ -203,13 +204,13 @@ class Shards:
             raise mine if isinstance(mine, Exception) else errors[0]
         return Parts(parts)
 
-    def shared(self, value: str | None) -> str | None:
+    def broadcast(self, value: str | None) -> str | None:
         """Return the main process's value in every process."""
         shared = [value]
         broadcast_object_list(shared)
         return shared[0]
 
-    def _store(self) -> Store:
+    def _open_store(self) -> Store:
         if self._opened is None:
             try:
                 self._opened = Store.open(self._path)

@@ -1,24 +1,15 @@
-"""Rollback points that hold more than weights: ``msft.optimizer_on_rollback: restore``.
+"""Convert optimizer state and random number generators to tensors, and back to the last bit.
 
-Beside the weights, such a checkpoint has the optimizer's state and the random number generators, as
-tensors whose names begin with ``trainer.``. Schedule and data position need no bytes: they follow
-from the step that the checkpoint was made after. The result of a run is stored without all this.
-
-Example::
-
-    tensors = whole(weights, optimizer, rows)
-    put_back(tensors, optimizer, accelerator)        # in all processes
-
-Optimizer and random number generators as tensors, and back, to the last bit.
-
-torch's generators are rows, one for each process; Python's and NumPy's are JSON.
+torch's generators are tensors with a row for each process; Python's and NumPy's are JSON. With
+``msft.optimizer_on_rollback=restore`` a rollback point holds all of this beside the weights, as
+tensors whose names begin with ``trainer.``. Schedule and data position are not stored: they follow
+from the step of the checkpoint. The result of a run is stored without its training state.
 
 Example::
 
-    tensors = optimizer_tensors(optimizer)          # {"0.exp_avg": …, "0.step": …}
-    load_optimizer(optimizer, tensors)
-    rows = gather_rng(accelerator)                  # in all processes
-    set_rng(rows, accelerator)
+    rng = gather_rng(accelerator)                               # in all processes
+    tensors = add_training_state(weights, optimizer, rng)
+    restore_training_state(tensors, optimizer, accelerator)     # in all processes
 """
 
 from __future__ import annotations
@@ -38,13 +29,13 @@ from trainer.errors import RunError
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
-    """Return an optimizer's state by number of the parameter and name; empty for a fresh one."""
+    """Return an optimizer's state, named ``{parameter number}.{key}``; empty if it is fresh."""
     states = optimizer.state_dict()["state"]
     return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give an optimizer the state that :func:`optimizer_tensors` returned."""
+    """Load the state that :func:`optimizer_tensors` returned into an optimizer."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -66,18 +57,19 @@ def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 
 def set_rng(rows: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Give this process's generators the states that :func:`gather_rng` returned.
+    """Set this process's generators to the states that :func:`gather_rng` returned.
 
-    :class:`RunError` if they are of another number of processes.
+    Raises :class:`RunError` if another number of processes saved them.
     """
     for states in rows.values():
         if len(states) != accelerator.num_processes:
             raise RunError(
-                f"this state was saved by {len(states)} processes, and these are "
-                f"{accelerator.num_processes}: resume with as many. Or remove resume.safetensors "
-                "and resume/ from the run's directory, to go on from the root of the stage"
+                f"this state was saved by {len(states)} processes, but this run has "
+                f"{accelerator.num_processes}: resume with {len(states)}. Or remove "
+                "resume.safetensors and resume/ from the run's directory, to continue from the "
+                "root of the stage"
             )
-    # torch reads a state from where memory begins, so a row must not be a view of others.
+    # torch reads a state from the start of its memory, so a row must not be a view of all rows.
     mine = {name: states[accelerator.process_index].cpu().clone() for name, states in rows.items()}
     torch.set_rng_state(mine["cpu"])
     if accelerator.device.type == "cuda" and "cuda" in mine:
@@ -101,14 +93,14 @@ def set_python_rng(states: Mapping[str, Any]) -> None:
 
 
 PREFIX = "trainer."
-"""No weight's name may begin with it."""
+"""Prefix of all tensors that are not weights; no weight's name may begin with it."""
 _OPTIMIZER, _RNG, _PYTHON = f"{PREFIX}optimizer.", f"{PREFIX}rng.", f"{PREFIX}python_rng"
 
 
-def whole(
+def add_training_state(
     weights: Mapping[str, torch.Tensor], optimizer: Any, rows: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return weights, optimizer and generators; ``rows`` are from ``gather_rng``."""
+    """Return weights, optimizer state and generators; ``rows`` are from :func:`gather_rng`."""
     text = bytearray(json.dumps(python_rng()).encode())
     return {
         **weights,
@@ -119,51 +111,56 @@ def whole(
 
 
 def is_weight(name: str) -> bool:
-    """Return whether a tensor of a rollback point is the model's own."""
+    """Return whether a tensor of a rollback point is a weight of the model."""
     return not name.startswith(PREFIX)
 
 
-def weights_alone(store: Store, checkpoint: str, *, name: str) -> str:
-    """Store a checkpoint's weights as one of their own under a ref, once; return its id."""
+def save_weights_only(store: Store, checkpoint: str, *, name: str) -> str:
+    """Save a checkpoint's weights as a checkpoint under the ref ``name``, once; return its id."""
     refs = store.refs()
     if name in refs:
         return refs[name]
-    found = store.get(checkpoint)
-    weights = store.load(found, names=[n for n in store.tensors(found) if is_weight(n)])
-    facts = {key: value for key, value in found.metadata.items() if key != "timeline"}
-    alone = store.save(
+    source = store.get(checkpoint)
+    weights = store.load(source, names=[n for n in store.tensors(source) if is_weight(n)])
+    metadata = {key: value for key, value in source.metadata.items() if key != "timeline"}
+    saved = store.save(
         weights,
-        parent=found.base,
-        step=found.step,
-        metrics=found.metrics,
-        metadata={**facts, "weights_of": found.id},
+        parent=source.base,
+        step=source.step,
+        metrics=source.metrics,
+        metadata={**metadata, "weights_of": source.id},
     )
-    store.pin(alone, name)
-    return alone.id
+    store.pin(saved, name)
+    return saved.id
 
 
-def put_back(tensors: Mapping[str, torch.Tensor], optimizer: Any, own: Accelerator) -> None:
-    """Restore in every process what :func:`whole` added; the main process has ``tensors``."""
-    rest = {name: tensor for name, tensor in tensors.items() if not is_weight(name)}
-    rest = _shared(rest, own)
-    load_optimizer(optimizer, _under(_OPTIMIZER, rest))
-    set_rng(_under(_RNG, rest), own)
-    set_python_rng(json.loads(bytes(rest[_PYTHON].tolist())))
+def restore_training_state(
+    tensors: Mapping[str, torch.Tensor], optimizer: Any, accelerator: Accelerator
+) -> None:
+    """Restore optimizer and generators in every process; the main process has ``tensors``."""
+    state = {name: tensor for name, tensor in tensors.items() if not is_weight(name)}
+    state = _broadcast_tensors(state, accelerator)
+    load_optimizer(optimizer, strip_prefix(_OPTIMIZER, state))
+    set_rng(strip_prefix(_RNG, state), accelerator)
+    set_python_rng(json.loads(bytes(state[_PYTHON].tolist())))
 
 
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with a prefix, named without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _shared(tensors: dict[str, torch.Tensor], own: Accelerator) -> dict[str, torch.Tensor]:
+def _broadcast_tensors(
+    tensors: dict[str, torch.Tensor], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
     """Return the main process's tensors in every process."""
-    if own.num_processes == 1:
+    if accelerator.num_processes == 1:
         return tensors
     shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
     broadcast_object_list(shapes)
     shared = {}
     for name, shape, dtype in shapes[0]:
-        empty = torch.empty(shape, dtype=dtype, device=own.device)
-        shared[name] = tensors[name].to(own.device) if name in tensors else empty
+        empty = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        shared[name] = tensors[name].to(accelerator.device) if name in tensors else empty
         broadcast(shared[name])
     return {name: tensor.cpu() for name, tensor in shared.items()}

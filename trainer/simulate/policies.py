@@ -22,7 +22,7 @@ from trainer.config.schema import OVERALL, Config, MsftConfig
 from trainer.config.yaml import override
 from trainer.errors import ConfigError, RunError
 from trainer.journal import Record
-from trainer.training.commits import retention
+from trainer.training.rollback_points import make_policy
 
 OPTIONS = {
     "compute_budget": "C, epochs of a roll-out; at most the run's",
@@ -140,7 +140,7 @@ def _needed(needs: Needs, mode: Mode) -> Policy:
     names = Names()
     for checkpoint in needs.checkpoints:
         names.add(checkpoint, checkpoint)
-    return retention(needs, mode, names)
+    return make_policy(needs, mode, names)
 
 
 def _value(key: str, text: str) -> Any:

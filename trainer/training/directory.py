@@ -1,9 +1,8 @@
-"""A run's directory: the names in it, its beginning, and the lock of who works in it.
+"""Create a run's directory, name its files, and lock it.
 
 Example::
 
-    create_directory(config)
-    with locked(Path(config.output_dir), writes=True):
+    with new_directory(config), hold_lock(Path(config.output_dir), writes=True):
         ...
 """
 
@@ -18,7 +17,8 @@ from pathlib import Path
 from trainer.config.load import dump
 from trainer.config.schema import Config
 from trainer.distributed import this_process
-from trainer.errors import RunError
+from msft_store import StoreError
+from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.files import make_directory, write_atomic
 
 CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, LOCK = (
@@ -32,13 +32,33 @@ CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, LOCK = (
 )
 
 COMPARISON = "compare.*"
-"""What a comparison writes into the directory that its runs are in."""
+"""Pattern of the files that a comparison writes into the parent directory of its runs."""
+
+
+@contextmanager
+def new_directory(config: Config) -> Iterator[None]:
+    """Create the run directory; delete it again if an error comes before the run has begun.
+
+    A mistake in the configuration or the data can then be corrected, and the same command repeated.
+    Raises :class:`RunError` if there is already a run, or no room on the disk to begin one.
+    """
+    try:
+        create_directory(config)
+        yield
+    except (ConfigError, DataError, StoreError):
+        _delete_unbegun(config)
+        raise
+    except PausedError as error:
+        _delete_unbegun(config)
+        if (Path(config.output_dir) / CONFIG).exists():
+            raise
+        raise RunError(f"the run did not begin: {error.__cause__ or error}") from error
 
 
 def create_directory(config: Config) -> None:
-    """Make the run directory and write ``config.yaml`` into it, in the main process.
+    """Create the run directory and write ``config.yaml`` into it, in the main process.
 
-    Raises :class:`RunError` if a run is there already.
+    Raises :class:`RunError` if there is already a run.
     """
     directory = Path(config.output_dir)
     state = this_process()
@@ -52,25 +72,22 @@ def create_directory(config: Config) -> None:
         )
     if any(directory.glob(COMPARISON)):
         raise RunError(
-            f"{directory} has a comparison of several runs: choose another output_dir, with "
-            "output_dir=… on the command line"
+            f"{directory} has a comparison of several runs: choose another output_dir, for "
+            "example with output_dir=… on the command line"
         )
     for name in (STORE, MODEL):
         if (directory / name).exists():
             raise RunError(
-                f"{directory / name} is there already and belongs to no run, which would replace "
-                "it: move it away, or choose another output_dir"
+                f"{directory / name} exists but belongs to no run, and a run would replace it: move "
+                "it away, or choose another output_dir"
             )
     make_directory(directory)
     write_atomic(directory / CONFIG, dump(config).encode())
     state.wait_for_everyone()
 
 
-def withdraw_directory(config: Config) -> None:
-    """Undo :func:`create_directory` where the run never began, in the main process.
-
-    So a mistake in the configuration or the data is corrected, and the same command given again.
-    """
+def _delete_unbegun(config: Config) -> None:
+    """Delete a run without a journal record, in the main process."""
     directory = Path(config.output_dir)
     journal = directory / JOURNAL
     if not this_process().is_main_process or (journal.exists() and journal.stat().st_size):
@@ -78,13 +95,13 @@ def withdraw_directory(config: Config) -> None:
     shutil.rmtree(directory / STORE, ignore_errors=True)
     for name in (JOURNAL, LOCK, CONFIG):
         (directory / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it was there before, with something in it
+    with suppress(OSError):  # the directory also holds files that are not the run's
         directory.rmdir()
 
 
 @contextmanager
-def locked(directory: Path, writes: bool) -> Iterator[None]:
-    """Hold the run directory's lock, so that no second process writes in it."""
+def hold_lock(directory: Path, *, writes: bool) -> Iterator[None]:
+    """Hold the run directory's lock, so that no second run writes in it; no lock for readers."""
     if not writes:
         yield
         return
@@ -93,6 +110,6 @@ def locked(directory: Path, writes: bool) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another process is at work in {directory}; wait until it ends"
+                f"another process is running in {directory}: wait until it ends"
             ) from None
         yield

@@ -1,33 +1,26 @@
-"""What one optimizer step on a sub-dataset alone would bring; the step leaves no trace.
+"""Observe a stage for its strategy: losses of examples (IES) or probes (DynamixSFT).
 
-For DynamixSFT (arXiv 2508.12116). Weights, the optimizer's state and torch's random number
-generators are put back to the last bit, for which copies of them are held meanwhile. Every process
-does the same, so that nothing has to be told.
+A probe tries one optimizer step on one sub-dataset alone and measures the reward: the mean share of
+the loss that the step removes (arXiv 2508.12116). Weights, the optimizer's state and torch's random
+number generators are restored to the last bit from copies. Every process makes the same probe, so
+nothing has to be exchanged.
 
-Example::
-
-    rewards, cost = look_ahead(work, stage, step=50, lr=1e-5, examples=16)
-    rewards["arith"]                        # the mean share of an example's loss that would go
-
-A stage that its strategy watches: losses and looks ahead are recorded, answered and acted on.
-
-What is found is written before the strategy is asked, and its answer before it is acted on, so that
-a resume tells it the same and gets the same.
+Invariant: findings are journaled before the strategy is asked, and its answer before it is applied,
+so that a resume feeds the strategy the same findings and gets the same answers.
 
 Example::
 
-    observing = Observing(work, strategy, together)
-    observing.begin(stage, steps, schedule, observed)
-    if observing.is_due(step=position.step):
-        observing.observe(position)
+    observer = StageObserver(work, strategy, together)
+    observer.begin_stage(steps, observations)
+    if observer.is_due(step=position.step):
+        observer.observe(position)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,165 +29,50 @@ import torch
 from trainer.algorithms.base import Adjustment, ExampleLosses, LookAhead, Stage, Strategy
 from trainer.data.batches import micro_batches
 from trainer.data.examples import Example
-from trainer.data.schedule import Schedule
 from trainer.distributed import RunProcesses
-from trainer.model.forward import collate, target_losses
+from trainer.model.forward import TokenCost, mean_losses
 from trainer.model.optim import set_learning_rate
-from trainer.training.replay import Observed, Position, describe_adjustment
-from trainer.training.steps import StageSteps
+from trainer.training.replay import ObservationLog, Position, describe_adjustment
+from trainer.training.steps import StageSteps, compute_token_losses
 from trainer.training.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class LookCost:
-    """Tokens that went through a forward and a backward pass, and once more through a forward one;
-    see :mod:`trainer.journal` for the words."""
-
-    tokens: int
-    attention_tokens: int
-    padded_tokens: int
-
-
-def look_ahead(
-    work: Workspace, stage: Stage, *, step: int, lr: float, examples: int
-) -> tuple[dict[str, float], LookCost]:
-    """Return each sub-dataset's reward at a step of a stage, and the cost of finding out.
-
-    The reward is the mean over ``examples`` examples of 1 - L'/L, where L and L' are an example's
-    loss before and after one step on these examples alone. It may not be finite.
-    """
-    train = work.split("train")
-    rewards = {}
-    tokens = attention_tokens = padded_tokens = 0
-    for number, name in enumerate(stage.trained):
-        seed = (work.config.seed, stage.number, step, number)
-        places = _drawn(seed, len(train[name]), examples)
-        chosen = [train[name][i] for i in places]
-        rewards[name] = _reward(work, chosen, lr)
-        lengths = [len(example) for example in chosen]
-        tokens += sum(lengths)
-        attention_tokens += sum(length * length for length in lengths)
-        for micro in micro_batches(range(len(chosen)), lengths, work.config.train.micro_batch_size):
-            longest = max(lengths[i] for i in micro)
-            padded_tokens += sum(longest - lengths[i] for i in micro)
-    cost = LookCost(tokens=tokens, attention_tokens=attention_tokens, padded_tokens=padded_tokens)
-    return rewards, cost
-
-
-def _drawn(seed: Sequence[int], size: int, examples: int) -> Sequence[int]:
-    generator = np.random.Generator(np.random.PCG64([*seed, 2]))
-    places: list[int] = generator.permutation(size)[:examples].tolist()
-    return places
-
-
-def _reward(work: Workspace, examples: Sequence[Example], lr: float) -> float:
-    model: Any = work.accelerator.unwrap_model(work.model)
-    targets = sum(len(example.completion) for example in examples)
-    with _untouched(work.optimizer, work.accelerator.device):
-        model.train()
-        before = _losses(work, model, examples, targets=targets)
-        if work.config.train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), work.config.train.max_grad_norm)
-        set_learning_rate(work.optimizer, lr)
-        work.optimizer.step()
-        work.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            after = _losses(work, model, examples)
-    return float((1 - after / before).mean())
-
-
-def _losses(
-    work: Workspace, model: Any, examples: Sequence[Example], *, targets: int | None = None
-) -> torch.Tensor:
-    """Return each example's mean loss; with ``targets`` add the gradients of their mean."""
-    lengths = [len(example) for example in examples]
-    losses = torch.zeros(len(examples))
-    for micro in micro_batches(range(len(examples)), lengths, work.config.train.micro_batch_size):
-        rows = [examples[i] for i in micro]
-        pad = work.loaded.pad_token_id
-        tensors = collate(rows, pad_token_id=pad, device=work.accelerator.device)
-        token_losses = target_losses(model, tensors)[0]
-        if targets is not None:
-            (token_losses.sum() / targets).backward()  # type: ignore[no-untyped-call]
-        parts = torch.split(token_losses.detach(), [len(row.completion) for row in rows])
-        losses[list(micro)] = torch.stack([part.mean() for part in parts]).float().cpu()
-    return losses
-
-
-@contextmanager
-def _untouched(optimizer: Any, device: torch.device) -> Iterator[None]:
-    """Put weights, optimizer state and torch's generators back at the end."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    held = [weight.detach().clone() for weight in weights]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    states = {
-        weight: {key: _copy(value) for key, value in optimizer.state[weight].items()}
-        for weight in weights
-        if weight in optimizer.state
-    }
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for weight, copy in zip(weights, held, strict=True):
-                    weight.copy_(copy)
-            optimizer.state.clear()
-            _put_back(optimizer.state, states)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _put_back(state: Any, states: Mapping[Any, Any]) -> None:
-    for weight, values in states.items():
-        state[weight] = values
-
-
-class Observing:
-    """Asks a strategy how a stage with ``observe`` goes on."""
+class StageObserver:
+    """Asks a strategy how a stage with ``observe`` continues."""
 
     def __init__(self, work: Workspace, strategy: Strategy, together: RunProcesses) -> None:
-        """Prepare; :meth:`begin` follows for each stage."""
+        """Prepare; :meth:`begin_stage` follows for each stage."""
         self._work = work
         self._strategy = strategy
         self._together = together
 
-    def begin(
-        self, stage: Stage, steps: StageSteps, schedule: Schedule, observed: Observed
-    ) -> None:
-        """Begin a stage, or go on with one in which so much was ``observed``."""
-        self._stage, self._steps, self._schedule = stage, steps, schedule
-        self._observed = observed
-        for step, adjustment in observed.adjustments:
+    def begin_stage(self, steps: StageSteps, observations: ObservationLog) -> None:
+        """Begin a stage, or continue one with the observations that it has already made."""
+        self._steps, self._observations = steps, observations
+        for step, adjustment in observations.adjustments:
             steps.adjust(step, adjustment)
 
     def is_due(self, *, step: int) -> bool:
-        """Say whether there is something to ask after so many steps of the stage."""
-        watch = self._stage.observe
-        if watch is None or step >= self._schedule.steps:
+        """Return whether the strategy is to be asked after this many steps of the stage."""
+        observe, schedule = self._steps.stage.observe, self._steps.schedule
+        if observe is None or step >= schedule.steps:
             return False
-        every = self._schedule.steps_per_epoch if isinstance(watch, ExampleLosses) else watch.every
+        every = schedule.steps_per_epoch if isinstance(observe, ExampleLosses) else observe.every
         return step % every == 0
 
     def observe(self, position: Position) -> None:
-        """Find out, ask, and adjust what the stage trains on."""
-        watch = self._stage.observe
-        if isinstance(watch, LookAhead):
-            self._look_ahead(position, watch)
+        """Journal the findings, ask the strategy, and adjust the training data of the stage."""
+        observe = self._steps.stage.observe
+        if isinstance(observe, LookAhead):
+            self._probe(position, observe)
         else:
             self.write_losses(position)
         answer: Adjustment | None = None
         if self._work.accelerator.is_main_process:
-            observation = self._observed.observation(
+            observation = self._observations.make_observation(
                 stage=position.stage,
                 step=position.step,
-                epoch=self._schedule.epoch(position.step),
+                epoch=self._steps.schedule.epoch(position.step),
             )
             answer = self._strategy.on_observation(observation)
             self._work.record(
@@ -210,26 +88,26 @@ class Observing:
         self._steps.adjust(position.step, adjustment)
 
     def write_losses(self, position: Position) -> None:
-        """Record the losses of examples since the last time, so that a resume knows them."""
-        told = self._steps.take_losses()
-        if told is None:
+        """Journal the losses of examples since the last call, so that a resume knows them."""
+        losses = self._steps.take_losses()
+        if losses is None:
             return
-        places, values = told
-        self._observed.add_losses(places, values)
+        places, values = losses
+        self._observations.add_losses(places, values)
         place = {"step": position.global_step, "stage": position.stage}
         self._work.record("losses", **place, places=places, values=values)
 
-    def _look_ahead(self, position: Position, watch: LookAhead) -> None:
+    def _probe(self, position: Position, look_ahead: LookAhead) -> None:
         began = time.monotonic()
-        rewards, cost = look_ahead(
+        rewards, cost = probe_sub_datasets(
             self._work,
-            self._stage,
+            self._steps.stage,
             step=position.step,
             lr=self._steps.lr(position.step),
-            examples=watch.examples,
+            examples=look_ahead.examples,
         )
         values = {name: [reward] for name, reward in rewards.items()}
-        self._observed.add_values(values)
+        self._observations.add_rewards(values)
         self._work.record(
             "looked_ahead",
             step=position.global_step,
@@ -238,3 +116,89 @@ class Observing:
             **vars(cost),
             seconds=time.monotonic() - began,
         )
+
+
+def probe_sub_datasets(
+    work: Workspace, stage: Stage, *, step: int, lr: float, examples: int
+) -> tuple[dict[str, float], TokenCost]:
+    """Return each sub-dataset's reward at a step of a stage, and the cost of one pass of each probe.
+
+    A probe makes a forward and a backward pass, and one more forward pass. The reward is the mean
+    over ``examples`` examples of 1 - L'/L, with L and L' an example's loss before and after a step
+    on these examples alone. It may not be finite.
+    """
+    train = work.split("train")
+    rewards, cost = {}, TokenCost()
+    for number, name in enumerate(stage.trained):
+        seed = [work.config.seed, stage.number, step, number, 2]
+        generator = np.random.Generator(np.random.PCG64(seed))
+        places = generator.permutation(len(train[name]))[:examples]
+        drawn = [train[name][i] for i in places.tolist()]
+        rewards[name] = _measure_reward(work, drawn, lr)
+        for micro in _split_examples(work, drawn):
+            cost += TokenCost.of_batch([len(drawn[i]) for i in micro])
+    return rewards, cost
+
+
+def _measure_reward(work: Workspace, examples: Sequence[Example], lr: float) -> float:
+    model: Any = work.accelerator.unwrap_model(work.model)
+    targets = sum(len(example.completion) for example in examples)
+    with _restore_state(work.optimizer, work.accelerator.device):
+        model.train()
+        before = _compute_losses(work, model, examples, targets=targets)
+        if work.config.train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), work.config.train.max_grad_norm)
+        set_learning_rate(work.optimizer, lr)
+        work.optimizer.step()
+        work.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            after = _compute_losses(work, model, examples)
+    return float((1 - after / before).mean())
+
+
+def _compute_losses(
+    work: Workspace, model: Any, examples: Sequence[Example], *, targets: int | None = None
+) -> torch.Tensor:
+    """Return each example's mean loss; with ``targets``, add the gradients of the total mean."""
+    losses = torch.zeros(len(examples))
+    for micro in _split_examples(work, examples):
+        rows = [examples[i] for i in micro]
+        token_losses = compute_token_losses(work, model, rows)
+        if targets is not None:
+            (token_losses.sum() / targets).backward()  # type: ignore[no-untyped-call]
+        losses[list(micro)] = mean_losses(token_losses, rows)
+    return losses
+
+
+def _split_examples(work: Workspace, examples: Sequence[Example]) -> Sequence[Sequence[int]]:
+    lengths = [len(example) for example in examples]
+    return micro_batches(range(len(examples)), lengths, work.config.train.micro_batch_size)
+
+
+@contextmanager
+def _restore_state(optimizer: Any, device: torch.device) -> Iterator[None]:
+    """Restore weights, optimizer state and torch's generators at the end."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    copies = [weight.detach().clone() for weight in weights]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    states = {
+        weight: {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in optimizer.state[weight].items()
+        }
+        for weight in weights
+        if weight in optimizer.state
+    }
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for weight, copy in zip(weights, copies, strict=True):
+                    weight.copy_(copy)
+            optimizer.state.clear()
+            optimizer.state.update(states)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate

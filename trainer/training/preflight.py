@@ -1,8 +1,8 @@
-"""Do configuration, model and data go together? Checked before anything is trained.
+"""Check before training that configuration, model and data fit together.
 
 Example::
 
-    check(config, loaded, mixture)              # ConfigError says what to change
+    check_compatibility(config, loaded, mixture)    # ConfigError says what to change
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from trainer.model.load import LoadedModel, max_positions
 from trainer.model.training_state import is_weight
 
 
-def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
-    """Raise :class:`ConfigError` where configuration, model and data do not go together."""
+def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
+    """Raise :class:`ConfigError` if configuration, model and data do not fit together."""
     splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
     if config.evaluation.metric == "exact_match":
         if any(not example.graded for split in splits for example in split.examples):
@@ -26,18 +26,19 @@ def check(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
             )
         references = {name: sub.validation.examples for name, sub in mixture.items()}
         check_answers(references, config.evaluation.answer_pattern)
-    strange = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)
-    if config.restores_optimizer and strange is not None:
+    reserved = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)
+    if config.restores_optimizer and reserved is not None:
         raise ConfigError(
-            f"the model has a weight {strange!r}, but msft.optimizer_on_rollback=restore uses such "
-            "names for the optimizer: set it to reset"
+            f"the model has a weight {reserved!r}, but msft.optimizer_on_rollback=restore reserves "
+            "such names for the optimizer: set it to reset"
         )
     positions = max_positions(loaded.model)
     if positions is None:
         return
     if config.data.max_length > positions:
         raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but the model has {positions} positions"
+            f"data.max_length is {config.data.max_length}, but the model has {positions} "
+            "positions: lower data.max_length"
         )
     prompt = max(len(example.prompt) for split in splits for example in split.examples)
     needed = prompt + config.evaluation.max_new_tokens

@@ -1,41 +1,26 @@
-"""Where a killed run stands: its journal replayed, and the one resume point.
+"""Replay a journal to find where a run stands.
 
-A resume point is a safetensors file with the full state after an optimizer step: weights, optimizer
-and random number generators as tensors, the position as JSON in its metadata. It is replaced
-atomically. It belongs to the journal up to record ``seq``; what was written after that record
-is done again, so a run that was killed ends as if it had not been.
+``where_to_resume`` chooses the last record that still counts, and ``replay`` feeds the records up to
+it to a fresh strategy. Records after the chosen one are void: their steps are trained again, so a
+run that was killed ends as if it had never been killed.
+
+Invariant: a strategy that decides otherwise than the journal says is an error, never a new decision.
 
 Example::
 
-    point = read_position(run / "resume.safetensors")
+    point = resume_point.read(work)
     after, origin = where_to_resume(records, point)
-    standing = replay([record for record in records if record["seq"] <= after], strategy)
-
-What a stage's observations have found so far, from the records that tell it.
-
-The records of a stage tell each example's loss once an epoch, and what a look ahead found. The loop
-and a resume both follow them here, so that both stand at the same point.
-
-Example::
-
-    found = Observed({"arith": 900})
-    found.add_losses({"arith": [17, 4]}, {"arith": [0.7, 1.2]})
-    observation = found.observation(stage=1, step=40, epoch=1.0)
+    state = replay([record for record in records if record["seq"] <= after], strategy)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from trainer.algorithms.base import (
     Adjustment,
@@ -52,76 +37,9 @@ from trainer.algorithms.base import (
     Strategy,
 )
 from trainer.errors import RunError
-from trainer.files import enough_space, sync
 from trainer.journal import Record
-from trainer.model.training_state import (
-    load_optimizer,
-    optimizer_tensors,
-    python_rng,
-    set_python_rng,
-)
-from trainer.model.weights import unique, weights_of
-
-
-class Observed:
-    """The observations of one stage."""
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        """Begin without any; ``sizes`` are the training examples of the sub-datasets."""
-        self._losses: dict[str, NDArray[np.float64]] = {
-            name: np.full(size, np.nan) for name, size in sizes.items()
-        }
-        self._values: Mapping[str, Sequence[float]] | None = None
-        self.adjustments: list[tuple[int, Adjustment]] = []
-        """Steps in the stage, and what holds from there on."""
-
-    def add_losses(
-        self, places: Mapping[str, Sequence[int]], values: Mapping[str, Sequence[float]]
-    ) -> None:
-        """Take the losses of examples into account, by their places in the sub-datasets."""
-        self._values = None
-        for name, row in places.items():
-            self._losses[name][list(row)] = values[name]
-
-    def add_values(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Take what a look ahead found into account."""
-        self._values = values
-
-    def observation(self, *, stage: int, step: int, epoch: float) -> Observation:
-        """Return what a strategy is told: the look ahead, or the last known loss of each example.
-
-        A loss that is not known yet is NaN.
-        """
-        values: Mapping[str, Sequence[float]]
-        if self._values is not None:
-            values = self._values
-        else:
-            values = {name: losses.tolist() for name, losses in self._losses.items()}
-        return Observation(stage=stage, step=step, epoch=epoch, values=values)
-
-    def read(self, record: Record) -> Observation | None:
-        """Follow a record; return the observation that an ``adjusted`` one has answered."""
-        if record["event"] == "losses":
-            self.add_losses(record["places"], record["values"])
-        elif record["event"] == "looked_ahead":
-            self.add_values(record["values"])
-        elif record["event"] == "adjusted":
-            return self.observation(
-                stage=record["stage"], step=record["stage_step"], epoch=record["epoch"]
-            )
-        return None
-
-
-def describe_adjustment(adjustment: Adjustment) -> dict[str, Any]:
-    """Return the fields of an ``adjusted`` record that say what was decided."""
-    return {
-        "weights": dict(adjustment.weights),
-        "mastered": {name: list(places) for name, places in adjustment.mastered.items()},
-    }
-
 
 Origin = Literal["resume_point", "stage_root", "end"]
-_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +52,21 @@ class Position:
     global_step: int
     """Optimizer steps since the run began."""
     evaluations: int
-    """Evaluations of the stage that were decided on, that of the root included."""
+    """Evaluations of the stage that have a decision, including the one of the root."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ResumePoint:
     """The position of a resume point."""
 
     position: Position
     seq: int
-    """The journal's last record when it was written."""
+    """The journal's last record when the resume point was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """What an evaluation found, and where it was when it was first made."""
+class KnownEvaluation:
+    """The findings of an evaluation, and the stage and step at which it was first made."""
 
     metrics: Mapping[str, float]
     losses: Mapping[str, float] | None
@@ -159,28 +77,89 @@ class Known:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """Where a run stands by its journal."""
+class StageStart:
+    """A stage and the checkpoint that it begins from."""
 
     stage: Stage
-    """The stage that runs, or is to begin."""
     root: str | None
-    """The checkpoint that it begins from; ``None``: the base."""
+    """The checkpoint's id; ``None``: the base."""
+
+
+class ObservationLog:
+    """The observations of one stage: losses of examples, results of probes, adjustments.
+
+    The loop and a resume both keep their state here, so that a strategy sees the same after a kill.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """Begin empty; ``sizes`` are the numbers of training examples of the sub-datasets."""
+        self._losses: dict[str, NDArray[np.float64]] = {
+            name: np.full(size, np.nan) for name, size in sizes.items()
+        }
+        self._rewards: Mapping[str, Sequence[float]] | None = None
+        self.adjustments: list[tuple[int, Adjustment]] = []
+        """Steps of the stage, and the adjustment that applies from there on."""
+
+    def add_losses(
+        self, places: Mapping[str, Sequence[int]], values: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Store the losses of examples by their places in the sub-datasets."""
+        self._rewards = None
+        for name, row in places.items():
+            self._losses[name][list(row)] = values[name]
+
+    def add_rewards(self, rewards: Mapping[str, Sequence[float]]) -> None:
+        """Store the rewards that a probe found."""
+        self._rewards = rewards
+
+    def make_observation(self, *, stage: int, step: int, epoch: float) -> Observation:
+        """Return the newest rewards, or the last known loss of each example (NaN if unknown)."""
+        values: Mapping[str, Sequence[float]]
+        if self._rewards is not None:
+            values = self._rewards
+        else:
+            values = {name: losses.tolist() for name, losses in self._losses.items()}
+        return Observation(stage=stage, step=step, epoch=epoch, values=values)
+
+    def apply_record(self, record: Record) -> Observation | None:
+        """Follow a journal record; return the observation that an ``adjusted`` one answered."""
+        if record["event"] == "losses":
+            self.add_losses(record["places"], record["values"])
+        elif record["event"] == "looked_ahead":
+            self.add_rewards(record["values"])
+        elif record["event"] == "adjusted":
+            return self.make_observation(
+                stage=record["stage"], step=record["stage_step"], epoch=record["epoch"]
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The state of a run according to its journal."""
+
+    starts: Mapping[int, StageStart]
+    """The starts of all stages up to the current one, by number."""
     global_step: int
-    known: Mapping[str, Known]
+    known: Mapping[str, KnownEvaluation]
     """Checkpoint id → its evaluation."""
-    begun: Mapping[int, tuple[Stage, str | None]]
-    """The stages up to this one, by number, and their roots."""
     names: Names
-    """What the strategy was told for these ids."""
-    observed: Observed
-    """The observations of this stage."""
+    """The names under which the strategy knows these ids."""
+    observations: ObservationLog
+    """The observations of the current stage."""
     stop: Stop | None
     """The decision that ended training."""
 
+    @property
+    def current(self) -> StageStart:
+        """The start of the stage that runs, or is to begin."""
+        return self.starts[max(self.starts)]
 
-def where_to_resume(counted: Sequence[Record], point: Point | None) -> tuple[int, Origin]:
-    """Return the ``seq`` of the last record that still counts, and what training continues from.
+
+def where_to_resume(
+    counted: Sequence[Record], point: ResumePoint | None
+) -> tuple[int, Origin]:
+    """Return the ``seq`` of the last record that still counts, and the origin of the resume.
 
     ``counted`` are the journal's effective records, which begin with ``run_started``.
     """
@@ -196,65 +175,69 @@ def where_to_resume(counted: Sequence[Record], point: Point | None) -> tuple[int
     return counted[0]["seq"], "stage_root"
 
 
-def replay(counted: Sequence[Record], strategy: Strategy) -> Standing:
-    """Tell a fresh strategy what is recorded, and return where the run stands.
+def replay(counted: Sequence[Record], strategy: Strategy) -> RunState:
+    """Feed the recorded events to a fresh strategy, and return the state of the run.
 
-    Raises :class:`RunError` if it decides otherwise than the journal says.
+    Raises :class:`RunError` if the strategy decides otherwise than the journal says.
     """
-    stage, root, stop = strategy.first_stage(), None, None
-    begun: dict[int, tuple[Stage, str | None]] = {stage.number: (stage, root)}
-    global_step = stage_step = 0
-    known: dict[str, Known] = {}
+    stage, stop = strategy.first_stage(), None
+    starts = {stage.number: StageStart(stage=stage, root=None)}
+    global_step = first_step = 0
+    known: dict[str, KnownEvaluation] = {}
     names = Names()
     sizes = {name: row["train"] for r in counted[:1] for name, row in r["sub_datasets"].items()}
-    observed = Observed(sizes)
+    observations = ObservationLog(sizes)
     decision: Decision | None = None
     for record in counted:
-        observation = observed.read(record)
+        observation = observations.apply_record(record)
         if "step" in record:
             global_step = record["step"]
         if record["event"] == "stage_started":
-            stage_step = global_step
-            observed = Observed(sizes)
+            first_step = global_step
+            observations = ObservationLog(sizes)
         elif observation is not None:
             adjustment = strategy.on_observation(observation)
-            observed.adjustments.append((record["stage_step"], adjustment))
+            observations.adjustments.append((record["stage_step"], adjustment))
             _check_same(record, describe_adjustment(adjustment))
         elif record["event"] == "evaluated":
-            found = Known(
+            evaluation = KnownEvaluation(
                 metrics=record["metrics"],
                 losses=record["losses"],
                 errors=record.get("errors") or {},
                 stage=record["stage"],
-                step=global_step - stage_step,
+                step=global_step - first_step,
             )
-            known.setdefault(record["checkpoint"], found)
-            evaluation = _evaluation(record, names)
-            names.add(evaluation.checkpoint, record["checkpoint"])
-            decision = names.resolve(strategy.on_evaluation(evaluation))
+            known.setdefault(record["checkpoint"], evaluation)
+            decision = _replay_evaluation(record, names, strategy)
         elif record["event"] == "diverged":
             divergence = Divergence(**{f.name: record[f.name] for f in fields(Divergence)})
             decision = names.resolve(strategy.on_divergence(divergence))
         elif record["event"] == "decided":
-            _check_same(record, {} if decision is None else describe(decision))
+            _check_same(record, {} if decision is None else describe_decision(decision))
             if isinstance(decision, RollBack):
-                stage, root = decision.stage, decision.checkpoint
-                begun[stage.number] = (stage, root)
+                start = StageStart(stage=decision.stage, root=decision.checkpoint)
+                starts[start.stage.number] = start
             stop = decision if isinstance(decision, Stop) else None
-    return Standing(
-        stage=stage,
-        root=root,
+    return RunState(
+        starts=starts,
         global_step=global_step,
         known=known,
-        begun=begun,
         names=names,
-        observed=observed,
+        observations=observations,
         stop=stop,
     )
 
 
+def _replay_evaluation(record: Record, names: Names, strategy: Strategy) -> Decision:
+    facts = {key: record[key] for key in ("stage", "index", "epoch", "step", "metrics", "last")}
+    checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
+    names.add(checkpoint, record["checkpoint"])
+    evaluation = Evaluation(checkpoint=checkpoint, errors=record.get("errors") or {}, **facts)
+    return names.resolve(strategy.on_evaluation(evaluation))
+
+
 def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
-    """Raise :class:`RunError` where a record says otherwise than what is decided now."""
+    """Raise :class:`RunError` if the strategy now decides otherwise than a record says."""
     if not decided or any(record[key] != value for key, value in decided.items()):
         raise RunError(
             f"journal record {record['seq']} decided {record.get('decision', 'an adjustment')!r}, "
@@ -263,8 +246,8 @@ def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
         )
 
 
-def describe(decision: Decision) -> dict[str, Any]:
-    """Return the fields of a ``decided`` record that say what was decided."""
+def describe_decision(decision: Decision) -> dict[str, Any]:
+    """Return the fields of a ``decided`` record that hold the decision."""
     if isinstance(decision, Continue):
         return {"decision": "continue", "checkpoint": None, "exclude": []}
     if isinstance(decision, Skip):
@@ -274,80 +257,9 @@ def describe(decision: Decision) -> dict[str, Any]:
     return {"decision": kind, "checkpoint": decision.checkpoint, "exclude": exclude}
 
 
-def save_point(
-    path: Path, point: Point, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
-) -> int:
-    """Replace the resume point and return its size in bytes; ``rng`` is from ``gather_rng``."""
-    tensors = {f"model.{name}": tensor for name, tensor in unique(weights_of(model)).items()}
-    moments = optimizer_tensors(optimizer)
-    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
-    tensors |= {f"rng.{name}": tensor for name, tensor in rng.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = content_of(point)
-    temporary = path.with_name(f".{path.name}.tmp")
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    with enough_space("the resume point", path, needed_bytes=needed):
-        try:
-            save_file(tensors, temporary, metadata={"msft": json.dumps(content)})
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)
-    return path.stat().st_size
-
-
-def content_of(point: Point) -> dict[str, Any]:
-    """Return what a resume point holds besides tensors, as JSON values."""
-    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
-    return {**content, "python": python_rng()}
-
-
-def point_of(content: Mapping[str, Any]) -> Point | None:
-    """Return the position in what :func:`content_of` returned; ``None`` if it cannot be used."""
-    try:
-        position = Position(**content["position"])
-        return (
-            Point(position=position, seq=content["seq"]) if content["version"] == _VERSION else None
-        )
-    except (KeyError, TypeError):
-        return None
-
-
-def read_position(path: Path) -> Point | None:
-    """Return the position of a resume point; ``None`` if there is none that can be used."""
-    try:
-        return point_of(_content(path))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load_point(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Restore weights and optimizer in place, and Python's and NumPy's generators.
-
-    Returns torch's generator states of all processes, for ``set_rng``.
-    """
-    state = weights_of(model)
-    parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "rng": {}}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for full_name in file.keys():  # noqa: SIM118 - not a mapping
-            kind, name = full_name.split(".", 1)
-            tensor = file.get_tensor(full_name)
-            if kind == "model":
-                state[name].copy_(tensor)
-            else:
-                parts[kind][name] = tensor
-    load_optimizer(optimizer, parts["optimizer"])
-    set_python_rng(_content(path)["python"])
-    return parts["rng"]
-
-
-def _content(path: Path) -> Any:
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})["msft"])
-
-
-def _evaluation(record: Record, names: Names) -> Evaluation:
-    told = {key: record[key] for key in ("stage", "index", "epoch", "step", "metrics", "last")}
-    checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
-    return Evaluation(checkpoint=checkpoint, errors=record.get("errors") or {}, **told)
+def describe_adjustment(adjustment: Adjustment) -> dict[str, Any]:
+    """Return the fields of an ``adjusted`` record that hold the decision."""
+    return {
+        "weights": dict(adjustment.weights),
+        "mastered": {name: list(places) for name, places in adjustment.mastered.items()},
+    }

@@ -1,7 +1,11 @@
-"""Where a run's resume point is kept: in one file, or in a store where no process has it whole.
+"""Write and read a run's resume point: the full state after an optimizer step.
 
-All processes make the same calls in the same order. A new point replaces the one before at once:
-whenever the run is killed, one of the two is there.
+It holds weights, optimizer and random number generators as tensors, and the position as JSON. It
+belongs to the journal up to record ``seq``. An unsharded run keeps it in one safetensors file. A
+sharded run, in which no process has the whole model, keeps it in a store.
+
+Invariants: all processes make the same calls in the same order. A new resume point replaces the one
+before atomically, so whenever the run is killed, one of the two is there.
 
 Example::
 
@@ -12,113 +16,186 @@ Example::
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from msft_store import Box, Checkpoint, KeepLast, Store, Timeline
 from msft_store.integrations.dcp import boxes_of
-from trainer.files import sync
+from trainer.files import enough_space, sync
 from trainer.model.sharding import Shards
 from trainer.model.training_state import (
     gather_rng,
     load_optimizer,
     optimizer_tensors,
+    python_rng,
     set_python_rng,
     set_rng,
+    strip_prefix,
 )
-from trainer.model.weights import weights_of
+from trainer.model.weights import drop_tied, weights_of
 from trainer.training.directory import RESUME, RESUME_STORE
-from trainer.training.replay import (
-    Point,
-    content_of,
-    load_point,
-    point_of,
-    read_position,
-    save_point,
-)
+from trainer.training.replay import Position, ResumePoint
 from trainer.training.workspace import Workspace
 
+_VERSION = 1
 _NAME = "resume"
 _WEIGHTS, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
-def read(work: Workspace) -> Point | None:
-    """Return the position of the resume point; ``None`` if there is none that can be used."""
+def read(work: Workspace) -> ResumePoint | None:
+    """Return the position of the resume point, or ``None`` if there is no usable one."""
     if work.shards is None:
-        return read_position(work.directory / RESUME)
-    newest = _newest(work)
-    return None if newest is None else point_of(newest.metadata)
+        return read_file(work.directory / RESUME)
+    newest = _newest_checkpoint(work)
+    return None if newest is None else _parse_content(newest.metadata)
 
 
-def save(work: Workspace, point: Point) -> int:
-    """Replace the resume point by the state as it is; return its size in bytes.
+def save(work: Workspace, point: ResumePoint) -> int:
+    """Replace the resume point by the current state, and return its size in bytes.
 
-    ``point`` is the main process's; the others write what they have of it.
+    ``point`` is the main process's; the other processes write their parts of the state.
     """
-    rows = gather_rng(work.accelerator)
+    rng = gather_rng(work.accelerator)
     if work.shards is not None:
-        return _save_parts(work, work.shards, point, rows)
+        return _save_parts(work, work.shards, point, rng)
     if work.journal is None:
         return 0
     model = work.accelerator.unwrap_model(work.model)
-    return save_point(work.directory / RESUME, point, model, work.optimizer, rows)
+    return save_file_atomic(work.directory / RESUME, point, model, work.optimizer, rng)
 
 
 def load(work: Workspace) -> None:
     """Restore weights, optimizer and generators from the resume point."""
     if work.shards is None:
         model = work.accelerator.unwrap_model(work.model)
-        rows = load_point(work.directory / RESUME, model, work.optimizer)
+        rng = load_file(work.directory / RESUME, model, work.optimizer)
     else:
-        rows = _load_parts(work, work.shards)
-    set_rng(rows, work.accelerator)
+        rng = _load_parts(work, work.shards)
+    set_rng(rng, work.accelerator)
 
 
-def remove(work: Workspace) -> None:
-    """Remove the resume point, in the main process."""
+def delete(work: Workspace) -> None:
+    """Delete the resume point, in the main process."""
     (work.directory / RESUME).unlink(missing_ok=True)
     shutil.rmtree(work.directory / RESUME_STORE, ignore_errors=True)
     sync(work.directory)
 
 
-def _timeline(work: Workspace) -> Timeline:
+def save_file_atomic(
+    path: Path, point: ResumePoint, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
+) -> int:
+    """Replace the resume point file and return its size in bytes; ``rng`` is from ``gather_rng``."""
+    moments = optimizer_tensors(optimizer)
+    tensors = {
+        **{_WEIGHTS + name: tensor for name, tensor in drop_tied(weights_of(model)).items()},
+        **{_OPTIMIZER + name: tensor for name, tensor in moments.items()},
+        **{_RNG + name: tensor for name, tensor in rng.items()},
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with enough_space("the resume point", path, needed_bytes=needed):
+        try:
+            save_file(tensors, temporary, metadata={"msft": json.dumps(_make_content(point))})
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+    return path.stat().st_size
+
+
+def read_file(path: Path) -> ResumePoint | None:
+    """Return the position in a resume point file, or ``None`` if the file is not usable."""
+    try:
+        return _parse_content(_read_content(path))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_file(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Restore weights and optimizer in place, and Python's and NumPy's generators.
+
+    Returns the states of torch's generators in all processes, for ``set_rng``.
+    """
+    state = weights_of(model)
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name.startswith(_WEIGHTS):
+                state[name.removeprefix(_WEIGHTS)].copy_(file.get_tensor(name))
+            else:
+                tensors[name] = file.get_tensor(name)
+    load_optimizer(optimizer, strip_prefix(_OPTIMIZER, tensors))
+    set_python_rng(_read_content(path)["python"])
+    return strip_prefix(_RNG, tensors)
+
+
+def _make_content(point: ResumePoint) -> dict[str, Any]:
+    """Return the part of a resume point that is not tensors, as JSON values."""
+    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
+    return {**content, "python": python_rng()}
+
+
+def _parse_content(content: Mapping[str, Any]) -> ResumePoint | None:
+    """Return the position in a resume point's content, or ``None`` if it is not usable."""
+    try:
+        position = Position(**content["position"])
+        point = ResumePoint(position=position, seq=content["seq"])
+        return point if content["version"] == _VERSION else None
+    except (KeyError, TypeError):
+        return None
+
+
+def _read_content(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["msft"])
+
+
+def _open_timeline(work: Workspace) -> Timeline:
     path = work.directory / RESUME_STORE
     store = Store.open(path) if path.exists() else Store.create(path)
     return Timeline(store, None, retention=KeepLast(1), name=_NAME)
 
 
-def _newest(work: Workspace) -> Checkpoint | None:
+def _newest_checkpoint(work: Workspace) -> Checkpoint | None:
     if not (work.directory / RESUME_STORE).exists():
         return None
-    return next(reversed(_timeline(work).checkpoints()), None)
+    return next(reversed(_open_timeline(work).checkpoints()), None)
 
 
-def _save_parts(work: Workspace, shards: Shards, point: Point, rows: dict[str, Any]) -> int:
-    timeline = None if work.journal is None else _timeline(work)
+def _save_parts(work: Workspace, shards: Shards, point: ResumePoint, rng: dict[str, Any]) -> int:
+    timeline = None if work.journal is None else _open_timeline(work)
     work.accelerator.wait_for_everyone()
-    boxes = [*_named(_WEIGHTS, shards.boxes(weights_of(work.loaded.model)))]
-    boxes += _named(_OPTIMIZER, boxes_of(optimizer_tensors(work.optimizer)))
+    boxes = _add_prefix(_WEIGHTS, shards.make_boxes(weights_of(work.loaded.model)))
+    boxes += _add_prefix(_OPTIMIZER, boxes_of(optimizer_tensors(work.optimizer)))
     if timeline is not None:
-        boxes += _named(_RNG, boxes_of(rows))
-    here = Shards(work.accelerator, work.loaded.model, work.directory / RESUME_STORE)
-    with here.parts(timeline, boxes) as parts:
+        boxes += _add_prefix(_RNG, boxes_of(rng))
+    resume_shards = Shards(work.accelerator, work.loaded.model, work.directory / RESUME_STORE)
+    with resume_shards.encode_parts(timeline, boxes) as parts:
         if timeline is None:
             return 0
-        timeline.commit(parts, point.position.global_step, metadata=content_of(point))
-    done = timeline.last_commit
-    return 0 if done is None else done.bytes
+        timeline.commit(parts, point.position.global_step, metadata=_make_content(point))
+    report = timeline.last_commit
+    return 0 if report is None else report.bytes
 
 
 def _load_parts(work: Workspace, shards: Shards) -> dict[str, torch.Tensor]:
-    found = None if work.journal is None else _newest(work)
-    identity = shards.shared(None if found is None else found.id)
+    newest = None if work.journal is None else _newest_checkpoint(work)
+    identity = shards.broadcast(None if newest is None else newest.id)
     store = Store.open(work.directory / RESUME_STORE)
-    point = store.get(str(identity))
-    entries = store.tensors(point)
-    # What has the shape of its parameter is in parts, as that is; the rest is small.
+    checkpoint = store.get(str(identity))
+    entries = store.tensors(checkpoint)
+    # Optimizer state with the shape of its parameter is sharded like the parameter. Each process
+    # loads its part of that, and the whole of everything else, which is small.
     parameters = [p for group in work.optimizer.param_groups for p in group["params"]]
     parts: dict[str, torch.Tensor] = {}
     small = [name for name in entries if name.startswith(_RNG)]
@@ -130,14 +207,13 @@ def _load_parts(work: Workspace, shards: Shards) -> dict[str, torch.Tensor]:
                 parts[own] = torch.zeros_like(parameter)
             else:
                 small.append(name)
-    boxes = [*_named(_WEIGHTS, shards.boxes(weights_of(work.loaded.model)))]
-    store.load_boxes(point, [*boxes, *_named(_OPTIMIZER, boxes_of(parts))])
-    rest = store.load(point, small)
-    scalars = {n.removeprefix(_OPTIMIZER): t for n, t in rest.items() if n.startswith(_OPTIMIZER)}
-    load_optimizer(work.optimizer, {**parts, **scalars})
-    set_python_rng(point.metadata["python"])
-    return {n.removeprefix(_RNG): t for n, t in rest.items() if n.startswith(_RNG)}
+    boxes = _add_prefix(_WEIGHTS, shards.make_boxes(weights_of(work.loaded.model)))
+    store.load_boxes(checkpoint, boxes + _add_prefix(_OPTIMIZER, boxes_of(parts)))
+    loaded = store.load(checkpoint, small)
+    load_optimizer(work.optimizer, {**parts, **strip_prefix(_OPTIMIZER, loaded)})
+    set_python_rng(checkpoint.metadata["python"])
+    return strip_prefix(_RNG, loaded)
 
 
-def _named(prefix: str, boxes: list[Box]) -> list[Box]:
+def _add_prefix(prefix: str, boxes: list[Box]) -> list[Box]:
     return [replace(box, name=prefix + box.name) for box in boxes]

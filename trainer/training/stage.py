@@ -1,11 +1,12 @@
-"""What a stage trains on, and where it takes up data and schedule.
+"""Plan a stage: the order of its examples, its schedule, and the point where both start.
 
-It begins anew, or where its root stands in an earlier stage.
+A stage starts afresh. If rollback points hold the optimizer's state, it continues the data order
+and the schedule of the stage in which its root was saved.
 
 Example::
 
-    course = course_of(3, begun, known, fresh=order_of, carries=True)
-    course.order, course.steps_before
+    plan = plan_stage(3, starts, known, fresh=make_order, continues=True)
+    plan.order, plan.steps_before
 """
 
 from __future__ import annotations
@@ -18,49 +19,49 @@ from trainer.config.schema import Config
 from trainer.data.batches import DataOrder, SampledOrder
 from trainer.data.sampling import shares
 from trainer.data.schedule import Schedule, stage_schedule, uneven_schedule
-from trainer.training.replay import Known
+from trainer.training.replay import KnownEvaluation, StageStart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """How a stage begins."""
+class StagePlan:
+    """The data order of a stage, and its place in the schedule."""
 
     order: DataOrder | SampledOrder
     steps_before: int
     """Optimizer steps from the base to the stage's root that its schedule counts."""
 
 
-def course_of(
+def plan_stage(
     number: int,
-    begun: Mapping[int, tuple[Stage, str | None]],
-    known: Mapping[str, Known],
+    starts: Mapping[int, StageStart],
+    known: Mapping[str, KnownEvaluation],
     *,
     fresh: Callable[[Stage], DataOrder | SampledOrder],
-    carries: bool,
-) -> Course:
-    """Return the course of stage ``number``, of those that have ``begun`` with their roots.
+    continues: bool,
+) -> StagePlan:
+    """Return the plan of stage ``number``.
 
-    If stages carry their state on, it follows from the stage in which the root was made, and so on
-    down to the first one, which begins anew.
+    With ``continues`` it follows from the plan of the stage in which the root was saved, and so on
+    back to the first stage, which starts with the order that ``fresh`` makes.
     """
-    stage, root = begun[number]
-    if root is None or not carries:
-        return Course(order=fresh(stage), steps_before=0)
-    place = known[root]
-    earlier = course_of(place.stage, begun, known, fresh=fresh, carries=carries)
+    stage, root = starts[number].stage, starts[number].root
+    if root is None or not continues:
+        return StagePlan(order=fresh(stage), steps_before=0)
+    origin = known[root]
+    earlier = plan_stage(origin.stage, starts, known, fresh=fresh, continues=continues)
     if isinstance(earlier.order, SampledOrder):
-        raise ValueError("what is drawn by weights cannot be gone on with in another stage")
-    return Course(
-        order=earlier.order.continued(step=place.step, active=stage.active),
-        steps_before=earlier.steps_before + place.step,
+        raise ValueError("an order that is drawn by weights cannot continue in another stage")
+    return StagePlan(
+        order=earlier.order.continued(step=origin.step, active=stage.active),
+        steps_before=earlier.steps_before + origin.step,
     )
 
 
-def examples_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return how many examples of each sub-dataset an epoch of a stage has, at least one of each.
+def count_examples(config: Config, stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of examples of each sub-dataset in an epoch of a stage, at least one.
 
-    ``sizes`` are all examples of all sub-datasets. What ``data.sampling`` takes of each follows
-    from the whole mixture, so an exclusion does not change what the others have of an epoch.
+    ``sizes`` are the training examples of all sub-datasets. The share that ``data.sampling`` takes
+    of each follows from the whole mixture, so an exclusion does not change the other sub-datasets.
     """
     sampled = shares(sizes, config.data.sampling, config.data.temperature)
     return {
@@ -69,42 +70,42 @@ def examples_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> dict[
     }
 
 
-def fresh_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder | SampledOrder:
-    """Return the order of a stage that begins anew; one that looks ahead draws by weights."""
+def make_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder | SampledOrder:
+    """Return the data order of a stage that starts afresh; one with probes draws by weights."""
     if isinstance(stage.observe, LookAhead):
         return SampledOrder(
             seed=config.seed,
             stage=stage.number,
             sizes={name: sizes[name] for name in stage.trained},
-            counts=examples_of(config, stage, sizes),
+            counts=count_examples(config, stage, sizes),
             batch_size=config.train.batch_size,
         )
-    return _plain_order(config, stage, sizes)
+    return _make_plain_order(config, stage, sizes)
 
 
-def _plain_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder:
+def _make_plain_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder:
     return DataOrder.fresh(
         seed=config.seed,
         stage=stage.number,
         sizes={name: sizes[name] for name in stage.trained},
-        counts=examples_of(config, stage, sizes),
+        counts=count_examples(config, stage, sizes),
         limits=stage.limits,
         batch_size=config.train.batch_size,
     )
 
 
-def schedule_of(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Schedule:
+def make_schedule(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Schedule:
     """Return the steps and evaluations of a stage."""
     batch_size, eval_every = config.train.batch_size, config.evaluation.eval_every
     if stage.limits:
         return uneven_schedule(
-            _plain_order(config, stage, sizes).epoch_sizes(stage.epochs),
+            _make_plain_order(config, stage, sizes).epoch_sizes(stage.epochs),
             batch_size=batch_size,
             eval_every=eval_every,
             epochs=stage.epochs,
         )
     return stage_schedule(
-        examples=sum(examples_of(config, stage, sizes).values()),
+        examples=sum(count_examples(config, stage, sizes).values()),
         batch_size=batch_size,
         eval_every=eval_every,
         epochs=stage.epochs,

@@ -1,22 +1,23 @@
-"""Experiment trackers (``log_with``): what the journal records, sent on through Accelerate.
+"""Send journal records to experiment trackers (``log_with``) through Accelerate.
 
-A record is sent on once it is in the journal, by the main process alone, at the journal's step.
-That step never goes back for a tracker: a run that was killed repeats steps when it is resumed, and
-what the journal had of them before, void or not, was sent then and is not sent again. A tracker may
-lack the one record that was in the journal, but not yet sent, when the kill came.
+The main process sends a record after it was written to the journal, at the journal's step. The step
+never goes back for a tracker: a run that was killed repeats steps after a resume, and records that
+were sent before the kill, void or not, are not sent again. A tracker may lack the one record that
+was written but not yet sent when the kill came.
 
-A tracker that fails is left out from then on, with one warning; training goes on without it.
+A tracker that fails is dropped with one warning, and training continues without it.
 
 Example::
 
-    with tracking(config, records, warn=print) as told:     # records: those of an earlier process
-        told(journal.append("trained", step=10, loss=0.5))
+    with open_trackers(config, records) as send:    # records: those of earlier processes
+        send(journal.append("trained", step=10, loss=0.5))
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,48 +30,41 @@ from trainer.config.schema import Config
 from trainer.journal import Record
 
 DIRECTORY = "trackers"
-"""Where trackers that write files write them, in the run directory."""
+"""The folder in the run directory for trackers that write files."""
 
-Told = Callable[[Record], None]
-"""Gets each record that was written."""
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
-def tracking(
-    config: Config, records: Sequence[Record], *, warn: Callable[[str], None]
-) -> Iterator[Told]:
-    """Yield what sends new records to the configured trackers; ``records`` are all earlier ones.
-
-    ``warn`` gets one line for each tracker that fails.
-    """
-    trackers = _Trackers(config, warn)
+def open_trackers(config: Config, records: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
+    """Yield a function that sends a new record to the trackers; ``records`` are the earlier ones."""
+    trackers = _Trackers(config)
     for record in records:
-        trackers.pass_over(record)
+        trackers.mark_sent(record)
     try:
-        yield trackers.send if config.log_with else _ignore
+        yield trackers.send
     finally:
         trackers.finish()
 
 
 class _Trackers:
-    """The trackers of a run; they are started by the first record that is sent."""
+    """The trackers of a run; the first record that is sent starts them."""
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._warn = warn
         self._started: dict[str, Any] | None = None
         self._first: Record | None = None
         self._active: Sequence[str] = ()
         self._step = 0
         self._sent: dict[str, int] = {}
 
-    def pass_over(self, record: Record) -> int | None:
-        """Take note of a record; return its step if nothing of its kind was sent at it yet."""
+    def mark_sent(self, record: Record) -> int | None:
+        """Count a record as sent; return its step, or ``None`` if its kind was sent there before."""
         if self._first is None:
             self._first = record
         if record["event"] == "stage_started":
             self._active = record["active"]
-        # Some records have no step of their own: they are about the last one.
+        # Some records have no step of their own: they belong to the last one.
         step = record.get("step", self._step)
         kind = f"{record['event']} {record.get('what', '')}"
         is_new = step >= self._step and step > self._sent.get(kind, -1)
@@ -81,35 +75,41 @@ class _Trackers:
 
     def send(self, record: Record) -> None:
         """Send a record's values to all trackers."""
-        step = self.pass_over(record)
+        if not self._config.log_with:
+            return
+        step = self.mark_sent(record)
         if self._started is None:
-            self._start(begins=record is self._first)
+            self._start(is_new_run=record is self._first)
         names = () if self._first is None else self._first["sub_datasets"]
-        values = values_of(record, active=self._active, sub_datasets=names)
+        values = select_values(record, active=self._active, sub_datasets=names)
         if step is not None and values:
-            self._each(lambda tracker: tracker.log(values, step=step))
+            for name, tracker in list((self._started or {}).items()):
+                with self._drop_on_error(name):
+                    tracker.log(values, step=step)
 
     def finish(self) -> None:
-        """Let all trackers end."""
-        self._each(lambda tracker: tracker.finish())
+        """Close all trackers."""
+        for name, tracker in list((self._started or {}).items()):
+            with self._drop_on_error(name):
+                tracker.finish()
         self._started = {}
 
-    def _start(self, *, begins: bool) -> None:
+    def _start(self, *, is_new_run: bool) -> None:
         self._started = {}
-        settings = _flat(to_dict(self._config))
+        settings = _flatten(to_dict(self._config))
         for name in self._config.log_with:
-            with self._guarded(name):
-                tracker = self._make(name)
+            with self._drop_on_error(name):
+                tracker = self._make_tracker(name)
                 tracker.start()
                 self._started[name] = tracker
-                if begins:
+                if is_new_run:
                     tracker.store_init_configuration(settings)
 
-    def _make(self, name: str) -> Any:
-        """Return a tracker that goes on with what an earlier process of this run began."""
+    def _make_tracker(self, name: str) -> Any:
+        """Return a tracker that continues the record which an earlier process of the run began."""
         kind = LOGGER_TYPE_TO_CLASS[name]
         directory = Path(self._config.output_dir)
-        label = f"{directory.name}-{_digest(self._first or {})}"
+        label = f"{directory.name}-{_hash_start(self._first or {})}"
         continued: dict[str, dict[str, Any]] = {
             "wandb": {"id": label, "name": directory.name, "resume": "allow", "dir": directory},
             "trackio": {"name": label, "resume": "allow"},
@@ -119,31 +119,29 @@ class _Trackers:
             arguments = {**arguments, "logging_dir": str(directory / DIRECTORY)}
         return kind(self._config.log_project, **arguments)
 
-    def _each(self, act: Callable[[Any], None]) -> None:
-        for name, tracker in list((self._started or {}).items()):
-            with self._guarded(name):
-                act(tracker)
-
     @contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        """Leave a tracker out that fails."""
+    def _drop_on_error(self, name: str) -> Iterator[None]:
+        """Drop a tracker that fails, with a warning."""
         try:
             yield
-        except Exception as error:  # each tracker raises what it likes
+        except Exception as error:  # each tracker raises its own classes
             tracker = (self._started or {}).pop(name, None)
-            self._warn(
-                f"warning: the tracker {name!r} failed and is left out from here on; training goes "
-                f"on ({type(error).__name__}: {error})"
+            _log.warning(
+                "warning: the tracker %r failed and is dropped; training continues without it "
+                "(%s: %s)",
+                name,
+                type(error).__name__,
+                error,
             )
             with suppress(Exception):
                 if tracker is not None:
                     tracker.finish()
 
 
-def values_of(
+def select_values(
     record: Record, *, active: Sequence[str], sub_datasets: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, float]:
-    """Return what trackers are told of a record: tag → number; nothing of most events.
+    """Return the numbers of a record that trackers get, by tag; most events have none.
 
     ``active`` are the sub-datasets that are trained on, ``sub_datasets`` all of the mixture.
     """
@@ -170,21 +168,17 @@ def values_of(
     return {tag: float(value) for tag, value in values.items() if value is not None}
 
 
-def _flat(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a configuration by dotted keys, lists as JSON."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{at}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{at}{key}"] = json.dumps(value) if isinstance(value, list) else value
+            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
     return flat
 
 
-def _digest(first: Record) -> str:
-    """Return what tells runs apart that have a name in common: when they began."""
+def _hash_start(first: Record) -> str:
+    """Return a short hash of the time of a run's start, to tell runs of the same name apart."""
     return hashlib.blake2b(str(first.get("time")).encode(), digest_size=4).hexdigest()
-
-
-def _ignore(record: Record) -> None:
-    """Do nothing."""

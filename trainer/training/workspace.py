@@ -1,7 +1,7 @@
-"""What a run works with: its directory, model, data, journal and store, put together.
+"""Open a run: its directory, model, data, journal and store, as one ``Workspace``.
 
-Every process of a run has the model and the data. The main process alone writes: the others have no
-journal and no timeline, and get decisions and restored weights from it.
+Every process of a run has the model and the data. Only the main process writes: the other processes
+have no journal and no timeline, and receive decisions and restored weights from it.
 
 Example::
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,13 +25,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from msft_store import (
     Base,
     DiskBudget,
     KeepBest,
-    KeepLast,
     NotAStoreError,
     Policy,
     Resident,
@@ -50,14 +48,13 @@ from trainer.errors import RunError
 from trainer.journal import Journal, JournalQueue, Record, read
 from trainer.model.forward import compute_in
 from trainer.model.load import LoadedModel
-from trainer.model.lora import load_trained
+from trainer.model.lora import load_for_training
 from trainer.model.optim import make_optimizer
-from trainer.model.sharding import Shards, check_sharded, load_once, split
-from trainer.model.training_state import put_back, weights_alone
-from trainer.model.weights import Snapshots, weights_of
-from trainer.training.directory import JOURNAL, STORE, locked
-from trainer.training.preflight import check
-from trainer.training.trackers import tracking
+from trainer.model.sharding import Shards, check_sharded, load_weights_once, shard_model
+from trainer.model.weights import Snapshots
+from trainer.training.directory import JOURNAL, STORE, hold_lock
+from trainer.training.preflight import check_compatibility
+from trainer.training.trackers import open_trackers
 
 RESULT = "result"
 """The ref that points to a finished run's result."""
@@ -65,7 +62,7 @@ RESULT = "result"
 
 @dataclass(kw_only=True)
 class Workspace:
-    """An open run directory and all that training needs."""
+    """An open run directory and everything that training needs."""
 
     config: Config
     directory: Path
@@ -74,21 +71,21 @@ class Workspace:
     model: Any
     """The model as Accelerate prepared it."""
     snapshots: Snapshots
-    """Its weights as checkpoints hold them."""
+    """The model's weights in the form that checkpoints hold."""
     optimizer: Any
     mixture: Mixture
     journal: Journal | None
-    """``None`` in every process but the main one, like ``store``, ``base`` and ``timeline``."""
+    """``None`` in all but the main process, like ``store``, ``base`` and ``timeline``."""
     journal_queue: JournalQueue
-    """Through which everything is written to the journal."""
+    """Writes the journal's records in order."""
     store: Store | None
     base: Base | None
     timeline: Timeline | None
     shards: Shards | None
-    """Where no process has the whole model, how they commit and restore it together."""
+    """The parts of the model that processes hold; ``None`` if each process has the whole model."""
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write to the journal, in the main process, behind what waits for a commit."""
+        """Write to the journal, in the main process, after the records that wait for a commit."""
         self.journal_queue.add(event, **fields)
 
     @property
@@ -97,155 +94,58 @@ class Workspace:
         size = self.config.max_disk
         return None if size is None else to_bytes(size, self.loaded.full_bytes)
 
-    def limited(self, policy: Policy) -> Policy:
-        """Return a policy that also keeps within ``max_disk``."""
-        return policy if self.max_disk is None else policy | DiskBudget(self.max_disk)
+    @property
+    def train_sizes(self) -> dict[str, int]:
+        """Training examples by sub-dataset."""
+        return {name: len(sub.train.examples) for name, sub in self.mixture.items()}
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """The examples of each sub-dataset in an epoch, in the order of the configuration."""
+        data, sizes = self.config.data, self.train_sizes
+        sampled = shares(sizes, data.sampling, data.temperature)
+        order = [*self.config.data.sub_datasets, *sizes]
+        return {name: sizes[name] * sampled[name] for name in order if name in sizes}
 
     def split(self, name: str) -> dict[str, Sequence[Example]]:
         """Return the examples of ``train``, ``validation`` or ``test`` by sub-dataset."""
         splits = {key: getattr(sub, name) for key, sub in self.mixture.items()}
         return {key: split.examples for key, split in splits.items() if split is not None}
 
-    def resident(self) -> Resident | None:
-        """Return a copy of the weights as they are, for the timeline, where one is wanted."""
+    def limit_policy(self, policy: Policy) -> Policy:
+        """Return a retention policy that also stays within ``max_disk``."""
+        return policy if self.max_disk is None else policy | DiskBudget(self.max_disk)
+
+    def make_resident(self) -> Resident | None:
+        """Return a copy of the current weights as the timeline's reference, if configured."""
         return Resident(self.snapshots.take()) if self.config.resident_reference else None
-
-    @property
-    def proportions(self) -> dict[str, float]:
-        """The sub-datasets in the order of the configuration, and their examples in an epoch."""
-        data, sizes = self.config.data, self.train_sizes
-        sampled = shares(sizes, data.sampling, data.temperature)
-        order = [*self.config.data.sub_datasets, *sizes]
-        return {name: sizes[name] * sampled[name] for name in order if name in sizes}
-
-    @property
-    def train_sizes(self) -> dict[str, int]:
-        """Training examples by sub-dataset."""
-        return {name: len(sub.train.examples) for name, sub in self.mixture.items()}
-
-    def begin_stage(self, number: int, root: str | None, policy: Policy) -> None:
-        """Restore what stage ``number`` begins from (``None``: the base's weights).
-
-        The timeline has a branch for each stage. It rolls back to the root; where that was done
-        before a kill, it forgets what the stage has committed since.
-        """
-        whole = root is not None and self.config.restores_optimizer
-        tensors: dict[str, torch.Tensor] = {}
-        if self.timeline is not None and self.store is not None:
-            self.timeline.retention = self.limited(policy)
-            if root is None:
-                self.timeline.rewind(0)
-            elif self.timeline.branch < number - 1:
-                tensors = self._roll_back(self.timeline, root, whole=whole)
-            else:
-                self.timeline.rewind(1)
-                tensors = self._load(self.store, root, whole=whole)
-        self._take(tensors, root, whole=whole)
-
-    def restore(self, checkpoint: str) -> None:
-        """Restore what a checkpoint of this stage holds, in all processes; the stage goes on."""
-        whole = self.config.restores_optimizer
-        tensors = {} if self.store is None else self._load(self.store, checkpoint, whole=whole)
-        self._take(tensors, checkpoint, whole=whole)
-
-    def end_at(self, checkpoint: str) -> None:
-        """Restore the result's weights in all processes; nothing else is kept in the store.
-
-        It becomes the last root, so that restoring it needs nothing but the base.
-        """
-        if self.timeline is not None and self.store is not None:
-            if self.config.restores_optimizer:
-                checkpoint = weights_alone(self.store, checkpoint, name=RESULT)
-                self.timeline.retention = self.limited(KeepLast(1))
-            self.store.pin(checkpoint, RESULT)
-            self._roll_back(self.timeline, checkpoint, whole=False)
-        self._share_weights(checkpoint)
-
-    def _roll_back(
-        self, timeline: Timeline, checkpoint: str, *, whole: bool
-    ) -> dict[str, torch.Tensor]:
-        """Restore the model from a checkpoint; of a ``whole`` one, return all tensors instead."""
-        if whole:
-            # What it would renew is on the host, and the optimizer's too.
-            timeline.resident = None
-            tensors = timeline.rollback(checkpoint)
-            self.snapshots.put_back(tensors)
-            timeline.resident = self.resident()
-        else:
-            tensors = {}
-            room = self.snapshots.room()
-            timeline.rollback(
-                checkpoint, into=room if self.shards is None else self.shards.boxes(room)
-            )
-            self.snapshots.put_back(room)
-        done = timeline.last_commit
-        if done is not None:
-            sizes = {"disk_peak_bytes": done.peak_bytes, "disk_bytes": done.bytes}
-            self.record("rolled_back", checkpoint=checkpoint, **sizes)
-        return tensors
-
-    def _load(self, store: Store, checkpoint: str, *, whole: bool) -> dict[str, torch.Tensor]:
-        """Do the same without a new branch."""
-        if whole:
-            return store.load(checkpoint)
-        room = self.snapshots.room()
-        if self.shards is None:
-            store.load_into(room, checkpoint)
-        else:
-            store.load_boxes(checkpoint, self.shards.boxes(room))
-        self.snapshots.put_back(room)
-        return {}
-
-    def _take(
-        self, tensors: dict[str, torch.Tensor], checkpoint: str | None, *, whole: bool
-    ) -> None:
-        """Give all processes the main process's weights; of a ``whole`` checkpoint, the rest."""
-        if whole:
-            if tensors:
-                self.snapshots.put_back(tensors)
-            put_back(tensors, self.optimizer, self.accelerator)
-        self._share_weights(checkpoint)
-
-    def _share_weights(self, checkpoint: str | None) -> None:
-        """Give the main process's weights, or each one's part of a checkpoint, to all others."""
-        if self.shards is not None:
-            self.accelerator.wait_for_everyone()
-            if checkpoint is not None and self.store is None:
-                room = self.snapshots.room()
-                self.shards.load(checkpoint, room)
-                self.snapshots.put_back(room)
-        elif self.accelerator.num_processes > 1:
-            for tensor in weights_of(self.loaded.model).values():
-                broadcast(tensor)
 
 
 @contextmanager
-def open_workspace(
-    config: Config, *, warn: Callable[[str], None] = lambda line: None
-) -> Iterator[Workspace]:
-    """Lock the run directory, which has its ``config.yaml``, and put everything together.
+def open_workspace(config: Config) -> Iterator[Workspace]:
+    """Lock the run directory, which has its ``config.yaml``, and open everything in it.
 
-    A journal without a record, or none, is a run that never began: its store is made anew.
-    ``warn`` gets a line for people where something fails that training can do without.
+    A missing journal, or one without a record, belongs to a run that never began. Its store is
+    created again.
     """
     directory = Path(config.output_dir)
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     check_sharded(config, accelerator)
-    load_once()
-    with locked(directory, accelerator.is_main_process):
-        loaded = load_trained(config)
+    load_weights_once()
+    with hold_lock(directory, writes=accelerator.is_main_process):
+        loaded = load_for_training(config)
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
         )
-        check(config, loaded, mixture)
+        check_compatibility(config, loaded, mixture)
         if config.model.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.train.compute_dtype is not None:
             compute_in(config.train.compute_dtype, loaded.model, accelerator.device.type)
         model = loaded.model
         compute_dtype = config.train.compute_dtype
-        shards = split(accelerator, model, directory / STORE, compute_dtype=compute_dtype)
+        shards = shard_model(accelerator, model, directory / STORE, compute_dtype=compute_dtype)
         optimizer: Any = make_optimizer(config.train, model)
         if shards is None:
             model, optimizer = accelerator.prepare(model, optimizer)
@@ -271,21 +171,22 @@ def open_workspace(
         with Journal.open(directory / JOURNAL) as work.journal:
             _open_store(work)
             earlier = read(directory / JOURNAL)
-            with tracking(config, earlier, warn=warn) as told, _settled(work):
-                work.journal_queue = JournalQueue(work.journal, told)
+            with open_trackers(config, earlier) as send, _finish_commits(work):
+                work.journal_queue = JournalQueue(work.journal, send)
                 yield work
 
 
 @contextmanager
-def _settled(work: Workspace) -> Iterator[None]:
-    """At the end, wait for the commit under way and write what waits for it, after an error too.
+def _finish_commits(work: Workspace) -> Iterator[None]:
+    """At the end, wait for the commit in progress and write the records behind it.
 
-    Nothing may go on in the store once the directory's lock is given back.
+    This also happens after an error, because nothing may write to the store once the directory's
+    lock is released.
     """
     try:
         yield
     except BaseException:
-        # The error that is on its way says more than one that a commit may add.
+        # The error in flight explains more than a second one from a commit would.
         with suppress(Exception):
             work.journal_queue.settle()
         with suppress(Exception):
@@ -296,7 +197,7 @@ def _settled(work: Workspace) -> Iterator[None]:
 
 
 def start_record(work: Workspace) -> Record:
-    """Return the fields of ``run_started``."""
+    """Return the fields of the ``run_started`` record."""
     config, loaded = work.config, work.loaded
     schedule = stage_schedule(
         examples=sum(max(1, round(examples)) for examples in work.proportions.values()),
@@ -336,25 +237,26 @@ def start_record(work: Workspace) -> Record:
 
 
 def _open_store(work: Workspace) -> None:
+    """Open the store, or create it for a new run, with the model as its base."""
     path = work.directory / STORE
     if work.journal is None or work.journal.next_seq == 0:
         work.store = _new_store(path)
     else:
         work.store = Store.open(path)
     work.base = work.store.add_base(work.loaded.directory)
-    # The loop sets what a strategy needs before each commit; nothing is evicted until then.
-    policy = work.limited(KeepBest(OVERALL, mode=metric_mode(work.config)))
+    # The loop sets the strategy's policy before each commit, and nothing is evicted before that.
+    policy = work.limit_policy(KeepBest(OVERALL, mode=metric_mode(work.config)))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
-    # In the middle of a stage, nothing will be like it until the next roll-back renews it.
-    work.timeline.resident = work.resident()
+    # After a resume within a stage, this copy resembles no commit until the next roll-back renews it.
+    work.timeline.resident = work.make_resident()
 
 
 def _new_store(path: Path) -> Store:
-    """Create a store where a run that never began may have left one."""
+    """Create a store; delete an empty one that a run which never began has left."""
     if path.exists():
         try:
             checkpoints = Store.open(path).log()
-        except NotAStoreError:  # a kill came before it was one
+        except NotAStoreError:  # the process was killed while it created the store
             checkpoints = []
         if checkpoints:
             raise RunError(
@@ -366,19 +268,19 @@ def _new_store(path: Path) -> Store:
 
 
 def _prepare_process(config: Config) -> None:
-    """Set threads and repeatable kernels."""
+    """Set the number of threads and choose deterministic kernels."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # It would write to the memory of weights that a process is to have a part of only.
+        # Filling would touch the memory of whole weights of which a process keeps only a part.
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = False
 
 
 def quiet_libraries() -> None:
-    """Let libraries print errors only: their advice is for programmers, not for users of a run."""
+    """Silence the advice that libraries print for programmers; their errors are still printed."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from trainer.config.load import load_config
 from trainer.errors import ConfigError
 from trainer.journal import Journal, effective, read
 from trainer.model.evaluate import Evaluator
-from trainer.model.lora import load_trained
+from trainer.model.lora import load_for_training
 from trainer.model.weights import weights_of
 from trainer.report.flops import Account, ModelSize
 from trainer.report.summary import summarize
@@ -59,7 +59,7 @@ def records(at, event):
 def test_the_adapter_alone_is_trained_and_stored(config, finished):
     store = Store.open(finished / "store")
     names = set(store.tensors(store.get("result")))
-    assert names == set(weights_of(load_trained(config).model))
+    assert names == set(weights_of(load_for_training(config).model))
     assert all(".lora_" in name for name in names)
     (started,) = records(finished, "run_started")
     adapter = sum(t.nbytes for t in store.load("result").values())
@@ -74,7 +74,7 @@ def test_the_whole_store_is_smaller_than_the_base(config, finished):
 
 
 def test_the_base_is_as_it_was_until_the_end(config, monkeypatch):
-    before = load_trained(config).model.state_dict()
+    before = load_for_training(config).model.state_dict()
     frozen = [name for name in before if ".lora_" not in name]
     seen, call = [], Evaluator.__call__
 
@@ -108,12 +108,12 @@ def test_peft_loads_the_result_as_it_was_tested(config, finished):
 
 def test_a_fresh_adapter_follows_from_the_seed_alone(config):
     torch.manual_seed(1)
-    first = weights_of(load_trained(config).model)
+    first = weights_of(load_for_training(config).model)
     torch.manual_seed(2)
-    again = weights_of(load_trained(config).model)
-    other = weights_of(load_trained(replace(config, seed=1)).model)
+    again = weights_of(load_for_training(config).model)
+    other = weights_of(load_for_training(replace(config, seed=1)).model)
     state = torch.get_rng_state()
-    load_trained(config)
+    load_for_training(config)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -210,7 +210,7 @@ def test_a_section_that_cannot_work_is_refused(tmp_path, lora, words):
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "no module 'v_prj'; did you mean 'v_proj'"),
         ({"target_modules": ["norm"]}, "lora does not fit the model: .*not supported"),
-        ({"r": 64}, "lora.r is 64, but no layer that it is for has a rank above 32"),
+        ({"r": 64}, "lora.r is 64, but no target layer has a rank above 32"),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_model_is_refused(tmp_path, lora, words):
@@ -222,7 +222,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused(tmp_path, lora, words
 
 def test_targets_and_dtype_are_as_asked_for(tmp_path):
     config = make_config(tmp_path, lora={"r": 1, "target_modules": ["v_proj"], "dtype": "bfloat16"})
-    weights = weights_of(load_trained(config).model)
+    weights = weights_of(load_for_training(config).model)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in weights} == {"v_proj"}
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     (tmp_path / "again.yaml").write_text((tmp_path / "config.yaml").read_text())
@@ -233,4 +233,4 @@ def test_targets_and_dtype_are_as_asked_for(tmp_path):
 def test_without_peft_the_message_says_how_to_install_it(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'msft-store\[trainer,lora\]'"):
-        load_trained(config)
+        load_for_training(config)

@@ -72,7 +72,7 @@ def test_metrics_are_those_of_what_the_store_has(config, finished):
     chosen = records(finished, "decided")[-1]["checkpoint"]
     told = next(r for r in records(finished, "evaluated") if r["checkpoint"] == chosen)
     with open_workspace(replace(config, output_dir=str(finished))) as work:
-        work.snapshots.put_back(store.load("result"))
+        work.snapshots.restore(store.load("result"))
         evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator)
         again = {n: evaluator(work.model, work.split(n)).metrics for n in ("validation", "test")}
     (result,) = [r for r in records(finished, "tested") if r["what"] == "result"]
@@ -137,7 +137,7 @@ def test_an_error_in_an_evaluation_gives_the_weights_back():
 def test_exact_snapshots_are_the_weights_themselves():
     model = make_model()
     snapshots = Snapshots(model, None)
-    for tensors in (snapshots.take(), snapshots.room()):
+    for tensors in (snapshots.take(), snapshots.make_buffers()):
         places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         assert places == {name: t.data_ptr() for name, t in model.state_dict().items()}
 

@@ -101,7 +101,7 @@ def test_a_run_of_two_processes_that_was_killed_ends_as_one_that_was_not(
     assert codes[1 - killed] != 0
     if resume_every is not None:
         assert main(["resume", str(directory), "--quiet"]) == 1
-        assert "saved by 2 processes, and these are 1" in capfd.readouterr().err
+        assert "saved by 2 processes, but this run has 1" in capfd.readouterr().err
     assert together(lambda rank: main(["resume", str(directory), "--quiet"]), tmp_path) == {
         0: 0,
         1: 0,

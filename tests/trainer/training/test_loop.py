@@ -18,7 +18,7 @@ from trainer.data.schedule import stage_schedule
 from trainer.errors import RunError
 from trainer.journal import effective, read
 from trainer.model.optim import learning_rate
-from trainer.training.commits import retention
+from trainer.training.rollback_points import make_policy
 from trainer.training.directory import create_directory
 from trainer.training.run import start
 from trainer.training.steps import StageSteps
@@ -212,9 +212,9 @@ def test_learning_rates(schedule, expected):
 
 
 def test_retention_follows_what_the_strategy_needs():
-    assert retention(Needs(), "min") == KeepBest("overall", 1, mode="min")
+    assert make_policy(Needs(), "min") == KeepBest("overall", 1, mode="min")
     best = KeepBest("overall", 1, mode="max")
     champions = {"a": "max", "b": "max"}
-    assert retention(Needs(champions=("a", "b")), "max") == best | Champions(champions)
+    assert make_policy(Needs(champions=("a", "b")), "max") == best | Champions(champions)
     needs = Needs(champions=("a", "b"), peak_window=3)
-    assert retention(needs, "max") == best | PeakWindow(champions, 3)
+    assert make_policy(needs, "max") == best | PeakWindow(champions, 3)
