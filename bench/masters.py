@@ -24,10 +24,10 @@ from trainer.journal import read
 from trainer.model.weights import drop_tied, weights_of
 from trainer.report.summary import Summary, summarize
 from trainer.signals import Interrupts
-from trainer.training.rollback_points import make_policy
 from trainer.training.directory import JOURNAL, create_directory
 from trainer.training.loop import Loop
 from trainer.training.replay import replay
+from trainer.training.rollback_points import begin_stage, keep_only_result, make_policy
 from trainer.training.workspace import open_workspace, start_record
 
 
@@ -81,7 +81,9 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
     with open_workspace(config) as work, Interrupts() as interrupts:
         assert work.store is not None, "this is the main process"
         assert work.base is not None, "this is the main process"
-        size = sum(t.nbytes for t in rounded(drop_tied(weights_of(work.loaded.model)), dtype).values())
+        size = sum(
+            t.nbytes for t in rounded(drop_tied(weights_of(work.loaded.model)), dtype).values()
+        )
         work.loaded = replace(work.loaded, full_bytes=size)
         strategy = make_strategy(config, work.proportions)
         policy = make_policy(strategy.needs(), strategy.mode)
@@ -89,10 +91,10 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
             work.store, work.base, retention=policy, name=config.method, dtype=dtype
         )
         work.record("run_started", **start_record(work))
-        standing = replay([], strategy)
-        work.begin_stage(standing.stage.number, standing.root, policy)
-        stop = Loop(work, strategy, interrupts).run(standing)
-        work.end_at(stop.checkpoint)
+        state = replay([], strategy)
+        begin_stage(work, state.current, policy)
+        stop = Loop(work, strategy, interrupts).run(state)
+        keep_only_result(work, stop.checkpoint)
         work.record("finished", checkpoint=stop.checkpoint, model_dir=None)
         work.timeline.close()
     return summarize(read(work.directory / JOURNAL))

@@ -253,9 +253,7 @@ def _lengths(examples: Sequence[Example]) -> list[int]:
 
 
 def _progress(options: argparse.Namespace) -> dict[str, Any]:
-    if options.quiet:
-        return {}
-    return {"say": lambda line: tqdm.write(line, file=sys.stderr), "progress": True}
+    return {"progress": not options.quiet}
 
 
 def _print_summary(options: argparse.Namespace, summary: Summary) -> None:

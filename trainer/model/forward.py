@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -26,6 +26,8 @@ from trainer.data.examples import Example
 
 IGNORED = -100
 """The label of tokens without a loss."""
+
+_Cost = TypeVar("_Cost", bound="TokenCost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,13 @@ class TokenCost:
     attention_tokens: int = 0
     padded_tokens: int = 0
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self: _Cost, other: _Cost) -> _Cost:
         """Return the sum, field by field."""
         added = {name: value + getattr(other, name) for name, value in vars(self).items()}
         return type(self)(**added)
 
     @classmethod
-    def of_batch(cls, lengths: Sequence[int]) -> Self:
+    def of_batch(cls: type[_Cost], lengths: Sequence[int]) -> _Cost:
         """Return the cost of one pass over sequences that are padded to the longest one."""
         tokens = sum(lengths)
         return cls(

@@ -135,7 +135,9 @@ def _locate(path: str) -> Path:
         )
     try:
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-    except Exception as error:  # a missing model, no access and no network have classes of their own
+    except (
+        Exception
+    ) as error:  # a missing model, no access and no network have classes of their own
         raise ConfigError(
             f"model.path {path} is no directory, and it cannot be downloaded from the Hugging Face "
             f"hub: {_first_line(error)}"

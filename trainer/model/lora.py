@@ -126,8 +126,8 @@ def _find_targets(model: Any, lora: LoraConfig) -> list[str]:
     widest = max((min(module.weight.shape) for module in found), default=lora.r)
     if lora.r > widest:
         raise ConfigError(
-            f"lora.r is {lora.r}, but no target layer has a rank above {widest}: lower it, or train "
-            "all weights (lora: null)"
+            f"lora.r is {lora.r}, but no target layer has a rank above {widest}: lower it, or "
+            "train all weights (lora: null)"
         )
     return targets
 

@@ -161,7 +161,9 @@ class Shards:
         An error in one process is raised in all of them, because the others wait for its part. No
         gc deletes the parts while the main process is in this context.
         """
-        root = self.broadcast(None if timeline is None or timeline.root is None else timeline.root.id)
+        root = self.broadcast(
+            None if timeline is None or timeline.root is None else timeline.root.id
+        )
         if timeline is None:
             yield self._gather_parts(root, boxes)
             return

@@ -111,7 +111,7 @@ class Snapshots:
 
         This takes memory for a copy of all weights that are rounded.
         """
-        weights = unique(weights_of(self._model)).values()
+        weights = drop_tied(weights_of(self._model)).values()
         exact = [(tensor, tensor.clone()) for tensor in weights if self._is_wider(tensor)]
         with torch.no_grad():
             for tensor, _ in exact:

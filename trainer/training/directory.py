@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from msft_store import StoreError
 from trainer.config.load import dump
 from trainer.config.schema import Config
 from trainer.distributed import this_process
-from msft_store import StoreError
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.files import make_directory, write_atomic
 
@@ -78,8 +78,8 @@ def create_directory(config: Config) -> None:
     for name in (STORE, MODEL):
         if (directory / name).exists():
             raise RunError(
-                f"{directory / name} exists but belongs to no run, and a run would replace it: move "
-                "it away, or choose another output_dir"
+                f"{directory / name} exists but belongs to no run, and a run would replace it: "
+                "move it away, or choose another output_dir"
             )
     make_directory(directory)
     write_atomic(directory / CONFIG, dump(config).encode())

@@ -265,7 +265,7 @@ class Loop:
     def _handle_divergence(
         self, finding: NonFiniteNumber, steps: StageSteps, position: Position
     ) -> Skip | Stop:
-        """Ask the strategy about numbers that are not finite; if it skips, restore its checkpoint."""
+        """Ask the strategy about numbers that are not finite; on a skip, restore the checkpoint."""
         work, stage, answer = self._work, steps.stage, None
         if work.accelerator.is_main_process:
             # A checkpoint can only be restored once it is durable and its id is known.
@@ -292,7 +292,7 @@ class Loop:
         return decision
 
     def _reset_optimizer(self, *place: int) -> None:
-        """Reset the optimizer, and seed the generators from the run's seed and a place in the run."""
+        """Reset the optimizer, and seed the generators from the run's seed and a place in it."""
         words = np.random.SeedSequence([self._work.config.seed, *place]).generate_state(1)
         set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
         reset_optimizer(self._work.optimizer)
@@ -420,10 +420,10 @@ class Loop:
         work.record("resume_point", **place, bytes=size)
 
 
-def _log_decision(
-    evaluation: Evaluation, metrics: Mapping[str, float], decision: Decision
-) -> None:
-    text = f"stage {evaluation.stage}, epoch {evaluation.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
+def _log_decision(evaluation: Evaluation, metrics: Mapping[str, float], decision: Decision) -> None:
+    text = (
+        f"stage {evaluation.stage}, epoch {evaluation.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
+    )
     if not_finite := names_not_finite(metrics):
         text += f"; not finite: {', '.join(not_finite)}"
     _log.info("%s", text if isinstance(decision, Continue) else f"{text}; {decision.reason}")

@@ -121,7 +121,7 @@ class StageObserver:
 def probe_sub_datasets(
     work: Workspace, stage: Stage, *, step: int, lr: float, examples: int
 ) -> tuple[dict[str, float], TokenCost]:
-    """Return each sub-dataset's reward at a step of a stage, and the cost of one pass of each probe.
+    """Return each sub-dataset's reward at a step of a stage, and the cost of one pass each.
 
     A probe makes a forward and a backward pass, and one more forward pass. The reward is the mean
     over ``examples`` examples of 1 - L'/L, with L and L' an example's loss before and after a step

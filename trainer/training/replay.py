@@ -1,10 +1,10 @@
 """Replay a journal to find where a run stands.
 
-``where_to_resume`` chooses the last record that still counts, and ``replay`` feeds the records up to
-it to a fresh strategy. Records after the chosen one are void: their steps are trained again, so a
-run that was killed ends as if it had never been killed.
+``where_to_resume`` chooses the last record that still counts, and ``replay`` feeds the records up
+to it to a fresh strategy. Records after it are void: their steps are trained again, so a run that
+was killed ends as if it had never been killed.
 
-Invariant: a strategy that decides otherwise than the journal says is an error, never a new decision.
+Invariant: a strategy that decides otherwise than the journal says is an error.
 
 Example::
 
@@ -156,9 +156,7 @@ class RunState:
         return self.starts[max(self.starts)]
 
 
-def where_to_resume(
-    counted: Sequence[Record], point: ResumePoint | None
-) -> tuple[int, Origin]:
+def where_to_resume(counted: Sequence[Record], point: ResumePoint | None) -> tuple[int, Origin]:
     """Return the ``seq`` of the last record that still counts, and the origin of the resume.
 
     ``counted`` are the journal's effective records, which begin with ``run_started``.

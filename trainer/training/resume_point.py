@@ -92,7 +92,7 @@ def delete(work: Workspace) -> None:
 def save_file_atomic(
     path: Path, point: ResumePoint, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
 ) -> int:
-    """Replace the resume point file and return its size in bytes; ``rng`` is from ``gather_rng``."""
+    """Replace the resume point file and return its bytes; ``rng`` is from ``gather_rng``."""
     moments = optimizer_tensors(optimizer)
     tensors = {
         **{_WEIGHTS + name: tensor for name, tensor in drop_tied(weights_of(model)).items()},

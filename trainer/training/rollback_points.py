@@ -1,4 +1,4 @@
-"""Move a run's weights into its store and back: save rollback points, restore them, keep the result.
+"""Save the rollback points of a run, restore them, and keep its result.
 
 A rollback point is a checkpoint on the run's timeline. With ``msft.optimizer_on_rollback=restore``
 it also holds the optimizer's state and the random number generators. With ``async_save`` it is
@@ -9,7 +9,8 @@ and a timeline; the other processes receive restored weights from it, or load th
 
 Example::
 
-    pending = save_rollback_point(work, RollbackPoint(stage=1, step=40, epoch=0.25, metrics=metrics))
+    point = RollbackPoint(stage=1, step=40, epoch=0.25, metrics=metrics)
+    pending = save_rollback_point(work, point)
     work.journal_queue.add_later(pending.future, lambda: [("committed", pending.wait())])
     begin_stage(work, StageStart(stage=stage, root=checkpoint), policy)
 """
@@ -48,6 +49,7 @@ from trainer.model.training_state import (
 from trainer.model.weights import weights_of
 from trainer.training.replay import StageStart
 from trainer.training.workspace import RESULT, Workspace
+
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackPoint:
@@ -127,9 +129,7 @@ def _save_model(work: Workspace, point: RollbackPoint) -> Future[Checkpoint] | N
     return future
 
 
-def _save_parts(
-    work: Workspace, shards: Shards, point: RollbackPoint
-) -> Future[Checkpoint] | None:
+def _save_parts(work: Workspace, shards: Shards, point: RollbackPoint) -> Future[Checkpoint] | None:
     """Commit the parts of all processes; the checkpoint is durable when this returns."""
     future: Future[Checkpoint] = Future()
     with shards.encode_parts(work.timeline, shards.make_boxes(work.snapshots.take())) as parts:

@@ -99,8 +99,10 @@ class StageSteps:
         self._lr = self.lr(step)
         set_learning_rate(optimizer, self._lr)
         self._targets += targets
-        self._cost = sum(map(self._cost_of, batch), start=self._cost)
-        self._forward_cost = sum(map(self._cost_of, mastered), start=self._forward_cost)
+        for micro in batch:
+            self._cost += self._cost_of(micro)
+        for micro in mastered:
+            self._forward_cost += self._cost_of(micro)
         finding = not_finite({"training loss": loss, "gradient norm": self._grad_norm})
         if finding is None and batch:
             optimizer.step()
@@ -115,7 +117,7 @@ class StageSteps:
         )
 
     def epoch_at(self, index: int) -> float:
-        """Return the epoch of evaluation ``index`` of the stage; 0 is the evaluation of the root."""
+        """Return the epoch of an evaluation of the stage; index 0 is the evaluation of the root."""
         return self.schedule.epoch(self.schedule.evaluations[index - 1]) if index else 0.0
 
     def adjust(self, step: int, adjustment: Adjustment) -> None:
@@ -236,5 +238,5 @@ class StageSteps:
     def _reset_totals(self) -> None:
         self._losses = torch.zeros((), device=self._work.accelerator.device)
         self._lr, self._grad_norm, self._targets = 0.0, None, 0
-        self._cost = self._forward_cost = TokenCost()
+        self._cost, self._forward_cost = TokenCost(), TokenCost()
         self._began = time.monotonic()

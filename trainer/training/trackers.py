@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def open_trackers(config: Config, records: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """Yield a function that sends a new record to the trackers; ``records`` are the earlier ones."""
+    """Yield a function that sends a new record to the trackers; ``records`` are earlier ones."""
     trackers = _Trackers(config)
     for record in records:
         trackers.mark_sent(record)
@@ -59,7 +59,7 @@ class _Trackers:
         self._sent: dict[str, int] = {}
 
     def mark_sent(self, record: Record) -> int | None:
-        """Count a record as sent; return its step, or ``None`` if its kind was sent there before."""
+        """Count a record as sent; return its step, or ``None`` if its kind was sent there."""
         if self._first is None:
             self._first = record
         if record["event"] == "stage_started":

@@ -247,7 +247,7 @@ def _open_store(work: Workspace) -> None:
     # The loop sets the strategy's policy before each commit, and nothing is evicted before that.
     policy = work.limit_policy(KeepBest(OVERALL, mode=metric_mode(work.config)))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
-    # After a resume within a stage, this copy resembles no commit until the next roll-back renews it.
+    # After a resume within a stage, no commit resembles this copy until a roll-back renews it.
     work.timeline.resident = work.make_resident()
 
 

@@ -43,7 +43,7 @@ def ruin(monkeypatch):
         train = StageSteps.train
 
         def training(self, step):
-            place = (self._stage.number, step)
+            place = (self.stage.number, step)
             weight = next(self._work.loaded.model.parameters())
             if place in before:
                 weight.data.view(-1)[0] = math.nan
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_infinite_is_found_before_it_reaches_the_weights(conf
 
     def overflowing(self, batch, targets, losses):
         loss = backward(self, batch, targets, losses)
-        if self._stage.number == 1 and not found:
+        if self.stage.number == 1 and not found:
             found.append(True)
             next(self._work.loaded.model.parameters()).grad[0, 0] = math.inf
         return loss
@@ -178,7 +178,7 @@ def test_a_run_that_diverges_again_and_again_stops(config, ruin):
 
 @pytest.mark.parametrize("always", [False, True])
 def test_a_sub_dataset_that_is_not_finite_is_reported_and_decides_nothing(
-    config, monkeypatch, always
+    config, monkeypatch, caplog, always
 ):
     summarize = Evaluator._summarize
 
@@ -193,12 +193,13 @@ def test_a_sub_dataset_that_is_not_finite_is_reported_and_decides_nothing(
 
     calls = []
     monkeypatch.setattr(Evaluator, "_summarize", summarizing)
-    at, said = f"{config.output_dir}-one-{always}", []
+    at = f"{config.output_dir}-one-{always}"
     train = replace(config.train, on_divergence="stop")
-    start(replace(config, output_dir=at, train=train), say=said.append)
+    with caplog.at_level("INFO", logger="trainer"):
+        start(replace(config, output_dir=at, train=train))
     unsound = [r for r in records(at, "evaluated") if math.isnan(r["metrics"]["copy"])]
     assert not records(at, "diverged")
-    assert any("not finite: copy, overall" in line for line in said)
+    assert any("not finite: copy, overall" in line for line in caplog.messages)
     if not always:
         best = records(at, "finished")[0]["checkpoint"]
         chosen = {best, *(r["checkpoint"] for r in records(at, "decided"))}

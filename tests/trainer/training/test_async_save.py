@@ -101,7 +101,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     journal = Path(config.output_dir) / "journal.jsonl"
     settling, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, save_point = JournalQueue.settle, resume_point.save_point
+    settle, save_point = JournalQueue.settle, resume_point.save_file_atomic
 
     def committing(self, *arguments, **keywords):
         settling.clear()
@@ -125,7 +125,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
     monkeypatch.setattr(JournalQueue, "settle", settled)
-    monkeypatch.setattr(resume_point, "save_point", saving_point)
+    monkeypatch.setattr(resume_point, "save_file_atomic", saving_point)
     start(config)
     assert len(counted) > 10
     assert all(decided == evaluations for decided, evaluations in counted)

@@ -18,8 +18,8 @@ from trainer.data.schedule import stage_schedule
 from trainer.errors import RunError
 from trainer.journal import effective, read
 from trainer.model.optim import learning_rate
-from trainer.training.rollback_points import make_policy
 from trainer.training.directory import create_directory
+from trainer.training.rollback_points import make_policy
 from trainer.training.run import start
 from trainer.training.steps import StageSteps
 from trainer.training.workspace import open_workspace
@@ -182,7 +182,7 @@ def test_a_directory_in_use_is_refused(tmp_path):
     create_directory(config)
     with (
         open_workspace(config),
-        pytest.raises(RunError, match="another process is at work"),
+        pytest.raises(RunError, match="another process is running"),
         open_workspace(config),
     ):
         pass

@@ -93,19 +93,19 @@ def test_the_weights_of_the_sub_datasets_follow_the_rewards(method):
 
 
 def test_looking_ahead_leaves_no_trace(shared, tmp_path, monkeypatch):
-    look_ahead, looks = observe.look_ahead, []
+    probe, probes = observe.probe_sub_datasets, []
 
     def watched(work, stage, **arguments):
         before = state_of(work)
-        found = look_ahead(work, stage, **arguments)
+        found = probe(work, stage, **arguments)
         assert state_of(work) == before
-        looks.append(found)
+        probes.append(found)
         return found
 
-    monkeypatch.setattr(observe, "look_ahead", watched)
+    monkeypatch.setattr(observe, "probe_sub_datasets", watched)
     train = replace(shared.train, optimizer="adamw", weight_decay=0.1, max_grad_norm=1.0)
     start(replace(shared, method="dynamix", output_dir=str(tmp_path / "run"), train=train))
-    assert len(looks) == 5
+    assert len(probes) == 5
 
 
 def state_of(work):

@@ -27,9 +27,9 @@ from trainer.model.training_state import (
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, plan
 from trainer.training import loop, run
-from trainer.training.replay import Known
+from trainer.training.replay import KnownEvaluation, StageStart
 from trainer.training.run import start
-from trainer.training.stage import course_of
+from trainer.training.stage import plan_stage
 from trainer.training.steps import StageSteps
 
 NAMES = ("copy", "same", "sum")
@@ -98,15 +98,15 @@ def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(confi
     train, before = StageSteps.train, {}
 
     def training(self, step):
-        before[self._stage.number, step] = state_of(self._work)
+        before[self.stage.number, step] = state_of(self._work)
         finding = train(self, step)
-        lrs[self._stage.number, step] = self._lr
+        lrs[self.stage.number, step] = self._lr
         return finding
 
     lrs = {}
     monkeypatch.setattr(StageSteps, "train", training)
     monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
-    monkeypatch.setattr(loop, "retention", lambda *_: KeepLast(99))
+    monkeypatch.setattr(loop, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-again"
     start(replace(config, output_dir=at))
     stages = records(at, "stage_started")
@@ -130,12 +130,12 @@ def test_without_it_the_optimizer_begins_anew(config, monkeypatch):
     train, sizes = StageSteps.train, {}
 
     def training(self, step):
-        sizes[self._stage.number, step] = len(optimizer_tensors(self._work.optimizer))
+        sizes[self.stage.number, step] = len(optimizer_tensors(self._work.optimizer))
         return train(self, step)
 
     monkeypatch.setattr(StageSteps, "train", training)
     monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
-    monkeypatch.setattr(loop, "retention", lambda *_: KeepLast(99))
+    monkeypatch.setattr(loop, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-fresh"
     msft = replace(config.msft, optimizer_on_rollback="reset")
     start(replace(config, output_dir=at, msft=msft))
@@ -204,23 +204,24 @@ def test_generators_and_optimizer_come_back_to_the_bit():
     assert optimizer_tensors(optimizer) == {}
 
 
-def test_a_course_follows_the_roots_back_to_the_first_stage():
+def test_a_stage_plan_follows_the_roots_back_to_the_first_stage():
     def fresh(stage):
         sizes = dict.fromkeys(stage.active, 20)
         return DataOrder.fresh(seed=0, stage=stage.number, sizes=sizes, batch_size=8)
 
     def known(stage, step):
-        return Known(metrics={}, losses=None, stage=stage, step=step)
+        return KnownEvaluation(metrics={}, losses=None, stage=stage, step=step)
 
     stages = [
         Stage(number=number, active=active, epochs=1.0)
         for number, active in enumerate([("a", "b", "c"), ("a", "b"), ("b",)], start=1)
     ]
-    begun = {1: (stages[0], None), 2: (stages[1], "x"), 3: (stages[2], "y")}
+    roots = (None, "x", "y")
+    starts = {s.number: StageStart(stage=s, root=r) for s, r in zip(stages, roots, strict=True)}
     points = {"x": known(1, 3), "y": known(2, 2)}
-    course = course_of(3, begun, points, fresh=fresh, carries=True)
-    assert course.steps_before == 5
+    plan_of_third = plan_stage(3, starts, points, fresh=fresh, continues=True)
+    assert plan_of_third.steps_before == 5
     second = fresh(stages[0]).continued(step=3, active=["a", "b"])
-    assert course.order == second.continued(step=2, active=["b"])
-    anew = course_of(3, begun, points, fresh=fresh, carries=False)
-    assert (anew.order, anew.steps_before) == (fresh(stages[2]), 0)
+    assert plan_of_third.order == second.continued(step=2, active=["b"])
+    restarted = plan_stage(3, starts, points, fresh=fresh, continues=False)
+    assert (restarted.order, restarted.steps_before) == (fresh(stages[2]), 0)

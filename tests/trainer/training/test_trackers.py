@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -21,9 +22,9 @@ from trainer.config.checks import TRACKERS
 from trainer.errors import ConfigError
 from trainer.journal import effective, read
 from trainer.signals import Interrupted
-from trainer.training import run
+from trainer.training import loop, run
 from trainer.training.run import resume, start
-from trainer.training.trackers import values_of
+from trainer.training.trackers import select_values
 
 SPEED = "train/tokens_per_second"
 """Differs from run to run."""
@@ -110,31 +111,34 @@ def test_no_step_is_told_twice_or_goes_back_after_a_kill(config, whole, call, re
             assert points == expected[tag]
 
 
-def test_a_signal_and_a_resume_leave_no_step_twice(config):
-    def interrupt(line: str) -> None:
-        if "stage 1, epoch 1.0" in line:
+def test_a_signal_and_a_resume_leave_no_step_twice(config, monkeypatch, caplog):
+    def interrupt(record: logging.LogRecord) -> bool:
+        if "stage 1, epoch 1.0" in record.getMessage():
             os.kill(os.getpid(), signal.SIGTERM)
+        return True
 
     config = replace(config, resume_every=3)
-    with pytest.raises(Interrupted):
-        start(config, say=interrupt)
+    monkeypatch.setattr(loop._log, "filters", [interrupt])
+    with caplog.at_level("INFO", logger="trainer"), pytest.raises(Interrupted):
+        start(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "write_report", lambda directory: None)
     resume(config.output_dir)
     for points in logged(config).values():
         assert all(a < b for (a, _), (b, _) in itertools.pairwise(points))
 
 
-def test_a_tracker_that_cannot_start_is_one_warning(config):
+def test_a_tracker_that_cannot_start_is_one_warning(config, caplog):
     directory = Path(config.output_dir)
     directory.mkdir()
     (directory / "trackers").write_text("no directory")
-    said: list[str] = []
-    assert start(config, say=said.append).result is not None
-    (warning,) = (line for line in said if line.startswith("warning: "))
+    assert start(config).result is not None
+    (warning,) = (line for line in caplog.messages if line.startswith("warning: "))
     assert "'tensorboard' failed" in warning
     assert counted(config)[-1]["event"] == "finished"
 
 
-def test_a_tracker_that_fails_later_is_one_warning_and_is_left_out(config, monkeypatch):
+def test_a_tracker_that_fails_later_is_one_warning_and_is_left_out(config, monkeypatch, caplog):
     calls = itertools.count()
     log = TensorBoardTracker.log
 
@@ -144,9 +148,8 @@ def test_a_tracker_that_fails_later_is_one_warning_and_is_left_out(config, monke
         log(self, values, step=step, **kwargs)
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
-    said: list[str] = []
-    start(config, say=said.append)
-    (warning,) = (line for line in said if line.startswith("warning: "))
+    start(config)
+    (warning,) = (line for line in caplog.messages if line.startswith("warning: "))
     assert "OSError: the network is gone" in warning
     assert next(calls) == 5
     assert counted(config)[-1]["event"] == "finished"
@@ -182,7 +185,7 @@ def test_a_tracker_that_cannot_be_had_is_refused(tmp_path, names, words):
 def test_numbers_that_are_missing_are_not_told():
     record = {"event": "trained", "loss": math.nan, "lr": 0.1, "grad_norm": None, "epoch": 0.5}
     record |= {"tokens": 10, "seconds": 0.0, "stage": 2}
-    values = values_of(record, active=["a"], sub_datasets=["a", "b"])
+    values = select_values(record, active=["a"], sub_datasets=["a", "b"])
     assert math.isnan(values.pop("train/loss"))
     assert values == {
         "train/lr": 0.1,
@@ -190,4 +193,4 @@ def test_numbers_that_are_missing_are_not_told():
         "train/stage": 2,
         "train/active_sub_datasets": 1,
     }
-    assert values_of({"event": "paused", "step": 3}, active=[], sub_datasets=[]) == {}
+    assert select_values({"event": "paused", "step": 3}, active=[], sub_datasets=[]) == {}
