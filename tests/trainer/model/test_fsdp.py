@@ -16,7 +16,7 @@ from trainer.cli.main import main
 from trainer.distributed import this_process
 from trainer.journal import effective, read
 from trainer.model.forward import compute_in
-from trainer.model.sharding import Shards, split
+from trainer.model.sharding import Shards, shard_model
 from trainer.report.summary import summarize
 from trainer.training import run
 from trainer.training.steps import StageSteps
@@ -74,14 +74,14 @@ def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
     assert together(lambda rank: start(config, "whole"), tmp_path) == both
 
     def watching(rank):
-        boxes, seen = Shards.boxes, []
+        boxes, seen = Shards.make_boxes, []
 
         def watched(self, tensors):
             found = boxes(self, tensors)
             seen.append(sum(box.tensor.numel() for box in found))
             return found
 
-        Shards.boxes = watched
+        Shards.make_boxes = watched
         code = start(config, "sharded")
         (tmp_path / f"largest-{rank}").write_text(str(max(seen)))
         return code
@@ -186,7 +186,7 @@ def test_no_process_keeps_a_copy_of_the_layers_to_compute_in(tmp_path):
         this_process()
         model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
         compute_in("bfloat16", model, "cpu")
-        split(Accelerator(), model, tmp_path, compute_dtype="bfloat16")
+        shard_model(Accelerator(), model, tmp_path, compute_dtype="bfloat16")
         shapes = {
             shape for p in model.model.layers.parameters() for shape in (p.shape, p.shape[::-1])
         }
