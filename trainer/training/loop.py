@@ -92,17 +92,17 @@ class Loop:
         self._strategy = strategy
         self._interrupts = interrupts
         self._progress = progress and work.accelerator.is_main_process and sys.stderr.isatty()
-        self._together = RunProcesses(work.accelerator)
+        self._processes = RunProcesses(work.accelerator)
         # With several processes an evaluation cannot end early: a process that ends alone would
         # leave the others waiting for its share.
-        check = interrupts.check if self._together.is_one else None
+        check = interrupts.check if self._processes.is_one else None
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
         self._known: dict[str, KnownEvaluation] = {}
         self._starts: dict[int, StageStart] = {}
         self._names = Names()
-        self._observer = StageObserver(work, strategy, self._together)
+        self._observer = StageObserver(work, strategy, self._processes)
         self._sizes = work.train_sizes
         self._global_step = 0
         self._position: Position | None = None
@@ -139,7 +139,7 @@ class Loop:
         """Train one stage, from its root or from a position in it, and return the last decision."""
         stage = start.stage
         schedule = make_schedule(self._work.config, stage, self._sizes)
-        plan: StagePlan = self._together.share(self._plan_stage(stage.number))
+        plan: StagePlan = self._processes.share(self._plan_stage(stage.number))
         steps = StageSteps(
             self._work, stage, schedule, order=plan.order, steps_before=plan.steps_before
         )
@@ -284,7 +284,7 @@ class Loop:
             decided = describe_decision(answer)
             work.record("decided", **place, index=index, **decided, reason=answer.reason)
             _log.info("stage %d, epoch %.2f: %s", stage.number, divergence.epoch, answer.reason)
-        decision: Skip | Stop = self._together.share(answer)
+        decision: Skip | Stop = self._processes.share(answer)
         if isinstance(decision, Skip):
             restore_point(work, decision.checkpoint)
             if not work.config.restores_optimizer:
@@ -332,7 +332,7 @@ class Loop:
         ``result``, the metrics are known from an earlier evaluation.
         """
         if not self._work.accelerator.is_main_process or checkpoint is None:
-            shared: Decision = self._together.share(None)
+            shared: Decision = self._processes.share(None)
             return shared
         save = checkpoint if isinstance(checkpoint, PendingSave) else None
         durable = checkpoint if isinstance(checkpoint, str) else ""
@@ -377,7 +377,7 @@ class Loop:
         if not isinstance(decision, Continue):
             self._work.journal_queue.settle()
         _log_decision(evaluation, known.metrics, decision)
-        decided: Decision = self._together.share(self._names.resolve(decision))
+        decided: Decision = self._processes.share(self._names.resolve(decision))
         return decided
 
     def _make_known(self, result: Result, stage: int) -> KnownEvaluation:
@@ -392,7 +392,7 @@ class Loop:
     def _finish_step(self, steps: StageSteps, position: Position, *, is_last: bool) -> None:
         """Journal the totals that are due; on a signal, raise unless this step ``is_last``."""
         self._work.journal_queue.write_ready()
-        signalled = self._together.any_of(self._interrupts.number is not None) and not is_last
+        signalled = self._processes.any_of(self._interrupts.number is not None) and not is_last
         if signalled or is_last or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position)
         if signalled:

@@ -10,7 +10,7 @@ so that a resume feeds the strategy the same findings and gets the same answers.
 
 Example::
 
-    observer = StageObserver(work, strategy, together)
+    observer = StageObserver(work, strategy, processes)
     observer.begin_stage(steps, observations)
     if observer.is_due(step=position.step):
         observer.observe(position)
@@ -40,11 +40,11 @@ from trainer.training.workspace import Workspace
 class StageObserver:
     """Asks a strategy how a stage with ``observe`` continues."""
 
-    def __init__(self, work: Workspace, strategy: Strategy, together: RunProcesses) -> None:
+    def __init__(self, work: Workspace, strategy: Strategy, processes: RunProcesses) -> None:
         """Prepare; :meth:`begin_stage` follows for each stage."""
         self._work = work
         self._strategy = strategy
-        self._together = together
+        self._processes = processes
 
     def begin_stage(self, steps: StageSteps, observations: ObservationLog) -> None:
         """Begin a stage, or continue one with the observations that it has already made."""
@@ -84,7 +84,7 @@ class StageObserver:
                 **describe_adjustment(answer),
                 reason=answer.reason,
             )
-        adjustment: Adjustment = self._together.share(answer)
+        adjustment: Adjustment = self._processes.share(answer)
         self._steps.adjust(position.step, adjustment)
 
     def write_losses(self, position: Position) -> None:
