@@ -1,20 +1,15 @@
-"""Where one process of a run fails, all of them end, with its message.
+"""The processes of a distributed run: share decisions, and end all if one fails.
 
-The others may be waiting for its share of a computation, for ever. So in each process a thread
-looks for an alarm; on one it says why and ends the process at once, as a kill would, which a run
-survives. With one process there is nothing of all this.
+If a process fails, the others may wait for it forever in a collective operation. So a thread in
+each process polls for a failure, prints its message and ends the process at once; resume handles
+that like a kill. A run of one process starts no thread.
 
 Example::
 
     with FailureWatch():
         train()
-
-What the processes of a run tell each other: one decides, all act.
-
-Example::
-
     together = RunProcesses(accelerator)
-    decision = together.share(decision)             # the main process's, in every process
+    decision = together.share(decision)             # the main process's value in all
     if together.any_of(signalled): ...
 """
 
@@ -41,10 +36,10 @@ _T = TypeVar("_T")
 
 
 def this_process() -> PartialState:
-    """Return accelerate's view of the processes; on CPUs it must be told that there are several.
+    """Return accelerate's state of this process, and force CPU mode if there is no accelerator.
 
-    ``accelerate launch --use_fsdp`` has no option for it, and without it every process would take
-    itself for the only one.
+    ``accelerate launch --use_fsdp`` has no option for CPUs, and without it every process would
+    assume that it is the only one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -52,7 +47,7 @@ def this_process() -> PartialState:
 
 
 def is_alone(error: BaseException) -> bool:
-    """Return whether an error says that another process of the run has gone."""
+    """Return True if an error means that another process of the run has ended."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -61,10 +56,10 @@ def is_alone(error: BaseException) -> bool:
 def in_turns(
     items: Sequence[_T], accelerator: Accelerator, *, alike: bool
 ) -> Iterator[tuple[_T, bool]]:
-    """Yield this process's share of items, and whether each is its own.
+    """Yield this process's share of the items, each with True if it is its own.
 
-    ``alike``: every process gets as many, the last one maybe another's, for a model that they have
-    only together.
+    With ``alike`` every process gets equally many, if need be one of another process's items,
+    because a sharded model needs all processes in each forward pass.
     """
     count, rank = accelerator.num_processes, accelerator.process_index
     for item in items[rank::count]:
@@ -78,7 +73,7 @@ class RunProcesses:
     """The processes of a run."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        """Prepare; all processes then make the same calls in the same order."""
+        """Create it; all processes must make the same calls in the same order."""
         self._accelerator = accelerator
         self.is_one = accelerator.num_processes == 1
 
@@ -92,7 +87,7 @@ class RunProcesses:
         return shared[0]
 
     def any_of(self, flag: bool) -> bool:
-        """Return whether any process has the flag, the same in all of them."""
+        """Return True in all processes if the flag is set in any of them."""
         if self.is_one:
             return flag
         number = torch.tensor(float(flag), device=self._accelerator.device)
@@ -101,22 +96,22 @@ class RunProcesses:
 
 _FAILED, _ENDING = "failed", "ending"
 _EVERY = 0.2
-"""Seconds between two looks."""
+"""Seconds between two polls."""
 _PATIENCE = 10.0
-"""Seconds that a process which fails waits until the others know."""
+"""Seconds that a failed process waits for the others to see its failure."""
 
 
 class FailureWatch:
-    """Ends all processes of a run where an error leaves this context in one of them."""
+    """A context that ends all processes of a run if an error leaves it in one of them."""
 
     def __init__(self) -> None:
-        """Prepare; nothing happens before the context is entered."""
+        """Create it; the thread starts when the context is entered."""
         self._store: TCPStore | None = None
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="alarm", daemon=True)
 
     def __enter__(self) -> FailureWatch:
-        """Connect the processes; all of them must come here."""
+        """Connect the processes; all of them must enter the context."""
         state = this_process()
         if state.num_processes == 1:
             return self
@@ -137,7 +132,7 @@ class FailureWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ring where there is an error; a signal reaches all processes without."""
+        """Report an error to the others; a signal reaches all processes by itself."""
         if self._store is None:
             return
         self._over.set()
@@ -145,7 +140,7 @@ class FailureWatch:
         if error is None or isinstance(error, Interrupted):
             this_process().wait_for_everyone()
         else:
-            # Where the main process has gone already, there is nobody to tell.
+            # If the main process has ended, the store is gone and nobody needs the report.
             with suppress(RuntimeError):
                 self._ring(self._store, error)
 

@@ -1,4 +1,4 @@
-"""Files that are either there in full or not at all, and what to say when the disk is full.
+"""Write files atomically and durably, and report a full disk.
 
 Example::
 
@@ -38,7 +38,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def enough_space(what: str, path: Path, *, needed_bytes: int) -> Iterator[None]:
-    """Raise :class:`PausedError` with the bytes that are needed where the disk has not enough."""
+    """Raise :class:`PausedError` with the bytes that are needed if the disk is full."""
     try:
         yield
     except Exception as error:
@@ -52,7 +52,7 @@ def enough_space(what: str, path: Path, *, needed_bytes: int) -> Iterator[None]:
 
 
 def is_full(error: Exception) -> bool:
-    """Return whether an error says that the disk, or the quota on it, is full."""
+    """Return True if an error means that the disk or its quota is full."""
     # safetensors gives the system's error number only in words.
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
@@ -65,8 +65,8 @@ def make_directory(path: Path) -> None:
         if not path.parent.is_dir():
             make_directory(path.parent)
         path.mkdir(exist_ok=True)
-    # Also one that is there: who made it may have been killed. Not every directory that one may
-    # write to can be opened.
+    # Sync for an existing directory too, because its creator may have been killed before its sync.
+    # A parent that may not be read cannot be opened, hence the suppressed error.
     with suppress(PermissionError):
         sync(path.parent)
 

@@ -1,6 +1,6 @@
 """The journal of a run: one JSON object a line, only ever appended to.
 
-It is what resume, report and tables are derived from. Each record has ``seq`` (0, 1, 2, …),
+Resume, report and tables are derived from it. Each record has ``seq`` (0, 1, 2, …),
 ``time`` (seconds since 1970), ``event``, and where they apply ``step`` (optimizer steps since the
 run began, never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns
 once the line is on disk. Only the last line can be torn, by a crash while it was written; readers
@@ -61,22 +61,14 @@ passes of length², ``generated_tokens`` counts tokens that were generated one a
 ``generated_attention_tokens`` is the sum over these of the tokens they looked back on, and
 ``padded_tokens`` counts padding. Order at an evaluation: ``trained``, ``committed``, ``evaluated``,
 ``decided``. That order holds where a commit goes on beside the training, too: what comes after it
-waits for it (:mod:`trainer.journal`).
+waits for it in the :class:`JournalQueue`. Records that wait when a process dies are lost together
+with their steps, which resume repeats.
 
 Example::
 
     with Journal.open(run / "journal.jsonl") as journal:
         journal.append("stage_started", stage=1, root=root, active=["arith"], epochs=3.0)
     records = effective(read(run / "journal.jsonl"))
-
-The journal's records in order, while some of them wait for a commit that is under way.
-
-A record about a commit is written once the commit is durable, and what is recorded after it waits
-behind it. So a journal has the same records in the same order however long a commit takes; records
-that wait when a process dies are lost with the steps that they tell of, which resume does again.
-
-Example::
-
     journal_queue = JournalQueue(journal)
     journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result().id})])
     journal_queue.add("trained", step=1)           # waits behind it
@@ -258,30 +250,31 @@ _Waiting = tuple[Future[Any] | None, Callable[[], Iterable[Line]]]
 
 
 class JournalQueue:
-    """Writes a journal's records in the order in which they were added."""
+    """A queue that writes records in order, each after the commit that it describes."""
 
     def __init__(
         self, journal: Journal | None, told: Callable[[Record], None] = lambda record: None
     ) -> None:
-        """Without a journal nothing is written; ``told`` gets each record that was."""
+        """Create a queue; ``told`` gets each record that is written to the journal, if any."""
         self._journal = journal
         self._told = told
         self._waiting: deque[_Waiting] = deque()
 
     def add(self, event: str, **fields: Any) -> None:
-        """Write a record, behind those that wait."""
+        """Queue a record and write it once the records before it are written."""
         self.add_later(None, lambda: [(event, fields)])
 
     def add_later(self, future: Future[Any] | None, lines: Callable[[], Iterable[Line]]) -> None:
-        """Write the records that ``lines`` returns once ``future`` is done, at the earliest.
+        """Queue the records that ``lines`` returns; they are written after ``future`` is done.
 
-        ``lines`` is called once, when it is its turn, and may wait for ``future``.
+        ``lines`` is called once, after the records before it are written, and may wait for
+        ``future``.
         """
         self._waiting.append((future, lines))
         self.write_ready()
 
     def write_ready(self) -> None:
-        """Write what need not wait."""
+        """Write all records that do not wait for a commit."""
         while self._waiting:
             future, _ = self._waiting[0]
             if future is not None and not future.done():
@@ -289,9 +282,9 @@ class JournalQueue:
             self._write_next()
 
     def settle(self) -> None:
-        """Write everything, and wait for what it tells of.
+        """Wait for the pending commits and write all records.
 
-        An error of a commit is raised; nothing that was added after it is written.
+        If a commit failed, its error is raised and no later record is written.
         """
         while self._waiting:
             self._write_next()

@@ -19,7 +19,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: bool = True
-    """Whether the columns after the first hold numbers."""
+    """True if the columns after the first hold numbers."""
 
     def to_text(self) -> str:
         """Return the table with aligned columns."""

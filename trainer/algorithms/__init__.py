@@ -1,4 +1,4 @@
-"""The training methods, by name: they decide, the loop acts.
+"""Training methods by name: a strategy decides, the training loop acts.
 
 Example::
 
@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from trainer.algorithms.base import Mode, Strategy
+from trainer.algorithms.base import (
+    Adjustment,
+    Continue,
+    Decision,
+    Mode,
+    RollBack,
+    Skip,
+    Stage,
+    Stop,
+    Strategy,
+)
 from trainer.algorithms.continual import Continual
 from trainer.algorithms.divergence import DivergenceHandler, Method
 from trainer.algorithms.dynamix import Dynamix
@@ -22,13 +32,21 @@ from trainer.algorithms.single_rollout import SingleRollout
 from trainer.config.schema import Config, MsftConfig
 
 __all__ = [
+    "Adjustment",
     "Continual",
+    "Continue",
+    "Decision",
     "DivergenceHandler",
     "Dynamix",
     "Ies",
     "Msft",
+    "RollBack",
     "Sft",
     "SingleRollout",
+    "Skip",
+    "Stage",
+    "Stop",
+    "Strategy",
     "make_method",
     "make_strategy",
     "metric_mode",
@@ -42,16 +60,21 @@ def metric_mode(config: Config) -> Mode:
 
 
 def make_strategy(config: Config, sizes: Mapping[str, float]) -> Strategy:
-    """Return a fresh strategy for ``config.method`` and ``train.on_divergence``.
+    """Create the strategy for ``config.method`` and ``train.on_divergence``.
 
-    ``sizes`` are the sub-datasets with the proportions in which their examples come.
+    Args:
+        config: The run's configuration.
+        sizes: Sub-dataset → number of training examples, in any unit common to all.
+
+    Returns:
+        A strategy that has seen no evaluation.
     """
     max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
     return DivergenceHandler(make_method(config, sizes), max_skips=max_skips)
 
 
 def make_method(config: Config, sizes: Mapping[str, float]) -> Method:
-    """Return a fresh strategy for ``config.method`` that knows nothing of divergence."""
+    """Create the strategy for ``config.method``, without divergence handling."""
     names = tuple(config.data.sub_datasets)
     mode = metric_mode(config)
     budget = config.msft.compute_budget
@@ -81,7 +104,7 @@ def make_method(config: Config, sizes: Mapping[str, float]) -> Method:
 
 
 def peak_rule(config: MsftConfig) -> PeakRule:
-    """Return what counts as a peak."""
+    """Return the rule that finds peaks."""
     if config.peaks == "first_best":
         return PeakRule()
     return PeakRule(smoothing=config.smoothing, margin=config.margin, patience=config.patience)

@@ -1,8 +1,8 @@
-"""What a training method sees and what it may decide.
+"""The interface of a training method: its inputs, and the decisions that it returns.
 
-A :class:`Strategy` is told about evaluations and answers with one decision out of a closed set. It
-imports neither torch nor accelerate and does no I/O, so that every method can be tested on recorded
-curves, and a run can be resumed by telling a fresh strategy the recorded evaluations again.
+A :class:`Strategy` receives evaluations and returns one decision from a closed set. It imports
+neither torch nor accelerate and does no I/O. So every method can be tested on recorded curves, and
+a run is resumed by passing the recorded evaluations to a new strategy.
 
 Example::
 
@@ -26,52 +26,57 @@ Mode = Literal["max", "min"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleLosses:
-    """A stage that tells the strategy each example's loss after every epoch.
+    """A request for the loss of each training example after every epoch.
 
-    It may then name examples that are mastered; they get a forward pass, for their loss, and are
-    not trained on, until it names others after the next epoch.
+    The strategy may then name mastered examples. Until the next epoch ends, these get a forward
+    pass for their loss but are not trained on.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookAhead:
-    """A stage that tells the strategy what one step on each sub-dataset alone would bring.
+    """A request for the loss reduction of one trial step on each sub-dataset alone.
 
-    It answers with weights by which the next examples are drawn.
+    The strategy answers with the probabilities by which the next examples are drawn.
+
+    Attributes:
+        every: Optimizer steps between two look-aheads.
+        examples: Examples of each sub-dataset, drawn again for every look-ahead.
     """
 
     every: int
-    """Optimizer steps between two such looks."""
     examples: int
-    """Of each sub-dataset, drawn anew for every look."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One roll-out: what is trained on, and for how long."""
+    """One roll-out: the sub-datasets to train on and the number of epochs.
+
+    Attributes:
+        number: The stage's number, from 1.
+        active: The active sub-datasets, sorted by name.
+        epochs: The compute budget C (arXiv 2603.21606, section 3), in epochs of the active mixture.
+        shares: Excluded sub-dataset → share of its examples that each epoch still contains.
+        limits: Active sub-dataset → epoch from which the stage leaves it out.
+        observe: The observations that the strategy requests besides evaluations.
+    """
 
     number: int
-    """Counts from 1."""
     active: tuple[str, ...]
-    """The sub-datasets that are trained on, sorted by name."""
     epochs: float
-    """Compute budget C: epochs of what is trained on."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Sub-datasets that are not active and yet take part → share of their examples an epoch has."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """Active sub-dataset → epochs after which it is left out for the rest of the stage."""
     observe: ExampleLosses | LookAhead | None = None
-    """What the strategy is told besides evaluations."""
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The sub-datasets that take part, sorted by name."""
+        """Return all sub-datasets that the stage trains on, sorted by name."""
         return tuple(sorted({*self.active, *self.shares}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All sub-datasets evaluated at one optimizer step."""
+    """The metrics of all sub-datasets at one optimizer step."""
 
     stage: int
     index: int
@@ -81,18 +86,18 @@ class Evaluation:
     step: int
     """Optimizer steps since the run began; never goes back."""
     checkpoint: str
-    """What a decision calls the checkpoint that holds these weights; see :class:`Names`."""
+    """The name by which decisions refer to the checkpoint of these weights; see :class:`Names`."""
     metrics: Mapping[str, float]
     """Sub-dataset → metric, excluded ones too, and ``OVERALL``."""
     last: bool
-    """Whether the stage's budget is used up."""
+    """True if the stage's compute budget is used up."""
     errors: Mapping[str, float] = field(default_factory=dict)
-    """Sub-dataset → standard error of its metric over its examples, where it is known."""
+    """Sub-dataset → standard error of its metric over its examples, if known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a stage with ``observe`` has found."""
+    """The observation of a stage with ``observe``."""
 
     stage: int
     step: int
@@ -100,48 +105,60 @@ class Observation:
     epoch: float
     """Epochs of the stage."""
     values: Mapping[str, Sequence[float]]
-    """Sub-dataset → mean token loss of each training example in the epoch that has ended; or,
-    of a look ahead, one number: the mean over its examples of the share of the loss that one step
-    takes away."""
+    """Sub-dataset → mean token loss of each training example in the epoch that has ended. For a
+    look-ahead: one number, the mean relative loss reduction of one step over its examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustment:
-    """What follows an observation: the weights or the mastered examples replace those before."""
+    """Replace the sampling weights or the mastered examples, after an observation.
+
+    Attributes:
+        reason: The reason, for the journal.
+        weights: Sub-dataset → probability that an example is drawn from it; empty for the
+            proportions of the data.
+        mastered: Sub-dataset → indices of the training examples that are not trained on.
+    """
 
     reason: str
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Sub-dataset → probability that an example is drawn from it; empty: as the data come."""
     mastered: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Sub-dataset → places of the training examples that are not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """A number that is not finite, so that training on from here is in vain."""
+    """A number that is not finite, after which further training is useless."""
 
     stage: int
     epoch: float
     step: int
-    """Optimizer steps since the run began, the one that failed included."""
+    """Optimizer steps since the run began, including the one that failed."""
     what: str
-    """Whose number it is, as in ``training loss``."""
+    """The quantity, as in ``training loss``."""
     value: str
     """``nan``, ``inf`` or ``-inf``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """Train on."""
+    """Continue the stage.
+
+    Attributes:
+        reason: The reason, for the journal.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollBack:
-    """Restore ``checkpoint``, exclude sub-datasets, and begin ``stage`` from there.
+    """Restore a checkpoint, exclude sub-datasets and begin the next stage.
 
-    Where no sub-dataset peaked, ``checkpoint`` is the end of the roll-out and ``exclude`` is empty.
+    Attributes:
+        checkpoint: Name of the checkpoint; the end of the roll-out if no sub-dataset peaked.
+        exclude: Sub-datasets to exclude; empty if none peaked.
+        stage: The stage that begins from the checkpoint.
+        reason: The reason, for the journal.
     """
 
     checkpoint: str
@@ -152,9 +169,11 @@ class RollBack:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """Restore ``checkpoint``, of the last evaluation, and train the stage on from where it is.
+    """Restore the last evaluation's checkpoint and skip the batches since then.
 
-    The batches since that evaluation are not trained on again.
+    Attributes:
+        checkpoint: Name of the checkpoint of the last evaluation.
+        reason: The reason, for the journal.
     """
 
     checkpoint: str
@@ -163,7 +182,13 @@ class Skip:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """The run is over; ``checkpoint`` is its result."""
+    """End the run.
+
+    Attributes:
+        checkpoint: Name of the checkpoint that is the run's result.
+        exclude: Sub-datasets that the last stage excludes.
+        reason: The reason, for the journal.
+    """
 
     checkpoint: str
     exclude: tuple[str, ...] = ()
@@ -175,32 +200,32 @@ AnyDecision = TypeVar("AnyDecision", bound=Decision)
 
 
 class Names:
-    """What strategies call checkpoints.
+    """The names that strategies use for checkpoints.
 
-    The id of a checkpoint follows from its content and is not known while it is still being
-    committed. So a strategy is told a name, always the same for the same checkpoint, and the names
-    in its decisions are turned into ids where they are needed.
+    A checkpoint's id is a hash of its content and is unknown while the checkpoint is being
+    committed. So strategies receive a name, always the same one for the same checkpoint, and
+    :meth:`resolve` replaces the name in a decision by the id.
     """
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Start without names."""
         self._ids: dict[str, str] = {}
 
     def name(self, checkpoint: str, *, stage: int, index: int) -> str:
-        """Return a checkpoint's name; one whose id is not known is named by its evaluation."""
+        """Return a checkpoint's name; an unknown checkpoint is named after its evaluation."""
         known = (name for name, identity in self._ids.items() if identity == checkpoint)
         return next(known, f"{stage}.{index}")
 
     def add(self, name: str, checkpoint: str) -> None:
-        """Say which checkpoint id a name stands for."""
+        """Record the checkpoint id of a name."""
         self._ids[name] = checkpoint
 
     def ids(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the checkpoint ids that names stand for, as far as they are known."""
+        """Return the known checkpoint ids of the names."""
         return frozenset(self._ids[name] for name in names if name in self._ids)
 
     def resolve(self, decision: AnyDecision) -> AnyDecision:
-        """Return a decision with the id of the checkpoint that it names."""
+        """Return the decision with the checkpoint's name replaced by its id."""
         if isinstance(decision, Continue):
             return decision
         name = decision.checkpoint
@@ -209,37 +234,67 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Which checkpoints a strategy may still ask for; the loop turns it into a retention policy."""
+    """The checkpoints that a strategy may still use; the loop makes a retention policy of them."""
 
     champions: tuple[str, ...] = ()
-    """Sub-datasets whose first best checkpoint of the current stage is needed."""
+    """Sub-datasets whose first best checkpoint of the current stage must be kept."""
     peak_window: int | None = None
     """Evaluations after which an unbeaten champion's peak has passed; ``None``: never."""
     best: tuple[str, ...] = (OVERALL,)
-    """Metrics whose best checkpoint of the whole run is needed."""
+    """Metrics whose best checkpoint of the whole run must be kept."""
     newest: bool = False
-    """Whether the checkpoint of the last evaluation is needed, too."""
+    """True if the checkpoint of the last evaluation must be kept, too."""
     checkpoints: tuple[str, ...] = ()
-    """Others that are needed, by name."""
+    """Names of further checkpoints that must be kept."""
 
 
 class Strategy(Protocol):
-    """A training method."""
+    """A training method.
+
+    Its state follows from the calls alone: a new instance that gets the same calls again returns
+    the same decisions.
+
+    Attributes:
+        mode: The direction in which the metric improves.
+    """
 
     mode: Mode
-    """The direction in which the metric improves."""
 
     def first_stage(self) -> Stage:
-        """Return what the run begins with."""
+        """Return the first stage of the run."""
 
     def needs(self) -> Needs:
-        """Return what must be kept now; it may change with every decision."""
+        """Return the checkpoints to keep now; they may change with every decision."""
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Decide what follows an evaluation; ``Continue`` never follows one that is ``last``."""
+        """Decide how the run continues after an evaluation.
+
+        Args:
+            evaluation: The evaluation; index 0 is the stage's root.
+
+        Returns:
+            A decision; never ``Continue`` if ``evaluation.last`` is true.
+
+        Raises:
+            ValueError: If the evaluation does not follow the one before.
+        """
 
     def on_observation(self, observation: Observation) -> Adjustment:
-        """Decide how a stage with ``observe`` goes on."""
+        """Adjust a stage with ``observe``.
+
+        Args:
+            observation: The observation that the stage requested.
+
+        Raises:
+            ValueError: If the method requests no observations.
+        """
 
     def on_divergence(self, divergence: Divergence) -> Skip | Stop:
-        """Decide what follows a divergence; an evaluation of the stage came before it."""
+        """Decide how the run continues after a divergence.
+
+        Args:
+            divergence: The number that is not finite.
+
+        Raises:
+            ValueError: If there was no evaluation before.
+        """

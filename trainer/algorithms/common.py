@@ -1,4 +1,4 @@
-"""What the strategies share: the best overall checkpoint, and checks of what they are told.
+"""Parts that the strategies share: the best overall checkpoint and the check of the order.
 
 Example::
 
@@ -15,26 +15,26 @@ from trainer.config.schema import OVERALL
 
 
 class BestOverall:
-    """The first best overall evaluation of all that were added."""
+    """The first evaluation with the best overall metric."""
 
     def __init__(self, mode: Mode) -> None:
-        """Begin with none."""
+        """Start without an evaluation."""
         self._mode: Mode = mode
         self._best: Evaluation | None = None
 
     @property
     def found(self) -> bool:
-        """Whether there is a best one yet."""
+        """Return True if any evaluation had a finite overall metric."""
         return self._best is not None
 
     def add(self, evaluation: Evaluation) -> None:
-        """Take an evaluation into account."""
+        """Add an evaluation."""
         best = None if self._best is None else self._best.metrics[OVERALL]
         if is_better(evaluation.metrics[OVERALL], best, self._mode):
             self._best = evaluation
 
     def result(self, *, otherwise: Evaluation) -> tuple[str, str]:
-        """Return a checkpoint and why: the best, or ``otherwise`` where no overall was finite."""
+        """Return the best checkpoint, or else that of ``otherwise``, and the reason."""
         best = self._best
         if best is None:
             return (
@@ -50,15 +50,15 @@ class BestOverall:
 
 
 class Unobserved:
-    """A method that is told of evaluations alone."""
+    """A base class for methods that request no observations."""
 
     def on_observation(self, observation: Observation) -> Adjustment:
-        """Raise ``ValueError``: it has asked for none."""
+        """Raise ``ValueError``, because this method requests no observations."""
         raise ValueError(f"stage {observation.stage} is not observed")
 
 
 def check_order(evaluation: Evaluation, *, stage: Stage, index: int, over: bool) -> None:
-    """Raise ``ValueError`` where an evaluation does not follow the one before."""
+    """Raise ``ValueError`` if an evaluation does not follow the one before."""
     if over:
         raise ValueError("the run is over, no evaluation can follow")
     if (evaluation.stage, evaluation.index) != (stage.number, index):

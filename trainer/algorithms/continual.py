@@ -1,9 +1,8 @@
 """Continual fine-tuning: one sub-dataset after the other, each for the compute budget.
 
-The MSFT paper (arXiv 2603.21606) compares itself with it and gives no details; this is our reading.
-The sub-datasets come in a given order, each in a stage of its own that begins where the one before
-ended, with a fresh optimizer as in MSFT's stages. The result is the first best overall checkpoint
-of the whole run, as with every method here.
+A baseline of the MSFT paper (arXiv 2603.21606), which gives no details; this is our reading. Each
+sub-dataset has its own stage, in the given order. A stage begins at the end of the one before, with
+a fresh optimizer as in MSFT. The result is the first best overall checkpoint of the whole run.
 
 Example::
 
@@ -29,10 +28,19 @@ from trainer.algorithms.common import BestOverall, Unobserved, check_order
 
 
 class Continual(Unobserved):
-    """The continual strategy."""
+    """Train on one sub-dataset after the other.
+
+    Args:
+        sub_datasets: The sub-datasets in training order.
+        mode: The direction in which the metric improves.
+        compute_budget: Epochs of each sub-dataset.
+
+    Raises:
+        ValueError: If there is no sub-dataset.
+    """
 
     def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
-        """Begin a run over ``sub_datasets`` in their order, ``compute_budget`` epochs of each."""
+        """Start a run; see the class."""
         self._names = tuple(sub_datasets)
         if not self._names:
             raise ValueError("no sub-dataset to train on")
@@ -48,11 +56,11 @@ class Continual(Unobserved):
         return self._first
 
     def needs(self) -> Needs:
-        """Return the best overall, and the newest: a stage's end is its successor's root."""
+        """Return the best overall and the newest, which may become the next stage's root."""
         return Needs(newest=True)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Continue to the end of the stage, then take the next sub-dataset."""
+        """Continue to the end of the stage, then begin that of the next sub-dataset."""
         check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
         self._count += 1
         self._best.add(evaluation)

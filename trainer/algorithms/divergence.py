@@ -1,19 +1,12 @@
-"""Numbers that are not finite, where training and evaluation find them.
+"""Divergence: find numbers that are not finite, then skip the batches or stop the run.
+
+A deterministic run that rolls back and repeats its steps diverges again. So it rolls back to the
+last evaluation and skips the batches since then (as PaLM did, arXiv 2204.02311, section 5.1). After
+``max_skips`` skips the run stops with the best checkpoint so far.
 
 Example::
 
-    finding = not_finite({"training loss": loss, "gradient norm": norm})
-
-What a method does when training diverges: stop with the best so far, or go back and skip.
-
-A deterministic run that goes back and repeats its steps diverges again. So it goes back to the last
-evaluation, which was sound, and leaves out the batches since then (as was done for PaLM, arXiv
-2204.02311). Where that does not help a few times, the run stops.
-
-Like the methods that it guards, this decides from what it is told and nothing else.
-
-Example::
-
+    not_finite({"training loss": loss, "gradient norm": norm})      # None if all are finite
     strategy = DivergenceHandler(Msft(...), max_skips=3)
     strategy.on_divergence(Divergence(...))         # Skip(...), after the third one Stop(...)
 """
@@ -41,31 +34,36 @@ from trainer.algorithms.base import (
 
 
 class Method(Protocol):
-    """A training method that knows nothing of divergence."""
+    """A training method without divergence handling."""
 
     mode: Mode
 
     def first_stage(self) -> Stage:
-        """Return what the run begins with."""
+        """Return the first stage of the run."""
 
     def needs(self) -> Needs:
-        """Return what must be kept now."""
+        """Return the checkpoints to keep now."""
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Decide what follows an evaluation."""
+        """Decide how the run continues after an evaluation."""
 
     def on_observation(self, observation: Observation) -> Adjustment:
-        """Decide how a stage that is observed goes on."""
+        """Adjust a stage with ``observe``."""
 
     def end(self, *, why: str) -> Stop:
-        """Stop where an evaluation of the stage has been decided on, with the best so far."""
+        """Stop with the best so far, after an evaluation of the stage."""
 
 
 class DivergenceHandler:
-    """A method, and what to do when training diverges."""
+    """A strategy that adds divergence handling to a method.
+
+    Args:
+        method: A method that has seen no evaluation.
+        max_skips: Times that the whole run may skip batches; 0 to stop at once.
+    """
 
     def __init__(self, method: Method, *, max_skips: int) -> None:
-        """Guard a fresh ``method``; it goes back at most ``max_skips`` times in the whole run."""
+        """Start a run; see the class."""
         self.mode: Mode = method.mode
         self._method = method
         self._max_skips = max_skips
@@ -74,13 +72,13 @@ class DivergenceHandler:
         self._is_leaving = self._is_over = False
 
     def first_stage(self) -> Stage:
-        """Return the method's."""
+        """Return the method's first stage."""
         return self._method.first_stage()
 
     def needs(self) -> Needs:
-        """Return what the method needs, and the last evaluation while it may be gone back to."""
+        """Return the method's needs, and the newest while the run may roll back to it."""
         needs = self._method.needs()
-        # A roll-back's target is kept as the root; what came after it is of no use.
+        # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self._max_skips and not (self._is_leaving or self._is_over)
         return replace(needs, newest=True) if may_skip else needs
 
@@ -97,7 +95,7 @@ class DivergenceHandler:
         return self._method.on_observation(observation)
 
     def on_divergence(self, divergence: Divergence) -> Skip | Stop:
-        """Skip, or stop where the run may not skip (any more)."""
+        """Skip the batches since the last evaluation, or stop if no skips are left."""
         last = self._last
         if last is None:
             raise ValueError("nothing was evaluated, so there is nothing to go back to")
@@ -121,13 +119,13 @@ class NonFiniteNumber:
     """A number that is not finite."""
 
     what: str
-    """Whose number it is."""
+    """The quantity."""
     value: str
     """``nan``, ``inf`` or ``-inf``."""
 
 
 def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber | None:
-    """Return the first number that is not finite, by what it is called; ``None`` counts as one."""
+    """Return the first number that is not finite; ``None`` counts as finite."""
     for what, number in numbers.items():
         value = 0.0 if number is None else float(number)
         if not math.isfinite(value):
@@ -136,10 +134,10 @@ def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber |
 
 
 def ruined(losses: Mapping[str, float]) -> NonFiniteNumber | None:
-    """Say whether weights that have these losses on the sub-datasets are of no use at all.
+    """Return a number that is not finite if the losses of all sub-datasets are so.
 
-    A loss that is not finite here or there may lie in the examples; if all are so, it is the
-    weights.
+    Single losses that are not finite may be due to the examples; if all are, the weights are
+    unusable.
     """
     if any(math.isfinite(loss) for loss in losses.values()):
         return None
@@ -147,5 +145,5 @@ def ruined(losses: Mapping[str, float]) -> NonFiniteNumber | None:
 
 
 def names_not_finite(metrics: Mapping[str, float]) -> list[str]:
-    """Return the names of metrics that can never be a best one, sorted."""
+    """Return the names of the metrics that are not finite, sorted."""
     return sorted(name for name, value in metrics.items() if not math.isfinite(value))

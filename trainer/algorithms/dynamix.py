@@ -1,8 +1,8 @@
-"""DynamixSFT: a bandit that draws more from sub-datasets on which a step brings more.
+"""DynamixSFT: a bandit that samples more from sub-datasets on which a step reduces the loss more.
 
 After Shin et al., 2025 (arXiv 2508.12116). Every T steps the loop tries one optimizer step on a
-mini-batch of each sub-dataset alone, and undoes it. The reward of sub-dataset k is the mean share
-of its loss that the step took away, scaled over the sub-datasets to [0, 1]. Then
+mini-batch of each sub-dataset alone, and undoes it. The reward of sub-dataset k is the mean
+relative reduction of its loss, scaled over the sub-datasets to [0, 1]. Then
 Q_k ← alpha Q_k + (1 - alpha) r_k, and examples are drawn with probability
 
     p_k = (1 - gamma) exp(beta Q_k) p0_k / Σ_j exp(beta Q_j) p0_j + gamma / K
@@ -24,7 +24,18 @@ from trainer.algorithms.sft import Sft
 
 
 class Dynamix(Sft):
-    """The DynamixSFT strategy."""
+    """Sample by a bandit over sub-datasets (arXiv 2508.12116).
+
+    Args:
+        sub_datasets: Sub-dataset → number of its examples, in any unit common to all.
+        mode: The direction in which the metric improves.
+        compute_budget: Epochs of the mixture.
+        gamma: Probability mass that is spread evenly over the sub-datasets.
+        alpha: Weight of the past in a sub-dataset's value.
+        beta: Inverse temperature of the softmax over values.
+        every: T, optimizer steps between two look-aheads.
+        examples: Examples of each sub-dataset in a look-ahead.
+    """
 
     def __init__(
         self,
@@ -38,7 +49,7 @@ class Dynamix(Sft):
         every: int = 50,
         examples: int = 16,
     ) -> None:
-        """Begin a run; ``sub_datasets`` have their examples, in any unit; ``every`` is T."""
+        """Start a run; see the class."""
         super().__init__(
             sub_datasets=sub_datasets,
             mode=mode,
@@ -51,7 +62,7 @@ class Dynamix(Sft):
         self._gamma, self._alpha, self._beta = gamma, alpha, beta
 
     def on_observation(self, observation: Observation) -> Adjustment:
-        """Return the probabilities that the rewards lead to."""
+        """Update the values from the rewards and return the new probabilities."""
         rewards = scaled({name: observation.values[name][0] for name in self._prior})
         for name, reward in rewards.items():
             self._values[name] = self._alpha * self._values[name] + (1 - self._alpha) * reward
@@ -65,7 +76,7 @@ class Dynamix(Sft):
 
 
 def scaled(rewards: Mapping[str, float]) -> dict[str, float]:
-    """Return rewards scaled to [0, 1]; one that is not finite counts as 0, and so do equal ones."""
+    """Scale rewards to [0, 1]; non-finite rewards, and all rewards if equal, become 0."""
     finite = [reward for reward in rewards.values() if math.isfinite(reward)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     if high == low:
@@ -81,7 +92,7 @@ def probabilities(
 ) -> dict[str, float]:
     """Return p_k for the values Q_k and the prior p0_k."""
     top = max(values.values())
-    # Exponents relative to the largest one cannot overflow.
+    # Exponents are relative to the largest one, so that none overflows.
     scores = {name: math.exp(beta * (values[name] - top)) * prior[name] for name in prior}
     total = math.fsum(scores.values())
     uniform = gamma / len(prior)

@@ -1,10 +1,10 @@
-"""Instance-dependent Early Stopping: an example that is mastered is trained on no longer.
+"""Instance-dependent Early Stopping (IES): stop training on examples that are mastered.
 
 After Yuan et al., ICLR 2025 (arXiv 2502.07547). With L(t) an example's loss in epoch t, the second
 difference is Δ²L(t) = L(t) - 2 L(t-1) + L(t-2). An example is mastered when the mean of its last
-``average`` |Δ²L|, or of as many as there are, is below δ. Mastered examples go through the forward
-pass alone, in their place in the epoch, so that their losses stay known: the set is renewed after
-every epoch, and an example whose loss moves again is trained on again.
+``average`` |Δ²L|, or of as many as there are, is below δ. Mastered examples keep their place in the
+epoch but get only a forward pass, so that their losses stay known. The set is computed again after
+every epoch, so an example whose loss changes again is trained on again.
 
 The first second difference is known after three epochs, so a run of fewer epochs is plain SFT.
 
@@ -26,7 +26,15 @@ from trainer.algorithms.sft import Sft
 
 
 class Ies(Sft):
-    """The IES strategy."""
+    """Stop training on mastered examples (arXiv 2502.07547).
+
+    Args:
+        sub_datasets: The sub-datasets.
+        mode: The direction in which the metric improves.
+        compute_budget: Epochs of the mixture.
+        delta: δ, in units of the mean token loss.
+        average: Second differences that the mean is taken over.
+    """
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class Ies(Sft):
         delta: float,
         average: int = 3,
     ) -> None:
-        """Begin a run; ``delta`` is δ, in units of the mean token loss."""
+        """Start a run; see the class."""
         super().__init__(
             sub_datasets=sub_datasets,
             mode=mode,
@@ -65,10 +73,10 @@ class Ies(Sft):
 
 
 def is_mastered(losses: Sequence[NDArray[np.float64]], delta: float) -> NDArray[np.bool_]:
-    """Say of each example whether it is mastered.
+    """Return a mask of the mastered examples.
 
-    ``losses`` are those of successive epochs, (examples,) each; fewer than three tell nothing. An
-    example with a loss that is not finite is not mastered.
+    ``losses`` has one array of shape (examples,) per epoch, in order. With fewer than three epochs
+    no example is mastered, and never one with a loss that is not finite.
     """
     if len(losses) < 3:
         return np.zeros(losses[-1].shape, bool)

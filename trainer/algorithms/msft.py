@@ -1,24 +1,21 @@
-"""MSFT: train on the mixture, go back to the peak that came first, drop what peaked, repeat.
+"""MSFT: train on the mixture, roll back to the earliest peak, exclude its sub-dataset, repeat.
 
-After "MSFT" (arXiv 2603.21606) and its released code. In a stage the active sub-datasets are
-trained on for the compute budget C. Then the one whose first best evaluation is the earliest is
-excluded, and the next stage begins from that checkpoint. Where even the earliest one is the last
-evaluation, nobody peaked: the next stage begins from the end and nothing is excluded. The run is
-over when every sub-dataset is excluded or ``max_stages`` stages are used up; its result is the
-first best overall checkpoint of the whole run.
+After "MSFT" (arXiv 2603.21606, section 3) and its released code. A stage trains on the active
+sub-datasets for the compute budget C. Then it excludes the sub-dataset whose first best evaluation
+is the earliest, and the next stage begins from that checkpoint. If the earliest best evaluation is
+the last one, no sub-dataset peaked: the next stage begins from the end and excludes none. The run
+ends when every sub-dataset is excluded or after ``max_stages`` stages. Its result is the first best
+overall checkpoint of the whole run.
 
-What is not in the paper, and off by default:
+Options that are not in the paper, off by default:
 
 - With a *peak window* W a stage also ends once the earliest champion is W evaluations old.
-- Another :class:`PeakRule` than the first best value sees through noise; a sub-dataset whose peak
-  has not passed under it has not peaked.
+- A :class:`PeakRule` with smoothing, margin or patience is robust to noise. A sub-dataset whose
+  peak has not passed under the rule has not peaked.
 - With a *drop count* k up to k sub-datasets whose peaks have passed are excluded at once, in the
   order of their peaks. The next stage begins at the first of these peaks, so that none was
   trained on beyond its own.
-- With a *floor* an excluded sub-dataset still takes part, with that share of its examples.
-
-All state follows from the evaluations, so a fresh instance that is told the recorded ones again
-stands where the first one stood, and has decided the same.
+- With a *floor* each epoch still has that share of an excluded sub-dataset's examples.
 
 Example::
 
@@ -46,7 +43,21 @@ from trainer.algorithms.peaks import Champion, PeakRule, champions
 
 
 class Msft(Unobserved):
-    """The MSFT strategy."""
+    """Roll back to the earliest peak and exclude its sub-dataset (arXiv 2603.21606, section 3).
+
+    Args:
+        sub_datasets: The sub-datasets of the mixture.
+        mode: The direction in which the metric improves.
+        compute_budget: C, epochs of the active mixture in one stage.
+        peak_window: W, evaluations after which an unbeaten champion ends the stage, if any.
+        max_stages: Stages at most; ``None``: twice the number of sub-datasets.
+        rule: The rule that finds peaks; ``None``: the paper's, the first best value.
+        drop_count: Sub-datasets that one stage excludes at most.
+        floor: Share of an excluded sub-dataset's examples in an epoch; ``None``: no examples.
+
+    Raises:
+        ValueError: If there is no sub-dataset, or ``peak_window`` is below 1.
+    """
 
     def __init__(
         self,
@@ -60,13 +71,7 @@ class Msft(Unobserved):
         drop_count: int = 1,
         floor: float | None = None,
     ) -> None:
-        """Begin a run over ``sub_datasets``.
-
-        ``compute_budget`` is C, in epochs of the active mixture; ``peak_window`` is W, in
-        evaluations; ``max_stages`` is twice the number of sub-datasets by default; ``rule`` is the
-        paper's by default; ``floor`` is the share of an excluded sub-dataset's examples that an
-        epoch still has, none by default.
-        """
+        """Start a run; see the class."""
         names = tuple(sorted(sub_datasets))
         if not names:
             raise ValueError("no sub-dataset to train on")
@@ -99,12 +104,12 @@ class Msft(Unobserved):
                 peak_window=self._peak_window,
                 newest=not self._best.found,
             )
-        # What is best under another rule the store cannot tell; the newest may turn out to be.
+        # The store only knows the paper's rule. Under another one the newest may become a champion.
         held = dict.fromkeys(self._seen[champion.index].checkpoint for champion in self._champions)
         return Needs(checkpoints=tuple(held), newest=True)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Continue within the budget; at its end, or with the peak window passed, go back."""
+        """Continue until the budget is used up or the peak window has passed, then roll back."""
         check_order(evaluation, stage=self._stage, index=len(self._seen), over=self._over)
         self._seen.append(evaluation)
         self._best.add(evaluation)

@@ -1,20 +1,13 @@
-"""Where curves peak: pure functions on sequences of metrics.
+"""Find the peaks of metric curves, and warn of margins that hide them: pure functions.
 
-The first best value of a curve is its peak, so of equal values the earliest counts. A value that is
-not finite (NaN, infinities) is never a best one.
+The peak of a curve is its first best value, so the earliest of equal values counts. A value that is
+not finite (NaN, infinities) is never the best. A margin (``msft.peaks: robust``) that is a large
+part of the metric hides the progress of training, so that a sub-dataset seems to peak at its start.
 
 Example::
 
     first_best([0.1, 0.4, 0.4, 0.2], "max")                     # 1
     PeakRule(margin=2).peak([0.1, 0.4, 0.42], [0.02] * 3, "max")  # 1
-
-Whether a margin in standard errors can tell peaks apart with the validation data that there is.
-
-Pure functions, for ``msft.peaks: robust``. A margin that is a large part of the metric itself hides
-what training does, and the sub-dataset seems to peak where it began.
-
-Example::
-
     indistinct({"arith": 0.30}, {"arith": 0.09}, margin=1.0)    # {"arith": 0.09}
 """
 
@@ -29,7 +22,7 @@ from trainer.algorithms.base import Mode
 from trainer.config.schema import Config
 
 LARGEST_SHARE = 0.1
-"""The part of a metric above which a margin hides too much."""
+"""Largest ratio of margin to metric that gives no warning."""
 
 
 def indistinct(
@@ -37,8 +30,7 @@ def indistinct(
 ) -> dict[str, float]:
     """Return the margins, in the metric's unit, that are more than a tenth of their metrics.
 
-    ``errors`` are standard errors by sub-dataset, ``margin`` says how many of them make a
-    difference.
+    ``errors`` maps sub-datasets to standard errors; ``margin`` is the number of standard errors.
     """
     return {
         name: margin * error
@@ -53,9 +45,9 @@ def margin_warnings(
     errors: Mapping[str, float],
     examples: Mapping[str, int],
 ) -> list[str]:
-    """Return a warning for each sub-dataset whose peak the run's margin can hardly tell.
+    """Return a warning for each sub-dataset whose margin is too wide for its metric.
 
-    ``metrics`` and ``errors`` are of one evaluation, ``examples`` says how many were evaluated.
+    ``metrics`` and ``errors`` are of one evaluation; ``examples`` has the numbers of examples.
     """
     margin = config.msft.margin
     if config.method != "msft" or config.msft.peaks != "robust" or margin == 0:
@@ -84,10 +76,10 @@ def overall(
 ) -> float:
     """Return the metric of the whole mixture.
 
-    ``counts`` names the sub-datasets and says how many examples of each were evaluated.
-    ``"examples"`` weights each sub-dataset by its count (what the MSFT paper's code does),
-    ``"sub_datasets"`` weights all alike. The result does not depend on the order of the names; one
-    metric that is NaN makes it NaN, since means over different sub-datasets cannot be compared.
+    ``counts`` maps sub-datasets to their numbers of evaluated examples. ``"examples"`` weights each
+    sub-dataset by its count, as the MSFT paper's code does; ``"sub_datasets"`` weights all equally.
+    The result does not depend on the order of the names. One NaN makes it NaN, because means over
+    different sub-datasets cannot be compared.
     """
     if not counts:
         raise ValueError("no sub-dataset to take the mean over")
@@ -98,7 +90,7 @@ def overall(
 
 
 def is_better(candidate: float, best: float | None, mode: Mode) -> bool:
-    """Say whether ``candidate`` beats ``best``: equal does not, any finite one beats ``None``."""
+    """Return True if ``candidate`` beats ``best``; any finite value beats ``None``."""
     if not math.isfinite(candidate):
         return False
     if best is None or not math.isfinite(best):
@@ -107,7 +99,7 @@ def is_better(candidate: float, best: float | None, mode: Mode) -> bool:
 
 
 def first_best(values: Iterable[float], mode: Mode) -> int | None:
-    """Return the index of the first best value, or ``None`` where no value is finite."""
+    """Return the index of the first best value, or ``None`` if no value is finite."""
     best: float | None = None
     index = None
     for i, value in enumerate(values):
@@ -118,11 +110,12 @@ def first_best(values: Iterable[float], mode: Mode) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakRule:
-    """What counts as a peak; the defaults are the paper's rule, the first best value.
+    """The rule that finds peaks; the defaults are the paper's rule, the first best value.
 
-    With ``smoothing`` w a value is the mean of itself and the w - 1 before it, as far as there are
-    so many. With a ``margin`` m it beats the best so far only by more than m standard errors. A
-    peak has passed ``patience`` evaluations later.
+    Attributes:
+        smoothing: Evaluations whose mean replaces a value: itself and those before it.
+        margin: Standard errors by which a value must beat the best so far.
+        patience: Evaluations after which a peak has passed.
     """
 
     smoothing: int = 1
@@ -130,7 +123,7 @@ class PeakRule:
     patience: int = 1
 
     def peak(self, values: Sequence[float], errors: Sequence[float], mode: Mode) -> int | None:
-        """Return the index of the best value, or ``None`` where no value is finite.
+        """Return the index of the best value, or ``None`` if no value is finite.
 
         ``errors`` are the standard errors of the values; one that is not finite counts as 0.
         """
@@ -144,11 +137,11 @@ class PeakRule:
         return index
 
     def has_passed(self, index: int, last: int) -> bool:
-        """Say whether the peak at ``index`` has passed at evaluation ``last``."""
+        """Return True if the peak at ``index`` has passed at evaluation ``last``."""
         return last - index >= self.patience
 
     def _smoothed(self, values: Sequence[float]) -> Iterable[float]:
-        """Yield the means; one that is not finite stands for itself and spoils no other."""
+        """Yield the means; a value that is not finite stays as it is and enters no mean."""
         for i, value in enumerate(values):
             if self.smoothing == 1 or not math.isfinite(value):
                 yield value
@@ -163,9 +156,9 @@ def champions(
     mode: Mode,
     rule: PeakRule,
 ) -> list[Champion]:
-    """Return the champions of the curves, the earliest first, of equals by name.
+    """Return the champions of the curves, by index and then by name.
 
-    Curves without a finite value have none.
+    A curve without a finite value has no champion.
     """
     found = [
         Champion(name=name, index=index)

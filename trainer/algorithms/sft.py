@@ -1,4 +1,4 @@
-"""Plain supervised fine-tuning: one stage on the whole mixture, whose best overall is the result.
+"""Plain supervised fine-tuning: one stage on the whole mixture; the best overall is the result.
 
 Example::
 
@@ -24,7 +24,17 @@ from trainer.algorithms.common import BestOverall, Unobserved, check_order
 
 
 class Sft(Unobserved):
-    """The plain SFT strategy."""
+    """Train on the whole mixture in one stage.
+
+    Args:
+        sub_datasets: The sub-datasets.
+        mode: The direction in which the metric improves.
+        compute_budget: Epochs of the mixture.
+        observe: The observations that a derived method requests.
+
+    Raises:
+        ValueError: If there is no sub-dataset.
+    """
 
     def __init__(
         self,
@@ -34,7 +44,7 @@ class Sft(Unobserved):
         compute_budget: float,
         observe: ExampleLosses | LookAhead | None = None,
     ) -> None:
-        """Begin a run over ``sub_datasets`` for ``compute_budget`` epochs."""
+        """Start a run; see the class."""
         names = tuple(sorted(sub_datasets))
         if not names:
             raise ValueError("no sub-dataset to train on")
@@ -46,15 +56,15 @@ class Sft(Unobserved):
         self._over = False
 
     def first_stage(self) -> Stage:
-        """Return the only roll-out."""
+        """Return the only stage."""
         return self._stage
 
     def needs(self) -> Needs:
-        """Return the best overall: nothing else is ever gone back to."""
+        """Return the best overall, because the run never rolls back."""
         return Needs(newest=not self._best.found)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Continue to the end of the budget, then stop with the best overall."""
+        """Continue until the budget is used up, then stop with the best overall."""
         check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
         self._count += 1
         self._best.add(evaluation)

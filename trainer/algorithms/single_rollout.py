@@ -1,11 +1,10 @@
 """Single roll-out search: one roll-out finds all peaks; a second one stops each sub-dataset there.
 
 A baseline of the MSFT paper (arXiv 2603.21606, "SRO"). The first stage trains on the mixture for
-the compute budget and gives each sub-dataset's peak, its first best evaluation. The second one
-begins again at the base, with another order of the examples as in every stage, and leaves each
-sub-dataset out from its peak on; the batches stay full. A sub-dataset that was best at the end of
-the roll-out, or had no finite metric, stays to the end. The result is the first best overall
-checkpoint of both.
+the compute budget and finds each sub-dataset's peak, its first best evaluation. The second stage
+begins at the base with another order of the examples and leaves each sub-dataset out from its peak
+on; the batches stay full. A sub-dataset that was best at the end of the roll-out, or had no finite
+metric, stays to the end. The result is the first best overall checkpoint of both stages.
 
 Example::
 
@@ -31,10 +30,19 @@ from trainer.algorithms.peaks import first_best
 
 
 class SingleRollout(Unobserved):
-    """The single roll-out strategy."""
+    """Find all peaks in one roll-out, then train from the base with them.
+
+    Args:
+        sub_datasets: The sub-datasets.
+        mode: The direction in which the metric improves.
+        compute_budget: Epochs of the mixture in the roll-out.
+
+    Raises:
+        ValueError: If there is no sub-dataset.
+    """
 
     def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
-        """Begin a run over ``sub_datasets``, ``compute_budget`` epochs in the roll-out."""
+        """Start a run; see the class."""
         names = tuple(sorted(sub_datasets))
         if not names:
             raise ValueError("no sub-dataset to train on")
@@ -56,7 +64,7 @@ class SingleRollout(Unobserved):
         return Needs(checkpoints=held, newest=not self._best.found)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Continue to the end of the stage; after the first one go back to the base."""
+        """Continue to the end of the stage; after the first stage roll back to the base."""
         check_order(evaluation, stage=self._stage, index=len(self._seen), over=self._over)
         self._seen.append(evaluation)
         self._best.add(evaluation)

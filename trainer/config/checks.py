@@ -1,14 +1,8 @@
-"""Whether a configuration can work, before anything is loaded.
+"""Check a configuration before any model or row is loaded.
 
 Example::
 
     check_settings(config)                                      # raises ConfigError
-
-Whether what a configuration says of the data can work, before any row is read.
-
-Example::
-
-    check_data(config.data)                                     # raises ConfigError
 """
 
 from __future__ import annotations
@@ -38,7 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def check_data(config: Config) -> None:
-    """Raise :class:`ConfigError` for the first thing about the data that cannot work."""
+    """Raise :class:`ConfigError` for the first invalid setting of the data."""
     data = config.data
     if not data.sub_datasets:
         raise ConfigError("data.sub_datasets is empty: name at least one sub-dataset and its files")
@@ -137,7 +131,7 @@ _MAX_EVALUATIONS = 1_000_000
 
 
 def to_bytes(size: str, full_bytes: int) -> int | None:
-    """Return a size such as ``500MB`` or ``1.5x`` in bytes; ``None`` if it is none.
+    """Return a size such as ``500MB`` or ``1.5x`` in bytes; ``None`` if it is not a size.
 
     ``x`` counts full checkpoints of ``full_bytes``.
     """
@@ -195,7 +189,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def check_ranges(config: Config) -> None:
-    """Raise :class:`ConfigError` for the first value that is out of its range by itself."""
+    """Raise :class:`ConfigError` for the first value that is out of its range."""
     for key, sound, words in _RANGES:
         value: Any = config
         for name in key.split("."):
@@ -205,7 +199,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """Raise :class:`ConfigError` for the first value that cannot work."""
+    """Raise :class:`ConfigError` for the first invalid value."""
     check_ranges(config)
     check_data(config)
     _check_trackers(config.log_with)
@@ -237,7 +231,7 @@ def check_settings(config: Config) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    """Raise :class:`ConfigError` where dtypes contradict each other, or one does nothing."""
+    """Raise :class:`ConfigError` if dtypes contradict each other, or one has no effect."""
     if config.model.dtype == "float16":
         raise ConfigError(
             "model.dtype float16 would need a loss scaler, for its small gradients vanish: use "

@@ -1,4 +1,4 @@
-"""Where the data lies: paths made absolute, directories and mixture files spelled out.
+"""Resolve data paths: make them absolute and expand directories and mixture files.
 
 Example::
 

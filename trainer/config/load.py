@@ -1,20 +1,12 @@
-"""Plain mappings into frozen dataclasses, checked against their annotations.
+"""Load a run's configuration from one YAML file; :mod:`trainer.config.schema` has its keys.
 
-Understands ``str``, ``bool``, ``int``, ``float``, ``Literal``, ``X | None``, tuples,
-mappings from names, dataclasses of these, and ``X | a dataclass``, which is the dataclass where a
-mapping is given. An integer serves as a number; nothing else is converted.
+Relative paths are relative to the folder of the YAML file, ``output_dir`` to the working directory.
+An unknown key is an error that names the nearest valid one. Values are checked against the
+annotations of the dataclasses: an integer is accepted for a float, and nothing else is converted.
 
 Example::
 
     config = build(Config, {"output_dir": "runs/a", "train": {"lr": 1e-5}})
-
-The configuration of a run, read from one YAML file; its keys are in :mod:`trainer.config.schema`.
-
-Relative paths are taken from the folder of the YAML file, ``output_dir`` from the working
-directory. An unknown key is an error that names the nearest valid one.
-
-Example::
-
     config = load_config("examples/stdlib_tasks/demo.yaml", overrides=["train.lr=1e-5", "seed=1"])
 """
 

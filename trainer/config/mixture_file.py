@@ -23,7 +23,7 @@ from typing import Any
 from trainer.errors import DataError
 
 MARK = "####"
-"""What stands before the answer."""
+"""The text before the answer."""
 ANSWER_PATTERN = r"####\s*([^\n]*?)\.?\s*(?:\n|$)"
 """A pattern for ``evaluation.answer_pattern`` that takes the answer as the released code does."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")

@@ -17,7 +17,7 @@ OVERALL = "overall"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model is fine-tuned (``model:``)."""
+    """The model to fine-tune (``model:``)."""
 
     path: str
     """A directory, or a hub id, that ``AutoModelForCausalLM`` loads."""
@@ -51,7 +51,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where rows come from, if not from a file that is given by its path alone."""
+    """A source of rows, for more than the path of a file."""
 
     file: str | None = None
     """A JSON Lines or Parquet file, or with ``category`` a mixture file."""
@@ -75,9 +75,9 @@ class FieldsConfig:
     """Templates that make examples of a row's columns, see :mod:`trainer.config.templates`."""
 
     prompt: str | None = None
-    """What is conditioned on, as in ``"Q: {question}\\nA:"``; with ``completion``."""
+    """The text to condition on, as in ``"Q: {question}\\nA:"``; with ``completion``."""
     completion: str | None = None
-    """What is trained on, as in ``" {answer}"``."""
+    """The text to train on, as in ``" {answer}"``."""
     text: str | None = None
     """Instead of the two: text of which all tokens are trained on."""
 
@@ -163,7 +163,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Gradient norm above which gradients are scaled down; ``None``: no clipping."""
     on_divergence: Literal["stop", "rollback"] = "stop"
-    """What follows a loss or gradient norm that is not finite. ``stop``: the run ends with the best
+    """Reaction to a loss or gradient norm that is not finite. ``stop``: the run ends with the best
     overall so far as its result. ``rollback``: the weights of the last evaluation are restored, the
     batches since then left out; this keeps one more rollback point."""
     max_skips: int = 3
@@ -276,7 +276,7 @@ class Config:
     """Round float32 weights to this dtype in checkpoints, which halves them. Evaluations,
     roll-backs and the result are of the rounded ones. ``None``: checkpoints are exact."""
     max_disk: str | None = None
-    """What the store of the rollback points may take at most, temporary files included: bytes as in
+    """Limit for the store of the rollback points, temporary files included: bytes as in
     ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run that needs more pauses.
     ``None``: no limit but the disk's."""
     log_every: int = 10
@@ -298,5 +298,5 @@ class Config:
 
     @property
     def restores_optimizer(self) -> bool:
-        """Whether rollback points hold more than weights."""
+        """Return True if rollback points also hold the optimizer state."""
         return self.method == "msft" and self.msft.optimizer_on_rollback == "restore"

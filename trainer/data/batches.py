@@ -1,21 +1,22 @@
-"""Which examples an optimizer step trains on: a pure function of the seed and the position.
+"""The order of training examples: a pure function of the seed and the position.
 
-An epoch of the active mixture is one permutation of its examples, cut into optimizer steps; a last,
-smaller step takes what is left over. The permutation depends on the seed, the stage, the epoch and
-how many examples there are, and on nothing else, so the data position needs no state: the
-step within the stage says it all, and no method trains on other batches than another one.
+An epoch of the active mixture is one permutation of its examples, cut into optimizer steps;
+the last one may be smaller. The permutation depends only on the seed, the stage, the epoch and
+the numbers of examples. So the step within the stage is the whole data position, and all methods
+train on the same batches.
 
-Of a sub-dataset with a share that is not 1 an epoch has more or fewer examples (``counts``): those
-that come next in an endless row of permutations of it, so that each one's turn comes equally often.
-One with a limit takes part up to that point in the data and is left out from there on.
+If a sub-dataset's share is not 1, an epoch takes its next ``counts`` examples from an endless
+sequence of permutations, so that each example is used equally often. A sub-dataset with a limit is
+left out from that epoch on. A stage may continue an earlier one (``continued``): it takes the
+remaining examples of the epoch that are still active, in the same order, then the next epochs.
 
-A stage may also go on where an earlier one was (``continued``): first with the examples that were
-left of the epoch, of those that are still active and in the same order, then with the next epochs.
+Within an optimizer step examples are sorted by length and cut into micro-batches, which saves
+padding. Steps are not sorted by length, because that would put single sub-datasets into them.
 
-Within an optimizer step examples are sorted by length and cut into micro-batches, so that a short
-example is rarely padded to the length of a long one. The steps themselves stay uniform random
-samples: sorting across steps would make steps of one sub-dataset each, because lengths
-differ between sub-datasets more than within them.
+:class:`SampledOrder` draws each example's sub-dataset by weights that may change during a stage.
+The example is the next one in an endless sequence of permutations of that sub-dataset. The draws
+follow from the seed, the stage and the weights with their first steps, so a resumed stage repeats
+them.
 
 Example::
 
@@ -23,18 +24,7 @@ Example::
     order.step(0)                       # (("dates", 17), ("arith", 4), …)
     later = order.continued(step=10, active=["arith"])
     micro_batches(positions, lengths, 16)
-
-Examples drawn by weights that change in the course of a stage.
-
-Each example of a step comes from a sub-dataset that is drawn by the weights, and is the next one in
-an endless row of permutations of that sub-dataset. Everything follows from the seed, the stage and
-the weights with the steps from which they hold, so a stage that is taken up in its middle
-draws what it would have drawn.
-
-Example::
-
     order = SampledOrder(seed=0, stage=1, sizes={"arith": 900, "dates": 80}, batch_size=64)
-    order.step(0)
     order.reweigh(50, {"arith": 0.7, "dates": 0.3})     # from step 50 on
 """
 
@@ -62,18 +52,18 @@ class DataOrder:
 
     seed: int
     stage: int
-    """The stage that names the permutations, the first one of those that were continued."""
+    """The stage that seeds the permutations; the first one of continued stages."""
     sizes: Mapping[str, int]
     """Examples of each sub-dataset, in a fixed order."""
     counts: Mapping[str, int]
-    """How many of them an epoch has."""
+    """Examples of each sub-dataset in an epoch."""
     limits: Mapping[str, float]
-    """Epochs after which a sub-dataset takes no part any more; it does to the end without one."""
+    """Sub-dataset → epoch from which it is left out; without an entry it stays to the end."""
     batch_size: int
     epoch: int
-    """The epoch that is begun with, or gone on with, from 0."""
+    """The epoch that the order begins in, from 0."""
     left: tuple[Reference, ...]
-    """The examples of that epoch that are to come."""
+    """The remaining examples of that epoch."""
 
     @classmethod
     def fresh(
@@ -86,7 +76,7 @@ class DataOrder:
         counts: Mapping[str, int] | None = None,
         limits: Mapping[str, float] | None = None,
     ) -> DataOrder:
-        """Return the order of a stage that begins anew; ``counts`` are the sizes by default."""
+        """Return the order of a new stage; ``counts`` are the sizes by default."""
         begun = cls(
             seed=seed,
             stage=stage,
@@ -104,11 +94,11 @@ class DataOrder:
         return self._rest(step)[1][: self.batch_size]
 
     def epoch_sizes(self, epochs: float) -> tuple[int, ...]:
-        """Return how many examples each of the first epochs has, begun ones included."""
+        """Return the numbers of examples of the first epochs, including a partial last one."""
         return tuple(len(self._examples(epoch)) for epoch in range(math.ceil(epochs - 1e-9)))
 
     def continued(self, *, step: int, active: Sequence[str]) -> DataOrder:
-        """Return the order that goes on before step ``step``, with ``active`` ones only."""
+        """Return the order that continues before step ``step`` with the ``active`` sub-datasets."""
         epoch, rest = self._rest(step)
         return replace(
             self,
@@ -213,7 +203,7 @@ class SampledOrder:
         self._drawn: tuple[Reference, ...] = ()
 
     def reweigh(self, step: int, weights: Mapping[str, float]) -> None:
-        """Draw by other weights from a step on, which is not drawn yet."""
+        """Change the weights from a step on that is not drawn yet."""
         if step < self._next:
             raise ValueError(f"step {step} is drawn already, the next one is {self._next}")
         self._weights.append((step, weights))

@@ -38,7 +38,7 @@ class Example:
     reference: str
     """The text that a right generation has to match."""
     graded: bool = True
-    """Whether there is a reference at all: ``text`` has none."""
+    """True if the example has a reference; ``text`` has none."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""

@@ -164,11 +164,11 @@ class _Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """What makes an example of a row."""
+    """The conversion of a row to an example."""
 
     fields: FieldsConfig | None
     mixture: bool
-    """Whether rows are those of a mixture file."""
+    """True if the rows are those of a mixture file."""
 
     def encode(
         self, row: Row, tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...]

@@ -26,7 +26,7 @@ class Schedule:
     """Steps after which all sub-datasets are evaluated, ascending, the last one after the last
     step. The evaluation of the stage's root, index 0, comes before."""
     ends: tuple[tuple[float, int], ...] = ()
-    """Where epochs differ in length: the end of each one, in epochs and in steps."""
+    """The end of each epoch, in epochs and in steps, if epochs differ in length."""
 
     def epoch(self, step: int) -> float:
         """Return how many epochs lie behind a step."""

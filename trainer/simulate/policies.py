@@ -1,4 +1,4 @@
-"""The policies that can be simulated, from what the command line says.
+"""Parse the policies to simulate from command-line options.
 
 A policy is a part of the ``msft`` section that decides without changing what a stage trains on.
 
@@ -34,7 +34,7 @@ OPTIONS = {
     "drop_count": "sub-datasets that are excluded at once, at most",
     "max_stages": "stages at most",
 }
-"""Key of ``msft`` → what it says."""
+"""Key of ``msft`` → its help text."""
 
 _OF_ROBUST = ("smoothing", "margin", "patience")
 
@@ -108,7 +108,7 @@ def swept(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[str, Any
 
 
 def label(policy: Mapping[str, Any]) -> str:
-    """Return what a policy is called."""
+    """Return the label of a policy."""
     parts = [
         f"{key.replace('_', ' ')} {'off' if value is None else value}"
         for key, value in policy.items()
@@ -117,9 +117,9 @@ def label(policy: Mapping[str, Any]) -> str:
 
 
 def retention_named(text: str) -> Retention:
-    """Return how rollback points are kept.
+    """Return the retention of a name.
 
-    ``needs``: what the method may still ask for; ``last:K`` the newest; ``best:K`` the best
+    ``needs``: all that the method may use; ``last:K`` the newest; ``best:K`` the best
     overall; ``all``. Raises :class:`ConfigError` for any other.
     """
     name, _, count = text.partition(":")

@@ -1,4 +1,4 @@
-"""Another policy on the curves of a recorded run, as far as these suffice.
+"""Simulate another policy on the curves of a recorded run, as far as these suffice.
 
 A stage follows from the seed, its number, its root, what it trains on, and nothing else. So a fresh
 strategy with other options is told the recorded evaluations, stage by stage. While each of its
@@ -60,7 +60,7 @@ _SAME_DATA = ("msft", "sft", "single_rollout", "continual")
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What the simulated stages took."""
+    """The cost of the simulated stages."""
 
     steps: int
     evaluations: int
@@ -92,7 +92,7 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What is known of a run under another policy."""
+    """The known part of a run under another policy."""
 
     stages: tuple[StageReplay, ...]
     """Those that the run has; none where not even the first one is the same."""
@@ -100,9 +100,9 @@ class Simulation:
     why: str
     """A sentence on where and why it ends."""
     recorded: Spent
-    """What the run spent in these stages."""
+    """The cost of these stages in the run."""
     simulated: Spent
-    """What the other policy spends in them, as far as they are known."""
+    """Their cost under the other policy, as far as they are known."""
     best: Best | None
     """Of the simulated evaluations; the result where it ends with one."""
     mode: Mode
@@ -142,7 +142,7 @@ def _check_errors(counted: Sequence[Record], config: Config) -> None:
 
 
 class _Replay:
-    """A strategy that is told what is recorded."""
+    """A strategy that receives the recorded evaluations."""
 
     def __init__(self, counted: Sequence[Record], start: Record, config: Config) -> None:
         self._stages = {group[0]["stage"]: group for group in _by_stage(counted)}

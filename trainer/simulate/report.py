@@ -1,4 +1,4 @@
-"""What simulations of a run came to: tables and sentences, and JSON values.
+"""Report simulations of a run: tables and sentences, and JSON values.
 
 Example::
 
@@ -76,7 +76,7 @@ class Outcome:
 
 
 def recorded(records: Sequence[Record], *, retention: str = "needs") -> Outcome:
-    """Return what the run's own policy does on its own curves."""
+    """Return the outcome of the run's own policy on its own curves."""
     config = recorded_config(records)
     own = _outcome("as recorded", {}, records, config, retention)
     return replace(own, measured=_measured(records))

@@ -1,10 +1,10 @@
-"""Which rollback points a run would have held at each evaluation, under one retention or another.
+"""Replay a retention policy: the rollback points that a run would have held at each evaluation.
 
-The rule of a timeline, replayed on what a journal says: the branch's root stays, and of the others
-what the policy keeps. A roll-back begins a branch, on which champions are looked for anew.
+The replay follows the rule of a timeline on the journal: the branch's root stays, and the policy
+decides on the others. A roll-back begins a branch with champions of its own.
 
-Bytes are those that each checkpoint took when it was committed. A timeline encodes what outlives a
-roll-back anew, so the true size differs a little; the journal has it for the run itself alone.
+Bytes are those of each checkpoint at its commit. A timeline re-encodes checkpoints that survive a
+roll-back, so their true size differs a little; the journal has it only for the run itself.
 
 Example::
 

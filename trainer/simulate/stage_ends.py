@@ -1,4 +1,4 @@
-"""How the stages of a run end, under its own policy and under another one, and that in words.
+"""Compare how stages end under the run's own policy and another one, and describe it in words.
 
 Example::
 
@@ -25,7 +25,7 @@ class StageEnd:
     """In the stage, at which it was decided."""
     decision: Kind
     checkpoint: str
-    """What is gone back to, or the result."""
+    """The checkpoint to roll back to, or the result."""
     to_stage: int
     """Of that checkpoint."""
     to_epoch: float
@@ -83,12 +83,12 @@ def turn_of(
 
 
 def get_target(turn: StageEnd | None) -> tuple[Any, ...]:
-    """Return where a turn leads, whenever it was decided."""
+    """Return decision, checkpoint and exclusions of a stage end, without its epoch."""
     return () if turn is None else (turn.decision, turn.checkpoint, turn.exclude)
 
 
 def describe_stage_end(who: str, turn: StageEnd | None) -> str:
-    """Say what a policy does at the end of a stage."""
+    """Describe what a policy does at the end of a stage."""
     if turn is None:
         return f"{who} trains on"
     excludes = f"excludes {', '.join(turn.exclude)}" if turn.exclude else "excludes nothing"
@@ -110,7 +110,7 @@ def why_known(stages: Sequence[StageReplay], reason: str) -> str:
 
 
 def explain_departure(stage: StageReplay, *, is_other_data: bool) -> str:
-    """Say how a policy leaves the run's path at the end of a stage.
+    """Explain how a policy leaves the run's path at the end of a stage.
 
     With ``is_other_data`` it decides as the run did, but the next stage has other shares.
     """
