@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from msft_store import StoreError
 from trainer.cli import compare as cli_compare
