@@ -1,4 +1,4 @@
-"""What ``msft-train compare`` takes, and what it prints.
+"""The options of ``msft-train compare`` and the text that it prints.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""What ``msft-train simulate`` takes, and what it prints.
+"""The options of ``msft-train simulate`` and the text that it prints.
 
 Example::
 

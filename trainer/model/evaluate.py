@@ -50,7 +50,7 @@ _WRONG, _RIGHT, _OPEN = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What was computed, over all processes; see :mod:`trainer.journal` for the words."""
+    """The work of an evaluation, over all processes (:mod:`trainer.journal` has the words)."""
 
     tokens: int = 0
     attention_tokens: int = 0

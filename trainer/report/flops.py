@@ -38,7 +38,7 @@ from trainer.journal import Record, effective
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What the formula knows of a model."""
+    """The sizes of a model that the FLOPs formula takes."""
 
     parameters: int
     """N, tied ones counted once."""
@@ -76,7 +76,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Where the work of a run went."""
+    """The work of a run by kind."""
 
     kept: Work
     rolled_back: Work

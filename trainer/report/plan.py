@@ -1,4 +1,4 @@
-"""What a run takes at most, known before it begins: steps, evaluations, tokens, FLOPs and disk.
+"""The upper limits of a run before it begins: steps, evaluations, tokens, FLOPs and disk.
 
 Two courses of an MSFT run are worked out. *At most*: nobody ever peaks, so the whole mixture is
 trained on in every one of ``max_stages`` stages. *One peak a stage*: each stage excludes a
@@ -28,7 +28,7 @@ from trainer.text import Table, bytes_text, count_text, flops_text, too_long_tex
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What one sub-dataset holds, in examples and tokens as the model sees them."""
+    """The examples and tokens of one sub-dataset, as the model sees them."""
 
     train: int
     """Training examples."""
@@ -61,7 +61,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run takes at most."""
+    """The upper limits of a run."""
 
     method: str
     rule: str

@@ -1,4 +1,4 @@
-"""What a run came to, from its journal alone: peaks, metrics, disk, work.
+"""The results of a run, from its journal alone: peaks, metrics, disk, work.
 
 Works on a run that is not over yet, too: what is not known then is ``None``.
 
@@ -101,13 +101,13 @@ _TIMED = ("trained", "evaluated", "committed", "tested")
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Where a sub-dataset was at its best in the last stage that trained on it."""
+    """The peak of a sub-dataset in the last stage that trained on it."""
 
     stage: int
     epoch: float
     """In that stage."""
     excluded: bool
-    """Whether it was excluded for this peak."""
+    """True if the sub-dataset was excluded for this peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Disk:
     """Full copies under the paper's disk-managed policy, at most."""
     paper_mean_copies: float
     with_optimizer: bool
-    """Whether rollback points hold the optimizer's state, too; the unit is the weights alone."""
+    """True if rollback points hold the optimizer's state too; the unit is the weights alone."""
     max_disk: str | None
     """The limit that was set."""
     resume_bytes: int
@@ -186,7 +186,7 @@ class Summary:
     """How many times a training loss, or a gradient norm, or all validation losses were not
     finite."""
     diverged: bool
-    """Whether the run was ended by the last of them."""
+    """True if the last of them ended the run."""
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
     """By sub-dataset."""
