@@ -495,7 +495,7 @@ class Store:
 
         The outermost session takes the lock and reads the catalog once; refs are read once and
         then held in memory. Nested sessions, and all methods of this store called inside, use
-        these. Files that other processes write meanwhile are seen by the next session.
+        these. Files that other processes write meanwhile become visible after it ends.
 
         Args:
             purpose: Name of the operation, as ``msft-store inspect --locks`` and errors show it.
