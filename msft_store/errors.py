@@ -17,10 +17,12 @@ StoreError
 
 Example::
 
+    from msft_store import NotAStoreError, Store
+
     try:
-        store.load(checkpoint)
-    except CorruptedError as error:
-        print(error, error.file)
+        store = Store.open("runs/none")
+    except NotAStoreError as error:
+        print(error)
 """
 
 from __future__ import annotations
