@@ -53,19 +53,19 @@ def is_alone(error: BaseException) -> bool:
     )
 
 
-def in_turns(
-    items: Sequence[_T], accelerator: Accelerator, *, alike: bool
+def split_among_processes(
+    items: Sequence[_T], accelerator: Accelerator, *, equal_counts: bool
 ) -> Iterator[tuple[_T, bool]]:
     """Yield this process's share of the items, each with True if it is its own.
 
-    With ``alike`` every process gets equally many, if need be one of another process's items,
+    With ``equal_counts`` a process that has one item less gets another process's item in addition,
     because a sharded model needs all processes in each forward pass.
     """
     count, rank = accelerator.num_processes, accelerator.process_index
     for item in items[rank::count]:
         yield item, True
     rest = len(items) % count
-    if alike and 0 < rest <= rank:
+    if equal_counts and 0 < rest <= rank:
         yield items[0], False
 
 

@@ -253,11 +253,11 @@ class JournalQueue:
     """A queue that writes records in order, each after the commit that it describes."""
 
     def __init__(
-        self, journal: Journal | None, told: Callable[[Record], None] = lambda record: None
+        self, journal: Journal | None, on_record: Callable[[Record], None] = lambda record: None
     ) -> None:
-        """Create a queue; ``told`` gets each record that is written to the journal, if any."""
+        """Create a queue; ``on_record`` gets each record that is written to the journal, if any."""
         self._journal = journal
-        self._told = told
+        self._on_record = on_record
         self._waiting: deque[_Waiting] = deque()
 
     def add(self, event: str, **fields: Any) -> None:
@@ -294,7 +294,7 @@ class JournalQueue:
         try:
             for event, fields in lines():
                 if self._journal is not None:
-                    self._told(self._journal.append(event, **fields))
+                    self._on_record(self._journal.append(event, **fields))
         except BaseException:
             self._waiting.clear()
             raise

@@ -6,7 +6,7 @@ last evaluation and skips the batches since then (as PaLM did, arXiv 2204.02311,
 
 Example::
 
-    not_finite({"training loss": loss, "gradient norm": norm})      # None if all are finite
+    first_non_finite({"training loss": loss, "gradient norm": norm})      # None if all are finite
     strategy = DivergenceHandler(Msft(...), max_skips=3)
     strategy.on_divergence(Divergence(...))         # Skip(...), after the third one Stop(...)
 """
@@ -124,7 +124,7 @@ class NonFiniteNumber:
     """``nan``, ``inf`` or ``-inf``."""
 
 
-def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber | None:
+def first_non_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber | None:
     """Return the first number that is not finite; ``None`` counts as finite."""
     for what, number in numbers.items():
         value = 0.0 if number is None else float(number)
@@ -133,7 +133,7 @@ def not_finite(numbers: Mapping[str, SupportsFloat | None]) -> NonFiniteNumber |
     return None
 
 
-def ruined(losses: Mapping[str, float]) -> NonFiniteNumber | None:
+def all_non_finite(losses: Mapping[str, float]) -> NonFiniteNumber | None:
     """Return a number that is not finite if the losses of all sub-datasets are so.
 
     Single losses that are not finite may be due to the examples; if all are, the weights are
@@ -141,9 +141,9 @@ def ruined(losses: Mapping[str, float]) -> NonFiniteNumber | None:
     """
     if any(math.isfinite(loss) for loss in losses.values()):
         return None
-    return not_finite({"validation loss of every sub-dataset": next(iter(losses.values()))})
+    return first_non_finite({"validation loss of every sub-dataset": next(iter(losses.values()))})
 
 
-def names_not_finite(metrics: Mapping[str, float]) -> list[str]:
+def non_finite_metrics(metrics: Mapping[str, float]) -> list[str]:
     """Return the names of the metrics that are not finite, sorted."""
     return sorted(name for name, value in metrics.items() if not math.isfinite(value))

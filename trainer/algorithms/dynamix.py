@@ -63,7 +63,7 @@ class Dynamix(Sft):
 
     def on_observation(self, observation: Observation) -> Adjustment:
         """Update the values from the rewards and return the new probabilities."""
-        rewards = scaled({name: observation.values[name][0] for name in self._prior})
+        rewards = rescale_rewards({name: observation.values[name][0] for name in self._prior})
         for name, reward in rewards.items():
             self._values[name] = self._alpha * self._values[name] + (1 - self._alpha) * reward
         weights = probabilities(self._values, self._prior, beta=self._beta, gamma=self._gamma)
@@ -75,7 +75,7 @@ class Dynamix(Sft):
         )
 
 
-def scaled(rewards: Mapping[str, float]) -> dict[str, float]:
+def rescale_rewards(rewards: Mapping[str, float]) -> dict[str, float]:
     """Scale rewards to [0, 1]; non-finite rewards, and all rewards if equal, become 0."""
     finite = [reward for reward in rewards.values() if math.isfinite(reward)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)

@@ -6,7 +6,7 @@ part of the metric hides the progress of training, so that a sub-dataset seems t
 
 Example::
 
-    first_best([0.1, 0.4, 0.4, 0.2], "max")                     # 1
+    first_best_index([0.1, 0.4, 0.4, 0.2], "max")                     # 1
     PeakRule(margin=2).peak([0.1, 0.4, 0.42], [0.02] * 3, "max")  # 1
     indistinct({"arith": 0.30}, {"arith": 0.09}, margin=1.0)    # {"arith": 0.09}
 """
@@ -98,7 +98,7 @@ def is_better(candidate: float, best: float | None, mode: Mode) -> bool:
     return candidate > best if mode == "max" else candidate < best
 
 
-def first_best(values: Iterable[float], mode: Mode) -> int | None:
+def first_best_index(values: Iterable[float], mode: Mode) -> int | None:
     """Return the index of the first best value, or ``None`` if no value is finite."""
     best: float | None = None
     index = None

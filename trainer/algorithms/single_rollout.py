@@ -26,7 +26,7 @@ from trainer.algorithms.base import (
     Stop,
 )
 from trainer.algorithms.common import BestOverall, Unobserved, check_order
-from trainer.algorithms.peaks import first_best
+from trainer.algorithms.peaks import first_best_index
 
 
 class SingleRollout(Unobserved):
@@ -106,7 +106,9 @@ class SingleRollout(Unobserved):
         """Return the epochs of the peaks before the last evaluation, by sub-dataset."""
         limits = {}
         for name in self._first.active:
-            index = first_best([evaluation.metrics[name] for evaluation in self._seen], self.mode)
+            index = first_best_index(
+                [evaluation.metrics[name] for evaluation in self._seen], self.mode
+            )
             if index is not None and index < len(self._seen) - 1:
                 limits[name] = self._seen[index].epoch
         return limits

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.journal import read
-from trainer.simulate.policies import OPTIONS, swept
+from trainer.simulate.policies import OPTIONS, expand_sweeps
 from trainer.simulate.report import outcome, recorded, to_text
 from trainer.training.directory import JOURNAL
 
@@ -57,7 +57,7 @@ def simulations(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run = recorded(records)
     outcomes = [
         outcome(records, policy, method=options.method, retention=options.retention)
-        for policy in swept(given, options.sweep)
+        for policy in expand_sweeps(given, options.sweep)
     ]
     tree = {"run": run.to_dict(), "policies": [one.to_dict() for one in outcomes]}
     return tree, to_text(run, outcomes)

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.algorithms.peaks import first_best
+from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL
 from trainer.journal import Record
 
@@ -62,7 +62,7 @@ def find_stage_peaks(records: Sequence[Record], stage: int) -> dict[str, StagePe
     )
     peaks = {}
     for name in [*sorted(active), OVERALL]:
-        index = first_best((r["metrics"][name] for r in curve), start["mode"])
+        index = first_best_index((r["metrics"][name] for r in curve), start["mode"])
         if index is not None:
             peaks[name] = StagePeak(epoch=curve[index]["epoch"], has_passed=index + 1 < len(curve))
     return peaks

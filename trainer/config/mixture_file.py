@@ -73,7 +73,7 @@ def names(rows: Iterable[Mapping[str, Any]], path: str | Path) -> dict[str, str]
     return found
 
 
-def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with its ``input`` as a string; raises :class:`DataError` if it has none."""
     question = row.get("input")
     if isinstance(question, list) and len(question) == 1 and isinstance(question[0], dict):

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trainer.config.mixture_file import flat, read_mixture
+from trainer.config.mixture_file import flatten_row, read_mixture
 from trainer.config.schema import SourceConfig
 from trainer.errors import DataError
 
@@ -132,7 +132,7 @@ class _MixtureRows(Rows):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        return flat(self._rows[index][1])
+        return flatten_row(self._rows[index][1])
 
 
 class _Table(Rows):

@@ -39,7 +39,7 @@ from transformers import GenerationConfig
 from trainer.algorithms.peaks import overall
 from trainer.config.schema import OVERALL, EvalConfig
 from trainer.data.examples import Example
-from trainer.distributed import in_turns
+from trainer.distributed import split_among_processes
 from trainer.errors import ConfigError
 from trainer.model.forward import collate, target_losses
 from trainer.model.load import LoadedModel
@@ -250,7 +250,9 @@ class Evaluator:
         self, model: Any, batches: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Sequence[int], bool]]:
         """Yield this process's share, and what it only helps another one with."""
-        for turn in in_turns(batches, self._accelerator, alike=is_sharded(model)):
+        for turn in split_among_processes(
+            batches, self._accelerator, equal_counts=is_sharded(model)
+        ):
             if self._check is not None:
                 self._check()
             yield turn

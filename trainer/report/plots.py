@@ -21,7 +21,12 @@ from matplotlib.ticker import MaxNLocator
 from trainer.config.schema import OVERALL
 from trainer.journal import Record
 from trainer.report.flops import seqs_on_path
-from trainer.report.summary import disk_points, goes_back, stop_decision, sub_dataset_peaks
+from trainer.report.summary import (
+    measure_disk_usage,
+    restores_earlier_checkpoint,
+    stop_decision,
+    sub_dataset_peaks,
+)
 
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
 
@@ -76,7 +81,7 @@ def draw_disk(counted: Sequence[Record]) -> bytes:
     """Draw the disk of the rollback points over steps, in full checkpoints; returns a PNG."""
     start = _first(counted, "run_started")
     unit = start["full_checkpoint_bytes"]
-    points = disk_points(counted)
+    points = measure_disk_usage(counted)
     steps = [point.step for point in points]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
@@ -146,7 +151,9 @@ def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
 
 def _draw_roll_backs(axis: Axes, counted: Sequence[Record]) -> None:
     for decided in counted:
-        if decided["event"] == "decided" and goes_back(decided, _evaluated(counted)):
+        if decided["event"] == "decided" and restores_earlier_checkpoint(
+            decided, _evaluated(counted)
+        ):
             axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9)
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.algorithms.divergence import names_not_finite
+from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic
 from trainer.journal import Record, effective, read
@@ -227,7 +227,7 @@ def _divergence_parts(counted: Sequence[Record]) -> list[str]:
         if r["event"] == "diverged"
     ]
     evaluated = [r for r in counted if r["event"] == "evaluated" and not r["reused"]]
-    unsound = Counter(name for r in evaluated for name in names_not_finite(r["metrics"]))
+    unsound = Counter(name for r in evaluated for name in non_finite_metrics(r["metrics"]))
     lines += [
         f"- The metric of {name} was not finite in {count} of {len(evaluated)} evaluations, none "
         "of which counted as a best or a peak."

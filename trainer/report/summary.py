@@ -15,7 +15,7 @@ The base is on disk anyway and counts on neither side.
 
 Example::
 
-    points = disk_points(effective(read(run / "journal.jsonl")))
+    points = measure_disk_usage(effective(read(run / "journal.jsonl")))
     max(point.peak_bytes for point in points) / checkpoint_bytes
 """
 
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.algorithms.base import Mode
-from trainer.algorithms.peaks import first_best, is_better
+from trainer.algorithms.peaks import first_best_index, is_better
 from trainer.config.schema import OVERALL
 from trainer.errors import RunError
 from trainer.journal import Record, effective
@@ -36,7 +36,7 @@ from trainer.report.plan import rule_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiskPoint:
+class DiskUsage:
     """The disk at one evaluation that was committed."""
 
     step: int
@@ -48,9 +48,9 @@ class DiskPoint:
     """Full copies that the paper's policy would hold now; for plain SFT the best overall alone."""
 
 
-def disk_points(counted: Sequence[Record]) -> list[DiskPoint]:
+def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
     """Return a point for each evaluation that was committed; ``counted`` are effective records."""
-    points: list[DiskPoint] = []
+    points: list[DiskUsage] = []
     mode: Mode = "max"
     method = "msft"
     base: str | None = None
@@ -82,12 +82,12 @@ def disk_points(counted: Sequence[Record]) -> list[DiskPoint]:
 
 def _champions(seen: Sequence[Record], active: Sequence[str], mode: Mode) -> set[str | None]:
     """Return the distinct checkpoints of the active sub-datasets' first best evaluations."""
-    indices = {first_best((r["metrics"][name] for r in seen), mode) for name in active}
+    indices = {first_best_index((r["metrics"][name] for r in seen), mode) for name in active}
     return {seen[index]["checkpoint"] for index in indices if index is not None}
 
 
-def _point(committed: Record, paper_copies: int) -> DiskPoint:
-    return DiskPoint(
+def _point(committed: Record, paper_copies: int) -> DiskUsage:
+    return DiskUsage(
         step=committed["step"],
         peak_bytes=committed["disk_peak_bytes"],
         bytes=committed["disk_bytes"],
@@ -225,7 +225,9 @@ def summarize(records: Sequence[Record]) -> Summary:
         dtype=start["model"]["dtype"],
         seed=config["seed"],
         stages=sum(r["event"] == "stage_started" for r in counted),
-        roll_backs=sum(r["event"] == "decided" and goes_back(r, evaluated) for r in counted),
+        roll_backs=sum(
+            r["event"] == "decided" and restores_earlier_checkpoint(r, evaluated) for r in counted
+        ),
         steps=max((r["step"] for r in counted if r["event"] == "trained"), default=0),
         evaluations=sum(not r["reused"] for r in evaluated),
         seconds=math.fsum(r.get("seconds") or 0 for r in counted if r["event"] in _TIMED),
@@ -240,7 +242,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     )
 
 
-def goes_back(decided: Record, evaluated: Sequence[Record]) -> bool:
+def restores_earlier_checkpoint(decided: Record, evaluated: Sequence[Record]) -> bool:
     """Say whether a decision returns to a checkpoint before the evaluation that it follows."""
     if decided["decision"] != "roll_back":
         return False
@@ -298,14 +300,14 @@ def sub_dataset_peaks(counted: Sequence[Record]) -> dict[str, Peak]:
     peaks = {}
     for name, stage in sorted(last_stage.items()):
         curve = [r for r in evaluated if r["stage"] == stage]
-        index = first_best((r["metrics"][name] for r in curve), mode)
+        index = first_best_index((r["metrics"][name] for r in curve), mode)
         if index is not None:
             peaks[name] = Peak(stage=stage, epoch=curve[index]["epoch"], excluded=name in excluded)
     return peaks
 
 
 def _disk(counted: Sequence[Record], start: Record) -> Disk | None:
-    points: list[DiskPoint] = disk_points(counted)
+    points: list[DiskUsage] = measure_disk_usage(counted)
     if not points:
         return None
     return Disk(

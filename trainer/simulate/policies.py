@@ -4,7 +4,7 @@ A policy is a part of the ``msft`` section that decides without changing what a 
 
 Example::
 
-    swept({"drop_count": "2"}, ["peak-window=1,2,off"])     # three of them, each with drop_count 2
+    expand_sweeps({"drop_count": "2"}, ["peak-window=1,2,off"])      # 3, each with drop_count 2
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
     return replace(config, method=changed.method, msft=msft)
 
 
-def swept(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[str, Any]]:
+def expand_sweeps(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[str, Any]]:
     """Return the policies of all combinations; ``sweeps`` are of the form ``KEY=VALUE,VALUE``.
 
     Raises :class:`ConfigError` for a key that is none, or comes twice.

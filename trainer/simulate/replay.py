@@ -34,7 +34,7 @@ from trainer.algorithms.base import (
     Stop,
     Strategy,
 )
-from trainer.algorithms.peaks import first_best
+from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL, Config
 from trainer.errors import RunError
 from trainer.journal import Record, effective
@@ -43,10 +43,10 @@ from trainer.simulate.stage_ends import (
     Kind,
     StageReplay,
     explain_departure,
+    find_stage_end,
     first_evaluations,
     get_target,
-    recorded_turn,
-    turn_of,
+    make_stage_end,
     why_known,
     why_open,
 )
@@ -166,11 +166,11 @@ class _Replay:
             turn = None
             if decision is not None:
                 kind: Kind = "stop" if isinstance(decision, Stop) else "roll_back"
-                turn = turn_of(self._taken[-1]["epoch"], kind, vars(decision), self._first)
+                turn = make_stage_end(self._taken[-1]["epoch"], kind, vars(decision), self._first)
             replay = StageReplay(
                 number=stage.number,
                 active=stage.active,
-                recorded=recorded_turn(group, self._first),
+                recorded=find_stage_end(group, self._first),
                 simulated=turn,
             )
             self._replays.append(replay)
@@ -301,7 +301,7 @@ def _steps(records: Sequence[Record]) -> int:
 
 def _best(records: Sequence[Record], mode: Mode) -> Best | None:
     evaluated = [r for r in records if r["event"] == "evaluated"]
-    index = first_best((r["metrics"][OVERALL] for r in evaluated), mode)
+    index = first_best_index((r["metrics"][OVERALL] for r in evaluated), mode)
     if index is None:
         return None
     found = evaluated[index]

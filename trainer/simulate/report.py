@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.journal import Record, effective
-from trainer.report.summary import disk_points
+from trainer.report.summary import measure_disk_usage
 from trainer.simulate.policies import (
     Retention,
     label,
@@ -110,7 +110,7 @@ def _outcome(
     counted = effective(records)
     start = next(r for r in counted if r["event"] == "run_started")
     sizes = {r["checkpoint"]: r["stored_bytes"] for r in counted if r["event"] == "committed"}
-    copies = [point.paper_copies for point in disk_points(simulation.records)]
+    copies = [point.paper_copies for point in measure_disk_usage(simulation.records)]
     return Outcome(
         label=name,
         policy=policy,
@@ -125,7 +125,7 @@ def _outcome(
 
 def _measured(records: Sequence[Record]) -> tuple[int, float] | None:
     """Return peak and mean of the run's own store, as :mod:`trainer.report.summary` has them."""
-    points = disk_points(effective(records))
+    points = measure_disk_usage(effective(records))
     if not points:
         return None
     return max(point.peak_bytes for point in points), _mean([point.bytes for point in points])

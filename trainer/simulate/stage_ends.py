@@ -2,7 +2,7 @@
 
 Example::
 
-    turn = recorded_turn(stage_records, first_evaluations(counted))
+    turn = find_stage_end(stage_records, first_evaluations(counted))
     describe_stage_end("the run", turn)     # at epoch 3 the run excludes arith and goes on from …
 """
 
@@ -54,16 +54,16 @@ def first_evaluations(counted: Sequence[Record]) -> dict[str, Record]:
     return first
 
 
-def recorded_turn(group: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:
+def find_stage_end(group: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:
     """Return how a stage ended, of all records of it; ``None`` where it has not."""
     epochs = {r["index"]: r["epoch"] for r in group if r["event"] == "evaluated"}
     for record in group:
         if record["event"] == "decided" and record["decision"] in ("roll_back", "stop"):
-            return turn_of(epochs[record["index"]], record["decision"], record, first)
+            return make_stage_end(epochs[record["index"]], record["decision"], record, first)
     return None
 
 
-def turn_of(
+def make_stage_end(
     epoch: float,
     kind: Kind,
     decided: Mapping[str, Any],

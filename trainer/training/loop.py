@@ -41,7 +41,7 @@ from trainer.algorithms.base import (
     Stop,
     Strategy,
 )
-from trainer.algorithms.divergence import NonFiniteNumber, names_not_finite, ruined
+from trainer.algorithms.divergence import NonFiniteNumber, all_non_finite, non_finite_metrics
 from trainer.algorithms.peaks import margin_warnings
 from trainer.config.schema import OVERALL
 from trainer.distributed import RunProcesses
@@ -217,7 +217,7 @@ class Loop:
         if root is None or not work.config.restores_optimizer:
             self._reset_optimizer(stage.number)
         result = self._run_evaluation() if root is None else None
-        finding = ruined(result.losses) if result else None
+        finding = all_non_finite(result.losses) if result else None
         if finding is not None:
             raise RunError(
                 f"the {finding.what} is {finding.value} before any training: is model.path "
@@ -255,7 +255,7 @@ class Loop:
     def _evaluate(self, steps: StageSteps, position: Position) -> Decision:
         """Evaluate all sub-datasets, save a rollback point, and decide."""
         result = self._run_evaluation()
-        finding = ruined(result.losses)
+        finding = all_non_finite(result.losses)
         if finding is not None:
             return self._handle_divergence(finding, steps, position)
         self._work.journal_queue.settle()
@@ -424,6 +424,6 @@ def _log_decision(evaluation: Evaluation, metrics: Mapping[str, float], decision
     text = (
         f"stage {evaluation.stage}, epoch {evaluation.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
     )
-    if not_finite := names_not_finite(metrics):
+    if not_finite := non_finite_metrics(metrics):
         text += f"; not finite: {', '.join(not_finite)}"
     _log.info("%s", text if isinstance(decision, Continue) else f"{text}; {decision.reason}")

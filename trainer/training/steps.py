@@ -25,11 +25,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from trainer.algorithms.base import Adjustment, ExampleLosses, Stage
-from trainer.algorithms.divergence import NonFiniteNumber, not_finite
+from trainer.algorithms.divergence import NonFiniteNumber, first_non_finite
 from trainer.data.batches import DataOrder, MicroBatch, Reference, SampledOrder, Step, micro_batches
 from trainer.data.examples import Example
 from trainer.data.schedule import Schedule
-from trainer.distributed import in_turns
+from trainer.distributed import split_among_processes
 from trainer.model.forward import TokenCost, collate, mean_losses, target_losses
 from trainer.model.optim import learning_rate, set_learning_rate
 from trainer.model.sharding import is_sharded
@@ -103,7 +103,7 @@ class StageSteps:
             self._cost += self._cost_of(micro)
         for micro in mastered:
             self._forward_cost += self._cost_of(micro)
-        finding = not_finite({"training loss": loss, "gradient norm": self._grad_norm})
+        finding = first_non_finite({"training loss": loss, "gradient norm": self._grad_norm})
         if finding is None and batch:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -194,7 +194,9 @@ class StageSteps:
         # DDP needs as many forward passes in every process, so the model is used without it.
         model = accelerator.unwrap_model(self._work.model)
         with torch.no_grad():
-            for micro, mine in in_turns(batch, accelerator, alike=is_sharded(model)):
+            for micro, mine in split_among_processes(
+                batch, accelerator, equal_counts=is_sharded(model)
+            ):
                 token_losses = self._token_losses(model, micro)
                 if mine:
                     self._store_means(micro, token_losses, losses)

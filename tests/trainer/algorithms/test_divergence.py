@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.support.tiny_runs import make_config
-from trainer.algorithms.divergence import names_not_finite, not_finite, ruined
+from trainer.algorithms.divergence import all_non_finite, first_non_finite, non_finite_metrics
 from trainer.cli.main import main
 from trainer.errors import RunError
 from trainer.journal import Journal, effective, read
@@ -240,9 +240,9 @@ def test_exact_match_counts_only_where_the_loss_is_finite(tmp_path, monkeypatch)
 
 
 def test_numbers_are_judged_one_by_one():
-    assert not_finite({"a": 1.0, "b": None}) is None
-    found = not_finite({"a": 1.0, "b": torch.tensor(-math.inf), "c": math.nan})
+    assert first_non_finite({"a": 1.0, "b": None}) is None
+    found = first_non_finite({"a": 1.0, "b": torch.tensor(-math.inf), "c": math.nan})
     assert (found.what, found.value) == ("b", "-inf")
-    assert ruined({"a": math.nan, "b": 1.0}) is None
-    assert ruined({"a": math.nan, "b": math.inf}).value == "nan"
-    assert names_not_finite({"b": math.nan, "c": 1.0, "a": math.inf}) == ["a", "b"]
+    assert all_non_finite({"a": math.nan, "b": 1.0}) is None
+    assert all_non_finite({"a": math.nan, "b": math.inf}).value == "nan"
+    assert non_finite_metrics({"b": math.nan, "c": 1.0, "a": math.inf}) == ["a", "b"]

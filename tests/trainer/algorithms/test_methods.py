@@ -22,7 +22,7 @@ from trainer.algorithms.base import (
     Stage,
     Stop,
 )
-from trainer.algorithms.dynamix import probabilities, scaled
+from trainer.algorithms.dynamix import probabilities, rescale_rewards
 from trainer.algorithms.ies import is_mastered
 from trainer.algorithms.peaks import PeakRule
 from trainer.config.schema import OVERALL
@@ -173,7 +173,7 @@ def test_probabilities_add_up_and_keep_the_share_of_exploration(values, beta, ga
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(), min_size=1))
 def test_rewards_are_scaled_to_the_unit_interval(rewards):
-    found = scaled(rewards)
+    found = rescale_rewards(rewards)
     assert found.keys() == rewards.keys()
     assert all(0 <= value <= 1 for value in found.values())
 

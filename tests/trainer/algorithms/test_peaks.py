@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.algorithms.base import Mode
-from trainer.algorithms.peaks import Champion, PeakRule, champions, first_best, is_better, overall
+from trainer.algorithms.peaks import (
+    Champion,
+    PeakRule,
+    champions,
+    first_best_index,
+    is_better,
+    overall,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,7 @@ from trainer.algorithms.peaks import Champion, PeakRule, champions, first_best, 
     ],
 )
 def test_first_best(values: list[float], mode: Mode, index: int | None) -> None:
-    assert first_best(values, mode) == index
+    assert first_best_index(values, mode) == index
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
@@ -61,7 +68,7 @@ def test_the_default_rule_is_the_first_best_value(
     curve: list[tuple[float, float]], mode: Mode
 ) -> None:
     values, errors = [value for value, _ in curve], [error for _, error in curve]
-    assert PeakRule().peak(values, errors, mode) == first_best(values, mode)
+    assert PeakRule().peak(values, errors, mode) == first_best_index(values, mode)
 
 
 @given(CURVES, st.floats(0, 3), st.floats(0, 1) | st.just(math.nan))
@@ -71,7 +78,7 @@ def test_a_margin_never_makes_a_peak_later_and_directions_mirror_each_other(
     # One error for all: a later value that is known better may pass where an equal one did not.
     values, errors = [value for value, _ in curve], [error for _ in curve]
     rule = PeakRule(margin=margin)
-    peak, plain = rule.peak(values, errors, "max"), first_best(values, "max")
+    peak, plain = rule.peak(values, errors, "max"), first_best_index(values, "max")
     assert (peak is None) == (plain is None)
     assert peak is None or plain is None or peak <= plain
     assert rule.peak([-value for value in values], errors, "min") == peak

@@ -38,7 +38,7 @@ def place(config, name):
     return Path(f"{config.output_dir}-{name}")
 
 
-def told(directory):
+def decisions(directory):
     """What a run has decided."""
     found = effective(read(directory / "journal.jsonl"))
     return [(r["decision"], r["exclude"]) for r in found if r["event"] == "decided"]
@@ -97,7 +97,7 @@ def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
         assert int((tmp_path / f"largest-{rank}").read_text()) < 0.6 * total
     saved = weights(place(config, "sharded"))
     assert same_bits({name: store.load(result)[name] for name in saved}, saved)
-    assert told(place(config, "sharded")) == told(place(config, "whole"))
+    assert decisions(place(config, "sharded")) == decisions(place(config, "whole"))
     # Sums over shards are rounded otherwise than over all.
     expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
     assert measured(place(config, "sharded")) == expected

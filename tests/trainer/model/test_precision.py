@@ -70,13 +70,13 @@ def test_metrics_are_those_of_what_the_store_has(config, finished):
     assert any(r["decision"] == "roll_back" for r in records(finished, "decided"))
     store = Store.open(finished / "store")
     chosen = records(finished, "decided")[-1]["checkpoint"]
-    told = next(r for r in records(finished, "evaluated") if r["checkpoint"] == chosen)
+    recorded = next(r for r in records(finished, "evaluated") if r["checkpoint"] == chosen)
     with open_workspace(replace(config, output_dir=str(finished))) as work:
         work.snapshots.restore(store.load("result"))
         evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator)
         again = {n: evaluator(work.model, work.split(n)).metrics for n in ("validation", "test")}
     (result,) = [r for r in records(finished, "tested") if r["what"] == "result"]
-    assert again == {"validation": told["metrics"], "test": result["metrics"]}
+    assert again == {"validation": recorded["metrics"], "test": result["metrics"]}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from trainer.errors import RunError
 from trainer.journal import Journal, effective, read
 from trainer.report.flops import Work
 from trainer.report.report import compare_table, disk_text, write_report
-from trainer.report.summary import Peak, Result, Scores, Summary, disk_points, summarize
+from trainer.report.summary import Peak, Result, Scores, Summary, measure_disk_usage, summarize
 
 PLOTS = ("curves", "loss", "disk")
 
@@ -70,7 +70,7 @@ def test_work_is_split_into_kept_and_rolled_back(run: Path) -> None:
 
 
 def test_disk_beside_the_papers_policy_at_the_same_evaluations(run: Path) -> None:
-    points = disk_points(effective(read(run / "journal.jsonl")))
+    points = measure_disk_usage(effective(read(run / "journal.jsonl")))
     assert [point.paper_copies for point in points] == [0, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2]
     assert [point.bytes for point in points] == [100, 200] + [300] * 11
     disk = summary_of(run).disk
@@ -84,7 +84,7 @@ def test_disk_beside_the_papers_policy_at_the_same_evaluations(run: Path) -> Non
 
 def test_plain_sft_would_keep_one_copy_under_the_papers_policy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sft", "ties", method="sft")
-    points = disk_points(effective(read(run / "journal.jsonl")))
+    points = measure_disk_usage(effective(read(run / "journal.jsonl")))
     assert [point.paper_copies for point in points] == [0, 1, 1, 1, 1]
 
 

@@ -17,7 +17,7 @@ from trainer.cli.main import main
 from trainer.errors import ConfigError, RunError
 from trainer.journal import Record, effective, read
 from trainer.report.flops import Work
-from trainer.simulate.policies import recorded_config, retention_named, swept, with_policy
+from trainer.simulate.policies import expand_sweeps, recorded_config, retention_named, with_policy
 from trainer.simulate.replay import Simulation, simulate
 from trainer.simulate.report import Copies, outcome, recorded, to_text
 from trainer.simulate.retained import RetentionReplay
@@ -216,7 +216,7 @@ def test_a_budget_that_the_learning_rate_follows_is_not_changed(tmp_path: Path) 
 
 
 def test_sweeps_are_combined() -> None:
-    found = swept({"max_stages": "3"}, ["peak-window=1,off", "compute-budget=0.5,1e0"])
+    found = expand_sweeps({"max_stages": "3"}, ["peak-window=1,off", "compute-budget=0.5,1e0"])
     assert found == [
         {"max_stages": 3, "peak_window": window, "compute_budget": budget}
         for window in (1, None)
@@ -229,7 +229,7 @@ def test_sweeps_are_combined() -> None:
         (["max-stages=1"], "given twice"),
     ):
         with pytest.raises(ConfigError, match=message):
-            swept({"max_stages": "3"}, sweeps)
+            expand_sweeps({"max_stages": "3"}, sweeps)
     for name in ("last", "last:0", "needs:1", "best:x", "none"):
         with pytest.raises(ConfigError, match="there is no retention"):
             retention_named(name)
