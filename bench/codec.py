@@ -132,7 +132,9 @@ def ours(level: codecs.Level, *, reference: bool = True) -> tuple[Encode, Decode
         return bytes([codec.code]) + payload
 
     def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
-        return codecs.decode(data[0], data[1:], old.size, old, dtype)
+        found = old.copy()
+        codecs.codec_by_code(data[0]).decode_into(data[1:], found, dtype)
+        return found
 
     return encode, decode
 

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from msft_store.codec.codecs import Codec
@@ -28,7 +29,7 @@ def test_the_codec_saves_bytes_and_refuses_damage(capsys: pytest.CaptureFixture[
     constant: Codec = run("codec")["Constant"]()
     assert capsys.readouterr().out.startswith("constant takes 2 bytes, ")
     with pytest.raises(ValueError, match="wrong length"):
-        constant.decode(b"\0", 8, None, next(d for d in DTYPES if d.size == 2))
+        constant.decode_into(b"\0", np.zeros(8, np.uint8), next(d for d in DTYPES if d.size == 2))
 
 
 def test_the_policy_keeps_every_fourth_step_and_the_last(

@@ -29,14 +29,14 @@ class Constant:
             raise ValueError("the elements of the chunk differ")
         return elements[0].tobytes()
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        """Return the chunk; ``ValueError`` if the payload is damaged.
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        """Fill ``out`` with the chunk; ``ValueError`` if the payload is damaged.
 
         The payload comes from a file, so check it before you take memory for the result.
         """
-        if len(payload) != dtype.size or size % dtype.size:
+        if len(payload) != dtype.size or out.size % dtype.size:
             raise ValueError("a constant chunk has the wrong length")
-        return np.tile(np.frombuffer(payload, np.uint8), size // dtype.size)
+        out[:] = np.tile(np.frombuffer(payload, np.uint8), out.size // dtype.size)
 
 
 def main() -> None:
@@ -45,7 +45,9 @@ def main() -> None:
     dtype = next(dtype for dtype in DTYPES if dtype.name == "bfloat16")
     chunk = np.tile(np.array([0x80, 0x3F], np.uint8), 4096)
     payload = constant.encode(chunk, None, dtype)
-    if not np.array_equal(constant.decode(payload, chunk.size, None, dtype), chunk):
+    restored = np.empty_like(chunk)
+    constant.decode_into(payload, restored, dtype)
+    if not np.array_equal(restored, chunk):
         raise ValueError("the codec did not restore the chunk")
     best, other = encode(chunk, None, dtype)
     print(f"constant takes {len(payload)} bytes, {best.name} takes {len(other)}")

@@ -8,7 +8,7 @@ environment, everything works more slowly. :func:`encode` picks the smallest rep
 Example::
 
     codec, payload = encode(chunk, reference, dtype)
-    assert (decode(codec.code, payload, chunk.size, reference, dtype) == chunk).all()
+    codec.decode_into(payload, reference, dtype)              # reference is now equal to chunk
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from msft_store.codec import adaptive_codec, changes, exponent_codec
 from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.codec.kernels import (
     Bytes,
-    Codes,
     Lanes,
     decode_gaps,
     decode_lane_changes,
@@ -105,8 +104,11 @@ class Codec(Protocol):
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         """Return the payload of a chunk."""
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        """Return the ``size`` bytes of a chunk; :class:`ValueError` if the payload is damaged."""
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        """Replace the reference in ``out``, if there is one, by the decoded chunk.
+
+        :class:`ValueError` if the payload is damaged; ``out`` is then undefined.
+        """
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,10 @@ class Raw:
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return chunk.tobytes()
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        if len(payload) != size:
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        if len(payload) != out.size:
             raise ValueError("a raw chunk has the wrong length")
-        return np.frombuffer(payload, np.uint8)
+        out[:] = np.frombuffer(payload, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ class Zstd:
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return _compress(chunk, _PLAIN_LEVEL)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return _decompress(payload, size)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        out[:] = _decompress(payload, out.size)
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ class Planes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
         return _compress(split_planes(codes), _PLAIN_LEVEL)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return join_planes(_decompress(payload, size), dtype.lane).view(np.uint8)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        out[:] = join_planes(_decompress(payload, out.size), dtype.lane).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ class Same:
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return b""
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        return _check_reference(reference, size)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,14 @@ class Delta:
     needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        return _compress(split_planes(_compute_change(chunk, reference, dtype)), _DELTA_LEVEL)
+        new, old = _view_pair(chunk, reference, dtype)
+        change = encode_lane_changes(new, old, floating=dtype.floating)
+        return _compress(split_planes(change), _DELTA_LEVEL)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = view_lanes(_check_reference(reference, size), dtype.lane)
-        change = join_planes(_decompress(payload, size), dtype.lane)
-        return decode_lane_changes(change, old, floating=dtype.floating).view(np.uint8)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes = view_lanes(out, dtype.lane)
+        change = join_planes(_decompress(payload, out.size), dtype.lane)
+        lanes[:] = decode_lane_changes(change, lanes, floating=dtype.floating)
 
 
 @dataclass(frozen=True)
@@ -198,31 +202,25 @@ class Sparse:
     needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
-        new, old = (
-            view_lanes(chunk, dtype.lane),
-            view_lanes(_check_reference(reference, chunk.size), dtype.lane),
-        )
+        new, old = _view_pair(chunk, reference, dtype)
         positions = np.flatnonzero(new != old)
         change = encode_lane_changes(new[positions], old[positions], floating=dtype.floating)
         streams = np.concatenate([split_planes(encode_gaps(positions)), split_planes(change)])
         return struct.pack("<I", positions.size) + _compress(streams, _DELTA_LEVEL)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        old = view_lanes(_check_reference(reference, size), dtype.lane)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes = view_lanes(out, dtype.lane)
         if len(payload) < 4:
             raise ValueError("a sparse chunk has no count")
         (count,) = struct.unpack_from("<I", payload)
-        if count > old.size:
+        if count > lanes.size:
             raise ValueError("a sparse chunk changes more elements than it has")
         streams = _decompress(payload[4:], count * (4 + dtype.lane))
         positions = decode_gaps(join_planes(streams[: 4 * count], 4).astype(np.uint32, copy=False))
-        if count and positions[-1] >= old.size:
+        if count and positions[-1] >= lanes.size:
             raise ValueError("a sparse chunk changes elements beyond its end")
-        new: Lanes = old.copy()
         codes = join_planes(streams[4 * count :], dtype.lane)
-        new[positions] = decode_lane_changes(codes, old[positions], floating=dtype.floating)
-        data: Bytes = new.view(np.uint8)
-        return data
+        lanes[positions] = decode_lane_changes(codes, lanes[positions], floating=dtype.floating)
 
 
 @dataclass(frozen=True)
@@ -236,8 +234,7 @@ class ExponentClasses:
     def encode(
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
-        new = view_lanes(chunk, dtype.lane)
-        old = view_lanes(_check_reference(reference, chunk.size), dtype.lane)
+        new, old = _view_pair(chunk, reference, dtype)
         compiled, layout = compiled_kernels(), _require_layout(dtype)
         found = found or exponent_codec.find_changes(new, old, layout, compiled)
         return self._encode_changes(old, layout, found, compiled)
@@ -247,14 +244,8 @@ class ExponentClasses:
     ) -> bytes:
         return exponent_codec.encode(found, compiled)
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        data: Bytes = _check_reference(reference, size).copy()
-        self.decode_in_place(payload, data, dtype)
-        return data
-
-    def decode_in_place(self, payload: bytes, data: Bytes, dtype: DType) -> None:
-        """Replace the reference in ``data`` by the decoded chunk."""
-        lanes, layout = view_lanes(data, dtype.lane), _require_layout(dtype)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
         exponent_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
@@ -270,8 +261,8 @@ class Adaptive(ExponentClasses):
     ) -> bytes:
         return adaptive_codec.encode(old, layout, found, compiled)
 
-    def decode_in_place(self, payload: bytes, data: Bytes, dtype: DType) -> None:
-        lanes, layout = view_lanes(data, dtype.lane), _require_layout(dtype)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
         adaptive_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
@@ -302,17 +293,16 @@ class Turned:
             parts += stream.compress(plane.data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         return b"".join([*parts, stream.flush()])
 
-    def decode(self, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-        if size % dtype.lane:
-            raise ValueError("a turned chunk ends within an element")
-        planes = _decompress(payload, size)
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        codes, planes = (
+            view_lanes(out, dtype.lane).view(f"<u{dtype.lane}"),
+            _decompress(payload, out.size),
+        )
         compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
         if compiled is None:
-            return rotate_right(join_planes(planes, dtype.lane)).view(np.uint8)
-        codes = np.empty(size // dtype.lane, f"<u{dtype.lane}")
-        compiled.join_rotated_planes(planes, codes, dtype.lane)
-        data: Bytes = codes.view(np.uint8)
-        return data
+            codes[:] = rotate_right(join_planes(planes, dtype.lane))
+        else:
+            compiled.join_rotated_planes(planes, codes, dtype.lane)
 
 
 RAW: Codec = Raw()
@@ -350,16 +340,14 @@ def encode(
 
     ``found`` holds the changes against the reference if they are known already.
     """
-    best: tuple[Codec, bytes] | None = None
+    tried: list[tuple[Codec, bytes]] = []
     if reference is not None:
-        if np.array_equal(chunk, _check_reference(reference, chunk.size)):
+        if np.array_equal(chunk, reference):
             return SAME, b""
-        best = _encode_against(chunk, reference, dtype, level, found)
-        if len(best[1]) < _PLAIN_FROM * chunk.size:
-            return best
-    plain = _encode_alone(chunk, dtype, level)
-    if best is None or len(plain[1]) < len(best[1]):
-        best = plain
+        tried.append(_encode_against(chunk, reference, dtype, level, found))
+        if len(tried[0][1]) < _PLAIN_FROM * chunk.size:
+            return tried[0]
+    best = _smallest(*tried, _encode_alone(chunk, dtype, level))
     return best if len(best[1]) < chunk.size else (RAW, RAW.encode(chunk, None, dtype))
 
 
@@ -367,15 +355,13 @@ def _encode_alone(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, byte
     if dtype.lane == 1:
         return ZSTD, ZSTD.encode(chunk, None, dtype)
     if not dtype.floating:
-        return _pick_smallest((PLANES, ZSTD), chunk, None, dtype)
+        return _try((PLANES, ZSTD), chunk, None, dtype)
     if level == "small":
-        return _pick_smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
-    payload = TURNED.encode(chunk, None, dtype)
-    if len(payload) < _SEARCH_FROM * chunk.size:
-        return TURNED, payload
-    return min(
-        (TURNED, payload), _pick_smallest((ZSTD,), chunk, None, dtype), key=lambda p: len(p[1])
-    )
+        return _try((TURNED, PLANES, ZSTD), chunk, None, dtype)
+    turned = TURNED.encode(chunk, None, dtype)
+    if len(turned) < _SEARCH_FROM * chunk.size:
+        return TURNED, turned
+    return _smallest((TURNED, turned), (ZSTD, ZSTD.encode(chunk, None, dtype)))
 
 
 def _encode_against(
@@ -385,53 +371,25 @@ def _encode_against(
     if changes.float_layout(dtype) is not None and (level == "small" or not is_small):
         codec = EXPONENT_CLASSES if level == "fast" else ADAPTIVE
         payload = codec.encode(chunk, reference, dtype, found)
-        if is_small or len(payload) < _TABLES_PAY_FROM:
-            plainer = _pick_smallest(
-                (SPARSE, DELTA) if is_small else (SPARSE,), chunk, reference, dtype
-            )
-            if len(plainer[1]) <= len(payload):
-                return plainer
-        return codec, payload
-    differs = view_lanes(chunk, dtype.lane) != view_lanes(reference, dtype.lane)
-    changed = np.count_nonzero(differs) / differs.size
-    if changed < _DENSE_FROM:
-        return _pick_smallest((SPARSE,), chunk, reference, dtype)
-    tried = (SPARSE, DELTA) if changed < _SPARSE_BELOW else (DELTA,)
-    return _pick_smallest(tried, chunk, reference, dtype)
+        if not is_small and len(payload) >= _TABLES_PAY_FROM:
+            return codec, payload
+        plainer = (SPARSE, DELTA) if is_small else (SPARSE,)
+        return _smallest(_try(plainer, chunk, reference, dtype), (codec, payload))
+    new, old = _view_pair(chunk, reference, dtype)
+    changed = np.count_nonzero(new != old) / new.size
+    sparse = (SPARSE,) if changed < _SPARSE_BELOW else ()
+    dense = (DELTA,) if changed >= _DENSE_FROM else ()
+    return _try((*sparse, *dense), chunk, reference, dtype)
 
 
-def _pick_smallest(
+def _try(
     codecs: tuple[Codec, ...], chunk: Bytes, reference: Bytes | None, dtype: DType
 ) -> tuple[Codec, bytes]:
-    tried = [(codec, codec.encode(chunk, reference, dtype)) for codec in codecs]
+    return _smallest(*((codec, codec.encode(chunk, reference, dtype)) for codec in codecs))
+
+
+def _smallest(*tried: tuple[Codec, bytes]) -> tuple[Codec, bytes]:
     return min(tried, key=lambda pair: len(pair[1]))
-
-
-def decode(code: int, payload: bytes, size: int, reference: Bytes | None, dtype: DType) -> Bytes:
-    """Return the ``size`` bytes of a decoded chunk.
-
-    :class:`ValueError` if the payload is damaged, :class:`VersionError` for an unknown codec.
-    """
-    return codec_by_code(code).decode(payload, size, reference, dtype)
-
-
-def _compute_change(chunk: Bytes, reference: Bytes | None, dtype: DType) -> Codes:
-    old = view_lanes(_check_reference(reference, chunk.size), dtype.lane)
-    return encode_lane_changes(view_lanes(chunk, dtype.lane), old, floating=dtype.floating)
-
-
-def decode_into(code: int, payload: bytes, out: Bytes, dtype: DType) -> None:
-    """Replace the reference in ``out``, if there is one, by the decoded chunk.
-
-    Raises the errors of :func:`decode`; an error leaves ``out`` undefined.
-    """
-    codec = codec_by_code(code)
-    if isinstance(codec, ExponentClasses):
-        codec.decode_in_place(payload, out, dtype)
-        return
-    data = codec.decode(payload, out.size, out if codec.needs_reference else None, dtype)
-    if data is not out:
-        out[:] = data
 
 
 def _require_layout(dtype: DType) -> FloatLayout:
@@ -441,10 +399,10 @@ def _require_layout(dtype: DType) -> FloatLayout:
     return layout
 
 
-def _check_reference(reference: Bytes | None, size: int) -> Bytes:
-    if reference is None or reference.size != size:
+def _view_pair(chunk: Bytes, reference: Bytes | None, dtype: DType) -> tuple[Lanes, Lanes]:
+    if reference is None or reference.size != chunk.size:
         raise ValueError("the reference has the wrong length")
-    return reference
+    return view_lanes(chunk, dtype.lane), view_lanes(reference, dtype.lane)
 
 
 def _compress(data: Bytes, level: int) -> bytes:

@@ -2,20 +2,21 @@
 
 The format is in ``docs/FORMAT.md``, section 5. Invariants: the payload is the same with and without
 compiled kernels and on every device, and a damaged payload is a :class:`ValueError`, never an
-access out of bounds.
+access out of bounds. :mod:`msft_store.codec.adaptive_codec` finds, lists and applies changes with
+the functions of this module too.
 
 Example::
 
     compiled = compiled_kernels()                     # or None without Numba
     payload = encode(find_changes(new, old, layout, compiled), compiled)
-    assert (decode(payload, old, layout, compiled) == new).all()
+    decode_in_place(payload, old, layout, compiled)   # old is now equal to new
 """
 
 from __future__ import annotations
 
-import functools
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from msft_store.codec import changes, kernels, rans
 from msft_store.codec.changes import (
     EXTRA_BITS,
     FIRST_CLASS,
+    GAP_CONTEXT,
+    RUN_CONTEXT,
     SMALLEST,
     ChunkChanges,
     FloatLayout,
@@ -38,10 +41,27 @@ from msft_store.format.layout import decompress, get_compressor
 Array = NDArray[Any]
 
 _HEADER = struct.Struct("<IIIIIBBH")
-"""Counts of listed lanes, gaps and runs; bytes of tables; words of low bits; low, high, busy."""
+"""Counts of listed lanes, gaps and runs; bytes of the first part; words of low bits; low, high,
+busy."""
 ALL_BLOCKS_CODED = 1 << 15
 """The bit of ``busy`` that is set if all blocks are coded."""
 _TABLE_LEVEL = 3
+Tokens = tuple[Array, Array]
+"""The number of low bits of each token, and the smallest value that it stands for."""
+
+
+class SymbolReader(Protocol):
+    """Reads the symbols of a payload from its parts before and after the low bits."""
+
+    tokens: Tokens
+
+    def __init__(self, first: bytes, rest: bytes, low: int, high: int, compiled: Any) -> None: ...
+
+    def read_runs_and_gaps(self, contexts: Array) -> Array:
+        """Return the symbols of runs and gaps, given their contexts."""
+
+    def read_changes(self, exponents: Array) -> Array:
+        """Return the symbols of changes, given their references' exponents; nothing is left."""
 
 
 def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> ChunkChanges:
@@ -74,160 +94,157 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
     )
 
 
+def list_runs_and_gaps(found: ChunkChanges) -> tuple[Array, Array]:
+    """Return the symbols of runs and gaps (uint16, with contexts), and their values (uint32)."""
+    runs = np.zeros(0, np.int64) if found.runs is None else found.runs
+    values = np.concatenate([runs, found.gaps]).astype(np.uint32)
+    return compute_plain_symbols(runs.size, values), values
+
+
+def write_low_bits(
+    parts: Sequence[tuple[Array, Array]], bits: Array, histogram: Array, compiled: Any
+) -> Array:
+    """Return the low bits of symbols and their values as words; count the symbols."""
+    # One word for each number suffices, because no distance has more than 31 low bits.
+    words, at = np.zeros(sum(values.size for _, values in parts) + 2, np.uint32), 0
+    for symbols, values in parts:
+        write = (kernels if compiled is None else compiled).write_low_bits
+        at = write(symbols, values, bits, histogram, words, at)
+    return words[: -(-at // 32)]
+
+
+def join_payload(found: ChunkChanges, first: bytes, words: Array, rest: bytes) -> bytes:
+    """Return a payload: its header, a first part, the words of low bits, and the rest."""
+    runs = 0 if found.runs is None else found.runs.size
+    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
+    sizes = (found.symbols.size, found.gaps.size, runs, len(first), words.size)
+    header = _HEADER.pack(*sizes, found.low, found.high, busy)
+    return b"".join([header, first, words.tobytes(), rest])
+
+
 def encode(found: ChunkChanges, compiled: Any) -> bytes:
     """Return the payload of the changes."""
-    runs = np.zeros(0, np.int64) if found.runs is None else found.runs
-    plain = np.concatenate([runs, found.gaps]).astype(np.uint32)
-    coded_plain = compute_plain_symbols(runs.size, plain)
     histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
-    # One word for each number suffices, because no distance has more than 31 low bits.
-    words, bits = np.zeros(plain.size + found.symbols.size + 2, np.uint32), 0
-    write = (kernels if compiled is None else compiled).write_low_bits
-    tables = rans if compiled is None else compiled
-    bits = write(coded_plain, plain, EXTRA_BITS, histogram, words, bits)
-    bits = write(found.symbols, found.distances, EXTRA_BITS, histogram, words, bits)
-    words = words[: -(-bits // 32)]
-    levels = tables.compute_levels(histogram)
-    packed = tables.compute_frequencies(levels)
-    table_bytes = _encode_tables(levels)
-    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
-    sizes = (found.symbols.size, found.gaps.size, runs.size, len(table_bytes), words.size)
-    parts = [_HEADER.pack(*sizes, found.low, found.high, busy), table_bytes, words.tobytes()]
-    return b"".join(
-        parts + [_encode_symbols(part, packed, compiled) for part in (coded_plain, found.symbols)]
-    )
+    parts = [list_runs_and_gaps(found), (found.symbols, found.distances)]
+    words = write_low_bits(parts, EXTRA_BITS, histogram, compiled)
+    coder = rans if compiled is None else compiled
+    levels = coder.compute_levels(histogram)
+    packed = coder.compute_frequencies(levels)
+    coded = [coder.encode(part, packed, rans.count_coders(part.size)) for part, _ in parts]
+    rest = b"".join(part.tobytes() for part in coded)
+    return join_payload(found, _encode_tables(levels), words, rest)
 
 
-def decode(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> Lanes:
-    """Return the changed lanes; :class:`ValueError` if the payload is damaged."""
-    new: Lanes = old.copy()
-    decode_in_place(payload, new, layout, compiled)
-    return new
+def decode_in_place(
+    payload: bytes,
+    old: Lanes,
+    layout: FloatLayout,
+    compiled: Any,
+    reader: type[SymbolReader] | None = None,
+) -> None:
+    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined.
 
-
-def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
-    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined."""
+    ``reader`` is that of codec 6 by default.
+    """
     if len(payload) < _HEADER.size:
         raise ValueError("an exponent-coded chunk has no header")
-    listed, gaps, runs, table_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
+    listed, gaps, runs, first_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
     all_coded, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
-    blocks = -(-old.size // BLOCK)
-    at = _HEADER.size + table_bytes
-    end = at + 4 * word_count
-    if (
-        max(listed, gaps) > old.size
-        or runs > (0 if all_coded else blocks)
-        or end > len(payload)
-        or (len(payload) - end) % 2
-    ):
+    at = _HEADER.size + first_bytes
+    rest = at + 4 * word_count
+    blocks = 0 if all_coded else -(-old.size // BLOCK)
+    if max(listed, gaps) > old.size or runs > blocks or rest > len(payload):
         raise ValueError("an exponent-coded chunk has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("an exponent-coded chunk has impossible exponents")
-    levels = _decode_tables(payload[_HEADER.size : at], FIRST_CLASS + high - low + 1)
-    reader = _Reader(
-        words=np.frombuffer(payload, "<u4", word_count, at),
-        coded=np.frombuffer(payload[end:], "<u2"),
-        levels=levels,
-        compiled=compiled,
+    words = np.append(np.frombuffer(payload, "<u4", word_count, at), np.zeros(2, np.uint32))
+    end, loops = 32 * word_count, kernels if compiled is None else compiled
+    symbols = (reader or _RangeReader)(
+        payload[_HEADER.size : at], payload[rest:], low, high, compiled
     )
-    plain_contexts = np.repeat(np.array([0, 1], np.uint8), [runs, gaps])
-    plain = reader.distances(reader.symbols(plain_contexts))
+    contexts = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
+    plain_symbols = symbols.read_runs_and_gaps(contexts)
+    plain, bits = loops.read_distances(plain_symbols, words, 0, end, *symbols.tokens)
+    if bits > end:
+        raise ValueError("an exponent-coded chunk ends too early")
     listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else plain[:runs])
-    positions, contexts = locate_listed(old, layout, listing, plain[runs:], compiled)
+    positions = locate_listed(old, layout, listing, plain[runs:], compiled)
     if positions.size != listed:
         raise ValueError("an exponent-coded chunk lists another number of elements")
-    symbols = reader.symbols(contexts)
-    reader.change(old, positions, symbols, layout)
-    reader.finish()
+    coded = symbols.read_changes(compute_exponents(old, positions, layout, compiled))
+    lanes = old.view(f"<u{old.itemsize}")
+    low_bits = (words, bits, end, layout.sign, *symbols.tokens)
+    bits = loops.apply_changes(lanes, positions, coded, *low_bits)
+    if not 0 <= end - bits < 32:
+        raise ValueError("an exponent-coded chunk has the wrong number of low bits")
+
+
+class _RangeReader:
+    tokens = (EXTRA_BITS, SMALLEST)
+
+    def __init__(self, first: bytes, rest: bytes, low: int, high: int, compiled: Any) -> None:
+        self._low, self._high = low, high
+        self._coder = rans if compiled is None else compiled
+        levels = _decode_tables(first, FIRST_CLASS + high - low + 1)
+        self._packed = self._coder.compute_frequencies(levels)
+        self._slots = self._coder.build_slots(self._packed)
+        self._words = np.frombuffer(rest, "<u2")
+
+    def read_runs_and_gaps(self, contexts: Array) -> Array:
+        coders = rans.count_coders(contexts.size)
+        # Decoding takes at most this many words, even from a damaged payload.
+        longest = 2 * coders + contexts.size + 1
+        words = self._words[:longest]
+        padded = np.append(words, np.zeros(longest - words.size, np.uint16))
+        symbols: Array
+        symbols, used = self._coder.decode(padded, contexts, self._packed, self._slots, coders)
+        if used > self._words.size:
+            raise ValueError("an exponent-coded chunk ends too early")
+        self._words = self._words[used:]
+        return symbols
+
+    def read_changes(self, exponents: Array) -> Array:
+        classes = exponents.clip(self._low, self._high) - self._low + FIRST_CLASS
+        symbols = self.read_runs_and_gaps(classes)
+        if self._words.size:
+            raise ValueError("an exponent-coded chunk has bytes after its end")
+        return symbols
 
 
 def locate_listed(
     old: Lanes, layout: FloatLayout, listing: Listing, gaps: Array, compiled: Any
-) -> tuple[Array, Array]:
-    """Return the positions of all listed elements, and their contexts (uint8).
-
-    :class:`ValueError` if a position is beyond the end.
-    """
+) -> Array:
+    """Return the positions of all listed elements; :class:`ValueError` if one is beyond the end."""
     blocks = -(-old.size // BLOCK)
     coded = (
         np.ones(blocks, bool) if listing.runs is None else changes.decode_runs(listing.runs, blocks)
     )
-    quiet = kernels.decode_gaps(gaps)
-    limit, contexts = listing.busy << layout.shift, _contexts_by_exponent(listing.low, listing.high)
+    quiet, limit = kernels.decode_gaps(gaps), listing.busy << layout.shift
+    positions: Array
     if compiled is None:
         marked, at = torch.from_numpy(coded), torch.from_numpy(quiet)
-        positions: Array = changes.locate_listed(_as_tensor(old), layout, marked, limit, at).numpy()
-        exponents = (old[positions].astype(np.int64) & layout.mask) >> layout.shift
-        return positions, contexts[exponents].astype(np.uint8)
+        positions = changes.locate_listed(_as_tensor(old), layout, marked, limit, at).numpy()
+        return positions
     if quiet.size and quiet[-1] >= blocks * BLOCK:
         raise ValueError("a chunk changes elements beyond its end")
     was = _as_read_only(old.view(f"<u{old.itemsize}"))
     positions = compiled.locate_listed(was, coded, limit, layout.mask, quiet.astype(np.uint32))
     if positions.size < quiet.size:
         raise ValueError("a chunk changes elements beyond its end")
-    first = contexts << np.uint16(8)
-    return positions, compiled.compute_contexts(was, positions, layout.shift, layout.mask, first)
+    return positions
 
 
-class _Reader:
-    """Reads symbols and low bits of a payload one after the other, never beyond its end."""
-
-    def __init__(self, *, words: Array, coded: Array, levels: Array, compiled: Any) -> None:
-        self._words = np.append(words, np.zeros(2, np.uint32))
-        self._bits, self._end = 0, 32 * words.size
-        self._coded = coded
-        self._compiled = compiled
-        tables = rans if compiled is None else compiled
-        self._packed = tables.compute_frequencies(levels)
-        self._slots = tables.build_slots(self._packed)
-
-    def symbols(self, contexts: Array) -> Array:
-        coders = rans.count_coders(contexts.size)
-        # Decoding takes at most this many words, even from a damaged payload.
-        longest = 2 * coders + contexts.size + 1
-        coded = self._coded[:longest]
-        padded = np.concatenate([coded, np.zeros(longest - coded.size, np.uint16)])
-        if self._compiled is None:
-            symbols, used = rans.decode(padded, contexts, self._packed, self._slots)
-        else:
-            symbols, used = self._compiled.decode(
-                padded, contexts, self._packed, self._slots, coders
-            )
-        if used > self._coded.size:
-            raise ValueError("an exponent-coded chunk ends too early")
-        self._coded = self._coded[used:]
-        found: Array = symbols
-        return found
-
-    def distances(self, symbols: Array) -> Array:
-        read = (kernels if self._compiled is None else self._compiled).read_distances
-        low_bits = (self._words, self._bits, self._end, EXTRA_BITS, SMALLEST)
-        distances, at = read(symbols, *low_bits)
-        self._advance(at)
-        found: Array = distances
-        return found
-
-    def change(self, new: Lanes, positions: Array, symbols: Array, layout: FloatLayout) -> None:
-        lanes = new.view(f"<u{new.itemsize}")
-        apply = (kernels if self._compiled is None else self._compiled).apply_changes
-        low_bits = (self._words, self._bits, self._end, layout.sign, EXTRA_BITS, SMALLEST)
-        self._advance(apply(lanes, positions, symbols, *low_bits))
-
-    def finish(self) -> None:
-        if self._coded.size or self._end - self._bits >= 32:
-            raise ValueError("an exponent-coded chunk has bytes after its end")
-
-    def _advance(self, at: int) -> None:
-        if at > self._end:
-            raise ValueError("an exponent-coded chunk ends too early")
-        self._bits = at
-
-
-def _encode_symbols(symbols: Array, packed: Array, compiled: Any) -> bytes:
+def compute_exponents(old: Lanes, positions: Array, layout: FloatLayout, compiled: Any) -> Array:
+    """Return the exponents of the lanes at some positions, uint8."""
+    was = _as_read_only(old.view(f"<u{old.itemsize}"))
+    exponents: Array
     if compiled is None:
-        return rans.encode(symbols, packed).tobytes()
-    coded: bytes = compiled.encode(symbols, packed, rans.count_coders(symbols.size)).tobytes()
-    return coded
+        exponents = ((was[positions] & was.dtype.type(layout.mask)) >> layout.shift).astype(
+            np.uint8
+        )
+    else:
+        exponents = compiled.compute_exponents(was, positions, layout.shift, layout.mask)
+    return exponents
 
 
 def _as_tensor(lanes: Array) -> torch.Tensor:
@@ -239,14 +256,6 @@ def _as_read_only(lanes: Array) -> Array:
     view: Array = lanes.view()
     view.flags.writeable = False
     return view
-
-
-@functools.lru_cache
-def _contexts_by_exponent(low: int, high: int) -> Array:
-    """Return the context of each exponent, uint16."""
-    exponents = np.arange(EXPONENTS).clip(low, high) - low + FIRST_CLASS
-    contexts: Array = exponents.astype(np.uint16)
-    return contexts
 
 
 def compute_plain_symbols(runs: int, values: Array) -> Array:

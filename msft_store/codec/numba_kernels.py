@@ -288,13 +288,12 @@ def decode(words: Any, contexts: Any, packed: Any, slots: Any, coders: Any) -> A
 
 
 @_compile
-def compute_contexts(old: Any, positions: Any, shift: Any, mask: Any, first: Any) -> Any:
-    """Return the context of each position, uint8."""
-    contexts = np.empty(positions.size, np.uint8)
+def compute_exponents(old: Any, positions: Any, shift: Any, mask: Any) -> Any:
+    """See :func:`msft_store.codec.exponent_codec.compute_exponents`."""
+    exponents = np.empty(positions.size, np.uint8)
     for k in range(positions.size):
-        exponent = (uint64(old[positions[k]]) & uint64(mask)) >> uint64(shift)
-        contexts[k] = first[exponent] >> uint16(8)
-    return contexts
+        exponents[k] = (uint64(old[positions[k]]) & uint64(mask)) >> uint64(shift)
+    return exponents
 
 
 @_compile

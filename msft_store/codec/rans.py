@@ -11,8 +11,9 @@ Example::
 
     skip, busy, low, high = plan_listing(counts, runs, step)
     packed = compute_frequencies(compute_levels(histogram))
-    words = encode(symbols, packed)              # symbols: context << 8 | symbol
-    decoded, used = decode(words, contexts, packed, build_slots(packed))
+    coders = count_coders(symbols.size)
+    words = encode(symbols, packed, coders)      # symbols: context << 8 | symbol
+    decoded, used = decode(words, contexts, packed, build_slots(packed), coders)
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def compute_levels(histogram: Array) -> Array:
     levels = np.zeros(histogram.size, np.uint8)
     totals = histogram.reshape(-1, SYMBOLS).sum(axis=1)
     used = np.flatnonzero(histogram)
-    scaled = (histogram[used] << 19) // totals[used >> 8]
-    levels[used] = (np.searchsorted(_BOUNDS, scaled, side="right") + 1).astype(np.uint8)
+    shares = (histogram[used] << 19) // totals[used >> 8]
+    levels[used] = (np.searchsorted(_BOUNDS, shares, side="right") + 1).astype(np.uint8)
     return levels
 
 
@@ -147,13 +148,11 @@ def count_coders(count: int) -> int:
     return 1 << min(max(count // _SYMBOLS_PER_CODER, 1), _MAX_CODERS).bit_length() - 1
 
 
-def encode(symbols: Array, packed: Array) -> Array:
+def encode(symbols: Array, packed: Array, coders: int) -> Array:
     """Return uint16 words: the state of each coder, high half first, then the words of symbols.
 
-    ``symbols`` is uint16, ``context << 8 | symbol``; ``packed`` as of
-    :func:`msft_store.codec.rans.compute_frequencies`.
+    ``symbols`` is uint16, ``context << 8 | symbol``; ``packed`` as of :func:`compute_frequencies`.
     """
-    coders = count_coders(symbols.size)
     entries = packed[symbols]
     if coders <= _FEW_CODERS:
         return _encode_few(entries.tolist(), coders)
@@ -192,14 +191,16 @@ def _encode_few(entries: list[int], coders: int) -> Array:
     return np.array(words[::-1], np.uint16)
 
 
-def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[Array, int]:
+def decode(
+    words: Array, contexts: Array, packed: Array, slots: Array, coders: int
+) -> tuple[Array, int]:
     """Return one symbol (uint8) for each context, and the number of words that they took.
 
     ``words`` must be padded to two words for each coder and one for each symbol.
     """
-    coders = count_coders(contexts.size)
     if coders <= _FEW_CODERS:
-        return _decode_few(words.tolist(), contexts.tolist(), packed.tolist(), slots.tobytes())
+        lists = words.tolist(), contexts.tolist(), packed.tolist()
+        return _decode_few(*lists, slots.tobytes(), coders)
     given = words.astype(np.int64)
     state = given[: 2 * coders : 2] << 16 | given[1 : 2 * coders : 2]
     numbers = np.arange(slots.size)
@@ -226,9 +227,8 @@ def decode(words: Array, contexts: Array, packed: Array, slots: Array) -> tuple[
 
 
 def _decode_few(
-    words: list[int], contexts: list[int], packed: list[int], slots: bytes
+    words: list[int], contexts: list[int], packed: list[int], slots: bytes, coders: int
 ) -> tuple[Array, int]:
-    coders = count_coders(len(contexts))
     state = [words[2 * coder] << 16 | words[2 * coder + 1] for coder in range(coders)]
     symbols, used = bytearray(len(contexts)), 2 * coders
     for i, context in enumerate(contexts):

@@ -237,7 +237,7 @@ class ChunkStore:
         self._reference(record, out)
         try:
             payload = self._backend.read(stored.pack, record.offset, record.length)
-            codecs.decode_into(record.codec, payload, out, dtype)
+            codecs.codec_by_code(record.codec).decode_into(payload, out, dtype)
         except ValueError as error:
             reason = str(error)
         else:

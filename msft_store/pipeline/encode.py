@@ -138,7 +138,7 @@ class Encoder:
             reference, ref_key = None, bytes(KEY_BYTES)
         # The reference is no longer needed, so its memory is reused.
         again = self._objects.scratch(size) if old is None else old
-        if not _restores(codec.code, payload, data, again, dtype):
+        if not _restores(codec, payload, data, again, dtype):
             if change is not None:
                 # The weights changed after the comparison, so encode their present content.
                 return self.encode(replace(work, change=None))
@@ -199,9 +199,9 @@ def _improves(reference: Reference | None, stored: Record) -> bool:
     return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
 
 
-def _restores(code: int, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
+def _restores(codec: codecs.Codec, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
     try:
-        codecs.decode_into(code, payload, again, dtype)
+        codec.decode_into(payload, again, dtype)
     except ValueError:
         return False
     return _equal(again, data)

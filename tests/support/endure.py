@@ -39,7 +39,9 @@ def endure(seed: int, count: int) -> None:
                     bad[rng.randrange(len(bad))] = rng.randrange(256)
                 end = rng.choice([len(bad), rng.randrange(len(bad) + 1)])
                 with contextlib.suppress(ValueError):
-                    codecs.decode_into(code, bytes(bad[:end]), reference.copy(), dtype)
+                    codecs.codec_by_code(code).decode_into(
+                        bytes(bad[:end]), reference.copy(), dtype
+                    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import numpy as np
 import zstandard
 
 from msft_store import StoreError
-from msft_store.codec import codecs
 from msft_store.codec.changes import float_layout
 from msft_store.codec.codecs import (
     ADAPTIVE,
@@ -32,6 +31,7 @@ from msft_store.codec.codecs import (
     Codec,
 )
 from msft_store.format.dtypes import DTYPES, DType
+from tests.support.pairs import restore
 
 CODECS: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED]
 _HEADER = struct.Struct("<5IBBH")
@@ -51,7 +51,7 @@ def attack(rng: np.random.Generator) -> None:
         size = max(1, size + int(rng.integers(-9, 9)))
         reference = np.resize(reference, size)
     try:
-        data = codecs.decode(codec.code, payload, size, reference, dtype)
+        data = restore(codec, payload, size, reference, dtype)
     except (ValueError, StoreError):
         return
     assert data.size == size

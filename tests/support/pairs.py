@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from msft_store.codec import adaptive_codec, codecs, exponent_codec
 from msft_store.codec.changes import FloatLayout, float_layout
-from msft_store.codec.kernels import Lanes
+from msft_store.codec.kernels import Bytes, Lanes
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 
@@ -88,8 +88,26 @@ def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_cod
     first, second = (packed(dtype, new, old, compiled, codec) for compiled in PATHS)
     assert first == second
     for compiled in PATHS:
-        assert codec.decode(first, old, layout(dtype), compiled).tobytes() == new.tobytes()
+        assert changed(first, old, dtype, compiled, codec).tobytes() == new.tobytes()
     return first
+
+
+def changed(
+    payload: bytes, old: Lanes, dtype: DType, compiled: Any, codec: ModuleType = exponent_codec
+) -> Lanes:
+    """Return the lanes that a payload decodes to."""
+    new: Lanes = old.copy()
+    codec.decode_in_place(payload, new, layout(dtype), compiled)
+    return new
+
+
+def restore(
+    codec: codecs.Codec, payload: bytes, size: int, reference: Bytes | None, dtype: DType
+) -> Bytes:
+    """Return the bytes that a payload decodes to."""
+    out: Bytes = np.zeros(size, np.uint8) if reference is None else reference.copy()
+    codec.decode_into(payload, out, dtype)
+    return out
 
 
 def outcomes(
@@ -99,7 +117,7 @@ def outcomes(
     found: list[bytes | None] = []
     for compiled in PATHS:
         try:
-            decoded = codec.decode(payload, old, layout(dtype), compiled)
+            decoded = changed(payload, old, dtype, compiled, codec)
         except ValueError:
             found.append(None)
         else:

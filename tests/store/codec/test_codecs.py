@@ -25,8 +25,6 @@ from msft_store.codec.codecs import (
     Codec,
     Level,
     codec_by_code,
-    decode,
-    decode_into,
     encode,
 )
 from msft_store.codec.kernels import Bytes
@@ -34,7 +32,7 @@ from msft_store.errors import VersionError
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import CHUNK_BYTES, decompress
-from tests.support.pairs import BF16, KINDS, PATHS, pair_of
+from tests.support.pairs import BF16, KINDS, PATHS, pair_of, restore
 from tests.support.plain_codecs import read_turned
 
 ALL = (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED)
@@ -91,7 +89,7 @@ def test_the_chosen_codec_restores_every_bit_and_is_never_larger_than_raw(
     codec, payload = encode(chunk, reference, dtype, level=level)
     assert len(payload) <= chunk.size
     assert codec.needs_reference <= (reference is not None)
-    restored = decode(codec.code, payload, chunk.size, reference, dtype)
+    restored = restore(codec, payload, chunk.size, reference, dtype)
     assert restored.tobytes() == chunk.tobytes()
     if relation == "equal":
         assert (codec, payload) == (SAME, b"")
@@ -105,7 +103,7 @@ def test_every_type_is_restored_at_every_level(dtype: DType, level: Level) -> No
             chunk = chunk_of(dtype, count, seed)
             reference = reference_of(chunk, dtype, relation, seed)
             codec, payload = encode(chunk, reference, dtype, level=level)
-            again = decode(codec.code, payload, chunk.size, reference, dtype)
+            again = restore(codec, payload, chunk.size, reference, dtype)
             assert again.tobytes() == chunk.tobytes()
 
 
@@ -125,7 +123,7 @@ def test_each_codec_restores_every_bit(
     if reference is None and codec.needs_reference:
         reference = np.zeros_like(chunk)
     payload = codec.encode(chunk, reference, dtype)
-    again = codec.decode(payload, chunk.size, reference, dtype)
+    again = restore(codec, payload, chunk.size, reference, dtype)
     assert again.tobytes() == chunk.tobytes()
     assert codec.encode(chunk, reference, dtype) == payload
 
@@ -136,7 +134,7 @@ def test_a_full_chunk_round_trips(relation: str) -> None:
     chunk = chunk_of(dtype, CHUNK_BYTES // 2, 5)
     reference = reference_of(chunk, dtype, relation, 5)
     codec, payload = encode(chunk, reference, dtype)
-    assert decode(codec.code, payload, chunk.size, reference, dtype).tobytes() == chunk.tobytes()
+    assert restore(codec, payload, chunk.size, reference, dtype).tobytes() == chunk.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
@@ -148,7 +146,7 @@ def test_every_change_between_two_values_of_a_lane_is_kept(dtype: DType) -> None
     reference = np.tile(np.tile(values, values.size), 2).view(np.uint8)
     for codec in (codec for codec, served in CASES if served == dtype and codec != SAME):
         payload = codec.encode(chunk, reference, dtype)
-        again = codec.decode(payload, chunk.size, reference, dtype)
+        again = restore(codec, payload, chunk.size, reference, dtype)
         assert again.tobytes() == chunk.tobytes()
 
 
@@ -177,22 +175,19 @@ def test_a_damaged_payload_is_a_value_error_or_other_bytes_of_the_right_size(
     else:
         payload[:] = np.random.default_rng(seed).bytes(len(payload))
     try:
-        decoded = decode(codec.code, bytes(payload), chunk.size, reference, dtype)
+        decoded = restore(codec, bytes(payload), chunk.size, reference, dtype)
     except ValueError:
         return
     assert decoded.size == chunk.size
 
 
-@pytest.mark.parametrize(
-    "codec", [SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("codec", [DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE], ids=lambda c: c.name)
 def test_a_reference_of_another_size_is_refused(codec: Codec) -> None:
     dtype = dtypes.dtype_by_name("float32")
     chunk = chunk_of(dtype, 100, 1)
-    payload = codec.encode(chunk, chunk.copy(), dtype)
     for reference in (None, chunk[:-4]):
         with pytest.raises(ValueError, match="reference"):
-            codec.decode(payload, chunk.size, reference, dtype)
+            codec.encode(chunk, reference, dtype)
 
 
 def test_a_frame_that_lies_about_its_size_costs_no_more_than_the_chunk() -> None:
@@ -214,7 +209,7 @@ def test_sparse_changes_that_do_not_fit_the_chunk_are_refused(count: int, gaps: 
     planes = np.array(gaps, "<u4").view(np.uint8).reshape(-1, 4).T.tobytes() + bytes(2 * len(gaps))
     payload = struct.pack("<I", count) + zstandard.ZstdCompressor().compress(planes)
     with pytest.raises(ValueError, match="sparse"):
-        SPARSE.decode(payload, reference.size, reference, dtype)
+        SPARSE.decode_into(payload, reference, dtype)
 
 
 @pytest.mark.parametrize("codec", BY_EXPONENT, ids=lambda c: c.name)
@@ -223,7 +218,7 @@ def test_exponent_codecs_refuse_other_types_than_floats_of_two_and_four_bytes(co
         with pytest.raises(ValueError, match=dtype.name):
             codec.encode(bytes_of(16), bytes_of(16), dtype)
         with pytest.raises(ValueError, match=dtype.name):
-            codec.decode(bytes(24), 16, bytes_of(16), dtype)
+            codec.decode_into(bytes(24), bytes_of(16), dtype)
 
 
 @pytest.mark.parametrize("dtype", TURNED_DTYPES, ids=lambda d: d.name)
@@ -240,7 +235,7 @@ def test_turned_lanes_are_the_same_in_every_implementation_and_by_the_format_pag
             )
             payloads.append(TURNED.encode(chunk, None, dtype))
             for payload in payloads:
-                again = TURNED.decode(payload, chunk.size, None, dtype)
+                again = restore(TURNED, payload, chunk.size, None, dtype)
                 assert again.tobytes() == chunk.tobytes()
         assert payloads[0] == payloads[1]
         assert read_turned(payloads[0], width=dtype.lane) == chunk.tobytes()
@@ -264,7 +259,7 @@ def test_a_damaged_turned_payload_is_refused_or_gives_bytes_of_the_right_size(
 
 def outcome(payload: bytes, size: int, dtype: DType) -> bytes | None:
     try:
-        decoded = TURNED.decode(payload, size, None, dtype)
+        decoded = restore(TURNED, payload, size, None, dtype)
     except ValueError:
         return None
     assert decoded.size == size
@@ -335,10 +330,8 @@ def test_a_turned_chunk_of_no_whole_lanes_is_refused(name: str) -> None:
     dtype = dtypes.dtype_by_name(name)
     for size in {1, dtype.lane - 1, dtype.lane + 1, 2 * dtype.lane + 1}:
         payload = zstandard.ZstdCompressor().compress(bytes(size))
-        with pytest.raises(ValueError, match="within an element"):
-            decode(TURNED.code, payload, size, None, dtype)
-        with pytest.raises(ValueError, match="within an element"):
-            decode_into(TURNED.code, payload, bytes_of(size), dtype)
+        with pytest.raises(ValueError, match="larger dtype"):
+            TURNED.decode_into(payload, bytes_of(size), dtype)
 
 
 def test_small_is_smaller_than_fast_if_many_elements_change() -> None:

@@ -35,14 +35,14 @@ def tables_of(*rows: list[int]) -> Array:
 def check_coder(symbols: Array, packed: Array) -> Array:
     """Assert that both implementations agree and read each other's words; return the words."""
     coders, slots = rans.count_coders(symbols.size), rans.build_slots(packed)
-    words = rans.encode(symbols, packed)
+    words = rans.encode(symbols, packed, coders)
     if COMPILED is not None:
         assert np.array_equal(COMPILED.encode(symbols, packed, coders), words)
         assert np.array_equal(COMPILED.build_slots(packed), slots)
     # The decoder reads beyond the words, and must ignore the bytes there.
     longer = np.concatenate([words, np.full(symbols.size + 1, 0xABCD, np.uint16)])
     contexts = (symbols >> 8).astype(np.uint8)
-    results = [rans.decode(longer, contexts, packed, slots)]
+    results = [rans.decode(longer, contexts, packed, slots, coders)]
     if COMPILED is not None:
         results.append(COMPILED.decode(longer, contexts, packed, slots, coders))
     for decoded, used in results:
