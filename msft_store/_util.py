@@ -68,6 +68,11 @@ def format_percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
+def format_shape(shape: Sequence[int]) -> str:
+    """Return a shape as in "512x192", or "scalar"."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> str:
     """Return aligned columns; ``align`` holds ``<`` or ``>`` for each column."""
     # A tensor name may contain line ends, which would break the row.

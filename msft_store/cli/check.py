@@ -1,4 +1,4 @@
-"""``msft-store check`` and ``repair``: what they print.
+"""``msft-store check`` and ``repair``.
 
 Example::
 
@@ -7,11 +7,12 @@ Example::
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any
 
 from msft_store._util import check_path, format_bytes, format_count
-from msft_store.cli.output import missing
+from msft_store.cli.output import UNCHANGED, format_missing_base
 from msft_store.maintenance.check import Finding, Report
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
 from msft_store.objects.bases import Base, has_missing_files
@@ -19,73 +20,76 @@ from msft_store.storage.backend import LocalBackend
 from msft_store.store import Store
 
 
-def examine(store: Store, *, read_data: bool) -> tuple[Report, str]:
-    """Look for damage; return what there is to say, for ``--json`` and for people.
+def check(store: Store, options: argparse.Namespace) -> tuple[Report, str]:
+    """Check a store for damage; return the report, and its text for people.
 
-    What is wrong with the files of a base is one line for people, not one for each tensor.
+    The text has one line for all findings in the files of a base.
     """
-    report = store.examine(read_data=read_data)
-    how = "all data read" if read_data else "structure only; --read-data reads all data"
+    report = store.examine(options.read_data)
+    scope = "all data read" if options.read_data else "structure only; --read-data reads all data"
     if not report.findings:
-        return report, f"no errors ({how})"
+        return report, f"no errors ({scope})"
     bases = {base.id: base for base in store.bases()}
-    bases_of = {checkpoint.id: checkpoint.base for checkpoint in store.log()}
-    groups: dict[str, list[Finding]] = {}
+    base_of = {checkpoint.id: checkpoint.base for checkpoint in store.log()}
+    of_bases: dict[str, list[Finding]] = {}
     others: list[Finding] = []
     for finding in report.findings:
-        base = bases.get(finding.base or bases_of.get(finding.checkpoint or "") or "")
+        base = bases.get(finding.base or base_of.get(finding.checkpoint or "") or "")
         if base is not None and finding.file in dict(base.files):
-            groups.setdefault(base.id, []).append(finding)
+            of_bases.setdefault(base.id, []).append(finding)
         else:
             others.append(finding)
-    hurt = {finding.checkpoint for finding in others}
-    waiting = [i for i in report.damaged if i not in hurt]
+    damaged = {finding.checkpoint for finding in others}
+    waiting = [identity for identity in report.damaged if identity not in damaged]
     lines = [str(finding) for finding in others]
-    for identity, found in groups.items():
-        # Where no data was read, nobody knows what a checkpoint needs of its base: all of it.
-        need = {f.checkpoint for f in found if f.checkpoint} or {
-            i for i in waiting if bases_of.get(i) == identity and not read_data
+    for identity, found in of_bases.items():
+        # Without reading the data, all checkpoints of a base count as if they needed it.
+        dependent = {f.checkpoint for f in found if f.checkpoint} or {
+            i for i in waiting if base_of.get(i) == identity and not options.read_data
         }
-        lines.append(_line_of(bases[identity], found, len(need), read_data=read_data))
-    lines.append(f"{_verdict(report, waiting)} ({how})")
+        lines.append(_format_base_findings(bases[identity], found, len(dependent), options))
+    lines.append(f"{_format_verdict(report, waiting)} ({scope})")
     if others:
         lines.append("msft-store repair --dry-run shows what can be kept, and how")
     return report, "\n".join(lines)
 
 
-def _line_of(base: Base, found: list[Finding], need: int, *, read_data: bool) -> str:
-    needed = f"{format_count(need, 'checkpoint')} cannot be restored without it" if need else ""
+def _format_base_findings(
+    base: Base, found: list[Finding], dependent: int, options: argparse.Namespace
+) -> str:
+    consequence = (
+        f"{format_count(dependent, 'checkpoint')} cannot be restored without it"
+        if dependent
+        else ""
+    )
     if has_missing_files(base):
-        return missing(base, needed)
+        return format_missing_base(base, consequence)
     tensors = f", {len({f.tensor for f in found})} of {format_count(len(base.tensors), 'tensor')}"
-    text = f"base {base.id[:12]}{tensors if read_data else ''}: {found[0].what}"
-    return f"{text}; {needed}" if needed else text
+    text = f"base {base.id[:12]}{tensors if options.read_data else ''}: {found[0].what}"
+    return f"{text}; {consequence}" if consequence else text
 
 
-def _verdict(report: Report, waiting: list[str]) -> str:
+def _format_verdict(report: Report, waiting: list[str]) -> str:
     if not waiting:
         return str(report)
     text = f"{len(report.sound)} of {len(report.sound) + len(report.damaged)} checkpoints are sound"
-    text += f", {len(waiting)} as soon as their base is there as it was"
+    text += f", {len(waiting)} as soon as the original files of their base are back"
     damaged = [identity[:12] for identity in report.damaged if identity not in waiting]
     return text + (f"; damaged: {', '.join(damaged)}" if damaged else "")
 
 
 def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
-    """Repair the store at a path; return what there is to say, for ``--json`` and for people.
-
-    Of a store whose ``store.json`` is damaged, too, which cannot be opened.
-    """
+    """Repair the store at a path, even one that a damaged ``store.json`` prevents from opening."""
     plan = plan_repair(LocalBackend(check_path(path)))
     document = _document(plan)
     if dry_run:
-        return document, f"{plan}\nnothing was changed (--dry-run)"
+        return document, f"{plan}\n{UNCHANGED}"
     result = plan.execute()
     text = str(plan)
     if result.folder is not None:
         text += (
             f"\n{result.files} files ({format_bytes(result.bytes)}) are in {result.folder} now; "
-            "nothing was deleted. No checkpoint needs that directory: remove it when you like"
+            "nothing was deleted. No checkpoint needs that directory, so you may delete it"
         )
     return {**document, **dataclasses.asdict(result)}, text
 

@@ -1,7 +1,7 @@
-"""Into the store: safetensors files as a checkpoint, in bounded memory.
+"""Save safetensors files as a checkpoint, in bounded memory.
 
-Invariants: files are read at positions; no more than :data:`GROUP_BYTES`, or one tensor, is in
-memory at a time; nothing is a checkpoint before all of it is encoded.
+Invariants: files are read at positions. At most :data:`GROUP_BYTES`, or one tensor, are in memory
+at a time. The checkpoint exists only after all of its tensors were encoded.
 
 Example::
 
@@ -10,7 +10,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +35,22 @@ def import_checkpoint(
     path: PathLike,
     *,
     parent: Base | Checkpoint | str | None = None,
-    step: int | None = None,
-    metrics: Mapping[str, float] | None = None,
-    tags: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
+    **metadata: Any,
 ) -> Checkpoint:
     """Save a safetensors file, or a directory of them, as a checkpoint.
 
-    The facts are those of :meth:`Store.save`. :class:`BaseError` if there are no files, or one is
-    not sound.
+    The keywords are those of :meth:`Store.save`. :class:`BaseError` if there are no valid files.
     """
     with store.awaiting_parts():
         parts = [store.encode(group, parent=parent) for group in _groups(check_path(path))]
-        return store.save(
-            Parts(parts), parent=parent, step=step, metrics=metrics, tags=tags, metadata=metadata
-        )
+        return store.save(Parts(parts), parent=parent, **metadata)
 
 
-def fitting_base(store: Store, path: PathLike) -> Base | None:
-    """Return the store's only base, if safetensors files are of the same model by names and shapes.
+def find_matching_base(store: Store, path: PathLike) -> Base | None:
+    """Return the store's only base if it is the same model as some safetensors files.
 
-    Either the base has all of their tensors or they have all of the base's; a prefix such as
-    ``model.`` may differ. ``None`` otherwise, and where there are several bases.
-    :class:`BaseError` as :func:`import_checkpoint` raises it.
+    It is the same model if one side has all tensors of the other by name and shape; a prefix such
+    as ``model.`` may differ. Returns ``None`` otherwise, or if the store has several bases.
     """
     bases = store.bases()
     if len(bases) != 1:
@@ -66,12 +59,12 @@ def fitting_base(store: Store, path: PathLike) -> Base | None:
     files = find_files(check_path(path))
     shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
     found = match_names(shapes, theirs)
-    fits = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
-    return bases[0] if fits else None
+    same = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
+    return bases[0] if same else None
 
 
 def _groups(path: Path) -> Iterator[list[Box]]:
-    """Yield the tensors of the files, a number of them at a time."""
+    """Yield the tensors of the files in groups of at most ``GROUP_BYTES``."""
     seen: set[str] = set()
     group: list[Box] = []
     size = 0

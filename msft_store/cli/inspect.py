@@ -1,20 +1,21 @@
-"""``msft-store inspect``: a whole store, a checkpoint or a base.
+"""``msft-store inspect``: show a whole store, a checkpoint or a base.
 
 Example::
 
-    document, text = inspect(store, "3fa9", plot=None)
+    document, text = inspect(store, options)
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import math
 from typing import Any
 
-from msft_store._util import format_bytes, format_percent, format_table
+from msft_store._util import format_bytes, format_percent, format_shape, format_table
 from msft_store.cli.lineage import lineage
-from msft_store.cli.output import describe_missing_files, facts, facts_of_base, measured
+from msft_store.cli.output import format_base, format_checkpoint, format_missing_bases
 from msft_store.cli.plots import draw_lineage
 from msft_store.errors import InvalidInputError, UnknownCheckpointError
 from msft_store.objects.bases import Base, has_missing_files
@@ -22,18 +23,22 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 
 
-def inspect(store: Store, name: str | None, *, plot: str | None) -> tuple[dict[str, Any], str]:
-    """Show a store's lineage, and draw it if a file is named; or one checkpoint or base."""
-    if name is None:
-        return _whole(store, plot)
-    if plot is not None:
+def inspect(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Show a store's lineage, and draw it if a file is named; or show one checkpoint or base."""
+    if options.checkpoint is None:
+        return _inspect_store(store, options.plot)
+    if options.plot is not None:
         raise InvalidInputError("--plot draws the whole lineage: leave the checkpoint out")
-    found = _found(store, name)
-    return _base(found) if isinstance(found, Base) else _checkpoint(store, found)
+    try:
+        return _inspect_checkpoint(store, store.get(options.checkpoint))
+    except UnknownCheckpointError:
+        with contextlib.suppress(UnknownCheckpointError):
+            return _inspect_base(store.base(options.checkpoint))
+        raise
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what ``--json`` tells of a checkpoint."""
+    """Return the fields of a checkpoint that ``--json`` prints."""
     document = dataclasses.asdict(checkpoint)
     del document["tensor_digest"]
     document["metrics"] = {
@@ -43,16 +48,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     return document
 
 
-def _found(store: Store, name: str) -> Checkpoint | Base:
-    try:
-        return store.get(name)
-    except UnknownCheckpointError:
-        with contextlib.suppress(UnknownCheckpointError):
-            return store.base(name)
-        raise
-
-
-def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
+def _inspect_store(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
     checkpoints, refs, bases, held = store.log(), store.refs(), store.bases(), store.held_bytes()
     document: dict[str, Any] = {
         "level": store.level,
@@ -62,10 +58,10 @@ def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
         "held_bytes": held,
     }
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
-    text += f"\nlevel {store.level}{describe_missing_files(bases)}"
+    text += f"\nlevel {store.level}{format_missing_bases(bases)}"
     if held:
         text += (
-            f"\nbesides {format_bytes(held)} of forgotten checkpoints that others are changes of"
+            f"\nplus {format_bytes(held)} of forgotten checkpoints that others are differences from"
         )
     if plot is not None:
         path = draw_lineage(checkpoints, bases, refs, plot)
@@ -74,14 +70,16 @@ def _whole(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
     return document, text
 
 
-def _checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
-    checkpoint = measured(store, checkpoint)
+def _inspect_checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    # Its chunks may have been re-encoded since the save that recorded its stored bytes.
+    stored = store.encoded_bytes([checkpoint]).get(checkpoint.id, checkpoint.stored_bytes)
+    checkpoint = dataclasses.replace(checkpoint, stored_bytes=stored)
     tensors = store.sources(checkpoint)
     rows = [
         (
             source.tensor,
             source.dtype,
-            _shape(source.shape),
+            format_shape(source.shape),
             format_bytes(source.logical_bytes),
             format_bytes(source.stored_bytes),
             format_percent(source.stored_bytes, source.logical_bytes),
@@ -90,11 +88,13 @@ def _checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str, Any], s
         for source in tensors
     ]
     header = ("tensor", "dtype", "shape", "logical", "stored", "ratio", "kept as")
-    text = f"{facts(store, checkpoint)}\n\n{format_table(header, rows, align='<<<>>><')}"
+    text = (
+        f"{format_checkpoint(store, checkpoint)}\n\n{format_table(header, rows, align='<<<>>><')}"
+    )
     return {**summary(checkpoint), "tensors": tensors}, text
 
 
-def _base(base: Base) -> tuple[dict[str, Any], str]:
+def _inspect_base(base: Base) -> tuple[dict[str, Any], str]:
     tensors = [
         {
             "tensor": name,
@@ -106,11 +106,11 @@ def _base(base: Base) -> tuple[dict[str, Any], str]:
         for name, tensor in base.tensors.items()
     ]
     rows = [
-        (name, tensor.dtype.name, _shape(tensor.shape), format_bytes(tensor.nbytes))
+        (name, tensor.dtype.name, format_shape(tensor.shape), format_bytes(tensor.nbytes))
         for name, tensor in base.tensors.items()
     ]
     listed = format_table(("tensor", "dtype", "shape", "bytes"), rows, align="<<<>")
-    return {**_summary_of_base(base), "tensors": tensors}, f"{facts_of_base(base)}\n\n{listed}"
+    return {**_summary_of_base(base), "tensors": tensors}, f"{format_base(base)}\n\n{listed}"
 
 
 def _summary_of_base(base: Base) -> dict[str, Any]:
@@ -120,7 +120,3 @@ def _summary_of_base(base: Base) -> dict[str, Any]:
         "logical_bytes": base.logical_bytes,
         "gone": has_missing_files(base),
     }
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

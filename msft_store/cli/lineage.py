@@ -1,4 +1,4 @@
-"""The lineage of checkpoints as a tree of text: what ``msft-store inspect`` shows.
+"""Format the lineage of checkpoints as a tree of text, for ``msft-store inspect``.
 
 Example::
 
@@ -16,9 +16,9 @@ from msft_store.objects.manifest import Checkpoint
 _HEADER = ("checkpoint", "step", "metrics", "logical", "stored", "ratio", "kept by")
 _METRICS_SHOWN = 4
 _DEEPEST = 16
-"""Levels that are indented."""
-_WHY_SHOWN = 60
-"""Characters of what keeps a checkpoint; what does not fit is counted."""
+"""Deepest level of the tree that is still indented."""
+_REASONS_WIDTH = 60
+"""Most characters for the reasons that keep a checkpoint; further reasons are counted."""
 
 
 def lineage(
@@ -27,12 +27,10 @@ def lineage(
     refs: Mapping[str, str],
     notes: Mapping[str, Mapping[str, object]],
 ) -> str:
-    """Return one line a checkpoint, each below the one that it descends from.
+    """Return one line for each checkpoint, below its parent; no text for an empty store.
 
-    A checkpoint whose parent was forgotten stands below its base. What is deeper than a screen has
-    room for is indented no further. What keeps a checkpoint is told by the names of its refs and
-    the reasons in their notes; a timeline's ref is named only where no reason is known. An empty
-    store gives no text.
+    A checkpoint whose parent was forgotten stands below its base. The last column shows the refs
+    that keep a checkpoint, and the reasons in their notes; see :func:`kept_by`.
     """
     known = {checkpoint.id for checkpoint in checkpoints}
     children: dict[str | None, list[Checkpoint]] = {}
@@ -56,14 +54,14 @@ def _rows(
     children: Mapping[str | None, Sequence[Checkpoint]],
     why: Mapping[str, str],
 ) -> Iterator[tuple[str, ...]]:
-    # A list of what is to come, because a run may be a chain of thousands.
+    # Use a list instead of recursion, because a run may be a chain of thousands of checkpoints.
     pending = _level(top, "")
     while pending:
         checkpoint, indent, last = pending.pop()
         yield (
             f"{indent}{'└─' if last else '├─'} {checkpoint.id[:12]}",
             "" if checkpoint.step is None else str(checkpoint.step),
-            metrics_text(checkpoint.metrics),
+            format_metrics(checkpoint.metrics),
             format_bytes(checkpoint.logical_bytes),
             format_bytes(checkpoint.stored_bytes),
             format_percent(checkpoint.stored_bytes, checkpoint.logical_bytes),
@@ -74,46 +72,49 @@ def _rows(
 
 
 def _level(checkpoints: Sequence[Checkpoint], indent: str) -> list[tuple[Checkpoint, str, bool]]:
-    """Return siblings, the last first, with their indent and whether each is the last."""
+    """Return siblings in reverse order, each with its indent and with True for the last sibling."""
     found = [(c, indent, at == len(checkpoints) - 1) for at, c in enumerate(checkpoints)]
     return found[::-1]
 
 
 def kept_by(refs: Mapping[str, str], notes: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """Return what keeps each checkpoint that a ref points to, on one line, by id."""
+    """Return the refs that keep each checkpoint, and their reasons, on one line by id.
+
+    A ref of a timeline is named only if no ref of the checkpoint has a reason.
+    """
     names: dict[str, list[str]] = {}
     for name, identity in sorted(refs.items()):
         names.setdefault(identity, []).append(name)
-    return {identity: _why(found, notes) for identity, found in names.items()}
+    return {identity: _format_reasons(found, notes) for identity, found in names.items()}
 
 
-def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Return a few metrics on one line."""
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Return the first metrics on one line, and the number of the others."""
     shown = [f"{name}={metrics[name]:.4g}" for name in sorted(metrics)]
     more = f" +{len(shown) - _METRICS_SHOWN}" if len(shown) > _METRICS_SHOWN else ""
     return " ".join(shown[:_METRICS_SHOWN]) + more
 
 
 def reasons_of(note: Mapping[str, object]) -> list[str]:
-    """Return the reasons that a ref's note gives, each once; a note is JSON of whoever wrote it."""
+    """Return the distinct reasons in a ref's note, which may hold any JSON."""
     reasons = note.get("reasons")
     return list(dict.fromkeys(map(str, reasons))) if isinstance(reasons, list) else []
 
 
-def _why(names: Sequence[str], notes: Mapping[str, Mapping[str, object]]) -> str:
-    # Others may pin and unpin while this looks.
+def _format_reasons(names: Sequence[str], notes: Mapping[str, Mapping[str, object]]) -> str:
+    # Another process may have unpinned a ref since its name was read.
     reasons = [reason for name in names for reason in reasons_of(notes.get(name, {}))]
     own = [name for name in names if not name.startswith("timelines/")]
-    told = list(dict.fromkeys([*own, *(reasons or ([] if own else map(_short, names)))]))
-    fitting = 1
-    while fitting < len(told) and len(", ".join(told[: fitting + 1])) <= _WHY_SHOWN:
-        fitting += 1
-    text = ", ".join(told[:fitting])
-    text = text if len(text) <= _WHY_SHOWN else f"{text[: _WHY_SHOWN - 1]}…"
-    return text + (f" +{len(told) - fitting}" if fitting < len(told) else "")
+    parts = list(dict.fromkeys([*own, *(reasons or ([] if own else map(_strip_id, names)))]))
+    shown = 1
+    while shown < len(parts) and len(", ".join(parts[: shown + 1])) <= _REASONS_WIDTH:
+        shown += 1
+    text = ", ".join(parts[:shown])
+    text = text if len(text) <= _REASONS_WIDTH else f"{text[: _REASONS_WIDTH - 1]}…"
+    return text + (f" +{len(parts) - shown}" if shown < len(parts) else "")
 
 
-def _short(name: str) -> str:
-    # A timeline names its refs by full id, which the line shows already.
+def _strip_id(name: str) -> str:
+    # The name of a timeline's ref ends with the checkpoint's id, which the line shows already.
     parts = name.split("/")
     return "/".join(parts[:-1]) if len(parts) > 1 and len(parts[-1]) == 32 else name

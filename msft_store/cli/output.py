@@ -1,11 +1,11 @@
-"""What the ``msft-store`` command prints, made safe for terminals.
+"""Format and print the results of the ``msft-store`` command, safely for terminals.
 
-Invariant: nothing that a store holds reaches a terminal as a control character; names, metrics and
-notes may be a stranger's.
+Invariant: no text of a store reaches a terminal as a control character, because names, metrics and
+notes may come from an untrusted source.
 
 Example::
 
-    print_text(printable(facts(store, checkpoint)))
+    print_text(printable(format_checkpoint(store, checkpoint)))
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from msft_store.objects.bases import Base, has_missing_files
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 
-_HANDLER = "msft-store command"
+UNCHANGED = "nothing was changed (--dry-run)"
 
 
 def printable(text: str) -> str:
-    """Return text with all that is neither visible nor a space or line end escaped."""
+    """Return text with all characters escaped that are not visible, a space or a line end."""
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
         for char in text
@@ -37,62 +37,58 @@ def printable(text: str) -> str:
 
 
 def print_text(text: str) -> None:
-    """Print text at once, so that an error of writing it is raised here."""
+    """Print text and flush it, so that an error of writing is raised here."""
     if sys.stdout is None:
-        # Whoever closed it wants nothing of it.
+        # The user closed stdout, so there is nowhere to print.
         return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``, because tests and notebooks replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if sys.stderr is not None:
+                print(printable(self.format(record)), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
+
+
 def show_log(verbosity: int) -> None:
-    """Show the store's log on stderr: warnings; INFO too from 1 on, DEBUG from 2 on."""
+    """Show the store's log on stderr: warnings, from verbosity 1 also INFO, from 2 also DEBUG."""
     logger = logging.getLogger("msft_store")
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
-    for handler in [one for one in logger.handlers if one.name == _HANDLER]:
-        logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.name = _HANDLER
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
-def as_json(document: Any) -> str:
-    """Return what ``--json`` prints."""
-    return json.dumps(document, indent=2, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{value!r} has no JSON form")
+def to_json(document: Any) -> str:
+    """Return a result as the text that ``--json`` prints."""
+    return json.dumps(document, indent=2, default=dataclasses.asdict)
 
 
 def discard_output() -> None:
-    """Throw away what could not be printed; else it is tried again when the interpreter ends."""
+    """Discard unprinted output, because the interpreter would try to print it again at its end."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def listing(rows: Mapping[str, str]) -> str:
-    """Return one line a fact; what stands in it does not begin another one."""
-    return "\n".join(f"{name:<13} {_one_line(value)}" for name, value in rows.items())
+def _format_fields(fields: Mapping[str, str]) -> str:
+    """Return one line for each field; line ends in a value are escaped."""
+    return "\n".join(f"{name:<13} {_one_line(value)}" for name, value in fields.items())
 
 
-def measured(store: Store, checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with what it takes now, which is not always what its save took."""
-    now = store.encoded_bytes([checkpoint])
-    stored = now.get(checkpoint.id, checkpoint.stored_bytes)
-    return dataclasses.replace(checkpoint, stored_bytes=stored)
-
-
-def facts(store: Store, checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint says of itself."""
+def format_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
+    """Return the metadata, sizes and refs of a checkpoint."""
     notes = store.notes()
     pins = [name for name, target in store.refs().items() if target == checkpoint.id]
     ratio = format_percent(checkpoint.stored_bytes, checkpoint.logical_bytes)
     metrics = sorted(checkpoint.metrics.items())
-    text = listing(
+    text = _format_fields(
         {
             "checkpoint": checkpoint.id,
             "parent": checkpoint.parent or "none",
@@ -104,63 +100,62 @@ def facts(store: Store, checkpoint: Checkpoint) -> str:
             "logical": format_bytes(checkpoint.logical_bytes),
             "stored": f"{format_bytes(checkpoint.stored_bytes)} ({ratio})",
             "unreferenced": format_bytes(checkpoint.unreferenced_bytes),
-            # Others may pin and unpin while this looks.
-            "pins": "; ".join(_pin(name, notes.get(name, {})) for name in pins) or "none",
+            # Another process may have unpinned a ref since its name was read.
+            "pins": "; ".join(_format_pin(name, notes.get(name, {})) for name in pins) or "none",
         }
     )
-    return text + describe_missing_files(
-        base for base in store.bases() if base.id == checkpoint.base
-    )
+    return text + format_missing_bases(base for base in store.bases() if base.id == checkpoint.base)
 
 
-def facts_of_base(base: Base) -> str:
-    """Return what is known of a base, and whether its files are where they were."""
-    files = len(base.files)
-    there = "not where they were, or too short" if has_missing_files(base) else "there"
-    text = listing(
+def format_base(base: Base) -> str:
+    """Return the metadata of a base and the state of its files."""
+    state = "missing or shorter than recorded" if has_missing_files(base) else "present"
+    size = format_bytes(sum(size for _, size in base.files))
+    text = _format_fields(
         {
             "base": base.id,
             "path": base.path,
             "tensors": str(len(base.tensors)),
             "logical": format_bytes(base.logical_bytes),
-            "files": f"{files}, {format_bytes(sum(size for _, size in base.files))}, {there}",
+            "files": f"{len(base.files)}, {size}, {state}",
         }
     )
-    return text + describe_missing_files([base])
+    return text + format_missing_bases([base])
 
 
-def counts(stats: Stats) -> str:
-    """Return what is counted in a store."""
+def format_stats(stats: Stats) -> str:
+    """Return the statistics of a store."""
     share = format_percent(stats.stored_bytes, stats.logical_bytes)
-    return listing(
+    return _format_fields(
         {
             "checkpoints": str(stats.checkpoints),
             "logical": f"{format_bytes(stats.logical_bytes)} as full copies",
             "stored": f"{format_bytes(stats.stored_bytes)} in packs ({share})",
-            "held": f"{format_bytes(stats.held_bytes)}, of forgotten checkpoints that others are "
-            "changes of",
-            "on disk": f"{format_bytes(stats.on_disk_bytes)}, everything counted",
-            "quarantine": f"{format_bytes(stats.quarantine_bytes)} of it, set aside by repairs",
-            "bases": f"{format_bytes(stats.base_bytes)}, elsewhere on the disk",
+            "held": f"{format_bytes(stats.held_bytes)} of forgotten checkpoints that others are "
+            "differences from",
+            "on disk": f"{format_bytes(stats.on_disk_bytes)} in all files of the store",
+            "quarantine": f"{format_bytes(stats.quarantine_bytes)} of these, moved by repairs",
+            "bases": f"{format_bytes(stats.base_bytes)} outside the store",
             "chunks": f"{stats.chunks}, of which {stats.shared_chunks} shared",
         }
     )
 
 
-def describe_missing_files(bases: Iterable[Base]) -> str:
-    """Return a line for each base that checkpoints cannot be restored with as it is."""
-    return "".join(f"\n{missing(base)}" for base in bases if has_missing_files(base))
+def format_missing_bases(bases: Iterable[Base]) -> str:
+    """Return a line for each base whose files are missing or too short."""
+    return "".join(f"\n{format_missing_base(base)}" for base in bases if has_missing_files(base))
 
 
-def missing(base: Base, hence: str = "") -> str:
-    """Return the line about a base that is gone, and what comes of that."""
+def format_missing_base(base: Base, consequence: str = "") -> str:
+    """Return the line about a base whose files are missing, and about the consequence."""
     return (
-        f"base {base.id[:12]} is no longer at {_one_line(base.path)}, or shorter than it was"
-        f"{hence and f', and {hence}'}; if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
+        f"base {base.id[:12]} is no longer at {_one_line(base.path)}, or is shorter than recorded"
+        f"{consequence and f', and {consequence}'}; if it moved: msft-store relocate "
+        f"{base.id[:12]} NEW_PATH"
     )
 
 
-def _pin(name: str, note: Mapping[str, object]) -> str:
+def _format_pin(name: str, note: Mapping[str, object]) -> str:
     return f"{name}: {', '.join(reasons_of(note)) or 'pinned'}"
 
 

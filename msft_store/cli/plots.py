@@ -1,4 +1,4 @@
-"""Pictures of a store, drawn by matplotlib, which is optional (the extra ``report``).
+"""Draw plots of a store with matplotlib, which is optional (the extra ``report``).
 
 Example::
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from msft_store._util import PathLike, check_path, format_bytes, format_count
-from msft_store.cli.lineage import metrics_text
+from msft_store.cli.lineage import format_metrics
+from msft_store.cli.output import printable
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.diff import TensorDiff
 from msft_store.objects.bases import Base
@@ -26,26 +27,24 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _MORE_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 _SHADES = " ░▒▓█"
 _MOST_KINDS = 40
-"""Columns from which tensors are put together that differ by a number, such as an expert's."""
-_LONGEST_LABEL = 60
-_LONGEST_LINE = 130
-_LINE = 0.17
-"""Inches of a line of text."""
-_MOST = 60
-"""Lines of text at most."""
-_METRICS_OF = 12
-"""Checkpoints up to which each is told of by a line; of more, only those with a ref."""
-_KINDS_OF_FILES = (".png", ".svg", ".pdf")
-_TALLEST = 40.0
-"""Inches; a picture with more rows has them closer together."""
+"""With more kinds, tensors whose names differ only by a number, such as experts, share one."""
+_LABEL_WIDTH = 60
+_LEGEND_WIDTH = 130
+_LINE_INCHES = 0.17
+_MAX_LEGEND_LINES = 60
+_MAX_LISTED = 12
+"""With more checkpoints, the legend lists only those with a ref."""
+_SUFFIXES = (".png", ".svg", ".pdf")
+_MAX_INCHES = 40.0
+"""Largest side of a picture; more rows or columns stand closer together."""
 
 
 def heat_map(diffs: Sequence[TensorDiff]) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Return layers, the kinds of their tensors, and the share that changed of each.
+    """Return the layers, the kinds of tensors, and the changed share of each layer and kind.
 
-    The layer is the first number in a name, with what stands before it if that is not the same
-    everywhere (an encoder and a decoder); the kind is what follows it. Tensors without a layer are
-    left out, unless none has one. Where a layer has no such tensor stands ``None``.
+    The layer is the first number in a tensor's name, with the prefix if the prefixes differ (an
+    encoder and a decoder). The kind is the rest of the name. Tensors without a layer are left out,
+    unless none has one. The share is ``None`` if a layer has no tensor of the kind.
     """
     both = [diff for diff in diffs if diff.kind in ("equal", "changed")]
     layered = [(found, diff) for diff in both if (found := _NUMBER.search(diff.name))]
@@ -69,10 +68,7 @@ def heat_map(diffs: Sequence[TensorDiff]) -> tuple[list[str], list[str], list[li
 
 
 def heat_text(diffs: Sequence[TensorDiff]) -> str:
-    """Return a heat map for a terminal: a row a layer, a column a kind.
-
-    It is empty for one layer, and where nothing changed.
-    """
+    """Return a heat map for a terminal; empty text for a single layer, or if nothing changed."""
     layers, kinds, rows = heat_map(diffs)
     most = max((share for row in rows for share in row if share is not None), default=0.0)
     if len(layers) < 2 or not most:
@@ -87,26 +83,26 @@ def heat_text(diffs: Sequence[TensorDiff]) -> str:
 
 
 def draw_changes(diffs: Sequence[TensorDiff], path: PathLike, *, title: str = "") -> Path:
-    """Draw the heat map as a file of the kind that its suffix says; return its path.
+    """Draw the heat map into a file; return its path.
 
-    :class:`InvalidInputError` where no tensor can be compared, and for a file that is none of
-    .png, .svg and .pdf.
+    :class:`InvalidInputError` if no tensors can be compared, or for a suffix other than .png, .svg
+    and .pdf.
     """
     check_picture(path)
     layers, kinds, rows = heat_map(diffs)
     if not rows:
-        raise InvalidInputError("there is no heat map of two that have no tensor in common")
-    slanted = 0.07 * max(len(_label(kind)) for kind in kinds)
+        raise InvalidInputError("cannot draw a heat map: the two have no tensor in common")
+    label_height = 0.07 * max(len(_label(kind)) for kind in kinds)
     figure, (axes,) = _canvas(
-        min(_TALLEST, max(6.0, 0.4 * len(kinds) + 3)),
-        min(_TALLEST, max(1.2, 0.28 * len(layers)) + slanted + 1.0),
+        min(_MAX_INCHES, max(6.0, 0.4 * len(kinds) + 3)),
+        min(_MAX_INCHES, max(1.2, 0.28 * len(layers)) + label_height + 1.0),
     )
     percents = [[math.nan if s is None else 100 * s for s in row] for row in rows]
     image = axes.imshow(percents, aspect="auto", cmap="viridis", vmin=0)
     _name_ticks(axes.set_xticks, kinds, rotation=60, ha="right")
     _name_ticks(axes.set_yticks, layers)
     axes.set_ylabel("layer")
-    # A label along the bar is longer than a bar of few layers.
+    # Label the bar below it, because beside it the label would be longer than a bar of few layers.
     figure.colorbar(image, format="%g %%").ax.set_xlabel("changed", fontsize=8)
     axes.set_title(_label(title), parse_math=False)
     return _save(figure, path)
@@ -120,10 +116,10 @@ def draw_lineage(
 ) -> Path:
     """Draw checkpoints by step and branch, each joined to its parent; return the file's path.
 
-    The area of a point tells its stored bytes. Those that a ref keeps are filled. Lines below the
-    picture tell of bases and checkpoints by their number: refs, but for a timeline's own, and
-    metrics; where there are many checkpoints, of those with such a ref. :class:`InvalidInputError`
-    for a file that is none of .png, .svg and .pdf.
+    The area of a point shows the stored bytes; a filled point has a ref. A legend lists the bases
+    and the checkpoints with their metrics and their refs, except those of timelines. If there are
+    many checkpoints, it lists only those with such a ref. :class:`InvalidInputError` for a suffix
+    other than .png, .svg and .pdf.
     """
     check_picture(path)
     in_order = any(checkpoint.step is None for checkpoint in checkpoints)
@@ -133,22 +129,22 @@ def draw_lineage(
         c.id: (x, lanes[c.id]) for c, x in zip(checkpoints, steps, strict=True)
     }
     first, last = min(steps, default=0), max(steps, default=0)
-    # A base is of no step: it stands before all of them.
-    before = first - max(1, 0.08 * (last - first))
+    # A base has no step, so draw it before the first one.
+    base_x = first - max(1, 0.08 * (last - first))
     for base in bases:
         own = [lanes[c.id] for c in checkpoints if c.base == base.id]
         if not own:
             names.append("")
-        at[base.id] = before, min(own, default=len(names) - 1)
-    key = _key(checkpoints, bases, refs)
+        at[base.id] = base_x, min(own, default=len(names) - 1)
+    legend = _legend(checkpoints, bases, refs)
     figure, (axes, below) = _canvas(
         11.0,
-        min(_TALLEST, max(3.0, 0.6 * len(names) + 1.5)),
-        _LINE * len(key) + 0.1,
+        min(_MAX_INCHES, max(3.0, 0.6 * len(names) + 1.5)),
+        _LINE_INCHES * len(legend) + 0.1,
     )
     for base in bases:
         axes.plot(*at[base.id], marker="s", color="0.4", zorder=2)
-    # One line with gaps: thousands of lines take many seconds.
+    # Draw one line with gaps, because drawing thousands of lines takes many seconds.
     corners: list[tuple[float, float]] = []
     for checkpoint in checkpoints:
         parent = at.get(checkpoint.parent or "", at.get(checkpoint.base or ""))
@@ -166,9 +162,27 @@ def draw_lineage(
         edgecolor="tab:blue",
         zorder=3,
     )
-    for row, (identity, mark, text) in enumerate(key):
-        _write(axes, mark, at[identity])
-        _tell(below, (row + 0.5) / len(key), mark, text)
+    for row, (identity, mark, text) in enumerate(legend):
+        axes.annotate(
+            mark,
+            at[identity],
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            zorder=4,
+        )
+        for edge, part, side in ((0.03, mark, "right"), (0.04, text, "left")):
+            below.text(
+                edge,
+                1 - (row + 0.5) / len(legend),
+                part,
+                ha=side,
+                va="center",
+                fontsize=8,
+                parse_math=False,
+                transform=below.transAxes,
+            )
     below.set_axis_off()
     axes.set_xlabel("order" if in_order else "step")
     axes.set_ylabel("branch")
@@ -178,8 +192,8 @@ def draw_lineage(
     axes.xaxis.get_major_locator().set_params(integer=True)
     shown = {round(x): f"{x:.0f}" for x in axes.get_xticks() if first <= x <= last}
     if bases:
-        shown[before] = "base"
-        axes.axvline((before + first) / 2, color="0.8", linestyle=":", linewidth=1, zorder=0)
+        shown[base_x] = "base"
+        axes.axvline((base_x + first) / 2, color="0.8", linestyle=":", linewidth=1, zorder=0)
     axes.set_xticks(list(shown), list(shown.values()))
     axes.set_title(
         f"{format_count(len(checkpoints), 'checkpoint')}; the largest point is {format_bytes(most)}"
@@ -190,10 +204,10 @@ def draw_lineage(
 def _lanes(
     checkpoints: Sequence[Checkpoint], steps: Sequence[int]
 ) -> tuple[list[str], dict[str, int]]:
-    """Return the names of the rows, and the row of each checkpoint.
+    """Return the names of the lanes, and the lane of each checkpoint.
 
-    A branch of a timeline has one of its own. Of others a child goes on in the row of its parent,
-    or in another one of the same base that is free from there on.
+    Each branch of a timeline has its own lane. Another checkpoint continues the lane of its parent,
+    or else a lane of the same base that has ended before.
     """
     branches = [_branch(checkpoint) for checkpoint in checkpoints]
     several = len({place[0] for place in branches if place}) > 1
@@ -206,13 +220,13 @@ def _lanes(
         if place is not None:
             lane = taken.get(place)
         else:
-            goes_on = (at for at, (_, end, _) in ends.items() if end == checkpoint.parent)
-            free = (
+            continued = (at for at, (_, end, _) in ends.items() if end == checkpoint.parent)
+            ended = (
                 at
                 for at, (last, _, base) in ends.items()
                 if last < step and base == checkpoint.base
             )
-            lane = next(goes_on, next(free, None))
+            lane = next(continued, next(ended, None))
         if lane is None:
             lane = len(names)
             names.append("" if place is None else " ".join(map(str, place[not several :])))
@@ -225,7 +239,7 @@ def _lanes(
 
 
 def _branch(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Return a checkpoint's timeline and branch, if it is a timeline's."""
+    """Return the timeline and branch of a checkpoint; ``None`` if it is not on a timeline."""
     place = checkpoint.metadata.get("timeline")
     branch = place.get("branch") if isinstance(place, Mapping) else None
     if not isinstance(place, Mapping) or not isinstance(branch, int):
@@ -233,10 +247,10 @@ def _branch(checkpoint: Checkpoint) -> tuple[str, int] | None:
     return str(place.get("name", "")), branch
 
 
-def _key(
+def _legend(
     checkpoints: Sequence[Checkpoint], bases: Sequence[Base], refs: Mapping[str, str]
 ) -> list[tuple[str, str, str]]:
-    """Return id, mark and text of what the lines below the picture tell of."""
+    """Return the id, mark and text of each line of the legend."""
     found = [
         (
             base.id,
@@ -251,51 +265,28 @@ def _key(
             names.setdefault(identity, []).append(name)
     for number, checkpoint in enumerate(checkpoints, 1):
         own = ", ".join(names.get(checkpoint.id, ()))
-        if own or len(checkpoints) <= _METRICS_OF:
+        if own or len(checkpoints) <= _MAX_LISTED:
             step = "" if checkpoint.step is None else f"step {checkpoint.step}"
-            parts = (step, _label(own), _label(metrics_text(checkpoint.metrics)))
+            parts = (step, _label(own), _label(format_metrics(checkpoint.metrics)))
             text = ", ".join([checkpoint.id[:12], *(part for part in parts if part)])
             found.append((checkpoint.id, str(number), text))
-    return [(identity, mark, _label(text, _LONGEST_LINE)) for identity, mark, text in found[:_MOST]]
+    return [
+        (identity, mark, _label(text, _LEGEND_WIDTH))
+        for identity, mark, text in found[:_MAX_LEGEND_LINES]
+    ]
 
 
-def _write(axes: Any, mark: str, place: tuple[float, float]) -> None:
-    axes.annotate(
-        mark,
-        place,
-        xytext=(0, 9),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        zorder=4,
-    )
-
-
-def _tell(axes: Any, down: float, mark: str, text: str) -> None:
-    for x, part, side in ((0.03, mark, "right"), (0.04, text, "left")):
-        axes.text(
-            x,
-            1 - down,
-            part,
-            ha=side,
-            va="center",
-            fontsize=8,
-            parse_math=False,
-            transform=axes.transAxes,
-        )
-
-
-def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], **how: Any) -> None:
-    """Name rows or columns, of very many each second, third and so on."""
+def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], **style: Any) -> None:
+    """Label rows or columns; if there are very many, only every second, third and so on."""
     every = math.ceil(len(names) / 150) or 1
     shown = range(0, len(names), every)
-    set_ticks(list(shown), [_label(names[at]) for at in shown], parse_math=False, **how)
+    set_ticks(list(shown), [_label(names[at]) for at in shown], parse_math=False, **style)
 
 
-def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
-    """Return text that any font has, on one line of a bounded length."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+def _label(text: str, width: int = _LABEL_WIDTH) -> str:
+    """Return text without control characters and line ends, cut to a width."""
+    text = printable(text).replace("\n", "\\n")
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _share(cell: tuple[int, int] | None) -> float | None:
@@ -311,18 +302,18 @@ def _shade(share: float | None, most: float) -> str:
 
 
 def check_picture(path: PathLike) -> None:
-    """Raise :class:`InvalidInputError` for a file that is no kind of picture that is drawn."""
+    """Raise :class:`InvalidInputError` for a suffix other than .png, .svg and .pdf."""
     target = check_path(path)
-    if target.suffix.lower() not in _KINDS_OF_FILES:
+    if target.suffix.lower() not in _SUFFIXES:
         raise InvalidInputError(
-            f"cannot draw {target}: a picture's name ends with {' or '.join(_KINDS_OF_FILES)}"
+            f"cannot draw {target}: a picture's name ends with {' or '.join(_SUFFIXES)}"
         )
 
 
 def _canvas(width: float, *heights: float) -> tuple[Any, Sequence[Any]]:
-    """Return a figure, and its axes one below the other."""
+    """Return a figure and its axes, one below the other."""
     try:
-        # No window is wanted, and none of its state.
+        # pyplot would open windows and keep global state.
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise InvalidInputError(

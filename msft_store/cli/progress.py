@@ -1,8 +1,8 @@
-"""How far a transfer is, for a person at a terminal, and how to leave one at once.
+"""Show the progress of a transfer at a terminal, and let Ctrl-C end a transfer at once.
 
 Example::
 
-    with line(wanted=not options.json) as progress:
+    with progress_line(enabled=not options.json) as progress:
         push(store, url, progress=progress)
 """
 
@@ -14,28 +14,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 from msft_store._util import format_bytes
+from msft_store.remote.transfer import Progress
 
 _T = TypeVar("_T")
-_EVERY = 0.2
-"""Seconds between two looks of the line."""
+_INTERVAL = 0.2
+"""Seconds between two updates of the line."""
 _ERASE = "\r\x1b[K"
-MESSAGE = "msft-store: interrupted; nothing is half done, and the same command goes on"
+MESSAGE = "msft-store: interrupted; nothing is half done, and the same command continues"
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 @contextlib.contextmanager
-def line(*, wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Give what shows steps in one line on stderr; ``None`` where no terminal reads it."""
-    if not (wanted and sys.stderr.isatty()):
+def progress_line(*, enabled: bool) -> Iterator[Progress | None]:
+    """Yield a function that shows progress in one line on stderr; ``None`` without a terminal."""
+    if not (enabled and sys.stderr.isatty()):
         yield None
         return
     shown = _Line()
     try:
-        yield shown.tell
+        yield shown.update
     finally:
         shown.erase()
 
@@ -46,51 +48,43 @@ class _Line:
         self._begun = self._last = 0.0
         self._ended = False
 
-    def tell(self, step: str, done: int, total: int) -> None:
-        """Show a step, its bytes so far and all of them, and how fast they go."""
+    def update(self, step: str, done: int, total: int) -> None:
+        """Show a step, its bytes so far, its total bytes and the speed."""
         now = time.monotonic()
         if step != self._step:
             self._step, self._begun = step, now
-        elif self._ended or (now - self._last < _EVERY and done != total):
+        elif self._ended or (now - self._last < _INTERVAL and done != total):
             return
         self._last = now
         text = step
         if total:
-            speed = (
-                f", {format_bytes(int(done / (now - self._begun)))}/s" if now > self._begun else ""
-            )
-            text += f" {format_bytes(done)} of {format_bytes(total)}{speed}"
+            text += f" {format_bytes(done)} of {format_bytes(total)}"
+            if now > self._begun:
+                text += f", {format_bytes(int(done / (now - self._begun)))}/s"
         print(f"{_ERASE}{text}", end="", file=sys.stderr, flush=True)
 
     def erase(self) -> None:
-        """Leave nothing behind."""
         self._ended = True
         print(_ERASE, end="", file=sys.stderr, flush=True)
 
 
-def interruptible(act: Callable[[], _T]) -> _T:
-    """Do something that may wait long for others' answers, so that Ctrl-C ends the process at once.
+def run_interruptibly(operation: Callable[[], _T]) -> _T:
+    """Run an operation that may wait long for a server, so that Ctrl-C ends the process at once.
 
-    The libraries that wait do not hear of it. All writes are atomic, and the lock of a process
-    that is dead is removed by the next one.
+    The network libraries do not react to Ctrl-C while they wait. Ending the process is safe,
+    because all writes are atomic, and the next process removes the lock of a dead one.
     """
-    results: list[_T] = []
-    errors: list[BaseException] = []
+    future: Future[_T] = Future()
 
     def run() -> None:
         try:
-            results.append(act())
+            future.set_result(operation())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(1)
+        threading.Thread(target=run, daemon=True).start()
+        return future.result()
     except KeyboardInterrupt:
         print(f"\n{MESSAGE}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-    if errors:
-        raise errors[0]
-    return results[0]

@@ -1,8 +1,8 @@
-"""``msft-store push``, ``pull`` and ``clone``: what they print, and stores that are read in place.
+"""``msft-store push``, ``pull`` and ``clone``, and the store that the options name.
 
 Example::
 
-    store = open_store("s3://bucket/run")
+    store = open_store(options)             # the directory or URL of --store
 """
 
 from __future__ import annotations
@@ -10,126 +10,108 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-from msft_store.cli.progress import line
+from msft_store.cli.progress import progress_line
 from msft_store.errors import InvalidInputError
 from msft_store.objects.catalog import CONFIG
 from msft_store.objects.manifest import MANIFESTS
 from msft_store.remote.api import clone, open_remote, pull, push
-from msft_store.remote.transfer import Progress
+from msft_store.remote.transfer import Transfer
 from msft_store.remote.transport.url import is_url
 from msft_store.store import Store
 
 TRANSFERS = ("push", "pull", "clone")
+STORE_VARIABLE = "MSFT_STORE"
+_KEYWORDS = ("with_base", "base_directory", "force", "timelines")
+_URL_HELP = "s3://…, gs://…, az://…, file:///…, any other URL of fsspec, or a directory"
+
 Output = tuple[Any, str]
-Add = Callable[[str, Callable[[argparse.Namespace], Output], str, str], argparse.ArgumentParser]
-"""Adds a command: name, what runs it, one line about it, an example."""
+"""The result of a command as a document for ``--json``, and as text for people."""
+Add = Callable[[str, Callable[..., Output], str, str], argparse.ArgumentParser]
+"""Adds a command: its name, function, one-line description and example."""
 
 
-def open_store(path: str) -> Store:
-    """Open a store at a path, or one at a URL to be read."""
+def store_path(options: argparse.Namespace) -> str:
+    """Return the path or URL of the store: the option, the environment variable, or "."."""
+    return str(getattr(options, "store", None) or os.environ.get(STORE_VARIABLE) or os.curdir)
+
+
+def open_store(options: argparse.Namespace) -> Store:
+    """Open the store in a directory, or for reading at a URL."""
+    path = store_path(options)
     return open_remote(path) if is_url(path) else Store.open(path)
 
 
-def add_commands(add: Add, path_of: Callable[[argparse.Namespace], str]) -> None:
-    """Add the commands; ``path_of`` gives the store's path of what was typed."""
-
-    def _push(options: argparse.Namespace) -> Output:
-        store = _source(options, path_of)
-        with _line(options) as progress:
-            done = push(
-                store,
-                options.url,
-                with_base=options.with_base,
-                force=options.force,
-                timelines=options.timelines,
-                progress=progress,
-            )
-        return done, str(done)
-
-    def _pull(options: argparse.Namespace) -> Output:
-        store = _source(options, path_of)
-        with _line(options) as progress:
-            done = pull(
-                store,
-                options.url,
-                with_base=options.with_base,
-                base_directory=options.base_directory,
-                force=options.force,
-                timelines=options.timelines,
-                progress=progress,
-            )
-        return done, str(done)
-
-    def _clone(options: argparse.Namespace) -> Output:
-        url, directory = options.url, options.directory
-        # As push and pull have them: the store, then the URL.
-        if is_url(directory) and not is_url(url):
-            url, directory = directory, url
-        with _line(options) as progress:
-            done = clone(
-                url,
-                directory,
-                with_base=options.with_base,
-                base_directory=options.base_directory,
-                timelines=options.timelines,
-                progress=progress,
-            )
-        return done, str(done)
-
-    url = "s3://…, gs://…, az://…, file:///…, any other that fsspec knows, or a directory"
+def add_transfer_commands(add: Add) -> None:
+    """Add ``push``, ``pull`` and ``clone`` to the command."""
     command = add(
         "push",
         _push,
-        "send what an object store, or another place, lacks of the store",
+        "send new files of the store to an object store or another place",
         "push run/store s3://bucket/run --with-base",
     )
-    _store(command)
-    command.add_argument("url", help=url)
+    _add_places(command)
     command.add_argument("--force", action="store_true", help="move refs that others moved there")
-    _common(command, "send the files of the base models, too")
+    _add_options(command, "also send the files of the base models")
 
     command = add(
         "pull",
         _pull,
-        "fetch what the store lacks of another place",
+        "fetch new files of another place into the store",
         "pull run/store s3://bucket/run",
     )
-    _store(command)
-    command.add_argument("url", help=url)
+    _add_places(command)
     command.add_argument("--force", action="store_true", help="move refs that were moved here")
-    _common(command, "fetch the files of base models that are not on this machine, too")
-    _base_directory(command)
+    _add_options(command, "also fetch the files of base models that are not on this machine")
+    _add_base_directory(command)
 
     command = add(
         "clone",
         _clone,
-        "make a store of what is in another place; repeated, it goes on",
+        "make a store from the content of another place, or resume an interrupted clone",
         "clone s3://bucket/run run/store --with-base",
     )
-    command.add_argument("url", help=url)
-    command.add_argument("directory", help="a new or empty directory, or a clone that was cut off")
-    _common(command, "fetch the files of the base models, too")
-    _base_directory(command)
+    command.add_argument("url", help=_URL_HELP)
+    command.add_argument("directory", help="a new or empty directory, or an interrupted clone")
+    _add_options(command, "also fetch the files of the base models")
+    _add_base_directory(command)
 
 
-def _store(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "place", metavar="STORE", nargs="?", help="the store's directory; the same as --store"
-    )
+def _push(options: argparse.Namespace) -> Output:
+    return _transfer(push, options, _local_store(options), options.url)
 
 
-def _source(options: argparse.Namespace, path_of: Callable[[argparse.Namespace], str]) -> str:
+def _pull(options: argparse.Namespace) -> Output:
+    return _transfer(pull, options, _local_store(options), options.url)
+
+
+def _clone(options: argparse.Namespace) -> Output:
+    places = options.url, options.directory
+    # Also accept the order of push and pull: the store, then the URL.
+    if is_url(options.directory) and not is_url(options.url):
+        places = options.directory, options.url
+    return _transfer(clone, options, *places)
+
+
+def _transfer(
+    operation: Callable[..., Transfer], options: argparse.Namespace, *places: str
+) -> Output:
+    keywords = {name: getattr(options, name) for name in _KEYWORDS if hasattr(options, name)}
+    with progress_line(enabled=not getattr(options, "json", False)) as progress:
+        done = operation(*places, progress=progress, **keywords)
+    return done, str(done)
+
+
+def _local_store(options: argparse.Namespace) -> str:
     """Return the path of the store that is pushed, or pulled to."""
     if options.place is None:
-        path = path_of(options)
+        path = store_path(options)
         if path == os.curdir and not any(map(os.path.lexists, (CONFIG, MANIFESTS))):
             store, url = ("STORE", options.url) if is_url(options.url) else (options.url, "URL")
             raise InvalidInputError(
-                "no store in the current directory; say both, where the store is and where the "
-                f"other place is: msft-store {options.name} {store} {url}"
+                "no store in the current directory; name both the store and the other place: "
+                f"msft-store {options.name} {store} {url}"
             )
         return path
     if getattr(options, "store", options.place) != options.place:
@@ -144,22 +126,25 @@ def _source(options: argparse.Namespace, path_of: Callable[[argparse.Namespace],
     return str(options.place)
 
 
-def _line(options: argparse.Namespace) -> AbstractContextManager[Progress | None]:
-    return line(wanted=not getattr(options, "json", False))
+def _add_places(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "place", metavar="STORE", nargs="?", help="the store's directory; the same as --store"
+    )
+    command.add_argument("url", help=_URL_HELP)
 
 
-def _common(command: argparse.ArgumentParser, with_base: str) -> None:
+def _add_options(command: argparse.ArgumentParser, with_base: str) -> None:
     command.add_argument("--with-base", action="store_true", help=with_base)
     command.add_argument(
         "--timelines",
         action="store_true",
-        help="with the refs of timelines, to move a run to another machine",
+        help="also transfer the refs of timelines, to move a run to another machine",
     )
 
 
-def _base_directory(command: argparse.ArgumentParser) -> None:
+def _add_base_directory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--base-directory",
         metavar="DIRECTORY",
-        help="where the files of base models go (default: STORE-bases, beside the store)",
+        help="directory for the files of base models (default: STORE-bases, beside the store)",
     )

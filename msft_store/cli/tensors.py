@@ -1,8 +1,8 @@
-"""``msft-store diff``, ``import`` and ``export``: tensors of two checkpoints, and of a directory.
+"""``msft-store diff``, ``import`` and ``export``.
 
 Example::
 
-    document, text = diff(store, "3fa9", "best", plot=None)
+    document, text = diff(store, options)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from msft_store._util import format_bytes, format_percent, format_table
-from msft_store.cli.import_ import fitting_base, import_checkpoint
+from msft_store._util import format_bytes, format_percent, format_shape, format_table
+from msft_store.cli.import_ import find_matching_base, import_checkpoint
 from msft_store.cli.plots import check_picture, draw_changes, heat_text
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.export import is_configured
@@ -22,11 +22,12 @@ from msft_store.store import Store
 from msft_store.tensors.matching import format_names
 
 NO_PARENT = "none"
-"""In the place of a parent: there is to be none."""
+"""Value of ``--parent`` for a checkpoint without a parent."""
 
 
-def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, str]:
+def diff(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     """Compare two checkpoints or bases; draw a heat map if a file is named."""
+    one, other, plot = options.first, options.second, options.plot
     if plot is not None:
         check_picture(plot)
     diffs = store.diff(one, other)
@@ -38,7 +39,7 @@ def diff(store: Store, one: str, other: str, *, plot: str | None) -> tuple[Any, 
     rows = [
         (
             tensor.name,
-            "x".join(map(str, tensor.shape)) or "scalar",
+            format_shape(tensor.shape),
             tensor.kind,
             format_percent(tensor.changed, tensor.elements) if tensor.kind in comparable else "",
             "" if tensor.largest is None else f"{tensor.largest:.3g}",
@@ -81,25 +82,25 @@ def add_import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", help="a safetensors file, or a directory of them")
     command.add_argument(
         "--parent",
-        help="what it descends from: a checkpoint, a ref or a base; none stores it whole (default: "
-        "the store's only base, if it has the same tensors)",
+        help="the checkpoint, ref or base that it descends from; none stores it whole (default: "
+        "the store's only base, if that has the same tensors)",
     )
-    command.add_argument("--step", type=int, help="optimizer step that it is of")
+    command.add_argument("--step", type=int, help="training step of the checkpoint")
     command.add_argument(
-        "--metric", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+        "--metric", action="append", default=[], metavar="NAME=VALUE", help="a metric; repeatable"
     )
-    command.add_argument("--tag", action="append", default=[], help="may be repeated")
-    command.add_argument("--ref", help="name of a ref to point to it")
+    command.add_argument("--tag", action="append", default=[], help="a tag; repeatable")
+    command.add_argument("--ref", help="name of a ref that will point to it")
 
 
 def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
-    """Save a directory of safetensors as a checkpoint."""
+    """Save safetensors files as a checkpoint."""
     metrics = dict(_metric(text) for text in options.metric)
     if options.ref is not None:
         check_ref_name(options.ref)
     parent = options.parent
     if parent is None:
-        parent = fitting_base(store, options.path)
+        parent = find_matching_base(store, options.path)
     elif parent == NO_PARENT:
         parent = None
     saved = import_checkpoint(
@@ -122,10 +123,10 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     }
     text = f"checkpoint {saved.id[:12]}: {size}"
     if options.parent is None and saved.parent is not None:
-        text += f"\nit is a change of base {saved.parent[:12]}, whose tensors it has"
-        text += f"; --parent {NO_PARENT} stores it whole"
+        text += f"\nit is stored as a difference from base {saved.parent[:12]}, which has the same "
+        text += f"tensors; --parent {NO_PARENT} stores it whole"
     if options.parent is None and saved.parent is None and store.bases():
-        text += "\nit is stored whole; with --parent, a base or a checkpoint, only what changed is"
+        text += "\nit is stored whole; --parent BASE_OR_CHECKPOINT stores only the differences"
     return document, text
 
 
@@ -135,12 +136,12 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--like",
         metavar="DIRECTORY",
-        help="a model directory to take configuration and tokenizer from (default: the base's)",
+        help="a model directory to copy configuration and tokenizer from (default: the base's)",
     )
 
 
 def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
-    """Write a checkpoint as a directory of safetensors."""
+    """Write a checkpoint as a directory of safetensors files."""
     checkpoint = store.get(options.checkpoint)
     files = store.export(checkpoint, options.directory, like=options.like)
     text = "\n".join(map(str, files))
@@ -153,8 +154,8 @@ def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     configured = is_configured(files)
     if not configured:
         text += (
-            "\nthere is no configuration beside them, as the checkpoint has no base, or not in a "
-            "directory that is there; --like DIRECTORY takes it from another model"
+            "\nno configuration was copied, because the checkpoint has no base or the base has no "
+            "directory; --like DIRECTORY copies it from another model"
         )
     document = {
         "files": [str(file) for file in files],

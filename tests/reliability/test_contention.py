@@ -97,7 +97,7 @@ def holds(store: Store) -> str:
 
 
 class Sleepy(LocalBackend):
-    """Stops its process right before a manifest is published; it seems to run in a container."""
+    """Stops its process right before a manifest is finalized; it seems to run in a container."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)

@@ -43,9 +43,9 @@ class QuotaBackend(LocalBackend):
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
-        before = self._unpublished()
+        before = self._unfinalized()
         with super().writer() as inner:
-            (path,) = self._unpublished() - before
+            (path,) = self._unfinalized() - before
             writer = _QuotaWriter(self, inner)
             self._open[path] = writer
             try:
@@ -57,10 +57,10 @@ class QuotaBackend(LocalBackend):
         """Return the bytes of all files, and what open ones hold back instead of what they have."""
         on_disk = sum(bytes_of(path) for path in self.root.rglob("*") if path not in self._open)
         return on_disk + sum(
-            writer.position for writer in self._open.values() if writer.unpublished
+            writer.position for writer in self._open.values() if writer.unfinalized
         )
 
-    def _unpublished(self) -> set[Path]:
+    def _unfinalized(self) -> set[Path]:
         return set((self.root / "tmp").glob("*"))
 
     def take(self, size: int) -> int:
@@ -76,7 +76,7 @@ class _QuotaWriter:
     def __init__(self, backend: QuotaBackend, inner: Writer) -> None:
         self._backend = backend
         self._inner = inner
-        self.unpublished = True
+        self.unfinalized = True
 
     @property
     def position(self) -> int:
@@ -91,4 +91,4 @@ class _QuotaWriter:
 
     def finalize(self, path: str) -> None:
         self._inner.finalize(path)
-        self.unpublished = False
+        self.unfinalized = False

@@ -10,7 +10,7 @@ import torch
 
 from msft_store import Base, BaseError, Store
 from msft_store.cli import import_ as module
-from msft_store.cli.import_ import fitting_base, import_checkpoint
+from msft_store.cli.import_ import find_matching_base, import_checkpoint
 from tests.support.states import State, same_bits, train_step
 
 
@@ -66,7 +66,7 @@ def test_the_only_base_fits_what_has_its_tensors(
     def fits(tensors: State) -> Base | None:
         path = tmp_path / "asked.safetensors"
         safetensors.torch.save_file({n: t.clone() for n, t in tensors.items()}, path)
-        return fitting_base(store, path)
+        return find_matching_base(store, path)
 
     names = list(state)
     assert fits(state) == base

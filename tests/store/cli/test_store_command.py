@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import math
 import shutil
 import struct
@@ -174,7 +176,7 @@ def test_inspect_shows_a_base(
     code, out, _ = run(capsys, *at, "inspect", base.id[:6])
     assert (code, out.splitlines()[0].split()) == (0, ["base", base.id])
     assert "12.8 kB" in out
-    assert "1, 13.0 kB, there" in out
+    assert "1, 13.0 kB, present" in out
     assert out.splitlines()[-1].split() == ["layer1.weight", "bfloat16", "64x50", "6.4", "kB"]
     (tmp_path / "model").rename(tmp_path / "moved")
     assert "msft-store relocate" in run(capsys, *at, "inspect", base.id)[1]
@@ -485,7 +487,7 @@ def test_repack_and_import(
         assert (code, err.startswith("msft-store: ")) == (1, True)
     assert run_store.log() == known
     plain = ("import", tmp_path / "out", "--step", "8")
-    assert f"a change of base {tip.base[:12]}" in run(capsys, *at, *plain)[1]
+    assert f"a difference from base {tip.base[:12]}" in run(capsys, *at, *plain)[1]
     assert run_store.log()[-1].stored_bytes == tip.stored_bytes
     assert document(capsys, *at, *plain, "--parent", "none")["parent"] is None
     assert run_store.log()[-1].stored_bytes > 2 * tip.stored_bytes
@@ -823,3 +825,18 @@ def test_verbose_logs_to_stderr_and_leaves_the_output_alone(
     assert quiet.err == ""
     assert "INFO msft_store.maintenance.gc: evict checkpoint" in loud.err
     json.loads(loud.out)
+
+
+def test_the_log_follows_a_replaced_stderr(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", first)
+        assert main(["--store", store.path, "log"]) == 0
+        handlers = list(logging.getLogger("msft_store").handlers)
+        assert main(["--store", store.path, "log"]) == 0
+    first.close()
+    logging.getLogger("msft_store.storage").warning("a \x1b[2Jmessage")
+    assert capsys.readouterr().err == "WARNING msft_store.storage: a \\x1b[2Jmessage\n"
+    assert logging.getLogger("msft_store").handlers == handlers

@@ -369,7 +369,9 @@ def test_a_lock_of_a_form_to_come_is_respected(store: Store, ckpt: Checkpoint) -
 # An owner whose lock is gone
 
 
-def test_who_has_lost_its_lock_publishes_nothing(store: Store, base: Base, state: State) -> None:
+def test_an_owner_without_its_lock_finalizes_nothing(
+    store: Store, base: Base, state: State
+) -> None:
     other = Store.open(store.path)
     with store.protecting("commit"):
         (lost,) = other.unlock(force=True)
