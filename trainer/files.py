@@ -10,11 +10,13 @@ Example::
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import PausedError
 
@@ -34,6 +36,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON values to a file, indented, as :func:`write_atomic` does."""
+    text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
 
 
 @contextmanager

@@ -129,7 +129,8 @@ class Journal:
         journal then ends with the record before.
         """
         record: Record = {"seq": self.next_seq, "time": time.time(), "event": event, **fields}
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(replace_non_finite(record), ensure_ascii=False, allow_nan=False)
+        line = f"{text}\n".encode()
         try:
             written = self._file.write(line)
             if written != len(line):
@@ -187,6 +188,30 @@ def effective(records: Iterable[Record]) -> list[Record]:
     return counted
 
 
+def select(records: Iterable[Record], *events: str) -> list[Record]:
+    """Return the records of some events, in order."""
+    return [record for record in records if record["event"] in events]
+
+
+def run_started(records: Iterable[Record]) -> Record:
+    """Return the first record of a run; raises :class:`RunError` if the journal lacks it."""
+    for record in records:
+        if record["event"] == "run_started":
+            return record
+    raise RunError("the journal has no run_started record: the run ended before it began")
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Return JSON values with ``None`` for every float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [replace_non_finite(item) for item in value]
+    return value
+
+
 def _parse(path: Path, content: bytes) -> tuple[list[Record], int]:
     """Return the records and the length in bytes of the lines that they stand in."""
     lines = content.split(b"\n")
@@ -230,17 +255,6 @@ def _parse_line(line: bytes) -> Record | None:
 
 def _number(value: Any) -> Any:
     return math.nan if value is None else value
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with ``None`` for every float that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 Line = tuple[str, dict[str, Any]]

@@ -49,8 +49,14 @@ class Table:
 
 
 def metric_text(value: float | None) -> str:
-    """Return a metric with three decimals, a dash where there is none."""
+    """Return a metric with three decimals, or a dash for NaN and ``None``."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def metric_name_text(metric: str, mode: str) -> str:
+    """Return a metric's name and its direction, such as ``loss (lower is better)``."""
+    direction = "higher" if mode == "max" else "lower"
+    return f"{metric.replace('_', ' ')} ({direction} is better)"
 
 
 def count_text(value: int) -> str:
@@ -69,16 +75,16 @@ def bytes_text(value: float) -> str:
 
 def flops_text(value: int) -> str:
     """Return FLOPs in a unit that leaves few digits before the point."""
-    scaled = float(value)
+    number = float(value)
     for unit in ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"):
-        if scaled < 1000:
-            return f"{scaled:.0f} {unit}" if unit == "FLOPs" else f"{scaled:.2f} {unit}"
-        scaled /= 1000
-    return f"{scaled:.2f} EFLOPs"
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "FLOPs" else f"{number:.2f} {unit}"
+        number /= 1000
+    return f"{number:.2f} EFLOPs"
 
 
 def too_long_text(name: str, count: int, max_length: int) -> str:
-    """Say that examples of a sub-dataset were dropped."""
+    """Return a sentence that says how many examples of a sub-dataset were dropped."""
     examples = "1 example has" if count == 1 else f"{count} examples have"
     return (
         f"sub-dataset {name!r}: {examples} more than data.max_length={max_length} tokens, dropped"

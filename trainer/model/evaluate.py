@@ -1,19 +1,20 @@
-"""Metrics of a model on every sub-dataset: mean token loss, and exact match of greedy generation.
+"""Compute metrics on every sub-dataset: mean token loss, and exact match of greedy generation.
 
 ``loss`` is the mean over a sub-dataset's completion tokens. ``exact_match`` is the share of
-examples whose greedy generation has the reference's answer: the last match of ``answer_pattern``
-where there is one, otherwise the whole text, without the space around it. The loss is recorded with
-either.
+examples whose greedy generation has the same answer as the reference. The answer is the last match
+of ``answer_pattern``, or the whole text if nothing matches, without surrounding whitespace. The
+loss is recorded for both metrics. If the loss of a sub-dataset is not finite, its exact match is
+NaN.
 
-Most verdicts need no generation. One forward pass over prompt and reference tells which token
-greedy decoding would take after each of the reference's tokens, so it tells the generated text up
-to and including the first token that is not the reference's. Where that text is complete, or, with
-no pattern, cannot become the reference any more, the example is decided; only the others are
-generated (batched, with a key-value cache). The verdicts are those that generation gives. A
-sub-dataset whose loss is not finite has no exact match (NaN).
+Most examples are decided without generation. A forward pass over prompt and reference gives the
+token that greedy decoding would take after each prefix of the reference, and so the generated text
+up to its first token that differs from the reference. The example is decided if this text is
+complete, or if there is no pattern and the text can no longer become the reference. Only the other
+examples are generated, in batches with a key-value cache. The verdicts are the same as those of
+generation alone.
 
-Batches are made by sorting, so that a result depends on the weights and the examples alone. With
-several processes each evaluates its share of the same batches, and the numbers are those of one.
+Batches are made by sorting, so the result depends on weights and examples alone. With several
+processes each evaluates its share of the same batches, and the numbers are those of one process.
 
 Example::
 
@@ -41,31 +42,25 @@ from trainer.config.schema import OVERALL, EvalConfig
 from trainer.data.examples import Example
 from trainer.distributed import split_among_processes
 from trainer.errors import ConfigError
-from trainer.model.forward import collate, target_losses
+from trainer.model.forward import TokenCost, collate, target_losses
 from trainer.model.load import LoadedModel
 from trainer.model.sharding import is_sharded
 
 _WRONG, _RIGHT, _OPEN = 0, 1, 2
+"""Verdicts on an example: wrong, right, or undecided until its text is generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The work of an evaluation, over all processes (:mod:`trainer.journal` has the words)."""
+class EvaluationCost(TokenCost):
+    """Tokens of an evaluation over all processes; :mod:`trainer.journal` defines the fields."""
 
-    tokens: int = 0
-    attention_tokens: int = 0
-    padded_tokens: int = 0
     generated_tokens: int = 0
     generated_attention_tokens: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        """Return the sum."""
-        return Cost(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """An evaluation of all sub-datasets."""
+class EvaluationResult:
+    """The metrics of all sub-datasets, and the cost of computing them."""
 
     metrics: dict[str, float]
     """Sub-dataset → metric, and the overall one."""
@@ -73,11 +68,11 @@ class Result:
     """Sub-dataset → mean token loss."""
     errors: dict[str, float]
     """Sub-dataset → standard error of its metric; NaN for a single example."""
-    cost: Cost
+    cost: EvaluationCost
     seconds: float
 
-    def costs(self) -> dict[str, float]:
-        """Return what a journal record says of the cost."""
+    def cost_fields(self) -> dict[str, float]:
+        """Return the fields of a journal record that state the cost."""
         return {**vars(self.cost), "seconds": self.seconds}
 
 
@@ -91,7 +86,7 @@ class Evaluator:
         accelerator: Accelerator,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Prepare; ``check`` is called between batches and may raise to end an evaluation early."""
+        """Create it; ``check`` is called before each batch and may raise to end the evaluation."""
         self._config = config
         self._tokenizer = loaded.tokenizer
         self._pad = loaded.pad_token_id
@@ -99,19 +94,17 @@ class Evaluator:
         self._check = check
         self._pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
 
-    def __call__(self, model: Any, sub_datasets: Mapping[str, Sequence[Example]]) -> Result:
-        """Evaluate ``model``, which is left in the mode that it was in."""
+    def __call__(
+        self, model: Any, sub_datasets: Mapping[str, Sequence[Example]]
+    ) -> EvaluationResult:
+        """Evaluate a model, and restore its training mode afterwards."""
         began = time.monotonic()
         model = self._accelerator.unwrap_model(model)
         examples = [example for name in sub_datasets for example in sub_datasets[name]]
-        with _evaluating(model):
+        with _evaluation_mode(model):
             losses, verdicts, cost = self._forward(model, examples)
             if self._config.metric == "exact_match":
-                still_open = [i for i, verdict in enumerate(verdicts) if verdict == _OPEN]
-                generated, generation_cost = self._generate(model, examples, still_open)
-                for i in still_open:
-                    verdicts[i] = generated[i]
-                cost += generation_cost
+                cost += self._decide_open(model, examples, verdicts)
         return self._summarize(sub_datasets, losses, verdicts, cost, time.monotonic() - began)
 
     def _summarize(
@@ -119,39 +112,38 @@ class Evaluator:
         sub_datasets: Mapping[str, Sequence[Example]],
         losses: Sequence[float],
         verdicts: Sequence[int],
-        cost: Cost,
+        cost: EvaluationCost,
         seconds: float,
-    ) -> Result:
+    ) -> EvaluationResult:
         mean_losses, matches, errors, start = {}, {}, {}, 0
         for name, examples in sub_datasets.items():
-            end = start + len(examples)
-            targets = sum(len(example.completion) for example in examples)
-            mean_losses[name] = sum(losses[start:end]) / targets
-            # Tokens chosen by numbers that are none match by chance at best.
-            sound = math.isfinite(mean_losses[name])
-            matches[name] = sum(verdicts[start:end]) / len(examples) if sound else math.nan
-            counts = [len(example.completion) for example in examples]
+            own = slice(start, start + len(examples))
+            targets = [len(example.completion) for example in examples]
+            mean_losses[name] = sum(losses[own]) / sum(targets)
+            # If the loss is not finite, the tokens were chosen by NaN and match only by chance.
+            is_finite = math.isfinite(mean_losses[name])
+            matches[name] = sum(verdicts[own]) / len(examples) if is_finite else math.nan
             errors[name] = (
-                ratio_error(losses[start:end], counts)
+                ratio_error(losses[own], targets)
                 if self._config.metric == "loss"
-                else ratio_error(verdicts[start:end], [1] * len(examples))
+                else ratio_error(verdicts[own], [1] * len(examples))
             )
-            start = end
+            start += len(examples)
         metrics = dict(matches if self._config.metric == "exact_match" else mean_losses)
         sizes = {name: len(examples) for name, examples in sub_datasets.items()}
         metrics[OVERALL] = overall(metrics, sizes, self._config.overall)
-        return Result(
+        return EvaluationResult(
             metrics=metrics, losses=mean_losses, errors=errors, cost=cost, seconds=seconds
         )
 
     def _forward(
         self, model: Any, examples: Sequence[Example]
-    ) -> tuple[list[float], list[int], Cost]:
+    ) -> tuple[list[float], list[int], EvaluationCost]:
         """Return each example's summed loss, its verdict as far as it is known, and the cost."""
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
         batches = self._batches(order)
         losses, verdicts = [0.0] * len(examples), [0] * len(examples)
-        for batch, mine in self._mine(model, batches):
+        for batch, is_own in self._own_batches(model, batches):
             rows = [examples[i] for i in batch]
             tensors = collate(rows, pad_token_id=self._pad, device=self._accelerator.device)
             token_losses, logits = target_losses(model, tensors)
@@ -159,13 +151,12 @@ class Evaluator:
             sums = torch.stack([part.sum() for part in torch.split(token_losses, sizes)]).tolist()
             choices = [part.tolist() for part in torch.split(logits.argmax(dim=-1), sizes)]
             results = zip(batch, rows, sums, choices, strict=True)
-            for i, row, row_loss, row_choices in results if mine else ():
+            for i, row, row_loss, row_choices in results if is_own else ():
                 losses[i] = row_loss
                 verdicts[i] = self._verdict(row, row_choices)
-        cost = Cost()
+        cost = EvaluationCost()
         for batch in batches:
-            lengths = [len(examples[i]) for i in batch]
-            cost += _forward_cost(lengths)
+            cost += EvaluationCost.of_batch([len(examples[i]) for i in batch])
         return self._sum(losses), [int(v) for v in self._sum(verdicts)], cost
 
     def _verdict(self, example: Example, choices: Sequence[int]) -> int:
@@ -185,25 +176,27 @@ class Evaluator:
             return _WRONG
         return _OPEN
 
-    def _generate(
-        self, model: Any, examples: Sequence[Example], indices: Sequence[int]
-    ) -> tuple[list[int], Cost]:
-        """Generate for the examples at ``indices``; return verdicts for all, and the cost."""
-        order = sorted(indices, key=lambda i: -len(examples[i].prompt))
-        batches = self._batches(order)
-        verdicts = [0] * len(examples)
-        lengths = [0] * len(examples)
-        for batch, mine in self._mine(model, batches):
-            taken = zip(batch, self._greedy(model, examples, batch), strict=True)
-            for i, tokens in taken if mine else ():
-                verdicts[i] = int(self._is_right(self._decode(tokens), examples[i].reference))
+    def _decide_open(
+        self, model: Any, examples: Sequence[Example], verdicts: list[int]
+    ) -> EvaluationCost:
+        """Replace the open verdicts by those of generation, and return the cost."""
+        still_open = [i for i, verdict in enumerate(verdicts) if verdict == _OPEN]
+        batches = self._batches(sorted(still_open, key=lambda i: -len(examples[i].prompt)))
+        found, lengths = [0.0] * len(examples), [0.0] * len(examples)
+        for batch, is_own in self._own_batches(model, batches):
+            generated = zip(batch, self._greedy(model, examples, batch), strict=True)
+            for i, tokens in generated if is_own else ():
+                found[i] = self._is_right(self._decode(tokens), examples[i].reference)
                 lengths[i] = len(tokens)
-        lengths = [int(length) for length in self._sum(lengths)]
-        cost = Cost()
+        found, lengths = self._sum(found), self._sum(lengths)
+        cost = EvaluationCost()
         for batch in batches:
-            cost += _forward_cost([len(examples[i].prompt) for i in batch])
-            cost += _generation_cost([(len(examples[i].prompt), lengths[i]) for i in batch])
-        return [int(v) for v in self._sum(verdicts)], cost
+            prompts = [len(examples[i].prompt) for i in batch]
+            cost += EvaluationCost.of_batch(prompts)
+            cost += _generation_cost(prompts, [int(lengths[i]) for i in batch])
+        for i in still_open:
+            verdicts[i] = int(found[i])
+        return cost
 
     def _greedy(
         self, model: Any, examples: Sequence[Example], batch: Sequence[int]
@@ -240,25 +233,24 @@ class Evaluator:
         return str(text)
 
     def _is_right(self, text: str, reference: str) -> bool:
-        return answer(text, self._pattern) == answer(reference, self._pattern)
+        return extract_answer(text, self._pattern) == extract_answer(reference, self._pattern)
 
     def _batches(self, order: Sequence[int]) -> list[Sequence[int]]:
         size = self._config.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _mine(
+    def _own_batches(
         self, model: Any, batches: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Sequence[int], bool]]:
-        """Yield this process's share, and what it only helps another one with."""
-        for turn in split_among_processes(
-            batches, self._accelerator, equal_counts=is_sharded(model)
-        ):
+        """Yield own batches with True, and with False one that FSDP computes in addition."""
+        is_equal = is_sharded(model)
+        for batch in split_among_processes(batches, self._accelerator, equal_counts=is_equal):
             if self._check is not None:
                 self._check()
-            yield turn
+            yield batch
 
     def _sum(self, values: Sequence[float]) -> list[float]:
-        """Add up over processes; each value is not 0 on one of them at most, so this is exact."""
+        """Add the values of all processes; at most one of them is not 0, so the sum is exact."""
         if self._accelerator.num_processes == 1:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
@@ -267,9 +259,9 @@ class Evaluator:
 
 
 def ratio_error(parts: Sequence[float], counts: Sequence[int]) -> float:
-    """Return the standard error of sum(parts) / sum(counts) over examples, NaN for one of them.
+    """Return the standard error of sum(parts) / sum(counts) over examples; NaN for one example.
 
-    The usual one of a ratio estimate; where all counts are 1, that of a mean.
+    This is the usual error of a ratio estimate. If all counts are 1, it is that of a mean.
     """
     n, total = len(parts), sum(counts)
     if n < 2:
@@ -279,8 +271,8 @@ def ratio_error(parts: Sequence[float], counts: Sequence[int]) -> float:
     return math.sqrt(n / (n - 1) * squares) / total
 
 
-def answer(text: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the first group of the last match of ``pattern``, otherwise the text; stripped."""
+def extract_answer(text: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the first group of the last match of ``pattern``, or the text; both stripped."""
     matches = list(pattern.finditer(text)) if pattern else []
     if not matches:
         return text.strip()
@@ -291,7 +283,7 @@ def answer(text: str, pattern: re.Pattern[str] | None) -> str:
 def check_answers(
     sub_datasets: Mapping[str, Sequence[Example]], answer_pattern: str | None
 ) -> None:
-    """Raise :class:`ConfigError` where the pattern matches none of a sub-dataset's references."""
+    """Raise :class:`ConfigError` if the pattern matches no reference of some sub-dataset."""
     if answer_pattern is None:
         return
     pattern = re.compile(answer_pattern)
@@ -305,41 +297,32 @@ def check_answers(
 
 
 def _can_become(text: str, reference: str) -> bool:
-    """Say whether more tokens could still make ``text`` the reference.
+    """Return whether further tokens could turn ``text`` into the reference.
 
-    Space is left out, because it may be stripped, and so is an incomplete character at the end.
+    Whitespace, which may be stripped, and an incomplete character at the end are ignored.
     """
     return "".join(reference.split()).startswith("".join(text.rstrip("\ufffd").split()))
 
 
-def _forward_cost(lengths: Sequence[int]) -> Cost:
-    tokens = sum(lengths)
-    return Cost(
-        tokens=tokens,
-        attention_tokens=sum(length * length for length in lengths),
-        padded_tokens=max(lengths) * len(lengths) - tokens,
-    )
-
-
-def _generation_cost(rows: Sequence[tuple[int, int]]) -> Cost:
-    """Return the cost of rows (prompt tokens, generated tokens), which all run to the last end."""
-    generated = sum(count for _, count in rows)
-    looked_back = sum(prompt * count + count * (count + 1) // 2 for prompt, count in rows)
-    return Cost(
-        generated_tokens=generated,
-        generated_attention_tokens=looked_back,
-        padded_tokens=max(count for _, count in rows) * len(rows) - generated,
+def _generation_cost(prompts: Sequence[int], generated: Sequence[int]) -> EvaluationCost:
+    """Return the cost of a batch from its numbers of tokens; it runs until its last row ends."""
+    total = sum(generated)
+    rows = zip(prompts, generated, strict=True)
+    return EvaluationCost(
+        generated_tokens=total,
+        generated_attention_tokens=sum(n * prompt + n * (n + 1) // 2 for prompt, n in rows),
+        padded_tokens=max(generated) * len(generated) - total,
     )
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Set evaluation mode, no gradients, and plain decoding whatever the model's own settings."""
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """Set evaluation mode without gradients, and replace the model's own generation settings."""
     training, settings = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        # What inference mode makes, FSDP cannot train on with.
+        # FSDP cannot train with tensors that were made in inference mode.
         with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield
     finally:

@@ -1,6 +1,6 @@
-"""Pictures of a run: validation curves, training loss, disk; drawn from effective journal records.
+"""Draw the validation curves, training loss and disk of a run from effective journal records.
 
-Roll-backs are dashed vertical lines. Steps never go back, so a curve is one piece a stage.
+Roll-backs are dashed vertical lines. The step counter never goes back, so each stage is one line.
 
 Example::
 
@@ -13,31 +13,33 @@ import io
 import math
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.schema import OVERALL
-from trainer.journal import Record
+from trainer.journal import Record, run_started, select
 from trainer.report.flops import seqs_on_path
 from trainer.report.summary import (
+    find_result_evaluation,
+    find_roll_backs,
+    find_sub_dataset_peaks,
     measure_disk_usage,
-    restores_earlier_checkpoint,
-    stop_decision,
-    sub_dataset_peaks,
 )
+from trainer.text import metric_name_text
 
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
 
 
 def draw_curves(counted: Sequence[Record]) -> bytes:
-    """Draw each sub-dataset's validation metric, and the overall one, over steps; returns a PNG.
+    """Return a PNG of each sub-dataset's validation metric, and the overall one, over steps.
 
-    A sub-dataset's curve is pale in the stages that do not train on it; a dot marks the peak that
-    it was excluded for, a star the result.
+    A sub-dataset's curve is pale in the stages that do not train on it. A dot marks the peak for
+    which it was excluded, and a star marks the result.
     """
-    start = _first(counted, "run_started")
+    start = run_started(counted)
     names = [*sorted(start["sub_datasets"]), OVERALL]
     columns = min(len(names), min((3, 4), key=lambda columns: -len(names) % columns))
     rows = math.ceil(len(names) / columns)
@@ -50,22 +52,28 @@ def draw_curves(counted: Sequence[Record]) -> bytes:
     for axis in axes[max(0, len(names) - columns) : len(names)]:
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("optimizer step")
-    direction = "higher" if start["mode"] == "max" else "lower"
-    figure.suptitle(f"Validation {start['metric'].replace('_', ' ')} ({direction} is better)")
-    _legend(figure)
+    figure.suptitle(f"Validation {metric_name_text(start['metric'], start['mode'])}")
+    _draw_legend(
+        figure,
+        Line2D([], [], color=_BLUE, marker=".", label="trained on"),
+        Line2D([], [], color=_PALE, marker=".", label="excluded"),
+        Line2D([], [], color=_RED, marker="o", linestyle="none", label="peak, then excluded"),
+        Line2D([], [], color=_RED, marker="*", linestyle="none", markersize=9, label="result"),
+    )
     return _png(figure)
 
 
 def draw_loss(counted: Sequence[Record]) -> bytes:
-    """Draw the training loss over steps, what was rolled back pale; returns a PNG."""
+    """Return a PNG of the training loss over steps, pale off the path to the result."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     on_path = seqs_on_path(counted)
-    for stage in _stages(counted):
-        points = [r for r in counted if r["event"] == "trained" and r["stage"] == stage]
-        _line(axis, points, _PALE, key="loss")
-        kept = [{**r, "loss": r["loss"] if r["seq"] in on_path else math.nan} for r in points]
-        _line(axis, kept, _BLUE, key="loss")
+    for stage in [record["stage"] for record in select(counted, "stage_started")]:
+        points = [r for r in select(counted, "trained") if r["stage"] == stage]
+        steps = [r["step"] for r in points]
+        axis.plot(steps, [r["loss"] for r in points], color=_PALE)
+        kept = [r["loss"] if r["seq"] in on_path else math.nan for r in points]
+        axis.plot(steps, kept, color=_BLUE)
     _draw_roll_backs(axis, counted)
     _frame(axis, title="Training loss", y="mean token loss", x="optimizer step")
     handles = [
@@ -78,8 +86,8 @@ def draw_loss(counted: Sequence[Record]) -> bytes:
 
 
 def draw_disk(counted: Sequence[Record]) -> bytes:
-    """Draw the disk of the rollback points over steps, in full checkpoints; returns a PNG."""
-    start = _first(counted, "run_started")
+    """Return a PNG of the disk of the rollback points over steps, in full checkpoints."""
+    start = run_started(counted)
     unit = start["full_checkpoint_bytes"]
     points = measure_disk_usage(counted)
     steps = [point.step for point in points]
@@ -118,64 +126,45 @@ def draw_disk(counted: Sequence[Record]) -> bytes:
         x="optimizer step",
     )
     handles, _ = axis.get_legend_handles_labels()
-    figure.legend(
-        handles=[*handles, _roll_back_handle()],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize="small",
-    )
+    _draw_legend(figure, *handles, columns=3)
     return _png(figure)
 
 
 def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
-    stages = {r["stage"]: r["active"] for r in counted if r["event"] == "stage_started"}
-    for stage, active in stages.items():
-        points = [r for r in _evaluated(counted) if r["stage"] == stage]
-        color = _BLUE if name == OVERALL or name in active else _PALE
+    evaluated = select(counted, "evaluated")
+    for start in select(counted, "stage_started"):
+        points = [r for r in evaluated if r["stage"] == start["stage"]]
+        color = _BLUE if name == OVERALL or name in start["active"] else _PALE
         values = [r["metrics"][name] for r in points]
         axis.plot([r["step"] for r in points], values, color=color, marker=".", markersize=4)
     _draw_roll_backs(axis, counted)
-    peak = sub_dataset_peaks(counted).get(name)
+    peak = find_sub_dataset_peaks(counted).get(name)
     if peak is not None and peak.excluded:
-        at = next(
-            r for r in _evaluated(counted) if (r["stage"], r["epoch"]) == (peak.stage, peak.epoch)
-        )
+        at = next(r for r in evaluated if (r["stage"], r["epoch"]) == (peak.stage, peak.epoch))
         axis.plot(at["step"], at["metrics"][name], marker="o", color=_RED, markersize=6)
-    stop = stop_decision(counted)
-    if name == OVERALL and stop is not None:
-        result = next(r for r in _evaluated(counted) if r["checkpoint"] == stop["checkpoint"])
+    result = find_result_evaluation(counted)
+    if name == OVERALL and result is not None:
         axis.plot(result["step"], result["metrics"][name], marker="*", color=_RED, markersize=11)
     _frame(axis, title=name)
 
 
 def _draw_roll_backs(axis: Axes, counted: Sequence[Record]) -> None:
-    for decided in counted:
-        if decided["event"] == "decided" and restores_earlier_checkpoint(
-            decided, _evaluated(counted)
-        ):
-            axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9)
+    for decided in find_roll_backs(counted):
+        axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9)
 
 
-def _legend(figure: Figure) -> None:
-    handles = [
-        Line2D([], [], color=_BLUE, marker=".", label="trained on"),
-        Line2D([], [], color=_PALE, marker=".", label="excluded"),
-        Line2D([], [], color=_RED, marker="o", linestyle="none", label="peak, then excluded"),
-        Line2D([], [], color=_RED, marker="*", linestyle="none", markersize=9, label="result"),
-        _roll_back_handle(),
-    ]
+def _draw_legend(figure: Figure, *handles: Artist, columns: int = 5) -> None:
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small"
+        handles=[*handles, _roll_back_handle()],
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
     )
 
 
 def _roll_back_handle() -> Line2D:
     return Line2D([], [], color=_GREY, linestyle="--", linewidth=0.9, label="roll-back")
-
-
-def _line(axis: Axes, points: Sequence[Record], color: str, *, key: str) -> None:
-    axis.plot([r["step"] for r in points], [r[key] for r in points], color=color)
 
 
 def _frame(axis: Axes, *, title: str, y: str = "", x: str = "") -> None:
@@ -185,18 +174,6 @@ def _frame(axis: Axes, *, title: str, y: str = "", x: str = "") -> None:
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _evaluated(counted: Sequence[Record]) -> list[Record]:
-    return [r for r in counted if r["event"] == "evaluated"]
-
-
-def _stages(counted: Sequence[Record]) -> list[int]:
-    return [r["stage"] for r in counted if r["event"] == "stage_started"]
-
-
-def _first(counted: Sequence[Record], event: str) -> Record:
-    return next(r for r in counted if r["event"] == event)
 
 
 def _png(figure: Figure) -> bytes:

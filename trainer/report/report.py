@@ -1,4 +1,4 @@
-"""The report of a run, and the comparison of runs, from their journals alone.
+"""Write the report of a run, and compare runs in a table, from their journals alone.
 
 ``write_report`` writes ``report.md``, ``plots/*.png`` and ``result.json`` beside the journal.
 
@@ -10,7 +10,6 @@ Example::
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,19 @@ from pathlib import Path
 
 from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
-from trainer.files import write_atomic
-from trainer.journal import Record, effective, read
+from trainer.files import write_atomic, write_json
+from trainer.journal import Record, effective, read, run_started, select
 from trainer.report.flops import Work
 from trainer.report.plots import draw_curves, draw_disk, draw_loss
-from trainer.report.summary import Peak, Scores, Summary, summarize
-from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
+from trainer.report.summary import Summary, summarize
+from trainer.text import (
+    Table,
+    bytes_text,
+    count_text,
+    flops_text,
+    metric_name_text,
+    metric_text,
+)
 
 _DRAWINGS = (
     ("curves", "Validation curves", draw_curves),
@@ -31,16 +37,16 @@ _DRAWINGS = (
     ("disk", "Disk of the rollback points", draw_disk),
 )
 
-
 DIVERGED = (
     "Training diverged, which ended the run: the result is its best checkpoint before that. Begin "
     "again with a smaller train.lr or train.max_grad_norm, or with train.on_divergence=rollback if "
     "that was not set."
 )
+"""The explanation for a user whose run diverged."""
 
 
 def write_report(run: str | os.PathLike[str]) -> Summary:
-    """Write the report of the run in a directory, finished or not, and return its summary."""
+    """Write the report of a run, which need not be finished, and return its summary."""
     run = Path(run)
     records = read(run / "journal.jsonl")
     summary = summarize(records)
@@ -50,19 +56,19 @@ def write_report(run: str | os.PathLike[str]) -> Summary:
     for name, _, draw in _DRAWINGS:
         write_atomic(plots / f"{name}.png", draw(counted))
     write_atomic(run / "report.md", report_markdown(summary, counted).encode())
-    result = json.dumps(summary.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(run / "result.json", f"{result}\n".encode())
+    write_json(run / "result.json", summary.to_dict())
     return summary
 
 
 def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
-    """Return ``report.md``; the plots are referred to by their relative paths."""
+    """Return ``report.md``, which links the plots by their relative paths."""
+    label = summary.method.upper()
     parts = [
-        f"# {summary.method.upper()} run",
+        f"# {label} run",
         _facts(summary),
         "## Result",
         _result_text(summary),
-        _score_table({summary.method.upper(): summary}).to_markdown(),
+        _score_table({label: summary}).to_markdown(),
         "## Data",
         _data_table(counted).to_markdown(),
         "## Decisions",
@@ -74,7 +80,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         if summary.disk is None
         else _markdown_lines(disk_text(summary)),
         "## Work",
-        _work_table({summary.method.upper(): summary}).to_markdown(),
+        _work_table({label: summary}).to_markdown(),
         "## Plots",
         *(f"![{title}](plots/{name}.png)" for name, title, _ in _DRAWINGS),
     ]
@@ -82,9 +88,9 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
 
 
 def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -> str:
-    """Return runs of one mixture side by side: metrics, disk, work; for the terminal, or Markdown.
+    """Return metrics, disk and work of runs of one mixture as text, or as Markdown.
 
-    ``summaries`` are by label. The base's metrics are those of the first run.
+    ``summaries`` maps labels to runs. The base's metrics come from the first run.
     """
     first = next(iter(summaries.values()))
     tables = [_score_table(summaries), _work_table(summaries)]
@@ -95,18 +101,15 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
         if summary.disk is not None and summary.method != "sft"
     ]
     rules = ", ".join(f"{label}: {summary.rule}" for label, summary in summaries.items())
-    direction = "higher" if first.mode == "max" else "lower"
-    head = (
-        f"{first.metric.replace('_', ' ')} ({direction} is better), "
-        f"peaks found on validation data; {rules}"
-    )
+    metric = metric_name_text(first.metric, first.mode)
+    head = f"{metric}, peaks found on validation data; {rules}"
     if markdown:
         disks = [_markdown_lines(text) for text in disks]
     return "\n\n".join([head, scores, *disks, work])
 
 
 def disk_text(summary: Summary) -> str:
-    """Return the disk overhead of a run in three lines; the run must have committed something."""
+    """Return three lines on the disk overhead of a run; raises ``ValueError`` without commits."""
     disk = summary.disk
     if disk is None:
         raise ValueError("nothing was committed, so there is no disk to speak of")
@@ -153,7 +156,7 @@ def _score_table(summaries: Mapping[str, Summary]) -> Table:
     header += [f"{label} {part}" for label in summaries for part in ("val", "test")]
     rows = []
     for name in [*first.scores, OVERALL]:
-        scores = [_of(summary, name) for summary in summaries.values()]
+        scores = [summary.scores_of(name) for summary in summaries.values()]
         peaks = ["" if name == OVERALL else _peak_text(s, name) for s in peaked.values()]
         values = [scores[0].base_validation, scores[0].base_test]
         values += [value for one in scores for value in (one.validation, one.test)]
@@ -161,33 +164,29 @@ def _score_table(summaries: Mapping[str, Summary]) -> Table:
     return Table(header=header, rows=rows)
 
 
-def _of(summary: Summary, name: str) -> Scores:
-    return summary.overall if name == OVERALL else summary.scores[name]
-
-
 def _peak_text(summary: Summary, name: str) -> str:
-    peak: Peak | None = summary.peaks.get(name)
+    peak = summary.peaks.get(name)
     if peak is None or (summary.method != "sft" and not peak.excluded):
         return "none"
     return f"stage {peak.stage}, epoch {peak.epoch:.2f}"
 
 
 def _data_table(counted: Sequence[Record]) -> Table:
-    """Return examples per sub-dataset, and how many were dropped for their length."""
-    start = next(r for r in counted if r["event"] == "run_started")
+    """Return the numbers of examples by sub-dataset, and of those dropped for their length."""
+    sub_datasets = run_started(counted)["sub_datasets"]
     titles = {"train": "train", "validation": "validation", "test": "test", "too_long": "too long"}
-    if any(sizes.get("set_aside") for sizes in start["sub_datasets"].values()):
+    if any(sizes.get("set_aside") for sizes in sub_datasets.values()):
         titles["set_aside"] = "set aside for validation"
     rows = [
         [name, *(count_text(sizes.get(part, 0)) for part in titles)]
-        for name, sizes in sorted(start["sub_datasets"].items())
+        for name, sizes in sorted(sub_datasets.items())
     ]
     return Table(header=("sub-dataset", *titles.values()), rows=rows)
 
 
 def _decision_table(counted: Sequence[Record]) -> Table:
-    """Return all decisions but those to train on."""
-    epochs = {(r["stage"], r["index"]): r["epoch"] for r in counted if r["event"] == "evaluated"}
+    """Return all decisions except ``continue``."""
+    epochs = {(r["stage"], r["index"]): r["epoch"] for r in select(counted, "evaluated")}
     rows = [
         [
             _decision_text(r),
@@ -197,8 +196,8 @@ def _decision_table(counted: Sequence[Record]) -> Table:
             ", ".join(r["exclude"]) or "-",
             r["reason"],
         ]
-        for r in counted
-        if r["event"] == "decided" and r["decision"] != "continue"
+        for r in select(counted, "decided")
+        if r["decision"] != "continue"
     ]
     return Table(
         header=("decision", "stage", "epoch", "step", "excludes", "reason"),
@@ -208,7 +207,7 @@ def _decision_table(counted: Sequence[Record]) -> Table:
 
 
 def _epoch_0_parts(summary: Summary) -> list[str]:
-    """Return a sentence on sub-datasets that training no longer made better, if there are any."""
+    """Return a sentence on the sub-datasets that their last stage did not improve, if any."""
     found = [f"{name} (stage {p.stage})" for name, p in summary.peaks.items() if p.epoch == 0]
     if not found:
         return []
@@ -219,25 +218,24 @@ def _epoch_0_parts(summary: Summary) -> list[str]:
 
 
 def _divergence_parts(counted: Sequence[Record]) -> list[str]:
-    """Return a section on numbers that are not finite; nothing where there are none."""
+    """Return a section on numbers that are not finite, if there are any."""
     lines = [
         f"- Stage {r['stage']}, epoch {r['epoch']:.2f}, step {count_text(r['step'])}: the "
         f"{r['what']} was {r['value']}."
-        for r in counted
-        if r["event"] == "diverged"
+        for r in select(counted, "diverged")
     ]
-    evaluated = [r for r in counted if r["event"] == "evaluated" and not r["reused"]]
-    unsound = Counter(name for r in evaluated for name in non_finite_metrics(r["metrics"]))
+    evaluated = [r for r in select(counted, "evaluated") if not r["reused"]]
+    non_finite = Counter(name for r in evaluated for name in non_finite_metrics(r["metrics"]))
     lines += [
         f"- The metric of {name} was not finite in {count} of {len(evaluated)} evaluations, none "
         "of which counted as a best or a peak."
-        for name, count in sorted(unsound.items())
+        for name, count in sorted(non_finite.items())
     ]
     return ["## Not finite", "\n".join(lines)] if lines else []
 
 
 def _decision_text(record: Record) -> str:
-    """Return what a decision is called: where nobody peaked, nothing is rolled back."""
+    """Return the name of a decision; without a peak nothing is rolled back."""
     if record["decision"] == "roll_back" and not record["exclude"]:
         return "next stage"
     return str(record["decision"]).replace("_", " ")
@@ -247,11 +245,13 @@ def _work_table(summaries: Mapping[str, Summary]) -> Table:
     rows = []
     for label, summary in summaries.items():
         account = summary.account
-        goes_back = summary.method in ("msft", "single_rollout")
-        thrown = "rolled back" if goes_back else "after its result"
+        rolls_back = summary.method in ("msft", "single_rollout")
         works: list[tuple[str, Work]] = [
             ("training, kept", account.kept),
-            (f"training, {thrown}", account.rolled_back),
+            (
+                f"training, {'rolled back' if rolls_back else 'after its result'}",
+                account.rolled_back,
+            ),
             ("padding", account.padding),
             ("evaluation", account.evaluation),
             ("generation", account.generation),

@@ -255,7 +255,7 @@ def _test(work: Workspace, evaluator: Evaluator, what: str, checkpoint: str | No
         split="test",
         metrics=result.metrics,
         losses=result.losses,
-        **result.costs(),
+        **result.cost_fields(),
     )
 
 

@@ -13,7 +13,7 @@ from tests.support.tiny_runs import make_tokenizer, write_model
 from trainer.config.schema import EvalConfig, ModelConfig
 from trainer.data.examples import encode
 from trainer.errors import ConfigError
-from trainer.model.evaluate import Evaluator, answer, check_answers
+from trainer.model.evaluate import Evaluator, check_answers, extract_answer
 from trainer.model.forward import collate, target_losses
 from trainer.model.load import load_model
 
@@ -94,7 +94,7 @@ def test_verdicts_are_those_of_plain_generation(loaded, pattern, max_new_tokens)
     verdicts = []
     for example in EXAMPLES:
         text = generate(loaded, example, max_new_tokens)
-        expected = answer(text, compiled) == answer(example.reference, compiled)
+        expected = extract_answer(text, compiled) == extract_answer(example.reference, compiled)
         found = evaluate(loaded, [example], answer_pattern=pattern, max_new_tokens=max_new_tokens)
         assert found.metrics["all"] == float(expected)
         verdicts.append(expected)
@@ -136,9 +136,9 @@ def test_overall_weights_examples_or_sub_datasets(loaded):
 
 def test_the_answer_is_the_first_group_of_the_last_match():
     pattern = re.compile(r"#### *(-?\d+)")
-    assert answer("#### 1 then #### -7 .", pattern) == "-7"
-    assert answer(" nothing here\n", pattern) == "nothing here"
-    assert answer(" all of it ", None) == "all of it"
+    assert extract_answer("#### 1 then #### -7 .", pattern) == "-7"
+    assert extract_answer(" nothing here\n", pattern) == "nothing here"
+    assert extract_answer(" all of it ", None) == "all of it"
 
 
 def test_a_pattern_that_no_reference_has_is_an_error():
