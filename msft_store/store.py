@@ -55,7 +55,13 @@ from msft_store.objects.manifest import (
     manifest_path,
 )
 from msft_store.objects.refs import REFS, Ref, check_ref_name, delete_ref, write_ref
-from msft_store.pipeline.decode import decode_chunks, decode_state, device_of, empty_like
+from msft_store.pipeline.decode import (
+    Source,
+    decode_chunks,
+    decode_state,
+    device_of,
+    empty_like,
+)
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.pipeline.writer import CheckpointWriter
 from msft_store.retention import Policy
@@ -381,11 +387,11 @@ class Store:
             MismatchError: A shape or dtype differs from the checkpoint. Nothing was changed.
         """
         found, tensors = self._entries(checkpoint)
-        wanted, what = list(boxes), f"checkpoint {found.id[:12]}"
+        wanted = list(boxes)
 
         def decode() -> None:
             self._catalog.require_exists(found)
-            decode_boxes(self._catalog.objects, tensors, wanted, base=found.base, what=what)
+            decode_boxes(Source.of(self._catalog, found), tensors, wanted)
 
         read_consistently(self._backend, decode)
 
@@ -411,9 +417,7 @@ class Store:
         found, tensors = self._entries(checkpoint)
         if names is not None:
             tensors = select_tensors(found, tensors, names)
-        what = f"checkpoint {found.id[:12]}"
-        parts = decode_chunks(self._catalog.objects, tensors, base=found.base, what=what)
-        with contextlib.closing(parts):
+        with contextlib.closing(decode_chunks(Source.of(self._catalog, found), tensors)) as parts:
             for name, start, data in parts:
                 yield name, start, torch.from_numpy(data).view(torch_dtype(tensors[name].dtype))
 
@@ -883,7 +887,6 @@ class Store:
     ) -> None:
         def decode() -> None:
             self._catalog.require_exists(checkpoint)
-            what = f"checkpoint {checkpoint.id[:12]}"
-            decode_state(self._catalog.objects, tensors, outs, base=checkpoint.base, what=what)
+            decode_state(Source.of(self._catalog, checkpoint), tensors, outs)
 
         read_consistently(self._backend, decode)

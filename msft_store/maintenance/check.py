@@ -25,7 +25,6 @@ from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
     Checkpoint,
     TensorEntry,
-    chunk_sizes,
     list_manifests,
     manifest_path,
 )
@@ -223,7 +222,7 @@ def _check_checkpoint(
     if not read_data and _is_whole(catalog, keys, tensors.values()):
         return
     for name, entry in tensors.items():
-        for key, size in _chunks(entry):
+        for key, size in entry.chunks():
             place = (key, size, entry.dtype, checkpoint.base)
             if place not in known:
                 known[place] = _problem(catalog, *place, read_data=read_data)
@@ -252,11 +251,6 @@ def _problem(
     return None
 
 
-def _chunks(entry: TensorEntry) -> Iterator[tuple[bytes, int]]:
-    for piece in entry.pieces:
-        yield from zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True)
-
-
 def _is_whole(
     catalog: Catalog, keys: Mapping[str | None, Keys], entries: Iterable[TensorEntry]
 ) -> bool:
@@ -265,7 +259,7 @@ def _is_whole(
     if len(find_reachable(catalog.objects, index, keys).missing):
         return False
     for entry in entries:
-        named = view_keys(b"".join(key for piece in entry.pieces for key in piece.keys))
+        named = view_keys(b"".join(key for key, _ in entry.chunks()))
         for base in keys:
             rows = index.find_all(named, base)
             if (index.dtypes[rows[rows >= 0]] != entry.dtype.code).any():

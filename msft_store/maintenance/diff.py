@@ -13,10 +13,9 @@ Example::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -27,10 +26,9 @@ from msft_store.format.dtypes import DType
 from msft_store.maintenance.stats import sources
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunk_sizes
+from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry
 from msft_store.objects.reference_planner import match_names
-from msft_store.pipeline.decode import named
+from msft_store.pipeline.decode import Source
 from msft_store.pipeline.parallel import in_order
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.tensors.boxes import Box
@@ -79,8 +77,7 @@ class TensorDiff:
 @dataclass(frozen=True, kw_only=True)
 class _Side:
     tensors: Mapping[str, TensorEntry]
-    base: str | None
-    what: str
+    source: Source
     names: Mapping[str, str] = field(default_factory=dict)
     """Names in the checkpoint that differ from the base → names in the base."""
 
@@ -100,7 +97,7 @@ def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> 
             for source in sources(catalog, other)
         }
     return [
-        _compare(catalog.objects, name, first, second, stored.get(name, 0))
+        _compare(name, first, second, stored.get(name, 0))
         for name in sorted(first.tensors.keys() | second.tensors.keys())
     ]
 
@@ -119,9 +116,9 @@ def table_of(base: Base) -> dict[str, TensorEntry]:
 
 def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
     if isinstance(one, Base):
-        return _Side(tensors=table_of(one), base=one.id, what=f"base {one.id[:12]}")
-    tensors = catalog.tensors(one)
-    return _Side(tensors=tensors, base=one.base, what=f"checkpoint {one.id[:12]}")
+        source = Source(objects=catalog.objects, base=one.id, name=f"base {one.id[:12]}")
+        return _Side(tensors=table_of(one), source=source)
+    return _Side(tensors=catalog.tensors(one), source=Source.of(catalog, one))
 
 
 def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
@@ -140,9 +137,7 @@ def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _
     return replace(side, tensors=tensors, names=names)
 
 
-def _compare(
-    objects: ChunkStore, name: str, first: _Side, second: _Side, stored_bytes: int
-) -> TensorDiff:
+def _compare(name: str, first: _Side, second: _Side, stored_bytes: int) -> TensorDiff:
     old, new = first.tensors.get(name), second.tensors.get(name)
     entry = new or old
     if entry is None:
@@ -153,7 +148,7 @@ def _compare(
     if old is not None and new is not None:
         kind = "other"
         if (old.dtype, old.shape) == (new.dtype, new.shape):
-            changed, largest = _changes(objects, name, first, second)
+            changed, largest = _changes(name, first, second)
             kind = "changed" if changed else "equal"
     return TensorDiff(
         name=name,
@@ -167,14 +162,19 @@ def _compare(
     )
 
 
-def _changes(
-    objects: ChunkStore, name: str, first: _Side, second: _Side
-) -> tuple[int, float | None]:
+def _changes(name: str, first: _Side, second: _Side) -> tuple[int, float | None]:
     old, new = first.tensors[name], second.tensors[name]
     if [(p.offset, p.shape) for p in old.pieces] != [(p.offset, p.shape) for p in new.pieces]:
-        return _total(_slabs(objects, name, first, second))
-    jobs = _pairs(objects, name, first, second)
-    with closing(in_order(lambda job: job(), jobs)) as counts:
+        return _total(_compare_slabs(name, first, second))
+
+    def compare(chunk: tuple[bytes, bytes, int]) -> tuple[int, float | None]:
+        before, after, size = chunk
+        one = first.source.read(name, before, size, old.dtype)
+        return _count(one, second.source.read(name, after, size, new.dtype), new.dtype)
+
+    pairs = zip(old.chunks(), new.chunks(), strict=True)
+    chunks = ((before, after, size) for (before, size), (after, _) in pairs if before != after)
+    with closing(in_order(compare, chunks)) as counts:
         return _total(counts)
 
 
@@ -187,51 +187,24 @@ def _total(counts: Iterable[tuple[int, float | None]]) -> tuple[int, float | Non
     return changed, largest
 
 
-def _slabs(
-    objects: ChunkStore, name: str, first: _Side, second: _Side
-) -> Iterator[tuple[int, float | None]]:
+def _compare_slabs(name: str, first: _Side, second: _Side) -> Iterator[tuple[int, float | None]]:
     """Compare a tensor whose pieces differ, some rows at a time."""
     entry = second.tensors[name]
     row = math.prod(entry.shape[1:]) * entry.dtype.size
     step = max(1, SLAB_BYTES // max(1, row))
     for start in range(0, entry.shape[0], step):
         rows = min(step, entry.shape[0] - start)
-        one, other = (_rows(objects, name, side, start, rows) for side in (first, second))
+        one, other = (_read_rows(name, side, start, rows) for side in (first, second))
         yield _count(one, other, entry.dtype)
 
 
-def _pairs(
-    objects: ChunkStore, name: str, first: _Side, second: _Side
-) -> Iterator[Callable[[], tuple[int, float | None]]]:
-    old, new = first.tensors[name], second.tensors[name]
-    for before, after in zip(old.pieces, new.pieces, strict=True):
-        sizes = chunk_sizes(after, new.dtype)
-        for key, other, size in zip(before.keys, after.keys, sizes, strict=True):
-            if key != other:
-                reads = [
-                    partial(_read, objects, name, side, key, size)
-                    for side, key in ((first, key), (second, other))
-                ]
-                yield partial(_count_of, reads, new.dtype)
-
-
-def _read(objects: ChunkStore, name: str, side: _Side, key: bytes, size: int) -> Bytes:
-    with named(f"{side.what}, tensor {name!r}"):
-        return objects.read(key, size, side.tensors[name].dtype, side.base)
-
-
-def _rows(objects: ChunkStore, name: str, side: _Side, start: int, rows: int) -> Bytes:
+def _read_rows(name: str, side: _Side, start: int, rows: int) -> Bytes:
     entry = side.tensors[name]
     out = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
     offset = (start, *(0 for _ in entry.shape[1:]))
     box = Box(name=name, shape=entry.shape, offset=offset, tensor=out)
-    decode_boxes(objects, {name: entry}, [box], base=side.base, what=side.what)
+    decode_boxes(side.source, {name: entry}, [box])
     return view_bytes(out)
-
-
-def _count_of(reads: Sequence[Callable[[], Bytes]], dtype: DType) -> tuple[int, float | None]:
-    one, other = (read() for read in reads)
-    return _count(one, other, dtype)
 
 
 def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:

@@ -36,7 +36,7 @@ from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.safetensors_header import INDEX
-from msft_store.pipeline.decode import decode_bytes
+from msft_store.pipeline.decode import Source, decode_chunks
 from msft_store.storage.backend import (
     TEMPORARY,
     LocalBackend,
@@ -175,10 +175,10 @@ def _write_file(
 ) -> None:
     # Tensors with larger elements come first, so that all are aligned.
     part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
-    what = f"checkpoint {checkpoint.id[:12]}"
-    with backend.writer() as writer:
+    chunks = decode_chunks(Source.of(catalog, checkpoint), part)
+    with backend.writer() as writer, contextlib.closing(chunks):
         writer.write(_header(part))
-        for data in decode_bytes(catalog.objects, part, base=checkpoint.base, what=what):
+        for _, _, data in chunks:
             writer.write(data.data)
         writer.finalize(file)
 

@@ -16,7 +16,7 @@ from msft_store.codec import codecs
 from msft_store.format.key_table import concatenate_keys, count_keys, is_among, unique_keys
 from msft_store.format.layout import BaseSpan
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.manifest import Checkpoint, chunk_sizes
+from msft_store.objects.manifest import Checkpoint
 from msft_store.objects.reachability import find_reachable
 from msft_store.storage.backend import QUARANTINE, disk_bytes, file_sizes
 
@@ -42,11 +42,10 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
     for name, entry in catalog.tensors(checkpoint).items():
         ways: dict[str, int] = {}
         stored_bytes = 0
-        for piece in entry.pieces:
-            for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
-                how, length = _how(catalog, key, checkpoint.base)
-                ways[how] = ways.get(how, 0) + size
-                stored_bytes += length
+        for key, size in entry.chunks():
+            how, length = _how(catalog, key, checkpoint.base)
+            ways[how] = ways.get(how, 0) + size
+            stored_bytes += length
         yield TensorSources(
             tensor=name,
             dtype=entry.dtype.name,

@@ -122,6 +122,11 @@ class TensorEntry:
         """Decoded size of the whole tensor in bytes."""
         return math.prod(self.shape) * self.dtype.size
 
+    def chunks(self) -> Iterator[tuple[bytes, int]]:
+        """Yield the key and the decoded size in bytes of each chunk of all pieces."""
+        for piece in self.pieces:
+            yield from chunks_of(piece, self.dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -373,11 +378,11 @@ def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
     return table, what
 
 
-def chunk_sizes(piece: Piece, dtype: DType) -> Iterator[int]:
-    """Yield the decoded size of each chunk of a piece in bytes; only the last can be smaller."""
+def chunks_of(piece: Piece, dtype: DType) -> Iterator[tuple[bytes, int]]:
+    """Yield the key and the decoded size in bytes of each chunk of a piece."""
     rest = math.prod(piece.shape) * dtype.size
-    while rest > 0:
-        yield min(rest, CHUNK_BYTES)
+    for key in piece.keys:
+        yield key, min(rest, CHUNK_BYTES)
         rest -= CHUNK_BYTES
 
 

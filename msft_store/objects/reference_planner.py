@@ -19,7 +19,7 @@ from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
 from msft_store.objects.base_reader import can_convert
 from msft_store.objects.bases import BaseTensor
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
+from msft_store.objects.manifest import Piece, TensorEntry, chunks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class ReferencePlanner:
         depth = 1
         for piece in sorted(theirs.pieces, key=lambda piece: piece.offset):
             at = (piece.offset[0] if piece.offset else 0) * row
-            for key, size in zip(piece.keys, chunk_sizes(piece, theirs.dtype), strict=True):
+            for key, size in chunks_of(piece, theirs.dtype):
                 first, last = max(begin, at), min(end, at + size)
                 if first < last:
                     whole = self._chunk(key, size)

@@ -5,27 +5,26 @@ memory, for any size, device and layout. Tensors that share memory are not decod
 
 Example::
 
-    decode_state(objects, table, outs, base=base.id, what="checkpoint 3fa9")
+    decode_state(Source.of(catalog, checkpoint), table, outs)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, MismatchError, StorageError, StoreError
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import chunk_key
+from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import TensorEntry, chunk_sizes
-from msft_store.pipeline.parallel import in_order
+from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunks_of
+from msft_store.pipeline.parallel import for_each, in_order
 from msft_store.tensors.bytes import (
     has_plain_bytes,
     may_overlap_itself,
@@ -37,91 +36,117 @@ from msft_store.tensors.bytes import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Read:
+class ChunkRead:
+    """A chunk to read, and the elements of a tensor to restore from it."""
+
     tensor: str
     key: bytes
     dtype: DType
     size: int
-    target: Bytes | None
-    """Row-major host memory for its bytes; ``None`` if there is no such memory."""
     box: torch.Tensor
     start: int
-    """First element of the chunk in ``box``, the piece of the tensor, if ``target`` is ``None``."""
+    """First element of ``box`` to restore, row-major."""
+    part: slice
+    """The bytes of the chunk that are restored."""
+    target: Bytes | None
+    """Row-major host memory for the whole chunk; ``None`` if there is no such memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The stored chunks of one checkpoint or base. Its errors name it and the tensor."""
+
+    objects: ChunkStore
+    base: str | None
+    """Id of the base that decoding needs, or of the base itself."""
+    name: str
+    """Its name in messages."""
+
+    @classmethod
+    def of(cls, catalog: Catalog, checkpoint: Checkpoint) -> Source:
+        """Return the source of a checkpoint."""
+        name = f"checkpoint {checkpoint.id[:12]}"
+        return cls(objects=catalog.objects, base=checkpoint.base, name=name)
+
+    def read(self, tensor: str, key: bytes, size: int, dtype: DType) -> Bytes:
+        """Return the verified bytes of a chunk."""
+        with self._naming(tensor):
+            return self.objects.read(key, size, dtype, self.base)
+
+    def restore(self, read: ChunkRead) -> None:
+        """Read a chunk, verify it and restore elements from it."""
+        if read.target is None:
+            data = self.read(read.tensor, read.key, read.size, read.dtype)
+            write_elements(read.box, read.start, data[read.part])
+        else:
+            with self._naming(read.tensor):
+                self.objects.read_into(read.target, read.key, read.dtype, self.base)
+
+    @contextmanager
+    def _naming(self, tensor: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            text = f"{self.name}, tensor {tensor!r}: {error}"
+            raise type(error)(text, file=error.file) from error
 
 
 def decode_state(
-    objects: ChunkStore,
-    tensors: Mapping[str, TensorEntry],
-    outs: Mapping[str, torch.Tensor],
-    *,
-    base: str | None,
-    what: str,
+    source: Source, tensors: Mapping[str, TensorEntry], outs: Mapping[str, torch.Tensor]
 ) -> None:
     """Decode tensors into existing ones of the same shape and dtype, on any device.
 
-    Raise :class:`StoreError`, which names ``what`` and the tensor, at the first damaged chunk, and
-    :class:`MismatchError` if some of ``outs`` share memory but have different content. In both
-    cases ``outs`` are partly overwritten.
+    Raise :class:`StoreError` at the first damaged chunk, and :class:`MismatchError` if some of
+    ``outs`` share memory but have different content. In both cases ``outs`` are partly overwritten.
     """
-    plain = _apart({name: outs[name].detach() for name in tensors})
-    jobs = (
-        job
-        for name in tensors
-        for job in _reads(name, tensors[name], outs[name].detach(), in_place=name in plain)
+    plain = _find_unshared({name: outs[name].detach() for name in tensors})
+    reads = (
+        read
+        for name, entry in tensors.items()
+        for read in _list_reads(name, entry, outs[name].detach(), in_place=name in plain)
     )
-    with closing(in_order(partial(_restore, objects, base, what), jobs)) as done:
-        for _ in done:
-            pass
+    for_each(source.restore, reads)
     for name in tensors.keys() - plain:
-        for job in _reads(name, tensors[name], outs[name].detach(), in_place=False):
-            held = read_elements(job.box, job.start, job.start + job.size // job.dtype.size)
-            if chunk_key(held.data, job.dtype) != job.key:
+        for read in _list_reads(name, tensors[name], outs[name].detach(), in_place=False):
+            restored = read_elements(
+                read.box, read.start, read.start + read.size // read.dtype.size
+            )
+            if chunk_key(restored.data, read.dtype) != read.key:
                 raise MismatchError(
-                    f"{what}: the target's {name!r} shares memory with another tensor, or with "
-                    "itself, which in the checkpoint is not equal. The target is partly overwritten"
+                    f"{source.name}: the target's {name!r} shares memory with another tensor, or "
+                    "with itself, which in the checkpoint is not equal. The target is partly "
+                    "overwritten"
                 )
 
 
-def decode_bytes(
-    objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
-) -> Iterator[Bytes]:
-    """Yield the row-major bytes of tensors chunk by chunk; a tensor of several pieces at once."""
-    with closing(decode_chunks(objects, tensors, base=base, what=what)) as parts:
-        for _, _, data in parts:
-            yield data
-
-
 def decode_chunks(
-    objects: ChunkStore, tensors: Mapping[str, TensorEntry], *, base: str | None, what: str
+    source: Source, tensors: Mapping[str, TensorEntry]
 ) -> Generator[tuple[str, int, Bytes], None, None]:
     """Yield the name, first element (in row-major order) and bytes of each chunk, in order.
 
     A tensor of several pieces is yielded at once.
     """
 
-    def whole(name: str) -> tuple[str, int, Bytes]:
-        out = empty_like(tensors[name])
-        for job in _reads(name, tensors[name], out, in_place=True):
-            _restore(objects, base, what, job)
-        return name, 0, view_bytes(out)
-
-    def chunk(name: str, start: int, key: bytes, size: int) -> tuple[str, int, Bytes]:
-        with named(f"{what}, tensor {name!r}"):
-            return name, start, objects.read(key, size, tensors[name].dtype, base)
-
-    def jobs() -> Iterator[Callable[[], tuple[str, int, Bytes]]]:
+    def list_chunks() -> Iterator[tuple[str, int, bytes | None, int]]:
         for name, entry in tensors.items():
             if len(entry.pieces) > 1:
-                yield partial(whole, name)
+                yield name, 0, None, 0
                 continue
-            for piece in entry.pieces:
-                sizes, start = chunk_sizes(piece, entry.dtype), 0
-                for key, size in zip(piece.keys, sizes, strict=True):
-                    yield partial(chunk, name, start, key, size)
-                    start += size // entry.dtype.size
+            start = 0
+            for key, size in entry.chunks():
+                yield name, start, key, size
+                start += size // entry.dtype.size
 
-    with closing(in_order(lambda job: job(), jobs())) as parts:
-        yield from parts
+    def decode(chunk: tuple[str, int, bytes | None, int]) -> tuple[str, int, Bytes]:
+        name, start, key, size = chunk
+        if key is not None:
+            return name, start, source.read(name, key, size, tensors[name].dtype)
+        out = empty_like(tensors[name])
+        for read in _list_reads(name, tensors[name], out, in_place=True):
+            source.restore(read)
+        return name, start, view_bytes(out)
+
+    return in_order(decode, list_chunks())
 
 
 def device_of(device: object) -> torch.device:
@@ -145,24 +170,7 @@ def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.
         ) from error
 
 
-def _restore(objects: ChunkStore, base: str | None, what: str, job: _Read) -> None:
-    out = np.empty(job.size, np.uint8) if job.target is None else job.target
-    with named(f"{what}, tensor {job.tensor!r}"):
-        objects.read_into(out, job.key, job.dtype, base)
-    if job.target is None:
-        write_elements(job.box, job.start, out)
-
-
-@contextmanager
-def named(what: str) -> Iterator[None]:
-    """Add the description of the data to read to errors."""
-    try:
-        yield
-    except StoreError as error:
-        raise type(error)(f"{what}: {error}", file=error.file) from error
-
-
-def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
+def _find_unshared(outs: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names of tensors that overlap neither another host tensor nor themselves.
 
     Decoding in place uses the memory of a chunk for its reference, so two threads must not share
@@ -175,32 +183,43 @@ def _apart(outs: Mapping[str, torch.Tensor]) -> set[str]:
             last = sum((count - 1) * stride for count, stride in strides)
             begin = out.data_ptr()
             extents.append((begin, begin + (last + 1) * out.element_size(), name))
-    apart = {name for name, out in outs.items() if not may_overlap_itself(out)}
+    unshared = {name for name, out in outs.items() if not may_overlap_itself(out)}
     reached, by = 0, ""
     for begin, end, name in sorted(extents):
         if begin < reached:
-            apart -= {name, by}
+            unshared -= {name, by}
         if end > reached:
             reached, by = end, name
-    return apart
+    return unshared
 
 
-def _reads(name: str, entry: TensorEntry, out: torch.Tensor, *, in_place: bool) -> Iterator[_Read]:
+def _list_reads(
+    name: str, entry: TensorEntry, out: torch.Tensor, *, in_place: bool
+) -> Iterator[ChunkRead]:
     for piece in entry.pieces:
-        box = out
-        if piece.shape != entry.shape:
-            ranges = zip(piece.offset, piece.shape, strict=True)
-            box = out[tuple(slice(first, first + count) for first, count in ranges)]
-        data = view_bytes(box) if in_place and has_plain_bytes(box) else None
-        position = 0
-        for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
-            yield _Read(
+        ranges = zip(piece.offset, piece.shape, strict=True)
+        place = tuple(slice(first, first + count) for first, count in ranges)
+        box = out if piece.shape == entry.shape else out[place]
+        yield from list_reads(name, entry.dtype, piece, box, in_place=in_place)
+
+
+def list_reads(
+    name: str, dtype: DType, piece: Piece, box: torch.Tensor, *, begin: int = 0, in_place: bool
+) -> Iterator[ChunkRead]:
+    """Yield the reads that restore ``box``, a contiguous range of a piece from ``begin`` on."""
+    memory = view_bytes(box) if in_place and has_plain_bytes(box) else None
+    at, end = 0, begin + box.numel()
+    for key, size in chunks_of(piece, dtype):
+        first, last = max(begin, at), min(end, at + size // dtype.size)
+        if first < last:
+            yield ChunkRead(
                 tensor=name,
                 key=key,
-                dtype=entry.dtype,
+                dtype=dtype,
                 size=size,
-                target=None if data is None else data[position : position + size],
                 box=box,
-                start=position // entry.dtype.size,
+                start=first - begin,
+                part=slice((first - at) * dtype.size, (last - at) * dtype.size),
+                target=None if memory is None else memory[at * dtype.size :][:size],
             )
-            position += size
+        at += size // dtype.size

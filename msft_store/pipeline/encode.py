@@ -35,7 +35,7 @@ from msft_store.format.layout import (
     chunk_key,
 )
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import TensorEntry, chunk_sizes, tensor_table
+from msft_store.objects.manifest import TensorEntry, chunks_of, tensor_table
 from msft_store.objects.packs import StoredChunk
 from msft_store.objects.reference_planner import Reference, ReferencePlanner
 from msft_store.pipeline.parallel import in_order
@@ -340,9 +340,7 @@ def reencode(
     """
     base, planner = options.base, ReferencePlanner(objects, options.base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
-    enough = {
-        key for entry in (onto or {}).values() for piece in entry.pieces for key in piece.keys
-    }
+    enough = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
 
     def left(key: bytes) -> bool:
         stored = objects.find(key, base)
@@ -354,8 +352,7 @@ def reencode(
     def work() -> Iterator[Work]:
         for name, entry in tensors.items():
             for at, piece in enumerate(entry.pieces):
-                sizes = chunk_sizes(piece, entry.dtype)
-                for number, (key, size) in enumerate(zip(piece.keys, sizes, strict=True)):
+                for number, (key, size) in enumerate(chunks_of(piece, entry.dtype)):
                     if not left(key):
                         yield Work(
                             read=partial(objects.read, key, size, entry.dtype, base),

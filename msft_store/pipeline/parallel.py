@@ -42,3 +42,9 @@ def in_order(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def for_each(function: Callable[[_T], object], items: Iterator[_T]) -> None:
+    """Call a function on each item in threads, and wait for all calls."""
+    for _ in in_order(function, items):
+        pass

@@ -5,28 +5,24 @@ chunks are in memory at a time, and if a piece is not split by rows, also some r
 
 Example::
 
-    decode_boxes(objects, entries, boxes, base=base.id, what="checkpoint 3fa9")
+    decode_boxes(Source.of(catalog, checkpoint), entries, boxes)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
-from msft_store.codec.kernels import Bytes
 from msft_store.errors import MismatchError
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
-from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import Piece, TensorEntry, chunk_sizes
+from msft_store.objects.manifest import Piece, TensorEntry
 from msft_store.objects.reference_planner import is_by_rows
-from msft_store.pipeline.decode import named
-from msft_store.pipeline.parallel import in_order
+from msft_store.pipeline.decode import ChunkRead, Source, list_reads
+from msft_store.pipeline.parallel import for_each
 from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import torch_dtype, view_bytes, write_elements
 
@@ -46,10 +42,6 @@ class _Overlap:
     """The memory of this part in the box."""
 
     @property
-    def first_row(self) -> int:
-        return self.start[0] if self.start else 0
-
-    @property
     def rows(self) -> int:
         return self.target.shape[0] if self.target.dim() else 1
 
@@ -58,15 +50,14 @@ class _Overlap:
         """Number of elements in a row of the piece."""
         return math.prod(self.piece.shape[1:])
 
+    def list_reads(self, target: torch.Tensor) -> Iterator[ChunkRead]:
+        """Yield the reads that restore the complete rows of the overlap to ``target``."""
+        begin = self.start[0] * self.row if self.start else 0
+        dtype = self.entry.dtype
+        return list_reads(self.name, dtype, self.piece, target, begin=begin, in_place=False)
 
-def decode_boxes(
-    objects: ChunkStore,
-    tensors: Mapping[str, TensorEntry],
-    boxes: Iterable[Box],
-    *,
-    base: str | None,
-    what: str,
-) -> None:
+
+def decode_boxes(source: Source, tensors: Mapping[str, TensorEntry], boxes: Iterable[Box]) -> None:
     """Fill the tensors of boxes, on any device and of any layout, from a checkpoint.
 
     Raise :class:`MismatchError`, before any change, if the checkpoint lacks a tensor of that name,
@@ -74,24 +65,18 @@ def decode_boxes(
     """
     wanted = list(boxes)
     for box in wanted:
-        _check(box, tensors, what)
+        _check(box, tensors, source.name)
     overlaps = [overlap for box in wanted for overlap in _overlaps(box, tensors[box.name])]
-    simple = (
-        job
-        for overlap in overlaps
-        if _is_a_run(overlap)
-        for job in _jobs(objects, overlap, overlap.target, base, what)
-    )
-    with closing(in_order(lambda job: job(), simple)) as done:
-        for _ in done:
-            pass
+    contiguous = (overlap for overlap in overlaps if _is_contiguous(overlap))
+    reads = (read for overlap in contiguous for read in overlap.list_reads(overlap.target))
+    for_each(source.restore, reads)
     for overlap in overlaps:
-        if not _is_a_run(overlap):
+        if not _is_contiguous(overlap):
             for band in _bands(overlap):
-                _decode_across(objects, band, base, what)
+                _decode_across(source, band)
 
 
-def _is_a_run(overlap: _Overlap) -> bool:
+def _is_contiguous(overlap: _Overlap) -> bool:
     """Return True if the overlap is one contiguous range of bytes of the piece."""
     shape = tuple(overlap.target.shape)
     return is_by_rows(Piece(offset=overlap.start, shape=shape, keys=()), overlap.piece.shape)
@@ -128,37 +113,6 @@ def _overlaps(box: Box, entry: TensorEntry) -> Iterator[_Overlap]:
             )
 
 
-def _jobs(
-    objects: ChunkStore, overlap: _Overlap, target: torch.Tensor, base: str | None, what: str
-) -> Iterator[Callable[[], None]]:
-    """Yield one job for each chunk, which writes its rows of the overlap to ``target``."""
-    dtype = overlap.entry.dtype
-    begin = overlap.first_row * overlap.row
-    end = begin + overlap.rows * overlap.row
-    at = 0
-    for key, size in zip(overlap.piece.keys, chunk_sizes(overlap.piece, dtype), strict=True):
-        count = size // dtype.size
-        first, last = max(begin, at), min(end, at + count)
-        if first < last:
-            yield partial(
-                _read_part,
-                partial(objects.read, key, size, dtype, base),
-                f"{what}, tensor {overlap.name!r}",
-                slice((first - at) * dtype.size, (last - at) * dtype.size),
-                target,
-                first - begin,
-            )
-        at += count
-
-
-def _read_part(
-    read: Callable[[], Bytes], what: str, part: slice, target: torch.Tensor, start: int
-) -> None:
-    with named(what):
-        data = read()
-    write_elements(target, start, data[part])
-
-
 def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
     """Split an overlap into bands of a few rows; a chunk in two bands is read twice."""
     first, *rest = overlap.start
@@ -168,15 +122,11 @@ def _bands(overlap: _Overlap) -> Iterator[_Overlap]:
         yield replace(overlap, start=(first + at, *rest), target=target)
 
 
-def _decode_across(objects: ChunkStore, overlap: _Overlap, base: str | None, what: str) -> None:
+def _decode_across(source: Source, overlap: _Overlap) -> None:
     """Decode complete rows of a piece, then copy the wanted part of each row."""
-    rows = torch.empty(
-        (overlap.rows, *overlap.piece.shape[1:]), dtype=torch_dtype(overlap.entry.dtype)
-    )
-    with closing(in_order(lambda job: job(), _jobs(objects, overlap, rows, base, what))) as done:
-        for _ in done:
-            pass
+    shape = overlap.rows, *overlap.piece.shape[1:]
+    rows = torch.empty(shape, dtype=torch_dtype(overlap.entry.dtype))
+    for_each(source.restore, overlap.list_reads(rows))
     sides = zip(overlap.start[1:], overlap.target.shape[1:], strict=True)
     place = (slice(None), *(slice(first, first + size) for first, size in sides))
-    part = rows[place]
-    write_elements(overlap.target, 0, view_bytes(part.contiguous()))
+    write_elements(overlap.target, 0, view_bytes(rows[place].contiguous()))

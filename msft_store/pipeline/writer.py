@@ -165,7 +165,7 @@ class CheckpointWriter:
         self._backend.sync(PACKS)
         objects.refresh()
         for name, entry in table.items():
-            for key in (key for piece in entry.pieces for key in piece.keys):
+            for key, _ in entry.chunks():
                 stored = objects.find(key, base)
                 if objects.find_in_base(key, base) is None and (
                     stored is None or not objects.has_all_references(stored.record)

@@ -13,7 +13,6 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -36,10 +35,10 @@ from msft_store.format.pack_footer import Footer
 from msft_store.maintenance.repair.salvage import salvage_footer
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import Checkpoint, chunk_sizes
+from msft_store.objects.manifest import Checkpoint
 from msft_store.objects.packs import StoredChunk, list_packs, pack_path, raise_generation, read_pack
 from msft_store.objects.reachability import find_reachable
-from msft_store.pipeline.parallel import in_order
+from msft_store.pipeline.parallel import for_each
 from msft_store.storage.backend import Backend
 
 Row = tuple[str, int]
@@ -140,9 +139,7 @@ class Survey:
         for depth in range(MAX_DEPTH + 1):
             rows = np.flatnonzero(self.live & (index.depths == depth)).tolist()
             work = ((self.places[row], index.stored(row)) for row in rows)
-            with closing(in_order(lambda item: self._judge(*item), work)) as verdicts:
-                for _ in verdicts:
-                    pass
+            for_each(lambda item: self._judge(*item), work)
             if len(self.verdicts.damaged) + len(self.stranded) > before:
                 # Deeper records may refer to these and must not count as damaged for that reason.
                 return False
@@ -267,14 +264,13 @@ class Conditions:
             return [BaseError(f"{text} with the same model brings it back")]
         problems: list[StoreError] = []
         for name, entry in self._catalog.tensors(checkpoint).items():
-            for piece in entry.pieces:
-                for key, size in zip(piece.keys, chunk_sizes(piece, entry.dtype), strict=True):
-                    place = (key, size, entry.dtype, base)
-                    if place not in self._known:
-                        self._known[place] = self._problem(*place)
-                    problem = self._known[place]
-                    if problem is not None:
-                        problems.append(type(problem)(f"tensor {name}: {problem}"))
+            for key, size in entry.chunks():
+                place = (key, size, entry.dtype, base)
+                if place not in self._known:
+                    self._known[place] = self._problem(*place)
+                problem = self._known[place]
+                if problem is not None:
+                    problems.append(type(problem)(f"tensor {name}: {problem}"))
         return problems
 
     def _problem(self, key: bytes, size: int, dtype: DType, base: str | None) -> StoreError | None:
