@@ -1,11 +1,10 @@
-"""The upper limits of a run before it begins: steps, evaluations, tokens, FLOPs and disk.
+"""Compute the upper bounds of a run before it begins: steps, evaluations, tokens, FLOPs and disk.
 
-Two courses of an MSFT run are worked out. *At most*: nobody ever peaks, so the whole mixture is
-trained on in every one of ``max_stages`` stages. *One peak a stage*: each stage excludes a
-sub-dataset at its end, the smallest first, so that the mixture shrinks as slowly as it can. A plain
-SFT run has one course. The final tests come on top. What a store holds depends on how much of the
-weights changes, which is unknown beforehand; so disk is bounded by full copies, as if no checkpoint
-resembled another.
+An MSFT run has two bounds. *At most*: no sub-dataset ever peaks, so each of ``max_stages`` stages
+trains on the whole mixture. *One peak a stage*: each stage excludes a sub-dataset at its end, the
+smallest first, so that the mixture shrinks as slowly as possible. Other methods have the first
+bound alone. The final tests are not included. The size of a store depends on how many weights
+change, which is unknown before the run. So the bound of the disk assumes full copies.
 
 Example::
 
@@ -28,25 +27,25 @@ from trainer.text import Table, bytes_text, count_text, flops_text, too_long_tex
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """The examples and tokens of one sub-dataset, as the model sees them."""
+    """The numbers of examples and tokens of one sub-dataset."""
 
     train: int
     """Training examples."""
     train_tokens: int
     train_attention_tokens: int
-    """Sum of the training examples' lengths squared."""
+    """Sum of the squared lengths of the training examples."""
     validation: int
     """Validation examples that are evaluated."""
     validation_tokens: int
-    """Prompts where the metric is generated, whole examples where it is the loss."""
+    """Tokens in the forward passes of an evaluation: examples, and prompts of generations."""
     validation_attention_tokens: int
     too_long: int = 0
-    """Examples of all splits that are dropped."""
+    """Examples of all splits that are dropped for their length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One course of a run, in whole numbers."""
+    """The work of a run under one assumption about its stages."""
 
     stages: int
     steps: int
@@ -55,55 +54,55 @@ class Bound:
     """Real tokens in training."""
     trained_flops: int
     evaluated_tokens: int
-    """Real tokens in evaluations on validation data, the longest possible generations included."""
+    """Real tokens in evaluations, with the longest possible generations."""
     evaluated_flops: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The upper limits of a run."""
+    """The upper bounds of a run."""
 
     method: str
     rule: str
-    """When a roll-out ends."""
+    """The stages of the method, or the rule that ends a roll-out."""
     at_most: Bound
     one_peak_a_stage: Bound | None
     """``None`` for a method that excludes nothing."""
     checkpoints: int
-    """Rollback points alive at once, the newest one before eviction included, the base left out."""
+    """Most rollback points at once, before eviction and without the base."""
     checkpoint_bytes: int
     """One full checkpoint in the dtype of the run."""
     rollback_point_bytes: int
-    """One rollback point as a full copy: the weights, or weights and two optimizer moments."""
+    """One rollback point as a full copy: the weights, or the weights and two optimizer moments."""
     resume_bytes: int
     """The resume point: weights and two optimizer moments; 0 without one."""
     too_long: Mapping[str, int]
-    """Sub-dataset → examples longer than ``max_length``, which are dropped; none with 0."""
+    """Sub-dataset → number of examples longer than ``max_length``, if there are any."""
     max_length: int
     max_disk: int | None = None
-    """Bytes that the store may take; ``None``: as many as the disk has."""
+    """Most bytes of the store; ``None``: no limit."""
 
     @property
     def rollback_bytes(self) -> int:
-        """Upper bound of the rollback points, were each a full copy."""
+        """Most bytes of the rollback points if each were a full copy."""
         return self.checkpoints * self.rollback_point_bytes
 
     def to_text(self) -> str:
         """Return the plan for the terminal."""
-        courses = [("at most", self.at_most)]
+        bounds = {"at most": self.at_most}
         if self.one_peak_a_stage is not None:
-            courses.append(("one peak a stage", self.one_peak_a_stage))
+            bounds["one peak a stage"] = self.one_peak_a_stage
         rows: list[Sequence[str]] = [
-            ("stages", *(count_text(bound.stages) for _, bound in courses)),
-            ("optimizer steps", *(count_text(bound.steps) for _, bound in courses)),
-            ("evaluations", *(count_text(bound.evaluations) for _, bound in courses)),
-            ("training tokens", *(count_text(bound.trained_tokens) for _, bound in courses)),
-            ("training FLOPs", *(flops_text(bound.trained_flops) for _, bound in courses)),
-            ("evaluation tokens", *(count_text(bound.evaluated_tokens) for _, bound in courses)),
-            ("evaluation FLOPs", *(flops_text(bound.evaluated_flops) for _, bound in courses)),
+            ("stages", *(count_text(bound.stages) for bound in bounds.values())),
+            ("optimizer steps", *(count_text(bound.steps) for bound in bounds.values())),
+            ("evaluations", *(count_text(bound.evaluations) for bound in bounds.values())),
+            ("training tokens", *(count_text(bound.trained_tokens) for bound in bounds.values())),
+            ("training FLOPs", *(flops_text(bound.trained_flops) for bound in bounds.values())),
+            ("evaluation tokens", *(count_text(b.evaluated_tokens) for b in bounds.values())),
+            ("evaluation FLOPs", *(flops_text(b.evaluated_flops) for b in bounds.values())),
         ]
-        table = Table(header=(f"{self.method}, {self.rule}", *(n for n, _ in courses)), rows=rows)
-        full = bytes_text(self.checkpoint_bytes)
+        table = Table(header=(f"{self.method}, {self.rule}", *bounds), rows=rows)
+        limit, point = self.max_disk, self.resume_bytes
         lines = [
             table.to_text(),
             "",
@@ -112,9 +111,14 @@ class Plan:
             f"({bytes_text(self.rollback_point_bytes)}).",
             "The store keeps differences; how small they are depends on how many weights change, "
             "which is unknown before the run.",
-            *([_held_text(self.max_disk)] if self.max_disk is not None else []),
-            f"besides: the result, {full}"
-            + (f"; one resume point, {bytes_text(self.resume_bytes)}" if self.resume_bytes else "")
+        ]
+        if limit is not None:
+            lines.append(
+                f"It takes {bytes_text(limit)} at most (max_disk); a run that needs more pauses."
+            )
+        lines += [
+            f"besides: the result, {bytes_text(self.checkpoint_bytes)}"
+            + (f"; one resume point, {bytes_text(point)}" if point else "")
             + "; the base stays where it is.",
             *(too_long_text(name, n, self.max_length) for name, n in self.too_long.items()),
         ]
@@ -129,9 +133,14 @@ def plan(
     *,
     trained_bytes: int | None = None,
 ) -> Plan:
-    """Work out what a run of ``config`` takes at most; ``counts`` are by sub-dataset.
+    """Compute the upper bounds of a run of ``config``.
 
-    ``trained_bytes`` are those of the weights in training, where checkpoints are rounded.
+    Args:
+        config: The configuration.
+        counts: Examples and tokens by sub-dataset.
+        size: The size of the model.
+        checkpoint_bytes: Bytes of a full checkpoint.
+        trained_bytes: Bytes of the weights in training, if checkpoints are rounded.
     """
     trained = checkpoint_bytes if trained_bytes is None else trained_bytes
     names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))
@@ -149,7 +158,7 @@ def plan(
         rule=rule_text(config.method, config.msft.peak_window),
         at_most=_bound(config, counts, size, stages),
         one_peak_a_stage=one_peak,
-        checkpoints=_alive(config, len(counts)),
+        checkpoints=_max_rollback_points(config, len(counts)),
         checkpoint_bytes=checkpoint_bytes,
         rollback_point_bytes=checkpoint_bytes + (2 * trained if config.restores_optimizer else 0),
         resume_bytes=0 if config.resume_every is None else 3 * trained,
@@ -157,10 +166,6 @@ def plan(
         max_length=config.data.max_length,
         max_disk=None if config.max_disk is None else to_bytes(config.max_disk, checkpoint_bytes),
     )
-
-
-def _held_text(max_disk: int) -> str:
-    return f"It takes {bytes_text(max_disk)} at most (max_disk); a run that needs more pauses."
 
 
 _STAGES = {
@@ -173,12 +178,9 @@ _STAGES = {
 
 
 def rule_text(method: str, peak_window: int | None) -> str:
-    """Say what stages a method has, or when a roll-out ends."""
-    if method in _STAGES:
-        return _STAGES[method]
-    if peak_window is None:
-        return "the paper's rule"
-    return f"peak window {peak_window}"
+    """Return the stages of a method, or the rule that ends its roll-outs."""
+    rule = "the paper's rule" if peak_window is None else f"peak window {peak_window}"
+    return _STAGES.get(method, rule)
 
 
 def _bound(
@@ -187,7 +189,7 @@ def _bound(
     size: ModelSize,
     stages: Sequence[Sequence[str]],
 ) -> Bound:
-    budget = config.msft.compute_budget
+    """Return the work of a run from the active sub-datasets of each stage."""
     sizes = {name: part.train for name, part in counts.items()}
     sampled = shares(sizes, config.data.sampling, config.data.temperature)
     schedules = [
@@ -195,52 +197,50 @@ def _bound(
             examples=sum(max(1, round(sizes[name] * sampled[name])) for name in active),
             batch_size=config.train.batch_size,
             eval_every=config.evaluation.eval_every,
-            epochs=budget,
+            epochs=config.msft.compute_budget,
         )
         for active in stages
     ]
     evaluations = 1 + sum(len(schedule.evaluations) for schedule in schedules)
-    trained = attended = 0.0
+    tokens = attention = 0.0
     for active, schedule in zip(stages, schedules, strict=True):
         epochs = schedule.steps / schedule.steps_per_epoch
-        trained += epochs * sum(sampled[name] * counts[name].train_tokens for name in active)
-        attended += epochs * sum(
-            sampled[name] * counts[name].train_attention_tokens for name in active
-        )
-    tokens, attention_tokens = _evaluation(config, counts)
+        tokens += epochs * sum(sampled[n] * counts[n].train_tokens for n in active)
+        attention += epochs * sum(sampled[n] * counts[n].train_attention_tokens for n in active)
+    evaluated_tokens, evaluated_attention = _evaluation_tokens(config, counts)
     return Bound(
         stages=len(stages),
         steps=sum(schedule.steps for schedule in schedules),
         evaluations=evaluations,
-        trained_tokens=math.ceil(trained),
-        trained_flops=size.training(math.ceil(trained), math.ceil(attended)),
-        evaluated_tokens=evaluations * tokens,
-        evaluated_flops=evaluations * size.forward(tokens, attention_tokens),
+        trained_tokens=math.ceil(tokens),
+        trained_flops=size.training(math.ceil(tokens), math.ceil(attention)),
+        evaluated_tokens=evaluations * evaluated_tokens,
+        evaluated_flops=evaluations * size.forward(evaluated_tokens, evaluated_attention),
     )
 
 
-def _evaluation(config: Config, counts: Mapping[str, Counts]) -> tuple[int, int]:
-    """Return tokens and attended tokens of one evaluation, generations at their longest."""
+def _evaluation_tokens(config: Config, counts: Mapping[str, Counts]) -> tuple[int, int]:
+    """Return tokens and attention tokens of one evaluation with the longest generations."""
     tokens = sum(part.validation_tokens for part in counts.values())
     attention_tokens = sum(part.validation_attention_tokens for part in counts.values())
     if config.evaluation.metric == "loss":
         return tokens, attention_tokens
     new = config.evaluation.max_new_tokens
     examples = sum(part.validation for part in counts.values())
-    looked_back = new * tokens + examples * new * (new + 1) // 2
-    return tokens + examples * new, attention_tokens + looked_back
+    attention_tokens += new * tokens + examples * new * (new + 1) // 2
+    return tokens + examples * new, attention_tokens
 
 
-def _alive(config: Config, sub_datasets: int) -> int:
-    """Return how many rollback points are alive at most.
+def _max_rollback_points(config: Config, sub_datasets: int) -> int:
+    """Return the largest number of rollback points that exist at once.
 
-    The newest and the best overall; for MSFT also the champions and the root. Within a peak window
-    W all champions are among the last W evaluations. Where a divergence is rolled back, the newest
-    one before the newest, too.
+    These are the newest and the best overall, and for MSFT also the champions and the root. With a
+    peak window W all champions are among the last W evaluations. If a divergence is rolled back,
+    the second newest is kept, too.
     """
     newest = 2 if config.train.on_divergence == "rollback" else 1
     if config.method != "msft":
-        return newest + 1 + (config.method == "single_rollout")  # which goes back to the base
+        return newest + 1 + (config.method == "single_rollout")  # which keeps its root
     window = config.msft.peak_window
     champions = sub_datasets if window is None else min(sub_datasets, window)
     return champions + newest + 2

@@ -1,6 +1,6 @@
 """Parse the policies to simulate from command-line options.
 
-A policy is a part of the ``msft`` section that decides without changing what a stage trains on.
+A policy is a part of the ``msft`` section that does not change the training within a stage.
 
 Example::
 
@@ -21,7 +21,7 @@ from trainer.config.load import build
 from trainer.config.schema import OVERALL, Config, MsftConfig
 from trainer.config.yaml import override
 from trainer.errors import ConfigError, RunError
-from trainer.journal import Record
+from trainer.journal import Record, run_started
 from trainer.training.rollback_points import make_policy
 
 OPTIONS = {
@@ -36,21 +36,18 @@ OPTIONS = {
 }
 """Key of ``msft`` → its help text."""
 
-_OF_ROBUST = ("smoothing", "margin", "patience")
+_ROBUST_OPTIONS = ("smoothing", "margin", "patience")
 
 Retention = Callable[[Needs, Mode], Policy]
-
-_NONE = ("off", "none", "null")
+"""Returns the retention policy for the needs of a strategy."""
 
 
 def recorded_config(records: Sequence[Record]) -> Config:
     """Return the configuration of a journal's run.
 
-    Raises :class:`RunError` for a journal without one, or of a version that this one cannot read.
+    Raises :class:`RunError` if the journal has none, or if it is of an incompatible version.
     """
-    start = next((r for r in records if r["event"] == "run_started"), None)
-    if start is None:
-        raise RunError("the journal has no run_started record: the run ended before it began")
+    start = run_started(records)
     try:
         return build(Config, start["config"])
     except (ConfigError, KeyError) as error:
@@ -60,16 +57,16 @@ def recorded_config(records: Sequence[Record]) -> Config:
 
 
 def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msft") -> Config:
-    """Return a run's configuration under another policy, and another method where that is said.
+    """Return a run's configuration under another policy and method.
 
-    Raises :class:`ConfigError` for a value that cannot work.
+    Raises :class:`ConfigError` if a value is invalid, or if the run has no curves for it.
     """
     msft = build(MsftConfig, {**asdict(config.msft), **policy})
-    changed: Any = replace(config, method=method, msft=msft)  # type: ignore[arg-type]
+    changed = replace(config, method=method, msft=msft)  # type: ignore[arg-type]
     check_ranges(changed)
-    idle = [key for key in _OF_ROBUST if key in policy and msft.peaks != "robust"]
-    if idle:
-        raise ConfigError(f"{idle[0]} has a meaning with peaks robust alone: add --peaks robust")
+    unused = [key for key in _ROBUST_OPTIONS if key in policy and msft.peaks != "robust"]
+    if unused:
+        raise ConfigError(f"{unused[0]} has a meaning with peaks robust alone: add --peaks robust")
     train, budget = config.train, config.msft.compute_budget
     if msft.compute_budget > budget:
         raise ConfigError(
@@ -82,13 +79,14 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
             "the run's learning rate follows its compute budget, so its curves are not those of a "
             "smaller one; only a constant rate without warm-up allows it"
         )
-    return replace(config, method=changed.method, msft=msft)
+    return changed
 
 
 def expand_sweeps(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the policies of all combinations; ``sweeps`` are of the form ``KEY=VALUE,VALUE``.
+    """Return one policy for each combination of values.
 
-    Raises :class:`ConfigError` for a key that is none, or comes twice.
+    ``given`` maps options to their values. ``sweeps`` have the form ``KEY=VALUE,VALUE``. Raises
+    :class:`ConfigError` if a key is unknown or given twice.
     """
     choices: dict[str, list[str]] = {}
     for text in sweeps:
@@ -108,25 +106,24 @@ def expand_sweeps(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[
 
 
 def label(policy: Mapping[str, Any]) -> str:
-    """Return the label of a policy."""
-    parts = [
+    """Return the options of a policy in words."""
+    return ", ".join(
         f"{key.replace('_', ' ')} {'off' if value is None else value}"
         for key, value in policy.items()
-    ]
-    return ", ".join(parts) or "the run's own"
+    )
 
 
 def retention_named(text: str) -> Retention:
-    """Return the retention of a name.
+    """Return a retention by name; raises :class:`ConfigError` if there is none.
 
-    ``needs``: all that the method may use; ``last:K`` the newest; ``best:K`` the best
-    overall; ``all``. Raises :class:`ConfigError` for any other.
+    ``needs`` keeps the checkpoints that the method may use, ``last:K`` the newest, ``best:K`` the
+    best overall, and ``all`` all of them.
     """
     name, _, count = text.partition(":")
     number = int(count) if count.isascii() and count.isdigit() else 0
     match name:
         case "needs" if not count:
-            return _needed
+            return _keep_needed
         case "all" if not count:
             return lambda needs, mode: KeepLast(2**62)
         case "last" if number:
@@ -136,7 +133,7 @@ def retention_named(text: str) -> Retention:
     raise ConfigError(f"there is no retention {text!r}; there are needs, last:K, best:K and all")
 
 
-def _needed(needs: Needs, mode: Mode) -> Policy:
+def _keep_needed(needs: Needs, mode: Mode) -> Policy:
     names = Names()
     for checkpoint in needs.checkpoints:
         names.add(checkpoint, checkpoint)
@@ -144,7 +141,7 @@ def _needed(needs: Needs, mode: Mode) -> Policy:
 
 
 def _value(key: str, text: str) -> Any:
-    if text.strip().lower() in _NONE:
+    if text.strip().lower() in ("off", "none", "null"):
         return None
     tree: dict[str, Any] = {}
     override(tree, f"{key}={text}")

@@ -1,13 +1,13 @@
-"""Simulate another policy on the curves of a recorded run, as far as these suffice.
+"""Simulate another policy on the curves of a recorded run, as far as these are known.
 
-A stage follows from the seed, its number, its root, what it trains on, and nothing else. So a fresh
-strategy with other options is told the recorded evaluations, stage by stage. While each of its
-decisions leads to the stage that the run had next, the recorded curves are those that it would have
-seen, also where it leaves a stage earlier than the run did. A decision that leads elsewhere, or a
-curve that ends before the decision, is where the simulation ends: from there on nothing is known.
+A stage follows from the seed, its number, its root and its training data alone. So a new strategy
+with other options gets the recorded evaluations, stage by stage. As long as its decisions lead to
+the next stage of the run, it would have seen the same curves, even if it ends a stage earlier than
+the run did. The simulation ends at a decision that leads elsewhere, or where a curve ends before
+the decision: nothing is known from there on.
 
-A smaller compute budget can be simulated where the learning rate does not depend on it. A run of
-plain SFT has the first stage of MSFT; runs whose method itself chooses examples have none of it.
+A smaller compute budget can be simulated if the learning rate does not depend on it. A run of plain
+SFT has the first stage of MSFT. A run whose method chooses examples has no stage of another method.
 
 Example::
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.algorithms import make_strategy
 from trainer.algorithms.base import (
@@ -37,25 +37,24 @@ from trainer.algorithms.base import (
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL, Config
 from trainer.errors import RunError
-from trainer.journal import Record, effective
+from trainer.journal import Record, effective, run_started, select
 from trainer.report.flops import Account, Work
 from trainer.simulate.stage_ends import (
-    Kind,
     StageReplay,
+    explain_curve_end,
     explain_departure,
+    explain_result,
     find_stage_end,
     first_evaluations,
-    get_target,
+    get_decision,
     make_stage_end,
-    why_known,
-    why_open,
 )
 
 Ending = Literal["result", "left", "curve"]
 """How a simulation ends: with a result, by leaving the run's path, or where a curve ends."""
 
-_SAME_DATA = ("msft", "sft", "single_rollout", "continual")
-"""Methods that train on what their stages say, and on nothing that they find out on the way."""
+_FIXED_DATA_METHODS = ("msft", "sft", "single_rollout", "continual")
+"""Methods whose training data follow from their stages alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +63,10 @@ class Spent:
 
     steps: int
     evaluations: int
-    """Computed ones, without those of roots, which are known already."""
+    """Evaluations that were computed, without those of roots, which are reused."""
     training: Work
     evaluation: Work
-    """Of validation data, generation included."""
+    """Work on validation data, generation included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +80,11 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
-    """Something that moves rollback points."""
+class TimelineChange:
+    """A commit or a roll-back of the simulated run."""
 
     record: Record
-    """The evaluation that was committed, or the first one of what is gone back to."""
+    """The evaluation of the committed checkpoint, or the first one of the roll-back's target."""
     needs: Needs
     is_roll_back: bool
 
@@ -95,50 +94,43 @@ class Simulation:
     """The known part of a run under another policy."""
 
     stages: tuple[StageReplay, ...]
-    """Those that the run has; none where not even the first one is the same."""
+    """The stages that the run has in common with it; empty if the first stage differs."""
     ending: Ending
     why: str
-    """A sentence on where and why it ends."""
+    """A sentence on where and why the simulation ends."""
     recorded: Spent
     """The cost of these stages in the run."""
     simulated: Spent
     """Their cost under the other policy, as far as they are known."""
     best: Best | None
-    """Of the simulated evaluations; the result where it ends with one."""
+    """The best of the simulated evaluations."""
     mode: Mode
-    moments: tuple[Moment, ...]
+    changes: tuple[TimelineChange, ...]
     records: tuple[Record, ...]
-    """The records of the run that the other policy shares, in order."""
+    """The records that the run has in common with the simulated run, in order."""
 
 
 def simulate(records: Sequence[Record], config: Config) -> Simulation:
-    """Replay a run's journal under ``config``, the run's own but for the policy.
+    """Replay a run's journal under ``config``, which differs from the run's only in the policy.
 
-    Raises :class:`RunError` for a journal whose curves say nothing on any other policy.
+    Raises :class:`RunError` if the journal's curves say nothing about any other policy.
     """
     counted = effective(records)
-    start = next((r for r in counted if r["event"] == "run_started"), None)
-    if start is None or not any(r["event"] == "evaluated" for r in counted):
+    start, evaluated = run_started(counted), select(counted, "evaluated")
+    if not evaluated:
         raise RunError("the journal has no evaluation: there is no curve to simulate on")
-    if start["method"] not in _SAME_DATA:
+    if start["method"] not in _FIXED_DATA_METHODS:
         raise RunError(
             f"a run of {start['method']} chooses its examples on the way, so its curves say "
             "nothing about another policy; simulate on a run of msft or sft"
         )
-    _check_errors(counted, config)
-    return _Replay(counted, start, config).run()
-
-
-def _check_errors(counted: Sequence[Record], config: Config) -> None:
-    """Raise :class:`RunError` where a margin has no standard errors to go by."""
-    msft = config.msft
-    if config.method != "msft" or msft.peaks != "robust" or not msft.margin:
-        return
-    if not any(r.get("errors") for r in counted if r["event"] == "evaluated"):
+    needs_errors = config.method == "msft" and config.msft.peaks == "robust" and config.msft.margin
+    if needs_errors and not any(record.get("errors") for record in evaluated):
         raise RunError(
-            "the journal has no standard errors of the metric, so a margin cannot be told: it was "
-            "recorded by an earlier version; use --margin 0"
+            "the journal has no standard errors of the metric, so a margin cannot be applied: it "
+            "was recorded by an earlier version; use --margin 0"
         )
+    return _Replay(counted, start, config).run()
 
 
 class _Replay:
@@ -151,8 +143,8 @@ class _Replay:
         self._budget = config.msft.compute_budget
         self._is_same_budget = self._budget == start["config"]["msft"]["compute_budget"]
         self._first = first_evaluations(counted)
-        self._taken: list[Record] = [{**start, "method": config.method}]
-        self._moments: list[Moment] = []
+        self._records: list[Record] = [{**start, "method": config.method}]
+        self._changes: list[TimelineChange] = []
         self._replays: list[StageReplay] = []
 
     def run(self) -> Simulation:
@@ -161,32 +153,31 @@ class _Replay:
         while True:
             group = self._stages.get(stage.number)
             if group is None or not _is_same(stage, root, group[0]):
-                return self._end("left", self._elsewhere(stage, group))
-            decision = self._stage(group)
-            turn = None
+                return self._end("left", self._explain_departure(stage, group))
+            decision = self._replay_stage(group)
+            end = None
             if decision is not None:
-                kind: Kind = "stop" if isinstance(decision, Stop) else "roll_back"
-                turn = make_stage_end(self._taken[-1]["epoch"], kind, vars(decision), self._first)
+                kind = "stop" if isinstance(decision, Stop) else "roll_back"
+                decided = {**vars(decision), "decision": kind}
+                end = make_stage_end(self._records[-1]["epoch"], decided, self._first)
             replay = StageReplay(
                 number=stage.number,
                 active=stage.active,
                 recorded=find_stage_end(group, self._first),
-                simulated=turn,
+                simulated=end,
             )
             self._replays.append(replay)
             if isinstance(decision, Stop):
-                return self._end("result", why_known(self._replays, decision.reason))
+                return self._end("result", explain_result(self._replays, decision.reason))
             if decision is None:
-                epoch = max((r["epoch"] for r in group if r["event"] == "evaluated"), default=0.0)
-                return self._end("curve", why_open(replay, epoch=epoch, budget=self._budget))
+                epoch = max((r["epoch"] for r in select(group, "evaluated")), default=0.0)
+                why = explain_curve_end(replay, epoch=epoch, budget=self._budget)
+                return self._end("curve", why)
             stage, root = decision.stage, decision.checkpoint
-            first = self._first[root]
-            self._moments.append(
-                Moment(record=first, needs=self._strategy.needs(), is_roll_back=True)
-            )
+            self._add_change(self._first[root], is_roll_back=True)
 
-    def _stage(self, group: Sequence[Record]) -> RollBack | Stop | None:
-        """Tell the strategy a stage; return how it leaves it, ``None`` where the curve ends."""
+    def _replay_stage(self, group: Sequence[Record]) -> RollBack | Stop | None:
+        """Pass a stage to the strategy; return the decision that ends it, if there is one."""
         since: list[Record] = []
         for record in group:
             since.append(record)
@@ -196,22 +187,26 @@ class _Replay:
                 if last is None:
                     return None
                 if not record.get("reused"):
-                    needs = self._strategy.needs()
-                    self._moments.append(Moment(record=record, needs=needs, is_roll_back=False))
-                decision = self._strategy.on_evaluation(_evaluation(record, last=last))
+                    self._add_change(record, is_roll_back=False)
+                values = {**_fields_of(Evaluation, record), "last": last}
+                decision = self._strategy.on_evaluation(Evaluation(**values))
             elif record["event"] == "diverged":
-                told = {f.name: record[f.name] for f in fields(Divergence)}
-                decision = self._strategy.on_divergence(Divergence(**told))
+                values = _fields_of(Divergence, record)
+                decision = self._strategy.on_divergence(Divergence(**values))
             if decision is not None:
-                self._taken += since
+                self._records += since
                 since = []
             if isinstance(decision, RollBack | Stop):
                 return decision
-        self._taken += since
+        self._records += since
         return None
 
+    def _add_change(self, record: Record, *, is_roll_back: bool) -> None:
+        needs = self._strategy.needs()
+        self._changes.append(TimelineChange(record=record, needs=needs, is_roll_back=is_roll_back))
+
     def _is_last(self, record: Record, start: Record) -> bool | None:
-        """Say whether an evaluation uses the budget up; ``None`` for one beyond the budget."""
+        """Return whether an evaluation is the last one of the budget; ``None`` if it is beyond."""
         if self._is_same_budget or not record["index"]:
             return bool(record["last"]) and self._is_same_budget
         half_a_step = 0.5 * record["epoch"] / (record["step"] - start["step"]) + 1e-9
@@ -219,31 +214,30 @@ class _Replay:
             return True
         return None if record["epoch"] > self._budget else False
 
-    def _elsewhere(self, stage: Stage, group: Sequence[Record] | None) -> str:
-        """Say how the next stage differs from the run's."""
+    def _explain_departure(self, stage: Stage, group: Sequence[Record] | None) -> str:
+        """Explain how the next stage differs from the run's."""
         if self._replays:
             before = self._replays[-1]
-            same = group is not None and get_target(before.simulated) == get_target(before.recorded)
-            return explain_departure(before, is_other_data=same)
+            is_same = get_decision(before.simulated) == get_decision(before.recorded)
+            return explain_departure(before, is_other_data=group is not None and is_same)
         return (
             f"The run's first stage trains on {', '.join(self._stages[1][0]['active'])}, this "
             f"policy's on {', '.join(stage.active)}, so the run says nothing about it."
         )
 
     def _end(self, ending: Ending, why: str) -> Simulation:
-        numbers = {replay.number for replay in self._replays}
-        recorded = [r for n in sorted(numbers) for r in self._stages[n]]
-        mode = self._strategy.mode
+        start, mode = self._records[0], self._strategy.mode
+        recorded = [r for replay in self._replays for r in self._stages[replay.number]]
         return Simulation(
             stages=tuple(self._replays),
             ending=ending,
             why=why,
-            recorded=_spent([self._taken[0], *recorded]),
-            simulated=_spent(self._taken),
-            best=_best(self._taken, mode),
+            recorded=_spent([start, *recorded]),
+            simulated=_spent(self._records),
+            best=_best(self._records, mode),
             mode=mode,
-            moments=tuple(self._moments),
-            records=tuple(self._taken),
+            changes=tuple(self._changes),
+            records=tuple(self._records),
         )
 
 
@@ -262,7 +256,7 @@ def _by_stage(counted: Sequence[Record]) -> Iterator[list[Record]]:
 
 
 def _is_same(stage: Stage, root: str | None, start: Record) -> bool:
-    """Say whether a stage is the one that a record began; the first one's root is the base."""
+    """Return whether a record began this stage; ``root`` is ``None`` in the first one."""
     recorded = start.get("shares") or {}
     shares = {name: share for name, share in recorded.items() if name not in start["active"]}
     return (
@@ -273,34 +267,24 @@ def _is_same(stage: Stage, root: str | None, start: Record) -> bool:
     )
 
 
-def _evaluation(record: Record, *, last: bool) -> Evaluation:
-    told = {f.name: record[f.name] for f in fields(Evaluation) if f.name in record}
-    return Evaluation(**{**told, "last": last})
+def _fields_of(kind: type[Evaluation | Divergence], record: Record) -> dict[str, Any]:
+    return {field.name: record[field.name] for field in fields(kind) if field.name in record}
 
 
 def _spent(records: Sequence[Record]) -> Spent:
     account = Account.from_journal(records)
+    first = {record["stage"]: record["step"] for record in select(records, "stage_started")}
+    last = {record["stage"]: record["step"] for record in select(records, "trained")}
     return Spent(
-        steps=_steps(records),
-        evaluations=sum(r["event"] == "evaluated" and not r.get("reused") for r in records),
+        steps=sum(step - first[stage] for stage, step in last.items()),
+        evaluations=sum(not record.get("reused") for record in select(records, "evaluated")),
         training=account.trained,
         evaluation=account.evaluation + account.generation,
     )
 
 
-def _steps(records: Sequence[Record]) -> int:
-    """Return the optimizer steps of all stages."""
-    begun, ends = {}, {}
-    for record in records:
-        if record["event"] == "stage_started":
-            begun[record["stage"]] = record["step"]
-        elif record["event"] == "trained":
-            ends[record["stage"]] = record["step"]
-    return sum(end - begun[stage] for stage, end in ends.items())
-
-
 def _best(records: Sequence[Record], mode: Mode) -> Best | None:
-    evaluated = [r for r in records if r["event"] == "evaluated"]
+    evaluated = select(records, "evaluated")
     index = first_best_index((r["metrics"][OVERALL] for r in evaluated), mode)
     if index is None:
         return None

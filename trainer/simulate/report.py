@@ -1,4 +1,4 @@
-"""Report simulations of a run: tables and sentences, and JSON values.
+"""Report the simulations of a run as tables and sentences, and as JSON values.
 
 Example::
 
@@ -8,13 +8,13 @@ Example::
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.config.schema import Config
-from trainer.journal import Record, effective
+from trainer.journal import Record, effective, run_started, select
 from trainer.report.summary import measure_disk_usage
 from trainer.simulate.policies import (
     Retention,
@@ -24,14 +24,14 @@ from trainer.simulate.policies import (
     with_policy,
 )
 from trainer.simulate.replay import Simulation, simulate
-from trainer.simulate.retained import HeldTotal, RetentionReplay
+from trainer.simulate.retained import RetentionReplay, RetentionSummary
 from trainer.simulate.stage_ends import StageEnd
 from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """Full copies under the paper's disk-managed policy: distinct champions, the best overall."""
+    """Full copies of distinct champions and the best overall, as in the paper's policy."""
 
     peak: int
     mean: float
@@ -39,19 +39,19 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A policy and what it would have done."""
+    """A policy and its simulation."""
 
     label: str
     policy: Mapping[str, Any]
-    """Keys of ``msft`` that differ from the run's; none for the run's own."""
+    """The keys of ``msft`` that differ from the run's; empty for the run's own policy."""
     method: str
     simulation: Simulation
-    held: HeldTotal | None
-    """Rollback points over the simulated evaluations; ``None`` where nothing was committed."""
+    retained: RetentionSummary | None
+    """The rollback points over the simulated evaluations; ``None`` without a commit."""
     copies: Copies | None
     measured: tuple[int, float] | None
-    """Bytes of the run's own rollback points as its store had them, peak and mean; ``None`` of any
-    other policy."""
+    """Peak and mean bytes of the run's own rollback points in its store; ``None`` for any other
+    policy."""
     checkpoint_bytes: int
     """One full checkpoint."""
 
@@ -68,18 +68,22 @@ class Outcome:
             "recorded": asdict(simulation.recorded),
             "simulated": asdict(simulation.simulated),
             "best": None if simulation.best is None else asdict(simulation.best),
-            "rollback_points": None if self.held is None else asdict(self.held),
+            "rollback_points": None if self.retained is None else asdict(self.retained),
             "measured_bytes": self.measured,
             "full_copies": None if self.copies is None else asdict(self.copies),
             "checkpoint_bytes": self.checkpoint_bytes,
         }
 
 
-def recorded(records: Sequence[Record], *, retention: str = "needs") -> Outcome:
+def recorded(records: Sequence[Record]) -> Outcome:
     """Return the outcome of the run's own policy on its own curves."""
-    config = recorded_config(records)
-    own = _outcome("as recorded", {}, records, config, retention)
-    return replace(own, measured=_measured(records))
+    usages = measure_disk_usage(effective(records))
+    measured = None
+    if usages:
+        peak = max(usage.peak_bytes for usage in usages)
+        measured = peak, statistics.fmean(usage.bytes for usage in usages)
+    own = _outcome("as recorded", {}, records, recorded_config(records), "needs")
+    return replace(own, measured=measured)
 
 
 def outcome(
@@ -91,7 +95,7 @@ def outcome(
 ) -> Outcome:
     """Simulate a policy on all records of a journal.
 
-    Raises :class:`ConfigError` for a policy that cannot work, :class:`RunError` for a journal that
+    Raises :class:`ConfigError` if the policy is invalid, and :class:`RunError` if the journal
     cannot be simulated on.
     """
     config = with_policy(recorded_config(records), policy, method=method)
@@ -108,57 +112,40 @@ def _outcome(
 ) -> Outcome:
     simulation = simulate(records, config)
     counted = effective(records)
-    start = next(r for r in counted if r["event"] == "run_started")
-    sizes = {r["checkpoint"]: r["stored_bytes"] for r in counted if r["event"] == "committed"}
-    copies = [point.paper_copies for point in measure_disk_usage(simulation.records)]
+    sizes = {r["checkpoint"]: r["stored_bytes"] for r in select(counted, "committed")}
+    copies = [usage.paper_copies for usage in measure_disk_usage(simulation.records)]
     return Outcome(
         label=name,
         policy=policy,
         method=config.method,
         simulation=simulation,
-        held=_held(simulation, sizes, retention_named(retention)),
-        copies=Copies(peak=max(copies), mean=_mean(copies)) if copies else None,
+        retained=_replay_retention(simulation, sizes, retention_named(retention)),
+        copies=Copies(peak=max(copies), mean=statistics.fmean(copies)) if copies else None,
         measured=None,
-        checkpoint_bytes=start["full_checkpoint_bytes"],
+        checkpoint_bytes=run_started(counted)["full_checkpoint_bytes"],
     )
 
 
-def _measured(records: Sequence[Record]) -> tuple[int, float] | None:
-    """Return peak and mean of the run's own store, as :mod:`trainer.report.summary` has them."""
-    points = measure_disk_usage(effective(records))
-    if not points:
-        return None
-    return max(point.peak_bytes for point in points), _mean([point.bytes for point in points])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _held(
+def _replay_retention(
     simulation: Simulation, sizes: Mapping[str, int], retention: Retention
-) -> HeldTotal | None:
-    holding = RetentionReplay(sizes)
-    for moment in simulation.moments:
-        move = holding.roll_back if moment.is_roll_back else holding.commit
-        policy = retention(moment.needs, simulation.mode)
-        move(moment.record["checkpoint"], moment.record["metrics"], policy)
-    return holding.total() if holding.points else None
+) -> RetentionSummary | None:
+    replay = RetentionReplay(sizes)
+    for change in simulation.changes:
+        apply = replay.roll_back if change.is_roll_back else replay.commit
+        policy = retention(change.needs, simulation.mode)
+        apply(change.record["checkpoint"], change.record["metrics"], policy)
+    return replay.summarize() if replay.usages else None
 
 
 def to_text(run: Outcome, outcomes: Sequence[Outcome]) -> str:
     """Return tables and sentences for the terminal; ``run`` is the run's own policy."""
-    table = _table([run, *outcomes]).to_text()
+    parts = [_table([run, *outcomes]).to_text(), _NOTE]
     if len(outcomes) > 1:
-        return "\n\n".join(
-            [table, _NOTE, *(f"{one.label}: {one.simulation.why}" for one in outcomes)]
-        )
+        return "\n\n".join([*parts, *(f"{o.label}: {o.simulation.why}" for o in outcomes)])
     (one,) = outcomes
-    parts = [table, _NOTE, _stage_table(one.simulation).to_text(), one.simulation.why]
-    held = [
-        f"{which}: {_held_text(each)}" for which, each in (("As recorded", run), ("Simulated", one))
-    ]
-    return "\n\n".join([*parts, "\n".join([*held, *_gone_lines(one)])])
+    parts += [_stage_table(one.simulation).to_text(), one.simulation.why]
+    lines = [f"As recorded: {_disk_text(run)}", f"Simulated: {_disk_text(one)}"]
+    return "\n\n".join([*parts, "\n".join([*lines, *_gone_lines(one)])])
 
 
 _NOTE = (
@@ -181,7 +168,8 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         ]
         spent = [a if one is run else f"{a} of {b}" for a, b in pairs]
         best = metric_text(None if one.simulation.best is None else one.simulation.best.overall)
-        points = "-" if one.held is None else f"{one.held.peak}, mean {one.held.mean:.2f}"
+        retained = one.retained
+        points = "-" if retained is None else f"{retained.peak}, mean {retained.mean:.2f}"
         rows.append([one.label, _known_text(one.simulation), *spent, best, points])
     return Table(header=header, rows=rows)
 
@@ -189,39 +177,40 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 def _known_text(simulation: Simulation) -> str:
     count = len(simulation.stages)
     known = f"{count} stage{'s' * (count != 1)}"
-    if simulation.ending == "result":
-        return f"all, {known}"
-    return known
+    return f"all, {known}" if simulation.ending == "result" else known
 
 
 def _stage_table(simulation: Simulation) -> Table:
     rows = [
-        [str(stage.number), str(len(stage.active)), _turn(stage.recorded), _turn(stage.simulated)]
+        [
+            str(stage.number),
+            str(len(stage.active)),
+            *map(_end_text, (stage.recorded, stage.simulated)),
+        ]
         for stage in simulation.stages
     ]
     return Table(header=("stage", "active", "the run", "simulated"), rows=rows, numeric=False)
 
 
-def _turn(turn: StageEnd | None) -> str:
-    if turn is None:
+def _end_text(end: StageEnd | None) -> str:
+    if end is None:
         return "trains on"
-    excludes = f"excludes {', '.join(turn.exclude)}" if turn.exclude else "excludes nothing"
-    verb = "back to" if turn.decision == "roll_back" else "result"
-    return f"{turn.epoch:.2f}: {excludes}, {verb} {turn.to_stage}/{turn.to_epoch:.2f}"
+    verb = "back to" if end.decision == "roll_back" else "result"
+    return f"{end.epoch:.2f}: {end.exclusion}, {verb} {end.to_stage}/{end.to_epoch:.2f}"
 
 
-def _held_text(one: Outcome) -> str:
-    held, copies, full = one.held, one.copies, one.checkpoint_bytes
-    if held is None or copies is None:
+def _disk_text(one: Outcome) -> str:
+    """Return rollback points, bytes and full copies of a policy, each with its mean."""
+    retained, copies, full = one.retained, one.copies, one.checkpoint_bytes
+    if retained is None or copies is None:
         return "no rollback points."
-    texts = [f"{held.peak} rollback points ({held.mean:.2f} in the mean)"]
-    if held.peak_bytes is not None and held.mean_bytes is not None:
-        texts.append(
-            f"{bytes_text(held.peak_bytes)} ({bytes_text(held.mean_bytes)}) as they were committed"
-        )
+    texts = [f"{retained.peak} rollback points ({retained.mean:.2f} in the mean)"]
+    if retained.peak_bytes is not None and retained.mean_bytes is not None:
+        peak, mean = bytes_text(retained.peak_bytes), bytes_text(retained.mean_bytes)
+        texts.append(f"{peak} ({mean}) as they were committed")
     if one.measured is not None:
-        peak, mean = one.measured
-        texts.append(f"{bytes_text(peak)} ({bytes_text(mean)}) measured, roll-backs included")
+        peak, mean = map(bytes_text, one.measured)
+        texts.append(f"{peak} ({mean}) measured, roll-backs included")
     texts.append(
         f"{copies.peak} ({copies.mean:.2f}) full copies, {bytes_text(copies.peak * full)} "
         f"({bytes_text(copies.mean * full)}), by the paper's disk-managed policy"
@@ -230,8 +219,10 @@ def _held_text(one: Outcome) -> str:
 
 
 def _gone_lines(one: Outcome) -> list[str]:
-    if one.held is None or not one.held.gone:
+    """Return a line on the roll-back targets that the retention had evicted, if any."""
+    gone = one.retained.gone if one.retained else ()
+    if not gone:
         return []
     firsts = {r["checkpoint"]: r for r in reversed(one.simulation.records) if "metrics" in r}
-    places = [f"stage {firsts[i]['stage']}, epoch {firsts[i]['epoch']:.4g}" for i in one.held.gone]
+    places = [f"stage {firsts[i]['stage']}, epoch {firsts[i]['epoch']:.4g}" for i in gone]
     return [f"This retention no longer had what was gone back to: {'; '.join(places)}."]

@@ -1,122 +1,118 @@
-"""Replay a retention policy: the rollback points that a run would have held at each evaluation.
+"""Replay a retention policy: the rollback points that a run would have had at each evaluation.
 
-The replay follows the rule of a timeline on the journal: the branch's root stays, and the policy
-decides on the others. A roll-back begins a branch with champions of its own.
+The replay follows the rules of a timeline: the root of the branch is kept, and the policy decides
+on the other checkpoints. A roll-back begins a new branch.
 
-Bytes are those of each checkpoint at its commit. A timeline re-encodes checkpoints that survive a
-roll-back, so their true size differs a little; the journal has it only for the run itself.
+Sizes are those of each checkpoint at its commit. A timeline re-encodes the checkpoints that it
+keeps at a roll-back, so their true sizes differ a little.
 
 Example::
 
-    holding = RetentionReplay(stored_bytes)
-    holding.commit("b2f1", metrics, policy)
-    holding.roll_back("b2f1", policy)
-    holding.points[-1].alive
+    replay = RetentionReplay(stored_bytes)
+    replay.commit("b2f1", metrics, policy)
+    replay.roll_back("b2f1", metrics, policy)
+    replay.usages[-1].kept
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from msft_store import Candidate, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """The rollback points at one commit; the base, which costs nothing, among them."""
+class RetentionUsage:
+    """The rollback points at one commit, with the base, which takes no bytes."""
 
-    alive: tuple[str, ...]
+    kept: tuple[str, ...]
     """Ids after eviction, oldest first."""
     bytes: int | None
-    """Of those; ``None`` where the journal lacks the size of one."""
+    """Size after eviction; ``None`` if the journal lacks the size of a checkpoint."""
     peak_bytes: int | None
-    """Before eviction."""
+    """Size before eviction."""
     peak: int
-    """How many were there before eviction."""
+    """Number before eviction."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldTotal:
+class RetentionSummary:
     """The rollback points over all commits."""
 
     peak: int
-    """The most at once, the new one before eviction included."""
+    """Largest number, before eviction."""
     mean: float
-    """After eviction."""
+    """Mean number, after eviction."""
     peak_bytes: int | None
     mean_bytes: float | None
     gone: tuple[str, ...]
-    """Ids that were gone back to, but that the policy no longer kept."""
+    """Ids of roll-back targets that the policy had evicted."""
 
 
 class RetentionReplay:
-    """The rollback points of a run, as commits and roll-backs come."""
+    """The rollback points of a run, updated by its commits and roll-backs."""
 
     def __init__(self, stored_bytes: Mapping[str, int]) -> None:
-        """Begin with none; ``stored_bytes`` are by checkpoint id."""
+        """Begin without checkpoints; ``stored_bytes`` maps checkpoint ids to sizes."""
         self._sizes = stored_bytes
-        self._alive: dict[str, Candidate] = {}
+        self._kept: dict[str, Candidate] = {}
         self._root: str | None = None
         self._branch = 0
-        self._next = 0
+        self._index = 0
         self._gone: list[str] = []
-        self.points: list[Held] = []
+        self.usages: list[RetentionUsage] = []
 
     def commit(self, checkpoint: str, metrics: Mapping[str, float], policy: Policy) -> None:
-        """Add a checkpoint and evict what the policy does not keep."""
-        self._alive[checkpoint] = Candidate(
-            id=checkpoint,
-            metrics=metrics,
-            stored_bytes=self._sizes.get(checkpoint, 0),
-            branch=self._branch,
-            index=self._next,
-        )
-        self._next += 1
-        before = tuple(self._alive)
+        """Add a checkpoint and evict the checkpoints that the policy does not keep."""
+        self._add(checkpoint, metrics)
+        peak, peak_bytes = len(self._kept), self._bytes(self._kept)
         self._evict(policy)
-        self.points.append(
-            Held(
-                alive=tuple(self._alive),
-                bytes=self._bytes(self._alive),
-                peak_bytes=self._bytes(dict.fromkeys(before)),
-                peak=len(before),
+        self.usages.append(
+            RetentionUsage(
+                kept=tuple(self._kept),
+                bytes=self._bytes(self._kept),
+                peak_bytes=peak_bytes,
+                peak=peak,
             )
         )
 
     def roll_back(self, checkpoint: str, metrics: Mapping[str, float], policy: Policy) -> None:
-        """Begin a branch at a checkpoint; it is taken back where the policy no longer had it."""
-        if checkpoint not in self._alive:
+        """Begin a branch at a checkpoint, which is added again if it was evicted."""
+        if checkpoint not in self._kept:
             self._gone.append(checkpoint)
-        self._root, self._branch, self._next = checkpoint, self._branch + 1, 1
-        self._alive[checkpoint] = Candidate(
+        self._root, self._branch, self._index = checkpoint, self._branch + 1, 0
+        self._add(checkpoint, metrics)
+        self._evict(policy)
+
+    def summarize(self) -> RetentionSummary:
+        """Return peak and mean over the commits; there must be at least one."""
+        sizes = [usage.bytes for usage in self.usages if usage.bytes is not None]
+        peaks = [usage.peak_bytes for usage in self.usages if usage.peak_bytes is not None]
+        known = len(sizes) == len(peaks) == len(self.usages)
+        return RetentionSummary(
+            peak=max(usage.peak for usage in self.usages),
+            mean=statistics.fmean(len(usage.kept) for usage in self.usages),
+            peak_bytes=max(peaks) if known else None,
+            mean_bytes=statistics.fmean(sizes) if known else None,
+            gone=tuple(self._gone),
+        )
+
+    def _add(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
+        self._kept[checkpoint] = Candidate(
             id=checkpoint,
             metrics=metrics,
             stored_bytes=self._sizes.get(checkpoint, 0),
             branch=self._branch,
+            index=self._index,
         )
-        self._evict(policy)
-
-    def total(self) -> HeldTotal:
-        """Return peak and mean over the commits, of which there must be one."""
-        sizes = [point.bytes for point in self.points if point.bytes is not None]
-        peaks = [point.peak_bytes for point in self.points if point.peak_bytes is not None]
-        count = len(self.points)
-        known = len(sizes) == len(peaks) == count
-        return HeldTotal(
-            peak=max(point.peak for point in self.points),
-            mean=math.fsum(len(point.alive) for point in self.points) / count,
-            peak_bytes=max(peaks) if known else None,
-            mean_bytes=math.fsum(sizes) / count if known else None,
-            gone=tuple(self._gone),
-        )
+        self._index += 1
 
     def _evict(self, policy: Policy) -> None:
-        kept = {*policy.rules(list(self._alive.values())), self._root}
-        self._alive = {name: one for name, one in self._alive.items() if name in kept}
+        keep = {*policy.rules(list(self._kept.values())), self._root}
+        self._kept = {name: one for name, one in self._kept.items() if name in keep}
 
-    def _bytes(self, names: Mapping[str, object]) -> int | None:
-        if any(name not in self._sizes for name in names):
-            return None
-        return sum(self._sizes[name] for name in names)
+    def _bytes(self, names: Iterable[str]) -> int | None:
+        sizes = [self._sizes.get(name) for name in names]
+        return None if None in sizes else sum(size or 0 for size in sizes)

@@ -2,8 +2,8 @@
 
 Example::
 
-    turn = find_stage_end(stage_records, first_evaluations(counted))
-    describe_stage_end("the run", turn)     # at epoch 3 the run excludes arith and goes on from …
+    end = find_stage_end(stage_records, first_evaluations(counted))
+    describe_stage_end("the run", end)     # at epoch 3 the run excludes arith and goes on from …
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.journal import Record
-
-Kind = Literal["roll_back", "stop"]
+from trainer.journal import Record, select
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEnd:
-    """How a stage ends."""
+    """The decision that ends a stage."""
 
     epoch: float
-    """In the stage, at which it was decided."""
-    decision: Kind
+    """Epoch of the stage at the decision."""
+    decision: Literal["roll_back", "stop"]
     checkpoint: str
     """The checkpoint to roll back to, or the result."""
     to_stage: int
-    """Of that checkpoint."""
+    """Stage of that checkpoint."""
     to_epoch: float
+    """Epoch of that checkpoint in its stage."""
     exclude: tuple[str, ...]
     reason: str
+
+    @property
+    def exclusion(self) -> str:
+        """The exclusion as a verb with its object."""
+        return f"excludes {', '.join(self.exclude) or 'nothing'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +44,33 @@ class StageReplay:
     number: int
     active: tuple[str, ...]
     recorded: StageEnd | None
-    """``None`` where the run was not over."""
+    """``None`` if the stage has not ended in the run."""
     simulated: StageEnd | None
-    """``None`` where the curve ends before a decision."""
+    """``None`` if the recorded curve ends before a decision."""
 
 
 def first_evaluations(counted: Sequence[Record]) -> dict[str, Record]:
     """Return the first evaluation of each checkpoint."""
-    first: dict[str, Record] = {}
-    for record in counted:
-        if record["event"] == "evaluated":
-            first.setdefault(record["checkpoint"], record)
-    return first
+    return {record["checkpoint"]: record for record in reversed(select(counted, "evaluated"))}
 
 
-def find_stage_end(group: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:
-    """Return how a stage ended, of all records of it; ``None`` where it has not."""
-    epochs = {r["index"]: r["epoch"] for r in group if r["event"] == "evaluated"}
-    for record in group:
-        if record["event"] == "decided" and record["decision"] in ("roll_back", "stop"):
-            return make_stage_end(epochs[record["index"]], record["decision"], record, first)
+def find_stage_end(records: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:
+    """Return how a stage ended, from its records; ``None`` if it has not ended."""
+    epochs = {record["index"]: record["epoch"] for record in select(records, "evaluated")}
+    for record in select(records, "decided"):
+        if record["decision"] in ("roll_back", "stop"):
+            return make_stage_end(epochs[record["index"]], record, first)
     return None
 
 
 def make_stage_end(
-    epoch: float,
-    kind: Kind,
-    decided: Mapping[str, Any],
-    first: Mapping[str, Record],
+    epoch: float, decided: Mapping[str, Any], first: Mapping[str, Record]
 ) -> StageEnd:
-    """Return a turn; ``decided`` has checkpoint, exclude and reason, ``first`` all checkpoints."""
+    """Return a stage end from the fields of a ``decided`` record and the first evaluations."""
     target = first[decided["checkpoint"]]
     return StageEnd(
         epoch=epoch,
-        decision=kind,
+        decision=decided["decision"],
         checkpoint=decided["checkpoint"],
         to_stage=target["stage"],
         to_epoch=target["epoch"],
@@ -82,27 +79,26 @@ def make_stage_end(
     )
 
 
-def get_target(turn: StageEnd | None) -> tuple[Any, ...]:
-    """Return decision, checkpoint and exclusions of a stage end, without its epoch."""
-    return () if turn is None else (turn.decision, turn.checkpoint, turn.exclude)
+def get_decision(end: StageEnd | None) -> tuple[Any, ...]:
+    """Return decision, checkpoint and exclusions, which lead to the same next stage if equal."""
+    return () if end is None else (end.decision, end.checkpoint, end.exclude)
 
 
-def describe_stage_end(who: str, turn: StageEnd | None) -> str:
-    """Describe what a policy does at the end of a stage."""
-    if turn is None:
-        return f"{who} trains on"
-    excludes = f"excludes {', '.join(turn.exclude)}" if turn.exclude else "excludes nothing"
-    place = f"stage {turn.to_stage}, epoch {turn.to_epoch:.4g}"
-    goes = "goes on from" if turn.decision == "roll_back" else "stops with"
-    return f"at epoch {turn.epoch:.4g} {who} {excludes} and {goes} {place}"
+def describe_stage_end(policy: str, end: StageEnd | None) -> str:
+    """Describe the end of a stage, with the name of the policy as the subject."""
+    if end is None:
+        return f"{policy} trains on"
+    verb = "goes on from" if end.decision == "roll_back" else "stops with"
+    place = f"stage {end.to_stage}, epoch {end.to_epoch:.4g}"
+    return f"at epoch {end.epoch:.4g} {policy} {end.exclusion} and {verb} {place}"
 
 
-def why_known(stages: Sequence[StageReplay], reason: str) -> str:
-    """Say that a policy is known to its end, which it gives as a reason."""
-    targets = [(get_target(stage.recorded), get_target(stage.simulated)) for stage in stages]
-    if all(its == mine for its, mine in targets):
+def explain_result(stages: Sequence[StageReplay], reason: str) -> str:
+    """Explain a simulation that reaches its result; ``reason`` is that of its last decision."""
+    pairs = [(get_decision(stage.recorded), get_decision(stage.simulated)) for stage in stages]
+    if all(recorded == simulated for recorded, simulated in pairs):
         how = "with the run's own decisions"
-    elif all((its[0], its[2:]) == (mine[0], mine[2:]) for its, mine in targets if its):
+    elif all(one[0] == other[0] and one[2] == other[2] for one, other in pairs if one):
         how = "with the run's own exclusions, but another result"
     else:
         how = "though not as the run"
@@ -114,18 +110,17 @@ def explain_departure(stage: StageReplay, *, is_other_data: bool) -> str:
 
     With ``is_other_data`` it decides as the run did, but the next stage has other shares.
     """
-    mine, its = stage.simulated, stage.recorded
-    if its is None:
-        end = describe_stage_end("it", mine)
+    end = describe_stage_end("it", stage.simulated)
+    if stage.recorded is None:
         return f"In stage {stage.number} {end}; the run has not come so far."
-    ends = f"{describe_stage_end('it', mine)}; {describe_stage_end('the run', its)}"
+    ends = f"{end}; {describe_stage_end('the run', stage.recorded)}"
     if is_other_data:
         ends += f". But stage {stage.number + 1} trains on other shares of the data"
     return f"In stage {stage.number} {ends}. From there on the run's curves say nothing."
 
 
-def why_open(stage: StageReplay, *, epoch: float, budget: float) -> str:
-    """Say where the curve of a stage ends before the policy does; ``epoch`` is its last one."""
+def explain_curve_end(stage: StageReplay, *, epoch: float, budget: float) -> str:
+    """Explain a stage whose curve ends, at ``epoch``, before the policy decides."""
     number = stage.number
     if epoch > budget:
         return (

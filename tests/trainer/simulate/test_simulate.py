@@ -36,7 +36,7 @@ def under(records: list[Record], *, method: str = "msft", **policy: Any) -> Simu
     return simulate(records, with_policy(recorded_config(records), policy, method=method))
 
 
-def turns(simulation: Simulation) -> list[tuple[Any, ...]]:
+def stage_ends(simulation: Simulation) -> list[tuple[Any, ...]]:
     found = [stage.simulated for stage in simulation.stages]
     return [(t.epoch, t.decision, t.checkpoint, t.exclude) if t else () for t in found]
 
@@ -44,7 +44,7 @@ def turns(simulation: Simulation) -> list[tuple[Any, ...]]:
 def test_the_same_roll_backs_decided_earlier_are_known_to_the_end(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "ties"), peak_window=1)
     assert simulation.ending == "result"
-    assert turns(simulation) == [
+    assert stage_ends(simulation) == [
         (0.75, "roll_back", "s1e2", ("a",)),
         (0.75, "roll_back", "s2e2", ("b",)),
         (0.5, "stop", "s2e2", ("c",)),
@@ -64,13 +64,13 @@ def test_the_same_roll_backs_decided_earlier_are_known_to_the_end(tmp_path: Path
 def test_another_best_overall_on_the_same_path_is_told(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "peak_at_epoch_0"), peak_window=2)
     assert "with the run's own exclusions, but another result" in simulation.why
-    assert turns(simulation)[-1] == (1.0, "stop", "s3e2", ("b",))
+    assert stage_ends(simulation)[-1] == (1.0, "stop", "s3e2", ("b",))
 
 
 def test_a_decision_that_leads_elsewhere_ends_what_is_known(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "nobody_peaks"), peak_window=1)
     assert simulation.ending == "left"
-    assert turns(simulation) == [
+    assert stage_ends(simulation) == [
         (0.5, "roll_back", "s1e2", ()),
         (0.25, "roll_back", "s1e2", ("b",)),
     ]
@@ -85,7 +85,7 @@ def test_a_decision_that_leads_elsewhere_ends_what_is_known(tmp_path: Path) -> N
 def test_a_curve_that_ends_before_the_decision_leaves_it_open(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "peak_window"), peak_window=None)
     assert simulation.ending == "curve"
-    assert turns(simulation) == [()]
+    assert stage_ends(simulation) == [()]
     assert simulation.why == (
         "In stage 1 it trains on when at epoch 0.75 the run excludes a and goes on from stage 1, "
         "epoch 0.25. Beyond that nothing is known."
@@ -110,7 +110,7 @@ def test_a_run_that_is_not_over_is_known_as_far_as_it_came(tmp_path: Path) -> No
 def test_a_smaller_budget_ends_each_stage_at_its_evaluation(tmp_path: Path) -> None:
     records = journal(tmp_path, "ties")
     simulation = under(records, compute_budget=0.75)
-    assert turns(simulation) == [
+    assert stage_ends(simulation) == [
         (0.75, "roll_back", "s1e2", ("a",)),
         (0.75, "roll_back", "s2e2", ("b",)),
         (0.75, "stop", "s2e2", ("c",)),
@@ -124,7 +124,7 @@ def test_a_smaller_budget_ends_each_stage_at_its_evaluation(tmp_path: Path) -> N
 
 def test_fewer_stages_end_with_the_best_so_far(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "ties"), max_stages=1)
-    assert turns(simulation) == [(1.0, "stop", "s1e3", ("a",))]
+    assert stage_ends(simulation) == [(1.0, "stop", "s1e3", ("a",))]
     assert "though not as the run" in simulation.why
 
 
@@ -133,11 +133,13 @@ def test_a_run_of_sft_has_the_first_stage_of_msft_and_the_other_way_round(tmp_pa
     of_sft = journal(tmp_path / "sft", "ties", method="sft")
     first = under(of_sft, peak_window=1)
     assert first.ending == "left"
-    assert turns(first) == [(0.75, "roll_back", "s1e2", ("a",))]
+    assert stage_ends(first) == [(0.75, "roll_back", "s1e2", ("a",))]
     assert "the run excludes nothing and stops with stage 1, epoch 0.75" in first.why
     plain = under(journal(tmp_path, "ties"), method="sft")
     assert plain.ending == "result"
-    assert turns(plain) == turns(under(of_sft, method="sft")) == [(1.0, "stop", "s1e3", ())]
+    assert (
+        stage_ends(plain) == stage_ends(under(of_sft, method="sft")) == [(1.0, "stop", "s1e3", ())]
+    )
 
 
 def test_curves_of_a_method_that_chooses_examples_are_refused(tmp_path: Path) -> None:
@@ -166,28 +168,28 @@ def test_another_first_stage_says_nothing(tmp_path: Path) -> None:
 def test_rollback_points_as_the_policy_keeps_them(tmp_path: Path) -> None:
     records = journal(tmp_path, "ties")
     own = recorded(records)
-    assert own.held is not None
-    assert (own.held.peak, own.held.peak_bytes, own.held.gone) == (4, 400, ())
+    assert own.retained is not None
+    assert (own.retained.peak, own.retained.peak_bytes, own.retained.gone) == (4, 400, ())
     assert own.measured == (420, pytest.approx(3600 / 13))
     assert own.copies == Copies(peak=2, mean=pytest.approx(19 / 13))
     last = outcome(records, {}, retention="last:1")
-    assert last.held is not None
-    assert (last.held.peak, last.held.gone) == (3, ("s1e2", "s2e2"))
+    assert last.retained is not None
+    assert (last.retained.peak, last.retained.gone) == (3, ("s1e2", "s2e2"))
     everything = outcome(records, {}, retention="all")
-    assert everything.held is not None
-    assert (everything.held.peak, everything.held.gone) == (13, ())
+    assert everything.retained is not None
+    assert (everything.retained.peak, everything.retained.gone) == (13, ())
     best = outcome(records, {}, retention="best:2")
-    assert best.held is not None
-    assert best.held.peak <= 4
+    assert best.retained is not None
+    assert best.retained.peak <= 4
     assert "no longer had" in to_text(own, [last])
 
 
 def test_sizes_that_are_not_recorded_are_not_made_up() -> None:
-    holding = RetentionReplay({"a": 5})
+    replay = RetentionReplay({"a": 5})
     for name in "ab":
-        holding.commit(name, {}, KeepLast(2))
-    assert [point.bytes for point in holding.points] == [5, None]
-    assert (holding.total().peak, holding.total().peak_bytes) == (2, None)
+        replay.commit(name, {}, KeepLast(2))
+    assert [usage.bytes for usage in replay.usages] == [5, None]
+    assert (replay.summarize().peak, replay.summarize().peak_bytes) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +281,9 @@ def test_what_is_known_is_what_a_real_run_does(runs: dict[str, list[Record]]) ->
     assert curves[0] == curves[1]
 
 
-def place(turn: StageEnd) -> tuple[Any, ...]:
+def place(end: StageEnd) -> tuple[Any, ...]:
     """Return what two runs have in common, whose ids differ as their steps do."""
-    return turn.epoch, turn.exclude, turn.to_stage, turn.to_epoch
+    return end.epoch, end.exclude, end.to_stage, end.to_epoch
 
 
 def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
@@ -304,13 +306,13 @@ def test_a_runs_own_policy_is_known_to_its_end_and_keeps_what_its_store_kept(
     assert simulation.ending == "result"
     assert "with the run's own decisions" in simulation.why
     assert simulation.simulated == simulation.recorded
-    holding = RetentionReplay({})
-    for moment in simulation.moments:
-        policy = retention_named("needs")(moment.needs, simulation.mode)
-        move = holding.roll_back if moment.is_roll_back else holding.commit
-        move(moment.record["checkpoint"], moment.record["metrics"], policy)
+    replay = RetentionReplay({})
+    for change in simulation.changes:
+        policy = retention_named("needs")(change.needs, simulation.mode)
+        apply = replay.roll_back if change.is_roll_back else replay.commit
+        apply(change.record["checkpoint"], change.record["metrics"], policy)
     kept = [set(r["kept"]) for r in effective(runs[name]) if r["event"] == "committed"]
-    assert [set(point.alive) for point in holding.points] == kept
+    assert [set(usage.kept) for usage in replay.usages] == kept
 
 
 def test_hard_exclusion_is_not_known_from_soft_one(runs: dict[str, list[Record]]) -> None:
@@ -328,14 +330,14 @@ def test_a_margin_needs_standard_errors(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no standard errors"):
         under(records, peaks="robust")
     simulation = under(records, peaks="robust", margin=0, smoothing=1, patience=3)
-    assert turns(simulation)[0] == (1.0, "roll_back", "s1e4", ())
+    assert stage_ends(simulation)[0] == (1.0, "roll_back", "s1e4", ())
     with pytest.raises(ConfigError, match="patience has a meaning with peaks robust"):
         under(records, patience=3)
 
 
 def test_several_at_once_leave_the_path_after_the_first_stage(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "ties"), drop_count=2)
-    assert turns(simulation) == [(1.0, "roll_back", "s1e2", ("a", "b"))]
+    assert stage_ends(simulation) == [(1.0, "roll_back", "s1e2", ("a", "b"))]
     assert simulation.ending == "left"
 
 
