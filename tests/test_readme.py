@@ -42,7 +42,7 @@ def test_the_example_has_twelve_lines_and_prints_what_is_shown(tmp_path: Path) -
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown

@@ -55,7 +55,7 @@ def test_every_example_prints_what_its_page_shows(name: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
