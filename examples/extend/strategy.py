@@ -5,44 +5,26 @@ Run ``python examples/extend/strategy.py``; for a method of ``msft-train`` see `
 
 from __future__ import annotations
 
-from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage, Stop
-from trainer.algorithms.common import Unobserved
+from trainer.algorithms.base import Continue, Decision, Evaluation, Stage
+from trainer.algorithms.method import Method
 from trainer.config.schema import OVERALL
 
 
-class EarlyStopping(Unobserved):
+class EarlyStopping(Method):
     """Stop once the overall metric has not improved for ``patience`` evaluations."""
-
-    mode: Mode = "max"
 
     def __init__(self, sub_datasets: list[str], *, compute_budget: float, patience: int) -> None:
         """Take settings; a strategy has no access to a model, a device or a file."""
-        self._stage = Stage(number=1, active=tuple(sorted(sub_datasets)), epochs=compute_budget)
+        active = tuple(sorted(sub_datasets))
+        super().__init__(Stage(number=1, active=active, epochs=compute_budget), "max")
         self._patience = patience
-        self._best: Evaluation | None = None
 
-    def first_stage(self) -> Stage:
-        """Return the stage that the run begins with."""
-        return self._stage
-
-    def needs(self) -> Needs:
-        """Return the checkpoints that must be kept: the best by the overall metric."""
-        return Needs(best=(OVERALL,))
-
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+    def decide(self, evaluation: Evaluation) -> Decision:
         """Return the decision, which depends on nothing but the evaluations so far."""
-        if self._best is None or evaluation.metrics[OVERALL] > self._best.metrics[OVERALL]:
-            self._best = evaluation
-        waited = evaluation.index - self._best.index
+        waited = evaluation.index - (self.best.index if self.best else 0)
         if evaluation.last or waited >= self._patience:
             return self.end(why=f"no improvement for {waited} evaluations")
         return Continue(reason=f"no improvement for {waited} of {self._patience} evaluations")
-
-    def end(self, *, why: str) -> Stop:
-        """Stop with the best checkpoint so far; also called when training diverges."""
-        if self._best is None:
-            raise ValueError("nothing was evaluated, so there is no result")
-        return Stop(checkpoint=self._best.checkpoint, reason=why)
 
 
 def main() -> None:

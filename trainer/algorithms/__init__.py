@@ -22,9 +22,10 @@ from trainer.algorithms.base import (
     Strategy,
 )
 from trainer.algorithms.continual import Continual
-from trainer.algorithms.divergence import DivergenceHandler, Method
+from trainer.algorithms.divergence import DivergenceHandler
 from trainer.algorithms.dynamix import Dynamix
 from trainer.algorithms.ies import Ies
+from trainer.algorithms.method import Method
 from trainer.algorithms.msft import Msft
 from trainer.algorithms.peaks import PeakRule
 from trainer.algorithms.sft import Sft

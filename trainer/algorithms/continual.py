@@ -14,20 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.algorithms.base import (
-    Continue,
-    Decision,
-    Evaluation,
-    Mode,
-    Needs,
-    RollBack,
-    Stage,
-    Stop,
-)
-from trainer.algorithms.common import BestOverall, Unobserved, check_order
+from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
+from trainer.algorithms.method import Method
 
 
-class Continual(Unobserved):
+class Continual(Method):
     """Train on one sub-dataset after the other.
 
     Args:
@@ -42,52 +33,19 @@ class Continual(Unobserved):
     def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
         """Start a run; see the class."""
         self._names = tuple(sub_datasets)
-        if not self._names:
-            raise ValueError("no sub-dataset to train on")
-        self.mode: Mode = mode
-        self._first = self._stage = Stage(number=1, active=self._names[:1], epochs=compute_budget)
-        self._count = 0
-        self._best = BestOverall(mode)
-        self._last: Evaluation | None = None
-        self._over = False
-
-    def first_stage(self) -> Stage:
-        """Return the stage of the first sub-dataset."""
-        return self._first
+        super().__init__(Stage(number=1, active=self._names[:1], epochs=compute_budget), mode)
 
     def needs(self) -> Needs:
         """Return the best overall and the newest, which may become the next stage's root."""
         return Needs(newest=True)
 
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+    def decide(self, evaluation: Evaluation) -> Decision:
         """Continue to the end of the stage, then begin that of the next sub-dataset."""
-        check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
-        self._count += 1
-        self._best.add(evaluation)
-        self._last = evaluation
         if not evaluation.last:
             return Continue(reason="within the compute budget")
-        stage = self._stage
-        done = stage.active
-        if stage.number == len(self._names):
-            return self._stop(exclude=done, why=f"{done[0]} was the last sub-dataset")
-        following = self._names[stage.number]
-        self._stage = Stage(number=stage.number + 1, active=(following,), epochs=stage.epochs)
-        self._count = 0
-        return RollBack(
-            checkpoint=evaluation.checkpoint,
-            exclude=done,
-            stage=self._stage,
-            reason=f"{done[0]} is done; {following} follows",
-        )
-
-    def end(self, *, why: str) -> Stop:
-        """Stop after any evaluation, with the best overall so far."""
-        return self._stop(exclude=(), why=why)
-
-    def _stop(self, *, exclude: tuple[str, ...], why: str) -> Stop:
-        if self._last is None:
-            raise ValueError("nothing was evaluated, so there is no result")
-        self._over = True
-        result, words = self._best.result(otherwise=self._last)
-        return Stop(checkpoint=result, exclude=exclude, reason=f"{why}; {words}")
+        number, done = self.stage.number, self.stage.active
+        if number == len(self._names):
+            return self.stop(evaluation, exclude=done, why=f"{done[0]} was the last sub-dataset")
+        following = self._names[number]
+        stage = Stage(number=number + 1, active=(following,), epochs=self.stage.epochs)
+        return self.roll_back(evaluation, stage, reason=f"{done[0]} is done; {following} follows")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, SupportsFloat
+from typing import SupportsFloat
 
 from trainer.algorithms.base import (
     Adjustment,
@@ -31,27 +31,7 @@ from trainer.algorithms.base import (
     Stage,
     Stop,
 )
-
-
-class Method(Protocol):
-    """A training method without divergence handling."""
-
-    mode: Mode
-
-    def first_stage(self) -> Stage:
-        """Return the first stage of the run."""
-
-    def needs(self) -> Needs:
-        """Return the checkpoints to keep now."""
-
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Decide how the run continues after an evaluation."""
-
-    def on_observation(self, observation: Observation) -> Adjustment:
-        """Adjust a stage with ``observe``."""
-
-    def end(self, *, why: str) -> Stop:
-        """Stop with the best so far, after an evaluation of the stage."""
+from trainer.algorithms.method import Method
 
 
 class DivergenceHandler:

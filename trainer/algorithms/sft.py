@@ -16,14 +16,12 @@ from trainer.algorithms.base import (
     ExampleLosses,
     LookAhead,
     Mode,
-    Needs,
     Stage,
-    Stop,
 )
-from trainer.algorithms.common import BestOverall, Unobserved, check_order
+from trainer.algorithms.method import Method
 
 
-class Sft(Unobserved):
+class Sft(Method):
     """Train on the whole mixture in one stage.
 
     Args:
@@ -45,38 +43,13 @@ class Sft(Unobserved):
         observe: ExampleLosses | LookAhead | None = None,
     ) -> None:
         """Start a run; see the class."""
-        names = tuple(sorted(sub_datasets))
-        if not names:
-            raise ValueError("no sub-dataset to train on")
-        self.mode: Mode = mode
-        self._stage = Stage(number=1, active=names, epochs=compute_budget, observe=observe)
-        self._count = 0
-        self._best = BestOverall(mode)
-        self._last: Evaluation | None = None
-        self._over = False
+        active = tuple(sorted(sub_datasets))
+        super().__init__(
+            Stage(number=1, active=active, epochs=compute_budget, observe=observe), mode
+        )
 
-    def first_stage(self) -> Stage:
-        """Return the only stage."""
-        return self._stage
-
-    def needs(self) -> Needs:
-        """Return the best overall, because the run never rolls back."""
-        return Needs(newest=not self._best.found)
-
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+    def decide(self, evaluation: Evaluation) -> Decision:
         """Continue until the budget is used up, then stop with the best overall."""
-        check_order(evaluation, stage=self._stage, index=self._count, over=self._over)
-        self._count += 1
-        self._best.add(evaluation)
-        self._last = evaluation
         if not evaluation.last:
             return Continue(reason="within the compute budget")
         return self.end(why="the compute budget is used up")
-
-    def end(self, *, why: str) -> Stop:
-        """Stop after any evaluation, with the best overall so far."""
-        if self._last is None:
-            raise ValueError("nothing was evaluated, so there is no result")
-        self._over = True
-        result, words = self._best.result(otherwise=self._last)
-        return Stop(checkpoint=result, reason=f"{why}; {words}")

@@ -15,21 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trainer.algorithms.base import (
-    Continue,
-    Decision,
-    Evaluation,
-    Mode,
-    Needs,
-    RollBack,
-    Stage,
-    Stop,
-)
-from trainer.algorithms.common import BestOverall, Unobserved, check_order
+from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
+from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import first_best_index
 
 
-class SingleRollout(Unobserved):
+class SingleRollout(Method):
     """Find all peaks in one roll-out, then train from the base with them.
 
     Args:
@@ -43,72 +34,41 @@ class SingleRollout(Unobserved):
 
     def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
         """Start a run; see the class."""
-        names = tuple(sorted(sub_datasets))
-        if not names:
-            raise ValueError("no sub-dataset to train on")
-        self.mode: Mode = mode
-        self._first = self._stage = Stage(number=1, active=names, epochs=compute_budget)
-        self._base: Evaluation | None = None
-        self._seen: list[Evaluation] = []
-        self._best = BestOverall(mode)
-        self._over = False
-
-    def first_stage(self) -> Stage:
-        """Return the roll-out."""
-        return self._first
+        active = tuple(sorted(sub_datasets))
+        super().__init__(Stage(number=1, active=active, epochs=compute_budget), mode)
 
     def needs(self) -> Needs:
         """Return the best overall, and the base until the second stage has begun."""
-        needs_base = self._base is not None and self._stage is self._first and not self._over
-        held = (self._base.checkpoint,) if self._base and needs_base else ()
-        return Needs(checkpoints=held, newest=not self._best.found)
+        base = () if self.stage.number > 1 or self.is_over else self.evaluations[:1]
+        return Needs(checkpoints=tuple(e.checkpoint for e in base), newest=self.best is None)
 
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
+    def decide(self, evaluation: Evaluation) -> Decision:
         """Continue to the end of the stage; after the first stage roll back to the base."""
-        check_order(evaluation, stage=self._stage, index=len(self._seen), over=self._over)
-        self._seen.append(evaluation)
-        self._best.add(evaluation)
-        self._base = self._base or evaluation
         if not evaluation.last:
             return Continue(reason="within the compute budget")
-        if self._stage is not self._first:
+        if self.stage.number > 1:
             return self.end(why="the second run is over")
         limits = self._limits()
         if not limits:
             return self.end(why="nobody peaked before the end, so a second run would be the same")
-        active = tuple(name for name in self._first.active if limits.get(name) != 0)
+        active = tuple(name for name in self.stage.active if limits.get(name) != 0)
         if not active:
             return self.end(why="every sub-dataset was at its best before any training")
-        told = ", ".join(f"{name} at epoch {epoch:.4g}" for name, epoch in sorted(limits.items()))
-        self._stage = Stage(
+        peaks = ", ".join(f"{name} at epoch {epoch:.4g}" for name, epoch in sorted(limits.items()))
+        stage = Stage(
             number=2,
             active=active,
             epochs=max(limits.get(name, evaluation.epoch) for name in active),
             limits={name: limits[name] for name in active if name in limits},
         )
-        self._seen = []
-        return RollBack(
-            checkpoint=self._base.checkpoint,
-            exclude=tuple(name for name in self._first.active if name not in active),
-            stage=self._stage,
-            reason=f"peaks: {told}; the second run leaves each out from there on",
-        )
-
-    def end(self, *, why: str) -> Stop:
-        """Stop after any evaluation, with the best overall so far."""
-        if not self._seen:
-            raise ValueError("nothing of this stage was evaluated, so it cannot end")
-        self._over = True
-        result, words = self._best.result(otherwise=self._seen[-1])
-        return Stop(checkpoint=result, reason=f"{why}; {words}")
+        reason = f"peaks: {peaks}; the second run leaves each out from there on"
+        return self.roll_back(self.evaluations[0], stage, reason=reason)
 
     def _limits(self) -> dict[str, float]:
         """Return the epochs of the peaks before the last evaluation, by sub-dataset."""
         limits = {}
-        for name in self._first.active:
-            index = first_best_index(
-                [evaluation.metrics[name] for evaluation in self._seen], self.mode
-            )
-            if index is not None and index < len(self._seen) - 1:
-                limits[name] = self._seen[index].epoch
+        for name in self.stage.active:
+            index = first_best_index([one.metrics[name] for one in self.evaluations], self.mode)
+            if index is not None and index < len(self.evaluations) - 1:
+                limits[name] = self.evaluations[index].epoch
         return limits
