@@ -7,8 +7,9 @@ Example::
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -89,3 +90,9 @@ def too_long_text(name: str, count: int, max_length: int) -> str:
     return (
         f"sub-dataset {name!r}: {examples} more than data.max_length={max_length} tokens, dropped"
     )
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with the choice most like ``name``, or nothing."""
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

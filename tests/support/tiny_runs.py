@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trainer.config.load import load_config
-from trainer.config.schema import Config
+from trainer.config.schema import Config, DataConfig, FieldsConfig, SubDatasetConfig
+from trainer.data.examples import Split
+from trainer.data.load import load_mixture
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}"
@@ -43,6 +45,20 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
             single="<bos> $A", special_tokens=[("<bos>", 2)]
         )
     return wrapped
+
+
+def load_split(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    limit: int | None = None,
+    fields: FieldsConfig | None = None,
+) -> Split:
+    """Return the first ``limit`` usable examples of a file."""
+    files = SubDatasetConfig(train=str(path), validation=str(path), fields=fields)
+    data = DataConfig(sub_datasets={"a": files}, max_length=max_length)
+    return load_mixture(data, tokenizer, max_validation=limit)["a"].validation
 
 
 def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:

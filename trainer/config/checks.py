@@ -7,7 +7,6 @@ Example::
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -26,9 +25,11 @@ from trainer.config.schema import (
 )
 from trainer.config.templates import check
 from trainer.errors import ConfigError, DataError
+from trainer.text import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+"""An id on the hub: ``name`` or ``owner/name``."""
 
 
 def check_data(config: Config) -> None:
@@ -44,19 +45,13 @@ def check_data(config: Config) -> None:
     exact = evaluation.metric == "exact_match" and evaluation.answer_pattern is None
     for name, files in data.sub_datasets.items():
         _check_sub_dataset(f"data.sub_datasets.{name}", name, files, data)
-        if exact and files.fields is None and any(map(_is_mixture, _sources(files))):
+        sources = (files.train, files.validation, files.test)
+        has_mixture = any(isinstance(one, SourceConfig) and one.category for one in sources)
+        if exact and files.fields is None and has_mixture:
             raise ConfigError(
                 "the answers in mixture files follow '####': set evaluation.answer_pattern, as in "
                 f"'{ANSWER_PATTERN}'"
             )
-
-
-def _sources(files: SubDatasetConfig) -> list[Source]:
-    return [source for source in (files.train, files.validation, files.test) if source is not None]
-
-
-def _is_mixture(source: Source) -> bool:
-    return isinstance(source, SourceConfig) and source.category is not None
 
 
 def _check_sub_dataset(at: str, name: str, files: SubDatasetConfig, data: DataConfig) -> None:
@@ -94,16 +89,12 @@ def _check_source(at: str, source: Source) -> None:
             raise ConfigError(f"{at}: there is no file {source.file}")
     elif source.category is not None or source.part is not None:
         raise ConfigError(f"{at}: category and part go with 'file', not with 'hub'")
-    elif not Path(source.hub or "").is_dir() and not _HUB_ID.fullmatch(source.hub or ""):
+    elif not Path(source.hub or "").is_dir() and not HUB_ID.fullmatch(source.hub or ""):
         raise ConfigError(f"{at}.hub: {source.hub!r} is neither a directory nor an id (owner/name)")
 
 
 def _check_fields(at: str, fields: FieldsConfig) -> None:
-    given = {
-        key: template
-        for key in ("prompt", "completion", "text")
-        if (template := getattr(fields, key)) is not None
-    }
+    given = {key: template for key, template in vars(fields).items() if template is not None}
     if given.keys() not in ({"prompt", "completion"}, {"text"}):
         raise ConfigError(f"{at} must have prompt and completion, or text alone")
     for key, template in given.items():
@@ -254,10 +245,9 @@ def _check_precision(config: Config) -> None:
 def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"log_with must name trackers, of {', '.join(TRACKERS)}; got {name!r}{hint}"
+                f"log_with must name trackers, of {', '.join(TRACKERS)}; got {name!r}"
+                + did_you_mean(name, TRACKERS)
             )
         if find_spec(name) is None:
             raise ConfigError(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from trainer.config.mixture_file import names, read_mixture
+from trainer.config.mixture_file import name_categories, read_mixture
 from trainer.config.schema import DataConfig, MixtureConfig, SourceConfig, SubDatasetConfig
 from trainer.errors import ConfigError, DataError
 
@@ -105,7 +105,7 @@ def _split(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatasetConfig]:
             raise ConfigError(f"{at} must be a mixture file, or have 'file' and at most 'part'")
         file = folder / source.file
         try:
-            found = names(read_mixture(file, source.part or split), file)
+            found = name_categories(read_mixture(file, source.part or split), file)
         except DataError as error:
             raise ConfigError(f"{at}: {error}") from None
         if split == "train":

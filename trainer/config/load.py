@@ -16,18 +16,18 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from trainer.config.checks import check_settings
+from trainer.config.checks import HUB_ID, check_settings
 from trainer.config.data_paths import resolve_data
 from trainer.config.schema import Config
 from trainer.config.yaml import override, read_yaml, write_yaml
 from trainer.errors import ConfigError
+from trainer.text import did_you_mean
 
 T = TypeVar("T")
 
@@ -39,79 +39,64 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def build(cls: type[T], raw: Any) -> T:
-    """Return a ``cls`` from nested mappings; raises :class:`ConfigError` with the dotted key."""
-    return cast(T, _build(cls, raw, at="", root=cls))
+def build(cls: type[T], raw: Any, *, at: str = "") -> T:
+    """Return a dataclass of the configuration from nested mappings.
 
+    Args:
+        cls: The dataclass.
+        raw: A mapping of its fields.
+        at: The dotted key of ``raw`` in the configuration; empty for the whole configuration.
 
-def _build(cls: Any, raw: Any, *, at: str, root: Any) -> Any:
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type. The message begins
+            with the dotted key.
+    """
     if not isinstance(raw, Mapping):
         raise ConfigError(
             f"{at or 'the configuration'} must be a mapping of keys, got {_show(raw)}"
         )
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kind: Any = cls
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in raw:
         if key not in fields:
-            raise ConfigError(_unknown(str(key), list(fields), at=at, root=root))
+            raise ConfigError(_describe_unknown(str(key), list(fields), at))
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in raw:
             raise ConfigError(f"{_join(at, name)} is missing, it has no default")
     hints = get_type_hints(cls)
-    return cls(
-        **{
-            name: _convert(hints[name], value, at=_join(at, name), root=root)
-            for name, value in raw.items()
-        }
+    built: T = kind(
+        **{name: _convert(hints[name], value, _join(at, name)) for name, value in raw.items()}
     )
+    return built
 
 
-def _convert(hint: Any, value: Any, *, at: str, root: Any) -> Any:
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    """Return ``value`` as an annotation wants it."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None:
             return None
         hints = [arg for arg in args if arg is not types.NoneType]
         hint, *others = sorted(hints, key=dataclasses.is_dataclass)
-        chosen = others[0] if others and isinstance(value, Mapping) else hint
-        return _convert(chosen, value, at=at, root=root)
+        return _convert(others[0] if others and isinstance(value, Mapping) else hint, value, at)
     if origin is Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), args, n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            near = did_you_mean(str(value), args)
             choices = ", ".join(map(str, args))
-            raise ConfigError(f"{at} must be one of {choices}, got {_show(value)}{hint_text}")
+            raise ConfigError(f"{at} must be one of {choices}, got {_show(value)}{near}")
         return value
-    if origin is tuple and args[1:] == (...,):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{at} must be a list, got {_show(value)}")
-        args = args[:1] * len(value)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(args):
-            raise ConfigError(f"{at} must be a list of {len(args)} values, got {_show(value)}")
-        return tuple(
-            _convert(arg, item, at=f"{at}[{i}]", root=root)
-            for i, (arg, item) in enumerate(zip(args, value, strict=True))
-        )
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, at=at, root=root)
+        return _convert_list(args, value, at)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, at=at)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _mapping(args[1], value, at=at, root=root)
-    return _scalar(hint, value, at=at)
-
-
-def _mapping(hint: Any, value: Any, *, at: str, root: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{at} must be a mapping of names, got {_show(value)}")
-    for name in value:
-        if not isinstance(name, str):
-            raise ConfigError(f"{at}: the name {name!r} is not a string; put it into quotes")
-    return {
-        name: _convert(hint, item, at=_join(at, name), root=root) for name, item in value.items()
-    }
-
-
-def _scalar(hint: Any, value: Any, *, at: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{at} must be a mapping of names, got {_show(value)}")
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{at}: the name {name!r} is not a string; put it into quotes")
+        return {name: _convert(args[1], item, _join(at, name)) for name, item in value.items()}
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if hint is not float and type(value) is hint:
@@ -120,25 +105,38 @@ def _scalar(hint: Any, value: Any, *, at: str) -> Any:
     raise ConfigError(f"{at} must be {_WORDS[hint]}, got {_show(value)}{advice}")
 
 
-def _unknown(key: str, siblings: list[str], *, at: str, root: Any) -> str:
+def _convert_list(hints: tuple[Any, ...], value: Any, at: str) -> tuple[Any, ...]:
+    is_list = isinstance(value, (list, tuple))
+    if hints[1:] == (...,):
+        if not is_list:
+            raise ConfigError(f"{at} must be a list, got {_show(value)}")
+        hints = hints[:1] * len(value)
+    elif not is_list or len(value) != len(hints):
+        raise ConfigError(f"{at} must be a list of {len(hints)} values, got {_show(value)}")
+    pairs = enumerate(zip(hints, value, strict=True))
+    return tuple(_convert(hint, item, f"{at}[{i}]") for i, (hint, item) in pairs)
+
+
+def _describe_unknown(key: str, siblings: list[str], at: str) -> str:
+    """Return the message for an unknown key, with the nearest valid one."""
     message = f"unknown key {_join(at, key)!r}"
-    elsewhere = reversed(list(_dotted_keys(root)))
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in elsewhere}
-    if key in leaves:
-        return f"{message}; did you mean {leaves[key]!r}?"
+    elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed([*_list_keys(Config)])}
+    if key in elsewhere:
+        return f"{message}; did you mean {elsewhere[key]!r}?"
     if near := difflib.get_close_matches(key, siblings, n=1):
         return f"{message}; did you mean {_join(at, near[0])!r}?"
-    if near := difflib.get_close_matches(key, leaves, n=1, cutoff=0.8):
-        return f"{message}; did you mean {leaves[near[0]]!r}?"
+    if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
+        return f"{message}; did you mean {elsewhere[near[0]]!r}?"
     return f"{message}; the keys here are {', '.join(sorted(siblings))}"
 
 
-def _dotted_keys(cls: Any, at: str = "") -> Iterator[str]:
+def _list_keys(cls: Any, at: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a dataclass and of those in it."""
     for name, hint in get_type_hints(cls).items():
-        if type(None) in get_args(hint):
-            hint = get_args(hint)[0]  # noqa: PLW2901 - what it is where it is something
-        if dataclasses.is_dataclass(hint):
-            yield from _dotted_keys(hint, _join(at, name))
+        # An optional dataclass, as in ``LoraConfig | None``, has keys, too.
+        kind = get_args(hint)[0] if type(None) in get_args(hint) else hint
+        if dataclasses.is_dataclass(kind):
+            yield from _list_keys(kind, _join(at, name))
         yield _join(at, name)
 
 
@@ -148,9 +146,6 @@ def _join(at: str, name: str) -> str:
 
 def _show(value: Any) -> str:
     return "nothing" if value is None else repr(value)
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -174,7 +169,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         tree = read_yaml(path)
         for assignment in overrides:
             override(tree, assignment)
-        config = _resolve(build(Config, tree), path.absolute().parent)
+        config = build(Config, tree)
+        folder = path.absolute().parent
+        config = replace(
+            config,
+            output_dir=str(Path(config.output_dir).absolute()),
+            model=replace(config.model, path=_resolve_model(config.model.path, folder)),
+            data=resolve_data(config.data, folder),
+        )
         check_settings(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -196,20 +198,10 @@ def dump(config: Config) -> str:
     return write_yaml(to_dict(config))
 
 
-def _resolve(config: Config, folder: Path) -> Config:
-    """Make paths absolute and spell out where the data lies."""
-    return replace(
-        config,
-        output_dir=str(Path(config.output_dir).absolute()),
-        model=replace(config.model, path=_model_path(config.model.path, folder)),
-        data=resolve_data(config.data, folder),
-    )
-
-
-def _model_path(path: str, folder: Path) -> str:
-    """Return an absolute path where ``path`` is a directory, and a hub id as it stands."""
+def _resolve_model(path: str, folder: Path) -> str:
+    """Return an absolute path for a directory, and an id on the hub unchanged."""
     if (folder / path).exists():
         return str(folder / path)
-    if not _HUB_ID.fullmatch(path):
+    if not HUB_ID.fullmatch(path):
         raise ConfigError(f"model.path: there is no directory {folder / path}")
     return path

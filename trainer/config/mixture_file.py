@@ -8,8 +8,8 @@ that ends in ``####`` and an answer, otherwise ``#### answer``.
 
 Example::
 
-    rows = read_mixture(Path("mix-10cat-18k.json"), "train")
-    names(rows, "mix-10cat-18k.json")          # {"openai_gsm8k_main": "openai/gsm8k/main", …}
+    rows = read_mixture(Path("mix.json"), "train")
+    name_categories(rows, "mix.json")       # {"openai_gsm8k_main": "openai/gsm8k/main", …}
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_mixture(path: Path, part: str) -> list[dict[str, Any]]:
     return tree
 
 
-def names(rows: Iterable[Mapping[str, Any]], path: str | Path) -> dict[str, str]:
+def name_categories(rows: Iterable[Mapping[str, Any]], path: str | Path) -> dict[str, str]:
     """Return the sub-datasets of a file: name → category, sorted.
 
     A name is the category with ``_`` for what a name cannot have, as in ``openai_gsm8k_main``.
@@ -73,7 +73,7 @@ def names(rows: Iterable[Mapping[str, Any]], path: str | Path) -> dict[str, str]
     return found
 
 
-def flatten_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with its ``input`` as a string; raises :class:`DataError` if it has none."""
     question = row.get("input")
     if isinstance(question, list) and len(question) == 1 and isinstance(question[0], dict):
@@ -83,8 +83,8 @@ def flatten_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "input": question.strip()}
 
 
-def record(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return a flat row as prompt, completion and reference.
+def to_completion_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a normalized row as prompt, completion and reference.
 
     Raises :class:`DataError` where ``answer`` or ``output`` is not what it must be.
     """

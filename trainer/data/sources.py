@@ -1,8 +1,8 @@
 """Rows from JSON Lines, Parquet, mixture files and data sets of the hub, by their number.
 
-A row is read when it is asked for, so that a bad one is named when, and only if, it is used. Rows
-and lines count from 1. Nothing is streamed: a file, or the index of a data set, is opened whole, so
-every row keeps its number, which is the identity of its example.
+A row is parsed when it is asked for, so an error names a bad row only if the row is used. Nothing
+is streamed: a file, or the index of a data set, is opened whole. So every row keeps its number,
+which is the identity of its example.
 
 Parquet needs ``pyarrow``, data sets of the hub need ``datasets``; both are in
 ``pip install 'msft-store[data]'``.
@@ -18,150 +18,118 @@ from __future__ import annotations
 
 import codecs
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trainer.config.mixture_file import flatten_row, read_mixture
+from trainer.config.mixture_file import normalize_row, read_mixture
 from trainer.config.schema import SourceConfig
 from trainer.errors import DataError
 
 Row = Mapping[str, Any]
 
 
-class Rows(ABC):
-    """Rows by their number, from 0; in messages from 1."""
+class Rows:
+    """The rows of a source by number, from 0; messages count from 1.
 
-    unit = "row"
+    Args:
+        name: The source's name in messages.
+        items: The rows as the source holds them.
+        parse: Makes a row of an item; raises :class:`DataError` without the row's place.
+        numbers: The number of each item in the source, if some are left out.
+        unit: The word for an item in messages.
+    """
 
-    def __init__(self, name: str) -> None:
-        """Name the rows for messages."""
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[Any],
+        parse: Callable[[Any], Row],
+        *,
+        numbers: Sequence[int] | None = None,
+        unit: str = "row",
+    ) -> None:
+        """Describe the rows; see the class."""
         self.name = name
+        self._items = items
+        self._parse = parse
+        self._numbers = range(len(items)) if numbers is None else numbers
+        self._unit = unit
 
     def place(self, index: int) -> str:
         """Return where a row is, for messages."""
-        return f"{self.name}, {self.unit} {index + 1}"
+        return f"{self.name}, {self._unit} {self._numbers[index] + 1}"
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of rows."""
+        return len(self._items)
 
-    @abstractmethod
     def __getitem__(self, index: int) -> Row:
-        """Return a row; raises :class:`DataError` without its place if it is none."""
+        """Return a row; raises :class:`DataError` without its place if it is damaged."""
+        return self._parse(self._items[index])
 
 
 class Sources:
-    """Opens sources, each mixture file once."""
+    """Opens sources; a mixture file is read once."""
 
     def __init__(self) -> None:
-        """Begin with nothing read."""
-        self._mixtures: dict[tuple[str, str], dict[str, list[tuple[int, Row]]]] = {}
+        """Start with no mixture file."""
+        self._mixtures: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
 
     def open(self, source: str | Path | SourceConfig) -> Rows:
         """Return the rows of a source; raises :class:`DataError` if it cannot be opened."""
         if not isinstance(source, SourceConfig):
             source = SourceConfig(file=str(source))
         if source.hub is not None:
-            return _Table(_hub_name(source), _load_hub(source))
+            return Rows(_hub_name(source), _load_hub(source), dict)
         path = Path(source.file or "")
         if source.category is not None:
-            return _MixtureRows(path, self._category(source))
+            rows = self._read_category(source)
+            return Rows(str(path), [*rows.values()], normalize_row, numbers=[*rows])
         if path.suffix.lower() == ".parquet":
-            return _Table(str(path), _ArrowRows(_load_parquet(path)))
-        return _Lines(path)
+            table = _load_parquet(path)
+            # A slice makes Python objects of one row only.
+            return Rows(
+                str(path), range(table.num_rows), lambda index: table.slice(index, 1).to_pylist()[0]
+            )
+        return _open_lines(path)
 
-    def _category(self, source: SourceConfig) -> list[tuple[int, Row]]:
+    def _read_category(self, source: SourceConfig) -> dict[int, Row]:
+        """Return the rows of a category by their numbers in the mixture file."""
         key = (source.file or "", source.part or "train")
         if key not in self._mixtures:
-            categories: dict[str, list[tuple[int, Row]]] = {}
-            for index, row in enumerate(read_mixture(Path(key[0]), key[1])):
-                categories.setdefault(row["category"], []).append((index, row))
+            categories: dict[str, dict[int, Row]] = {}
+            for number, row in enumerate(read_mixture(Path(key[0]), key[1])):
+                categories.setdefault(row["category"], {})[number] = row
             self._mixtures[key] = categories
-        return self._mixtures[key].get(source.category or "", [])
+        return self._mixtures[key].get(source.category or "", {})
 
 
-class _Lines(Rows):
-    """The lines of a JSON Lines file that are not blank."""
-
-    unit = "line"
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        try:
-            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        self._lines = [(i, line) for i, line in enumerate(lines) if line.strip()]
-
-    def place(self, index: int) -> str:
-        return super().place(self._lines[index][0])
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Row:
-        try:
-            record = json.loads(self._lines[index][1].decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 ({error.reason})") from None
-        except ValueError as error:
-            raise DataError(f"not valid JSON ({error})") from None
-        except RecursionError:
-            raise DataError("not usable JSON (nested too deeply)") from None
-        if not isinstance(record, dict):
-            raise DataError(f"a line must be a JSON object, this one is a {type(record).__name__}")
-        return record
+def _open_lines(path: Path) -> Rows:
+    """Return the lines of a JSON Lines file that are not blank."""
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    found = {number: line for number, line in enumerate(lines) if line.strip()}
+    return Rows(str(path), [*found.values()], _parse_line, numbers=[*found], unit="line")
 
 
-class _MixtureRows(Rows):
-    """The rows of one category of a mixture file."""
-
-    def __init__(self, path: Path, rows: Sequence[tuple[int, Row]]) -> None:
-        super().__init__(str(path))
-        self._rows = rows
-
-    def place(self, index: int) -> str:
-        return super().place(self._rows[index][0])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return flatten_row(self._rows[index][1])
-
-
-class _Table(Rows):
-    """The rows of something that has columns."""
-
-    def __init__(self, name: str, table: Any) -> None:
-        super().__init__(name)
-        self._table = table
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Row:
-        row: Row = self._table[index]
-        return row
-
-
-class _ArrowRows:
-    """An Arrow table's rows, without making Python objects of all of them at once."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __getitem__(self, index: int) -> Row:
-        (row,) = self._table.slice(index, 1).to_pylist()
-        return dict(row)
+def _parse_line(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 ({error.reason})") from None
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise DataError("not usable JSON (nested too deeply)") from None
+    if not isinstance(row, dict):
+        raise DataError(f"a line must be a JSON object, this one is a {type(row).__name__}")
+    return row
 
 
 def _load_parquet(path: Path) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.tiny_runs import make_tokenizer, write_lines
+from tests.support.tiny_runs import load_split, make_tokenizer, write_lines
 from trainer.config.schema import DataConfig, SubDatasetConfig
 from trainer.data.examples import bos_prefix, encode
-from trainer.data.load import load_mixture, load_split
+from trainer.data.load import load_mixture
 from trainer.errors import DataError
 from trainer.model.forward import IGNORED, collate
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.tiny_runs import make_config, make_tokenizer, write_lines
+from tests.support.tiny_runs import load_split, make_config, make_tokenizer, write_lines
 from trainer.config.schema import DataConfig, FieldsConfig, SubDatasetConfig
-from trainer.data.load import load_mixture, load_split
+from trainer.data.load import load_mixture
 from trainer.errors import ConfigError, DataError
 from trainer.report.report import write_report
 from trainer.training.run import start
@@ -97,7 +97,8 @@ def test_a_row_without_a_templates_column_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"q": "1", "a": 2}, {"q": "2", "b": 2}])
     with pytest.raises(DataError) as caught:
         load_split(path, TOKENIZER, max_length=9, fields=FieldsConfig(text="{q}{a}"))
-    assert str(caught.value) == f"{path}, line 2: there is no 'a'; the row has the columns q, b"
+    message = f"{path}, line 2: there is no 'a'; the row has the columns q, b"
+    assert str(caught.value) == f"sub-dataset 'a', train: {message}"
 
 
 def released(tmp_path):
