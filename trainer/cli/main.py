@@ -10,7 +10,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +22,9 @@ from msft_store import StoreError
 from trainer.cli import compare as cli_compare
 from trainer.cli import simulate as cli_simulate
 from trainer.cli.logs import show_log
-from trainer.comparison.tables import describe_failures
+from trainer.comparison.compare import compare
+from trainer.comparison.report import summaries_by_method
+from trainer.comparison.tables import describe_failures, render_text
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.examples import Example
@@ -97,86 +99,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("msft-store"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add(commands, "run", _run, "begin a run", "msft-train run config.yaml train.lr=2e-5 seed=1")
-    _add(commands, "resume", _resume, "continue a run after a kill", "msft-train resume runs/demo")
-    _add(
-        commands,
-        "plan",
-        _plan,
-        "say what a run takes at most: steps, FLOPs, disk",
-        "msft-train plan config.yaml msft.compute_budget=5",
-    )
-    _add(
-        commands,
-        "report",
-        _report,
-        "write report, plots and result.json of a run again",
-        "msft-train report runs/demo",
-    )
-    comparing = _add(
-        commands,
-        "compare",
-        _compare,
-        "run several methods and set them side by side",
-        "msft-train compare config.yaml --methods sft,msft",
-    )
-    cli_compare.add_options(comparing)
-    simulating = _add(
-        commands,
-        "simulate",
-        _simulate,
-        "replay other policies on the curves of a recorded run",
-        "msft-train simulate runs/demo --sweep peak-window=2,4,off",
-    )
-    cli_simulate.add_options(simulating)
-    return parser
-
-
-def _add(
-    commands: Any, name: str, command: Any, text: str, example: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=command)
-    if name in ("resume", "report"):
-        parser.add_argument("run", metavar="RUN", help="the directory of a run")
-    elif name != "simulate":
-        parser.add_argument("config", metavar="CONFIG", help="a YAML file")
-        parser.add_argument(
-            "overrides",
-            metavar="KEY=VALUE",
-            nargs="*",
-            default=[],
-            help="overrides, as in train.lr=2e-5",
+    for name, (command, text, example) in _COMMANDS.items():
+        one = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  msft-train {name} {example}\n\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="count",
-        default=0,
-        help="show the store's log too; twice: details",
-    )
+        one.set_defaults(command=command)
+        if name in ("resume", "report"):
+            one.add_argument("run", metavar="RUN", help="the directory of a run")
+        elif name != "simulate":
+            one.add_argument("config", metavar="CONFIG", help="a YAML file")
+            one.add_argument(
+                "overrides",
+                metavar="KEY=VALUE",
+                nargs="*",
+                default=[],
+                help="overrides, as in train.lr=2e-5",
+            )
+        one.add_argument("--json", action="store_true", help="print the result as JSON")
+        one.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        one.add_argument(
+            "-v",
+            "--verbose",
+            action="count",
+            default=0,
+            help="show the store's log too; twice: details",
+        )
+        if name == "compare":
+            cli_compare.add_options(one)
+        if name == "simulate":
+            cli_simulate.add_options(one)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    summary = start(config, **_progress(options))
-    _print_summary(options, summary)
-    return _exit_code(summary)
+    return _show_end(options, start(config, progress=not options.quiet))
 
 
 def _resume(options: argparse.Namespace) -> int:
-    summary = resume(options.run, **_progress(options))
+    return _show_end(options, resume(options.run, progress=not options.quiet))
+
+
+def _show_end(options: argparse.Namespace, summary: Summary) -> int:
+    """Print the summary of a run and return the exit code."""
     _print_summary(options, summary)
-    return _exit_code(summary)
+    if not summary.diverged:
+        return 0
+    _complain(f"{summary.method}: {DIVERGED}")
+    return 3
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -186,11 +160,25 @@ def _report(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     try:
-        comparison = cli_compare.comparison_of(config, options, progress=not options.quiet)
+        comparison = compare(
+            config,
+            options.methods.split(","),
+            seeds=options.seeds,
+            budgets=options.budgets,
+            equal_compute=options.equal_compute,
+            jobs=options.jobs,
+            keep_models=options.keep_models,
+            progress=not options.quiet,
+        )
     except Interrupted as interrupted:
         _complain(f"{interrupted}; give the same command again to go on")
         return 128 + interrupted.number
-    tree, text = cli_compare.shown(comparison)
+    tree: dict[str, Any]
+    if summaries := summaries_by_method(comparison):
+        tree = {label: summary.to_dict() for label, summary in summaries.items()}
+        text = compare_table(summaries)
+    else:
+        tree, text = comparison.to_dict(), render_text(comparison)
     _print(tree if options.json else text)
     for remark in describe_failures(comparison):
         _complain(remark)
@@ -202,22 +190,37 @@ def _simulate(options: argparse.Namespace) -> None:
     _print(tree if options.json else text)
 
 
-def _exit_code(summary: Summary) -> int:
-    """Return 0, or say that training diverged and return the code for that."""
-    if not summary.diverged:
-        return 0
-    _complain(f"{summary.method}: {DIVERGED}")
-    return 3
-
-
 def _plan(options: argparse.Namespace) -> None:
-    found = plan_of(load_config(options.config, options.overrides))
+    found = make_plan(load_config(options.config, options.overrides))
     tree = {**asdict(found), "rollback_bytes": found.rollback_bytes}
     _print(tree if options.json else found.to_text())
 
 
-def plan_of(config: Config) -> Plan:
-    """Count a configuration's data and model, and work out what its run takes at most."""
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str]] = {
+    "run": (_run, "begin a run", "config.yaml train.lr=2e-5 seed=1"),
+    "resume": (_resume, "continue a run after a kill", "runs/demo"),
+    "plan": (
+        _plan,
+        "say what a run takes at most: steps, FLOPs, disk",
+        "config.yaml msft.compute_budget=5",
+    ),
+    "report": (_report, "write report, plots and result.json of a run again", "runs/demo"),
+    "compare": (
+        _compare,
+        "run several methods and set them side by side",
+        "config.yaml --methods sft,msft",
+    ),
+    "simulate": (
+        _simulate,
+        "replay other policies on the curves of a recorded run",
+        "runs/demo --sweep peak-window=2,4,off",
+    ),
+}
+"""Each command with its help text and the arguments of an example."""
+
+
+def make_plan(config: Config) -> Plan:
+    """Load the data and the model of a configuration, and return the upper limits of its run."""
     loaded = load_for_training(config)
     mixture = load_mixture(
         config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
@@ -251,10 +254,6 @@ def _lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example) for example in examples]
 
 
-def _progress(options: argparse.Namespace) -> dict[str, Any]:
-    return {"progress": not options.quiet}
-
-
 def _print_summary(options: argparse.Namespace, summary: Summary) -> None:
     _print(summary.to_dict() if options.json else compare_table({summary.method.upper(): summary}))
 
@@ -270,7 +269,7 @@ def _complain(sentence: str) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return an error's first line; of a system error what and where."""
+    """Return the first line of an error; for a system error, its file and its meaning."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
