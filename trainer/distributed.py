@@ -6,11 +6,11 @@ that like a kill. A run of one process starts no thread.
 
 Example::
 
-    with FailureWatch():
+    with watch_failures():
         train()
-    together = RunProcesses(accelerator)
-    decision = together.share(decision)             # the main process's value in all
-    if together.any_of(signalled): ...
+    processes = RunProcesses(accelerator)
+    decision = processes.share(decision)            # the main process's value in all
+    if processes.any_of(signalled): ...
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from types import TracebackType
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -83,7 +82,7 @@ class RunProcesses:
         if not self.is_one:
             broadcast_object_list(shared)
         if shared[0] is None:
-            raise RunError("the main process has decided nothing")
+            raise RunError("the main process made no decision")
         return shared[0]
 
     def any_of(self, flag: bool) -> bool:
@@ -95,76 +94,76 @@ class RunProcesses:
 
 
 _FAILED, _ENDING = "failed", "ending"
-_EVERY = 0.2
-"""Seconds between two polls."""
-_PATIENCE = 10.0
-"""Seconds that a failed process waits for the others to see its failure."""
+"""Keys in the store: the message of a failure, and the number of processes that know it."""
+_POLL_SECONDS = 0.2
+_TIMEOUT_SECONDS = 10.0
+"""Time that a failed process waits for the others to read its message."""
 
 
-class FailureWatch:
-    """A context that ends all processes of a run if an error leaves it in one of them."""
+@contextmanager
+def watch_failures() -> Iterator[None]:
+    """End all processes of a run if an error leaves this context in one of them.
 
-    def __init__(self) -> None:
-        """Create it; the thread starts when the context is entered."""
-        self._store: TCPStore | None = None
-        self._over = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="alarm", daemon=True)
-
-    def __enter__(self) -> FailureWatch:
-        """Connect the processes; all of them must enter the context."""
-        state = this_process()
-        if state.num_processes == 1:
-            return self
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        port = [0]
-        if state.is_main_process:
-            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            port = [self._store.port]
-        broadcast_object_list(port)
-        if self._store is None:
-            self._store = TCPStore(host, port[0], is_master=False)
-        self._watcher.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Report an error to the others; a signal reaches all processes by itself."""
-        if self._store is None:
-            return
-        self._over.set()
-        self._watcher.join()
-        if error is None or isinstance(error, Interrupted):
-            this_process().wait_for_everyone()
+    All processes must enter the context. A signal needs no report, because every process gets it.
+    """
+    state = this_process()
+    if state.num_processes == 1:
+        yield
+        return
+    store = _connect(state)
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(store, over), name="failures", daemon=True)
+    watcher.start()
+    failure: BaseException | None = None
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        over.set()
+        watcher.join()
+        if failure is None:
+            state.wait_for_everyone()
         else:
-            # If the main process has ended, the store is gone and nobody needs the report.
+            # If the main process has ended, the store is gone and no process needs the report.
             with suppress(RuntimeError):
-                self._ring(self._store, error)
+                _report_failure(store, failure, count=state.num_processes)
 
-    def _ring(self, store: TCPStore, error: BaseException) -> None:
-        lines = str(error).strip().splitlines()
-        store.set(_FAILED, lines[0] if lines else type(error).__name__)
-        count, deadline = this_process().num_processes, time.monotonic() + _PATIENCE
-        store.add(_ENDING, 1)
-        while store.add(_ENDING, 0) < count and time.monotonic() < deadline:
-            time.sleep(_EVERY / 4)
 
-    def _watch(self) -> None:
-        store = self._store
-        while store is not None and not self._over.wait(_EVERY):
-            try:
-                why = store.get(_FAILED).decode() if store.check([_FAILED]) else None
-            except RuntimeError:
-                why = "the main process has gone"
-            if why is not None and not self._over.is_set():
-                print(
-                    f"msft-train: another process of this run has failed: {why}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                with suppress(RuntimeError):
-                    store.add(_ENDING, 1)
-                os._exit(1)
+def _connect(state: PartialState) -> TCPStore:
+    """Return a store that all processes share; the main process serves it."""
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    port = [0]
+    store = None
+    if state.is_main_process:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port = [store.port]
+    broadcast_object_list(port)
+    return store or TCPStore(host, port[0], is_master=False)
+
+
+def _report_failure(store: TCPStore, error: BaseException, *, count: int) -> None:
+    lines = str(error).strip().splitlines()
+    store.set(_FAILED, lines[0] if lines else type(error).__name__)
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    store.add(_ENDING, 1)
+    while store.add(_ENDING, 0) < count and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS / 4)
+
+
+def _watch(store: TCPStore, over: threading.Event) -> None:
+    """Poll for a failure of another process; print its message and end this process."""
+    while not over.wait(_POLL_SECONDS):
+        try:
+            why = store.get(_FAILED).decode() if store.check([_FAILED]) else None
+        except RuntimeError:
+            why = "the main process has gone"
+        if why is not None and not over.is_set():
+            message = f"msft-train: another process of this run has failed: {why}"
+            print(message, file=sys.stderr, flush=True)
+            with suppress(RuntimeError):
+                store.add(_ENDING, 1)
+            os._exit(1)

@@ -72,7 +72,7 @@ Example::
     journal_queue = JournalQueue(journal)
     journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result().id})])
     journal_queue.add("trained", step=1)           # waits behind it
-    journal_queue.settle()                         # waits for the commit, writes both
+    journal_queue.flush()                          # waits for the commit, writes both
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from trainer.errors import PausedError, RunError
@@ -154,12 +153,7 @@ class Journal:
         """Return the journal itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file."""
         self.close()
 
@@ -260,7 +254,7 @@ def _number(value: Any) -> Any:
 Line = tuple[str, dict[str, Any]]
 """Event and fields of a record."""
 
-_Waiting = tuple[Future[Any] | None, Callable[[], Iterable[Line]]]
+_Entry = tuple[Future[Any] | None, Callable[[], Iterable[Line]]]
 
 
 class JournalQueue:
@@ -269,10 +263,10 @@ class JournalQueue:
     def __init__(
         self, journal: Journal | None, on_record: Callable[[Record], None] = lambda record: None
     ) -> None:
-        """Create a queue; ``on_record`` gets each record that is written to the journal, if any."""
+        """Create a queue; ``on_record`` is called with each record that was written."""
         self._journal = journal
         self._on_record = on_record
-        self._waiting: deque[_Waiting] = deque()
+        self._pending: deque[_Entry] = deque()
 
     def add(self, event: str, **fields: Any) -> None:
         """Queue a record and write it once the records before it are written."""
@@ -284,31 +278,31 @@ class JournalQueue:
         ``lines`` is called once, after the records before it are written, and may wait for
         ``future``.
         """
-        self._waiting.append((future, lines))
+        self._pending.append((future, lines))
         self.write_ready()
 
     def write_ready(self) -> None:
         """Write all records that do not wait for a commit."""
-        while self._waiting:
-            future, _ = self._waiting[0]
+        while self._pending:
+            future, _ = self._pending[0]
             if future is not None and not future.done():
                 return
             self._write_next()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for the pending commits and write all records.
 
         If a commit failed, its error is raised and no later record is written.
         """
-        while self._waiting:
+        while self._pending:
             self._write_next()
 
     def _write_next(self) -> None:
-        _, lines = self._waiting.popleft()
+        _, lines = self._pending.popleft()
         try:
             for event, fields in lines():
                 if self._journal is not None:
                     self._on_record(self._journal.append(event, **fields))
         except BaseException:
-            self._waiting.clear()
+            self._pending.clear()
             raise

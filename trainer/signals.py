@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -20,42 +20,37 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user or the sche
     """A run was ended by a signal."""
 
     def __init__(self, number: int) -> None:
-        """Remember the signal's number."""
+        """Create it for a signal's number."""
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
         self.directory = "RUN"
-        """The run's directory, where it is known."""
+        """The directory of the run, if known."""
 
 
 class Interrupts:
-    """Notes the first signal; a second one ends the process at once, as if this were not here."""
+    """Records the first signal; a second one has its usual effect, which ends the process."""
 
     def __init__(self) -> None:
-        """Begin without a signal."""
+        """Start without a signal."""
         self.number: int | None = None
         self._previous: dict[int, Any] = {}
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come."""
+        """Raise :class:`Interrupted` if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     def __enter__(self) -> Interrupts:
-        """Take over the signals; Python allows that in the main thread only."""
+        """Install the handlers; Python allows that in the main thread only."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._note) for n in _SIGNALS}
+            self._previous = {n: signal.signal(n, self._record) for n in _SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back."""
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers that were there before."""
         self._restore()
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.number = number
         self._restore()
 

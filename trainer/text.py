@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text in rows and columns; the first column is aligned left, numbers right."""
+    """Text in rows and columns; the first column and words are aligned left, numbers right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -61,27 +61,28 @@ def metric_name_text(metric: str, mode: str) -> str:
 
 
 def count_text(value: int) -> str:
-    """Return a whole number with separators."""
+    """Return a whole number with thousands separators."""
     return f"{value:,}"
 
 
 def bytes_text(value: float) -> str:
-    """Return bytes in a decimal unit, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+    """Return bytes in a decimal unit."""
+    return _with_unit(value, ("B", "kB", "MB", "GB", "TB"), digits=1)
 
 
 def flops_text(value: int) -> str:
-    """Return FLOPs in a unit that leaves few digits before the point."""
-    number = float(value)
-    for unit in ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "FLOPs" else f"{number:.2f} {unit}"
-        number /= 1000
-    return f"{number:.2f} EFLOPs"
+    """Return FLOPs in a unit that leaves at most three digits before the point."""
+    units = ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs")
+    return _with_unit(value, units, digits=2)
+
+
+def _with_unit(value: float, units: Sequence[str], *, digits: int) -> str:
+    """Return a value in the first unit that makes it less than 1000, or in the last one."""
+    power = 0
+    while abs(value) >= 1000 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.{digits if power else 0}f} {units[power]}"
 
 
 def too_long_text(name: str, count: int, max_length: int) -> str:

@@ -143,7 +143,7 @@ def killed_ahead(config: Config, directory: Path, commit: int) -> int:
     """Train on while commit number ``commit`` is under way, and die before it is durable."""
     ahead, commits = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, train = JournalQueue.settle, StageSteps.train
+    flush, train = JournalQueue.flush, StageSteps.train
 
     def committing(self: Timeline, *arguments: Any, **keywords: Any) -> Any:
         ahead.clear()
@@ -156,14 +156,14 @@ def killed_ahead(config: Config, directory: Path, commit: int) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(self, tensors, **keywords)
 
-    def settling(self: JournalQueue) -> None:
+    def flushing(self: JournalQueue) -> None:
         ahead.set()
-        settle(self)
+        flush(self)
 
     def training(self: StageSteps, step: int) -> None:
         train(self, step)
         ahead.set()
 
     Timeline.commit_async, Store.save = committing, saving
-    JournalQueue.settle, StageSteps.train = settling, training
+    JournalQueue.flush, StageSteps.train = flushing, training
     return go_on(config, directory)

@@ -258,7 +258,7 @@ class Loop:
         finding = all_non_finite(result.losses)
         if finding is not None:
             return self._handle_divergence(finding, steps, position)
-        self._work.journal_queue.settle()
+        self._work.journal_queue.flush()
         save = self._save_rollback_point(steps, position.evaluations, result)
         return self._decide(steps, position.evaluations, result, save)
 
@@ -269,7 +269,7 @@ class Loop:
         work, stage, answer = self._work, steps.stage, None
         if work.accelerator.is_main_process:
             # A checkpoint can only be restored once it is durable and its id is known.
-            work.journal_queue.settle()
+            work.journal_queue.flush()
             divergence = Divergence(
                 stage=stage.number,
                 epoch=steps.schedule.epoch(position.step),
@@ -375,7 +375,7 @@ class Loop:
 
         self._work.journal_queue.add_later(save.future if save else None, make_lines)
         if not isinstance(decision, Continue):
-            self._work.journal_queue.settle()
+            self._work.journal_queue.flush()
         _log_decision(evaluation, known.metrics, decision)
         decided: Decision = self._processes.share(self._names.resolve(decision))
         return decided
@@ -413,7 +413,7 @@ class Loop:
         """Replace the resume point; every process adds its random number generators."""
         work = self._work
         self._observer.write_losses(position)
-        work.journal_queue.settle()
+        work.journal_queue.flush()
         seq = 0 if work.journal is None else work.journal.next_seq - 1
         size = resume_point.save(work, ResumePoint(position=position, seq=seq))
         place = {"step": position.global_step, "stage": position.stage}

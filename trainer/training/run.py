@@ -30,7 +30,7 @@ from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Stop, Strategy
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.distributed import FailureWatch, this_process
+from trainer.distributed import this_process, watch_failures
 from trainer.errors import PausedError, RunError
 from trainer.files import is_full
 from trainer.journal import effective, read
@@ -109,7 +109,7 @@ def _run(config: Config, *, is_new: bool, progress: bool) -> Summary:
     """Train a run from its current state to its end, and write its report."""
     directory = Path(config.output_dir)
     with ExitStack() as stack:
-        stack.enter_context(FailureWatch())
+        stack.enter_context(watch_failures())
         if is_new:
             stack.enter_context(new_directory(config))
         stack.enter_context(_pause_if_full(directory))

@@ -188,12 +188,12 @@ def _finish_commits(work: Workspace) -> Iterator[None]:
     except BaseException:
         # The error in flight explains more than a second one from a commit would.
         with suppress(Exception):
-            work.journal_queue.settle()
+            work.journal_queue.flush()
         with suppress(Exception):
             if work.timeline is not None:
                 work.timeline.wait()
         raise
-    work.journal_queue.settle()
+    work.journal_queue.flush()
 
 
 def start_record(work: Workspace) -> Record:

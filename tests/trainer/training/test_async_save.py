@@ -99,22 +99,22 @@ def test_training_goes_on_while_a_commit_is_under_way(config, reference, monkeyp
 def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, monkeypatch):
     config = replace(in_background(config, "points"), resume_every=1)
     journal = Path(config.output_dir) / "journal.jsonl"
-    settling, counted = threading.Event(), []
+    flushing, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    settle, save_point = JournalQueue.settle, resume_point.save_file_atomic
+    flush, save_point = JournalQueue.flush, resume_point.save_file_atomic
 
     def committing(self, *arguments, **keywords):
-        settling.clear()
+        flushing.clear()
         return commit_async(self, *arguments, **keywords)
 
     def saving(self, tensors, **keywords):
         if keywords["metadata"]["epoch"]:
-            assert settling.wait(LONG)
+            assert flushing.wait(LONG)
         return save(self, tensors, **keywords)
 
-    def settled(self):
-        settling.set()
-        settle(self)
+    def when_flushed(self):
+        flushing.set()
+        flush(self)
 
     def saving_point(path, point, *arguments):
         stage = [r for r in read(journal) if r.get("stage") == point.position.stage]
@@ -124,7 +124,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
-    monkeypatch.setattr(JournalQueue, "settle", settled)
+    monkeypatch.setattr(JournalQueue, "flush", when_flushed)
     monkeypatch.setattr(resume_point, "save_file_atomic", saving_point)
     start(config)
     assert len(counted) > 10
@@ -208,8 +208,8 @@ def test_nothing_is_written_after_a_commit_that_failed(tmp_path):
         journal_queue.add("trained", step=2, loss=1.0)
         future.set_exception(StorageError("full"))
         with pytest.raises(StorageError, match="full"):
-            journal_queue.settle()
-        journal_queue.settle()
+            journal_queue.flush()
+        journal_queue.flush()
         assert journal.next_seq == 0
     JournalQueue(None).add("trained", step=1)
 
