@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.support.tiny_runs import make_config
-from trainer.algorithms.divergence import all_non_finite, non_finite_metrics, first_non_finite
+from trainer.algorithms.divergence import all_non_finite, first_non_finite, non_finite_metrics
 from trainer.cli.main import main
 from trainer.errors import RunError
 from trainer.journal import Journal, effective, read

@@ -22,7 +22,7 @@ from trainer.algorithms.base import (
     Stage,
     Stop,
 )
-from trainer.algorithms.dynamix import rescale_rewards, probabilities
+from trainer.algorithms.dynamix import probabilities, rescale_rewards
 from trainer.algorithms.ies import is_mastered
 from trainer.algorithms.peaks import PeakRule
 from trainer.config.schema import OVERALL
