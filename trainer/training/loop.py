@@ -47,7 +47,7 @@ from trainer.config.schema import OVERALL
 from trainer.distributed import RunProcesses
 from trainer.errors import RunError
 from trainer.journal import Line
-from trainer.model.evaluate import Evaluator, Result
+from trainer.model.evaluate import EvaluationResult, Evaluator
 from trainer.model.optim import reset_optimizer
 from trainer.signals import Interrupted, Interrupts
 from trainer.training import resume_point
@@ -247,7 +247,7 @@ class Loop:
             work.record("committed", **committed)
         return self._decide(steps, 0, result, checkpoint)
 
-    def _warn_of_margins(self, result: Result) -> None:
+    def _warn_of_margins(self, result: EvaluationResult) -> None:
         sizes = {name: len(rows) for name, rows in self._work.split("validation").items()}
         for line in margin_warnings(self._work.config, result.metrics, result.errors, sizes):
             _log.warning("%s", line)
@@ -297,12 +297,12 @@ class Loop:
         set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
         reset_optimizer(self._work.optimizer)
 
-    def _run_evaluation(self) -> Result:
+    def _run_evaluation(self) -> EvaluationResult:
         with self._work.snapshots.as_committed():
             return self._evaluator(self._work.model, self._work.split("validation"))
 
     def _save_rollback_point(
-        self, steps: StageSteps, index: int, result: Result
+        self, steps: StageSteps, index: int, result: EvaluationResult
     ) -> PendingSave | None:
         """Commit the weights with their metrics, in the main process."""
         work = self._work
@@ -323,7 +323,7 @@ class Loop:
         self,
         steps: StageSteps,
         index: int,
-        result: Result | None,
+        result: EvaluationResult | None,
         checkpoint: PendingSave | str | None,
     ) -> Decision:
         """Ask the strategy about an evaluation, journal both, and share the answer.
@@ -361,7 +361,7 @@ class Loop:
                 "split": "validation",
                 "losses": known.losses,
                 "reused": result is None,
-                **(result.costs() if result else {}),
+                **(result.cost_fields() if result else {}),
             }
             decided = {
                 "step": evaluation.step,
@@ -380,7 +380,7 @@ class Loop:
         decided: Decision = self._processes.share(self._names.resolve(decision))
         return decided
 
-    def _make_known(self, result: Result, stage: int) -> KnownEvaluation:
+    def _make_known(self, result: EvaluationResult, stage: int) -> KnownEvaluation:
         return KnownEvaluation(
             metrics=result.metrics,
             losses=result.losses,
