@@ -99,7 +99,7 @@ def _document(plan: RepairPlan) -> dict[str, Any]:
         "sound": plan.sound,
         "waiting": [{"id": c.checkpoint, "reasons": c.reasons} for c in plan.waiting],
         "lost": [{"id": c.checkpoint, "reasons": c.reasons} for c in plan.lost],
-        "mend": plan.mended,
+        "mend": plan.recovered,
         "packs": [
             {
                 "pack": pack.path,
@@ -109,5 +109,5 @@ def _document(plan: RepairPlan) -> dict[str, Any]:
             }
             for pack in plan.packs
         ],
-        "aside": plan.aside,
+        "aside": plan.quarantined,
     }

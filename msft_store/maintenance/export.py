@@ -25,7 +25,7 @@ import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ def export(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
-    beside = _beside(catalog, checkpoint, like)
-    chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(beside))
+    copied = _files_to_copy(catalog, checkpoint, like)
+    chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(copied))
     tensors, settings = chosen.tensors, chosen.adapter
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
@@ -91,15 +91,17 @@ def export(
             raise InvalidInputError(
                 f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
             )
-    with _under_way(folder.absolute()) as partial:
+    with _temporary_folder(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # A chunk that a manifest names many times is stored once but exported each time.
         QuotaBackend(backend).require_space(chosen.nbytes)
-        is_peft = settings is not None or is_adapter(beside)
-        # An adapter is small, and its readers expect one file.
-        shards = [list(tensors)] if is_peft else list(_shards(tensors, shard_bytes))
-        _write_shards(catalog, checkpoint, tensors, backend, shards, adapter=is_peft)
-        for file, size in beside.items():
+        source = Source.of(catalog, checkpoint)
+        if settings is not None or _is_adapter(copied):
+            # An adapter is small, and its readers expect one file.
+            _write_file(source, tensors, backend, _ADAPTER)
+        else:
+            _write_shards(source, tensors, backend, shard_bytes)
+        for file, size in copied.items():
             write_atomic(backend, file.name, read_file(file, 0, size))
         if settings is not None:
             text = json.dumps(settings, indent=2, sort_keys=True)
@@ -110,7 +112,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _under_way(folder: Path) -> Iterator[Path]:
+def _temporary_folder(folder: Path) -> Iterator[Path]:
     """Create a temporary directory beside ``folder`` and remove it afterwards if it still exists.
 
     Also remove the temporary directories of killed exports to ``folder``.
@@ -121,21 +123,21 @@ def _under_way(folder: Path) -> Iterator[Path]:
         make_folder(folder.parent)
         for path in folder.parent.iterdir():
             if path.name.startswith(prefix) and len(path.name) == len(partial.name):
-                with contextlib.suppress(OSError), _owned(path):
+                with contextlib.suppress(OSError), _locked(path):
                     shutil.rmtree(path, ignore_errors=True)
         os.mkdir(partial)
     try:
         with contextlib.ExitStack() as stack:
             # Some network file systems have no locks; leftovers there cannot be recognised.
             with contextlib.suppress(OSError):
-                stack.enter_context(_owned(partial))
+                stack.enter_context(_locked(partial))
             yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Lock a directory until the process ends; raise ``OSError`` if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -146,37 +148,27 @@ def _owned(folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-    catalog: Catalog,
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorEntry],
-    backend: LocalBackend,
-    shards: Sequence[Sequence[str]],
-    *,
-    adapter: bool,
+    source: Source, tensors: Mapping[str, TensorEntry], backend: LocalBackend, shard_bytes: int
 ) -> None:
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        _write_file(source, tensors, backend, _SINGLE)
+        return
     index = {}
     for number, names in enumerate(shards, 1):
-        file = _ADAPTER if adapter else _SINGLE
-        if len(shards) > 1:
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(catalog, checkpoint, {n: tensors[n] for n in names}, backend, file)
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(source, {name: tensors[name] for name in names}, backend, file)
         index.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
-        write_atomic(backend, INDEX, canonical_json({"metadata": total, "weight_map": index}))
+    total = {"total_size": sum(entry.nbytes for entry in tensors.values())}
+    write_atomic(backend, INDEX, canonical_json({"metadata": total, "weight_map": index}))
 
 
 def _write_file(
-    catalog: Catalog,
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorEntry],
-    backend: LocalBackend,
-    file: str,
+    source: Source, tensors: Mapping[str, TensorEntry], backend: LocalBackend, file: str
 ) -> None:
     # Tensors with larger elements come first, so that all are aligned.
     part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
-    chunks = decode_chunks(Source.of(catalog, checkpoint), part)
-    with backend.writer() as writer, contextlib.closing(chunks):
+    with backend.writer() as writer, contextlib.closing(decode_chunks(source, part)) as chunks:
         writer.write(_header(part))
         for _, _, data in chunks:
             writer.write(data.data)
@@ -211,22 +203,20 @@ def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[li
     yield names
 
 
-def _beside(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
+def _files_to_copy(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
     """Return the files to copy, and their sizes in bytes."""
-    if like is not None:
-        with translate_os_errors("read", like):
-            found = {file: file.stat().st_size for file in companions(like)}
-        if not is_configured(found):
-            raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
-        return found
-    if checkpoint.base is None:
+    folder = like
+    if folder is None and checkpoint.base is not None:
+        reader = catalog.objects.base(checkpoint.base)
+        path = Path(reader.base.path)
+        folder = path if path.is_dir() and _contains_base(reader, path) else None
+    if folder is None:
         return {}
-    reader = catalog.objects.base(checkpoint.base)
-    source = Path(reader.base.path)
-    if not source.is_dir() or not _stands_in(reader, source):
-        return {}
-    with translate_os_errors("read", source):
-        return {file: file.stat().st_size for file in companions(source)}
+    with translate_os_errors("read", folder):
+        found = {file: file.stat().st_size for file in companions(folder)}
+    if like is not None and not is_configured(found):
+        raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
+    return found
 
 
 def is_configured(files: Iterable[Path]) -> bool:
@@ -239,10 +229,10 @@ def _ties(files: Mapping[Path, int]) -> bool:
     for file, size in files.items():
         if file.name == _CONFIGS[0]:
             try:
-                said = json.loads(read_file(file, 0, size))
+                config = json.loads(read_file(file, 0, size))
             except ValueError:
                 return False
-            return isinstance(said, dict) and "model_type" in said and not _is_untied(said)
+            return isinstance(config, dict) and "model_type" in config and not _is_untied(config)
     return False
 
 
@@ -252,25 +242,24 @@ def _is_untied(config: Mapping[str, Any]) -> bool:
     return any(part.get(_TIED) is False for part in parts)
 
 
-def is_adapter(files: Iterable[Path]) -> bool:
-    """Return True if files accompany the weights of an adapter, not of a model."""
+def _is_adapter(files: Iterable[Path]) -> bool:
     names = {file.name for file in files}
     return _CONFIGS[1] in names and _CONFIGS[0] not in names
 
 
 def companions(folder: Path) -> list[Path]:
     """Return the files of a model directory that are not weights; may raise ``OSError``."""
-    files = sorted(file for file in folder.iterdir() if _comes(file))
+    files = sorted(file for file in folder.iterdir() if _is_companion(file))
     return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
 
 
-def _comes(file: Path) -> bool:
+def _is_companion(file: Path) -> bool:
     # The backend creates its folder of temporary files while it writes an export.
     other = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
     return not other and file.is_file()
 
 
-def _stands_in(reader: BaseReader, folder: Path) -> bool:
+def _contains_base(reader: BaseReader, folder: Path) -> bool:
     """Return True if a folder contains the weights of the base, by a sample of each file.
 
     The store of a stranger may name any folder, and its files must not leak into an export.
@@ -278,8 +267,8 @@ def _stands_in(reader: BaseReader, folder: Path) -> bool:
     smallest: dict[int, tuple[int, str]] = {}
     for name, tensor in reader.base.tensors.items():
         if tensor.nbytes and Path(reader.base.files[tensor.file][0]).parent == folder:
-            here = tensor.nbytes, name
-            smallest[tensor.file] = min(here, smallest.get(tensor.file, here))
+            candidate = tensor.nbytes, name
+            smallest[tensor.file] = min(candidate, smallest.get(tensor.file, candidate))
     try:
         for _, name in smallest.values():
             reader.verify_span(BaseSpan(tensor=name, start=0), 1)

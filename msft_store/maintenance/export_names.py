@@ -57,25 +57,28 @@ def exported(
     ``ties`` means that the loader of the files ties tensors. A tied tensor is then written only
     under its name in the files of the base.
     """
-    said = checkpoint.metadata.get(KEY)
-    said = said if isinstance(said, Mapping) else {}
-    without, within, adapter = said.get("without"), said.get("within"), said.get("adapter")
+    stored = checkpoint.metadata.get(KEY)
+    settings = stored if isinstance(stored, Mapping) else {}
+    without, within = settings.get("without"), settings.get("within")
+    adapter = settings.get("adapter")
+    if not isinstance(adapter, Mapping):
+        adapter = None
     names = {name: name for name in tensors}
     if isinstance(without, str) and without:
         names = {name: name for name in names if not name.startswith(without)}
     if isinstance(within, str) and any(name.startswith(within) for name in names):
         names = {name: name[len(within) :] for name in names if name.startswith(within)}
-    if base is not None and not isinstance(adapter, Mapping):
+    if base is not None and adapter is None:
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
         names = {name: new[len(prefix) :] for name, new in names.items()}
     found = {new: tensors[name] for name, new in names.items()}
-    if base is not None and ties and not isinstance(adapter, Mapping):
+    if base is not None and ties and adapter is None:
         found = _without_tied(found, base)
     return Exported(
         tensors=found,
         left_out=tuple(sorted(tensors.keys() - names.keys())),
-        adapter=adapter if isinstance(adapter, Mapping) else None,
+        adapter=adapter,
     )
 
 

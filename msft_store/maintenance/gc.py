@@ -91,7 +91,7 @@ class GcResult:
     def __str__(self) -> str:
         text = f"freed {format_bytes(self.freed_bytes)}"
         if self.left_bytes:
-            text += f"; left {format_bytes(self.left_bytes)} for a later gc, for {self.hindrance}"
+            text += f"; a later gc frees {format_bytes(self.left_bytes)}: {self.hindrance}"
         return text
 
 
@@ -172,19 +172,13 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
     refuse_damage(catalog)
     checkpoints, protected = catalog.checkpoints(), catalog.list_protected()
     kept: dict[str, tuple[str, ...]] = {
-        checkpoint.id: (protected.get(checkpoint.id, "a checkpoint; no policy was given"),)
-        for checkpoint in checkpoints
+        c.id: (protected.get(c.id, "a checkpoint; no policy was given"),) for c in checkpoints
     }
     if policy is not None:
-        check_ranked_metrics(
-            check_policy(policy), [checkpoint.metrics for checkpoint in checkpoints]
-        )
+        check_ranked_metrics(check_policy(policy), [c.metrics for c in checkpoints])
         decided = policy.decide(_candidates(checkpoints, protected))
-        kept = {
-            identity: tuple(reason.text for reason in reasons)
-            for identity, reasons in decided.items()
-        }
-    keep = [checkpoint for checkpoint in checkpoints if checkpoint.id in kept]
+        kept = {i: tuple(reason.text for reason in reasons) for i, reasons in decided.items()}
+    keep = [c for c in checkpoints if c.id in kept]
     delete, rewrite, held = waste_of(catalog, keep)
     return GcPlan(
         kept=tuple(Verdict(checkpoint=c, reasons=kept[c.id]) for c in keep),
@@ -237,14 +231,14 @@ def evict_locked(
     before = peak = disk_bytes(backend)
     refuse_damage(catalog)
     protected = catalog.list_protected()
-    doomed = [i for i in drop if i not in protected and catalog.get(i) is not None]
+    dropped = [i for i in drop if i not in protected and catalog.get(i) is not None]
     # Deciding comes first, because it reads everything and so finds any damage.
-    keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in doomed]
+    keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in dropped]
     delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
-    if doomed:
+    if dropped:
         # After a power loss, a ref whose deletion was not durable would point to no checkpoint.
         backend.sync(REFS)
-    for identity in doomed:
+    for identity in dropped:
         _LOG.info("evict checkpoint %s", identity[:12])
         backend.delete(manifest_path(identity))
         catalog.remove(identity)
@@ -321,13 +315,13 @@ def waste_of(
         if not live.any():
             delete.append(PackWaste(path=path, size=size, dead_bytes=dead, live=()))
         elif (dead and dead >= share * size) or size < small:
-            footer, alive = index.packs[path], np.flatnonzero(live).tolist()
-            rivals = is_among(index.keys[rows][live], index.keys[~needs.live]).tolist()
-            records = tuple(
-                raise_generation(footer.record(row)) if rival else footer.record(row)
-                for row, rival in zip(alive, rivals, strict=True)
-            )
-            rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=records))
+            records = [index.packs[path].record(row) for row in np.flatnonzero(live).tolist()]
+            has_other = is_among(index.keys[rows][live], index.keys[~needs.live]).tolist()
+            records = [
+                raise_generation(record) if other else record
+                for record, other in zip(records, has_other, strict=True)
+            ]
+            rewrite.append(PackWaste(path=path, size=size, dead_bytes=dead, live=tuple(records)))
     # The pack that needs the least space comes first, so that the next one can use what it frees.
     rewrite.sort(key=lambda waste: waste.live_bytes)
     return tuple(delete), tuple(rewrite), int(index.lengths[needs.only_referenced].sum())
@@ -353,8 +347,8 @@ def refuse_damage(catalog: Catalog) -> None:
 
 
 def _damaged(what: object, kind: type[StoreError] = CorruptedError) -> StoreError:
-    told = strip_hint(what) if isinstance(what, StoreError) else what
-    return kind(f"gc deletes nothing from a damaged store: {told}; {REPAIR_HINT}")
+    reason = strip_hint(what) if isinstance(what, StoreError) else what
+    return kind(f"gc deletes nothing from a damaged store: {reason}; {REPAIR_HINT}")
 
 
 def _label(checkpoint: Checkpoint) -> str:

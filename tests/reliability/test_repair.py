@@ -1,4 +1,4 @@
-"""Repair keeps whatever could be loaded, sets the rest aside, and may be killed at any moment."""
+"""Repair keeps what can be loaded, moves the rest to quarantine, and may be killed at any time."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Numbers, is_among
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import Footer
-from msft_store.maintenance.repair.salvage import salvage_footer
+from msft_store.maintenance.repair.extract import extract_footer
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint
@@ -51,7 +51,7 @@ class Verdicts:
     def __init__(self) -> None:
         self.damaged: dict[Row, str] = {}
         """Records with a damaged payload, and the reasons."""
-        self.mended: dict[str, str] = {}
+        self.damaged_packs: dict[str, str] = {}
         """Errors of damaged packs whose footers could be read, by path."""
         self.sound: set[Row] = set()
         self._footers: dict[str, Footer] = {}
@@ -62,8 +62,11 @@ class Verdicts:
             try:
                 self._footers[path] = read_pack(backend, path)
             except CorruptedError as error:
-                self._footers[path] = salvage_footer(backend, path)
-                self.mended[path] = strip_hint(error)
+                footer = extract_footer(backend, path)
+                if footer is None:
+                    raise
+                self._footers[path] = footer
+                self.damaged_packs[path] = strip_hint(error)
         return self._footers[path]
 
 
@@ -74,7 +77,7 @@ class Survey:
         self.catalog = catalog
         """A catalog that finds only usable records."""
         self.verdicts = verdicts
-        self.stranded: dict[Row, str] = {}
+        self.dangling: dict[Row, str] = {}
         """Records whose references are lost, and the reasons."""
         self.waiting: dict[Row, str] = {}
         """Records that need a missing or changed base, and the reasons."""
@@ -90,7 +93,7 @@ class Survey:
             except StoreError as error:
                 self.unreadable[checkpoint.id] = strip_frames(error)
         require_damage(self.unreadable.values())
-        while not self._look():
+        while not self._verify_needed():
             pass
 
     @cached_property
@@ -101,15 +104,15 @@ class Survey:
     def numbers(self, path: str) -> Numbers:
         """Return the numbers of a pack's usable records."""
         count = len(self.verdicts.footer(self.catalog.backend, path))
-        unusable = self.verdicts.damaged.keys() | self.stranded.keys()
+        unusable = self.verdicts.damaged.keys() | self.dangling.keys()
         return np.array([n for n in range(count) if (path, n) not in unusable], np.int64)
 
-    def needs_without(self, path: str) -> bool:
-        """Return True if a pack has a stranded record of a chunk that a checkpoint needs.
+    def has_needed_dangling_record(self, path: str) -> bool:
+        """Return True if a pack has a dangling record of a chunk that a checkpoint needs.
 
         A reader would use that record for the chunk, so the pack must go.
         """
-        here = [number for at, number in self.stranded if at == path]
+        here = [number for pack, number in self.dangling if pack == path]
         keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
         return bool(is_among(keys, self.catalog.objects.index.keys[self.live]).any())
 
@@ -117,7 +120,7 @@ class Survey:
         """Return True if a record is sound or cannot be verified until its base is back."""
         return place in self.verdicts.sound or self._judge(place, stored) is None
 
-    def _look(self) -> bool:
+    def _verify_needed(self) -> bool:
         """Verify the needed records; return True if no new one turned out to be unusable."""
         catalog = self.catalog
         catalog.objects = ChunkStore(catalog.backend, self._usable)
@@ -135,12 +138,12 @@ class Survey:
         self.places = [
             (path, int(number)) for path, _ in index.slices() for number in self.numbers(path)
         ]
-        before = len(self.verdicts.damaged) + len(self.stranded)
+        before = len(self.verdicts.damaged) + len(self.dangling)
         for depth in range(MAX_DEPTH + 1):
             rows = np.flatnonzero(self.live & (index.depths == depth)).tolist()
             work = ((self.places[row], index.stored(row)) for row in rows)
             for_each(lambda item: self._judge(*item), work)
-            if len(self.verdicts.damaged) + len(self.stranded) > before:
+            if len(self.verdicts.damaged) + len(self.dangling) > before:
                 # Deeper records may refer to these and must not count as damaged for that reason.
                 return False
         return True
@@ -158,8 +161,8 @@ class Survey:
             self.waiting[place] = f"base {base[:12]} has no record that can be read"
             return None
         if not objects.has_all_references(stored.record):
-            self.stranded[place] = "what it refers to is lost"
-            return self.stranded[place]
+            self.dangling[place] = "its reference is lost"
+            return self.dangling[place]
         if place not in self.verdicts.sound:
             try:
                 objects.verify(stored)
@@ -252,7 +255,7 @@ class Conditions:
         backend, verdicts = self._catalog.backend, self._survey.verdicts
         return {
             verdicts.footer(backend, path).rows["key"][number].tobytes(): why
-            for places in (self._survey.stranded, verdicts.damaged)
+            for places in (self._survey.dangling, verdicts.damaged)
             for (path, number), why in places.items()
         }
 
@@ -300,15 +303,17 @@ class Conditions:
                 continue
             footer = verdicts.footer(backend, path)
             reasons = [why for (at, _), why in verdicts.damaged.items() if at == path]
-            if path in verdicts.mended:
-                reasons.append(verdicts.mended[path])
-            if self._survey.needs_without(path):
+            if path in verdicts.damaged_packs:
+                reasons.append(verdicts.damaged_packs[path])
+            if self._survey.has_needed_dangling_record(path):
                 reasons.append("it has chunks whose references are lost")
             right = pack_path(footer.check)
             if reasons or path != right:
                 yield PackCondition(
                     path=path,
-                    why=reasons[0] if reasons else "it stands under another name than its own",
+                    why=reasons[0]
+                    if reasons
+                    else "its name is not the one that its content implies",
                     records=len(footer),
                     usable=tuple(self._usable(path, footer)) if reasons else (),
                     right_path=right,

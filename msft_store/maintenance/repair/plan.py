@@ -27,14 +27,14 @@ from msft_store.maintenance.repair.assess import (
     Survey,
     Verdicts,
 )
-from msft_store.maintenance.repair.recover import mend
+from msft_store.maintenance.repair.recover import recover_files
 from msft_store.objects.catalog import CONFIG, Catalog
 from msft_store.objects.manifest import list_manifests, manifest_path
 from msft_store.objects.packs import PackWriter, list_packs
 from msft_store.objects.refs import RefReader, ref_path
 from msft_store.storage.backend import QUARANTINE, Backend, file_sizes, write_atomic
 
-_ACCOUNT = "why.json"
+_REPORT = "why.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,17 @@ class RepairPlan:
         sound: Ids of the sound checkpoints, oldest first. They do not change.
         waiting: Checkpoints that stay but cannot be restored until a base is back.
         lost: Checkpoints that cannot be restored; their manifests move to quarantine.
-        mended: Reasons to write small files again with corrected content, by path.
+        recovered: Reasons to write small files again with corrected content, by path.
         packs: Packs that are rewritten without their damaged chunks, quarantined, or renamed.
-        aside: Reasons to move other files to quarantine, by path.
+        quarantined: Reasons to move other files to quarantine, by path.
     """
 
     sound: tuple[str, ...]
     waiting: tuple[Condition, ...]
     lost: tuple[Condition, ...]
-    mended: Mapping[str, str]
+    recovered: Mapping[str, str]
     packs: tuple[PackCondition, ...]
-    aside: Mapping[str, str]
+    quarantined: Mapping[str, str]
     _contents: Mapping[str, bytes] = field(repr=False)
     _backend: Backend = field(repr=False, compare=False)
     _verdicts: Verdicts = field(repr=False, compare=False)
@@ -78,16 +78,16 @@ class RepairPlan:
     @property
     def needed(self) -> bool:
         """True if the plan changes anything."""
-        return bool(self.mended or self.packs or self.aside)
+        return bool(self.recovered or self.packs or self.quarantined)
 
     def __str__(self) -> str:
         kept = len(self.sound) + len(self.waiting)
         lines = [f"{len(self.sound)} of {kept + len(self.lost)} checkpoints are sound"]
         lines += [f"  waiting  checkpoint {condition}" for condition in self.waiting]
         lines += [f"  lost     checkpoint {condition}" for condition in self.lost]
-        lines += [f"  mend     {path}: {why}" for path, why in self.mended.items()]
-        lines += [f"  {_told(pack)}" for pack in self.packs]
-        lines += [f"  aside    {path}: {why}" for path, why in self.aside.items()]
+        lines += [f"  recover  {path}: {why}" for path, why in self.recovered.items()]
+        lines += [f"  {_describe_pack(pack)}" for pack in self.packs]
+        lines += [f"  move     {path}: {why}" for path, why in self.quarantined.items()]
         return "\n".join(lines if self.needed else [*lines, "nothing to repair"])
 
     def execute(self) -> RepairResult:
@@ -117,25 +117,25 @@ def plan_repair(backend: Backend) -> RepairPlan:
 
 
 def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
-    overlay, mended = mend(backend)
+    overlay, recovered = recover_files(backend)
     catalog = Catalog(overlay)
     catalog.refresh()
     found = Conditions(Survey(catalog, verdicts))
     refs, damaged = RefReader(overlay).scan()
     require_damage(damaged.values())
-    aside = {path: strip_hint(error) for path, error in damaged.items()}
+    quarantined = {path: strip_hint(error) for path, error in damaged.items()}
     kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
-    aside |= {
+    quarantined |= {
         ref_path(ref.name): f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
         for ref in refs.values()
         if ref.checkpoint not in kept
     }
-    aside |= {
+    quarantined |= {
         manifest_path(condition.checkpoint): "; ".join(condition.reasons)
         for condition in found.lost
     }
     packs = {pack.path for pack in found.packs}
-    aside |= {
+    quarantined |= {
         path: strip_hint(error)
         for path, error in catalog.objects.damaged.items()
         if path not in packs
@@ -144,16 +144,16 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
         sound=found.sound,
         waiting=found.waiting,
         lost=found.lost,
-        mended={path: why for path, why in mended.items() if path not in aside},
+        recovered={path: why for path, why in recovered.items() if path not in quarantined},
         packs=found.packs,
-        aside=aside,
+        quarantined=quarantined,
         _contents=overlay.replaced,
         _backend=backend,
         _verdicts=verdicts,
     )
 
 
-def _told(pack: PackCondition) -> str:
+def _describe_pack(pack: PackCondition) -> str:
     if not pack.damaged:
         return f"rename   {pack.path}: {pack.why}"
     kept = f"{len(pack.usable)} of its {pack.records} chunks are kept" if pack.records else "lost"
@@ -165,23 +165,23 @@ def _execute(plan: RepairPlan) -> RepairResult:
     if not plan.needed:
         return RepairResult(folder=None, files=0, bytes=0)
     folder = _new_folder(backend)
-    write_atomic(backend, f"{folder}/{_ACCOUNT}", _account(plan))
-    for path in plan.mended:
+    write_atomic(backend, f"{folder}/{_REPORT}", _make_report(plan))
+    for path in plan.recovered:
         _copy(backend, path, f"{folder}/{path}")
         write_atomic(backend, path, plan._contents[path])
-    for path in plan.aside:
+    for path in plan.quarantined:
         backend.move(path, f"{folder}/{path}")
     # Misnamed packs move first, because writing a pack replaces a file that has its name.
-    packs = [_out_of_the_way(backend, pack) for pack in plan.packs]
+    packs = [_move_misnamed(backend, pack) for pack in plan.packs]
     for pack in packs:
-        if pack.damaged and _rewritten(backend, pack) != pack.path:
+        if pack.damaged and _rewrite_pack(backend, pack) != pack.path:
             backend.move(pack.path, f"{folder}/{pack.path}")
     for pack in packs:
         if not pack.damaged:
             taken = backend.exists(pack.right_path)
             backend.move(pack.path, f"{folder}/{pack.path}" if taken else pack.right_path)
     moved = file_sizes(backend, folder)
-    del moved[f"{folder}/{_ACCOUNT}"]
+    del moved[f"{folder}/{_REPORT}"]
     return RepairResult(
         folder=backend.describe(folder), files=len(moved), bytes=sum(moved.values())
     )
@@ -195,14 +195,14 @@ def _new_folder(backend: Backend) -> str:
     )
 
 
-def _account(plan: RepairPlan) -> bytes:
+def _make_report(plan: RepairPlan) -> bytes:
     """Return the content of ``why.json``: the reasons for each file and lost checkpoint."""
     packs = {pack.path: pack.why for pack in plan.packs}
     return seal(
         {
             "format": "msft-quarantine",
             "version": VERSION,
-            "files": {**plan.mended, **packs, **plan.aside},
+            "files": {**plan.recovered, **packs, **plan.quarantined},
             "checkpoints": {lost.checkpoint: list(lost.reasons) for lost in plan.lost},
         }
     )
@@ -219,7 +219,7 @@ def _copy(backend: Backend, path: str, target: str) -> None:
         write_atomic(backend, target, data)
 
 
-def _out_of_the_way(backend: Backend, pack: PackCondition) -> PackCondition:
+def _move_misnamed(backend: Backend, pack: PackCondition) -> PackCondition:
     if pack.path == pack.right_path:
         return pack
     stem = pack.right_path.removesuffix(".pack")
@@ -230,7 +230,7 @@ def _out_of_the_way(backend: Backend, pack: PackCondition) -> PackCondition:
     return replace(pack, path=path)
 
 
-def _rewritten(backend: Backend, pack: PackCondition) -> str | None:
+def _rewrite_pack(backend: Backend, pack: PackCondition) -> str | None:
     """Copy the usable chunks of a pack to a new pack; return its path, or ``None`` without any.
 
     The path is the old one if only the header or trailer was damaged.
@@ -238,8 +238,8 @@ def _rewritten(backend: Backend, pack: PackCondition) -> str | None:
     if not pack.usable:
         return None
     with backend.writer() as writer:
-        anew = PackWriter(writer)
+        new = PackWriter(writer)
         for record in pack.usable:
             payload = backend.read(pack.path, record.offset, record.length)
-            anew.append(replace(record, offset=anew.position), payload)
-        return anew.finalize()
+            new.append(replace(record, offset=new.position), payload)
+        return new.finalize()

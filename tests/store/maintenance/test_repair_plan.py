@@ -1,4 +1,4 @@
-"""What a repair keeps, sets aside, mends and leaves alone."""
+"""Repair keeps sound files, recovers small ones and moves the others to quarantine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def torn(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_what_is_sound_stays_and_the_rest_is_set_aside(
+def test_sound_files_stay_and_the_others_move_to_quarantine(
     store: Store, ckpt: Checkpoint, other: Checkpoint, state: State
 ) -> None:
     store.pin(ckpt, "bad")
@@ -56,11 +56,11 @@ def test_what_is_sound_stays_and_the_rest_is_set_aside(
     assert [condition.checkpoint for condition in plan.lost] == [ckpt.id]
     result = plan.execute()
     assert result.folder is not None
-    aside = Path(result.folder)
+    quarantine = Path(result.folder)
     assert result.files == 3
-    assert (aside / "packs" / pack.name).read_bytes() == damaged
-    assert (aside / "manifests" / manifest.name).read_bytes() == listed
-    why = json.loads((aside / "why.json").read_bytes())
+    assert (quarantine / "packs" / pack.name).read_bytes() == damaged
+    assert (quarantine / "manifests" / manifest.name).read_bytes() == listed
+    why = json.loads((quarantine / "why.json").read_bytes())
     assert set(why["files"]) == {
         *(f"packs/{pack.name}", f"manifests/{manifest.name}", "refs/bad.json")
     }
@@ -70,9 +70,9 @@ def test_what_is_sound_stays_and_the_rest_is_set_aside(
     assert same_bits(again.load(other), train_step(state, 0.05, 2))
     assert again.check() == []
     assert not again.plan_repair().needed
-    assert again.stats().quarantine_bytes == result.bytes + (aside / "why.json").stat().st_size
+    assert again.stats().quarantine_bytes == result.bytes + (quarantine / "why.json").stat().st_size
     again.plan_gc().execute()
-    assert (aside / "packs" / pack.name).read_bytes() == damaged
+    assert (quarantine / "packs" / pack.name).read_bytes() == damaged
 
 
 def test_another_representation_serves(store: Store, ckpt: Checkpoint, state: State) -> None:

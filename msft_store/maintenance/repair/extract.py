@@ -1,12 +1,12 @@
-"""Read the intact parts of damaged manifests, configs, refs and packs.
+"""Extract the intact parts of damaged manifests, configs, refs and packs.
 
 Invariant: a digest proves that the returned bytes are those that were written. Appended bytes are
 cut off. A pack with a damaged header or trailer is read by its footer.
 
 Example::
 
-    mended_sealed(data)                      # the line as it was written, or None
-    salvage_footer(backend, "packs/00ff.pack").record(0)
+    extract_sealed(data)                                  # the line as it was written, or None
+    extract_footer(backend, "packs/00ff.pack")            # its records, or None
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from msft_store.format.pack_footer import (
     decode_trailer,
     max_footer_bytes,
 )
-from msft_store.objects.packs import pack_path, read_pack
+from msft_store.objects.packs import pack_path
 from msft_store.storage.backend import Backend
 
-_MOST_SEARCHED = 1 << 26
+_MAX_SEARCHED = 1 << 26
 """Number of bytes that are searched for the footer of a pack or the end of a line."""
-_MOST_PLACES = 64
+_MAX_CANDIDATES = 64
 """Number of candidates for a trailer or a footer that are tried."""
 _SEAL = re.compile(rb',"digest":"([0-9a-f]{32})"')
 _TABLE = re.compile(rb'"tensors":"([0-9a-f]{32})"')
@@ -45,22 +45,22 @@ _FRAME = b"\x28\xb5\x2f\xfd"
 """The first bytes of a zstd frame."""
 
 
-def mended_sealed(data: bytes) -> bytes | None:
+def extract_sealed(data: bytes) -> bytes | None:
     """Return the sealed JSON line at the start of the data, or ``None`` if it is damaged."""
     if _is_sealed(data):
         return data
     try:
-        text = data[:_MOST_SEARCHED].decode("ascii", "replace")
+        text = data[:_MAX_SEARCHED].decode("ascii", "replace")
         _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return None
     return data[:end] if _is_sealed(data[:end]) else None
 
 
-def mended_manifest(data: bytes) -> bytes | None:
+def extract_manifest(data: bytes) -> bytes | None:
     """Return the two lines of a manifest without appended bytes, or ``None`` if one is damaged."""
     line, _, rest = data.partition(b"\n")
-    head = mended_sealed(line)
+    head = extract_sealed(line)
     stated = None if head is None else _TABLE.search(head)
     table = rest.partition(b"\n")[0]
     if head is None or stated is None or digest(table) != stated[1].decode():
@@ -68,39 +68,26 @@ def mended_manifest(data: bytes) -> bytes | None:
     return head + b"\n" + table + b"\n"
 
 
-def salvage_footer(backend: Backend, path: str) -> Footer:
-    """Return the footer of a pack whose header or trailer may be damaged.
-
-    If no footer is found, raise the error of :func:`read_pack`.
-    """
-    try:
-        return read_pack(backend, path)
-    except CorruptedError as error:
-        size = backend.size(path)
-        begin = max(size - _MOST_SEARCHED, 0)
-        tail = backend.read(path, begin, size - begin)
-        for trailer in _trailers(tail, begin, path):
-            footer = _footer(tail, begin, trailer, backend.describe(path))
-            if footer is not None:
-                return footer
-        raise error
-
-
-def _footer(tail: bytes, begin: int, trailer: Trailer, what: str) -> Footer | None:
-    at = trailer.offset - begin
-    if at < 0:
-        return None
-    try:
-        return decode_footer(tail[at : at + trailer.length], trailer, what)
-    except CorruptedError:
-        return None
+def extract_footer(backend: Backend, path: str) -> Footer | None:
+    """Return the footer of a pack whose header or trailer is damaged, or ``None``."""
+    size = backend.size(path)
+    begin = max(size - _MAX_SEARCHED, 0)
+    tail = backend.read(path, begin, size - begin)
+    for trailer in _trailers(tail, begin, path):
+        at = trailer.offset - begin
+        if at >= 0:
+            with contextlib.suppress(CorruptedError):
+                return decode_footer(
+                    tail[at : at + trailer.length], trailer, backend.describe(path)
+                )
+    return None
 
 
 def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
     """Yield candidates for the trailer of a pack that ends with ``tail`` at offset ``begin``."""
     end = len(tail)
     # Bytes after the last magic number were appended.
-    for _ in range(_MOST_PLACES):
+    for _ in range(_MAX_CANDIDATES):
         magic = tail.rfind(PACK_MAGIC, 0, end)
         if magic < 0:
             break
@@ -110,17 +97,17 @@ def _trailers(tail: bytes, begin: int, path: str) -> Iterator[Trailer]:
             yield decode_trailer(piece, begin + stop, path)
     # If the trailer is damaged, the name of the pack, a digest, identifies the footer before it.
     end = stop = len(tail) - PACK_TRAILER.size
-    for _ in range(_MOST_PLACES):
+    for _ in range(_MAX_CANDIDATES):
         at = tail.rfind(_FRAME, 0, max(end, 0))
         if at < 0:
             return
         end, found = at + len(_FRAME) - 1, tail[at:stop]
         check = xxhash.xxh3_128_digest(found)
         if path == pack_path(check):
-            yield from _described(found, begin + at, check)
+            yield from _trailers_of(found, begin + at, check)
 
 
-def _described(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
+def _trailers_of(footer: bytes, offset: int, check: bytes) -> Iterator[Trailer]:
     """Yield the trailer that belongs to a footer."""
     with contextlib.suppress(ValueError, struct.error, zstandard.ZstdError):
         size = zstandard.get_frame_parameters(footer).content_size
