@@ -23,7 +23,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 from accelerate.utils import set_seed
@@ -69,7 +69,7 @@ from trainer.training.rollback_points import (
     restore_point,
     save_rollback_point,
 )
-from trainer.training.stage import StagePlan, count_examples, make_order, make_schedule, plan_stage
+from trainer.training.stage import StagePlan, count_examples, make_schedule, plan_stage
 from trainer.training.steps import StageSteps
 from trainer.training.workspace import Workspace
 
@@ -139,7 +139,12 @@ class Loop:
         """Train one stage, from its root or from a position in it, and return the last decision."""
         stage = start.stage
         schedule = make_schedule(self._work.config, stage, self._sizes)
-        plan: StagePlan = self._processes.share(self._plan_stage(stage.number))
+        plan = None
+        if self._work.accelerator.is_main_process:  # only the main process knows all evaluations
+            plan = plan_stage(
+                self._work.config, self._sizes, stage.number, self._starts, self._known
+            )
+        plan = cast(StagePlan, self._processes.share(plan))
         steps = StageSteps(
             self._work, stage, schedule, order=plan.order, steps_before=plan.steps_before
         )
@@ -153,7 +158,14 @@ class Loop:
             )
         steps.restart_clock()
         self._position, first_step = position, position.step
-        with self._show_progress(steps, first_step) as bar:
+        with tqdm(
+            desc=f"stage {stage.number}",
+            initial=first_step,
+            total=schedule.steps,
+            unit="step",
+            leave=False,
+            disable=not self._progress,
+        ) as bar:
             while True:
                 if schedule.evaluations[position.evaluations - 1] == position.step:
                     self._record_totals(steps, position)
@@ -183,28 +195,6 @@ class Loop:
                     decision = self._handle_divergence(finding, steps, position)
                     if isinstance(decision, Stop):
                         return decision
-
-    def _plan_stage(self, number: int) -> StagePlan | None:
-        """Return a stage's plan, in the main process, which knows all evaluations."""
-        if not self._work.accelerator.is_main_process:
-            return None
-        return plan_stage(
-            number,
-            self._starts,
-            self._known,
-            fresh=lambda stage: make_order(self._work.config, stage, self._sizes),
-            continues=self._work.config.restores_optimizer,
-        )
-
-    def _show_progress(self, steps: StageSteps, first_step: int) -> Any:
-        return tqdm(
-            desc=f"stage {steps.stage.number}",
-            initial=first_step,
-            total=steps.schedule.steps,
-            unit="step",
-            leave=False,
-            disable=not self._progress,
-        )
 
     def _begin_stage(self, steps: StageSteps, root: str | None) -> Decision:
         """Start a stage and decide on its root.
@@ -337,7 +327,16 @@ class Loop:
         save = checkpoint if isinstance(checkpoint, PendingSave) else None
         durable = checkpoint if isinstance(checkpoint, str) else ""
         stage = steps.stage.number
-        known = self._known[durable] if result is None else self._make_known(result, stage)
+        if result is None:
+            known = self._known[durable]
+        else:
+            known = KnownEvaluation(
+                metrics=result.metrics,
+                losses=result.losses,
+                errors=result.errors,
+                stage=stage,
+                step=0 if self._position is None else self._position.step,
+            )
         evaluation = Evaluation(
             stage=stage,
             index=index,
@@ -379,15 +378,6 @@ class Loop:
         _log_decision(evaluation, known.metrics, decision)
         decided: Decision = self._processes.share(self._names.resolve(decision))
         return decided
-
-    def _make_known(self, result: EvaluationResult, stage: int) -> KnownEvaluation:
-        return KnownEvaluation(
-            metrics=result.metrics,
-            losses=result.losses,
-            errors=result.errors,
-            stage=stage,
-            step=0 if self._position is None else self._position.step,
-        )
 
     def _finish_step(self, steps: StageSteps, position: Position, *, is_last: bool) -> None:
         """Journal the totals that are due; on a signal, raise unless this step ``is_last``."""

@@ -5,13 +5,13 @@ and the schedule of the stage in which its root was saved.
 
 Example::
 
-    plan = plan_stage(3, starts, known, fresh=make_order, continues=True)
+    plan = plan_stage(config, sizes, 3, starts, known)
     plan.order, plan.steps_before
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.algorithms.base import LookAhead, Stage
@@ -32,23 +32,29 @@ class StagePlan:
 
 
 def plan_stage(
+    config: Config,
+    sizes: Mapping[str, int],
     number: int,
     starts: Mapping[int, StageStart],
     known: Mapping[str, KnownEvaluation],
-    *,
-    fresh: Callable[[Stage], DataOrder | SampledOrder],
-    continues: bool,
 ) -> StagePlan:
-    """Return the plan of stage ``number``.
+    """Return the plan of a stage.
 
-    With ``continues`` it follows from the plan of the stage in which the root was saved, and so on
-    back to the first stage, which starts with the order that ``fresh`` makes.
+    If rollback points hold the optimizer's state, the plan continues that of the stage in which the
+    root was saved, and so on back to the first stage.
+
+    Args:
+        config: The run's configuration.
+        sizes: Sub-dataset → number of its training examples.
+        number: The number of the stage.
+        starts: The starts of this stage and of those before it, by number.
+        known: Checkpoint id → its evaluation, for all roots.
     """
     stage, root = starts[number].stage, starts[number].root
-    if root is None or not continues:
-        return StagePlan(order=fresh(stage), steps_before=0)
+    if root is None or not config.restores_optimizer:
+        return StagePlan(order=make_order(config, stage, sizes), steps_before=0)
     origin = known[root]
-    earlier = plan_stage(origin.stage, starts, known, fresh=fresh, continues=continues)
+    earlier = plan_stage(config, sizes, origin.stage, starts, known)
     if isinstance(earlier.order, SampledOrder):
         raise ValueError("an order that is drawn by weights cannot continue in another stage")
     return StagePlan(
@@ -72,34 +78,29 @@ def count_examples(config: Config, stage: Stage, sizes: Mapping[str, int]) -> di
 
 def make_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder | SampledOrder:
     """Return the data order of a stage that starts afresh; one with probes draws by weights."""
+    trained = {name: sizes[name] for name in stage.trained}
+    counts = count_examples(config, stage, sizes)
+    seed, number, batch_size = config.seed, stage.number, config.train.batch_size
     if isinstance(stage.observe, LookAhead):
         return SampledOrder(
-            seed=config.seed,
-            stage=stage.number,
-            sizes={name: sizes[name] for name in stage.trained},
-            counts=count_examples(config, stage, sizes),
-            batch_size=config.train.batch_size,
+            seed=seed, stage=number, sizes=trained, counts=counts, batch_size=batch_size
         )
-    return _make_plain_order(config, stage, sizes)
-
-
-def _make_plain_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOrder:
     return DataOrder.fresh(
-        seed=config.seed,
-        stage=stage.number,
-        sizes={name: sizes[name] for name in stage.trained},
-        counts=count_examples(config, stage, sizes),
+        seed=seed,
+        stage=number,
+        sizes=trained,
+        counts=counts,
         limits=stage.limits,
-        batch_size=config.train.batch_size,
+        batch_size=batch_size,
     )
 
 
 def make_schedule(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Schedule:
     """Return the steps and evaluations of a stage."""
     batch_size, eval_every = config.train.batch_size, config.evaluation.eval_every
-    if stage.limits:
+    if stage.limits and isinstance(order := make_order(config, stage, sizes), DataOrder):
         return uneven_schedule(
-            _make_plain_order(config, stage, sizes).epoch_sizes(stage.epochs),
+            order.epoch_sizes(stage.epochs),
             batch_size=batch_size,
             eval_every=eval_every,
             epochs=stage.epochs,

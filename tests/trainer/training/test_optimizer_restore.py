@@ -16,7 +16,6 @@ from msft_store import KeepLast, Store
 from tests.support.states import bits_of
 from tests.support.tiny_runs import make_config
 from trainer.algorithms.base import Continue, Needs, RollBack, Stage, Stop
-from trainer.data.batches import DataOrder
 from trainer.journal import effective, read
 from trainer.model.training_state import (
     load_optimizer,
@@ -29,7 +28,7 @@ from trainer.report.plan import Counts, plan
 from trainer.training import loop, run
 from trainer.training.replay import KnownEvaluation, StageStart
 from trainer.training.run import start
-from trainer.training.stage import plan_stage
+from trainer.training.stage import make_order, plan_stage
 from trainer.training.steps import StageSteps
 
 NAMES = ("copy", "same", "sum")
@@ -204,10 +203,8 @@ def test_generators_and_optimizer_come_back_to_the_bit():
     assert optimizer_tensors(optimizer) == {}
 
 
-def test_a_stage_plan_follows_the_roots_back_to_the_first_stage():
-    def fresh(stage):
-        sizes = dict.fromkeys(stage.active, 20)
-        return DataOrder.fresh(seed=0, stage=stage.number, sizes=sizes, batch_size=8)
+def test_a_stage_plan_follows_the_roots_back_to_the_first_stage(config):
+    sizes = dict.fromkeys("abc", 20)
 
     def known(stage, step):
         return KnownEvaluation(metrics={}, losses=None, stage=stage, step=step)
@@ -219,9 +216,10 @@ def test_a_stage_plan_follows_the_roots_back_to_the_first_stage():
     roots = (None, "x", "y")
     starts = {s.number: StageStart(stage=s, root=r) for s, r in zip(stages, roots, strict=True)}
     points = {"x": known(1, 3), "y": known(2, 2)}
-    plan_of_third = plan_stage(3, starts, points, fresh=fresh, continues=True)
+    plan_of_third = plan_stage(config, sizes, 3, starts, points)
     assert plan_of_third.steps_before == 5
-    second = fresh(stages[0]).continued(step=3, active=["a", "b"])
+    second = make_order(config, stages[0], sizes).continued(step=3, active=["a", "b"])
     assert plan_of_third.order == second.continued(step=2, active=["b"])
-    restarted = plan_stage(3, starts, points, fresh=fresh, continues=False)
-    assert (restarted.order, restarted.steps_before) == (fresh(stages[2]), 0)
+    fresh = replace(config, msft=replace(config.msft, optimizer_on_rollback="reset"))
+    restarted = plan_stage(fresh, sizes, 3, starts, points)
+    assert (restarted.order, restarted.steps_before) == (make_order(fresh, stages[2], sizes), 0)
