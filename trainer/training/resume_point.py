@@ -52,10 +52,13 @@ _WEIGHTS, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 def read(work: Workspace) -> ResumePoint | None:
     """Return the position of the resume point, or ``None`` if there is no usable one."""
-    if work.shards is None:
-        return read_file(work.directory / RESUME)
-    newest = _newest_checkpoint(work)
-    return None if newest is None else _parse_content(newest.metadata)
+    if work.shards is not None:
+        newest = _newest_checkpoint(work)
+        return None if newest is None else _parse_content(newest.metadata)
+    try:
+        return _parse_content(_read_content(work.directory / RESUME))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
 
 
 def save(work: Workspace, point: ResumePoint) -> int:
@@ -68,38 +71,14 @@ def save(work: Workspace, point: ResumePoint) -> int:
         return _save_parts(work, work.shards, point, rng)
     if work.journal is None:
         return 0
-    model = work.accelerator.unwrap_model(work.model)
-    return save_file_atomic(work.directory / RESUME, point, model, work.optimizer, rng)
-
-
-def load(work: Workspace) -> None:
-    """Restore weights, optimizer and generators from the resume point."""
-    if work.shards is None:
-        model = work.accelerator.unwrap_model(work.model)
-        rng = load_file(work.directory / RESUME, model, work.optimizer)
-    else:
-        rng = _load_parts(work, work.shards)
-    set_rng(rng, work.accelerator)
-
-
-def delete(work: Workspace) -> None:
-    """Delete the resume point, in the main process."""
-    (work.directory / RESUME).unlink(missing_ok=True)
-    shutil.rmtree(work.directory / RESUME_STORE, ignore_errors=True)
-    sync(work.directory)
-
-
-def save_file_atomic(
-    path: Path, point: ResumePoint, model: torch.nn.Module, optimizer: Any, rng: Mapping[str, Any]
-) -> int:
-    """Replace the resume point file and return its bytes; ``rng`` is from ``gather_rng``."""
-    moments = optimizer_tensors(optimizer)
+    weights = drop_tied(weights_of(work.accelerator.unwrap_model(work.model)))
     tensors = {
-        **{_WEIGHTS + name: tensor for name, tensor in drop_tied(weights_of(model)).items()},
-        **{_OPTIMIZER + name: tensor for name, tensor in moments.items()},
+        **{_WEIGHTS + name: tensor for name, tensor in weights.items()},
+        **{_OPTIMIZER + name: t for name, t in optimizer_tensors(work.optimizer).items()},
         **{_RNG + name: tensor for name, tensor in rng.items()},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path = work.directory / RESUME
     temporary = path.with_name(f".{path.name}.tmp")
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with enough_space("the resume point", path, needed_bytes=needed):
@@ -113,30 +92,30 @@ def save_file_atomic(
     return path.stat().st_size
 
 
-def read_file(path: Path) -> ResumePoint | None:
-    """Return the position in a resume point file, or ``None`` if the file is not usable."""
-    try:
-        return _parse_content(_read_content(path))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load_file(path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Restore weights and optimizer in place, and Python's and NumPy's generators.
-
-    Returns the states of torch's generators in all processes, for ``set_rng``.
-    """
-    state = weights_of(model)
+def load(work: Workspace) -> None:
+    """Restore weights, optimizer and generators from the resume point."""
+    if work.shards is not None:
+        set_rng(_load_parts(work, work.shards), work.accelerator)
+        return
+    path = work.directory / RESUME
+    weights = weights_of(work.accelerator.unwrap_model(work.model))
+    tensors = {}
     with safe_open(path, framework="pt") as file, torch.no_grad():
-        tensors = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             if name.startswith(_WEIGHTS):
-                state[name.removeprefix(_WEIGHTS)].copy_(file.get_tensor(name))
+                weights[name.removeprefix(_WEIGHTS)].copy_(file.get_tensor(name))
             else:
                 tensors[name] = file.get_tensor(name)
-    load_optimizer(optimizer, strip_prefix(_OPTIMIZER, tensors))
+    load_optimizer(work.optimizer, strip_prefix(_OPTIMIZER, tensors))
     set_python_rng(_read_content(path)["python"])
-    return strip_prefix(_RNG, tensors)
+    set_rng(strip_prefix(_RNG, tensors), work.accelerator)
+
+
+def delete(work: Workspace) -> None:
+    """Delete the resume point, in the main process."""
+    (work.directory / RESUME).unlink(missing_ok=True)
+    shutil.rmtree(work.directory / RESUME_STORE, ignore_errors=True)
+    sync(work.directory)
 
 
 def _make_content(point: ResumePoint) -> dict[str, Any]:

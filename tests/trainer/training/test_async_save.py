@@ -101,7 +101,7 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
     journal = Path(config.output_dir) / "journal.jsonl"
     flushing, counted = threading.Event(), []
     commit_async, save = Timeline.commit_async, Store.save
-    flush, save_point = JournalQueue.flush, resume_point.save_file_atomic
+    flush, save_point = JournalQueue.flush, resume_point.save
 
     def committing(self, *arguments, **keywords):
         flushing.clear()
@@ -116,16 +116,16 @@ def test_a_resume_point_counts_only_evaluations_that_are_in_the_journal(config, 
         flushing.set()
         flush(self)
 
-    def saving_point(path, point, *arguments):
+    def saving_point(work, point):
         stage = [r for r in read(journal) if r.get("stage") == point.position.stage]
         decided = [r for r in stage if r["event"] == "decided" and r["seq"] <= point.seq]
         counted.append((len(decided), point.position.evaluations))
-        return save_point(path, point, *arguments)
+        return save_point(work, point)
 
     monkeypatch.setattr(Timeline, "commit_async", committing)
     monkeypatch.setattr(Store, "save", saving)
     monkeypatch.setattr(JournalQueue, "flush", when_flushed)
-    monkeypatch.setattr(resume_point, "save_file_atomic", saving_point)
+    monkeypatch.setattr(resume_point, "save", saving_point)
     start(config)
     assert len(counted) > 10
     assert all(decided == evaluations for decided, evaluations in counted)
