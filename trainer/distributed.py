@@ -157,13 +157,15 @@ def _report_failure(store: TCPStore, error: BaseException, *, count: int) -> Non
 def _watch(store: TCPStore, over: threading.Event) -> None:
     """Poll for a failure of another process; print its message and end this process."""
     while not over.wait(_POLL_SECONDS):
+        end = None
         try:
-            why = store.get(_FAILED).decode() if store.check([_FAILED]) else None
+            if store.check([_FAILED]):
+                end = f"has failed: {store.get(_FAILED).decode()}"
         except RuntimeError:
-            why = "the main process has gone"
-        if why is not None and not over.is_set():
-            message = f"msft-train: another process of this run has failed: {why}"
-            print(message, file=sys.stderr, flush=True)
+            # The main process keeps the store, and does not answer any more.
+            end = "has ended; see its last lines, then continue with `msft-train resume RUN`"
+        if end is not None and not over.is_set():
+            print(f"msft-train: another process of this run {end}", file=sys.stderr, flush=True)
             with suppress(RuntimeError):
                 store.add(_ENDING, 1)
             os._exit(1)

@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_alone(error):
             raise
         _complain(
-            "another process of this run has ended, so this one ends too; when what it says is put "
-            "right, continue with `msft-train resume RUN`"
+            "another process of this run has ended; see its last lines, then continue with "
+            "`msft-train resume RUN`"
         )
     return 1
 
