@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,14 @@ class Base:
 
 def add_base(backend: Backend, path: Path) -> Base:
     """Read a safetensors file, or a directory of them, and write its record."""
-    with translate_os_errors("read", path):
-        base = _scan(path.absolute())
+    base = scan_base(path)
     write_base(backend, base)
     return base
 
 
 def relocate(backend: Backend, base: Base, path: Path) -> Base:
     """Record a base's new path; :class:`BaseError` if the files there hold another model."""
-    with translate_os_errors("read", path):
-        found = _scan(path.absolute())
+    found = scan_base(path)
     if found.id != base.id:
         raise BaseError(f"{path} holds base {found.id[:12]}, not {base.id[:12]}: wrong model")
     write_base(backend, found)
@@ -119,7 +118,14 @@ def relocate(backend: Backend, base: Base, path: Path) -> Base:
 
 def write_base(backend: Backend, base: Base) -> None:
     """Write the record of a base durably; replace an earlier record."""
-    write_atomic(backend, base_path(base.id), _to_json(base))
+    write_atomic(backend, base_path(base.id), encode_base(base))
+
+
+def scan_base(path: Path) -> Base:
+    """Read the model at a path as a base; write nothing."""
+    path = path.absolute()
+    with translate_os_errors("read", path):
+        return _scan(path)
 
 
 def _scan(path: Path) -> Base:
@@ -137,7 +143,12 @@ def _scan(path: Path) -> Base:
                 shape=place.shape,
                 file=number,
                 offset=place.offset,
-                keys=tuple(pool.map(lambda span: _key_at(*span), _spans(files[number], place))),
+                keys=tuple(
+                    pool.map(
+                        partial(_chunk_key, files[number], place),
+                        range(0, place.nbytes, CHUNK_BYTES),
+                    )
+                ),
             )
             for name, (number, place) in sorted(places.items())
         }
@@ -147,13 +158,6 @@ def _scan(path: Path) -> Base:
         files=tuple((str(file), file.stat().st_size) for file in files),
         tensors=tensors,
     )
-
-
-def rebuild_base_record(path: Path) -> tuple[str, bytes]:
-    """Return the id and the encoded record of the model at a path; write nothing."""
-    with translate_os_errors("read", path):
-        base = _scan(path)
-    return base.id, _to_json(base)
 
 
 def has_missing_files(base: Base) -> bool:
@@ -175,18 +179,9 @@ def list_bases(backend: Backend) -> list[str]:
     return [path[skip : -len(_SUFFIX)] for path in backend.list(BASES) if path.endswith(_SUFFIX)]
 
 
-def read_base(backend: Backend, identity: str) -> Base:
-    """Read the record of a base."""
-    return _from_json(backend, identity)
-
-
-def _spans(file: Path, place: TensorPlace) -> Iterator[tuple[Path, int, int, DType]]:
-    for at in range(0, place.nbytes, CHUNK_BYTES):
-        yield file, place.offset + at, min(CHUNK_BYTES, place.nbytes - at), place.dtype
-
-
-def _key_at(file: Path, offset: int, length: int, dtype: DType) -> bytes:
-    return chunk_key(read_file(file, offset, length), dtype)
+def _chunk_key(file: Path, place: TensorPlace, at: int) -> bytes:
+    length = min(CHUNK_BYTES, place.nbytes - at)
+    return chunk_key(read_file(file, place.offset + at, length), place.dtype)
 
 
 def base_id(tensors: Mapping[str, BaseTensor]) -> str:
@@ -205,7 +200,8 @@ def _content(tensors: Mapping[str, BaseTensor]) -> dict[str, Any]:
     }
 
 
-def _to_json(base: Base) -> bytes:
+def encode_base(base: Base) -> bytes:
+    """Return the content of a base's record."""
     return seal(
         {
             "format": "msft-base",
@@ -219,7 +215,8 @@ def _to_json(base: Base) -> bytes:
     )
 
 
-def _from_json(backend: Backend, identity: str) -> Base:
+def read_base(backend: Backend, identity: str) -> Base:
+    """Read the record of a base."""
     path = base_path(identity)
     what = backend.describe(path)
     record = unseal(read_small_file(backend, path), what, "msft-base")

@@ -91,8 +91,8 @@ class RefReader:
 
 
 def list_refs(backend: Backend) -> list[str]:
-    """Return the paths of all refs."""
-    return [path for path in backend.list(REFS) if path.endswith(_SUFFIX)]
+    """Return the names of all refs."""
+    return [_name(path) for path in backend.list(REFS) if path.endswith(_SUFFIX)]
 
 
 def ref_path(name: str) -> str:
@@ -100,8 +100,7 @@ def ref_path(name: str) -> str:
     return f"{REFS}/{name}{_SUFFIX}"
 
 
-def ref_name(path: str) -> str:
-    """Return the name of the ref at a path."""
+def _name(path: str) -> str:
     return path[len(REFS) + 1 : -len(_SUFFIX)]
 
 
@@ -109,12 +108,10 @@ def read_ref(backend: Backend, path: str) -> Ref:
     """Return the ref at a path."""
     what = backend.describe(path)
     content = unseal(read_small_file(backend, path), what, "msft-ref")
-    name = ref_name(path)
+    name = _name(path)
     try:
-        target, note = (
-            check_id(content.get("checkpoint")),
-            check_shallow_object(content.get("note")),
-        )
+        target = check_id(content.get("checkpoint"))
+        note = check_shallow_object(content.get("note"))
         if content.get("name") != name or not _is_name(name):
             raise ValueError("it has another name")
     except ValueError as error:

@@ -39,9 +39,9 @@ from typing import Any
 from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError, NotAStoreError
 from msft_store.maintenance.gc import evict
-from msft_store.objects.bases import base_path, list_bases, rebuild_base_record
+from msft_store.objects.bases import base_path, encode_base, list_bases, scan_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_consistently, read_level
-from msft_store.remote.backend import RemoteBackend
+from msft_store.remote.backend import RemoteBackend, require_store
 from msft_store.remote.missing_packs import UnsoundTargetError
 from msft_store.remote.pull import pull_store
 from msft_store.remote.push import push_store
@@ -187,7 +187,7 @@ def clone(
     """
     remote, root = connect_remote(url, **options), _directory(directory)
     backend, address = LocalBackend(root), remote.describe("").encode()
-    level = read_level(_require_store(RemoteBackend(remote)))
+    level = read_level(require_store(RemoteBackend(remote)))
     begun = backend.read(_CLONING) if backend.exists(_CLONING) else None
     if begun is None:
         if backend.exists(CONFIG):
@@ -235,23 +235,16 @@ def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> 
         BaseError: If a model is not one of the store's bases.
         StorageError: If the remote cannot be reached.
     """
-    backend = RemoteBackend(connect_remote(url, **options))
-    overlay = Overlay(_require_store(backend))
-    known = set(list_bases(backend))
+    backend = require_store(RemoteBackend(connect_remote(url, **options)))
+    known, records = set(list_bases(backend)), {}
     for path in bases:
-        identity, record = rebuild_base_record(check_path(path))
-        if identity not in known:
+        base = scan_base(check_path(path))
+        if base.id not in known:
             raise BaseError(
-                f"{path} is base {identity[:12]}, which is none of {backend.describe('')}"
+                f"{path} is base {base.id[:12]}, which is none of {backend.describe('')}"
             )
-        overlay.replaced[base_path(identity)] = record
-    return Store(overlay if overlay.replaced else backend)
-
-
-def _require_store(backend: RemoteBackend) -> RemoteBackend:
-    if not backend.exists(CONFIG):
-        raise NotAStoreError(f"no store at {backend.describe('')}; send one there with push")
-    return backend
+        records[base_path(base.id)] = encode_base(base)
+    return Store(Overlay(backend, records) if records else backend)
 
 
 def _retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> None:

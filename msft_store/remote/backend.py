@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
-from msft_store.errors import CorruptedError, StorageError
+from msft_store.errors import CorruptedError, NotAStoreError, StorageError
 from msft_store.objects.bases import BASES
+from msft_store.objects.catalog import CONFIG
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -26,10 +27,8 @@ from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transport.base import Remote
-from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, FileStat, Writer, scan_by_size
-from msft_store.storage.claims import Claim
-from msft_store.storage.lock_files import Lock
-from msft_store.storage.overlay import Overlay
+from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, FileStat, scan_by_size
+from msft_store.storage.overlay import ReadOnlyBackend
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -50,18 +49,6 @@ def map_parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int
         return list(results)
 
 
-def parse_as(
-    backend: Backend, path: str, data: bytes, parse: Callable[[Backend, str], _R], name: str
-) -> _R:
-    """Parse bytes as the content of a file, so that the bytes that are copied are the checked ones.
-
-    ``parse`` is a reader of the package, such as ``read_ref``, and ``name`` is its argument.
-    """
-    overlay = Overlay(backend)
-    overlay.replaced[path] = data
-    return parse(overlay, name)
-
-
 def read_manifest(backend: Backend, identity: str) -> Checkpoint:
     """Read and verify both parts of a manifest."""
     checkpoint = read_checkpoint(backend, identity)
@@ -78,46 +65,11 @@ def is_sound(read: Callable[[Backend, str], object], backend: Backend, name: str
     return True
 
 
-class ReadOnlyBackend:
-    """The writing methods of a backend, which all raise :class:`StorageError`."""
-
-    def describe(self, path: str) -> str:
-        raise NotImplementedError
-
-    def locks(self) -> Sequence[Lock]:
-        return ()
-
-    def lock(
-        self,
-        *,
-        shared: bool,
-        purpose: str,
-    ) -> contextlib.AbstractContextManager[None]:
-        self._refuse(purpose)
-
-    def claim(self, kind: str, name: str) -> Claim:
-        return Claim()
-
-    def unlock(self, *, force: bool) -> Sequence[Lock]:
-        return ()
-
-    def writer(self) -> contextlib.AbstractContextManager[Writer]:
-        self._refuse("write")
-
-    def delete(self, path: str) -> None:
-        self._refuse("delete")
-
-    def move(self, path: str, target: str) -> None:
-        self._refuse("move")
-
-    def sync(self, folder: str) -> None:
-        self._refuse("sync")
-
-    def _refuse(self, action: str) -> NoReturn:
-        raise StorageError(
-            f"cannot {action} in {self.describe('')}: a remote store is only read in place. "
-            "Clone it, change the clone and push that"
-        )
+def require_store(backend: RemoteBackend) -> RemoteBackend:
+    """Return ``backend``; :class:`NotAStoreError` if it holds no store."""
+    if not backend.exists(CONFIG):
+        raise NotAStoreError(f"no store at {backend.describe('')}; send one there with push")
+    return backend
 
 
 class RemoteBackend(ReadOnlyBackend):

@@ -25,7 +25,7 @@ from msft_store.errors import BaseError, CorruptedError, StorageError
 from msft_store.format.layout import VERSION, seal, unseal
 from msft_store.format.strict_json import check_id, check_natural, check_string
 from msft_store.maintenance.export import companions
-from msft_store.objects.bases import Base, rebuild_base_record
+from msft_store.objects.bases import Base, encode_base, scan_base
 from msft_store.objects.safetensors_header import INDEX, find_files
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.transfer import TransferCounter
@@ -78,7 +78,7 @@ def push_base(remote: Remote, base: Base, counter: TransferCounter) -> int:
                 f"if it moved: msft-store relocate {base.id[:12]} NEW_PATH"
             )
     counter.start_step("read the base", 0)
-    if rebuild_base_record(path)[0] != base.id:
+    if scan_base(path).id != base.id:
         raise BaseError(
             f"{path} changed since it was added as base {base.id[:12]}; put the original back"
         )
@@ -144,11 +144,11 @@ def pull_base(
         backend.clear_temporary()
     path = place if listed.directory else place / listed.files[0].name
     counter.start_step("read the base", 0)
-    found, record = rebuild_base_record(path)
-    if found != identity:
+    found = scan_base(path)
+    if found.id != identity:
         what = remote.describe(_list_path(identity))
-        raise CorruptedError(f"{what} lists the files of another base, {found[:12]}", file=what)
-    return record, came
+        raise CorruptedError(f"{what} lists the files of another base, {found.id[:12]}", file=what)
+    return encode_base(found), came
 
 
 def _fetch(

@@ -14,19 +14,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from msft_store.errors import (
-    BusyError,
-    CorruptedError,
-    NotAStoreError,
-    StorageError,
-    strip_hint,
-)
+from msft_store.errors import BusyError, CorruptedError, StorageError, strip_hint
 from msft_store.format.key_table import KeyScanner
 from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
-from msft_store.objects.catalog import CONFIG, Catalog, read_level
+from msft_store.objects.catalog import Catalog, read_level
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -37,14 +32,14 @@ from msft_store.objects.manifest import (
     read_tensors,
 )
 from msft_store.objects.packs import PACKS
-from msft_store.objects.refs import Ref, list_refs, read_ref, ref_name, ref_path
+from msft_store.objects.refs import Ref, list_refs, read_ref, ref_path
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.backend import (
     RemoteBackend,
     StagedBackend,
     is_sound,
-    parse_as,
     read_manifest,
+    require_store,
 )
 from msft_store.remote.bases import pull_base
 from msft_store.remote.missing_packs import (
@@ -56,15 +51,11 @@ from msft_store.remote.missing_packs import (
     select_packs,
     verify_packs,
 )
-from msft_store.remote.refs import (
-    RefMove,
-    count_skipped_timelines,
-    is_transferred,
-    select_refs_to_move,
-)
+from msft_store.remote.refs import RefPair, RefRule, split_names
 from msft_store.remote.transfer import TransferCounter
 from msft_store.remote.transport.base import Remote
 from msft_store.storage.backend import TEMPORARY, read_small_file, write_atomic
+from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
 
 _log = logging.getLogger(__name__)
@@ -85,66 +76,84 @@ def pull_store(
 
     The files of base models go to the directory ``bases``; they are not fetched if it is ``None``.
     """
-    source = RemoteBackend(remote, nearby=backend)
-    if not source.exists(CONFIG):
-        raise NotAStoreError(f"no store at {remote.describe('')}; send one there with push")
+    source = require_store(RemoteBackend(remote, nearby=backend))
     read_level(source)
     catalog = Catalog(backend)
     catalog.refresh()
     ids = _check_ids(source, MANIFESTS, list_manifests(source))
-    names = [ref_name(path) for path in list_refs(source)]
-    counter.timelines_left = count_skipped_timelines(names, timelines=timelines)
-    wanted = [name for name in names if is_transferred(name, timelines=timelines)]
-    refs = _read_refs(source, catalog, wanted, ids)
-    moves = _select_moves(refs, backend, source, ids, force=force)
-    _fetch_bases(remote, backend, catalog, counter, bases)
-    old = [c for c in map(catalog.get, ids) if c is not None and _has_key_table(catalog, c)]
-    # Checkpoints whose key table is damaged in this store are fetched again.
-    lacking = sorted(set(ids) - {checkpoint.id for checkpoint in old})
+    names, counter.timelines_left = split_names(list_refs(source), timelines=timelines)
+    rule = RefRule(
+        known=set(ids),
+        force=force,
+        source=source.describe(""),
+        target=backend.describe(""),
+        advice="It was moved here: push, or pull --force to move it",
+    )
+    pull = _Pull(remote, source, backend, catalog, counter, rule)
+    refs = [read_ref(source, ref_path(name)) for name in names]
+    # A ref may point to a checkpoint that was pushed after the manifests were listed.
+    refs = [r for r in refs if r.checkpoint in rule.known or catalog.get(r.checkpoint) is not None]
+    moves = pull.select_moves(refs)
+    pull.fetch_bases(bases)
     with contextlib.ExitStack() as stack:
         # A directory that this process cannot lock, because it is read-only, can still be read.
         with contextlib.suppress(BusyError, StorageError):
             stack.enter_context(remote.session("pull"))
-        _PullSession(remote, source, backend, catalog, counter).run(lacking, old)
+        pull.fetch_checkpoints(ids)
     if moves:
         # Listing the refs makes the source read all of them in parallel.
         list_refs(source)
     # Another process may have moved refs of this store during the transfer: compare them again.
-    for ref, before in _select_moves([ref for ref, _ in moves], backend, source, ids, force=force):
-        _write_ref(backend, source, ref, before, counter)
+    for ref, before in pull.select_moves([ref for ref, _ in moves]):
+        pull.write_ref(ref, before)
 
 
-class _PullSession:
-    """The packs and manifests of one pull."""
+@dataclass
+class _Pull:
+    """One pull from a remote into a store."""
 
-    def __init__(
-        self,
-        remote: Remote,
-        source: RemoteBackend,
-        backend: QuotaBackend,
-        catalog: Catalog,
-        counter: TransferCounter,
-    ) -> None:
-        self._remote = remote
-        self._source = source
-        self._backend = backend
-        self._catalog = catalog
-        self._counter = counter
-        self._staged: dict[str, str] = {}
-        """The staged path of each file, by its final path."""
-        self._reused: set[str] = set()
-        """Final paths of the packs that an earlier pull staged."""
+    remote: Remote
+    source: RemoteBackend
+    backend: QuotaBackend
+    catalog: Catalog
+    counter: TransferCounter
+    rule: RefRule
+    _staged: dict[str, str] = field(default_factory=dict)
+    """The staged path of each file, by its final path."""
+    _reused: set[str] = field(default_factory=set)
+    """Final paths of the packs that an earlier pull staged."""
 
-    def run(self, lacking: Sequence[str], old: Sequence[Checkpoint]) -> None:
+    def fetch_bases(self, folder: Path | None) -> None:
+        """Fetch the records of bases, and into a folder also the missing files of models."""
+        known, source = self.catalog.objects.bases(), RemoteBackend(self.remote)
+        for identity in _check_ids(source, BASES, list_bases(source)):
+            path = base_path(identity)
+            if folder is not None and (identity not in known or has_missing_files(known[identity])):
+                record, size = pull_base(self.remote, identity, folder, self.counter)
+                self.counter.base_bytes += size
+            elif identity not in known:
+                record = read_small_file(source, path)
+                read_base(Overlay(source, {path: record}), identity)
+            else:
+                continue
+            write_atomic(self.backend, path, record)
+            self.counter.add_file(len(record), base=True)
+        self.backend.sync(BASES)
+        self.catalog.objects.refresh()
+
+    def fetch_checkpoints(self, ids: Sequence[str]) -> None:
         """Fetch missing checkpoints, and packs that checkpoints of this store are missing."""
-        backend, source = self._backend, self._source
+        backend, source = self.backend, self.source
         view = StagedBackend(backend, self._staged, source.describe)
         objects, target = read_objects(source), read_objects(backend)
-        checkpoints = self._stage_manifests(lacking, view)
+        old = [c for c in map(self.catalog.get, ids) if c is not None and self._has_key_table(c)]
+        # Checkpoints whose key table is damaged in this store are fetched again.
+        missing = sorted(set(ids) - {checkpoint.id for checkpoint in old})
+        checkpoints = self._stage_manifests(missing, view)
         scanner = KeyScanner()
         keys = [(c.base, read_keys(view, c, scanner)) for c in checkpoints]
-        old_keys = self._catalog.keys_by_base(old)
-        if is_missing_chunks(self._catalog.objects, target, old_keys):
+        old_keys = self.catalog.keys_by_base(old)
+        if is_missing_chunks(self.catalog.objects, target, old_keys):
             keys += old_keys.items()
         packs = select_packs(objects, source, target, merge_keys(keys))
         backend.require_space(sum(pack.size for pack in packs))
@@ -159,15 +168,22 @@ class _PullSession:
             _log.info("%s: fetching %d staged packs again", error, len(reused))
             self._stage_packs(reused, reuse=False)
             unverified = self._verify(view, packs)
-        self._counter.unverified += unverified
+        self.counter.unverified += unverified
         self._move_into_place([pack.path for pack in packs], PACKS)
         self._move_into_place([manifest_path(c.id) for c in checkpoints], MANIFESTS)
-        self._counter.checkpoints += [checkpoint.id for checkpoint in checkpoints]
+        self.counter.checkpoints += [checkpoint.id for checkpoint in checkpoints]
+
+    def _has_key_table(self, checkpoint: Checkpoint) -> bool:
+        try:
+            self.catalog.keys(checkpoint)
+        except CorruptedError:
+            return False
+        return True
 
     def _verify(self, view: StagedBackend, packs: Sequence[PackTransfer]) -> int:
         objects = read_objects(view)
         try:
-            return verify_packs(objects, packs, self._counter, at_target=True)
+            return verify_packs(objects, packs, self.counter, at_target=True)
         except CorruptedError as error:
             raise CorruptedError(
                 f"{strip_hint(error)}; nothing of the pull was kept. If another store has that "
@@ -181,16 +197,16 @@ class _PullSession:
         for identity in identities:
             path = manifest_path(identity)
             self._staged[path] = staged = f"{INCOMING}/{path}"
-            if not (self._backend.exists(staged) and is_sound(read_manifest, view, identity)):
+            if not (self.backend.exists(staged) and is_sound(read_manifest, view, identity)):
                 wanted.append(path)
 
         def fetch(path: str) -> tuple[str, bytes]:
-            return path, read_small_file(self._source, path)
+            return path, read_small_file(self.source, path)
 
-        with contextlib.closing(in_order(fetch, iter(wanted), self._remote.workers)) as fetched:
+        with contextlib.closing(in_order(fetch, iter(wanted), self.remote.workers)) as fetched:
             for path, data in fetched:
-                write_atomic(self._backend, self._staged[path], data)
-                self._counter.add_file(len(data))
+                write_atomic(self.backend, self._staged[path], data)
+                self.counter.add_file(len(data))
         checkpoints = [read_checkpoint(view, identity) for identity in identities]
         for checkpoint in checkpoints:
             read_tensors(view, checkpoint)
@@ -200,38 +216,60 @@ class _PullSession:
         wanted = []
         for pack in packs:
             self._staged[pack.path] = staged = f"{INCOMING}/{pack.path}"
-            exists = self._backend.exists(staged) and self._backend.size(staged) == pack.size
+            exists = self.backend.exists(staged) and self.backend.size(staged) == pack.size
             if exists and reuse:
                 self._reused.add(pack.path)
             else:
                 wanted.append(pack)
         if self._reused and reuse:
             _log.info("resuming a pull: %d packs are staged already", len(self._reused))
-        self._counter.start_step("fetch", sum(pack.size for pack in wanted))
+        self.counter.start_step("fetch", sum(pack.size for pack in wanted))
         segments = ((pack, segment) for pack in wanted for segment in pack.segments())
 
         def fetch(one: tuple[PackTransfer, Segment]) -> bytes:
-            return one[0].read_segment(self._source, one[1])
+            return one[0].read_segment(self.source, one[1])
 
         # Requests run in parallel across packs too, because most packs are small.
-        with contextlib.closing(in_order(fetch, segments, self._remote.workers)) as fetched:
+        with contextlib.closing(in_order(fetch, segments, self.remote.workers)) as fetched:
             for pack in wanted:
-                with self._backend.writer() as writer:
+                with self.backend.writer() as writer:
                     for _ in pack.segments():
                         part = next(fetched)
                         writer.write(part)
-                        self._counter.advance(len(part))
+                        self.counter.advance(len(part))
                     writer.finalize(self._staged[pack.path])
-                self._counter.add_file(pack.size, pack=True)
+                self.counter.add_file(pack.size, pack=True)
 
     def _move_into_place(self, paths: Sequence[str], folder: str) -> None:
         for path in paths:
             staged = self._staged.pop(path)
             # A concurrent pull shares the staged files and may have moved this one already.
-            if self._backend.exists(staged) or not self._backend.exists(path):
-                self._backend.move(staged, path)
+            if self.backend.exists(staged) or not self.backend.exists(path):
+                self.backend.move(staged, path)
         # Also sync files that existed before: their writer may have been killed before its sync.
-        self._backend.sync(folder)
+        self.backend.sync(folder)
+
+    def select_moves(self, refs: Sequence[Ref]) -> list[RefPair]:
+        """Return the refs to be written, each with this store's ref of the same name."""
+        return self.rule.select([(ref, self._read_own_ref(ref.name)) for ref in refs])
+
+    def _read_own_ref(self, name: str) -> Ref | None:
+        path = ref_path(name)
+        try:
+            return read_ref(self.backend, path) if self.backend.exists(path) else None
+        except CorruptedError:
+            if not self.rule.force:
+                raise
+            return None
+
+    def write_ref(self, ref: Ref, before: Ref | None) -> None:
+        path = ref_path(ref.name)
+        data = read_small_file(self.source, path)
+        if read_ref(Overlay(self.source, {path: data}), path) != ref:
+            # The ref was moved since it was listed. The next pull fetches its checkpoint too.
+            return
+        write_atomic(self.backend, path, data)
+        self.counter.add_ref(before, ref, len(data), self.backend.describe(""))
 
 
 def _check_ids(source: RemoteBackend, folder: str, identities: Sequence[str]) -> list[str]:
@@ -243,93 +281,3 @@ def _check_ids(source: RemoteBackend, folder: str, identities: Sequence[str]) ->
             path = source.describe(f"{folder}/{identity}.json")
             raise CorruptedError(f"{path!a:.300} does not belong in a store: {error}") from None
     return list(identities)
-
-
-def _has_key_table(catalog: Catalog, checkpoint: Checkpoint) -> bool:
-    try:
-        catalog.keys(checkpoint)
-    except CorruptedError:
-        return False
-    return True
-
-
-def _fetch_bases(
-    remote: Remote,
-    backend: QuotaBackend,
-    catalog: Catalog,
-    counter: TransferCounter,
-    folder: Path | None,
-) -> None:
-    source = RemoteBackend(remote)
-    known = catalog.objects.bases()
-    for identity in _check_ids(source, BASES, list_bases(source)):
-        path = base_path(identity)
-        if folder is not None and (identity not in known or has_missing_files(known[identity])):
-            record, size = pull_base(remote, identity, folder, counter)
-            counter.base_bytes += size
-        elif identity not in known:
-            record = read_small_file(source, path)
-            parse_as(source, path, record, read_base, identity)
-        else:
-            continue
-        write_atomic(backend, path, record)
-        counter.add_file(len(record), base=True)
-    backend.sync(BASES)
-    catalog.objects.refresh()
-
-
-def _read_refs(
-    source: RemoteBackend, catalog: Catalog, names: Sequence[str], ids: Sequence[str]
-) -> list[Ref]:
-    """Return refs, except those whose checkpoints were pushed after the manifests were listed."""
-    listed = set(ids)
-    refs = [read_ref(source, ref_path(name)) for name in names]
-    return [r for r in refs if r.checkpoint in listed or catalog.get(r.checkpoint) is not None]
-
-
-def _select_moves(
-    refs: Sequence[Ref],
-    backend: QuotaBackend,
-    source: RemoteBackend,
-    ids: Sequence[str],
-    *,
-    force: bool,
-) -> list[tuple[Ref, Ref | None]]:
-    """Return the refs to be written, each with this store's ref of the same name."""
-
-    def read_own(name: str) -> Ref | None:
-        path = ref_path(name)
-        try:
-            return read_ref(backend, path) if backend.exists(path) else None
-        except CorruptedError:
-            if not force:
-                raise
-            return None
-
-    return select_refs_to_move(
-        [(ref, read_own(ref.name)) for ref in refs],
-        known=set(ids),
-        force=force,
-        source=source.describe(""),
-        target=backend.describe(""),
-        hint="It was moved here: push, or pull --force to move it",
-    )
-
-
-def _write_ref(
-    backend: QuotaBackend,
-    source: RemoteBackend,
-    ref: Ref,
-    before: Ref | None,
-    counter: TransferCounter,
-) -> None:
-    path = ref_path(ref.name)
-    data = read_small_file(source, path)
-    if parse_as(source, path, data, read_ref, path) != ref:
-        # The ref was moved since it was listed. The next pull fetches its checkpoint too.
-        return
-    write_atomic(backend, path, data)
-    counter.add_file(len(data))
-    old = None if before is None else before.checkpoint
-    counter.refs.append(RefMove(name=ref.name, before=old, after=ref.checkpoint))
-    _log.info("moved ref %s at %s to %s", ref.name, backend.describe(""), ref.checkpoint)

@@ -1,25 +1,25 @@
-"""Decide how a transfer moves a ref that exists in both stores. Pure functions.
+"""Decide how a transfer moves a ref that exists in both stores, without I/O.
 
-A ref follows the source if the source knows the checkpoint to which the target's ref points:
-whoever moved it in the source could see that checkpoint. Otherwise another writer moved it in the
-target, and it is left alone.
+A ref follows the source if the source knows the checkpoint to which the target's ref points,
+because then the source's ref was moved later. Otherwise another writer moved the ref in the target,
+and it is left alone.
 
 Example::
 
-    decide_ref("best", here, there, known={"3fa9…"}, force=False)      # "move"
+    rule.select([(ref, target_ref)])        # the pair, or nothing if both are equal
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from msft_store.errors import ConflictError
 from msft_store.objects.refs import Ref
 
 TIMELINES = "timelines/"
-Decision = Literal["same", "create", "move", "refuse"]
+RefPair = tuple[Ref, Ref | None]
+"""A ref of the source, and the ref of the same name in the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,52 +37,50 @@ class RefMove:
     after: str
 
 
-def is_transferred(name: str, *, timelines: bool) -> bool:
-    """Return True if a ref is transferred; refs of timelines only on request."""
-    return timelines or not name.startswith(TIMELINES)
+def split_names(names: Iterable[str], *, timelines: bool) -> tuple[list[str], int]:
+    """Return the names of the refs to transfer, and the number of timelines that are left out."""
+    if timelines:
+        return list(names), 0
+    sent = [name for name in names if not name.startswith(TIMELINES)]
+    left = set(names) - set(sent)
+    return sent, len({name.removeprefix(TIMELINES).partition("/")[0] for name in left})
 
 
-def count_skipped_timelines(names: Iterable[str], *, timelines: bool) -> int:
-    """Return the number of timelines among the names of refs that are not transferred."""
-    left = (name for name in names if not is_transferred(name, timelines=timelines))
-    return len({name.removeprefix(TIMELINES).partition("/")[0] for name in left})
+@dataclass(frozen=True, kw_only=True)
+class RefRule:
+    """The rule of one transfer by which refs are moved.
 
-
-def decide_ref(source: Ref, target: Ref | None, *, known: Collection[str], force: bool) -> Decision:
-    """Return how to transfer a ref; ``known`` holds the ids of the source's checkpoints."""
-    if target is None:
-        return "create"
-    if target.checkpoint == source.checkpoint:
-        return "same"
-    return "move" if force or target.checkpoint in known else "refuse"
-
-
-def select_refs_to_move(
-    pairs: Iterable[tuple[Ref, Ref | None]],
-    *,
-    known: Collection[str],
-    force: bool,
-    source: str,
-    target: str,
-    hint: str,
-) -> list[tuple[Ref, Ref | None]]:
-    """Return those pairs of a source's and a target's ref that have to be written.
-
-    ``known`` holds the ids of the source's checkpoints. ``source``, ``target`` and ``hint``, which
-    says what to do next, are for the message. Raises :class:`ConflictError` if another writer moved
-    a ref of the target, unless ``force`` is true.
+    Attributes:
+        known: Ids of the source's checkpoints.
+        force: True to move refs that another writer moved in the target, too.
+        source: Address of the source, for messages.
+        target: Address of the target, for messages.
+        advice: The end of the message about a conflict: the next step for the user.
     """
-    moves, reasons = [], []
-    source, target = source.rstrip("/"), target.rstrip("/")
-    for mine, theirs in pairs:
-        decision = decide_ref(mine, theirs, known=known, force=force)
-        if decision == "refuse" and theirs is not None:
-            reasons.append(
-                f"ref {mine.name!r} points to {theirs.checkpoint[:12]} at {target}, which {source} "
-                f"does not have, and to {mine.checkpoint[:12]} at {source}"
-            )
-        elif decision != "same":
-            moves.append((mine, theirs))
-    if reasons:
-        raise ConflictError(f"{'; '.join(reasons)}. {hint}")
-    return moves
+
+    known: Collection[str]
+    force: bool
+    source: str
+    target: str
+    advice: str
+
+    def select(self, pairs: Iterable[RefPair]) -> list[RefPair]:
+        """Return the pairs that have to be written.
+
+        :class:`ConflictError` if another writer moved a ref in the target, unless ``force`` is set.
+        """
+        moves, conflicts = [], []
+        source, target = self.source.rstrip("/"), self.target.rstrip("/")
+        for mine, theirs in pairs:
+            if theirs is not None and theirs.checkpoint == mine.checkpoint:
+                continue
+            if theirs is None or self.force or theirs.checkpoint in self.known:
+                moves.append((mine, theirs))
+            else:
+                conflicts.append(
+                    f"ref {mine.name!r} points to {theirs.checkpoint[:12]} at {target}, which "
+                    f"{source} does not have, and to {mine.checkpoint[:12]} at {source}"
+                )
+        if conflicts:
+            raise ConflictError(f"{'; '.join(conflicts)}. {self.advice}")
+        return moves

@@ -7,13 +7,17 @@ Example::
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from msft_store._util import format_bytes
+from msft_store._util import format_bytes, format_count
+from msft_store.objects.refs import Ref
 from msft_store.remote.refs import RefMove
 from msft_store.remote.transport.base import PartReader
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with a step (``"send"``), its bytes so far and its total bytes, 0 if unknown."""
@@ -45,16 +49,13 @@ class Transfer:
     timelines_left: int = 0
 
     def __str__(self) -> str:
-        left = (
-            f"{_count(self.timelines_left, 'timeline')} not moved: use --timelines to continue "
-            "the run elsewhere"
-        )
+        timelines = format_count(self.timelines_left, "timeline")
+        left = f"{timelines} not moved: use --timelines to continue the run elsewhere"
         if not (self.bytes or self.base_bytes or self.refs):
             return f"nothing to do\n{left}" if self.timelines_left else "nothing to do"
-        parts = [
-            f"{_count(len(self.checkpoints), 'checkpoint')} in {_count(self.packs, 'pack')}, "
-            f"{format_bytes(self.bytes)}",
-        ]
+        checkpoints = format_count(len(self.checkpoints), "checkpoint")
+        packs = format_count(self.packs, "pack")
+        parts = [f"{checkpoints} in {packs}, {format_bytes(self.bytes)}"]
         if self.base_bytes:
             parts.append(f"{format_bytes(self.base_bytes)} of bases")
         parts += [
@@ -63,17 +64,14 @@ class Transfer:
             for move in self.refs
         ]
         if self.unverified:
+            chunks = format_count(self.unverified, "chunk")
             parts.append(
-                f"{_count(self.unverified, 'chunk')} not verified, because a base is missing here: "
-                "relocate it, then run msft-store check --read-data"
+                f"{chunks} not verified, because a base is missing here: relocate it, then run "
+                "msft-store check --read-data"
             )
         if self.timelines_left:
             parts.append(left)
         return "\n".join(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(kw_only=True)
@@ -100,6 +98,13 @@ class TransferCounter:
             self.bytes += size
             self.packs += pack
             self.bases += base
+
+    def add_ref(self, before: Ref | None, after: Ref, size: int, place: str) -> None:
+        """Count a ref that was written to a place, as a file of ``size`` bytes."""
+        self.add_file(size)
+        old = None if before is None else before.checkpoint
+        self.refs.append(RefMove(name=after.name, before=old, after=after.checkpoint))
+        _log.info("moved ref %s at %s to %s", after.name, place, after.checkpoint)
 
     def start_step(self, step: str, total: int) -> None:
         """Start the progress of a step of ``total`` bytes, 0 if unknown."""

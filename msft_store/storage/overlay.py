@@ -1,17 +1,15 @@
-"""A read-only view of a store in which some files are replaced, to check a change before writing
-it.
+"""Read-only views of a store.
 
 Example::
 
-    overlay = Overlay(backend)
-    overlay.replaced["store.json"] = data
-    Catalog(overlay).refresh()
+    overlay = Overlay(backend, {"store.json": data})
+    Catalog(overlay).refresh()          # checks a change before it is written
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from msft_store.errors import StorageError
@@ -20,12 +18,52 @@ from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 
 
-class Overlay:
-    """A backend that reads some files from memory and the others from another backend."""
+class ReadOnlyBackend:
+    """The other half of a backend that only reads: writing methods raise :class:`StorageError`."""
 
-    def __init__(self, inner: Backend) -> None:
-        self.replaced: dict[str, bytes] = {}
-        """New contents of files, by path."""
+    def describe(self, path: str) -> str:
+        raise NotImplementedError
+
+    def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
+        self._refuse(purpose)
+
+    def claim(self, kind: str, name: str) -> Claim:
+        return Claim()
+
+    def locks(self) -> Sequence[Lock]:
+        return ()
+
+    def unlock(self, *, force: bool) -> Sequence[Lock]:
+        return ()
+
+    def writer(self) -> contextlib.AbstractContextManager[Writer]:
+        self._refuse("write")
+
+    def delete(self, path: str) -> None:
+        self._refuse("delete")
+
+    def move(self, path: str, target: str) -> None:
+        self._refuse("move")
+
+    def sync(self, folder: str) -> None:
+        self._refuse("sync")
+
+    def _refuse(self, action: str) -> NoReturn:
+        raise StorageError(
+            f"cannot {action} in {self.describe('')}: a remote store is only read in place. "
+            "Clone it, change the clone and push that"
+        )
+
+
+class Overlay(ReadOnlyBackend):
+    """Reads some files from memory and the others from another backend.
+
+    Attributes:
+        replaced: New contents of files, by path.
+    """
+
+    def __init__(self, inner: Backend, replaced: Mapping[str, bytes] | None = None) -> None:
+        self.replaced = dict(replaced or {})
         self._inner = inner
 
     def describe(self, path: str) -> str:
@@ -50,30 +88,3 @@ class Overlay:
 
     def scan(self, folder: str) -> dict[str, FileStat]:
         return scan_by_size(self, folder)
-
-    def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
-        return self._inner.lock(shared=shared, purpose=purpose)
-
-    def claim(self, kind: str, name: str) -> Claim:
-        return Claim()
-
-    def locks(self) -> Sequence[Lock]:
-        return self._inner.locks()
-
-    def unlock(self, *, force: bool) -> Sequence[Lock]:
-        self._refuse()
-
-    def writer(self) -> contextlib.AbstractContextManager[Writer]:
-        self._refuse()
-
-    def delete(self, path: str) -> None:
-        self._refuse()
-
-    def move(self, path: str, target: str) -> None:
-        self._refuse()
-
-    def sync(self, folder: str) -> None:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise StorageError(f"{self.describe('')} is opened read-only")

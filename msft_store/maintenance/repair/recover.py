@@ -21,10 +21,10 @@ from pathlib import Path
 from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import StoreError, is_damage
 from msft_store.maintenance.repair.extract import extract_manifest, extract_sealed
-from msft_store.objects.bases import base_path, list_bases, read_base, rebuild_base_record
+from msft_store.objects.bases import base_path, encode_base, list_bases, read_base, scan_base
 from msft_store.objects.catalog import CONFIG, read_level, write_config
 from msft_store.objects.manifest import list_manifests, manifest_path, read_checkpoint, read_tensors
-from msft_store.objects.refs import Ref, encode_ref, list_refs, read_ref, ref_name
+from msft_store.objects.refs import Ref, encode_ref, list_refs, read_ref, ref_path
 from msft_store.storage.backend import Backend, read_small_file
 from msft_store.storage.overlay import Overlay
 
@@ -105,13 +105,13 @@ def _files(backend: Backend) -> Iterator[_File]:
             check=partial(_read_manifest, identity=identity),
             recoveries=((_EXTRACTED, extract_manifest),),
         )
-    for path in list_refs(backend):
+    for name in list_refs(backend):
         yield _File(
-            path=path,
-            check=partial(read_ref, path=path),
+            path=ref_path(name),
+            check=partial(read_ref, path=ref_path(name)),
             recoveries=(
                 (_EXTRACTED, extract_sealed),
-                ("damaged; its note is lost", _rebuild_ref(backend, path)),
+                ("damaged; its note is lost", _rebuild_ref(backend, name)),
             ),
         )
 
@@ -137,14 +137,14 @@ def _rebuild_base(data: bytes) -> bytes | None:
     """Build the record again from the model at the path that the damaged record names."""
     found = _PATH.search(data)
     try:
-        return None if found is None else rebuild_base_record(Path(str(json.loads(found[1]))))[1]
+        return None if found is None else encode_base(scan_base(Path(str(json.loads(found[1])))))
     except (StoreError, ValueError):
         return None
 
 
-def _rebuild_ref(backend: Backend, path: str) -> Recovery:
+def _rebuild_ref(backend: Backend, name: str) -> Recovery:
     def rebuild(data: bytes) -> bytes | None:
-        found, name = _TARGET.search(data), ref_name(path)
+        found = _TARGET.search(data)
         # The ref of a timeline is useless without its note.
         if found is None or name.startswith(_TIMELINES):
             return None

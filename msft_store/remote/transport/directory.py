@@ -78,19 +78,14 @@ class DirectoryRemote:
             if (self.backend.read(path) if self.backend.exists(path) else None) != before:
                 return False
             if path.startswith(f"{REFS}/"):
-                self._check_target(path, data)
+                target = read_ref(Overlay(self.backend, {path: data}), path).checkpoint
+                if not self.backend.exists(manifest_path(target)):
+                    raise StorageError(
+                        f"checkpoint {target[:12]} was deleted at {self.describe('')} "
+                        "before the ref to it was written; push again"
+                    )
             write_atomic(self.backend, path, data)
             return True
-
-    def _check_target(self, path: str, data: bytes) -> None:
-        overlay = Overlay(self.backend)
-        overlay.replaced[path] = data
-        target = read_ref(overlay, path).checkpoint
-        if not self.backend.exists(manifest_path(target)):
-            raise StorageError(
-                f"checkpoint {target[:12]} was deleted at {self.describe('')} "
-                "before the ref to it was written; push again"
-            )
 
     def sync(self, folder: str) -> None:
         self.backend.sync(folder)
