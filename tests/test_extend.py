@@ -26,7 +26,7 @@ def test_an_example_is_shorter_than_60_lines(path: Path) -> None:
 
 
 def test_the_codec_saves_bytes_and_refuses_damage(capsys: pytest.CaptureFixture[str]) -> None:
-    constant: Codec = run("codec")["Constant"]()
+    constant: Codec = run("codec")["Constant"](200, "constant")
     assert capsys.readouterr().out.startswith("constant takes 2 bytes, ")
     with pytest.raises(ValueError, match="wrong length"):
         constant.decode_into(b"\0", np.zeros(8, np.uint8), next(d for d in DTYPES if d.size == 2))

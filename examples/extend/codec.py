@@ -5,8 +5,6 @@ Run ``python examples/extend/codec.py``. To make it part of the store, see ``CON
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from msft_store.codec.codecs import Codec, encode
@@ -14,13 +12,8 @@ from msft_store.codec.kernels import Bytes
 from msft_store.format.dtypes import DTYPES, DType
 
 
-@dataclass(frozen=True)
-class Constant:
+class Constant(Codec):
     """The first element only: all others have the same bits."""
-
-    code: int = 200
-    name: str = "constant"
-    needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         """Return the payload; ``ValueError`` if the elements differ."""
@@ -41,7 +34,7 @@ class Constant:
 
 def main() -> None:
     """Compare the codec with the one that the store picks."""
-    constant: Codec = Constant()
+    constant = Constant(200, "constant")
     dtype = next(dtype for dtype in DTYPES if dtype.name == "bfloat16")
     chunk = np.tile(np.array([0x80, 0x3F], np.uint8), 4096)
     payload = constant.encode(chunk, None, dtype)

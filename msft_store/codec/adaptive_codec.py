@@ -1,7 +1,8 @@
-"""Codec 7: the changes of codec 6, coded with chances that adapt (``docs/FORMAT.md``, section 5).
+"""Codec 7: the changes of codec 6, coded with adaptive probabilities.
 
-It is smaller than codec 6 and slower. As in :mod:`msft_store.codec.exponent_codec`, the payload is
-the same with and without compiled kernels, and a damaged payload is a :class:`ValueError`.
+It is smaller than codec 6 and slower; ``docs/FORMAT.md``, section 5, has the format. As in
+:mod:`msft_store.codec.exponent_codec`, the payload is the same with and without compiled kernels,
+and a damaged payload is a :class:`ValueError`.
 
 Example::
 

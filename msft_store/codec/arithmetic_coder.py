@@ -1,7 +1,7 @@
 """Codec 7's entropy coder: an adaptive binary arithmetic coder.
 
-A symbol is a sequence of decisions: whether there is a change, the smallest distances one by one,
-then the bits of its token, its direction and its half. The chance of a decision is the mean of two
+A symbol is a sequence of decisions: if there is a change, the smallest distances one by one, then
+the bits of its token, its direction and its half. The probability of a decision is the mean of two
 counters. One belongs to its place in the sequence and the exponent. The other belongs to its place
 and to how far the elements before it moved, relative to the exponent, because neighbours in a row
 move alike. All arithmetic is in integers, so every machine gives the same bytes.
@@ -38,8 +38,8 @@ MAX_SYMBOL_BYTES = 20
 def make_counters() -> tuple[Array, Array]:
     """Return the initial counters by exponent and by movement, int32.
 
-    A counter holds a signed chance in its upper 24 bits, of which 20 are used and 0 means one half,
-    and the number of decisions it has seen in its lower 8 bits.
+    A counter holds a signed probability in its upper 24 bits, of which 20 are used and 0 means one
+    half, and the number of decisions it has seen in its lower 8 bits.
     """
     return np.zeros(_MAX_EXPONENTS * PLACES, np.int32), np.zeros(_MOVEMENTS * PLACES, np.int32)
 
@@ -67,6 +67,7 @@ def code_symbols(
             at += 1
     # The interval from bottom to top, the value that is read, and the position in the data.
     coder = 0, 0xFFFFFFFF, value, at
+    tables = data, by_exponent, by_movement, rates
     quick = slow = exponents[0] << 9
     for i in range(len(exponents)):
         exponent = exponents[i]
@@ -79,9 +80,7 @@ def code_symbols(
         token, flipped = symbol >> 3, symbol & 1
         path, towards, half = flipped << 6 | token, symbol >> 1 & 1, symbol >> 2 & 1
         bit = 1 if symbol != 0 else 0
-        bit, coder = code_decision(
-            encoding, bit, data, by_exponent, here, by_movement, there, rates, coder
-        )
+        bit, coder = code_decision(encoding, bit, tables, here, there, coder)
         if not bit:
             token = flipped = towards = half = 0
             moved = 2 * exponent - 2
@@ -90,9 +89,8 @@ def code_symbols(
             while bit == 0 and place < 3:
                 place += 1
                 bit = 1 if path == place else 0
-                a, b = here + place, there + place
                 bit, coder = code_decision(
-                    encoding, bit, data, by_exponent, a, by_movement, b, rates, coder
+                    encoding, bit, tables, here + place, there + place, coder
                 )
             if bit:
                 token, flipped = place, 0
@@ -102,23 +100,17 @@ def code_symbols(
                 for depth in range(7):
                     bit = path >> (6 - depth) & 1
                     a, b = here + 128 + place, there + 128 + place
-                    bit, coder = code_decision(
-                        encoding, bit, data, by_exponent, a, by_movement, b, rates, coder
-                    )
+                    bit, coder = code_decision(encoding, bit, tables, a, b, coder)
                     place = place << 1 | bit
                 token, flipped = place & 63, place >> 6 & 1
                 place = 256 + 2 * token + flipped
             if token > 0:
                 a, b = here + place, there + place
-                towards, coder = code_decision(
-                    encoding, towards, data, by_exponent, a, by_movement, b, rates, coder
-                )
+                towards, coder = code_decision(encoding, towards, tables, a, b, coder)
             if token >= 4:
                 place = 384 + 2 * token + flipped
                 a, b = here + place, there + place
-                half, coder = code_decision(
-                    encoding, half, data, by_exponent, a, by_movement, b, rates, coder
-                )
+                half, coder = code_decision(encoding, half, tables, a, b, coder)
             moved = 2 * exponent + (token if token > 1 else 0)
         if not encoding:
             symbols[i] = token << 3 | half << 2 | towards << 1 | flipped
@@ -133,23 +125,14 @@ def code_symbols(
     return at
 
 
-def code_decision(
-    encoding: Any,
-    bit: Any,
-    data: Any,
-    by_exponent: Any,
-    here: Any,
-    by_movement: Any,
-    there: Any,
-    rates: Any,
-    coder: Any,
-) -> Any:
+def code_decision(encoding: Any, bit: Any, tables: Any, here: Any, there: Any, coder: Any) -> Any:
     """Encode or decode one bit; return the bit and the next state of the coder."""
+    data, by_exponent, by_movement, rates = tables
     bottom, top, value, at = coder
     one, two = by_exponent[here], by_movement[there]
-    chance = min(max((one + two >> 13) + 32768, 32), 65504)
+    probability = min(max((one + two >> 13) + 32768, 32), 65504)
     span = top - bottom
-    middle = bottom + (span >> 16) * chance + ((span & 0xFFFF) * chance >> 16)
+    middle = bottom + (span >> 16) * probability + ((span & 0xFFFF) * probability >> 16)
     if not encoding:
         bit = 1 if value <= middle else 0
     if bit:

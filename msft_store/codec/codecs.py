@@ -18,8 +18,9 @@ import importlib
 import os
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import zstandard
@@ -86,24 +87,22 @@ Level = Literal["fast", "small"]
 LEVELS: tuple[Level, ...] = ("fast", "small")
 
 
-class Codec(Protocol):
+@dataclass(frozen=True)
+class Codec(ABC):
     """Turns a chunk into a payload and back."""
 
-    @property
-    def code(self) -> int:
-        """The number of the codec in the byte format."""
+    code: int
+    """The number of the codec in the byte format."""
+    name: str
+    """The name of the codec in messages."""
+    needs_reference: bool = False
+    """True if the codec codes a change against a reference."""
 
-    @property
-    def name(self) -> str:
-        """The name of the codec in messages."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """True if the codec codes a change against a reference."""
-
+    @abstractmethod
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         """Return the payload of a chunk."""
 
+    @abstractmethod
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         """Replace the reference in ``out``, if there is one, by the decoded chunk.
 
@@ -111,13 +110,8 @@ class Codec(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Raw:
+class Raw(Codec):
     """The plain bytes of the chunk."""
-
-    code: int = 0
-    name: str = "raw"
-    needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return chunk.tobytes()
@@ -128,13 +122,8 @@ class Raw:
         out[:] = np.frombuffer(payload, np.uint8)
 
 
-@dataclass(frozen=True)
-class Zstd:
+class Zstd(Codec):
     """A zstd frame of the bytes."""
-
-    code: int = 1
-    name: str = "zstd"
-    needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return _compress(chunk, _PLAIN_LEVEL)
@@ -143,13 +132,8 @@ class Zstd:
         out[:] = _decompress(payload, out.size)
 
 
-@dataclass(frozen=True)
-class Planes:
+class Planes(Codec):
     """A zstd frame of byte planes: all lowest bytes, then all second bytes, and so on."""
-
-    code: int = 2
-    name: str = "planes"
-    needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
@@ -159,13 +143,8 @@ class Planes:
         out[:] = join_planes(_decompress(payload, out.size), dtype.lane).view(np.uint8)
 
 
-@dataclass(frozen=True)
-class Same:
+class Same(Codec):
     """An empty payload: the chunk equals the reference."""
-
-    code: int = 3
-    name: str = "same"
-    needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         return b""
@@ -174,13 +153,8 @@ class Same:
         pass
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(Codec):
     """A zstd frame of the byte planes of all changes."""
-
-    code: int = 4
-    name: str = "delta"
-    needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
@@ -193,13 +167,8 @@ class Delta:
         lanes[:] = decode_lane_changes(change, lanes, floating=dtype.floating)
 
 
-@dataclass(frozen=True)
-class Sparse:
+class Sparse(Codec):
     """The number of changed elements (u32), then a zstd frame of planes of gaps and of changes."""
-
-    code: int = 5
-    name: str = "sparse"
-    needs_reference: bool = True
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
@@ -223,13 +192,8 @@ class Sparse:
         lanes[positions] = decode_lane_changes(codes, lanes[positions], floating=dtype.floating)
 
 
-@dataclass(frozen=True)
-class ExponentClasses:
+class ExponentClasses(Codec):
     """Changes range-coded by the exponent of the reference, for floats of 2 or 4 bytes."""
-
-    code: int = 6
-    name: str = "classes"
-    needs_reference: bool = True
 
     def encode(
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
@@ -249,12 +213,8 @@ class ExponentClasses:
         exponent_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
-@dataclass(frozen=True)
 class Adaptive(ExponentClasses):
-    """The changes of codec 6, coded with chances that adapt: smaller and slower."""
-
-    code: int = 7
-    name: str = "adaptive"
+    """The changes of codec 6, coded with adaptive probabilities: smaller and slower."""
 
     def _encode_changes(
         self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
@@ -266,17 +226,12 @@ class Adaptive(ExponentClasses):
         adaptive_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
 
 
-@dataclass(frozen=True)
-class Turned:
+class Turned(Codec):
     """A zstd frame of the byte planes of lanes rotated left by one bit, which isolates exponents.
 
     It suits weights that resemble no reference. Only their exponents can be compressed, so zstd
     hardly searches for matches.
     """
-
-    code: int = 8
-    name: str = "turned"
-    needs_reference: bool = False
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
@@ -294,10 +249,8 @@ class Turned:
         return b"".join([*parts, stream.flush()])
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
-        codes, planes = (
-            view_lanes(out, dtype.lane).view(f"<u{dtype.lane}"),
-            _decompress(payload, out.size),
-        )
+        codes = view_lanes(out, dtype.lane).view(f"<u{dtype.lane}")
+        planes = _decompress(payload, out.size)
         compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
         if compiled is None:
             codes[:] = rotate_right(join_planes(planes, dtype.lane))
@@ -305,15 +258,15 @@ class Turned:
             compiled.join_rotated_planes(planes, codes, dtype.lane)
 
 
-RAW: Codec = Raw()
-ZSTD: Codec = Zstd()
-PLANES: Codec = Planes()
-SAME: Codec = Same()
-DELTA: Codec = Delta()
-SPARSE: Codec = Sparse()
-EXPONENT_CLASSES = ExponentClasses()
-ADAPTIVE = Adaptive()
-TURNED: Codec = Turned()
+RAW = Raw(0, "raw")
+ZSTD = Zstd(1, "zstd")
+PLANES = Planes(2, "planes")
+SAME = Same(3, "same", needs_reference=True)
+DELTA = Delta(4, "delta", needs_reference=True)
+SPARSE = Sparse(5, "sparse", needs_reference=True)
+EXPONENT_CLASSES = ExponentClasses(6, "classes", needs_reference=True)
+ADAPTIVE = Adaptive(7, "adaptive", needs_reference=True)
+TURNED = Turned(8, "turned")
 _BY_CODE: dict[int, Codec] = {
     codec.code: codec
     for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,23 +35,12 @@ from msft_store.format.layout import (
 )
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import TensorEntry, chunks_of, tensor_table
-from msft_store.objects.packs import StoredChunk
+from msft_store.objects.packs import PackWriter, StoredChunk
 from msft_store.objects.reference_planner import Reference, ReferencePlanner
 from msft_store.pipeline.parallel import in_order
 from msft_store.tensors.boxes import Box, whole_box
 from msft_store.tensors.bytes import memory_key, read_elements
 from msft_store.tensors.resident import Change, Compared
-
-
-class Sink(Protocol):
-    """A destination of encoded chunks, such as :class:`msft_store.objects.packs.PackWriter`."""
-
-    @property
-    def position(self) -> int:
-        """Offset of the next payload in bytes."""
-
-    def append(self, record: Record, payload: bytes) -> None:
-        """Add a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +215,9 @@ def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] |
 class ChunkWriter:
     """Write each encoded chunk once, to a pack that is created for the first one."""
 
-    def __init__(self, begin: Callable[[], Sink]) -> None:
+    def __init__(self, begin: Callable[[], PackWriter]) -> None:
         self._begin = begin
-        self._sink: Sink | None = None
+        self._pack: PackWriter | None = None
         self._stored: dict[bytes, int] = {}
         self._unreferenced = 0
 
@@ -247,10 +235,10 @@ class ChunkWriter:
             return encoded.key
         self._stored[encoded.key] = encoded.stored_bytes
         if encoded.record is not None:
-            if self._sink is None:
-                self._sink = self._begin()
-            record = replace(encoded.record, offset=self._sink.position)
-            self._sink.append(record, encoded.payload)
+            if self._pack is None:
+                self._pack = self._begin()
+            record = replace(encoded.record, offset=self._pack.position)
+            self._pack.append(record, encoded.payload)
             self._unreferenced += encoded.size if record.depth == 0 else 0
         return encoded.key
 
@@ -258,7 +246,7 @@ class ChunkWriter:
 def encode_boxes(
     objects: ChunkStore,
     boxes: Sequence[Box],
-    begin: Callable[[], Sink],
+    begin: Callable[[], PackWriter],
     *,
     options: EncodeOptions,
     planner: ReferencePlanner,
@@ -292,7 +280,7 @@ def encode_boxes(
 def encode_state(
     objects: ChunkStore,
     tensors: Mapping[str, torch.Tensor],
-    begin: Callable[[], Sink],
+    begin: Callable[[], PackWriter],
     *,
     options: EncodeOptions,
     parent: Mapping[str, TensorEntry] | None,
@@ -329,7 +317,7 @@ def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 def reencode(
     objects: ChunkStore,
     tensors: Mapping[str, TensorEntry],
-    begin: Callable[[], Sink],
+    begin: Callable[[], PackWriter],
     *,
     options: EncodeOptions,
     onto: Mapping[str, TensorEntry] | None = None,
