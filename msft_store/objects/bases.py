@@ -44,6 +44,7 @@ from msft_store.format.strict_json import (
 from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
 from msft_store.storage.backend import (
     Backend,
+    list_names,
     read_file,
     read_small_file,
     translate_os_errors,
@@ -175,8 +176,7 @@ def base_path(identity: str) -> str:
 
 def list_bases(backend: Backend) -> list[str]:
     """Return the ids of all bases."""
-    skip = len(BASES) + 1
-    return [path[skip : -len(_SUFFIX)] for path in backend.list(BASES) if path.endswith(_SUFFIX)]
+    return list_names(backend, BASES, _SUFFIX)
 
 
 def _chunk_key(file: Path, place: TensorPlace, at: int) -> bytes:

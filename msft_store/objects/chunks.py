@@ -61,7 +61,7 @@ class ChunkStore:
         self._damaged_bases: dict[str, StoreError] = {}
         self._readers: dict[str, BaseReader] = {}
         # Refresh numbers: the last requested one, and those of the packs and bases last read.
-        self._wanted = self._have_packs = self._have_bases = 0
+        self._wanted, self._have_packs, self._have_bases = 1, 0, 0
         self._reading = threading.RLock()
         self._scratch = _Scratch()
         self._sound: set[tuple[str, int]] = set()
@@ -265,13 +265,15 @@ class ChunkStore:
                 raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
             self.base(record.base).read_span_into(record.reference, out, dtype)
             return
-        whole = (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
-        at = 0
-        for span in record.reference or whole:
-            self._read_part(span, out[at : at + span.length], record)
-            at += span.length
-        if at != out.size:
-            raise CorruptedError(f"the references of chunk {record.key.hex()} have another length")
+        base = record.base
+        spans = record.reference or (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
+        for span in spans:
+            stored = None if self.find_in_base(span.key, base) else self.find(span.key, base)
+            if stored is not None and stored.record.depth >= record.depth:
+                raise CorruptedError(
+                    f"chunk {record.key.hex()} refers to a chunk of the same or a greater depth"
+                )
+        self.read_parts_into(spans, out, dtype, base)
 
     def read_parts_into(
         self, spans: tuple[ChunkSpan, ...], out: Bytes, dtype: DType, base: str | None
@@ -280,12 +282,16 @@ class ChunkStore:
         at = 0
         for span in spans:
             size, part = self._chunk_size(span, base), out[at : at + span.length]
-            if (span.start, span.length) == (0, size):
+            if span.start == 0 and span.length == size == part.size:
                 self.read_into(part, span.key, dtype, base)
             else:
-                chunk = self.read(span.key, size, dtype, base)
-                part[:] = chunk[span.start : span.start + span.length]
+                data = self.read(span.key, size, dtype, base)[span.start :][: span.length]
+                if data.size != part.size:
+                    raise CorruptedError(f"a reference goes beyond chunk {span.key.hex()}")
+                part[:] = data
             at += span.length
+        if at != out.size:
+            raise CorruptedError("the references of a chunk have another length than the chunk")
 
     def _chunk_size(self, span: ChunkSpan, base: str | None) -> int:
         located, stored = self.find_in_base(span.key, base), self.find(span.key, base)
@@ -294,24 +300,6 @@ class ChunkStore:
         if stored is None:
             raise CorruptedError(f"chunk {span.key.hex()}, a reference, is in no pack")
         return stored.record.size
-
-    def _read_part(self, span: ChunkSpan, out: Bytes, record: Record) -> None:
-        base, dtype = record.base, dtype_by_code(record.dtype)
-        stored, size = self.find(span.key, base), self._chunk_size(span, base)
-        in_base = self.find_in_base(span.key, base) is not None
-        if not in_base and stored is not None and stored.record.depth >= record.depth:
-            raise CorruptedError(
-                f"chunk {record.key.hex()} refers to a chunk of the same or a greater depth"
-            )
-        if (span.start, span.length) == (0, size) and out.size == size:
-            self.read_into(out, span.key, dtype, base)
-            return
-        chunk: Bytes = np.empty(size, np.uint8)
-        self.read_into(chunk, span.key, dtype, base)
-        part = chunk[span.start : span.start + span.length]
-        if part.size != out.size:
-            raise CorruptedError(f"chunk {record.key.hex()} refers to bytes beyond another chunk")
-        out[:] = part
 
     def _blame_reference(self, record: Record) -> None:
         if isinstance(record.reference, BaseSpan) and record.base is not None:

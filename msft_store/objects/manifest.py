@@ -49,7 +49,13 @@ from msft_store.format.strict_json import (
     check_tensor_name,
     parse,
 )
-from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend, read_small_file, write_atomic
+from msft_store.storage.backend import (
+    MAX_SMALL_FILE_BYTES,
+    Backend,
+    list_names,
+    read_small_file,
+    write_atomic,
+)
 
 MAX_CUT = 4
 """Maximum number of dimensions along which a tensor may be cut into pieces."""
@@ -324,10 +330,7 @@ def manifest_path(identity: str) -> str:
 
 def list_manifests(backend: Backend) -> list[str]:
     """Return the ids of all checkpoints."""
-    skip = len(MANIFESTS) + 1
-    return [
-        path[skip : -len(_SUFFIX)] for path in backend.list(MANIFESTS) if path.endswith(_SUFFIX)
-    ]
+    return list_names(backend, MANIFESTS, _SUFFIX)
 
 
 def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:

@@ -24,7 +24,7 @@ from msft_store.errors import (
 )
 from msft_store.format.layout import VERSION, seal, unseal
 from msft_store.format.strict_json import check_id, check_shallow_object
-from msft_store.storage.backend import Backend, read_small_file, write_atomic
+from msft_store.storage.backend import Backend, list_names, read_small_file, write_atomic
 
 REFS = "refs"
 _SUFFIX = ".json"
@@ -92,7 +92,7 @@ class RefReader:
 
 def list_refs(backend: Backend) -> list[str]:
     """Return the names of all refs."""
-    return [_name(path) for path in backend.list(REFS) if path.endswith(_SUFFIX)]
+    return list_names(backend, REFS, _SUFFIX)
 
 
 def ref_path(name: str) -> str:
@@ -100,15 +100,11 @@ def ref_path(name: str) -> str:
     return f"{REFS}/{name}{_SUFFIX}"
 
 
-def _name(path: str) -> str:
-    return path[len(REFS) + 1 : -len(_SUFFIX)]
-
-
 def read_ref(backend: Backend, path: str) -> Ref:
     """Return the ref at a path."""
     what = backend.describe(path)
     content = unseal(read_small_file(backend, path), what, "msft-ref")
-    name = _name(path)
+    name = path[len(REFS) + 1 : -len(_SUFFIX)]
     try:
         target = check_id(content.get("checkpoint"))
         note = check_shallow_object(content.get("note"))

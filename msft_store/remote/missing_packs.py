@@ -88,16 +88,12 @@ class PackTransfer:
         for segment in self.segments():
             yield self.read_segment(backend, segment)
 
-    def records_at_source(self) -> Iterator[StoredChunk]:
-        """Yield the needed records with their places in the source."""
+    def needed_records(self, *, at_target: bool) -> Iterator[StoredChunk]:
+        """Yield the needed records with their places in the target, or in the source."""
+        selected = None if at_target else self.records
         for number in self.needed:
-            record = self.footer.record(number) if self.records is None else self.records[number]
-            yield StoredChunk(pack=self.source, record=record)
-
-    def records_at_target(self) -> Iterator[StoredChunk]:
-        """Yield the needed records with their places in the target."""
-        for number in self.needed:
-            yield StoredChunk(pack=self.path, record=self.footer.record(number))
+            record = self.footer.record(number) if selected is None else selected[number]
+            yield StoredChunk(pack=self.path if at_target else self.source, record=record)
 
 
 def _merge_ranges(records: Iterable[Record]) -> Iterator[tuple[int, int]]:
@@ -130,32 +126,37 @@ def select_packs(
             f"pack{hint}; {REPAIR_HINT}"
         )
     existing = target.packs
-    offered = {path: footer for path, footer in source.packs.items() if path not in existing}
-    sound = find_complete_records(source, source.index)
-    rows = dict(source.index.slices())
-    found = {
-        pack.path: pack
-        for path, footer in offered.items()
-        for pack in _select_records(_describe_pack(backend, path, footer), sound[rows[path]])
-        if pack.path not in existing
+    packs = {
+        path: _describe_pack(backend, path, footer)
+        for path, footer in source.packs.items()
+        if path not in existing
     }
-    found = _select_needed(source, found, existing, keys)
-    known = PackIndex({**existing, **{path: one.footer for path, one in found.items()}})
-    sound, rows = find_complete_records(source, known), dict(known.slices())
-    found = {
-        pack.path: pack
-        for path, one in found.items()
-        for pack in _select_records(one, sound[rows[path]])
-        if pack.path not in existing
-    }
-    return list(_select_needed(source, found, existing, keys).values())
+    # A record is complete in the source first, and then also in the target after the transfer.
+    packs = _select_complete(source, packs, existing, source.index)
+    packs = _select_needed(source, packs, existing, keys)
+    packs = _select_complete(source, packs, existing, _merge_packs(existing, packs))
+    return list(_select_needed(source, packs, existing, keys).values())
 
 
-def read_objects(backend: Backend) -> ChunkStore:
-    """Return the current chunks of a store."""
-    objects = ChunkStore(backend)
-    objects.refresh()
-    return objects
+def _merge_packs(existing: Mapping[str, Footer], packs: Mapping[str, PackTransfer]) -> PackIndex:
+    """Return the index of the target after the transfer."""
+    return PackIndex({**existing, **{path: pack.footer for path, pack in packs.items()}})
+
+
+def _select_complete(
+    source: ChunkStore,
+    packs: Mapping[str, PackTransfer],
+    existing: Mapping[str, Footer],
+    index: PackIndex,
+) -> dict[str, PackTransfer]:
+    """Return the packs without the records whose references are not in the index."""
+    complete, rows = find_complete_records(source, index), dict(index.slices())
+    return {
+        selected.path: selected
+        for path, pack in packs.items()
+        for selected in _select_records(pack, complete[rows[path]])
+        if selected.path not in existing
+    }
 
 
 def is_missing_chunks(
@@ -204,7 +205,7 @@ def verify_packs(
 
     def list_records() -> Iterator[StoredChunk]:
         for pack in packs:
-            yield from pack.records_at_target() if at_target else pack.records_at_source()
+            yield from pack.needed_records(at_target=at_target)
 
     counter.start_step("verify", sum(one.record.length for one in list_records()))
 
@@ -227,7 +228,7 @@ def _select_needed(
     keys: Mapping[str | None, Keys],
 ) -> dict[str, PackTransfer]:
     """Return the packs that have needed records, with the numbers of these."""
-    union = PackIndex({**existing, **{path: one.footer for path, one in found.items()}})
+    union = _merge_packs(existing, found)
     needs = find_reachable(source, union, keys)
     if len(needs.missing):
         raise UnsoundTargetError(

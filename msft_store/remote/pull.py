@@ -22,6 +22,7 @@ from msft_store.format.key_table import KeyScanner
 from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
 from msft_store.objects.catalog import Catalog, read_level
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -47,7 +48,6 @@ from msft_store.remote.missing_packs import (
     Segment,
     is_missing_chunks,
     merge_keys,
-    read_objects,
     select_packs,
     verify_packs,
 )
@@ -145,7 +145,7 @@ class _Pull:
         """Fetch missing checkpoints, and packs that checkpoints of this store are missing."""
         backend, source = self.backend, self.source
         view = StagedBackend(backend, self._staged, source.describe)
-        objects, target = read_objects(source), read_objects(backend)
+        objects, target = ChunkStore(source), ChunkStore(backend)
         old = [c for c in map(self.catalog.get, ids) if c is not None and self._has_key_table(c)]
         # Checkpoints whose key table is damaged in this store are fetched again.
         missing = sorted(set(ids) - {checkpoint.id for checkpoint in old})
@@ -181,7 +181,7 @@ class _Pull:
         return True
 
     def _verify(self, view: StagedBackend, packs: Sequence[PackTransfer]) -> int:
-        objects = read_objects(view)
+        objects = ChunkStore(view)
         try:
             return verify_packs(objects, packs, self.counter, at_target=True)
         except CorruptedError as error:

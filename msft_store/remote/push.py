@@ -18,6 +18,7 @@ from msft_store.errors import (
 )
 from msft_store.objects.bases import BASES, base_path, list_bases, read_base
 from msft_store.objects.catalog import CONFIG, Catalog, read_level
+from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_path
@@ -26,7 +27,6 @@ from msft_store.remote.bases import push_base
 from msft_store.remote.missing_packs import (
     PackTransfer,
     is_missing_chunks,
-    read_objects,
     select_packs,
     verify_packs,
 )
@@ -121,7 +121,7 @@ class _Push:
         catalog, remote, counter = self.catalog, self.remote, self.counter
         existing = remote.sizes(MANIFESTS)
         target = RemoteBackend(remote, nearby=catalog.backend)
-        objects = read_objects(target)
+        objects = ChunkStore(target)
         old: list[Checkpoint] = []
         new: list[Checkpoint] = []
         for checkpoint in catalog.checkpoints():

@@ -29,7 +29,7 @@ from typing import Protocol
 
 from msft_store.errors import CorruptedError, OutOfSpaceError, StorageError
 from msft_store.storage.claims import Claim, acquire_claim
-from msft_store.storage.lock_files import Lock
+from msft_store.storage.lock_files import Lock, make_unlinked_folder, refuse_link
 from msft_store.storage.locks import Locks
 
 TEMPORARY = "tmp"
@@ -241,6 +241,12 @@ def scan_by_size(backend: Backend, folder: str) -> dict[str, FileStat]:
     return found
 
 
+def list_names(backend: Backend, folder: str, suffix: str) -> list[str]:
+    """Return the names of the files below a folder that end with a suffix, without the suffix."""
+    paths = backend.list(folder)
+    return [path[len(folder) + 1 : -len(suffix)] for path in paths if path.endswith(suffix)]
+
+
 def file_sizes(backend: Backend, folder: str) -> dict[str, int]:
     """Return the sizes in bytes of all files below a folder, by path."""
     return {path: found.size for path, found in backend.scan(folder).items()}
@@ -320,9 +326,7 @@ class _LocalWriter:
         self._confirm = confirm
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
         with translate_os_errors("create", self._path):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self._path.parent)
-            _refuse_link(self._path.parent)
+            make_unlinked_folder(self._path.parent)
             self._file = self._path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -348,11 +352,6 @@ class _LocalWriter:
             os.unlink(self._path)
 
 
-def _refuse_link(folder: str | Path) -> None:
-    if os.path.islink(folder):
-        raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
-
-
 class _Folders:
     """Creates the folders of a store and makes each durable before a file in it is finalized."""
 
@@ -363,7 +362,7 @@ class _Folders:
     def make(self, folder: Path) -> None:
         if folder != self._root:
             self.make(folder.parent)
-            _refuse_link(folder)
+            refuse_link(folder)
         if folder not in self._durable or not folder.is_dir():
             make_folder(folder)
             self._durable.add(folder)
@@ -437,37 +436,34 @@ class LocalBackend:
             return os.lstat(target).st_size
 
     def list(self, folder: str) -> list[str]:
-        top = self.describe(folder).rstrip(os.sep)
-        with translate_os_errors("list", top):
-            if folder:
-                _refuse_link(top)
-            return sorted(
-                f"{parent}{os.sep}{name}"[len(self._prefix) :].replace(os.sep, "/")
-                for parent, _, names in os.walk(top, onerror=_unless_absent)
-                for name in names
-            )
+        return sorted(path for path, _ in self._walk(folder))
 
     def scan(self, folder: str) -> dict[str, FileStat]:
+        found = {}
+        with translate_os_errors("list", self.describe(folder)):
+            for path, entry in self._walk(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    found[path] = _file_stat(entry.stat(follow_symlinks=False))
+        return dict(sorted(found.items()))
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Yield the path and the directory entry of each file below a folder."""
         top = self.describe(folder).rstrip(os.sep)
-        found: dict[str, FileStat] = {}
         with translate_os_errors("list", top):
             if folder:
-                _refuse_link(top)
+                refuse_link(top)
             folders = [top]
             while folders:
-                with contextlib.ExitStack() as stack:
-                    try:
-                        entries = stack.enter_context(os.scandir(folders.pop()))
-                    except FileNotFoundError:
-                        continue
+                try:
+                    entries = os.scandir(folders.pop())
+                except FileNotFoundError:
+                    continue
+                with entries:
                     for entry in entries:
                         if entry.is_dir(follow_symlinks=False):
                             folders.append(entry.path)
-                            continue
-                        with contextlib.suppress(FileNotFoundError):
-                            path = entry.path[len(self._prefix) :].replace(os.sep, "/")
-                            found[path] = _file_stat(entry.stat(follow_symlinks=False))
-        return dict(sorted(found.items()))
+                        else:
+                            yield entry.path[len(self._prefix) :].replace(os.sep, "/"), entry
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 from msft_store.errors import BusyError
-from msft_store.storage.lock_files import LOCKS, make_locks_folder
+from msft_store.storage.lock_files import LOCKS, make_unlinked_folder
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -51,7 +51,7 @@ class _Entry:
         self.process = os.getpid()
         self.users = 0
 
-    def is_there(self) -> bool:
+    def is_current(self) -> bool:
         """Return True if the path still leads to the locked file."""
         return self.descriptor is not None and _is_at(self.descriptor, self.path)
 
@@ -88,7 +88,7 @@ class _Registry:
         with self._guard:
             self._remove_left_users()
             entry = self._entries.pop(path, None)
-            if entry is None or not entry.is_there():
+            if entry is None or not entry.is_current():
                 if entry is not None:
                     entry.free()
                 entry = _lock_file(path, what, self.of_ancestors.get(path))
@@ -182,13 +182,13 @@ def _lock_file(path: str, what: str, ancestor: int | None) -> _Entry | None:
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, descriptor)
             outcome = _lock(descriptor)
-            if outcome == "nowhere":
+            if outcome == "unsupported":
                 return None
             # The previous owner may have deleted the file in the meantime; then try again.
-            if outcome == "here" and _is_at(descriptor, path):
+            if outcome == "locked" and _is_at(descriptor, path):
                 stack.pop_all()
                 return _Entry(path, descriptor)
-            if outcome == "elsewhere":
+            if outcome == "taken":
                 holder = _holder(descriptor)
                 if ancestor is not None and holder in (_UNKNOWN, ancestor):
                     return None
@@ -200,7 +200,7 @@ def _lock_file(path: str, what: str, ancestor: int | None) -> _Entry | None:
 
 
 def _open_lock_file(path: str) -> int:
-    make_locks_folder(Path(path).parent)
+    make_unlinked_folder(Path(path).parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -209,17 +209,17 @@ def _open_lock_file(path: str) -> int:
     return descriptor
 
 
-def _lock(descriptor: int) -> Literal["here", "elsewhere", "nowhere"]:
-    """Try to lock a file; return where it is locked, or "nowhere" if locks are not supported."""
+def _lock(descriptor: int) -> Literal["locked", "taken", "unsupported"]:
+    """Try to lock a file; "taken" means that another process has locked it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
-            return "elsewhere"
+            return "taken"
         if error.errno in _NO_LOCKS:
-            return "nowhere"
+            return "unsupported"
         raise
-    return "here"
+    return "locked"
 
 
 def _holder(descriptor: int) -> int:

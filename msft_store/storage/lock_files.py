@@ -216,7 +216,7 @@ def queue_position(name: str) -> QueuePosition:
 
 def create_lock_file(folder: Path, name: str) -> float:
     """Create a lock file, and the folder if necessary; return the time of the file system."""
-    make_locks_folder(folder)
+    make_unlinked_folder(folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(folder / name, flags, 0o666)
     try:
@@ -225,10 +225,15 @@ def create_lock_file(folder: Path, name: str) -> float:
         os.close(descriptor)
 
 
-def make_locks_folder(folder: Path) -> None:
-    """Create the folder of lock files if it is absent; ``OSError`` if it is a symbolic link."""
+def make_unlinked_folder(folder: Path) -> None:
+    """Create a folder if it is absent; ``OSError`` if it is a symbolic link."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
+    refuse_link(folder)
+
+
+def refuse_link(folder: str | Path) -> None:
+    """Raise ``OSError`` if a folder is a symbolic link, which could lead out of the store."""
     if os.path.islink(folder):
         raise OSError(errno.ELOOP, "it is a symbolic link; a store's folders are its own")
 

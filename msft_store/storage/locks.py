@@ -95,7 +95,7 @@ class HeldLock:
             self._ended()
             remove_lock_file(self._path)
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         """Return True if the lock file still exists; ``OSError`` if that cannot be known."""
         try:
             # Opening the file makes a network file system ask its server; a stat may be cached.
@@ -160,7 +160,7 @@ class Locks:
     def confirm(self) -> None:
         """Raise :class:`BusyError` if a lock that this thread has was taken away."""
         held = self._held_by_this_thread()
-        if held is not None and not held.is_there():
+        if held is not None and not held.exists():
             raise BusyError(
                 f"the lock of {self._store} was taken away from {held.purpose}: it was suspended "
                 f"for more than {EXPIRY_SECONDS:g} s, or msft-store unlock was run. It has "
@@ -191,7 +191,7 @@ class Locks:
         return os.path.realpath(self._store), self._identify()
 
     def _wait(self, *, shared: bool, purpose: str) -> Path:
-        timeout = timeout_seconds() if self._timeout is None else self._timeout
+        timeout = _default_timeout() if self._timeout is None else self._timeout
         request = _Request(self._folder, shared=shared, purpose=purpose, here=self._identify())
         pause, first_wait = _SHORTEST_PAUSE, True
         try:
@@ -316,8 +316,7 @@ def _touch(path: Path) -> None:
         os.utime(path)
 
 
-def timeout_seconds() -> float:
-    """Return the seconds to wait for a lock, from the environment or by default."""
+def _default_timeout() -> float:
     text = os.environ.get(TIMEOUT, "")
     try:
         seconds = float(text or _TIMEOUT_SECONDS)
