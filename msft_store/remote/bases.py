@@ -14,7 +14,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,8 @@ from msft_store.storage.backend import (
 from msft_store.storage.quota import QuotaBackend
 
 FOLDER = "base-files"
-_AT_ONCE = 4
-_LONGEST = 255
+_PARALLEL_READS = 4
+_MAX_NAME = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,7 @@ def push_base(remote: Remote, base: Base, counter: TransferCounter) -> int:
     """
     with contextlib.suppress(CorruptedError):
         listed = _read_list(remote, base.id)
-        there = remote.sizes(f"{FOLDER}/{base.id}")
-        if listed is not None and all(
-            there.get(_file_path(base.id, file)) == file.size for file in listed.files
-        ):
+        if listed is not None and not _find_missing(remote, base.id, listed.files):
             return 0
     path = Path(base.path)
     with translate_os_errors("read", path):
@@ -87,33 +84,34 @@ def push_base(remote: Remote, base: Base, counter: TransferCounter) -> int:
         with translate_os_errors("read", path):
             files += [file for file in companions(path) if _is_name(file.name)]
         files += [path / INDEX] if (path / INDEX).is_file() else []
-    odd = [str(local) for local in files if not _is_name(local.name)]
-    if odd:
-        raise BaseError(f"{odd[0]!a} cannot be sent under this name: rename it, then relocate")
-    sent = 0
-    known = [_hash_file(file) for file in files]
-    there = remote.sizes(f"{FOLDER}/{base.id}")
-    lacking = [
-        (file, local)
-        for file, local in zip(known, files, strict=True)
-        if there.get(_file_path(base.id, file)) != file.size
-    ]
-    counter.start_step("send the base", sum(file.size for file, _ in lacking))
-    for file, local in lacking:
-        parts = counter.count_parts(partial(_parts, local, file.size))
+    for local in files:
+        if not _is_name(local.name):
+            raise BaseError(
+                f"{str(local)!a} cannot be sent under this name: rename it, then relocate"
+            )
+    paths = {_hash_file(local): local for local in files}
+    missing = _find_missing(remote, base.id, paths)
+    sent = sum(file.size for file in missing)
+    counter.start_step("send the base", sent)
+    for file in missing:
+        parts = counter.count_parts(partial(_parts, paths[file], file.size))
         remote.put(_file_path(base.id, file), parts, file.size)
-        sent += file.size
     content = {
         "format": "msft-base-files",
         "version": VERSION,
         "base": base.id,
         "directory": path.is_dir(),
-        "files": [[file.name, file.size, file.digest] for file in known],
+        "files": [[file.name, file.size, file.digest] for file in paths],
     }
     remote.sync(FOLDER)
     data = seal(content)
     remote.put(_list_path(base.id), *as_parts(data))
     return sent + len(data)
+
+
+def _find_missing(remote: Remote, identity: str, files: Iterable[_File]) -> list[_File]:
+    sizes = remote.sizes(f"{FOLDER}/{identity}")
+    return [file for file in files if sizes.get(_file_path(identity, file)) != file.size]
 
 
 def pull_base(
@@ -134,11 +132,11 @@ def pull_base(
     place = folder / identity
     backend = LocalBackend(place)
     backend.make_root()
-    wanted = [file for file in listed.files if not _is_downloaded(place / file.name, file)]
-    came = sum(file.size for file in wanted)
-    QuotaBackend(backend).require_space(came)
-    counter.start_step("fetch the base", came)
-    for file in wanted:
+    missing = [file for file in listed.files if not _is_downloaded(place / file.name, file)]
+    size = sum(file.size for file in missing)
+    QuotaBackend(backend).require_space(size)
+    counter.start_step("fetch the base", size)
+    for file in missing:
         _fetch(remote, _file_path(identity, file), file, backend, counter)
     if (place / TEMPORARY).is_dir():
         backend.clear_temporary()
@@ -148,7 +146,7 @@ def pull_base(
     if found.id != identity:
         what = remote.describe(_list_path(identity))
         raise CorruptedError(f"{what} lists the files of another base, {found.id[:12]}", file=what)
-    return encode_base(found), came
+    return encode_base(found), size
 
 
 def _fetch(
@@ -161,7 +159,7 @@ def _fetch(
         )
     read: Callable[[tuple[int, int]], bytes] = lambda span: remote.read(path, *span)  # noqa: E731
     with backend.writer() as writer:
-        with contextlib.closing(in_order(read, split_ranges(file.size), _AT_ONCE)) as parts:
+        with contextlib.closing(in_order(read, split_ranges(file.size), _PARALLEL_READS)) as parts:
             for part in parts:
                 hasher.update(part)
                 writer.write(part)
@@ -231,4 +229,4 @@ def _file(name: object, size: object, digest: object) -> _File:
 
 def _is_name(name: str) -> bool:
     plain = name.isprintable() and "/" not in name and "\\" not in name
-    return plain and not name.startswith(".") and name != TEMPORARY and 0 < len(name) <= _LONGEST
+    return plain and not name.startswith(".") and name != TEMPORARY and 0 < len(name) <= _MAX_NAME

@@ -58,7 +58,7 @@ class Process:
         stat = _stat("self")
         return cls(
             pid=os.getpid(),
-            start=stat.start if stat is not None else 0,
+            start=stat[0] if stat is not None else 0,
             boot=_digest(_text("/proc/sys/kernel/random/boot_id")),
             namespace=_digest(pid_namespace, time_namespace),
             machine=_digest(identity, socket.gethostname()),
@@ -87,16 +87,11 @@ def _runs(process: Process) -> bool:
         pass
     stat = _stat(str(process.pid))
     # A process without status counts as running: the system may hide other users' processes.
-    return stat is None or (stat.runs and (process.start in (0, stat.start)))
+    return stat is None or (stat[1] and process.start in (0, stat[0]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stat:
-    start: int
-    runs: bool
-
-
-def _stat(process: str) -> _Stat | None:
+def _stat(process: str) -> tuple[int, bool] | None:
+    """Return the start time of a process, and True if it runs; ``None`` if that is unknown."""
     # The second field is the program's name in brackets, which may contain any character.
     fields = _text(f"/proc/{process}/stat").rpartition(")")[2].split()
     try:
@@ -104,21 +99,19 @@ def _stat(process: str) -> _Stat | None:
     except (IndexError, ValueError):
         return None
     # A killed process stays listed as a zombie until its parent waits for it.
-    return _Stat(start=start, runs=state not in "ZX" or threads > 1)
+    return start, state not in "ZX" or threads > 1
 
 
 def _text(path: str) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _link(path: str) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink(path)
-    except OSError:
-        return ""
+    return ""
 
 
 def _digest(*parts: str) -> str:

@@ -161,17 +161,18 @@ def import_obstore() -> Any:
 def object_remote(url: str, **options: Any) -> ObjectRemote:
     """Return the remote at a URL; ``options`` are those of ``obstore.store.from_url``."""
     obstore = import_obstore()
-    known = {**_plain_http(url, options), **options}
+    config = {**(options.get("config") or {}), **options}
+    given = _client_options(url, config)
     errors = (obstore.exceptions.BaseError, ValueError, TypeError)
     try:
-        known |= _profile(url, known)
+        options |= _profile(url, config)
         store, impatient = (
             obstore.store.from_url(
                 url,
                 **{
                     "retry_config": _retries(times, seconds),
-                    **known,
-                    "client_options": {**client, **known.get("client_options", {})},
+                    **options,
+                    "client_options": {**client, **given},
                 },
             )
             for client, times, seconds in ((_PATIENT, 6, 60), (_IMPATIENT, 4, 10))
@@ -197,20 +198,17 @@ def _retries(times: int, seconds: int) -> dict[str, Any]:
     }
 
 
-def _plain_http(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option that allows unencrypted HTTP, if the URL or endpoint asks for it."""
-    config = {**(options.get("config") or {}), **options}
+def _client_options(url: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the client's options; unencrypted HTTP is allowed if the URL or endpoint has it."""
     given = [str(config[name]) for name in _ENDPOINT_OPTIONS if name in config]
     given = given or [os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)]
-    client = options.get("client_options") or {}
-    if any(address.startswith("http://") for address in (url, *given)):
-        client = {"allow_http": True, **client}
-    return {"client_options": client}
+    client = config.get("client_options") or {}
+    insecure = any(address.startswith("http://") for address in (url, *given))
+    return {"allow_http": True, **client} if insecure else client
 
 
-def _profile(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _profile(url: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a reader of the profiles of ``~/.aws`` if boto3 is installed and no keys are given."""
-    config = {**(options.get("config") or {}), **options}
     given = any(name.removeprefix("aws_") in _CREDENTIALS for name in map(str.lower, config))
     parts = urlsplit(url)
     if given or parts.scheme not in {"s3", "s3a"} or not parts.netloc:

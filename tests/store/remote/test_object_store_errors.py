@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from msft_store.remote.transport.object_store import describe_error, is_permanent, suggest_fix
+from msft_store import StoreError
+from msft_store.remote.transport.object_store import (
+    describe_error,
+    is_permanent,
+    object_remote,
+    suggest_fix,
+)
 
 AT = "Error performing HEAD http://me:secret@host:9/b/store.json?sig=secret in 1.2ms"
 
@@ -92,3 +98,16 @@ def test_the_cause_and_what_to_do(
     assert advice in suggest_fix(scheme, error)
     assert bool(advice) == bool(suggest_fix(scheme, error))
     assert is_permanent(error) == final
+
+
+def test_client_options_do_not_forbid_unencrypted_http() -> None:
+    pytest.importorskip("obstore")
+    remote = object_remote(
+        "s3://bucket/run",
+        endpoint="http://127.0.0.1:9",
+        skip_signature=True,
+        client_options={"timeout": "5s"},
+        retry_config={"max_retries": 0},
+    )
+    with pytest.raises(StoreError, match="connection refused"):
+        remote.size("store.json")
