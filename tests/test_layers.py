@@ -32,7 +32,7 @@ maintenance
 store
 saver remote
 timeline
-cli integrations
+cli integrations testing
 __init__
 """
 

@@ -222,7 +222,8 @@ class StagedBackend(ReadOnlyBackend):
         return self._inner.read(self._places.get(path, path), offset, length)
 
     def list(self, folder: str) -> list[str]:
-        staged = {path for path in self._places if path.startswith(f"{folder}/")}
+        start = folder and f"{folder}/"
+        staged = {path for path in self._places if path.startswith(start)}
         return sorted(staged.union(self._inner.list(folder)))
 
     def scan(self, folder: str) -> dict[str, FileStat]:

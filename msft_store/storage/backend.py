@@ -8,6 +8,7 @@ the interpreter.
 Example::
 
     backend = LocalBackend(Path("store"))
+    backend.make_root()
     with backend.lock(shared=True, purpose="save"), backend.writer() as writer:
         writer.write(b"...")
         writer.finalize("packs/00ff.pack")

@@ -83,7 +83,8 @@ class Overlay(ReadOnlyBackend):
         return self._inner.size(path) if data is None else len(data)
 
     def list(self, folder: str) -> list[str]:
-        below = {path for path in self.replaced if path.startswith(f"{folder}/")}
+        start = folder and f"{folder}/"
+        below = {path for path in self.replaced if path.startswith(start)}
         return sorted(below.union(self._inner.list(folder)))
 
     def scan(self, folder: str) -> dict[str, FileStat]:

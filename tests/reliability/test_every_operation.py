@@ -14,15 +14,15 @@ import pytest
 
 from msft_store import OutOfSpaceError, StorageError, Store, StoreError
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped
+from msft_store.testing import ALL_OPERATIONS, WRITE_OPERATIONS, FaultyBackend, SimulatedKill
 from tests.support.invariants import assert_tidied, assert_whole
 from tests.support.ledger import Ledger
 from tests.support.operations import OPERATIONS, Operation, Prepared, export
 
 FAILURES: dict[str, tuple[type[BaseException], frozenset[str]]] = {
-    "error": (StorageError, EVERYTHING),
-    "no space": (OutOfSpaceError, CHANGES),
-    "stop": (Stopped, CHANGES),
+    "error": (StorageError, ALL_OPERATIONS),
+    "no space": (OutOfSpaceError, WRITE_OPERATIONS),
+    "stop": (SimulatedKill, WRITE_OPERATIONS),
 }
 Case = tuple[str, Operation]
 CASES = [
@@ -30,7 +30,7 @@ CASES = [
     for failure, (_, kinds) in FAILURES.items()
     for operation in OPERATIONS
     # Exporting changes nothing in the store.
-    if operation is not export or kinds == EVERYTHING
+    if operation is not export or kinds == ALL_OPERATIONS
 ]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from msft_store import StorageError, Store
+from msft_store.testing import SimulatedKill
 from tests.support.disk import Disk, Moment, Tree, after_kill, after_power_loss, write_tree
-from tests.support.faults import Stopped
 from tests.support.invariants import assert_tidied, assert_whole
 from tests.support.ledger import Ledger
 from tests.support.operations import OPERATIONS, Operation, Prepared
@@ -119,7 +119,7 @@ def test_power_may_fail_after_a_kill_was_made_up_for(scene: Scene, operation: Op
         store = scene.begin()
         with Disk(scene.live) as disk:
             disk.stop(n)
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(SimulatedKill):
                 operation(store, scene.prepared)
             if not disk.failed:
                 break

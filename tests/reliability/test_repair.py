@@ -13,9 +13,9 @@ import pytest
 from msft_store import StorageError, Store
 from msft_store.maintenance.repair.plan import plan_repair
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import CHANGES, EVERYTHING, FaultyBackend, Stopped, changed_at
+from msft_store.testing import ALL_OPERATIONS, WRITE_OPERATIONS, FaultyBackend, SimulatedKill
 from tests.support.ledger import Ledger
-from tests.support.rot import STORES, Kept, copy_of, damage
+from tests.support.rot import STORES, Kept, changed_at, copy_of, damage
 from tests.support.states import same_bits
 
 pytestmark = [
@@ -110,7 +110,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Kept:
 
 @pytest.mark.parametrize(
     ("error", "kinds"),
-    [(Stopped, CHANGES), (StorageError, EVERYTHING)],
+    [(SimulatedKill, WRITE_OPERATIONS), (StorageError, ALL_OPERATIONS)],
     ids=["stop", "error"],
 )
 def test_a_repair_may_end_at_any_operation(
@@ -128,7 +128,7 @@ def test_a_repair_may_end_at_any_operation(
     assert sound
     assert plan.lost
     # Reading comes first, then each change.
-    for n in itertools.count(0, 1 if soak else 2 if kinds == CHANGES else 41):
+    for n in itertools.count(0, 1 if soak else 2 if kinds == WRITE_OPERATIONS else 41):
         shutil.copytree(broken.root, kept.root)
         backend = FaultyBackend(LocalBackend(kept.root), error=error, kinds=kinds)
         backend.arm(n)
@@ -136,7 +136,9 @@ def test_a_repair_may_end_at_any_operation(
             plan_repair(backend).execute()
         if not backend.failed:
             break
-        with faults.inject("stop in a repair" if kinds == CHANGES else "error in a repair"):
+        with faults.inject(
+            "stop in a repair" if kinds == WRITE_OPERATIONS else "error in a repair"
+        ):
             again = plan_repair(LocalBackend(kept.root))
             assert set(again.sound) == sound
             again.execute()

@@ -25,7 +25,7 @@ from msft_store.format.pack_footer import decode_footer, decode_trailer, encode_
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Piece, TensorEntry, read_tensors, tensor_table
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import EVERYTHING, FaultyBackend
+from msft_store.testing import ALL_OPERATIONS, FaultyBackend
 from tests.support.states import State, make_state, train_step
 
 BF16 = dtype_by_name("bfloat16")
@@ -170,7 +170,7 @@ def test_packs_are_read_when_they_are_needed_even_after_a_failure(
 ) -> None:
     changed = train_step(state, 0.1, 1)
     ckpt = store.save(changed, parent=base)
-    backend = FaultyBackend(LocalBackend(Path(store.path)), kinds=EVERYTHING)
+    backend = FaultyBackend(LocalBackend(Path(store.path)), kinds=ALL_OPERATIONS)
     opened = Store(backend)
     backend.arm(1)
     with pytest.raises(Exception, match="injected"):

@@ -44,7 +44,7 @@ from types import TracebackType
 from typing import Any
 
 from msft_store.storage.lock_files import LOCKS
-from tests.support.faults import Stopped
+from msft_store.testing import SimulatedKill
 
 CALLS = ("fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")
 
@@ -94,7 +94,7 @@ class Disk:
         self._fail_at, self._failing, self.failed = n, calls, None
 
     def stop(self, n: int) -> None:
-        """Let the n-th call and all after it raise :class:`Stopped`, as if killed there."""
+        """Let the n-th call and all after it raise :class:`SimulatedKill`, as if killed there."""
         self._stop_at, self.failed = n, None
 
     def mend(self) -> None:
@@ -147,7 +147,7 @@ class Disk:
             self._stop_at -= 1
             if self._stop_at < 0:
                 self.failed = call
-                raise Stopped
+                raise SimulatedKill
         if self._fail_at is not None and call in self._failing:
             self._fail_at -= 1
             if self._fail_at == -1:

@@ -41,8 +41,8 @@ from msft_store import (
     Timeline,
 )
 from msft_store.storage.backend import LocalBackend
+from msft_store.testing import FaultyBackend, SimulatedKill
 from tests.support.changes import in_float32, small_state
-from tests.support.faults import FaultyBackend, Stopped
 from tests.support.invariants import assert_tidied
 from tests.support.ledger import Ledger
 from tests.support.model import Model, between
@@ -145,7 +145,7 @@ class Histories(RuleBasedStateMachine):
         try:
             result = work()
             assert refused is None or backend.failed, f"{refused} was to be raised"
-        except Stopped:
+        except SimulatedKill:
             self.tally.kills += 1
             with self.ledger.inject("kill in a random history"):
                 self.killed.append(opened)
@@ -175,7 +175,7 @@ class Histories(RuleBasedStateMachine):
         """Return at which of the operations to come which error is due, if one is."""
         if self.fault is None and self.chance.random() < self.faults:
             # A full disk is no error like another: a timeline gives up what its policy can spare.
-            error = Stopped if self.chance.random() < 0.5 else StorageError
+            error = SimulatedKill if self.chance.random() < 0.5 else StorageError
             self.fault = int(self.chance.exponential(30)), error
         return self.fault
 

@@ -43,9 +43,8 @@ class QuotaBackend(LocalBackend):
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
-        before = self._unfinalized()
         with super().writer() as inner:
-            (path,) = self._unfinalized() - before
+            path: Path = inner._path
             writer = _QuotaWriter(self, inner)
             self._open[path] = writer
             try:
@@ -57,11 +56,8 @@ class QuotaBackend(LocalBackend):
         """Return the bytes of all files, and what open ones hold back instead of what they have."""
         on_disk = sum(bytes_of(path) for path in self.root.rglob("*") if path not in self._open)
         return on_disk + sum(
-            writer.position for writer in self._open.values() if writer.unfinalized
+            writer.position for writer in list(self._open.values()) if writer.unfinalized
         )
-
-    def _unfinalized(self) -> set[Path]:
-        return set((self.root / "tmp").glob("*"))
 
     def take(self, size: int) -> int:
         """Return how many of ``size`` more bytes fit."""

@@ -115,3 +115,10 @@ def damage(rng: random.Random, files: Sequence[Path]) -> str:
         return f"{path.parent.name}/{path.name} swapped with {other.name}"
     path.write_bytes(WAYS[how](rng, path.read_bytes()))
     return f"{path.parent.name}/{path.name} {how}"
+
+
+def changed_at(path: Path, offset: int) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)

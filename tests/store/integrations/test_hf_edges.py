@@ -36,8 +36,8 @@ from msft_store import (
 from msft_store.integrations.hf import StoreCallback
 from msft_store.integrations.hf.trainer_checks import extract_metrics
 from msft_store.storage.backend import LocalBackend
+from msft_store.testing import WRITE_OPERATIONS, FaultyBackend
 from tests.support.children import begin, end_of
-from tests.support.faults import CHANGES, FaultyBackend
 from tests.support.states import same_bits
 from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
 
@@ -93,7 +93,7 @@ def test_a_kill_at_any_moment_of_a_commit_changes_nothing(tmp_path: Path, base: 
         path = tmp_path / name
         if not path.exists():
             Store.create(path)
-        backend = FaultyBackend(LocalBackend(path), error=Killed, kinds=CHANGES)
+        backend = FaultyBackend(LocalBackend(path), error=Killed, kinds=WRITE_OPERATIONS)
         backend.fail_at = fail_at
         callback = StoreCallback(Store(backend), base=base, retention=KeepLast(9))
         trainer = make_trainer(path / "run", make_model(), [callback], **options)

@@ -15,7 +15,7 @@ from msft_store import BaseError, CorruptedError, InvalidInputError, OutOfSpaceE
 from msft_store.maintenance.export import export
 from msft_store.objects.catalog import Catalog
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import changed_at
+from tests.support.rot import changed_at
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 

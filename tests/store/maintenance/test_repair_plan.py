@@ -22,7 +22,7 @@ from msft_store.cli.main import main
 from msft_store.format.layout import seal
 from msft_store.maintenance.repair.plan import plan_repair
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import changed_at
+from tests.support.rot import changed_at
 from tests.support.states import State, same_bits, train_step
 
 

@@ -26,7 +26,8 @@ from msft_store import (
 from msft_store.format.layout import canonical_json, digest, seal
 from msft_store.objects.manifest import CheckpointFacts, checkpoint_content
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import FaultyBackend, changed_at
+from msft_store.testing import FaultyBackend
+from tests.support.rot import changed_at
 from tests.support.states import State, train_step
 
 EMPTY = checkpoint_content(

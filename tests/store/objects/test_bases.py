@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from msft_store import Base, BaseError, Checkpoint, Store, UnknownCheckpointError
-from tests.support.faults import changed_at
+from tests.support.rot import changed_at
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from msft_store import Base, Checkpoint, CorruptedError, Store, StoreError
 from msft_store.format.layout import digest, seal
-from tests.support.faults import changed_at
+from tests.support.rot import changed_at
 from tests.support.states import State, same_bits, train_step
 
 

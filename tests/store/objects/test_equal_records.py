@@ -11,7 +11,7 @@ import torch
 from msft_store import Checkpoint, Store
 from msft_store.objects.packs import read_pack
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import changed_at
+from tests.support.rot import changed_at
 
 
 class Rivals:

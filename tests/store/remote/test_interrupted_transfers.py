@@ -9,10 +9,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from msft_store import Base, NotAStoreError, StorageError, Store
@@ -20,6 +19,7 @@ from msft_store.remote.api import clone, open_remote, pull, push
 from msft_store.remote.transport.base import ConnectionLostError, RetryingRemote
 from msft_store.remote.transport.url import connect_remote
 from tests.support.remotes import Died, FaultyRemote
+from tests.support.s3 import environment, serve_s3
 from tests.support.states import State, make_state, same_bits, train_step
 
 States = dict[str, State]
@@ -220,21 +220,14 @@ class Proxy:
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """Return a proxy in front of a real S3 server."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    proxy = Proxy(server.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-        "AWS_ACCESS_KEY_ID": "anybody",
-        "AWS_SECRET_ACCESS_KEY": "anything",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
-    yield proxy
-    proxy.close()
-    server.stop()
+    with serve_s3() as address:
+        parts = urlsplit(address)
+        proxy = Proxy((str(parts.hostname), parts.port or 0))
+        for name, value in environment(f"http://127.0.0.1:{proxy.port}").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        yield proxy
+        proxy.close()
 
 
 @pytest.mark.parametrize("cut_after", [300, 5000])

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
 from msft_store import (
@@ -29,8 +27,9 @@ from msft_store import (
 from msft_store.remote.api import clone, open_remote, pull, push
 from msft_store.remote.transport.base import RetryingRemote, as_parts
 from msft_store.remote.transport.url import connect_remote
-from tests.support.faults import changed_at
 from tests.support.remotes import FaultyRemote
+from tests.support.rot import changed_at
+from tests.support.s3 import environment, serve_s3
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 KINDS = ("s3", "memory", "directory", "fsspec", "files")
@@ -39,20 +38,8 @@ KINDS = ("s3", "memory", "directory", "fsspec", "files")
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """Return the address of a real S3 server with a bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=address,
-        region_name="us-east-1",
-        aws_access_key_id="anybody",
-        aws_secret_access_key="anything",  # noqa: S106
-    )
-    client.create_bucket(Bucket="bucket")
-    yield address
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 def place(kind: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -66,12 +53,7 @@ def place(kind: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -
         return f"local://{tmp_path / 'files'}"
     if kind == "fsspec":
         return f"memory://{uuid.uuid4().hex}/run"
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_ACCESS_KEY_ID": "anybody",
-        "AWS_SECRET_ACCESS_KEY": "anything",
-        "AWS_REGION": "us-east-1",
-    }.items():
+    for name, value in environment(s3).items():
         monkeypatch.setenv(name, value)
     return f"s3://bucket/{uuid.uuid4().hex}/run"
 

@@ -7,38 +7,26 @@ import datetime
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from msft_store import NotAStoreError, StorageError, Store
 from msft_store.remote.api import clone, open_remote, pull, push
 from msft_store.remote.transport.object_store import ObjectRemote, object_remote
 from tests.support.cutting import CuttingProxy
+from tests.support.s3 import KEYS, serve_s3
 from tests.support.states import State, same_bits, train_step, write_base
-
-KEYS = {"access_key_id": "anybody", "secret_access_key": "anything", "region": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[CuttingProxy]:
     """Return a proxy in front of a real S3 server with a bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="us-east-1",
-        aws_access_key_id="anybody",
-        aws_secret_access_key="anything",  # noqa: S106
-    )
-    client.create_bucket(Bucket="bucket")
-    proxy = CuttingProxy((host, port))
-    yield proxy
-    proxy.close()
-    server.stop()
+    with serve_s3() as address:
+        parts = urlsplit(address)
+        proxy = CuttingProxy((str(parts.hostname), parts.port or 0))
+        yield proxy
+        proxy.close()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from msft_store import (
     Timeline,
 )
 from msft_store.storage.backend import LocalBackend, Writer
-from tests.support.faults import CHANGES, FaultyBackend, Stopped
+from msft_store.testing import WRITE_OPERATIONS, FaultyBackend, SimulatedKill
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 LONG = 60.0
@@ -84,7 +84,7 @@ def twin(tmp_path: Path, state: State) -> tuple[Store, Base]:
 
 
 def faulty(store: Store, error: type[BaseException] = StorageError) -> tuple[Store, FaultyBackend]:
-    backend = FaultyBackend(LocalBackend(Path(store.path)), error=error, kinds=CHANGES)
+    backend = FaultyBackend(LocalBackend(Path(store.path)), error=error, kinds=WRITE_OPERATIONS)
     return Store(backend), backend
 
 
@@ -328,12 +328,12 @@ def test_a_crash_anywhere_leaves_a_whole_checkpoint_or_none(
     moved = train_step(state, 0.1, 1)
     struck = 0
     while True:
-        failing, backend = faulty(store, Stopped)
+        failing, backend = faulty(store, SimulatedKill)
         backend.arm(struck)
         future = AsyncSaver(failing).save(moved, parent=base, step=struck)
         if future.exception() is None:
             break
-        assert isinstance(future.exception(), Stopped)
+        assert isinstance(future.exception(), SimulatedKill)
         after = Store.open(store.path)
         assert after.log() == [first]
         assert same_bits(after.load(first), state)

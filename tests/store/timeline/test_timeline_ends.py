@@ -24,7 +24,7 @@ from msft_store import (
     UnknownCheckpointError,
 )
 from msft_store.storage.backend import LocalBackend
-from tests.support.faults import CHANGES, FaultyBackend, Stopped
+from msft_store.testing import WRITE_OPERATIONS, FaultyBackend, SimulatedKill
 from tests.support.states import State, same_bits, train_step
 
 
@@ -34,10 +34,12 @@ def alive(store: Store) -> set[str]:
 
 def stopped_at(store: Store, n: int, work: Callable[[Store], object]) -> bool:
     """Do something until a kill at its n-th change of the disk; return whether there was one."""
-    backend = FaultyBackend(LocalBackend(Path(store.path)), error=Stopped, kinds=CHANGES)
+    backend = FaultyBackend(
+        LocalBackend(Path(store.path)), error=SimulatedKill, kinds=WRITE_OPERATIONS
+    )
     other = Store(backend)
     backend.arm(n)
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(SimulatedKill):
         work(other)
     return backend.failed
 
@@ -246,7 +248,9 @@ def test_equal_commits_of_an_earlier_timeline_are_not_evicted(
 def test_a_commit_whose_eviction_failed_can_be_followed_by_any_other(
     store: Store, base: Base, state: State
 ) -> None:
-    backend = FaultyBackend(LocalBackend(Path(store.path)), error=StorageError, kinds=CHANGES)
+    backend = FaultyBackend(
+        LocalBackend(Path(store.path)), error=StorageError, kinds=WRITE_OPERATIONS
+    )
     line = Timeline(Store(backend), base, retention=KeepLast(2))
     for step in range(2):
         line.commit(train_step(state, 0.1, step), step=step)
