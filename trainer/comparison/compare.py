@@ -1,7 +1,7 @@
 """Train several methods on one configuration, over seeds and budgets, and compare them.
 
-Each run is an ordinary one in a directory of its own (:mod:`trainer.comparison.grid`). A finished
-run is not repeated and an interrupted one is continued. A run that fails does not stop the others.
+Each run has a directory of its own (:mod:`trainer.comparison.grid`). A finished run is not
+repeated, and an interrupted one is continued. A run that fails does not stop the others.
 
 Example::
 
@@ -31,14 +31,15 @@ from trainer.config.schema import Config
 from trainer.distributed import this_process
 from trainer.errors import ConfigError, PausedError, RunError, TrainerError
 from trainer.files import make_directory
-from trainer.journal import read
+from trainer.journal import read, select
 from trainer.report.flops import Account
-from trainer.report.summary import Summary, summarize
+from trainer.report.summary import summarize
 from trainer.training.directory import CONFIG, JOURNAL, MODEL
 from trainer.training.run import is_finished, resume, start
 
 _FAILURES = (TrainerError, StoreError, OSError, torch.OutOfMemoryError)
 _DIVERGED, _PAUSED, _SIGNALLED = 3, 75, 128
+"""Exit codes of ``msft-train``; a signal's number is added to the last one."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +68,8 @@ def compare(
 ) -> Comparison:
     """Train a configuration with several methods and compare the results.
 
-    A run that is finished already is only read, and one that was interrupted is continued. A run
-    that fails does not stop the others. The tables are written to ``config.output_dir``.
+    A finished run is only read, and an interrupted one is continued. A run that fails does not
+    stop the others. The tables are written to ``config.output_dir``.
 
     Args:
         config: The configuration that all runs share, from :func:`load_config`.
@@ -125,7 +126,7 @@ def compare(
 
 @dataclass(frozen=True, kw_only=True)
 class _Runner:
-    """Trains runs: one after the other in this process, or several in subprocesses."""
+    """Trains runs one after the other in this process, or several at once in subprocesses."""
 
     jobs: int
     keep_models: bool
@@ -202,7 +203,7 @@ class _Runner:
         finished = is_finished(task.directory)
         return Outcome(
             budget=task.config.msft.compute_budget,
-            summary=_read_summary(task.directory) if finished else None,
+            summary=summarize(read(task.directory / JOURNAL)) if finished else None,
             failure="" if finished else failure or "it was not run",
         )
 
@@ -210,20 +211,21 @@ class _Runner:
 def _plan_equal_compute(
     config: Config, cases: Sequence[Case], ordinary: Mapping[Case, Outcome]
 ) -> tuple[list[_Task], dict[Case, Outcome]]:
-    """Return the runs at MSFT's FLOPs, and the outcomes that need no run or cannot be run.
+    """Return the runs at MSFT's FLOPs, and the outcomes of the cases that are not run.
 
-    A method that takes these FLOPs at its ordinary C needs no further run.
+    A case is not run if an ordinary run that sets its C did not finish, or if its C is the ordinary
+    one.
     """
     tasks, outcomes = [], {}
     for case in cases:
-        own = ordinary[replace(case, equal_compute=False)]
-        reference = ordinary[replace(case, equal_compute=False, method=REFERENCE)]
+        own_case = replace(case, equal_compute=False)
+        own, reference = ordinary[own_case], ordinary[replace(own_case, method=REFERENCE)]
         if own.summary is None or reference.summary is None:
             failed = case.label if own.summary is None else "MSFT"
             why = f"{failed}'s ordinary run of this seed, which sets its C, did not finish"
             outcomes[case] = Outcome(budget=case.budget, summary=None, failure=why)
             continue
-        fixed = _count_test_flops(Path(config.output_dir) / replace(case, equal_compute=False).path)
+        fixed = _count_test_flops(Path(config.output_dir) / own_case.path)
         budget = compute_equal_budget(
             case,
             flops=total_work(own.summary.account).flops - fixed,
@@ -241,8 +243,7 @@ def _plan_equal_compute(
 
 def _count_test_flops(directory: Path) -> int:
     """Return the FLOPs of a run's final tests, which do not depend on its C."""
-    kinds = ("run_started", "tested")
-    records = [r for r in read(directory / JOURNAL) if r["event"] in kinds]
+    records = select(read(directory / JOURNAL), "run_started", "tested")
     return total_work(Account.from_journal(records)).flops
 
 
@@ -256,20 +257,16 @@ def _build_command(task: _Task, folder: Path) -> list[str]:
     return ["run", str(path), "--quiet"]
 
 
-def _read_summary(directory: Path) -> Summary:
-    return summarize(read(directory / JOURNAL))
-
-
 def _check_same_config(task: _Task) -> None:
     """Raise :class:`RunError` if the run in the task's directory has another configuration."""
-    directory = task.directory
-    if not (directory / CONFIG).exists():
+    path = task.directory / CONFIG
+    if not path.exists():
         return
-    existing = to_dict(replace(load_config(directory / CONFIG), output_dir=task.config.output_dir))
+    existing = to_dict(replace(load_config(path), output_dir=task.config.output_dir))
     differing = _list_differences(existing, to_dict(task.config))
     if differing:
         raise RunError(
-            f"the run in {directory} has another {', '.join(differing[:3])}: choose another "
+            f"the run in {task.directory} has another {', '.join(differing[:3])}: choose another "
             "output_dir, or remove that directory to start again"
         )
 

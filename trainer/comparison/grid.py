@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from trainer.config.checks import check_settings
 from trainer.config.schema import Config
@@ -43,7 +43,7 @@ class Case:
     """The requested C, in epochs."""
     seed: int
     equal_compute: bool = False
-    """True if C is changed so that the run takes the FLOPs of MSFT's run of this seed."""
+    """True if C is set so that the run takes the FLOPs of MSFT's run of this seed."""
     is_single: bool = False
     """True if the comparison has one run for each method."""
 
@@ -104,14 +104,13 @@ def list_cases(
 
 def build_config(config: Config, case: Case, budget: float | None = None) -> Config:
     """Return the configuration of one run; ``budget`` replaces its C for equal compute."""
-    changed: Any = replace(
+    return replace(
         config,
         method=case.method,  # type: ignore[arg-type]
         seed=case.seed,
         output_dir=str(Path(config.output_dir) / case.path),
         msft=replace(config.msft, compute_budget=case.budget if budget is None else budget),
     )
-    return changed  # type: ignore[no-any-return]
 
 
 def compute_equal_budget(
@@ -119,8 +118,8 @@ def compute_equal_budget(
 ) -> float:
     """Return the C at which a method takes about the FLOPs of MSFT's run.
 
-    ``flops`` are its FLOPs at ``case.budget`` without the final tests, so that they are
-    proportional to C. The result is a multiple of ``eval_every``, at least one.
+    ``flops`` are those of the method at ``case.budget``. Both counts exclude the final tests, so
+    that they are proportional to C. The result is a positive multiple of ``eval_every``.
     """
     evaluations = case.budget * reference_flops / max(flops, 1) / eval_every
     return round(max(1, round(evaluations)) * eval_every, 10)

@@ -1,11 +1,10 @@
-"""Render one self-contained HTML page: tables, text and pictures, readable in light and dark.
+"""Render a self-contained HTML page of tables, text and SVG images, for light and dark mode.
 
-All text is escaped. Pictures are inline SVG of our own. The page has no script and loads nothing.
+All text is escaped. The page has no script and loads no other file.
 
 Example::
 
-    blocks = [Paragraph(text="Test loss, 3 seeds."), TableBlock(title="C = 1", table=table)]
-    render_page("Comparison", blocks)
+    render_page("Comparison", ["Test loss, 3 seeds.", Section(title="C = 1", table=table)])
 """
 
 from __future__ import annotations
@@ -32,14 +31,7 @@ svg { max-width: 100%; height: auto; }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paragraph:
-    """A paragraph."""
-
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableBlock:
+class Section:
     """A table under a heading."""
 
     title: str
@@ -47,17 +39,20 @@ class TableBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An ``<svg>`` element under a heading."""
+class Plot:
+    """A plot with its caption under a heading."""
 
+    name: str
+    """File name without its suffix."""
     title: str
     caption: str
     svg: str
+    """An ``<svg>`` element."""
 
 
-def render_page(title: str, parts: Sequence[Paragraph | TableBlock | Picture]) -> str:
-    """Return the page as HTML."""
-    body = "\n".join(map(_render_block, parts))
+def render_page(title: str, parts: Sequence[str | Section | Plot]) -> str:
+    """Return the page as HTML; a string is a paragraph."""
+    body = "\n".join(map(_render_part, parts))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -66,14 +61,14 @@ def render_page(title: str, parts: Sequence[Paragraph | TableBlock | Picture]) -
     )
 
 
-def _render_block(part: Paragraph | TableBlock | Picture) -> str:
+def _render_part(part: str | Section | Plot) -> str:
     match part:
-        case Paragraph():
-            return f"<p>{escape(part.text)}</p>"
-        case TableBlock():
+        case str():
+            return f"<p>{escape(part)}</p>"
+        case Section():
             table = _render_table(part.table)
             return f'<h2>{escape(part.title)}</h2>\n<div class="wide">{table}</div>'
-        case Picture():
+        case Plot():
             caption = f"<figcaption>{escape(part.caption)}</figcaption>"
             return f"<h2>{escape(part.title)}</h2>\n<figure>{part.svg}{caption}</figure>"
 

@@ -1,7 +1,7 @@
 """Measure how far apart sub-datasets peak, and how an exclusion moves the peaks of the others.
 
-Epochs are those of the active mixture, in which each of its examples comes once. So they are also
-epochs of each active sub-dataset, and comparable between stages.
+An epoch of the active mixture contains each example once, so it is also an epoch of each active
+sub-dataset. Epochs are therefore comparable between stages.
 
 Example::
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL
-from trainer.journal import Record
+from trainer.journal import Record, run_started, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,12 @@ def find_stage_peaks(records: Sequence[Record], stage: int) -> dict[str, StagePe
 
     ``records`` are effective records. A curve without a finite value has no peak.
     """
-    start = next(r for r in records if r["event"] == "run_started")
-    curve = [r for r in records if r["event"] == "evaluated" and r["stage"] == stage]
-    active: list[str] = next(
-        (r["active"] for r in records if r["event"] == "stage_started" and r["stage"] == stage), []
-    )
+    mode = run_started(records)["mode"]
+    curve = [r for r in select(records, "evaluated") if r["stage"] == stage]
+    active = {r["stage"]: r["active"] for r in select(records, "stage_started")}
     peaks = {}
-    for name in [*sorted(active), OVERALL]:
-        index = first_best_index((r["metrics"][name] for r in curve), start["mode"])
+    for name in [*sorted(active.get(stage, [])), OVERALL]:
+        index = first_best_index((r["metrics"][name] for r in curve), mode)
         if index is not None:
             peaks[name] = StagePeak(epoch=curve[index]["epoch"], has_passed=index + 1 < len(curve))
     return peaks
@@ -92,10 +90,8 @@ def find_peak_shifts(records: Sequence[Record]) -> list[PeakShift]:
         stage = decided["stage"]
         origin = next(
             r["epoch"]
-            for r in records
-            if r["event"] == "evaluated"
-            and r["stage"] == stage
-            and r["checkpoint"] == decided["checkpoint"]
+            for r in select(records, "evaluated")
+            if r["stage"] == stage and r["checkpoint"] == decided["checkpoint"]
         )
         before, after = find_stage_peaks(records, stage), find_stage_peaks(records, stage + 1)
         found += [

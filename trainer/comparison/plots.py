@@ -1,4 +1,4 @@
-"""Draw the pictures of a comparison, as SVG in the colour of the surrounding text.
+"""Draw the plots of a comparison as SVG, in the colour of the surrounding text.
 
 Example::
 
@@ -21,11 +21,11 @@ from matplotlib.ticker import MaxNLocator
 from trainer.comparison.peak_shifts import find_peak_shifts, find_stage_peaks
 from trainer.comparison.results import Comparison, Estimate, Group, Row
 from trainer.config.schema import OVERALL
-from trainer.journal import Record
+from trainer.journal import Record, select
 from trainer.report.flops import seqs_on_path
 
 _TEXT = "#010203"
-"""Placeholder that is replaced by the colour of the surrounding text."""
+"""A placeholder for the colour of the surrounding text."""
 _BLUE, _ORANGE, _GREY = "#3b82c4", "#d9822b", "#8a8a8a"
 _COLORS = ("#3b82c4", "#d9822b", "#3f9b5c", "#b65fb0", "#c9a227", "#c23b22")
 _STYLE: Any = {
@@ -45,14 +45,14 @@ def draw_peaks(curves: Curves) -> str:
     """Draw the peaks of the sub-datasets in the first stage beside the mixture's peak."""
     peaks = {seed: find_stage_peaks(records, 1) for seed, records in curves.items()}
     names = sorted({name for found in peaks.values() for name in found} - {OVERALL}, reverse=True)
-    figure, axis = _make_figure(8.5, 1.2 + 0.28 * len(names))
-    for seed, found in peaks.items():
+    figure, (axis,) = _make_figure(8.5, 1.2 + 0.28 * len(names))
+    for number, found in enumerate(peaks.values()):
+        offset = 0.12 * (number - (len(peaks) - 1) / 2)
         for name, peak in found.items():
             if name == OVERALL:
                 axis.axvline(peak.epoch, color=_ORANGE, linewidth=1.4, alpha=0.7)
                 continue
             filled = _BLUE if peak.has_passed else "none"
-            offset = 0.12 * (list(peaks).index(seed) - (len(peaks) - 1) / 2)
             axis.plot(peak.epoch, names.index(name) + offset, "o", mec=_BLUE, mfc=filled, ms=5)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(left=0)
@@ -61,12 +61,13 @@ def draw_peaks(curves: Curves) -> str:
         _dot_handle(_BLUE, "at the last evaluation, may come later", hollow=True),
         Line2D([], [], color=_ORANGE, label="the mixture's peak"),
     ]
-    return _finish_figure(figure, axis, handles, x="epoch of the first best", salt="peaks")
+    _style_axis(axis, x="epoch of the first best")
+    return _render_svg(figure, handles, salt="peaks")
 
 
 def draw_shifts(curves: Curves) -> str:
     """Draw the peaks of the remaining sub-datasets after each exclusion against those before it."""
-    figure, axis = _make_figure(5.5, 4.5)
+    figure, (axis,) = _make_figure(5.5, 4.5)
     limit = 0.0
     for records in curves.values():
         for shift in find_peak_shifts(records):
@@ -80,34 +81,37 @@ def draw_shifts(curves: Curves) -> str:
         Line2D([], [], color=_GREY, linestyle="--", label="unmoved"),
     ]
     axis.set_ylabel("epochs to the peak without the excluded one")
-    return _finish_figure(figure, axis, handles, x="epochs to the peak before", salt="shifts")
+    _style_axis(axis, x="epochs to the peak before")
+    return _render_svg(figure, handles, salt="shifts")
 
 
 def draw_budgets(comparison: Comparison) -> str:
     """Draw metric and FLOPs over C, and metric over FLOPs; hollow points are at MSFT's FLOPs."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
-        by_budget, flops_axis, by_flops = figure.subplots(1, 3)
+    figure, (metric_axis, flops_axis, efficiency_axis) = _make_figure(10, 3.6, columns=3)
     handles = []
-    for number, label in enumerate(_method_labels(comparison)):
+    labels = dict.fromkeys(row.label for group in comparison.groups for row in group.rows)
+    for number, label in enumerate(labels):
+        scored = _scored_rows(comparison, label)
+        ordinary = [(group, row, score) for group, row, score in scored if not group.equal_compute]
+        budgets = [group.budget for group, _, _ in ordinary]
+        flops = [_flops(row) for _, row, _ in ordinary]
+        scores = [score.mean for _, _, score in ordinary]
+        errors = [score.error or 0 for _, _, score in ordinary]
         color = _COLORS[number % len(_COLORS)]
-        ordinary = [p for p in _scored_rows(comparison, label) if not p[0].equal_compute]
-        for axis, place in ((by_budget, _budget), (flops_axis, _budget), (by_flops, _flops)):
-            scored = axis is not flops_axis
-            across = [place(group, row) for group, row, _ in ordinary]
-            up = [score.mean if scored else _flops(group, row) for group, row, score in ordinary]
-            errors = [score.error or 0 for _, _, score in ordinary] if scored else None
-            axis.errorbar(across, up, yerr=errors, color=color, marker="o", ms=4, capsize=2)
-        for group, row, score in _scored_rows(comparison, label):
+        style: Any = {"color": color, "marker": "o", "ms": 4}
+        metric_axis.errorbar(budgets, scores, yerr=errors, capsize=2, **style)
+        flops_axis.errorbar(budgets, flops, capsize=2, **style)
+        efficiency_axis.errorbar(flops, scores, yerr=errors, capsize=2, **style)
+        for group, row, score in scored:
             if group.equal_compute and row.method != "msft":
-                by_flops.plot(_flops(group, row), score.mean, "o", mec=color, mfc="none", ms=6)
-        handles.append(Line2D([], [], color=color, marker="o", ms=4, label=label))
+                efficiency_axis.plot(_flops(row), score.mean, "o", mec=color, mfc="none", ms=6)
+        handles.append(Line2D([], [], label=label, **style))
     first = comparison.first
     metric = "metric" if first is None else first.metric.replace("_", " ")
     for axis, title, x in (
-        (by_budget, f"overall {metric}", "C, epochs"),
+        (metric_axis, f"overall {metric}", "C, epochs"),
         (flops_axis, "FLOPs of a run", "C, epochs"),
-        (by_flops, f"overall {metric}", "FLOPs of a run"),
+        (efficiency_axis, f"overall {metric}", "FLOPs of a run"),
     ):
         axis.set_title(title, fontsize="medium")
         _style_axis(axis, x=x)
@@ -117,14 +121,13 @@ def draw_budgets(comparison: Comparison) -> str:
 def draw_losses(runs: Mapping[str, Sequence[Record]]) -> str:
     """Draw the training loss over steps, one panel for each method, from effective records."""
     columns = min(3, len(runs))
-    lines = -(-len(runs) // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * lines + 0.5), layout="constrained")
-        axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    rows = -(-len(runs) // columns)
+    width, height = 3.4 * columns + 0.6, 2.3 * rows + 0.5
+    figure, axes = _make_figure(width, height, rows, columns, sharey=True)
     for axis in axes[len(runs) :]:
         axis.set_visible(False)
     for axis, (label, records) in zip(axes, runs.items(), strict=False):
-        trained = [r for r in records if r["event"] == "trained"]
+        trained = select(records, "trained")
         on_path = seqs_on_path(records)
         for stage in sorted({r["stage"] for r in trained}):
             points = [r for r in trained if r["stage"] == stage]
@@ -141,14 +144,10 @@ def draw_losses(runs: Mapping[str, Sequence[Record]]) -> str:
 
 
 def to_svg_file(svg: str) -> bytes:
-    """Return a picture as an SVG file of its own, on white."""
+    """Return a plot as the content of an SVG file with a white background."""
     white = "<style>svg { background: white; color: black; }</style>"
     head, end, rest = svg.partition(">")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{end}{white}{rest}\n'.encode()
-
-
-def _method_labels(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(row.label for group in comparison.groups for row in group.rows))
 
 
 def _scored_rows(comparison: Comparison, label: str) -> list[tuple[Group, Row, Estimate]]:
@@ -162,11 +161,7 @@ def _scored_rows(comparison: Comparison, label: str) -> list[tuple[Group, Row, E
     return found
 
 
-def _budget(group: Group, row: Row) -> float:
-    return group.budget
-
-
-def _flops(group: Group, row: Row) -> float:
+def _flops(row: Row) -> float:
     return float(row.work()["total"].flops)
 
 
@@ -174,10 +169,13 @@ def _loss_curve(points: Sequence[Record]) -> tuple[list[int], list[float]]:
     return [r["step"] for r in points], [r["loss"] for r in points]
 
 
-def _make_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _make_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots()
+        axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
+        return figure, list(axes.flat)
 
 
 def _style_axis(axis: Axes, *, x: str) -> None:
@@ -190,13 +188,6 @@ def _style_axis(axis: Axes, *, x: str) -> None:
 def _dot_handle(color: str, label: str, *, hollow: bool = False) -> Line2D:
     fill = "none" if hollow else color
     return Line2D([], [], marker="o", linestyle="none", mec=color, mfc=fill, ms=5, label=label)
-
-
-def _finish_figure(
-    figure: Figure, axis: Axes, handles: Sequence[Line2D], *, x: str, salt: str
-) -> str:
-    _style_axis(axis, x=x)
-    return _render_svg(figure, handles, salt=salt)
 
 
 def _render_svg(figure: Figure, handles: Sequence[Line2D], *, salt: str) -> str:

@@ -1,6 +1,6 @@
-"""Write the files of a comparison: ``compare.md``, ``compare.json``, ``compare.html`` and plots.
+"""Write ``compare.md``, ``compare.json``, ``compare.html`` and the plots of a comparison.
 
-They are derived from the journals of the runs alone.
+Everything in them is derived from the journals of the runs.
 
 Example::
 
@@ -9,13 +9,11 @@ Example::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from trainer.comparison.html import Paragraph, Picture, TableBlock, render_page
+from trainer.comparison.html import Plot, render_page
 from trainer.comparison.peak_shifts import find_peak_shifts, find_stage_peaks, mean_peak_distance
 from trainer.comparison.plots import (
     Curves,
@@ -27,24 +25,13 @@ from trainer.comparison.plots import (
 )
 from trainer.comparison.results import Comparison, estimate
 from trainer.comparison.tables import NOTES, build_sections, describe_comparison, describe_failures
-from trainer.files import make_directory, write_atomic
+from trainer.files import make_directory, write_atomic, write_json
 from trainer.journal import Record, effective, read
 from trainer.report.report import compare_table
 from trainer.report.summary import Summary
 
 _WHOLE_MIXTURE = ("sft", "single_rollout", "msft")
-"""Methods whose first stage rolls out the whole mixture from the base, most suitable first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A picture with its title and caption."""
-
-    name: str
-    """File name without its suffix."""
-    title: str
-    caption: str
-    svg: str
+"""Methods whose first stage trains on the whole mixture from the base, most suitable first."""
 
 
 def write_comparison(directory: Path, comparison: Comparison) -> None:
@@ -58,9 +45,8 @@ def write_comparison(directory: Path, comparison: Comparison) -> None:
         make_directory(directory / "plots")
         for plot in drawn:
             write_atomic(directory / "plots" / f"{plot.name}.svg", to_svg_file(plot.svg))
-    content = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(directory / "compare.md", markdown.encode())
-    write_atomic(directory / "compare.json", f"{content}\n".encode())
+    write_json(directory / "compare.json", tree)
     write_atomic(directory / "compare.html", to_html(comparison, drawn).encode())
 
 
@@ -74,7 +60,7 @@ def summaries_by_method(comparison: Comparison) -> dict[str, Summary]:
 
 
 def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
-    """Return ``compare.md``, which links the pictures by their relative paths."""
+    """Return ``compare.md``, which links the plots by their relative paths."""
     remarks = [f"- {escape(text, quote=False)}" for text in describe_failures(comparison)]
     parts = ["# Comparison", describe_comparison(comparison), *remarks]
     for section in build_sections(comparison):
@@ -87,16 +73,8 @@ def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
 
 def to_html(comparison: Comparison, drawn: Sequence[Plot]) -> str:
     """Return ``compare.html``, which needs no other file."""
-    return render_page(
-        "Comparison",
-        [
-            Paragraph(text=describe_comparison(comparison)),
-            *(Paragraph(text=text) for text in describe_failures(comparison)),
-            *(TableBlock(title=s.title, table=s.table) for s in build_sections(comparison)),
-            *(Paragraph(text=text) for text in NOTES),
-            *(Picture(title=p.title, caption=p.caption, svg=p.svg) for p in drawn),
-        ],
-    )
+    text = [describe_comparison(comparison), *describe_failures(comparison)]
+    return render_page("Comparison", [*text, *build_sections(comparison), *NOTES, *drawn])
 
 
 def draw_plots(directory: Path, comparison: Comparison) -> list[Plot]:

@@ -1,7 +1,7 @@
 """Aggregate the runs of a comparison: means over seeds, differences to SFT, and work.
 
-Runs are grouped by budget. The runs at MSFT's FLOPs are a group of their own, which contains MSFT's
-ordinary runs too.
+Runs are grouped by budget. The runs at MSFT's FLOPs form a group of their own, together with
+MSFT's ordinary runs.
 
 Example::
 
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from trainer.comparison.grid import REFERENCE, Case
 from trainer.config.schema import OVERALL
+from trainer.journal import replace_non_finite
 from trainer.report.flops import Account, Work
 from trainer.report.summary import Summary
 
@@ -37,22 +38,21 @@ class Estimate:
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
-    """Return mean and standard error, or ``None`` without values; one NaN makes both NaN."""
+    """Return mean and standard error; ``None`` without values. One NaN makes both NaN."""
     numbers = list(values)
+    count = len(numbers)
     if not numbers:
         return None
-    count, error = len(numbers), None
     if not all(map(math.isfinite, numbers)):
         return Estimate(mean=math.nan, error=math.nan if count > 1 else None, count=count)
-    if count > 1:
-        error = statistics.stdev(numbers) / math.sqrt(count)
+    error = statistics.stdev(numbers) / math.sqrt(count) if count > 1 else None
     return Estimate(mean=statistics.mean(numbers), error=error, count=count)
 
 
 def estimate_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
     """Return the mean difference ``ours - theirs`` over the seeds that both have.
 
-    The error is that of the differences, without the effect that a seed has on both alike.
+    The error is that of the differences, so an effect of the seed on both methods cancels.
     """
     return estimate(ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs)))
 
@@ -102,7 +102,7 @@ class Row:
         """Return the metric of a sub-dataset, or of the mixture (``OVERALL``), by seed."""
         found = {}
         for seed, summary in self.runs.items():
-            scores = summary.overall if name == OVERALL else summary.scores[name]
+            scores = summary.scores_of(name)
             value = scores.test if self.split == "test" else scores.validation
             if value is not None:
                 found[seed] = value
@@ -126,24 +126,30 @@ class Row:
             return {}
         rows = {row: [getattr(account, row) for account in accounts] for row in _ROWS}
         rows["total"] = [total_work(account) for account in accounts]
-        return {name: _mean_work(works) for name, works in rows.items()}
-
-    def mean(self, values: Sequence[float | None]) -> float | None:
-        """Return the mean of the known values, ``None`` if there are none."""
-        found = estimate(value for value in values if value is not None)
-        return None if found is None else found.mean
+        return {
+            name: Work(
+                tokens=round(statistics.mean(work.tokens for work in works)),
+                flops=round(statistics.mean(work.flops for work in works)),
+            )
+            for name, works in rows.items()
+        }
 
     def budget(self) -> float | None:
         """Return the mean C of the finished runs."""
-        return self.mean([o.budget for o in self.outcomes.values() if o.summary is not None])
+        return _mean(o.budget for o in self.outcomes.values() if o.summary is not None)
 
     def seconds(self) -> float | None:
         """Return the mean time that a run spent in training, evaluation and commits."""
-        return self.mean([summary.seconds for summary in self.runs.values()])
+        return _mean(summary.seconds for summary in self.runs.values())
 
     def disk(self) -> float | None:
         """Return the mean peak disk overhead, in full checkpoints."""
-        return self.mean([s.disk.peak if s.disk else None for s in self.runs.values()])
+        return _mean(summary.disk.peak for summary in self.runs.values() if summary.disk)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return statistics.mean(numbers) if numbers else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +171,7 @@ class Group:
         return next((row for row in self.rows if row.method == method), None)
 
     def difference(self, row: Row) -> Estimate | None:
-        """Return the overall metric's difference to SFT in this group, paired by seed."""
+        """Return the overall metric's difference to SFT, paired by seed; ``None`` for SFT."""
         sft = self.row(BASELINE)
         if sft is None or row.method == BASELINE:
             return None
@@ -221,7 +227,7 @@ class Comparison:
                 for case, outcome in self.outcomes.items()
             },
         }
-        finite: dict[str, Any] = _replace_non_finite(tree)
+        finite: dict[str, Any] = replace_non_finite(tree)
         return finite
 
 
@@ -230,19 +236,18 @@ def group_outcomes(outcomes: Mapping[Case, Outcome]) -> Comparison:
     summaries = [o.summary for o in outcomes.values() if o.summary is not None]
     tested = all(summary.overall.test is not None for summary in summaries)
     split: Literal["test", "validation"] = "test" if tested else "validation"
-    methods = list(dict.fromkeys(case.method for case in outcomes))
+    labels = {case.method: case.label for case in outcomes}
     kinds = list(dict.fromkeys((case.budget, case.equal_compute) for case in outcomes))
     groups = []
     for budget, equal in kinds:
         rows = []
-        for method in methods:
+        for method, label in labels.items():
             own = {
                 case.seed: outcome
                 for case, outcome in outcomes.items()
                 if (case.method, case.budget) == (method, budget)
                 and case.equal_compute == (equal and method != REFERENCE)
             }
-            label = next(case.label for case in outcomes if case.method == method)
             if own:
                 rows.append(Row(method=method, label=label, outcomes=own, split=split))
         groups.append(Group(budget=budget, equal_compute=equal, rows=rows))
@@ -250,19 +255,12 @@ def group_outcomes(outcomes: Mapping[Case, Outcome]) -> Comparison:
 
 
 def total_work(account: Account) -> Work:
-    """Return all work of a run except the work that was repeated after a kill."""
+    """Return all work of a run except the work that a resume repeated."""
     works = [getattr(account, row) for row in _ROWS if row != "repeated"]
     return sum(works, start=Work())
 
 
 _ROWS = tuple(field.name for field in fields(Account))
-
-
-def _mean_work(works: Sequence[Work]) -> Work:
-    return Work(
-        tokens=round(statistics.mean(work.tokens for work in works)),
-        flops=round(statistics.mean(work.flops for work in works)),
-    )
 
 
 def _group_to_dict(group: Group) -> dict[str, Any]:
@@ -292,13 +290,3 @@ def _row_to_dict(group: Group, row: Row) -> dict[str, Any]:
 
 def _estimate_to_dict(value: Estimate | None) -> dict[str, Any] | None:
     return None if value is None else asdict(value)
-
-
-def _replace_non_finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replace_non_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

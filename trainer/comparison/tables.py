@@ -1,4 +1,4 @@
-"""Show a comparison as tables, for the terminal, Markdown and HTML alike.
+"""Make the tables of a comparison, for the terminal, Markdown and HTML.
 
 Example::
 
@@ -9,11 +9,11 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from trainer.comparison.html import Section
 from trainer.comparison.results import Comparison, Estimate, Group, Row
 from trainer.config.schema import OVERALL
-from trainer.text import Table, flops_text, metric_text
+from trainer.text import Table, flops_text, metric_name_text, metric_text
 
 _WORK = {
     "total": "total",
@@ -37,14 +37,6 @@ NOTES = (
 """Explanations below the tables."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A table with its title."""
-
-    title: str
-    table: Table
-
-
 def build_sections(comparison: Comparison) -> list[Section]:
     """Return the tables, two for each group: scores and work."""
     return [
@@ -60,11 +52,10 @@ def describe_comparison(comparison: Comparison) -> str:
     if first is None:
         return "No run has finished."
     seeds = comparison.seeds
-    direction = "higher" if first.mode == "max" else "lower"
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]}"
     split = comparison.groups[0].rows[0].split
     return (
-        f"{split.capitalize()} {first.metric.replace('_', ' ')} ({direction} is better), {which}; "
+        f"{split.capitalize()} {metric_name_text(first.metric, first.mode)}, {which}; "
         f"lr {first.lr:g}, {first.dtype}."
     )
 
@@ -72,10 +63,10 @@ def describe_comparison(comparison: Comparison) -> str:
 def describe_failures(comparison: Comparison) -> list[str]:
     """Return a sentence for each run that did not finish or diverged."""
     failed = [f"{case.name} did not finish: {why}" for case, why in comparison.failures.items()]
-    return failed + [f"{case.name} {_DIVERGED}" for case in comparison.diverged]
-
-
-_DIVERGED = "diverged: its scores are those of its best checkpoint before that."
+    return failed + [
+        f"{case.name} diverged: its scores are those of its best checkpoint before that."
+        for case in comparison.diverged
+    ]
 
 
 def render_text(comparison: Comparison) -> str:
@@ -106,19 +97,16 @@ def build_work_table(group: Group) -> Table:
     """Return the mean work of a run of each method; columns of zeros are omitted."""
     works = [row.work() for row in group.rows]
     columns = [name for name in _WORK if any(name in w and w[name].flops for w in works)]
-    body: list[Sequence[str]] = []
-    for row, work in zip(group.rows, works, strict=True):
-        flops = [flops_text(work[name].flops) if name in work else "-" for name in columns]
-        budget, seconds, disk = row.budget(), row.seconds(), row.disk()
-        body.append(
-            [
-                row.label,
-                "-" if budget is None else f"{budget:.4g}",
-                *flops,
-                "-" if seconds is None else f"{seconds:,.0f} s",
-                "-" if disk is None else f"{disk:.2f}",
-            ]
-        )
+    body = [
+        [
+            row.label,
+            _format(row.budget(), ".4g"),
+            *(flops_text(work[name].flops) if name in work else "-" for name in columns),
+            _format(row.seconds(), ",.0f", " s"),
+            _format(row.disk(), ".2f"),
+        ]
+        for row, work in zip(group.rows, works, strict=True)
+    ]
     return Table(header=("", "C", *(_WORK[name] for name in columns), "time", "disk"), rows=body)
 
 
@@ -127,9 +115,13 @@ def _base_metrics(group: Group) -> dict[str, float | None]:
     for row in group.rows:
         for summary in row.runs.values():
             scores = {**summary.scores, OVERALL: summary.overall}
-            test = row.split == "test"
-            return {n: s.base_test if test else s.base_validation for n, s in scores.items()}
+            is_test = row.split == "test"
+            return {n: s.base_test if is_test else s.base_validation for n, s in scores.items()}
     return {OVERALL: None}
+
+
+def _format(value: float | None, spec: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{spec}}{unit}"
 
 
 def _format_runs(row: Row) -> str:

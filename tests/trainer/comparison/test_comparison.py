@@ -15,7 +15,7 @@ from tests.support.recorded import load_curve
 from tests.support.synthetic import write_run
 from tests.support.tiny_runs import make_config
 from trainer.comparison.grid import Case, build_config, compute_equal_budget, list_cases
-from trainer.comparison.html import Paragraph, Picture, TableBlock, render_page
+from trainer.comparison.html import Plot, Section, render_page
 from trainer.comparison.peak_shifts import (
     PeakShift,
     StagePeak,
@@ -288,9 +288,9 @@ def test_a_page_escapes_all_text() -> None:
     content = render_page(
         evil,
         [
-            Paragraph(text=evil),
-            TableBlock(title=evil, table=table),
-            Picture(title=evil, caption=evil, svg="<svg></svg>"),
+            evil,
+            Section(title=evil, table=table),
+            Plot(name="evil", title=evil, caption=evil, svg="<svg></svg>"),
         ],
     )
     assert "<script>" not in content
