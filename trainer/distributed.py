@@ -28,7 +28,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from trainer.errors import RunError
+from trainer.errors import RunError, first_line
 from trainer.signals import Interrupted
 
 _T = TypeVar("_T")
@@ -146,8 +146,7 @@ def _connect(state: PartialState) -> TCPStore:
 
 
 def _report_failure(store: TCPStore, error: BaseException, *, count: int) -> None:
-    lines = str(error).strip().splitlines()
-    store.set(_FAILED, lines[0] if lines else type(error).__name__)
+    store.set(_FAILED, first_line(error))
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     store.add(_ENDING, 1)
     while store.add(_ENDING, 0) < count and time.monotonic() < deadline:

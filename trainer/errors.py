@@ -26,3 +26,8 @@ class RunError(TrainerError):
 
 class PausedError(RunError):
     """A run found no room on the disk, or within ``max_disk``; it goes on once there is some."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class without one."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -30,7 +30,7 @@ from trainer.config.schema import Config
 from trainer.data.examples import Example
 from trainer.data.load import load_mixture
 from trainer.distributed import is_alone, this_process
-from trainer.errors import PausedError, TrainerError
+from trainer.errors import PausedError, TrainerError, first_line
 from trainer.model.lora import load_for_training
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, Plan, plan
@@ -272,5 +272,4 @@ def _sentence(error: BaseException) -> str:
     """Return the first line of an error; for a system error, its file and its meaning."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,10 +25,10 @@ from trainer.comparison.grid import REFERENCE, Case, build_config, compute_equal
 from trainer.comparison.report import write_comparison
 from trainer.comparison.results import Comparison, Outcome, group_outcomes, total_work
 from trainer.comparison.subprocesses import run_subprocesses
-from trainer.config.load import dump, load_config, to_dict
+from trainer.config.load import dump, flatten, load_config, to_dict
 from trainer.config.schema import Config
 from trainer.distributed import this_process
-from trainer.errors import ConfigError, PausedError, RunError, TrainerError
+from trainer.errors import ConfigError, PausedError, RunError, TrainerError, first_line
 from trainer.files import make_directory
 from trainer.journal import read, select
 from trainer.report.flops import Account
@@ -156,7 +155,7 @@ class _Runner:
                 # The other processes of a distributed run may not have failed, so none may go on.
                 if this_process().num_processes > 1:
                     raise
-                failures[task.case] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                failures[task.case] = first_line(error)
                 _log.warning("%s did not finish: %s", task.case.name, failures[task.case])
             self._drop_model(task)
         return failures
@@ -262,22 +261,11 @@ def _check_same_config(task: _Task) -> None:
     path = task.directory / CONFIG
     if not path.exists():
         return
-    existing = to_dict(replace(load_config(path), output_dir=task.config.output_dir))
-    differing = _list_differences(existing, to_dict(task.config))
+    stored = replace(load_config(path), output_dir=task.config.output_dir)
+    existing, wanted = flatten(to_dict(stored)), flatten(to_dict(task.config))
+    differing = [key for key in {**existing, **wanted} if existing.get(key) != wanted.get(key)]
     if differing:
         raise RunError(
             f"the run in {task.directory} has another {', '.join(differing[:3])}: choose another "
             "output_dir, or remove that directory to start again"
         )
-
-
-def _list_differences(one: Mapping[str, Any], other: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the dotted keys in which two configurations differ."""
-    found = []
-    for key in [*one, *(key for key in other if key not in one)]:
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _list_differences(a, b, f"{at}{key}.")
-        elif a != b:
-            found.append(f"{at}{key}")
-    return found

@@ -193,6 +193,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the JSON values of a configuration by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def dump(config: Config) -> str:
     """Return the configuration as YAML that :func:`load_config` reads to the same again."""
     return write_yaml(to_dict(config))

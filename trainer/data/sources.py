@@ -25,7 +25,7 @@ from typing import Any
 
 from trainer.config.mixture_file import normalize_row, read_mixture
 from trainer.config.schema import SourceConfig
-from trainer.errors import DataError
+from trainer.errors import DataError, first_line
 
 Row = Mapping[str, Any]
 
@@ -143,7 +143,7 @@ def _load_parquet(path: Path) -> Any:
     try:
         return parquet.read_table(path, partitioning=None)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a sound Parquet file: {_first_line(error)}") from None
+        raise DataError(f"{path} is not a sound Parquet file: {first_line(error)}") from None
 
 
 def _load_hub(source: SourceConfig) -> Any:
@@ -155,7 +155,7 @@ def _load_hub(source: SourceConfig) -> Any:
     try:
         found = _load_with(datasets, source)
     except Exception as error:  # a hub, its files and its builders raise what they like
-        raise DataError(f"the data set {name} cannot be loaded: {_first_line(error)}") from None
+        raise DataError(f"the data set {name} cannot be loaded: {first_line(error)}") from None
     if not isinstance(found, datasets.Dataset):
         raise DataError(f"the data set {name} is a {type(found).__name__}, not a table of rows")
     return found
@@ -181,7 +181,3 @@ def _hub_name(source: SourceConfig) -> str:
 
 def _missing(package: str, what: str) -> str:
     return f"{what} needs {package}, which is not installed: pip install 'msft-store[data]'"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

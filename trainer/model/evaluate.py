@@ -115,21 +115,20 @@ class Evaluator:
         cost: EvaluationCost,
         seconds: float,
     ) -> EvaluationResult:
-        mean_losses, matches, errors, start = {}, {}, {}, 0
+        metrics, mean_losses, errors, start = {}, {}, {}, 0
         for name, examples in sub_datasets.items():
             own = slice(start, start + len(examples))
             targets = [len(example.completion) for example in examples]
             mean_losses[name] = sum(losses[own]) / sum(targets)
-            # If the loss is not finite, the tokens were chosen by NaN and match only by chance.
-            is_finite = math.isfinite(mean_losses[name])
-            matches[name] = sum(verdicts[own]) / len(examples) if is_finite else math.nan
-            errors[name] = (
-                ratio_error(losses[own], targets)
-                if self._config.metric == "loss"
-                else ratio_error(verdicts[own], [1] * len(examples))
-            )
+            if self._config.metric == "loss":
+                metrics[name] = mean_losses[name]
+                errors[name] = ratio_error(losses[own], targets)
+            else:
+                # If the loss is not finite, NaN chose the tokens, which match only by chance.
+                is_finite = math.isfinite(mean_losses[name])
+                metrics[name] = sum(verdicts[own]) / len(examples) if is_finite else math.nan
+                errors[name] = ratio_error(verdicts[own], [1] * len(examples))
             start += len(examples)
-        metrics = dict(matches if self._config.metric == "exact_match" else mean_losses)
         sizes = {name: len(examples) for name, examples in sub_datasets.items()}
         metrics[OVERALL] = overall(metrics, sizes, self._config.overall)
         return EvaluationResult(
@@ -202,13 +201,10 @@ class Evaluator:
         self, model: Any, examples: Sequence[Example], batch: Sequence[int]
     ) -> list[list[int]]:
         """Return the generated tokens of each example, up to EOS and with it."""
-        width = max(len(examples[i].prompt) for i in batch)
-        ids, mask = [], []
-        for i in batch:
-            prompt = examples[i].prompt
-            padding = width - len(prompt)
-            ids.append([self._pad] * padding + [*prompt])
-            mask.append([0] * padding + [1] * len(prompt))
+        prompts = [examples[i].prompt for i in batch]
+        width = max(map(len, prompts))
+        ids = [[self._pad] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         eos = self._tokenizer.eos_token_id
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,

@@ -27,8 +27,8 @@ def save_model(
 ) -> None:
     """Write a Hugging Face model directory, or a PEFT adapter, with the tokenizer.
 
-    The directory appears under its name only when it is complete, and replaces an existing one.
-    ``export`` writes it if this process does not have the weights.
+    The directory gets its name only when it is complete, and replaces an existing one. ``export``
+    writes it if this process does not have all weights.
     """
     directory = Path(directory)
     partial = directory.with_name(f"{directory.name}.partial")

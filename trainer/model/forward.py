@@ -1,8 +1,8 @@
-"""Run forward passes: batches of tensors, the loss of a model on completions, and its token cost.
+"""Run forward passes: make batches, compute the losses of completions, and count tokens.
 
-Batches are padded on the right. The real tokens of a causal model cannot see tokens to their right,
-so no attention mask is needed, the fastest attention kernels apply, and the loss of an example does
-not depend on its padding.
+Batches are padded on the right. In a causal model no real token attends to the padding on its
+right. So no attention mask is needed, the fastest attention kernels apply, and the loss of an
+example does not depend on its padding.
 
 Example::
 

@@ -1,7 +1,7 @@
 """Load a causal language model with its tokenizer.
 
-A model from the Hugging Face hub is downloaded to a directory first, so that its safetensors files
-can serve as a store's base.
+A model of the Hugging Face hub is downloaded to a directory first, so that a store can use its
+safetensors files as a base.
 
 Example::
 
@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.config.schema import ModelConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 from trainer.model.weights import drop_tied, weights_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,17 +38,17 @@ class LoadedModel:
     directory: Path
     """The directory of the model's files."""
     parameters: int
-    """N: all parameters, those of an adapter included; tied ones count once."""
+    """N: the number of all parameters, with an adapter's; tied ones count once."""
     trainable: int
-    """The parameters that are trained."""
+    """The number of trained parameters."""
     layers: int
-    """L: number of layers."""
+    """L: the number of layers."""
     hidden: int
-    """d: width of the residual stream."""
+    """d: the width of the residual stream."""
     trained_bytes: int
     """Bytes of the run's weights, parameters and saved buffers, in the dtype of training."""
     full_bytes: int
-    """Bytes of one full checkpoint: the same weights in the dtype of checkpoints."""
+    """Bytes of a full checkpoint: the same weights in the dtype of checkpoints."""
     base_bytes: int
     """Bytes of the safetensors files in ``directory``."""
     adapter: Any = None
@@ -56,7 +56,7 @@ class LoadedModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills batches; no result depends on its choice."""
+        """The id of the padding token; no result depends on it."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if isinstance(token, int):
                 return token
@@ -66,8 +66,8 @@ class LoadedModel:
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load the model for training and its tokenizer.
 
-    Raises :class:`ConfigError` if there is no model, if it has no safetensors file, or if the files
-    lack weights of the architecture.
+    Raises :class:`ConfigError` if there is no model or no safetensors file, if the files lack
+    weights of the architecture, or if the tokenizer has no EOS token.
     """
     directory = _locate(config.path)
     files = sorted(directory.glob("*.safetensors"))
@@ -88,7 +88,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises many classes for unusable files
         raise ConfigError(
-            f"model.path {directory} cannot be loaded: {_first_line(error)}"
+            f"model.path {directory} cannot be loaded: {first_line(error)}"
         ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -135,15 +135,8 @@ def _locate(path: str) -> Path:
         )
     try:
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-    except (
-        Exception
-    ) as error:  # a missing model, no access and no network have classes of their own
+    except Exception as error:  # a missing model and no network raise different classes
         raise ConfigError(
             f"model.path {path} is no directory, and it cannot be downloaded from the Hugging Face "
-            f"hub: {_first_line(error)}"
+            f"hub: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

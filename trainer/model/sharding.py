@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,17 +108,15 @@ def _policy(layer: torch.nn.Module, compute_dtype: str | None) -> MixedPrecision
 
 def _allocate_weights(model: torch.nn.Module) -> None:
     """Allocate memory, without touching it, for weights that this process has not loaded."""
-    allocated: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta:
-            memory = torch.empty_like(parameter, device="cpu")
-            fresh = torch.nn.Parameter(memory, requires_grad=parameter.requires_grad)
+    allocated: dict[torch.Tensor, torch.Tensor] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in [*parameters, *model.named_buffers()]:
+        if tensor.is_meta:
+            fresh = torch.empty_like(tensor, device="cpu")
+            if isinstance(tensor, torch.nn.Parameter):
+                fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
             module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, allocated.setdefault(parameter, fresh))
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, torch.empty_like(buffer, device="cpu"))
+            setattr(model.get_submodule(module), own, allocated.setdefault(tensor, fresh))
 
 
 def check_sharded(config: Config, accelerator: Accelerator) -> None:
@@ -164,10 +162,7 @@ class Shards:
         root = self.broadcast(
             None if timeline is None or timeline.root is None else timeline.root.id
         )
-        if timeline is None:
-            yield self._gather_parts(root, boxes)
-            return
-        with self._open_store().awaiting_parts():
+        with nullcontext() if timeline is None else self._open_store().awaiting_parts():
             yield self._gather_parts(root, boxes)
 
     def load(self, checkpoint: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -27,6 +27,10 @@ from accelerate.utils import broadcast, broadcast_object_list
 from msft_store import Store
 from trainer.errors import RunError
 
+PREFIX = "trainer."
+"""Prefix of all tensors that are not weights; no weight's name may begin with it."""
+_OPTIMIZER, _RNG, _PYTHON = f"{PREFIX}optimizer.", f"{PREFIX}rng.", f"{PREFIX}python_rng"
+
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
     """Return an optimizer's state, named ``{parameter number}.{key}``; empty if it is fresh."""
@@ -90,11 +94,6 @@ def set_python_rng(states: Mapping[str, Any]) -> None:
     version, words, gauss = states["random"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(states["numpy"])
-
-
-PREFIX = "trainer."
-"""Prefix of all tensors that are not weights; no weight's name may begin with it."""
-_OPTIMIZER, _RNG, _PYTHON = f"{PREFIX}optimizer.", f"{PREFIX}rng.", f"{PREFIX}python_rng"
 
 
 def add_training_state(

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 ADAPTER = "default"
 """The adapter's name inside the model; PEFT's files omit it."""
 _IN_FILES = "base_model.model."
+"""The prefix of the names in PEFT's files."""
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -42,13 +43,16 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, FSDPModule):
             # Free what a forward pass has gathered, so that tensors hold this process's part.
             module.reshard()
-    state = {name: _to_local(tensor) for name, tensor in model.state_dict().items()}
-    adapter = {name: tensor for name, tensor in state.items() if ".lora_" in name}
-    return {_name_in_files(name): tensor for name, tensor in adapter.items()} or state
-
-
-def _to_local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    state = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    adapter = {
+        _IN_FILES + name.replace(f".{ADAPTER}", ""): tensor
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
+    return adapter or state
 
 
 def drop_tied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -66,10 +70,6 @@ def drop_tied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tied tensors: views of the same memory in the same layout."""
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def _name_in_files(name: str) -> str:
-    return _IN_FILES + name.replace(f".{ADAPTER}", "")
 
 
 class Snapshots:

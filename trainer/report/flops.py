@@ -93,12 +93,7 @@ class Account:
         counted = effective(records)
         seqs, on_path = {record["seq"] for record in counted}, seqs_on_path(counted)
         model = run_started(records)["model"]
-        size = ModelSize(
-            parameters=model["parameters"],
-            trainable=model.get("trainable"),
-            layers=model["layers"],
-            hidden=model["hidden"],
-        )
+        size = ModelSize(**{field.name: model.get(field.name) for field in fields(ModelSize)})
         totals = {field.name: Work() for field in fields(cls)}
         for record in records:
             for kind, work in _work_by_kind(record, size).items():

@@ -19,18 +19,12 @@ from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
-from trainer.report.flops import Work
 from trainer.report.plots import draw_curves, draw_disk, draw_loss
 from trainer.report.summary import Summary, summarize
-from trainer.text import (
-    Table,
-    bytes_text,
-    count_text,
-    flops_text,
-    metric_name_text,
-    metric_text,
-)
+from trainer.text import Table, bytes_text, count_text, flops_text, metric_name_text, metric_text
 
+_OPTIONAL_WORK = ("selection of examples", "repeated after a resume")
+"""Kinds of work that are left out of a table if there was none."""
 _DRAWINGS = (
     ("curves", "Validation curves", draw_curves),
     ("loss", "Training loss", draw_loss),
@@ -246,22 +240,18 @@ def _work_table(summaries: Mapping[str, Summary]) -> Table:
     for label, summary in summaries.items():
         account = summary.account
         rolls_back = summary.method in ("msft", "single_rollout")
-        works: list[tuple[str, Work]] = [
-            ("training, kept", account.kept),
-            (
-                f"training, {'rolled back' if rolls_back else 'after its result'}",
-                account.rolled_back,
-            ),
-            ("padding", account.padding),
-            ("evaluation", account.evaluation),
-            ("generation", account.generation),
-        ]
-        if account.selection.tokens:
-            works.insert(2, ("selection of examples", account.selection))
-        if account.repeated.tokens:
-            works.append(("repeated after a resume", account.repeated))
+        works = {
+            "training, kept": account.kept,
+            f"training, {'rolled back' if rolls_back else 'after its result'}": account.rolled_back,
+            "selection of examples": account.selection,
+            "padding": account.padding,
+            "evaluation": account.evaluation,
+            "generation": account.generation,
+            "repeated after a resume": account.repeated,
+        }
         rows += [
             [f"{label} {name}", count_text(work.tokens), flops_text(work.flops)]
-            for name, work in works
+            for name, work in works.items()
+            if work.tokens or name not in _OPTIONAL_WORK
         ]
     return Table(header=("work", "tokens", "model FLOPs"), rows=rows)

@@ -177,7 +177,9 @@ def summarize(records: Sequence[Record]) -> Summary:
         steps=max((record["step"] for record in select(counted, "trained")), default=0),
         evaluations=sum(not record["reused"] for record in evaluated),
         seconds=math.fsum(record.get("seconds") or 0 for record in select(counted, *_TIMED)),
-        result=_result(found),
+        result=None
+        if found is None
+        else Result(checkpoint=found["checkpoint"], stage=found["stage"], epoch=found["epoch"]),
         divergences=len(select(counted, "diverged")),
         diverged=_has_diverged(counted),
         peaks=find_sub_dataset_peaks(counted),
@@ -186,12 +188,6 @@ def summarize(records: Sequence[Record]) -> Summary:
         disk=_summarize_disk(counted, start),
         account=Account.from_journal(records),
     )
-
-
-def _result(found: Record | None) -> Result | None:
-    if found is None:
-        return None
-    return Result(checkpoint=found["checkpoint"], stage=found["stage"], epoch=found["epoch"])
 
 
 def find_roll_backs(counted: Sequence[Record]) -> list[Record]:

@@ -18,7 +18,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -137,7 +137,7 @@ class _Replay:
     """A strategy that receives the recorded evaluations."""
 
     def __init__(self, counted: Sequence[Record], start: Record, config: Config) -> None:
-        self._stages = {group[0]["stage"]: group for group in _by_stage(counted)}
+        self._stages = _by_stage(counted)
         sizes = {name: float(row["train"]) for name, row in start["sub_datasets"].items()}
         self._strategy: Strategy = make_strategy(config, sizes)
         self._budget = config.msft.compute_budget
@@ -241,18 +241,16 @@ class _Replay:
         )
 
 
-def _by_stage(counted: Sequence[Record]) -> Iterator[list[Record]]:
-    """Yield the records of each stage, from ``stage_started`` to the decision that ends it."""
+def _by_stage(counted: Sequence[Record]) -> dict[int, list[Record]]:
+    """Return the records of each stage, from ``stage_started`` to the decision that ends it."""
+    groups: dict[int, list[Record]] = {}
     group: list[Record] = []
     for record in counted:
         if record["event"] == "stage_started":
-            if group:
-                yield group
-            group = [record]
+            group = groups[record["stage"]] = [record]
         elif group and record["event"] not in ("tested", "finished", "rolled_back"):
             group.append(record)
-    if group:
-        yield group
+    return groups
 
 
 def _is_same(stage: Stage, root: str | None, start: Record) -> bool:

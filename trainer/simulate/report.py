@@ -17,14 +17,13 @@ from trainer.config.schema import Config
 from trainer.journal import Record, effective, run_started, select
 from trainer.report.summary import measure_disk_usage
 from trainer.simulate.policies import (
-    Retention,
     label,
     recorded_config,
     retention_named,
     with_policy,
 )
 from trainer.simulate.replay import Simulation, simulate
-from trainer.simulate.retained import RetentionReplay, RetentionSummary
+from trainer.simulate.retained import RetentionSummary, replay_retention, summarize_retention
 from trainer.simulate.stage_ends import StageEnd
 from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
 
@@ -113,28 +112,18 @@ def _outcome(
     simulation = simulate(records, config)
     counted = effective(records)
     sizes = {r["checkpoint"]: r["stored_bytes"] for r in select(counted, "committed")}
+    usages, gone = replay_retention(simulation, retention_named(retention), sizes)
     copies = [usage.paper_copies for usage in measure_disk_usage(simulation.records)]
     return Outcome(
         label=name,
         policy=policy,
         method=config.method,
         simulation=simulation,
-        retained=_replay_retention(simulation, sizes, retention_named(retention)),
+        retained=summarize_retention(usages, gone),
         copies=Copies(peak=max(copies), mean=statistics.fmean(copies)) if copies else None,
         measured=None,
         checkpoint_bytes=run_started(counted)["full_checkpoint_bytes"],
     )
-
-
-def _replay_retention(
-    simulation: Simulation, sizes: Mapping[str, int], retention: Retention
-) -> RetentionSummary | None:
-    replay = RetentionReplay(sizes)
-    for change in simulation.changes:
-        apply = replay.roll_back if change.is_roll_back else replay.commit
-        policy = retention(change.needs, simulation.mode)
-        apply(change.record["checkpoint"], change.record["metrics"], policy)
-    return replay.summarize() if replay.usages else None
 
 
 def to_text(run: Outcome, outcomes: Sequence[Outcome]) -> str:

@@ -8,19 +8,19 @@ keeps at a roll-back, so their true sizes differ a little.
 
 Example::
 
-    replay = RetentionReplay(stored_bytes)
-    replay.commit("b2f1", metrics, policy)
-    replay.roll_back("b2f1", metrics, policy)
-    replay.usages[-1].kept
+    usages, gone = replay_retention(simulation, retention_named("last:2"), stored_bytes)
+    summarize_retention(usages, gone).peak
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from msft_store import Candidate, Policy
+from msft_store import Candidate
+from trainer.simulate.policies import Retention
+from trainer.simulate.replay import Simulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,68 +51,63 @@ class RetentionSummary:
     """Ids of roll-back targets that the policy had evicted."""
 
 
-class RetentionReplay:
-    """The rollback points of a run, updated by its commits and roll-backs."""
+def replay_retention(
+    simulation: Simulation, retention: Retention, sizes: Mapping[str, int]
+) -> tuple[list[RetentionUsage], list[str]]:
+    """Return the usage at each commit, and the ids of roll-back targets that were evicted.
 
-    def __init__(self, stored_bytes: Mapping[str, int]) -> None:
-        """Begin without checkpoints; ``stored_bytes`` maps checkpoint ids to sizes."""
-        self._sizes = stored_bytes
-        self._kept: dict[str, Candidate] = {}
-        self._root: str | None = None
-        self._branch = 0
-        self._index = 0
-        self._gone: list[str] = []
-        self.usages: list[RetentionUsage] = []
-
-    def commit(self, checkpoint: str, metrics: Mapping[str, float], policy: Policy) -> None:
-        """Add a checkpoint and evict the checkpoints that the policy does not keep."""
-        self._add(checkpoint, metrics)
-        peak, peak_bytes = len(self._kept), self._bytes(self._kept)
-        self._evict(policy)
-        self.usages.append(
-            RetentionUsage(
-                kept=tuple(self._kept),
-                bytes=self._bytes(self._kept),
-                peak_bytes=peak_bytes,
-                peak=peak,
-            )
-        )
-
-    def roll_back(self, checkpoint: str, metrics: Mapping[str, float], policy: Policy) -> None:
-        """Begin a branch at a checkpoint, which is added again if it was evicted."""
-        if checkpoint not in self._kept:
-            self._gone.append(checkpoint)
-        self._root, self._branch, self._index = checkpoint, self._branch + 1, 0
-        self._add(checkpoint, metrics)
-        self._evict(policy)
-
-    def summarize(self) -> RetentionSummary:
-        """Return peak and mean over the commits; there must be at least one."""
-        sizes = [usage.bytes for usage in self.usages if usage.bytes is not None]
-        peaks = [usage.peak_bytes for usage in self.usages if usage.peak_bytes is not None]
-        known = len(sizes) == len(peaks) == len(self.usages)
-        return RetentionSummary(
-            peak=max(usage.peak for usage in self.usages),
-            mean=statistics.fmean(len(usage.kept) for usage in self.usages),
-            peak_bytes=max(peaks) if known else None,
-            mean_bytes=statistics.fmean(sizes) if known else None,
-            gone=tuple(self._gone),
-        )
-
-    def _add(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
-        self._kept[checkpoint] = Candidate(
+    ``sizes`` maps checkpoint ids to bytes. An evicted target is added again.
+    """
+    usages: list[RetentionUsage] = []
+    gone: list[str] = []
+    candidates: dict[str, Candidate] = {}
+    root, branch, index = None, 0, 0
+    for change in simulation.changes:
+        checkpoint = change.record["checkpoint"]
+        if change.is_roll_back:
+            if checkpoint not in candidates:
+                gone.append(checkpoint)
+            root, branch, index = checkpoint, branch + 1, 0
+        candidates[checkpoint] = Candidate(
             id=checkpoint,
-            metrics=metrics,
-            stored_bytes=self._sizes.get(checkpoint, 0),
-            branch=self._branch,
-            index=self._index,
+            metrics=change.record["metrics"],
+            stored_bytes=sizes.get(checkpoint, 0),
+            branch=branch,
+            index=index,
         )
-        self._index += 1
+        index += 1
+        policy = retention(change.needs, simulation.mode)
+        keep = {*policy.rules(list(candidates.values())), root}
+        kept = {name: one for name, one in candidates.items() if name in keep}
+        if not change.is_roll_back:
+            usage = RetentionUsage(
+                kept=tuple(kept),
+                bytes=_total(kept, sizes),
+                peak_bytes=_total(candidates, sizes),
+                peak=len(candidates),
+            )
+            usages.append(usage)
+        candidates = kept
+    return usages, gone
 
-    def _evict(self, policy: Policy) -> None:
-        keep = {*policy.rules(list(self._kept.values())), self._root}
-        self._kept = {name: one for name, one in self._kept.items() if name in keep}
 
-    def _bytes(self, names: Iterable[str]) -> int | None:
-        sizes = [self._sizes.get(name) for name in names]
-        return None if None in sizes else sum(size or 0 for size in sizes)
+def summarize_retention(
+    usages: Sequence[RetentionUsage], gone: Sequence[str]
+) -> RetentionSummary | None:
+    """Return peak and mean over the commits; ``None`` without a commit."""
+    if not usages:
+        return None
+    sizes = [usage.bytes for usage in usages if usage.bytes is not None]
+    peaks = [usage.peak_bytes for usage in usages if usage.peak_bytes is not None]
+    known = len(sizes) == len(peaks) == len(usages)
+    return RetentionSummary(
+        peak=max(usage.peak for usage in usages),
+        mean=statistics.fmean(len(usage.kept) for usage in usages),
+        peak_bytes=max(peaks) if known else None,
+        mean_bytes=statistics.fmean(sizes) if known else None,
+        gone=tuple(gone),
+    )
+
+
+def _total(names: Collection[str], sizes: Mapping[str, int]) -> int | None:
+    return sum(sizes[name] for name in names) if sizes.keys() >= set(names) else None

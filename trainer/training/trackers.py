@@ -25,7 +25,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from trainer.config.load import to_dict
+from trainer.config.load import flatten, to_dict
 from trainer.config.schema import Config
 from trainer.journal import Record
 
@@ -96,7 +96,10 @@ class _Trackers:
 
     def _start(self, *, is_new_run: bool) -> None:
         self._started = {}
-        settings = _flatten(to_dict(self._config))
+        settings = {
+            key: json.dumps(value) if isinstance(value, list) else value
+            for key, value in flatten(to_dict(self._config)).items()
+        }
         for name in self._config.log_with:
             with self._drop_on_error(name):
                 tracker = self._make_tracker(name)
@@ -166,17 +169,6 @@ def select_values(
         part = "test" if record["what"] == "result" else f"test_of_{record['what']}"
         values = {f"{part}/{name}": value for name, value in record["metrics"].items()}
     return {tag: float(value) for tag, value in values.items() if value is not None}
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a configuration by dotted keys, lists as JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
-    return flat
 
 
 def _hash_start(first: Record) -> str:

@@ -1,4 +1,4 @@
-"""Means, standard errors and deviations: values computed by hand, and general properties."""
+"""Means, standard errors and deviations, by hand and by their properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that no process has whole: FSDP2 in two processes, beside two that have it each."""
+"""FSDP2 in two processes, which hold parts of the model, compared with two that hold all of it."""
 
 from pathlib import Path
 
@@ -39,13 +39,13 @@ def place(config, name):
 
 
 def decisions(directory):
-    """What a run has decided."""
+    """Return the decisions of a run."""
     found = effective(read(directory / "journal.jsonl"))
     return [(r["decision"], r["exclude"]) for r in found if r["event"] == "decided"]
 
 
 def measured(directory):
-    """What a run has measured."""
+    """Return the metrics of a run."""
     found = effective(read(directory / "journal.jsonl"))
     return [r["metrics"] for r in found if r["event"] in ("evaluated", "tested")]
 
@@ -59,7 +59,7 @@ def weights(directory):
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
-def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
+def test_a_sharded_run_decides_as_one_that_is_not_sharded(tmp_path, metric):
     # Nine validation examples in batches of two: one process has a batch more than the other.
     config = make_config(
         tmp_path,
@@ -98,7 +98,7 @@ def test_a_sharded_run_is_one_that_is_not_in_pieces(tmp_path, metric):
     saved = weights(place(config, "sharded"))
     assert same_bits({name: store.load(result)[name] for name in saved}, saved)
     assert decisions(place(config, "sharded")) == decisions(place(config, "whole"))
-    # Sums over shards are rounded otherwise than over all.
+    # Sums over shards are rounded differently from sums over the whole model.
     expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
     assert measured(place(config, "sharded")) == expected
 
@@ -131,7 +131,7 @@ def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed
     assert not (place(config, "killed") / "resume").exists()
 
 
-def test_a_sharded_run_that_a_signal_ends_goes_on_where_it_was(tmp_path):
+def test_a_sharded_run_continues_where_a_signal_ended_it(tmp_path):
     config = make_config(tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1)
     both = {0: 0, 1: 0}
     assert together(lambda rank: start(config, "whole"), tmp_path, SHARDED) == both
@@ -153,7 +153,7 @@ def test_a_sharded_run_that_a_signal_ends_goes_on_where_it_was(tmp_path):
     assert resumed_from(place(config, "ended"))[-1] == "resume_point"
 
 
-def test_what_does_not_go_with_shards_is_refused_at_the_beginning(tmp_path):
+def test_settings_that_fsdp_does_not_support_are_refused(tmp_path):
     config = make_config(tmp_path)
     overrides = ["max_disk='2x'", "msft.optimizer_on_rollback=restore"]
 
@@ -181,7 +181,7 @@ def test_a_process_without_room_pauses_all(tmp_path):
         assert "paused, for there is no room" in (tmp_path / f"{rank}.txt").read_text()
 
 
-def test_no_process_keeps_a_copy_of_the_layers_to_compute_in(tmp_path):
+def test_autocast_keeps_no_converted_copy_of_the_layers(tmp_path):
     def watching(rank):
         this_process()
         model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)

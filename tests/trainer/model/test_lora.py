@@ -1,4 +1,4 @@
-"""``lora``: an adapter is trained, committed, rolled back and written, and nothing else."""
+"""``lora``: only the adapter is trained, committed, rolled back and written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from msft_store import Store
 from tests.support.runs import kill, outcome
 from tests.support.tiny_runs import make_config
-from tests.trainer.model.test_processes import together
+from tests.support.together import together
 from trainer.cli.main import main
 from trainer.config.load import load_config
 from trainer.errors import ConfigError
@@ -40,7 +40,7 @@ def _without_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Two stages with a roll-back in about a second."""
+    """Return the configuration of two stages with a roll-back, which take about a second."""
     at = tmp_path_factory.mktemp("lora")
     return make_config(at, lora=LORA, train__lr=0.02, train__max_grad_norm=1.0, log_every=1)
 
@@ -144,7 +144,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(config, restores, resume_every,
     assert Store.open(killed / "store").check(read_data=True) == []
 
 
-def test_other_ways_to_the_same_result(config, finished):
+def test_settings_that_must_not_change_the_result(config, finished):
     def result(**changes):
         at = Path(f"{config.output_dir}-{'-'.join(changes)}")
         start(replace(config, output_dir=str(at), **changes))

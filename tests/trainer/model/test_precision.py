@@ -1,4 +1,4 @@
-"""Dtypes: of the weights, of what is computed with them, and of the checkpoints."""
+"""The dtypes of the weights, of the computation and of the checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _without_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Masters in float32, computed with and stored in bfloat16; with roll-backs."""
+    """Return a configuration with float32 weights, bfloat16 computation and checkpoints."""
     return make_config(
         tmp_path_factory.mktemp("precision"),
         train__lr=0.02,
@@ -66,7 +66,7 @@ def test_checkpoints_and_result_are_rounded(config, finished):
     assert summarize(read(finished / "journal.jsonl")).disk.peak_bytes < exact.disk.peak_bytes
 
 
-def test_metrics_are_those_of_what_the_store_has(config, finished):
+def test_metrics_are_those_of_the_stored_weights(config, finished):
     assert any(r["decision"] == "roll_back" for r in records(finished, "decided"))
     store = Store.open(finished / "store")
     chosen = records(finished, "decided")[-1]["checkpoint"]
@@ -102,7 +102,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(config, restores, resume_every,
     assert outcome(killed) == outcome(whole)
 
 
-def test_other_ways_to_the_same_result(config, finished):
+def test_settings_that_must_not_change_the_result(config, finished):
     def result(**changes):
         at = Path(f"{config.output_dir}-{'-'.join(changes)}")
         start(replace(config, output_dir=str(at), **changes))
@@ -113,7 +113,7 @@ def test_other_ways_to_the_same_result(config, finished):
     assert result(resident_reference=True) == expected
 
 
-def test_rounding_leaves_what_is_trained_as_it_was():
+def test_rounding_leaves_the_trained_weights_unchanged():
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     snapshots = Snapshots(model, "bfloat16")
@@ -126,7 +126,7 @@ def test_rounding_leaves_what_is_trained_as_it_was():
     assert taken["lm_head.weight"].data_ptr() == taken["model.embed_tokens.weight"].data_ptr()
 
 
-def test_an_error_in_an_evaluation_gives_the_weights_back():
+def test_an_error_in_an_evaluation_restores_the_weights():
     model = make_model()
     before = {name: tensor.clone() for name, tensor in weights_of(model).items()}
     with pytest.raises(KeyboardInterrupt), Snapshots(model, "bfloat16").as_committed():

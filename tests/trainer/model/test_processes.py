@@ -1,4 +1,4 @@
-"""Several processes of a run: one decides, all act; and all end where one fails."""
+"""Several processes of a run: one decides and all act; if one fails, all end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def peaks(directory):
 
 def test_two_processes_find_the_peaks_that_one_finds(tmp_path):
     config = make_config(tmp_path, train__lr=0.02, msft__compute_budget=4.0, msft__max_stages=2)
-    # What is learned of one sub-dataset is wrong on its validation data, from early on.
+    # The validation data of one sub-dataset contradict its training data, so it peaks early.
     rows = [{"prompt": f"say {a}{b}:", "completion": "no"} for a in "klm" for b in "rs"]
     write_lines(tmp_path / "data" / "same.validation.jsonl", rows)
     assert command(config, "1") == 0
@@ -71,7 +71,7 @@ def test_two_processes_find_the_peaks_that_one_finds(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What a run of two processes comes to that nothing happens to, and the steps of stage 1."""
+    """Return the outcome of an undisturbed run of two processes, and the steps of stage 1."""
     directory = tmp_path_factory.mktemp("undisturbed")
     config = make_config(directory, train__lr=0.02, msft__max_stages=2, log_every=1)
     assert together(lambda rank: command(config, "2"), directory) == {0: 0, 1: 0}

@@ -1,4 +1,4 @@
-"""What a run takes at most, worked out by hand; and the schedule of a stage."""
+"""The upper bounds of a run, computed by hand, and the schedule of a stage."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_with_one_peak_a_stage_the_mixture_shrinks_from_the_smallest() -> None:
     assert bound.trained_tokens == 1200 + 1000 + 600
 
 
-def test_max_stages_limits_both_courses() -> None:
+def test_max_stages_limits_both_bounds() -> None:
     made = plan(config(max_stages=2), COUNTS, SIZE, 1000)
     assert made.at_most.stages == 2
     assert made.one_peak_a_stage is not None
@@ -105,7 +105,7 @@ def test_disk_is_bounded_by_full_copies(
     assert made.resume_bytes == 3000
 
 
-def test_a_limit_of_the_disk_is_told_in_bytes() -> None:
+def test_max_disk_is_stated_in_bytes() -> None:
     made = plan(replace(config(), max_disk="1.5x"), COUNTS, SIZE, 2_000_000)
     assert made.max_disk == 3_000_000
     assert "takes 3.0 MB at most (max_disk); a run that needs more pauses" in made.to_text()

@@ -1,4 +1,4 @@
-"""Summary, report, plots and comparison of a recorded run, against numbers worked out by hand."""
+"""Summary, report, plots and comparison of a recorded run, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_run_at_any_point_of_its_journal_can_be_reported(run: Path) -> None:
     assert "The run is not over." in (run / "report.md").read_text(encoding="utf-8")
 
 
-def test_what_a_resume_made_void_is_only_counted_as_repeated(run: Path, tmp_path: Path) -> None:
+def test_void_records_count_only_as_repeated_work(run: Path, tmp_path: Path) -> None:
     whole = read(run / "journal.jsonl")
     cut = 17
     path = tmp_path / "resumed.jsonl"

@@ -1,4 +1,4 @@
-"""Other policies on recorded curves: what is known is what a run under them would have done."""
+"""Simulations of other policies on recorded curves, compared with real runs of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from msft_store import KeepLast
 from tests.support.recorded import load_curve
 from tests.support.synthetic import FULL, write_run
 from tests.support.tiny_runs import make_config
@@ -20,13 +19,13 @@ from trainer.report.flops import Work
 from trainer.simulate.policies import expand_sweeps, recorded_config, retention_named, with_policy
 from trainer.simulate.replay import Simulation, simulate
 from trainer.simulate.report import Copies, outcome, recorded, to_text
-from trainer.simulate.retained import RetentionReplay
+from trainer.simulate.retained import replay_retention, summarize_retention
 from trainer.simulate.stage_ends import StageEnd
 from trainer.training.run import start
 
 
 def journal(tmp_path: Path, curve: str, method: str = "msft") -> list[Record]:
-    """Return the records of a run that a curve was recorded of."""
+    """Return the records of a run that follows a recorded curve."""
     path = tmp_path / "journal.jsonl"
     write_run(path, load_curve(curve), method=method)
     return read(path)
@@ -61,7 +60,7 @@ def test_the_same_roll_backs_decided_earlier_are_known_to_the_end(tmp_path: Path
     assert (simulation.best.checkpoint, simulation.best.overall) == ("s2e2", 0.57)
 
 
-def test_another_best_overall_on_the_same_path_is_told(tmp_path: Path) -> None:
+def test_another_best_overall_on_the_same_path_is_reported(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "peak_at_epoch_0"), peak_window=2)
     assert "with the run's own exclusions, but another result" in simulation.why
     assert stage_ends(simulation)[-1] == (1.0, "stop", "s3e2", ("b",))
@@ -184,12 +183,13 @@ def test_rollback_points_as_the_policy_keeps_them(tmp_path: Path) -> None:
     assert "no longer had" in to_text(own, [last])
 
 
-def test_sizes_that_are_not_recorded_are_not_made_up() -> None:
-    replay = RetentionReplay({"a": 5})
-    for name in "ab":
-        replay.commit(name, {}, KeepLast(2))
-    assert [usage.bytes for usage in replay.usages] == [5, None]
-    assert (replay.summarize().peak, replay.summarize().peak_bytes) == (2, None)
+def test_sizes_that_are_not_recorded_are_unknown(tmp_path: Path) -> None:
+    simulation = under(journal(tmp_path, "ties"))
+    usages, gone = replay_retention(simulation, retention_named("last:2"), {"s1e0": 5})
+    assert [usage.bytes for usage in usages[:2]] == [5, None]
+    summary = summarize_retention(usages, gone)
+    assert summary is not None
+    assert (summary.peak, summary.peak_bytes) == (4, None)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
-    """Real runs that differ in what decides alone."""
+    """Return the records of real runs that differ only in their policies."""
     found = {}
     for name, changes in VARIANTS.items():
         directory = tmp_path_factory.mktemp(name)
@@ -264,7 +264,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
     return found
 
 
-def test_what_is_known_is_what_a_real_run_does(runs: dict[str, list[Record]]) -> None:
+def test_a_simulation_agrees_with_a_real_run(runs: dict[str, list[Record]]) -> None:
     simulation = under(runs["paper"], peak_window=1)
     real = recorded(runs["window"]).simulation
     known = len(simulation.stages)
@@ -282,7 +282,7 @@ def test_what_is_known_is_what_a_real_run_does(runs: dict[str, list[Record]]) ->
 
 
 def place(end: StageEnd) -> tuple[Any, ...]:
-    """Return what two runs have in common, whose ids differ as their steps do."""
+    """Return the fields of a stage end that do not depend on checkpoint ids."""
     return end.epoch, end.exclude, end.to_stage, end.to_epoch
 
 
@@ -299,20 +299,16 @@ def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_runs_own_policy_is_known_to_its_end_and_keeps_what_its_store_kept(
+def test_a_runs_own_policy_reaches_the_result_and_keeps_the_same_checkpoints(
     runs: dict[str, list[Record]], name: str
 ) -> None:
     simulation = recorded(runs[name]).simulation
     assert simulation.ending == "result"
     assert "with the run's own decisions" in simulation.why
     assert simulation.simulated == simulation.recorded
-    replay = RetentionReplay({})
-    for change in simulation.changes:
-        policy = retention_named("needs")(change.needs, simulation.mode)
-        apply = replay.roll_back if change.is_roll_back else replay.commit
-        apply(change.record["checkpoint"], change.record["metrics"], policy)
+    usages, _ = replay_retention(simulation, retention_named("needs"), {})
     kept = [set(r["kept"]) for r in effective(runs[name]) if r["event"] == "committed"]
-    assert [set(usage.kept) for usage in replay.usages] == kept
+    assert [set(usage.kept) for usage in usages] == kept
 
 
 def test_hard_exclusion_is_not_known_from_soft_one(runs: dict[str, list[Record]]) -> None:
