@@ -96,25 +96,17 @@ def compare(
     if jobs > 1 and this_process().num_processes > 1:
         raise ConfigError("--jobs cannot be combined with several processes for each run: omit it")
     cases = list_cases(config, methods, seeds=seeds, budgets=budgets, equal_compute=equal_compute)
-    ordinary = [
-        _Task(case=case, config=build_config(config, case))
-        for case in cases
-        if not case.equal_compute
-    ]
-    for task in ordinary:
-        _check_same_config(task)
-    directories = [Path(config.output_dir) / case.path for case in cases]
-    done = sum(map(is_finished, directories))
+    ordinary = [_make_task(config, case) for case in cases if not case.equal_compute]
+    done = sum(is_finished(Path(config.output_dir) / case.path) for case in cases)
     keeps = "each keeps its model" if keep_models or cases[0].is_single else "none keeps its model"
     _log.info(
         "%d runs in %s, %d of them finished already; %s", len(cases), config.output_dir, done, keeps
     )
     runner = _Runner(jobs=jobs, keep_models=keep_models, progress=progress)
     outcomes = runner.run(ordinary)
-    tasks, missing = _plan_equal_compute(
-        config, [case for case in cases if case.equal_compute], outcomes
-    )
-    outcomes = {**outcomes, **missing, **runner.run(tasks)}
+    equal = [case for case in cases if case.equal_compute]
+    tasks, not_run = _plan_equal_compute(config, equal, outcomes)
+    outcomes = {**outcomes, **not_run, **runner.run(tasks)}
     comparison = group_outcomes({case: outcomes[case] for case in cases})
     if comparison.first is None:
         raise RunError(next(iter(comparison.failures.values())))
@@ -233,10 +225,8 @@ def _plan_equal_compute(
         )
         if budget == case.budget:
             outcomes[case] = own
-            continue
-        task = _Task(case=case, config=build_config(config, case, budget))
-        _check_same_config(task)
-        tasks.append(task)
+        else:
+            tasks.append(_make_task(config, case, budget))
     return tasks, outcomes
 
 
@@ -256,11 +246,12 @@ def _build_command(task: _Task, folder: Path) -> list[str]:
     return ["run", str(path), "--quiet"]
 
 
-def _check_same_config(task: _Task) -> None:
-    """Raise :class:`RunError` if the run in the task's directory has another configuration."""
+def _make_task(config: Config, case: Case, budget: float | None = None) -> _Task:
+    """Return a run; raises :class:`RunError` if its directory has one of another configuration."""
+    task = _Task(case=case, config=build_config(config, case, budget))
     path = task.directory / CONFIG
     if not path.exists():
-        return
+        return task
     stored = replace(load_config(path), output_dir=task.config.output_dir)
     existing, wanted = flatten(to_dict(stored)), flatten(to_dict(task.config))
     differing = [key for key in {**existing, **wanted} if existing.get(key) != wanted.get(key)]
@@ -269,3 +260,4 @@ def _check_same_config(task: _Task) -> None:
             f"the run in {task.directory} has another {', '.join(differing[:3])}: choose another "
             "output_dir, or remove that directory to start again"
         )
+    return task

@@ -11,7 +11,6 @@ Example::
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from trainer.config.checks import HUB_ID
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, first_line
 from trainer.model.weights import drop_tied, weights_of
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -128,15 +127,15 @@ def _locate(path: str) -> Path:
     directory = Path(path)
     if directory.is_dir():
         return directory.resolve()
-    if directory.exists() or not _HUB_ID.fullmatch(path):
+    if directory.exists() or not HUB_ID.fullmatch(path):
         raise ConfigError(
-            f"model.path {path} is no directory: name a directory with a model, or a hub id such "
-            "as Qwen/Qwen2.5-0.5B"
+            f"model.path {path} is not a directory: name a directory with a model, or a hub id "
+            "such as Qwen/Qwen2.5-0.5B"
         )
     try:
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
     except Exception as error:  # a missing model and no network raise different classes
         raise ConfigError(
-            f"model.path {path} is no directory, and it cannot be downloaded from the Hugging Face "
-            f"hub: {first_line(error)}"
+            f"model.path {path} is not a directory, and it cannot be downloaded from the Hugging "
+            f"Face hub: {first_line(error)}"
         ) from error

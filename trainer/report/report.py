@@ -106,7 +106,7 @@ def disk_text(summary: Summary) -> str:
     """Return three lines on the disk overhead of a run; raises ``ValueError`` without commits."""
     disk = summary.disk
     if disk is None:
-        raise ValueError("nothing was committed, so there is no disk to speak of")
+        raise ValueError("nothing was committed, so the disk overhead is unknown")
     limit = f"; max_disk {disk.max_disk}" if disk.max_disk else ""
     point = bytes_text(disk.resume_bytes) if disk.resume_bytes else "none (resume_every is not set)"
     what = "rollback points with optimizer" if disk.with_optimizer else "rollback points"

@@ -66,7 +66,7 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
     check_ranges(changed)
     unused = [key for key in _ROBUST_OPTIONS if key in policy and msft.peaks != "robust"]
     if unused:
-        raise ConfigError(f"{unused[0]} has a meaning with peaks robust alone: add --peaks robust")
+        raise ConfigError(f"{unused[0]} only applies to peaks robust: add --peaks robust")
     train, budget = config.train, config.msft.compute_budget
     if msft.compute_budget > budget:
         raise ConfigError(
@@ -130,7 +130,7 @@ def retention_named(text: str) -> Retention:
             return lambda needs, mode: KeepLast(number)
         case "best" if number:
             return lambda needs, mode: KeepBest(OVERALL, number, mode=mode)
-    raise ConfigError(f"there is no retention {text!r}; there are needs, last:K, best:K and all")
+    raise ConfigError(f"there is no retention {text!r}: use needs, last:K, best:K or all")
 
 
 def _keep_needed(needs: Needs, mode: Mode) -> Policy:

@@ -121,7 +121,7 @@ def simulate(records: Sequence[Record], config: Config) -> Simulation:
         raise RunError("the journal has no evaluation: there is no curve to simulate on")
     if start["method"] not in _FIXED_DATA_METHODS:
         raise RunError(
-            f"a run of {start['method']} chooses its examples on the way, so its curves say "
+            f"a run of {start['method']} chooses its examples during training, so its curves say "
             "nothing about another policy; simulate on a run of msft or sft"
         )
     needs_errors = config.method == "msft" and config.msft.peaks == "robust" and config.msft.margin

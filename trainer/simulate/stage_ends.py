@@ -112,7 +112,7 @@ def explain_departure(stage: StageReplay, *, is_other_data: bool) -> str:
     """
     end = describe_stage_end("it", stage.simulated)
     if stage.recorded is None:
-        return f"In stage {stage.number} {end}; the run has not come so far."
+        return f"In stage {stage.number} {end}; the run has not got that far."
     ends = f"{end}; {describe_stage_end('the run', stage.recorded)}"
     if is_other_data:
         ends += f". But stage {stage.number + 1} trains on other shares of the data"

@@ -327,7 +327,7 @@ def test_a_margin_needs_standard_errors(tmp_path: Path) -> None:
         under(records, peaks="robust")
     simulation = under(records, peaks="robust", margin=0, smoothing=1, patience=3)
     assert stage_ends(simulation)[0] == (1.0, "roll_back", "s1e4", ())
-    with pytest.raises(ConfigError, match="patience has a meaning with peaks robust"):
+    with pytest.raises(ConfigError, match="patience only applies to peaks robust"):
         under(records, patience=3)
 
 
