@@ -428,12 +428,11 @@ def check_ranked_metrics(policy: Policy, measured: Sequence[Metrics]) -> None:
     """
     known = {metric for metrics in measured for metric in metrics}
     finite = {m for metrics in measured for m, value in metrics.items() if math.isfinite(value)}
-    for metric in policy.ranked_by:
-        if measured and metric not in known:
-            raise InvalidInputError(
-                f"no checkpoint has a metric {metric!r}; {suggest_metric(metric, known)}"
-            )
-        if measured and metric not in finite:
+    for metric in policy.ranked_by if measured else ():
+        if metric not in known:
+            hint = suggest_metric(metric, known)
+            raise InvalidInputError(f"no checkpoint has a metric {metric!r}; {hint}")
+        if metric not in finite:
             raise InvalidInputError(
                 f"no checkpoint has a finite {metric!r}, so none is the best by it; "
                 "leave that rule out"

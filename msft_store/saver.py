@@ -98,27 +98,16 @@ class Staging:
                 ) from error
 
     def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        events = []
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
-            events.append(self._start(device, here))
-        for name, tensor in tensors.items():
-            if not tensor.is_cuda:
-                self._buffers[name].copy_(tensor)
-        for event in events:
-            event.synchronize()
-
-    def _start(self, device: torch.device, tensors: Mapping[str, torch.Tensor]) -> torch.cuda.Event:
-        """Start copying a device's tensors; return an event that follows the last copy."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for name, tensor in tensors.items():
-                self._buffers[name].copy_(tensor, non_blocking=True)
-        event: torch.cuda.Event = stream.record_event()
-        return event
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._streams[device].wait_stream(torch.cuda.current_stream(device))
+        # Copies from devices begin first, because they run while the others are made.
+        for name, tensor in sorted(tensors.items(), key=lambda item: not item[1].is_cuda):
+            with torch.cuda.stream(self._streams.get(tensor.device)):
+                self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        for stream in self._streams.values():
+            stream.synchronize()
 
 
 def _fits(buffer: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -66,6 +66,10 @@ class ChunkSpan:
     length: int
 
 
+References = BaseSpan | tuple[ChunkSpan, ...]
+"""The content that a record refers to: a range of a base, or the ranges of chunks in order."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One representation of one chunk in a pack."""
@@ -87,7 +91,7 @@ class Record:
     """Digest of the reference's bytes as the codec uses them; zeros without a reference."""
     generation: int = 0
     """Number of times that the chunk was re-encoded; a later record replaces an earlier one."""
-    reference: BaseSpan | tuple[ChunkSpan, ...] | None = None
+    reference: References | None = None
 
     @property
     def refers_to_chunk(self) -> bool:

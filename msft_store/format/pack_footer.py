@@ -35,6 +35,7 @@ from msft_store.format.layout import (
     BaseSpan,
     ChunkSpan,
     Record,
+    References,
     canonical_json,
     decompress,
 )
@@ -120,7 +121,7 @@ class Footer:
         return (self.record(row) for row in range(len(self.rows)))
 
     @cached_property
-    def references(self) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
+    def references(self) -> tuple[References, ...]:
         """The references that records name by index; may raise :class:`CorruptedError`."""
         return _references(bytes(self._table), self.rows, self.file)
 
@@ -227,7 +228,7 @@ def decode_footer(data: bytes, trailer: Trailer, file: str) -> Footer:
         if 4 + length + trailer.count * _RECORD.itemsize != trailer.size:
             raise ValueError("its length differs from that of its parts")
         rows: Rows = np.frombuffer(raw, _RECORD, trailer.count, 4 + length)
-        bases = _bases(table)
+        bases = _parse_bases(table)
     except (ValueError, KeyError, struct.error) as error:
         raise _footer_error(file, error) from None
     _check_rows(rows, file)
@@ -265,9 +266,7 @@ def _refers_to_chunk(table: bytes, rows: Rows, file: str) -> NDArray[np.bool_]:
     return refers
 
 
-def _references(
-    table: bytes, rows: Rows, file: str
-) -> tuple[BaseSpan | tuple[ChunkSpan, ...], ...]:
+def _references(table: bytes, rows: Rows, file: str) -> tuple[References, ...]:
     try:
         found = tuple(map(_reference_from_json, check_object(parse(table))["references"]))
     except (ValueError, KeyError, TypeError) as error:
@@ -278,7 +277,7 @@ def _references(
     return found
 
 
-def _bases(table: bytes) -> tuple[str, ...]:
+def _parse_bases(table: bytes) -> tuple[str, ...]:
     canonical_bases = _BASES.match(table)
     found = parse(canonical_bases[1] if canonical_bases else table)
     return tuple(
@@ -290,7 +289,7 @@ def _footer_error(file: str, reason: object) -> CorruptedError:
     return CorruptedError(f"the footer of {file} cannot be read: {reason}")
 
 
-def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
+def _reference_to_json(reference: References) -> Any:
     if isinstance(reference, BaseSpan):
         entry: dict[str, Any] = {"tensor": reference.tensor, "start": reference.start}
         if reference.box is not None:
@@ -299,7 +298,7 @@ def _reference_to_json(reference: BaseSpan | tuple[ChunkSpan, ...]) -> Any:
     return {"chunks": [[span.key.hex(), span.start, span.length] for span in reference]}
 
 
-def _reference_from_json(entry: Any) -> BaseSpan | tuple[ChunkSpan, ...]:
+def _reference_from_json(entry: Any) -> References:
     if "tensor" in check_object(entry):
         box = None
         if "box" in entry:

@@ -128,10 +128,11 @@ def save_state(
     weights = _collect_weights(accelerator, accelerator._models)
 
     def commit() -> str:
-        state = {"parts": _states(accelerator), "generators": rng_states}
+        parts = _stateful_objects(accelerator)
+        states = {name: part.state_dict() for name, part in parts.items()}
         # An export of the checkpoint leaves out the tensors that are not weights.
         settings = {EXPORT: {"without": f"{STATE}."}, **(metadata or {})}
-        tensors = {**weights, **to_tensors(state, STATE)}
+        tensors = {**weights, **to_tensors({"parts": states, "generators": rng_states}, STATE)}
         return _require_timeline(timeline).commit(tensors, step, metrics, settings).id
 
     return run_in_main_process(commit)
@@ -186,10 +187,6 @@ def _stateful_objects(accelerator: Accelerator) -> dict[str, Any]:
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     return parts
-
-
-def _states(accelerator: Accelerator) -> dict[str, Any]:
-    return {name: part.state_dict() for name, part in _stateful_objects(accelerator).items()}
 
 
 def _restore(

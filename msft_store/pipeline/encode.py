@@ -31,6 +31,7 @@ from msft_store.format.layout import (
     BaseSpan,
     ChunkSpan,
     Record,
+    References,
     chunk_key,
 )
 from msft_store.objects.chunks import ChunkStore
@@ -205,7 +206,7 @@ def _equal(one: Bytes, other: Bytes) -> bool:
     )
 
 
-def _explicit(reference: Reference | None) -> BaseSpan | tuple[ChunkSpan, ...] | None:
+def _explicit(reference: Reference | None) -> References | None:
     # If the reference is one whole chunk, ref_key in the record names it.
     if reference is None or isinstance(reference.span, ChunkSpan):
         return None

@@ -184,12 +184,7 @@ class CheckpointWriter:
     def anchor(self, checkpoint: Checkpoint) -> Checkpoint:
         """Re-encode a checkpoint so that it needs nothing but its base."""
         with self._packing([]) as begin:
-            reencode(
-                self._catalog.objects,
-                self._catalog.tensors(checkpoint),
-                begin,
-                options=self._options(checkpoint),
-            )
+            self._reencode(checkpoint, begin)
         found = self._record_size(checkpoint)
         self._sync_if_unchanged([(checkpoint, found)])
         return found
@@ -224,21 +219,22 @@ class CheckpointWriter:
         """
         packs: list[PackWriter] = []
         with self._packing(packs) as begin:
-            reencode(
-                self._catalog.objects,
-                self._catalog.tensors(checkpoint),
-                begin,
-                options=self._options(checkpoint),
-                onto=onto,
-            )
+            self._reencode(checkpoint, begin, onto)
             new = {record.key: record.length for pack in packs for record in pack.records}
             old = (self._catalog.objects.find(key, checkpoint.base) for key in new)
             replaced = sum(stored.record.length for stored in old if stored is not None)
             if sum(new.values()) >= replaced + held:
                 packs.clear()
 
-    def _options(self, checkpoint: Checkpoint) -> EncodeOptions:
-        return EncodeOptions(base=checkpoint.base, level=self._catalog.level)
+    def _reencode(
+        self,
+        checkpoint: Checkpoint,
+        begin: Callable[[], PackWriter],
+        onto: Mapping[str, TensorEntry] | None = None,
+    ) -> None:
+        options = EncodeOptions(base=checkpoint.base, level=self._catalog.level)
+        tensors = self._catalog.tensors(checkpoint)
+        reencode(self._catalog.objects, tensors, begin, options=options, onto=onto)
 
     def _record_size(self, checkpoint: Checkpoint) -> Checkpoint:
         """Write the bytes that a checkpoint takes now into its manifest, if they changed."""

@@ -62,7 +62,7 @@ from msft_store.errors import (
     UnknownCheckpointError,
 )
 from msft_store.format.layout import canonical_json
-from msft_store.integrations.dcp.boxes import boxes_of, count_bytes, find_tied_boxes, make_box
+from msft_store.integrations.dcp.boxes import count_bytes, find_tied_boxes, make_box
 from msft_store.integrations.dcp.planners import (
     OBJECTS,
     LoadPlanner,
@@ -80,8 +80,6 @@ from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Part, Parts, whole_box
 from msft_store.tensors.bytes import torch_dtype
-
-__all__ = ["LoadPlanner", "SavePlanner", "StorageReader", "StorageWriter", "boxes_of"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,8 @@ class RunTimelines:
         self._store = store
         self._name = name
         self._resumable = resumable
-        self._background = Background() if background else None
+        self._background = Background()
+        self._commits_in_background = background
         self._weights: Timeline | None = None
         self._resume: Timeline | None = None
 
@@ -101,10 +102,10 @@ class RunTimelines:
                 self._resume.commit(tensors, step, metrics, resume_metadata)
 
         tensors = {**weights, **training}
-        if self._background is None:
-            commit(tensors)
-        else:
+        if self._commits_in_background:
             self._background.submit(tensors, commit)
+        else:
+            commit(tensors)
 
     def rewind(self, index: int) -> None:
         """Delete the commits from number ``index`` on, so that the next commit gets this number."""
@@ -122,19 +123,16 @@ class RunTimelines:
 
     def join(self) -> None:
         """Wait for commits in the background and ignore their errors."""
-        if self._background is not None:
-            self._background.join()
+        self._background.join()
 
     def wait(self) -> None:
         """Wait for commits in the background and raise an error that was not raised yet."""
-        if self._background is not None:
-            self._background.wait()
+        self._background.wait()
 
     def close(self) -> None:
         """Delete the refs of both timelines, and free the memory of the copy."""
         self.wait()
-        if self._background is not None:
-            self._background.release()
+        self._background.release()
         for timeline in (self._weights, self._resume):
             if timeline is not None:
                 timeline.close()

@@ -188,7 +188,7 @@ class Survey:
         return None
 
 
-_REASONS = 3
+_MAX_REASONS = 3
 """Largest number of reasons for a checkpoint; one damaged pack can cause a thousand."""
 
 
@@ -227,27 +227,25 @@ class Conditions:
         self._catalog = survey.catalog
         self._known: dict[tuple[bytes, int, DType, str | None], StoreError | None] = {}
         self._reasons = self._unusable()
-        sound: list[str] = []
-        waiting: list[Condition] = []
-        lost = [
+        self.sound: list[str] = []
+        """Ids of the checkpoints that can be restored, oldest first."""
+        self.waiting: list[Condition] = []
+        """Checkpoints that need a missing or changed base, which may come back."""
+        self.lost = [
             Condition(checkpoint=identity, reasons=(strip_hint(error),))
             for identity, error in survey.unreadable.items()
         ]
         for checkpoint in self._catalog.checkpoints():
-            if checkpoint.id not in survey.unreadable:
-                problems = self._problems(checkpoint)
-                fatal = [error for error in problems if not isinstance(error, BaseError)]
-                texts = tuple(dict.fromkeys(map(str, fatal or problems)))[:_REASONS]
+            if checkpoint.id in survey.unreadable:
+                continue
+            problems = self._problems(checkpoint)
+            fatal = [error for error in problems if not isinstance(error, BaseError)]
+            if problems:
+                texts = tuple(dict.fromkeys(map(str, fatal or problems)))[:_MAX_REASONS]
                 condition = Condition(checkpoint=checkpoint.id, reasons=texts)
-                if not problems:
-                    sound.append(checkpoint.id)
-                else:
-                    (lost if fatal else waiting).append(condition)
-        self.sound = tuple(sound)
-        """Ids of the checkpoints that can be restored, oldest first."""
-        self.waiting = tuple(waiting)
-        """Checkpoints that need a missing or changed base, which may come back."""
-        self.lost = tuple(lost)
+                (self.lost if fatal else self.waiting).append(condition)
+            else:
+                self.sound.append(checkpoint.id)
         self.packs = tuple(self._packs())
 
     def _unusable(self) -> dict[bytes, str]:

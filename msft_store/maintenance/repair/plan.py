@@ -141,9 +141,9 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
         if path not in packs
     }
     return RepairPlan(
-        sound=found.sound,
-        waiting=found.waiting,
-        lost=found.lost,
+        sound=tuple(found.sound),
+        waiting=tuple(found.waiting),
+        lost=tuple(found.lost),
         recovered={path: why for path, why in recovered.items() if path not in quarantined},
         packs=found.packs,
         quarantined=quarantined,

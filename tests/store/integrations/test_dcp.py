@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msft_store import Base, InvalidInputError, MismatchError, Parts, Store, flatten
 from msft_store.cli.main import main
-from msft_store.integrations.dcp.storage import (
+from msft_store.integrations.dcp import (
     LoadPlanner,
     SavePlanner,
     StorageReader,
