@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.journal import read
 from trainer.simulate.policies import OPTIONS, expand_sweeps
-from trainer.simulate.report import outcome, recorded, to_text
+from trainer.simulate.report import simulate_own_policy, simulate_policy, to_text
 from trainer.training.directory import JOURNAL
 
 
@@ -54,9 +54,9 @@ def simulations(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     path = Path(options.journal)
     records = read(path / JOURNAL if path.is_dir() else path)
     given = {key: value for key in OPTIONS if (value := getattr(options, key)) is not None}
-    run = recorded(records)
+    run = simulate_own_policy(records)
     outcomes = [
-        outcome(records, policy, method=options.method, retention=options.retention)
+        simulate_policy(records, policy, method=options.method, retention=options.retention)
         for policy in expand_sweeps(given, options.sweep)
     ]
     tree = {"run": run.to_dict(), "policies": [one.to_dict() for one in outcomes]}

@@ -156,7 +156,7 @@ class Evaluator:
         cost = EvaluationCost()
         for batch in batches:
             cost += EvaluationCost.of_batch([len(examples[i]) for i in batch])
-        return self._sum(losses), [int(v) for v in self._sum(verdicts)], cost
+        return self._all_reduce(losses), [int(v) for v in self._all_reduce(verdicts)], cost
 
     def _verdict(self, example: Example, choices: Sequence[int]) -> int:
         """Judge by the token that greedy decoding takes after each prefix of the reference."""
@@ -187,7 +187,7 @@ class Evaluator:
             for i, tokens in generated if is_own else ():
                 found[i] = self._is_right(self._decode(tokens), examples[i].reference)
                 lengths[i] = len(tokens)
-        found, lengths = self._sum(found), self._sum(lengths)
+        found, lengths = self._all_reduce(found), self._all_reduce(lengths)
         cost = EvaluationCost()
         for batch in batches:
             prompts = [len(examples[i].prompt) for i in batch]
@@ -245,7 +245,7 @@ class Evaluator:
                 self._check()
             yield batch
 
-    def _sum(self, values: Sequence[float]) -> list[float]:
+    def _all_reduce(self, values: Sequence[float]) -> list[float]:
         """Add the values of all processes; at most one of them is not 0, so the sum is exact."""
         if self._accelerator.num_processes == 1:
             return list(values)

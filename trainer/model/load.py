@@ -56,10 +56,8 @@ class LoadedModel:
     @property
     def pad_token_id(self) -> int:
         """The id of the padding token; no result depends on it."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(token, int):
-                return token
-        return 0
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(eos if pad is None else pad)
 
 
 def load_model(config: ModelConfig) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""Convert optimizer state and random number generators to tensors, and back to the last bit.
+"""Convert the states of optimizer and random generators to tensors, and back without loss.
 
 torch's generators are tensors with a row for each process; Python's and NumPy's are JSON. With
 ``msft.optimizer_on_rollback=restore`` a rollback point holds all of this beside the weights, as

@@ -105,7 +105,7 @@ def expand_sweeps(given: Mapping[str, str], sweeps: Sequence[str]) -> list[dict[
     ]
 
 
-def label(policy: Mapping[str, Any]) -> str:
+def policy_label(policy: Mapping[str, Any]) -> str:
     """Return the options of a policy in words."""
     return ", ".join(
         f"{key.replace('_', ' ')} {'off' if value is None else value}"

@@ -2,8 +2,8 @@
 
 Example::
 
-    run = recorded(records)
-    print(to_text(run, [outcome(records, {"peak_window": 4})]))
+    run = simulate_own_policy(records)
+    print(to_text(run, [simulate_policy(records, {"peak_window": 4})]))
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.config.schema import Config
 from trainer.journal import Record, effective, run_started, select
 from trainer.report.summary import measure_disk_usage
 from trainer.simulate.policies import (
-    label,
+    policy_label,
     recorded_config,
     retention_named,
     with_policy,
@@ -37,7 +37,7 @@ class Copies:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class PolicyOutcome:
     """A policy and its simulation."""
 
     label: str
@@ -74,7 +74,7 @@ class Outcome:
         }
 
 
-def recorded(records: Sequence[Record]) -> Outcome:
+def simulate_own_policy(records: Sequence[Record]) -> PolicyOutcome:
     """Return the outcome of the run's own policy on its own curves."""
     usages = measure_disk_usage(effective(records))
     measured = None
@@ -85,20 +85,20 @@ def recorded(records: Sequence[Record]) -> Outcome:
     return replace(own, measured=measured)
 
 
-def outcome(
+def simulate_policy(
     records: Sequence[Record],
     policy: Mapping[str, Any],
     *,
     method: str = "msft",
     retention: str = "needs",
-) -> Outcome:
+) -> PolicyOutcome:
     """Simulate a policy on all records of a journal.
 
     Raises :class:`ConfigError` if the policy is invalid, and :class:`RunError` if the journal
     cannot be simulated on.
     """
     config = with_policy(recorded_config(records), policy, method=method)
-    name = label(policy) if policy else f"{method}, the run's own options"
+    name = policy_label(policy) if policy else f"{method}, the run's own options"
     return _outcome(name, policy, records, config, retention)
 
 
@@ -108,13 +108,13 @@ def _outcome(
     records: Sequence[Record],
     config: Config,
     retention: str,
-) -> Outcome:
+) -> PolicyOutcome:
     simulation = simulate(records, config)
     counted = effective(records)
     sizes = {r["checkpoint"]: r["stored_bytes"] for r in select(counted, "committed")}
     usages, gone = replay_retention(simulation, retention_named(retention), sizes)
     copies = [usage.paper_copies for usage in measure_disk_usage(simulation.records)]
-    return Outcome(
+    return PolicyOutcome(
         label=name,
         policy=policy,
         method=config.method,
@@ -126,7 +126,7 @@ def _outcome(
     )
 
 
-def to_text(run: Outcome, outcomes: Sequence[Outcome]) -> str:
+def to_text(run: PolicyOutcome, outcomes: Sequence[PolicyOutcome]) -> str:
     """Return tables and sentences for the terminal; ``run`` is the run's own policy."""
     parts = [_table([run, *outcomes]).to_text(), _NOTE]
     if len(outcomes) > 1:
@@ -144,7 +144,7 @@ _NOTE = (
 )
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
+def _table(outcomes: Sequence[PolicyOutcome]) -> Table:
     run = outcomes[0]
     header = ("policy", "known", "steps", "training FLOPs", "evaluations", "best overall", "points")
     rows = []
@@ -188,7 +188,7 @@ def _end_text(end: StageEnd | None) -> str:
     return f"{end.epoch:.2f}: {end.exclusion}, {verb} {end.to_stage}/{end.to_epoch:.2f}"
 
 
-def _disk_text(one: Outcome) -> str:
+def _disk_text(one: PolicyOutcome) -> str:
     """Return rollback points, bytes and full copies of a policy, each with its mean."""
     retained, copies, full = one.retained, one.copies, one.checkpoint_bytes
     if retained is None or copies is None:
@@ -207,7 +207,7 @@ def _disk_text(one: Outcome) -> str:
     return f"{'; '.join(texts)}."
 
 
-def _gone_lines(one: Outcome) -> list[str]:
+def _gone_lines(one: PolicyOutcome) -> list[str]:
     """Return a line on the roll-back targets that the retention had evicted, if any."""
     gone = one.retained.gone if one.retained else ()
     if not gone:

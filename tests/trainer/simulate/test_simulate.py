@@ -18,7 +18,7 @@ from trainer.journal import Record, effective, read
 from trainer.report.flops import Work
 from trainer.simulate.policies import expand_sweeps, recorded_config, retention_named, with_policy
 from trainer.simulate.replay import Simulation, simulate
-from trainer.simulate.report import Copies, outcome, recorded, to_text
+from trainer.simulate.report import Copies, simulate_own_policy, simulate_policy, to_text
 from trainer.simulate.retained import replay_retention, summarize_retention
 from trainer.simulate.stage_ends import StageEnd
 from trainer.training.run import start
@@ -161,23 +161,23 @@ def test_another_first_stage_says_nothing(tmp_path: Path) -> None:
     simulation = under(records)
     assert (simulation.ending, simulation.stages, simulation.best) == ("left", (), None)
     assert "trains on a, this policy's on a, b, c" in simulation.why
-    assert "0 stages" in to_text(recorded(records), [outcome(records, {})])
+    assert "0 stages" in to_text(simulate_own_policy(records), [simulate_policy(records, {})])
 
 
 def test_rollback_points_as_the_policy_keeps_them(tmp_path: Path) -> None:
     records = journal(tmp_path, "ties")
-    own = recorded(records)
+    own = simulate_own_policy(records)
     assert own.retained is not None
     assert (own.retained.peak, own.retained.peak_bytes, own.retained.gone) == (4, 400, ())
     assert own.measured == (420, pytest.approx(3600 / 13))
     assert own.copies == Copies(peak=2, mean=pytest.approx(19 / 13))
-    last = outcome(records, {}, retention="last:1")
+    last = simulate_policy(records, {}, retention="last:1")
     assert last.retained is not None
     assert (last.retained.peak, last.retained.gone) == (3, ("s1e2", "s2e2"))
-    everything = outcome(records, {}, retention="all")
+    everything = simulate_policy(records, {}, retention="all")
     assert everything.retained is not None
     assert (everything.retained.peak, everything.retained.gone) == (13, ())
-    best = outcome(records, {}, retention="best:2")
+    best = simulate_policy(records, {}, retention="best:2")
     assert best.retained is not None
     assert best.retained.peak <= 4
     assert "no longer had" in to_text(own, [last])
@@ -266,7 +266,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
 
 def test_a_simulation_agrees_with_a_real_run(runs: dict[str, list[Record]]) -> None:
     simulation = under(runs["paper"], peak_window=1)
-    real = recorded(runs["window"]).simulation
+    real = simulate_own_policy(runs["window"]).simulation
     known = len(simulation.stages)
     assert known >= 1
     for mine, its in zip(simulation.stages, real.stages, strict=False):
@@ -292,7 +292,10 @@ def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
     robust = recorded_config(runs["robust"]).msft
     keys = ("peaks", "smoothing", "margin", "patience", "drop_count")
     simulation = under(runs["paper"], **{key: getattr(robust, key) for key in keys})
-    mine, its = simulation.stages[0].simulated, recorded(runs["robust"]).simulation.stages[0]
+    mine, its = (
+        simulation.stages[0].simulated,
+        simulate_own_policy(runs["robust"]).simulation.stages[0],
+    )
     assert mine is not None
     assert its.recorded is not None
     assert place(mine) == place(its.recorded)
@@ -302,7 +305,7 @@ def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
 def test_a_runs_own_policy_reaches_the_result_and_keeps_the_same_checkpoints(
     runs: dict[str, list[Record]], name: str
 ) -> None:
-    simulation = recorded(runs[name]).simulation
+    simulation = simulate_own_policy(runs[name]).simulation
     assert simulation.ending == "result"
     assert "with the run's own decisions" in simulation.why
     assert simulation.simulated == simulation.recorded
