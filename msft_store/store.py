@@ -316,11 +316,11 @@ class Store:
         Raises:
             InvalidInputError: A box lies outside its tensor, or a tensor cannot be saved.
         """
-        mine = check_boxes(boxes)
-        check_tensors({box.name: box.tensor for box in mine})
+        checked = check_boxes(boxes)
+        check_tensors({box.name: box.tensor for box in checked})
         level = self.level if level is None else check_level(level)
         with self.session("encode"):
-            return self._writer.encode(mine, parent=parent, level=level)
+            return self._writer.encode(checked, parent=parent, level=level)
 
     def load(
         self,

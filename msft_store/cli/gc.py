@@ -54,11 +54,11 @@ def _count(text: str) -> int:
 def policy_of(store: Store, options: argparse.Namespace) -> Policy | None:
     """Return the policy that the options describe; ``None`` if there are no such options."""
     policies: list[Policy] = [KeepLast(options.keep_last)] if options.keep_last is not None else []
-    for wanted in options.keep_best:
-        metric, _, suffix = wanted.rpartition(":")
+    for text in options.keep_best:
+        metric, _, suffix = text.rpartition(":")
         mode: Mode | None = "min" if suffix == "min" else "max" if suffix == "max" else None
         known = mode is not None and metric
-        policies.append(KeepBest(metric if known else wanted, 1, mode=mode if known else None))
+        policies.append(KeepBest(metric if known else text, 1, mode=mode if known else None))
     if options.keep_tag:
         tags = set(options.keep_tag)
         tagged = frozenset(c.id for c in store.log() if tags & set(c.tags))

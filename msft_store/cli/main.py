@@ -220,103 +220,101 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    init = add("init", _init, "create a store", "init run/store")
-    init.add_argument("path", nargs="?", help="directory of the new store; the same as --store")
-    init.add_argument(
+    command = add("init", _init, "create a store", "init run/store")
+    command.add_argument("path", nargs="?", help="directory of the new store; the same as --store")
+    command.add_argument(
         "--level",
         choices=LEVELS,
         default=LEVELS[0],
         help="whether saves take little time (fast, the default) or little space (small)",
     )
 
-    add_base = add("add-base", _add_base, "record a base model by content", "add-base Qwen2.5-0.5B")
-    add_base.add_argument("path", help="a safetensors file, or a directory of them")
+    command = add("add-base", _add_base, "record a base model by content", "add-base Qwen2.5-0.5B")
+    command.add_argument("path", help="a safetensors file, or a directory of them")
 
-    relocate = add("relocate", _relocate, "record a base's new place", "relocate 3fa9 /models/qwen")
-    relocate.add_argument("base", help="id of the base, or a unique prefix")
-    relocate.add_argument("path", help="new file or directory of the same model")
+    command = add("relocate", _relocate, "record a base's new place", "relocate 3fa9 /models/qwen")
+    command.add_argument("base", help="id of the base, or a unique prefix")
+    command.add_argument("path", help="new file or directory of the same model")
 
     add("log", _log, "list the checkpoints, oldest first", "log --json")
 
-    look = add(
+    command = add(
         "inspect",
         inspect,
         "show the lineage as a tree, or the tensors of one checkpoint or base",
         "inspect 3fa9",
     )
-    look.add_argument(
+    command.add_argument(
         "checkpoint",
         nargs="?",
         help="id of a checkpoint or of a base, a unique prefix of one, or a ref",
     )
-    look.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg, .pdf)")
+    command.add_argument("--plot", metavar="FILE", help="draw the lineage (.png, .svg, .pdf)")
 
-    differ = add(
+    command = add(
         "diff", diff, "show the differences between two checkpoints, bit by bit", "diff 3fa9 best"
     )
-    add_diff_options(differ)
+    add_diff_options(command)
 
-    collect = add(
+    command = add(
         "gc",
         gc,
         "free space that no checkpoint needs; with rules, first forget the checkpoints they drop",
         "gc --keep-last 3 --keep-best loss:min --dry-run",
     )
-    add_keep_options(collect)
+    add_keep_options(command)
 
-    dense = add("repack", repack, "merge packs into fewer, denser ones", "repack --dry-run")
-    dense.add_argument("--dry-run", action="store_true", help="only print the plan")
+    command = add("repack", repack, "merge packs into fewer, denser ones", "repack --dry-run")
+    command.add_argument("--dry-run", action="store_true", help="only print the plan")
 
-    examine = add("check", check, "look for damage", "check --read-data")
-    examine.add_argument("--read-data", action="store_true", help="decode and verify every chunk")
+    command = add("check", check, "look for damage", "check --read-data")
+    command.add_argument("--read-data", action="store_true", help="decode and verify every chunk")
 
-    fix = add(
+    command = add(
         "repair",
         _repair,
         "keep the sound parts of a damaged store and move the others to its directory quarantine",
         "repair --dry-run",
     )
-    fix.add_argument("--dry-run", action="store_true", help="only print the plan")
+    command.add_argument("--dry-run", action="store_true", help="only print the plan")
 
-    bring = add(
+    command = add(
         "import",
         import_files,
         "save a safetensors file or directory as a checkpoint",
         "import my-model --parent 3fa9 --step 100",
     )
-    add_import_options(bring)
+    add_import_options(command)
 
-    export = add(
+    command = add(
         "export", export_files, "write a checkpoint as plain safetensors", "export best my-model"
     )
-    _add_checkpoint(export)
-    add_export_options(export)
+    _add_checkpoint(command)
+    add_export_options(command)
 
-    pin = add("pin", _pin, "protect a checkpoint by a ref", "pin 3fa9 best")
-    _add_checkpoint(pin)
-    pin.add_argument("ref", help="name of the ref")
+    command = add("pin", _pin, "protect a checkpoint by a ref", "pin 3fa9 best")
+    _add_checkpoint(command)
+    command.add_argument("ref", help="name of the ref")
 
-    unpin = add("unpin", _unpin, "remove a ref", "unpin best")
-    unpin.add_argument("ref", help="name of the ref")
+    command = add("unpin", _unpin, "remove a ref", "unpin best")
+    command.add_argument("ref", help="name of the ref")
 
-    drop = add(
+    command = add(
         "forget",
         _forget,
         "forget named checkpoints, or all that rules drop; gc then frees their space",
         "forget --keep-last 3 --keep-best loss:min --dry-run",
     )
-    drop.add_argument("checkpoints", nargs="*", help="ids, unique prefixes of them, or refs")
-    add_keep_options(drop)
+    command.add_argument("checkpoints", nargs="*", help="ids, unique prefixes of them, or refs")
+    add_keep_options(command)
 
-    unlock = add("unlock", _unlock, "remove the locks of dead processes", "unlock --json")
-    unlock.add_argument(
+    command = add("unlock", _unlock, "remove the locks of dead processes", "unlock --json")
+    command.add_argument(
         "--force", action="store_true", help="remove the locks of living processes too"
     )
 
-    complete = add(
-        "completion", _completion, "print a shell's completion script", "completion bash"
-    )
-    complete.add_argument("shell", choices=SHELLS)
+    command = add("completion", _completion, "print a shell's completion script", "completion bash")
+    command.add_argument("shell", choices=SHELLS)
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     add_transfer_commands(add)

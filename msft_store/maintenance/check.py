@@ -154,7 +154,7 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
         if catalog.get(ref.checkpoint) is None and ref.checkpoint not in there:
             yield Finding(
                 where=f"ref {ref.name}",
-                what="points to a checkpoint that is not there or cannot be read",
+                what="points to a checkpoint that does not exist or cannot be read",
                 kind="ref",
                 file=catalog.backend.describe(ref_path(ref.name)),
             )

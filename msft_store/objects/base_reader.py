@@ -69,17 +69,20 @@ class BaseReader:
         for start, length in self._runs(span, count):
             touched.update(range(start // step, -(-(start + length) // step)))
         for number in sorted(touched):
-            whole = BaseSpan(tensor=span.tensor, start=number * step)
-            size = self.chunk_bytes(whole) // tensor.dtype.size
-            self.verify(whole, self.read_span(whole, size, tensor.dtype), tensor.keys[number])
+            chunk = BaseSpan(tensor=span.tensor, start=number * step)
+            size = self.chunk_bytes(chunk) // tensor.dtype.size
+            data = self.read_span(chunk, size, tensor.dtype)
+            self.verify(span.tensor, data, tensor.keys[number])
 
-    def verify(self, span: BaseSpan, data: Bytes, key: bytes) -> None:
-        """Verify the bytes of a chunk against its key; :class:`BaseError` if it changed."""
-        if chunk_key(data.data, self._tensor(span.tensor).dtype) != key:
+    def verify(self, name: str, data: Bytes, key: bytes) -> None:
+        """Verify a chunk of a tensor against its key; :class:`BaseError` if it changed."""
+        tensor = self._tensor(name)
+        if chunk_key(data.data, tensor.dtype) != key:
+            file = self.base.files[tensor.file][0]
             raise BaseError(
-                f"{self.file_of(span)} changed since it was added as base {self.base.id[:12]} "
-                f"(tensor {span.tensor!r}); put the original file back",
-                file=self.file_of(span),
+                f"{file} changed since it was added as base {self.base.id[:12]} (tensor {name!r}); "
+                "put the original file back",
+                file=file,
             )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
@@ -117,21 +120,18 @@ class BaseReader:
             return chunk_key(out.data, dtype)
         (start, length), step = runs[0], CHUNK_BYTES // tensor.dtype.size
         numbers = range(start // step, -(-(start + length) // step))
-        begin, end = (
-            numbers.start * step,
-            min(numbers.stop * step, tensor.nbytes // tensor.dtype.size),
-        )
-        whole = tensor.dtype == dtype and (begin, end) == (start, start + length)
-        raw = out if whole else np.empty((end - begin) * tensor.dtype.size, np.uint8)
+        begin = numbers.start * step
+        end = min(numbers.stop * step, tensor.nbytes // tensor.dtype.size)
+        # Read straight into the result if it consists of whole chunks of the same dtype.
+        direct = tensor.dtype == dtype and (begin, end) == (start, start + length)
+        raw = out if direct else np.empty((end - begin) * tensor.dtype.size, np.uint8)
         self._fill(span.tensor, begin, raw)
         for at, number in enumerate(numbers):
             data = raw[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]
-            self.verify(
-                BaseSpan(tensor=span.tensor, start=number * step), data, tensor.keys[number]
-            )
-        if whole and len(numbers) == 1:
+            self.verify(span.tensor, data, tensor.keys[number])
+        if direct and len(numbers) == 1:
             return tensor.keys[numbers.start]
-        if not whole:
+        if not direct:
             at = (start - begin) * tensor.dtype.size
             out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
         return chunk_key(out.data, dtype)

@@ -64,21 +64,21 @@ _T = TypeVar("_T")
 
 def read_consistently(
     backend: Backend,
-    look: Callable[[], _T],
-    is_fine: Callable[[_T], bool] = lambda _: True,
+    read: Callable[[], _T],
+    is_valid: Callable[[_T], bool] = lambda _: True,
     *,
     times: int = 1,
 ) -> _T:
     """Run a read operation, again if other processes changed the store while it failed.
 
     It runs at most ``times`` times without the lock and then once with it. A result for which
-    ``is_fine`` returns False counts as a failure.
+    ``is_valid`` returns False counts as a failure.
     """
     for _ in range(times):
         before = _names(backend)
         try:
-            found = look()
-            if is_fine(found) or _names(backend) == before:
+            found = read()
+            if is_valid(found) or _names(backend) == before:
                 return found
         except StoreError:
             if _names(backend) == before:
@@ -86,8 +86,8 @@ def read_consistently(
     with contextlib.ExitStack() as stack:
         # A read-only store has no lock, but can still be read.
         with contextlib.suppress(BusyError, StorageError):
-            stack.enter_context(backend.lock(shared=True, purpose="look"))
-        return look()
+            stack.enter_context(backend.lock(shared=True, purpose="read"))
+        return read()
 
 
 def _names(backend: Backend) -> set[str]:
@@ -133,7 +133,7 @@ def _hint(backend: Backend) -> str:
     """Return advice for a directory without ``store.json``."""
     with contextlib.suppress(StorageError):  # The path can be a file, or be unreadable.
         if list_manifests(backend) or list_packs(backend):
-            return f"its {CONFIG} is gone, but checkpoints are there: {_REPAIR_ALONE}"
+            return f"its {CONFIG} is missing, but it holds checkpoints: {_REPAIR_ALONE}"
     inside = backend.exists(f"store/{CONFIG}")
     hint = "there is one in store/" if inside else "create one with: msft-store init"
     return f"{hint}, or give --store PATH"
@@ -220,22 +220,22 @@ class Catalog:
         refs, unreadable = self._refs.scan()
         if ref_path(name) in unreadable:
             raise unreadable[ref_path(name)]
-        wanted = refs[name].checkpoint if name in refs else name
-        target = self._checkpoints.get(wanted)
+        identity = refs[name].checkpoint if name in refs else name
+        target = self._checkpoints.get(identity)
         if target is not None:
             return target
-        if wanted in self._damaged:
-            raise self._damaged[wanted]
+        if identity in self._damaged:
+            raise self._damaged[identity]
         if name in refs:
             raise CorruptedError(
-                f"the ref {name!r} points to a checkpoint that is not there; {REPAIR_HINT}"
+                f"the ref {name!r} points to a checkpoint that does not exist; {REPAIR_HINT}"
             )
         matches = [c for c in self.checkpoints() if c.id.startswith(name)]
         if len(matches) == 1 and len(name) >= _SHORTEST_PREFIX:
             return matches[0]
         if len(matches) > 1 and name:
             raise UnknownCheckpointError(
-                f"{name!r} stands for {len(matches)} checkpoints; give more characters"
+                f"{name!r} begins the ids of {len(matches)} checkpoints; give more characters"
             )
         # Search the ids of bases too, because some commands also accept a base.
         known = [*self._checkpoints, *self.objects.bases()]

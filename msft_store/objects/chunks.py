@@ -60,8 +60,8 @@ class ChunkStore:
         self._damaged_packs: dict[str, StoreError] = {}
         self._damaged_bases: dict[str, StoreError] = {}
         self._readers: dict[str, BaseReader] = {}
-        # Refresh numbers: the last requested one, and those of the packs and bases last read.
-        self._wanted, self._have_packs, self._have_bases = 1, 0, 0
+        # Numbers of refreshes: the last one, and those after which packs and bases were read.
+        self._refreshes, self._packs_read, self._bases_read = 1, 0, 0
         self._reading = threading.RLock()
         self._scratch = _Scratch()
         self._sound: set[tuple[str, int]] = set()
@@ -69,7 +69,7 @@ class ChunkStore:
     @property
     def index(self) -> PackIndex:
         """Index of all packs, not older than the last :meth:`refresh`."""
-        if self._have_packs != self._wanted:
+        if self._packs_read != self._refreshes:
             with self._reading:
                 self._read_packs()
         return self._snapshot
@@ -90,11 +90,11 @@ class ChunkStore:
     def refresh(self) -> None:
         """Reread packs and bases on the next access, to see changes of other processes."""
         with self._reading:
-            self._wanted += 1
+            self._refreshes += 1
 
     def _read_packs(self) -> None:
-        wanted, known = self._wanted, self._snapshot.packs
-        if self._have_packs == wanted:
+        refreshes, known = self._refreshes, self._snapshot.packs
+        if self._packs_read == refreshes:
             return
         paths = list_packs(self._backend)
         packs = {path: known[path] for path in paths if path in known}
@@ -109,11 +109,11 @@ class ChunkStore:
                     damaged[path] = strip_frames(error)
         if packs.keys() != known.keys():
             self._snapshot = PackIndex(packs)
-        self._damaged_packs, self._have_packs = damaged, wanted
+        self._damaged_packs, self._packs_read = damaged, refreshes
 
     def _read_bases(self) -> None:
-        wanted = self._wanted
-        if self._have_bases == wanted:
+        refreshes = self._refreshes
+        if self._bases_read == refreshes:
             return
         damaged: dict[str, StoreError] = {}
         for identity in list_bases(self._backend):
@@ -122,7 +122,7 @@ class ChunkStore:
                     self.add_base(read_base(self._backend, identity))
                 except StoreError as error:
                     damaged[base_path(identity)] = strip_frames(error)
-        self._damaged_bases, self._have_bases = damaged, wanted
+        self._damaged_bases, self._bases_read = damaged, refreshes
 
     def add_base(self, base: Base) -> None:
         """Add a base that was just recorded, or replace it after it was relocated."""
@@ -131,7 +131,7 @@ class ChunkStore:
 
     def bases(self) -> dict[str, Base]:
         """Return all bases by id."""
-        if self._have_bases != self._wanted:
+        if self._bases_read != self._refreshes:
             with self._reading:
                 self._read_bases()
         return {identity: reader.base for identity, reader in self._readers.items()}
@@ -194,7 +194,7 @@ class ChunkStore:
         span = self.find_in_base(key, base)
         if span is not None and base is not None:
             self.base(base).read_span_into(span, out, dtype)
-            self.base(base).verify(span, out, key)
+            self.base(base).verify(span.tensor, out, key)
             return
         stored = self.find(key, base)
         if stored is not None:

@@ -432,9 +432,9 @@ def _entry(value: Mapping[str, Any]) -> TensorEntry:
     return TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
 
 
-def _piece(value: Mapping[str, Any], whole: tuple[int, ...], dtype: DType) -> Piece:
+def _piece(value: Mapping[str, Any], tensor_shape: Shape, dtype: DType) -> Piece:
     offset, shape = check_shape(value["offset"]), check_shape(value["shape"])
-    if not all(o + n <= s for o, n, s in zip(offset, shape, whole, strict=True)):
+    if not all(o + n <= s for o, n, s in zip(offset, shape, tensor_shape, strict=True)):
         raise ValueError("a piece lies outside its tensor")
     keys = split_keys(check_string(value["chunks"]), math.prod(shape) * dtype.size)
     return Piece(offset=offset, shape=shape, keys=keys)

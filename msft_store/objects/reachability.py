@@ -44,8 +44,8 @@ def find_reachable(
     pending, named = list(keys.items()), None
     while pending:
         fresh = np.zeros(len(index), bool)
-        for base, wanted in pending:
-            packed = wanted[~objects.mask_in_base(wanted, base)]
+        for base, needed in pending:
+            packed = needed[~objects.mask_in_base(needed, base)]
             rows = index.find_all(packed, base)
             missing.append(packed[rows < 0])
             fresh[rows[rows >= 0]] = True
@@ -54,10 +54,10 @@ def find_reachable(
         live |= fresh
         named = fresh if named is None else named
         pending = _referred(index, np.flatnonzero(fresh & index.refers_to_chunk))
-    held = live if named is None else live & ~named
+    referenced = live if named is None else live & ~named
     return ReachableChunks(
         live=live,
-        only_referenced=held & ~_mask_named(index, held, keys.values()),
+        only_referenced=referenced & ~_mask_named(index, referenced, keys.values()),
         missing=unique_keys(concatenate_keys(missing)),
     )
 
@@ -82,9 +82,9 @@ def _referred(index: PackIndex, rows: NDArray[np.int64]) -> list[tuple[str | Non
     found = []
     for number in np.unique(index.bases[rows]).tolist():
         here = rows[index.bases[rows] == number]
-        whole = ~index.explicit[here]
-        named = [key for row in here[~whole].tolist() for key in index.explicit_keys(row)]
-        keys = concatenate_keys([index.ref_keys[here[whole]], view_keys(b"".join(named))])
+        implicit = ~index.explicit[here]
+        named = [key for row in here[~implicit].tolist() for key in index.explicit_keys(row)]
+        keys = concatenate_keys([index.ref_keys[here[implicit]], view_keys(b"".join(named))])
         found.append((index.base_of(number), keys))
     return found
 

@@ -51,15 +51,15 @@ class ReferencePlanner:
         self._objects = objects
         self._base = base
         self._parent = parent or {}
-        self._theirs: Mapping[str, BaseTensor] = {}
+        self._base_tensors: Mapping[str, BaseTensor] = {}
         self._names: dict[str, str] = {}
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Match tensors, given as shapes by name, with the tensors of the base."""
         if self._base is not None:
-            self._theirs = self._objects.base(self._base).base.tensors
-            theirs = {name: tensor.shape for name, tensor in self._theirs.items()}
-            self._names = match_names(shapes, theirs)
+            self._base_tensors = self._objects.base(self._base).base.tensors
+            base_shapes = {name: tensor.shape for name, tensor in self._base_tensors.items()}
+            self._names = match_names(shapes, base_shapes)
 
     def knows(self, name: str) -> bool:
         """Return True if a tensor may have references."""
@@ -68,9 +68,9 @@ class ReferencePlanner:
     def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
         """Return the reference of one chunk, or ``None``."""
         box = entry.pieces[piece]
-        theirs = self._parent.get(name)
-        if theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
-            for other in theirs.pieces:
+        parent = self._parent.get(name)
+        if parent is not None and (parent.dtype, parent.shape) == (entry.dtype, entry.shape):
+            for other in parent.pieces:
                 if (other.offset, other.shape) == (box.offset, box.shape):
                     rest = math.prod(other.shape) * entry.dtype.size - chunk * CHUNK_BYTES
                     size = min(rest, CHUNK_BYTES)
@@ -79,11 +79,11 @@ class ReferencePlanner:
                         return found
                     break
             else:
-                across = self._across(theirs, box, chunk)
-                if across is not None:
-                    return across
+                spanning = self._spanning(parent, box, chunk)
+                if spanning is not None:
+                    return spanning
         match = self._names.get(name)
-        if match is None or not can_convert(self._theirs[match].dtype, entry.dtype):
+        if match is None or not can_convert(self._base_tensors[match].dtype, entry.dtype):
             return None
         span = BaseSpan(
             tensor=match,
@@ -92,28 +92,28 @@ class ReferencePlanner:
         )
         return Reference(base=self._base, depth=1, span=span)
 
-    def _across(self, theirs: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+    def _spanning(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
         """Return the parts of the parent's chunks that hold the elements of a box's chunk."""
-        if not all(is_by_rows(piece, theirs.shape) for piece in (box, *theirs.pieces)):
+        if not all(is_by_rows(piece, parent.shape) for piece in (box, *parent.pieces)):
             return None
-        row = math.prod(theirs.shape[1:]) * theirs.dtype.size
+        row = math.prod(parent.shape[1:]) * parent.dtype.size
         begin = (box.offset[0] if box.offset else 0) * row + chunk * CHUNK_BYTES
         end = begin + min(
-            math.prod(box.shape) * theirs.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
+            math.prod(box.shape) * parent.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
         )
         spans: list[ChunkSpan] = []
         base: str | None = None
         depth = 1
-        for piece in sorted(theirs.pieces, key=lambda piece: piece.offset):
+        for piece in sorted(parent.pieces, key=lambda piece: piece.offset):
             at = (piece.offset[0] if piece.offset else 0) * row
-            for key, size in chunks_of(piece, theirs.dtype):
+            for key, size in chunks_of(piece, parent.dtype):
                 first, last = max(begin, at), min(end, at + size)
                 if first < last:
-                    whole = self._chunk(key, size)
-                    if whole is None:
+                    found = self._chunk(key, size)
+                    if found is None:
                         return None
-                    chunk_key = whole.span.key if isinstance(whole.span, ChunkSpan) else key
-                    base, depth = base or whole.base, max(depth, whole.depth)
+                    chunk_key = found.span.key if isinstance(found.span, ChunkSpan) else key
+                    base, depth = base or found.base, max(depth, found.depth)
                     spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
                 at += size
         return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None

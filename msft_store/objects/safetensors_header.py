@@ -68,7 +68,7 @@ def find_files(path: Path) -> list[Path]:
             raise BaseError(f"{index} is not an index of shards: {error!r}") from None
         missing = [str(file) for file in files if file.parent != path or not file.is_file()]
         if missing:
-            raise BaseError(f"{index} names files that are not there: {', '.join(missing)}")
+            raise BaseError(f"{index} names missing files: {', '.join(missing)}")
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:

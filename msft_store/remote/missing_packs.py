@@ -180,8 +180,8 @@ def find_complete_records(objects: ChunkStore, index: PackIndex) -> Rows:
 
             def is_resolved(keys: Keys, base: str | None = base, depth: int = depth) -> Rows:
                 found = index.find_all(keys, base)
-                sound: Rows = (found >= 0) & (index.depths[found] < depth) & complete[found]
-                return sound | objects.mask_in_base(keys, base)
+                known: Rows = (found >= 0) & (index.depths[found] < depth) & complete[found]
+                return known | objects.mask_in_base(keys, base)
 
             plain = rows[~index.explicit[rows]]
             complete[plain] = is_resolved(index.ref_keys[plain])
@@ -251,12 +251,12 @@ def _describe_pack(backend: Backend, path: str, footer: Footer) -> PackTransfer:
     return PackTransfer(path=path, source=path, size=size, footer=footer, records=None, end=b"")
 
 
-def _select_records(pack: PackTransfer, sound: Rows) -> Iterator[PackTransfer]:
-    """Yield the pack with only its sound records; nothing if it has none."""
-    if sound.all():
+def _select_records(pack: PackTransfer, complete: Rows) -> Iterator[PackTransfer]:
+    """Yield the pack with only its complete records; nothing if it has none."""
+    if complete.all():
         yield pack
         return
-    numbers = np.flatnonzero(sound).tolist()
+    numbers = np.flatnonzero(complete).tolist()
     if not numbers:
         return
     before = pack.records or tuple(pack.footer)

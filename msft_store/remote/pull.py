@@ -193,17 +193,17 @@ class _Pull:
 
     def _stage_manifests(self, identities: Sequence[str], view: StagedBackend) -> list[Checkpoint]:
         """Stage and verify manifests; return their checkpoints, oldest first."""
-        wanted = []
+        missing = []
         for identity in identities:
             path = manifest_path(identity)
             self._staged[path] = staged = f"{INCOMING}/{path}"
             if not (self.backend.exists(staged) and is_sound(read_manifest, view, identity)):
-                wanted.append(path)
+                missing.append(path)
 
         def fetch(path: str) -> tuple[str, bytes]:
             return path, read_small_file(self.source, path)
 
-        with contextlib.closing(in_order(fetch, iter(wanted), self.remote.workers)) as fetched:
+        with contextlib.closing(in_order(fetch, iter(missing), self.remote.workers)) as fetched:
             for path, data in fetched:
                 write_atomic(self.backend, self._staged[path], data)
                 self.counter.add_file(len(data))
@@ -213,25 +213,25 @@ class _Pull:
         return sorted(checkpoints, key=lambda c: (c.created, c.id))
 
     def _stage_packs(self, packs: Sequence[PackTransfer], *, reuse: bool = True) -> None:
-        wanted = []
+        missing = []
         for pack in packs:
             self._staged[pack.path] = staged = f"{INCOMING}/{pack.path}"
             exists = self.backend.exists(staged) and self.backend.size(staged) == pack.size
             if exists and reuse:
                 self._reused.add(pack.path)
             else:
-                wanted.append(pack)
+                missing.append(pack)
         if self._reused and reuse:
             _log.info("resuming a pull: %d packs are staged already", len(self._reused))
-        self.counter.start_step("fetch", sum(pack.size for pack in wanted))
-        segments = ((pack, segment) for pack in wanted for segment in pack.segments())
+        self.counter.start_step("fetch", sum(pack.size for pack in missing))
+        segments = ((pack, segment) for pack in missing for segment in pack.segments())
 
         def fetch(one: tuple[PackTransfer, Segment]) -> bytes:
             return one[0].read_segment(self.source, one[1])
 
         # Requests run in parallel across packs too, because most packs are small.
         with contextlib.closing(in_order(fetch, segments, self.remote.workers)) as fetched:
-            for pack in wanted:
+            for pack in missing:
                 with self.backend.writer() as writer:
                     for _ in pack.segments():
                         part = next(fetched)

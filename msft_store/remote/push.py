@@ -166,8 +166,8 @@ class _Push:
         listed = self.remote.sizes(REFS)
 
         def pair(ref: Ref) -> RefPair:
-            there = ref_path(ref.name) in listed
-            return ref, self._read_remote_ref(ref.name)[0] if there else None
+            exists = ref_path(ref.name) in listed
+            return ref, self._read_remote_ref(ref.name)[0] if exists else None
 
         pairs = map_parallel(pair, refs, self.remote.workers)
         return [ref for ref, _ in self.rule.select(pairs)]

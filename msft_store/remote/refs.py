@@ -71,15 +71,15 @@ class RefRule:
         """
         moves, conflicts = [], []
         source, target = self.source.rstrip("/"), self.target.rstrip("/")
-        for mine, theirs in pairs:
-            if theirs is not None and theirs.checkpoint == mine.checkpoint:
+        for ours, theirs in pairs:
+            if theirs is not None and theirs.checkpoint == ours.checkpoint:
                 continue
             if theirs is None or self.force or theirs.checkpoint in self.known:
-                moves.append((mine, theirs))
+                moves.append((ours, theirs))
             else:
                 conflicts.append(
-                    f"ref {mine.name!r} points to {theirs.checkpoint[:12]} at {target}, which "
-                    f"{source} does not have, and to {mine.checkpoint[:12]} at {source}"
+                    f"ref {ours.name!r} points to {theirs.checkpoint[:12]} at {target}, which "
+                    f"{source} does not have, and to {ours.checkpoint[:12]} at {source}"
                 )
         if conflicts:
             raise ConflictError(f"{'; '.join(conflicts)}. {self.advice}")

@@ -35,7 +35,7 @@ from msft_store.storage.locks import Locks
 
 TEMPORARY = "tmp"
 QUARANTINE = "quarantine"
-"""Folder of the files that repairs have set aside. No reader uses it, and it may be deleted."""
+"""Folder of the files that repairs have moved. No reader uses it, and it may be deleted."""
 _MOST_AT_ONCE = 1 << 30
 _CLOCK_TICK_NS = 20_000_000
 """The longest tick, in nanoseconds, of any file system clock in use."""
@@ -413,7 +413,7 @@ class LocalBackend:
 
     def free_bytes(self) -> int | None:
         """Return the free bytes of the file system; ``None`` if it does not report them."""
-        with translate_os_errors("look at", self.root):
+        with translate_os_errors("access", self.root):
             found = os.statvfs(self.root)
         return found.f_bfree * found.f_frsize if found.f_blocks else None
 
@@ -422,7 +422,7 @@ class LocalBackend:
 
     def exists(self, path: str) -> bool:
         target = self.describe(path)
-        with translate_os_errors("look at", target):
+        with translate_os_errors("access", target):
             try:
                 return not stat.S_ISDIR(os.lstat(target).st_mode)
             except (FileNotFoundError, NotADirectoryError):

@@ -295,7 +295,7 @@ class _Request:
         return found
 
 
-def next_step(mine: QueuePosition, placed: bool, conflicts: Sequence[QueuePosition]) -> Step:
+def next_step(position: QueuePosition, placed: bool, conflicts: Sequence[QueuePosition]) -> Step:
     """Return the next step of a request, given its position and those of conflicting locks.
 
     A request succeeds only if it sees no conflict after placing its file. The younger request
@@ -304,7 +304,7 @@ def next_step(mine: QueuePosition, placed: bool, conflicts: Sequence[QueuePositi
     """
     if not conflicts:
         return "go" if placed else "place"
-    first = mine < min(conflicts)
+    first = position < min(conflicts)
     if first == placed:
         return "wait"
     return "place" if first else "withdraw"

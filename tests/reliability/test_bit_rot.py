@@ -105,7 +105,7 @@ def assert_noticed(kept: Kept, path: Path, opened: Store) -> bool:
 
 def assert_named(finding: Finding, path: Path) -> None:
     """Assert that a finding leads to the file, and to the tensor if it is about a chunk."""
-    lost = "is in no pack" in finding.what or "not there" in finding.what
+    lost = "is in no pack" in finding.what or "does not exist" in finding.what
     assert lost or path.name in f"{finding.file} {finding.what}", finding
     assert finding.kind != "chunk" or (finding.checkpoint and finding.tensor)
 

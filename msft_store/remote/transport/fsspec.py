@@ -78,7 +78,7 @@ class FsspecRemote:
             )
 
     def size(self, path: str) -> int | None:
-        with self._translate_errors("look at", path):
+        with self._translate_errors("access", path):
             self._system.invalidate_cache()
             try:
                 return int(self._system.size(self._at(path)))

@@ -260,7 +260,7 @@ class ObjectRemote:
             )
 
     def size(self, path: str) -> int | None:
-        with self._translate_errors("look at", path):
+        with self._translate_errors("access", path):
             try:
                 return int(self._obstore.head(self._store, path)["size"])
             except FileNotFoundError:

@@ -103,7 +103,7 @@ def test_a_short_or_ambiguous_prefix_is_refused(store: Store, ckpt: Checkpoint) 
             break
     one, other = store.save({}, step=first), store.save({}, step=step)
     assert one.id[:4] == other.id[:4]
-    with pytest.raises(UnknownCheckpointError, match="stands for 2 checkpoints"):
+    with pytest.raises(UnknownCheckpointError, match="begins the ids of 2 checkpoints"):
         store.get(one.id[:4])
     assert store.get(one.id[:12]) == one
 

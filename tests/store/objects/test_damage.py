@@ -160,7 +160,7 @@ def test_a_ref_to_nothing_is_reported(store: Store, ckpt: Checkpoint) -> None:
     Path(store.path, "manifests", f"{ckpt.id}.json").unlink()
     (finding,) = Store.open(store.path).check()
     assert finding.where == "ref best"
-    with pytest.raises(CorruptedError, match="points to a checkpoint that is not there"):
+    with pytest.raises(CorruptedError, match="points to a checkpoint that does not exist"):
         Store.open(store.path).load("best")
 
 
