@@ -152,7 +152,7 @@ class Background:
         self._thread = None
         while self._tasks:
             task = self._tasks.pop()
-            if not task.taken:
+            if not task.error_received:
                 task.result()
 
     def release(self) -> None:
@@ -268,7 +268,7 @@ class _Task(Future[_T]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken = False
+        self.error_received = False
         """True if a caller has received the error, or it was printed."""
         self._process = os.getpid()
         self.set_running_or_notify_cancel()
@@ -281,7 +281,7 @@ class _Task(Future[_T]):
                 "that process, so wait for it there"
             )
         error = super().exception(timeout)
-        self.taken = self.taken or error is not None
+        self.error_received = self.error_received or error is not None
         return error
 
     def result(self, timeout: float | None = None) -> _T:
@@ -299,7 +299,7 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
         # Thread pools refuse work shortly before the main thread is no longer alive.
         if not threading.main_thread().is_alive() or "interpreter shutdown" in str(error):
             # No caller can ask for it any more, so let threading print it.
-            task.taken = True
+            task.error_received = True
             raise StorageError(
                 "a save in the background failed as the interpreter ended: close an AsyncSaver or "
                 "a Timeline before, or use `with`"
@@ -310,6 +310,9 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
 
 def _print_errors(tasks: list[_Task[Any]]) -> None:
     for task in tasks:
-        if task.done() and not task.taken and (error := task.exception()) is not None:
-            print("nobody has asked for the error of a save in the background:", file=sys.stderr)
+        if task.done() and not task.error_received and (error := task.exception()) is not None:
+            print(
+                "a save in the background failed with an error that was not received:",
+                file=sys.stderr,
+            )
             traceback.print_exception(error)

@@ -1,11 +1,11 @@
 """Find the changes between two chunks with PyTorch, on any device: the reference implementation.
 
-The codecs 6 and 7 code a change given the exponent of its reference, which a decoder knows. Whether
-a weight changes, and by how many steps, depends on it above all, because a small update vanishes in
-a large weight. Elements of small exponents, of which many change, are *busy*: all of them are
-listed. Of the other, *quiet* elements only the changed ones are listed, by the gaps between them. A
-change is a *token* (its distance if below 4, then half octaves), low bits, a direction and whether
-the sign flipped. ``docs/FORMAT.md``, section 5, defines the terms.
+The codecs 6 and 7 code a change given the exponent of its reference, which a decoder knows. That
+exponent says most about the change, because a small update vanishes in a large weight. Elements of
+small exponents, of which many change, are *busy*: all of them are listed. Of the other, *quiet*
+elements only the changed ones are listed, by the gaps between them. A change is a *token* (its
+distance if below 4, then half octaves), low bits, a direction, and a bit that is 1 if the sign
+flipped. ``docs/FORMAT.md``, section 5, defines the terms.
 
 Example::
 

@@ -72,10 +72,8 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
     now, was = _as_read_only(new.view(unsigned)), _as_read_only(old.view(unsigned))
     whole = new.size // BLOCK * BLOCK
     step = rans.sampling_step(-(-new.size // BLOCK))
-    eights = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
-    blocks, counts, runs = compiled.survey_blocks(
-        now, was, *eights, layout.shift, layout.mask, step
-    )
+    words = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
+    blocks, counts, runs = compiled.survey_blocks(now, was, *words, layout.shift, layout.mask, step)
     skip, busy, low, high = compiled.plan_listing(counts, runs, step)
     coded = blocks if skip else np.ones_like(blocks)
     limit = busy << layout.shift
@@ -163,12 +161,12 @@ def decode_in_place(
         payload[_HEADER.size : at], payload[rest:], low, high, compiled
     )
     contexts = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
-    plain_symbols = symbols.read_runs_and_gaps(contexts)
-    plain, bits = loops.read_distances(plain_symbols, words, 0, end, *symbols.tokens)
+    read = symbols.read_runs_and_gaps(contexts)
+    values, bits = loops.read_distances(read, words, 0, end, *symbols.tokens)
     if bits > end:
         raise ValueError("an exponent-coded chunk ends too early")
-    listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else plain[:runs])
-    positions = locate_listed(old, layout, listing, plain[runs:], compiled)
+    listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs])
+    positions = locate_listed(old, layout, listing, values[runs:], compiled)
     if positions.size != listed:
         raise ValueError("an exponent-coded chunk lists another number of elements")
     coded = symbols.read_changes(compute_exponents(old, positions, layout, compiled))

@@ -102,7 +102,7 @@ def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any
     positions = np.empty(new.size + 1, np.uint32)
     gaps = np.empty(new.size + 1, np.int64)
     marks = np.zeros(BLOCK, np.uint8)
-    eights = marks.view(np.uint64)
+    words = marks.view(np.uint64)
     count, quiet = uint64(0), uint64(0)
     start, before = 0, -1
     for block in range(blocks.size):
@@ -125,9 +125,9 @@ def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any
                     before = start + i
         start += BLOCK
         marks[length:] = 0
-        for eight in range(eights.size):
-            if eights[eight] != 0:
-                for i in range(8 * eight, 8 * eight + 8):
+        for word in range(words.size):
+            if words[word] != 0:
+                for i in range(8 * word, 8 * word + 8):
                     positions[count] = first + i
                     count += uint64(marks[i])
     return positions[:count], gaps[:quiet].copy()
@@ -142,7 +142,7 @@ def locate_listed(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> A
     """
     positions = np.empty(old.size + 1, np.uint32)
     marks = np.zeros(BLOCK, np.uint8)
-    eights = marks.view(np.uint64)
+    words = marks.view(np.uint64)
     count = uint64(0)
     reached = uint64(0)
     start = uint64(0)
@@ -158,9 +158,9 @@ def locate_listed(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> A
             marks[quiet[reached] - start] = 1
             reached += uint64(1)
         start += uint64(BLOCK)
-        for eight in range(eights.size):
-            if eights[eight] != 0:
-                for i in range(8 * eight, 8 * eight + 8):
+        for word in range(words.size):
+            if words[word] != 0:
+                for i in range(8 * word, 8 * word + 8):
                     positions[count] = first + i
                     count += uint64(marks[i])
     return positions[: count if reached == quiet.size else 0]
@@ -203,7 +203,7 @@ def write_low_bits(
     tokens = uint16(bits.size - 1)
     other = np.zeros(histogram.size, np.int64)
     used, one = uint64(start >> 5), uint64(1)
-    hold, have = uint64(words[used]), uint64(start & 31)
+    buffer, filled = uint64(words[used]), uint64(start & 31)
     for k in range(symbols.size):
         symbol = symbols[k]
         # Two histograms avoid that equal neighbours wait for each other's increment.
@@ -211,18 +211,18 @@ def write_low_bits(
             histogram[symbol] += 1
         else:
             other[symbol] += 1
-        more = uint64(bits[(symbol >> uint16(2)) & tokens])
-        hold |= (uint64(distances[k]) & ((one << more) - one)) << have
-        have += more
-        if have >= uint64(32):
-            words[used] = uint32(hold)
+        count = uint64(bits[(symbol >> uint16(2)) & tokens])
+        buffer |= (uint64(distances[k]) & ((one << count) - one)) << filled
+        filled += count
+        if filled >= uint64(32):
+            words[used] = uint32(buffer)
             used += one
-            hold >>= uint64(32)
-            have -= uint64(32)
-    words[used] = uint32(hold)
+            buffer >>= uint64(32)
+            filled -= uint64(32)
+    words[used] = uint32(buffer)
     for i in range(other.size):
         histogram[i] += other[i]
-    return 32 * int64(used) + int64(have)
+    return 32 * int64(used) + int64(filled)
 
 
 @_compile
@@ -303,12 +303,12 @@ def read_distances(symbols: Any, words: Any, start: Any, end: Any, bits: Any, le
     at, one = uint64(start), uint64(1)
     for k in range(symbols.size):
         token = symbols[k] >> 2
-        more = uint64(bits[token])
+        count = uint64(bits[token])
         word = at >> uint64(5)
-        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
-        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        pair = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (pair >> (at & uint64(31))) & ((one << count) - one)
         distances[k] = uint32(least[token]) + uint32(low)
-        at += more
+        at += count
         if at > uint64(end):
             break
     return distances, int64(at)
@@ -332,15 +332,15 @@ def apply_changes(
         i = positions[k]
         symbol = uint64(symbols[k])
         token = symbol >> uint64(2)
-        more = uint64(bits[token])
+        count = uint64(bits[token])
         word = at >> uint64(5)
-        two = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
-        low = (two >> (at & uint64(31))) & ((one << more) - one)
+        pair = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (pair >> (at & uint64(31))) & ((one << count) - one)
         distance = uint64(least[token]) + low
         negative = uint64(0) - ((symbol >> one) & one)
         change = (distance ^ negative) - negative
         new[i] = (uint64(new[i]) ^ ((symbol & one) * uint64(sign))) + change
-        at += more
+        at += count
         if at > uint64(end):
             break
     return int64(at)

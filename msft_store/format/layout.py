@@ -31,7 +31,7 @@ KEY_BYTES = 16
 MAX_DEPTH = 2
 """Largest number of references between a chunk and plain bytes."""
 MAX_GENERATION = 255
-_SKEW = zstandard.ZstdCompressionParameters(
+_FEW_MATCHES = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=17,
     hash_log=6,
@@ -180,7 +180,7 @@ def get_compressor(level: int | None) -> zstandard.ZstdCompressor:
     cache: dict[int | None, zstandard.ZstdCompressor] = _local.__dict__.setdefault("cache", {})
     if level not in cache:
         cache[level] = (
-            zstandard.ZstdCompressor(compression_params=_SKEW)
+            zstandard.ZstdCompressor(compression_params=_FEW_MATCHES)
             if level is None
             else zstandard.ZstdCompressor(level=level)
         )

@@ -101,15 +101,15 @@ def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
     bases = list(_check_bases(catalog, read_data=read_data))
     findings += bases
     # If no data is read, a fault anywhere in a base counts against all of its checkpoints.
-    gone = set() if read_data else {finding.base for finding in bases}
+    unreadable = set() if read_data else {finding.base for finding in bases}
     known: Known = {}
     sound: list[str] = []
     damaged = list(catalog.damaged)
     for checkpoint in catalog.checkpoints():
         found = list(_check_checkpoint(catalog, checkpoint, known, read_data=read_data))
         findings += found
-        whole = not found and (checkpoint.base is None or checkpoint.base not in gone)
-        (sound if whole else damaged).append(checkpoint.id)
+        is_sound = not found and (checkpoint.base is None or checkpoint.base not in unreadable)
+        (sound if is_sound else damaged).append(checkpoint.id)
     return Report(findings=tuple(findings), sound=tuple(sound), damaged=tuple(damaged))
 
 
@@ -149,9 +149,9 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
         file = catalog.backend.describe(path)
         yield Finding(where=path, what=str(error), kind="ref", file=file)
     # A checkpoint may have been saved since the refresh, but its manifest precedes its refs.
-    there = set(list_manifests(catalog.backend)) - catalog.damaged.keys()
+    saved = set(list_manifests(catalog.backend)) - catalog.damaged.keys()
     for ref in refs.values():
-        if catalog.get(ref.checkpoint) is None and ref.checkpoint not in there:
+        if catalog.get(ref.checkpoint) is None and ref.checkpoint not in saved:
             yield Finding(
                 where=f"ref {ref.name}",
                 what="points to a checkpoint that does not exist or cannot be read",
@@ -163,7 +163,7 @@ def _check_refs(catalog: Catalog) -> Iterator[Finding]:
 def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
     for base in catalog.objects.bases().values():
         reader = catalog.objects.base(base.id)
-        said: set[str] = set()
+        reported: set[str] = set()
         for name, tensor in base.tensors.items():
             elements = tensor.nbytes // tensor.dtype.size
             try:
@@ -174,8 +174,8 @@ def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
                     reader.read_span(BaseSpan(tensor=name, start=elements - 1), 1, tensor.dtype)
             except StoreError as error:
                 # A missing file has the same error for each of its tensors and is one finding.
-                if str(error) not in said:
-                    said.add(str(error))
+                if str(error) not in reported:
+                    reported.add(str(error))
                     yield Finding(
                         where=f"base {base.id[:12]}, tensor {name}",
                         what=str(error),
@@ -245,7 +245,7 @@ def _problem(
         if read_data:
             catalog.objects.read(key, size, dtype, base)
         else:
-            _resolve(catalog, key, dtype, base)
+            _check_exists(catalog, key, dtype, base)
     except StoreError as error:
         return strip_frames(error)
     return None
@@ -267,7 +267,7 @@ def _is_whole(
     return True
 
 
-def _resolve(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
+def _check_exists(catalog: Catalog, key: bytes, dtype: DType, base: str | None) -> None:
     objects = catalog.objects
     missing = find_reachable(objects, objects.index, {base: view_keys(key)}).missing
     if len(missing):

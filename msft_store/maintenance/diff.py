@@ -38,7 +38,7 @@ Kind = Literal["equal", "changed", "other", "added", "removed"]
 
 SLAB_BYTES = 64 << 20
 """Bytes of each side in memory at once, for a tensor that the sides split differently."""
-_HELD_AS_FLOATS = ("float8_e8m0fnu",)
+_FLOATS_WITHOUT_SIGN = ("float8_e8m0fnu",)
 """Dtypes whose bits are not sign and magnitude, but whose values are floats."""
 
 
@@ -214,8 +214,8 @@ def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
     if not changed:
         return 0, None
     parts = [data.reshape(-1, dtype.size)[differ].reshape(-1) for data in (one, other)]
-    if not (dtype.floating or dtype.name in _HELD_AS_FLOATS):
-        return changed, _integers_apart(parts[0], parts[1], dtype)
+    if not (dtype.floating or dtype.name in _FLOATS_WITHOUT_SIGN):
+        return changed, _largest_integer_difference(parts[0], parts[1], dtype)
     values = [torch.from_numpy(part).view(torch_dtype(dtype)) for part in parts]
     if values[0].is_complex():
         # Torch cannot turn half of a complex32 into a complex128.
@@ -228,7 +228,7 @@ def _count(one: Bytes, other: Bytes, dtype: DType) -> tuple[int, float | None]:
     return changed, float(finite.max()) if len(finite) else None
 
 
-def _integers_apart(one: Bytes, other: Bytes, dtype: DType) -> float:
+def _largest_integer_difference(one: Bytes, other: Bytes, dtype: DType) -> float:
     # A float cannot hold 64 bits, and a difference may overflow the integer type.
     kind = np.dtype(np.uint8 if dtype.name == "bool" else dtype.name)
     before, after = one.view(kind), other.view(kind)

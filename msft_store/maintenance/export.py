@@ -215,7 +215,7 @@ def _files_to_copy(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) 
     with translate_os_errors("read", folder):
         found = {file: file.stat().st_size for file in companions(folder)}
     if like is not None and not is_configured(found):
-        raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to take along")
+        raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to copy")
     return found
 
 

@@ -179,7 +179,7 @@ def plan_gc(catalog: Catalog, policy: Policy | None = None) -> GcPlan:
         decided = policy.decide(_candidates(checkpoints, protected))
         kept = {i: tuple(reason.text for reason in reasons) for i, reasons in decided.items()}
     keep = [c for c in checkpoints if c.id in kept]
-    delete, rewrite, held = waste_of(catalog, keep)
+    delete, rewrite, held = find_waste(catalog, keep)
     return GcPlan(
         kept=tuple(Verdict(checkpoint=c, reasons=kept[c.id]) for c in keep),
         dropped=tuple(
@@ -234,7 +234,7 @@ def evict_locked(
     dropped = [i for i in drop if i not in protected and catalog.get(i) is not None]
     # Deciding comes first, because it reads everything and so finds any damage.
     keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in dropped]
-    delete, rewrite, _ = waste_of(catalog, keep, share=rewrite_from)
+    delete, rewrite, _ = find_waste(catalog, keep, share=rewrite_from)
     if dropped:
         # After a power loss, a ref whose deletion was not durable would point to no checkpoint.
         backend.sync(REFS)
@@ -289,7 +289,7 @@ def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
         pack.finalize()
 
 
-def waste_of(
+def find_waste(
     catalog: Catalog,
     keep: Sequence[Checkpoint],
     *,

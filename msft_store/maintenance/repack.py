@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msft_store._util import format_bytes, format_count
-from msft_store.maintenance.gc import GcResult, PackWaste, refuse_damage, rewrite_packs, waste_of
+from msft_store.maintenance.gc import GcResult, PackWaste, find_waste, refuse_damage, rewrite_packs
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import MANIFESTS
 from msft_store.objects.packs import PACKS
@@ -105,7 +105,7 @@ def plan_repack(catalog: Catalog) -> RepackPlan:
     """Plan a repack; raise :class:`StoreError` if the store is damaged."""
     catalog.refresh()
     refuse_damage(catalog)
-    delete, wasteful, _ = waste_of(catalog, catalog.checkpoints(), share=0.0, small=SMALL)
+    delete, wasteful, _ = find_waste(catalog, catalog.checkpoints(), share=0.0, small=SMALL)
     small = [waste for waste in wasteful if waste.live_bytes < SMALL]
     alone = [(waste,) for waste in wasteful if waste.live_bytes >= SMALL and waste.dead_bytes]
     groups = [group for group in _groups(small) if len(group) > 1 or group[0].dead_bytes]

@@ -43,7 +43,7 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
         ways: dict[str, int] = {}
         stored_bytes = 0
         for key, size in entry.chunks():
-            how, length = _how(catalog, key, checkpoint.base)
+            how, length = _describe_storage(catalog, key, checkpoint.base)
             ways[how] = ways.get(how, 0) + size
             stored_bytes += length
         yield TensorSources(
@@ -56,7 +56,7 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
         )
 
 
-def _how(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
+def _describe_storage(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
     if catalog.objects.find_in_base(key, base) is not None:
         return IN_BASE, 0
     stored = catalog.objects.find(key, base)
@@ -109,8 +109,8 @@ def held_bytes(catalog: Catalog) -> int:
 def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
     """Return the encoded bytes of the chunks of each existing checkpoint, by checkpoint id."""
     catalog.refresh()
-    there = [checkpoint for checkpoint in checkpoints if catalog.get(checkpoint.id) is not None]
-    return {checkpoint.id: catalog.stored_bytes(checkpoint) for checkpoint in there}
+    existing = [c for c in checkpoints if catalog.get(c.id) is not None]
+    return {checkpoint.id: catalog.stored_bytes(checkpoint) for checkpoint in existing}
 
 
 def stats(catalog: Catalog) -> Stats:

@@ -104,10 +104,10 @@ class Encoder:
         if self._objects.find_in_base(key, self._base) is not None:
             return Encoded(key=key, size=size, stored_bytes=0)
         stored, reference = self._objects.find(key, self._base), work.reference
-        if stored is not None and not self._serves(stored):
+        if stored is not None and not self._is_intact(stored):
             # Only a record that refers to no chunk is certain to be preferred to the damaged one.
             reference = None
-        elif stored is not None and not (self._alone and _improves(reference, stored.record)):
+        elif stored is not None and not (self._alone and _would_replace(reference, stored.record)):
             return Encoded(key=key, size=size, stored_bytes=stored.record.length)
         old, ref_key = None, bytes(KEY_BYTES)
         if reference is not None:
@@ -126,8 +126,8 @@ class Encoder:
         if not codec.needs_reference:
             reference, ref_key = None, bytes(KEY_BYTES)
         # The reference is no longer needed, so its memory is reused.
-        again = self._objects.scratch(size) if old is None else old
-        if not _restores(codec, payload, data, again, dtype):
+        decoded = self._objects.scratch(size) if old is None else old
+        if not _restores(codec, payload, data, decoded, dtype):
             if change is not None:
                 # The weights changed after the comparison, so encode their present content.
                 return self.encode(replace(work, change=None))
@@ -145,14 +145,14 @@ class Encoder:
             depth=0 if reference is None else reference.depth,
             base=None if reference is None else reference.base,
             ref_key=ref_key,
-            reference=_explicit(reference),
+            reference=_explicit_span(reference),
             generation=0 if stored is None else min(stored.record.generation + 1, MAX_GENERATION),
         )
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
 
-    def _serves(self, stored: StoredChunk) -> bool:
+    def _is_intact(self, stored: StoredChunk) -> bool:
         """Return True if a stored chunk is intact; read it once to find out."""
         if not self._objects.has_all_references(stored.record):
             return False
@@ -178,7 +178,7 @@ class Encoder:
         return self._objects.base(base).read_verified_into(span, out, dtype)
 
 
-def _improves(reference: Reference | None, stored: Record) -> bool:
+def _would_replace(reference: Reference | None, stored: Record) -> bool:
     """Return True if a record with this reference is preferred and drops the old reference."""
     if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
         return stored.refers_to_chunk
@@ -188,12 +188,14 @@ def _improves(reference: Reference | None, stored: Record) -> bool:
     return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
 
 
-def _restores(codec: codecs.Codec, payload: bytes, data: Bytes, again: Bytes, dtype: DType) -> bool:
+def _restores(
+    codec: codecs.Codec, payload: bytes, data: Bytes, decoded: Bytes, dtype: DType
+) -> bool:
     try:
-        codec.decode_into(payload, again, dtype)
+        codec.decode_into(payload, decoded, dtype)
     except ValueError:
         return False
-    return _equal(again, data)
+    return _equal(decoded, data)
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
@@ -206,7 +208,7 @@ def _equal(one: Bytes, other: Bytes) -> bool:
     )
 
 
-def _explicit(reference: Reference | None) -> References | None:
+def _explicit_span(reference: Reference | None) -> References | None:
     # If the reference is one whole chunk, ref_key in the record names it.
     if reference is None or isinstance(reference.span, ChunkSpan):
         return None
@@ -329,20 +331,20 @@ def reencode(
     """
     base, planner = options.base, ReferencePlanner(objects, options.base, onto)
     planner.match({name: entry.shape for name, entry in tensors.items()})
-    enough = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
+    onto_keys = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
 
-    def left(key: bytes) -> bool:
+    def is_done(key: bytes) -> bool:
         stored = objects.find(key, base)
         return objects.find_in_base(key, base) is not None or (
             stored is not None
-            and (not stored.record.refers_to_chunk or stored.record.ref_key in enough)
+            and (not stored.record.refers_to_chunk or stored.record.ref_key in onto_keys)
         )
 
     def work() -> Iterator[Work]:
         for name, entry in tensors.items():
             for at, piece in enumerate(entry.pieces):
                 for number, (key, size) in enumerate(chunks_of(piece, entry.dtype)):
-                    if not left(key):
+                    if not is_done(key):
                         yield Work(
                             read=partial(objects.read, key, size, entry.dtype, base),
                             dtype=entry.dtype,

@@ -124,11 +124,11 @@ class CheckpointWriter:
         firsts: dict[tuple[object, ...], Box] = {}
         for box in order:
             firsts.setdefault(_place(box), box)
-        once = list(firsts.values())
+        distinct = list(firsts.values())
         options = EncodeOptions(base=base, level=level)
-        with self._encoding(least=0, whole=sum(box.tensor.nbytes for box in once)) as begin:
+        with self._encoding(least=0, whole=sum(box.tensor.nbytes for box in distinct)) as begin:
             found, totals = encode_boxes(
-                self._catalog.objects, once, begin, options=options, planner=planner
+                self._catalog.objects, distinct, begin, options=options, planner=planner
             )
         self._catalog.objects.refresh()
         entries = dict(zip(firsts, found, strict=True))

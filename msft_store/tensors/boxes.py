@@ -137,7 +137,7 @@ def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
             table[name] = TensorEntry(dtype=known.dtype, shape=known.shape, pieces=pieces)
     for name, entry in table.items():
         pieces = tuple(sorted(entry.pieces, key=lambda piece: piece.offset))
-        if not _fit(pieces, entry.shape):
+        if not _cover_exactly(pieces, entry.shape):
             raise InvalidInputError(
                 f"the pieces of {name!r} do not cover its shape {entry.shape}, or overlap: "
                 "the processes together must pass each element exactly once"
@@ -146,7 +146,7 @@ def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
     return table
 
 
-def _fit(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> bool:
+def _cover_exactly(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> bool:
     if math.prod(shape) == 0:
         return len(pieces) == 1
     try:

@@ -76,12 +76,12 @@ def read_elements(tensor: torch.Tensor, start: int, stop: int) -> Bytes:
 
     If a view is not possible, at most about three times as many elements are copied.
     """
-    return to_bytes(_elements(tensor.detach(), start, stop))
+    return to_bytes(_read_range(tensor.detach(), start, stop))
 
 
 def write_elements(tensor: torch.Tensor, start: int, data: Bytes) -> None:
     """Set a range of elements in row-major order, in a tensor of any layout and device."""
-    _set(tensor.detach(), start, torch.from_numpy(data).view(tensor.dtype))
+    _write_range(tensor.detach(), start, torch.from_numpy(data).view(tensor.dtype))
 
 
 def has_plain_bytes(tensor: torch.Tensor) -> bool:
@@ -96,7 +96,7 @@ def view_bytes(tensor: torch.Tensor) -> Bytes:
     return data
 
 
-def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def _read_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor.reshape(-1)[start:stop]
     row = tensor.numel() // tensor.shape[0]
@@ -104,13 +104,13 @@ def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     if row <= stop - start:
         return tensor[first:last].reshape(-1)[start - first * row : stop - first * row]
     parts = [
-        _elements(tensor[at], max(start - at * row, 0), min(stop - at * row, row))
+        _read_range(tensor[at], max(start - at * row, 0), min(stop - at * row, row))
         for at in range(first, last)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _set(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
+def _write_range(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
     if tensor.is_contiguous():
         tensor.reshape(-1)[start : start + values.numel()].copy_(values)
         return
@@ -123,7 +123,7 @@ def _set(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
             tensor[at : at + rows].copy_(values[:count].reshape(rows, *tensor.shape[1:]))
         else:
             count = min(row - within, values.numel())
-            _set(tensor[at], within, values[:count])
+            _write_range(tensor[at], within, values[:count])
         start, values = start + count, values[count:]
 
 

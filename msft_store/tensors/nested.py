@@ -28,10 +28,10 @@ from msft_store.errors import InvalidInputError, MismatchError
 _TENSOR, _ARRAY, _TUPLE = "$tensor", "$array", "$tuple"
 _DICT, _COUNTER = "$dict", "$counter"
 _FLOAT, _INTEGER, _BYTES = "$float", "$integer", "$bytes"
-_LARGEST = 1 << 63
-_MOST_BITS = 14_000
+_INTEGER_LIMIT = 1 << 63
+_MAX_BITS = 14_000
 """Maximum size of an integer; Python converts at most 4,300 decimal digits."""
-_MOST_LEVELS = 40
+_MAX_LEVELS = 40
 """Maximum depth; a level can take several of the 64 levels that metadata may have."""
 
 
@@ -76,36 +76,37 @@ def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
 
 
 def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int) -> Any:
-    if level > _MOST_LEVELS:
-        raise InvalidInputError(f"{name[:80]!r} is nested more than {_MOST_LEVELS} levels deep")
+    if level > _MAX_LEVELS:
+        raise InvalidInputError(f"{name[:80]!r} is nested more than {_MAX_LEVELS} levels deep")
     if isinstance(value, torch.Tensor):
-        return {_TENSOR: _add(tensors, name, value)}
-    if isinstance(value, np.ndarray) and _is_plain(value):
-        return {_ARRAY: _add(tensors, name, torch.from_numpy(np.array(value, order="C")))}
+        return {_TENSOR: _add_tensor(tensors, name, value)}
+    if isinstance(value, np.ndarray) and _is_convertible(value):
+        return {_ARRAY: _add_tensor(tensors, name, torch.from_numpy(np.array(value, order="C")))}
     if value is None or isinstance(value, (bool, str)):
         return value
     if type(value) is int:
-        if value.bit_length() > _MOST_BITS:
+        if value.bit_length() > _MAX_BITS:
             raise InvalidInputError(f"{name or 'the state'} is an integer with too many digits")
-        return value if -_LARGEST <= value < _LARGEST else {_INTEGER: str(value)}
+        return value if -_INTEGER_LIMIT <= value < _INTEGER_LIMIT else {_INTEGER: str(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_FLOAT: str(float(value))}
     if isinstance(value, bytes):
         return {_BYTES: value.hex()}
     if isinstance(value, (list, tuple)):
         items = [
-            _to_json(item, _below(name, at), tensors, level + 1) for at, item in enumerate(value)
+            _to_json(item, _join_path(name, at), tensors, level + 1)
+            for at, item in enumerate(value)
         ]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
-        return _mapping(value, name, tensors, level)
+        return _mapping_to_json(value, name, tensors, level)
     raise InvalidInputError(
-        f"{name or 'the state'} is a {_kind(value)}; nested state holds tensors, numbers, "
+        f"{name or 'the state'} is a {_describe_type(value)}; nested state holds tensors, numbers, "
         "strings, bytes, None, and mappings, lists and tuples of them. Convert it, or leave it out"
     )
 
 
-def _mapping(
+def _mapping_to_json(
     value: Mapping[Any, Any], name: str, tensors: dict[str, torch.Tensor], level: int
 ) -> Any:
     for key in value:
@@ -114,7 +115,8 @@ def _mapping(
                 f"{name or 'the state'} has the key {key!r}, which is not a string or int"
             )
     below = {
-        key: _to_json(item, _below(name, key), tensors, level + 1) for key, item in value.items()
+        key: _to_json(item, _join_path(name, key), tensors, level + 1)
+        for key, item in value.items()
     }
     # Canonical JSON sorts keys, but some state dicts depend on the order of their keys.
     counter = isinstance(value, Counter)
@@ -124,22 +126,22 @@ def _mapping(
     return {_COUNTER if counter else _DICT: [[key, item] for key, item in below.items()]}
 
 
-def _kind(value: object) -> str:
+def _describe_type(value: object) -> str:
     name = type(value).__name__
     return f"{name} of {value.dtype}" if isinstance(value, np.ndarray) else name
 
 
-def _is_plain(array: np.ndarray[Any, Any]) -> bool:
+def _is_convertible(array: np.ndarray[Any, Any]) -> bool:
     """Return True if torch has the array's type and the array has no mask."""
     native = array.dtype.isnative and array.dtype.kind in "biuf" and array.dtype.itemsize <= 8
     return native and not isinstance(array, np.ma.MaskedArray)
 
 
-def _below(name: str, key: object) -> str:
+def _join_path(name: str, key: object) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def _add(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> str:
+def _add_tensor(tensors: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> str:
     # Two paths can give the same name, and a lone tensor has an empty path.
     wanted = unique = name or "value"
     number = 2

@@ -59,7 +59,7 @@ def check_compared(compared: object) -> Compared | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kept:
+class _Copy:
     lanes: torch.Tensor
     """Flat copy on the device, as integers of the elements' size."""
     keys: tuple[bytes, ...]
@@ -77,15 +77,15 @@ class Resident:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
-        kept: dict[tuple[object, ...], _Kept | None] = {}
-        self._kept: dict[str, _Kept] = {}
+        copies: dict[tuple[object, ...], _Copy | None] = {}
+        self._copies: dict[str, _Copy] = {}
         for name, tensor in check_tensors(tensors).items():
             place = memory_key(tensor)
-            if place not in kept:
-                kept[place] = _keep(tensor)
-            found = kept[place]
-            if found is not None:
-                self._kept[name] = found
+            if place not in copies:
+                copies[place] = _copy(tensor)
+            copy = copies[place]
+            if copy is not None:
+                self._copies[name] = copy
 
     def compare(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> Compared:
         """Find the changes of tensors since the copy was made, on the device of the copy.
@@ -108,13 +108,13 @@ class Resident:
             if first != name:
                 again = {at: change for (of, at), change in compared.items() if of == first}
                 compared |= {(name, at): change for at, change in again.items()}
-            elif name in self._kept:
-                found = _changes(tensor, self._kept[name])
+            elif name in self._copies:
+                found = _find_changes(tensor, self._copies[name])
                 compared |= {(name, at): change for at, change in found}
         return compared
 
 
-def _keep(tensor: torch.Tensor) -> _Kept | None:
+def _copy(tensor: torch.Tensor) -> _Copy | None:
     dtype = dtype_by_torch(tensor.dtype)
     layout = changes.float_layout(dtype)
     if layout is None or tensor.numel() == 0:
@@ -124,19 +124,19 @@ def _keep(tensor: torch.Tensor) -> _Kept | None:
         chunk_key(read_elements(tensor, at, min(at + step, count)).data, dtype)
         for at in range(0, count, step)
     )
-    return _Kept(lanes=_lanes(tensor).clone(), keys=keys, layout=layout)
+    return _Copy(lanes=_lanes(tensor).clone(), keys=keys, layout=layout)
 
 
-def _changes(tensor: torch.Tensor, kept: _Kept) -> Iterator[tuple[int, Change]]:
-    lanes = _lanes(tensor) if dtype_by_torch(tensor.dtype).lane == kept.lanes.itemsize else None
-    if lanes is None or lanes.shape != kept.lanes.shape or lanes.device != kept.lanes.device:
+def _find_changes(tensor: torch.Tensor, copy: _Copy) -> Iterator[tuple[int, Change]]:
+    lanes = _lanes(tensor) if dtype_by_torch(tensor.dtype).lane == copy.lanes.itemsize else None
+    if lanes is None or lanes.shape != copy.lanes.shape or lanes.device != copy.lanes.device:
         return
     step = CHUNK_BYTES // lanes.itemsize
-    for number, key in enumerate(kept.keys):
+    for number, key in enumerate(copy.keys):
         part = slice(number * step, (number + 1) * step)
-        new, old = lanes[part], kept.lanes[part]
+        new, old = lanes[part], copy.lanes[part]
         if not torch.equal(new, old):
-            yield number, Change(reference=key, found=changes.find_changes(new, old, kept.layout))
+            yield number, Change(reference=key, found=changes.find_changes(new, old, copy.layout))
 
 
 def _lanes(tensor: torch.Tensor) -> torch.Tensor:

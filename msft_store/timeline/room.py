@@ -48,12 +48,12 @@ def no_room_error(
     """
     after, stays = policy.rules([*candidates, commit]), policy.rules(candidates)
     reasons = ", ".join(reason.text for reason in after.get(commit.id, ()))
-    held = [
+    kept = [
         f"{c.id[:12]}, {format_bytes(c.stored_bytes)} ({', '.join(r.text for r in stays[c.id])})"
         for c in candidates
         if c.id in stays
     ]
     return type(error)(
-        f"{error}. The commit is missing that would have been {reasons or 'kept by no rule'}. "
-        f"What stays: {'; '.join(held) or 'nothing'}"
+        f"{error}. The commit that was not saved would have been {reasons or 'kept by no rule'}. "
+        f"The checkpoints that stay: {'; '.join(kept) or 'none'}"
     )

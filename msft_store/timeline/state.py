@@ -1,7 +1,7 @@
 """The checkpoints that a timeline protects, and the place of each on its branches.
 
 Pure: it does no I/O. Invariants: the root is protected, on the current branch and pinned; the
-newest checkpoint is never superfluous or expendable, because the next one is not durable yet.
+newest checkpoint is never among those to evict, because the next one is not durable yet.
 
 Example::
 
@@ -112,12 +112,12 @@ class TimelineState:
         decided = policy.rules(self.candidates())
         return {i: tuple(reason.text for reason in reasons) for i, reasons in decided.items()}
 
-    def superfluous(self, policy: Policy) -> list[Checkpoint]:
+    def not_kept(self, policy: Policy) -> list[Checkpoint]:
         """Return the checkpoints that no rule keeps, without the newest."""
         kept = self.kept(policy)
         return [checkpoint for checkpoint in self.checkpoints()[:-1] if checkpoint.id not in kept]
 
-    def expendable(self, policy: Policy) -> list[Checkpoint]:
+    def evictable(self, policy: Policy) -> list[Checkpoint]:
         """Return what the policy's budget may drop, the least valuable last, without the newest."""
         candidates = self.candidates()
         dropped = list_evictable(policy.rules(candidates), candidates)

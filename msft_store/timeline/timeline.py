@@ -452,11 +452,11 @@ class Timeline:
         Returns:
             Bytes of the store now, ``None`` if nothing can be evicted.
         """
-        done = self._evict(self._state.superfluous(policy))
+        done = self._evict(self._state.not_kept(policy))
         # The failed attempt's own files are freed as well, which makes no room for the next one.
         if done.freed_bytes and (used is None or done.bytes < used):
             return done.bytes
-        least = self._state.expendable(policy)[-1:]
+        least = self._state.evictable(policy)[-1:]
         return self._evict(least).bytes if least else None
 
     def _set_root_with_room(self, target: Checkpoint) -> None:

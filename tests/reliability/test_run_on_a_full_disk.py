@@ -129,5 +129,5 @@ def test_a_run_pauses_at_its_budget_and_goes_on_with_a_larger_one(
             assert Store.open(directory / "store").check() == []
     assert len(said) > 1
     for text in said:
-        assert "the commit is missing that would have been" in text.lower()
+        assert "the commit that was not saved would have been" in text.lower()
         assert f"raise max_disk in {directory / 'config.yaml'}" in text

@@ -82,9 +82,9 @@ class LoadPlanner(DefaultLoadPlanner):
         if not self.flatten_state_dict:
             self.original_state_dict[name] = found
             return
-        *way, last = self.mappings[name]
+        *path, last = self.mappings[name]
         place: Any = self.original_state_dict
-        for key in way:
+        for key in path:
             place = place[key]
         try:
             place[last] = found
@@ -94,9 +94,11 @@ class LoadPlanner(DefaultLoadPlanner):
 
 def find_roots(planner: object) -> frozenset[str]:
     """Return the prefixes of the dictionaries in a flattened state: ``model.``, …."""
-    ways = getattr(planner, "mappings", {}).values()
+    paths = getattr(planner, "mappings", {}).values()
     return frozenset(
-        "".join(f"{key}." for key in way[:depth]) for way in ways for depth in range(1, len(way))
+        "".join(f"{key}." for key in path[:depth])
+        for path in paths
+        for depth in range(1, len(path))
     )
 
 
