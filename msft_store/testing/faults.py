@@ -195,7 +195,7 @@ def check_faults(backend: Backend, *, every: int = 1) -> int:
     """Fail every operation of a save, a load and a gc in turn, and check the store each time.
 
     The failures are an error, a full disk and a :class:`SimulatedKill`. After each the store has no
-    damage, its earlier checkpoint loads exactly, and a save and a gc succeed.
+    damage, its earlier checkpoint loads exactly, a save succeeds, and a gc removes what was left.
 
     Args:
         backend: An empty backend; it holds a store afterwards.
@@ -237,4 +237,6 @@ def check_faults(backend: Backend, *, every: int = 1) -> int:
             store.forget(saved)
             store.plan_gc().execute()
             require(store.log() == [kept], f"{fault} a gc leaves the earlier checkpoint")
+            plan = store.plan_gc()
+            require(not (plan.delete or plan.rewrite or plan.leftovers), f"{fault} a gc tidies up")
     return injected

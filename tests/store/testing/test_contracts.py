@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from obstore.store import MemoryStore
 
-from msft_store.remote.backend import RemoteBackend
+from msft_store.remote.backend import RemoteBackend, StagedBackend
 from msft_store.remote.transport.base import Remote, as_parts
 from msft_store.remote.transport.fsspec import fsspec_remote
 from msft_store.remote.transport.url import connect_remote
@@ -21,6 +21,7 @@ from msft_store.storage.backend import Backend, LocalBackend
 from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
 from msft_store.testing import BackendContract, FaultyBackend, ReadContract, RemoteContract
+from msft_store.testing.backends import FILES
 from tests.support.quota import QuotaBackend as SmallDisk
 from tests.support.s3 import environment, serve_s3
 
@@ -77,6 +78,21 @@ class TestOverlay(ReadContract):
                 backend.replaced[path] = data
             else:
                 super().put(backend._inner, {path: data})
+
+
+class TestStagedFiles(ReadContract):
+    places: Mapping[str, str] = {path: f"staged/{path}" for path in FILES if path != "top"}
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Backend:
+        return StagedBackend(LocalBackend(tmp_path), {}, lambda path: f"origin/{path}")
+
+    def put(self, backend: StagedBackend, files: Mapping[str, bytes]) -> None:
+        """Stage all files but one."""
+        super().put(
+            backend._inner, {self.places.get(path, path): data for path, data in files.items()}
+        )
+        backend._places = self.places
 
 
 class TestStoreInPlace(ReadContract):
