@@ -1,4 +1,4 @@
-"""Directories of safetensors become checkpoints."""
+"""Import safetensors files as checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_shards_and_odd_tensors_are_read(tmp_path: Path, store: Store) -> None:
     assert same_bits(store.load(import_checkpoint(store, tmp_path)), shards["a"] | shards["b"])
 
 
-def test_what_is_not_sound_makes_no_checkpoint(tmp_path: Path, store: Store) -> None:
+def test_invalid_files_make_no_checkpoint(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"w": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-8])
@@ -60,7 +60,7 @@ def test_what_is_not_sound_makes_no_checkpoint(tmp_path: Path, store: Store) -> 
     assert store.log() == []
 
 
-def test_the_only_base_fits_what_has_its_tensors(
+def test_the_only_base_matches_a_model_with_its_tensors(
     tmp_path: Path, store: Store, base: Base, state: State
 ) -> None:
     def fits(tensors: State) -> Base | None:

@@ -1,4 +1,4 @@
-"""msft-store push, pull and clone: what they print, what they refuse, and with which exit code."""
+"""msft-store push, pull and clone: their output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """Run a command with ``--json``; return what it printed."""
+    """Run a command with ``--json``; return its output."""
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
     return json.loads(out)
@@ -64,7 +64,7 @@ def test_push_clone_and_pull(
     assert same_bits(store.load("new"), make_state(3))
 
 
-def test_bases_go_where_they_are_told_to(
+def test_bases_go_to_the_given_directory(
     capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
 ) -> None:
     run(capsys, "--store", store.path, "push", url, "--with-base")
@@ -74,7 +74,7 @@ def test_bases_go_where_they_are_told_to(
     assert Store.open(tmp_path / "clone").bases()[0].path.startswith(str(tmp_path / "models"))
 
 
-def test_a_store_at_a_url_can_be_looked_at_and_not_changed(
+def test_a_store_at_a_url_can_be_read_but_not_changed(
     capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
 ) -> None:
     run(capsys, "--store", store.path, "push", url)
@@ -95,7 +95,7 @@ def test_a_store_at_a_url_can_be_looked_at_and_not_changed(
     assert not Path("memory:").exists()
 
 
-def test_one_place_where_two_are_needed_is_told_apart(
+def test_a_single_place_is_refused_with_the_complete_command(
     capsys: pytest.CaptureFixture[str],
     store: Store,
     url: str,
@@ -189,7 +189,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_how_far_it_is_and_nothing_of_it_stays(
+def test_a_terminal_shows_progress_and_erases_it(
     capsys: pytest.CaptureFixture[str],
     store: Store,
     url: str,
@@ -222,7 +222,7 @@ sys.exit(main())
 
 
 def test_ctrl_c_ends_at_once_with_one_sentence(store: Store) -> None:
-    """Also while a library waits for a server that never answers."""
+    """Ctrl-C also ends a library that waits for a server that never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         waiting = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The msft-store command: what it prints, what it refuses, and with which exit code."""
+"""The msft-store command: its output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """Run a command with ``--json``; return what it printed, strictly parsed."""
+    """Run a command with ``--json``; return its output, strictly parsed."""
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
     return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -131,7 +131,7 @@ def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store
     assert found["level"] == "fast"
 
 
-def test_what_keeps_a_checkpoint_is_told_once_and_briefly(
+def test_reasons_that_keep_a_checkpoint_are_distinct_and_short(
     capsys: pytest.CaptureFixture[str], store: Store
 ) -> None:
     twice, many, bare = (store.save({"w": torch.ones(n)}, step=n) for n in (1, 2, 3))
@@ -187,10 +187,10 @@ def test_inspect_shows_a_base(
     assert (code, "no checkpoint 'nobody'" in err) == (1, True)
 
 
-def test_inspect_tells_what_a_checkpoint_takes_now(
+def test_inspect_shows_the_present_size_of_a_checkpoint(
     capsys: pytest.CaptureFixture[str], store: Store, base: Base, ckpt: Checkpoint
 ) -> None:
-    # Stored whole, and so taken from there: a checkpoint without a base must never need one.
+    # This checkpoint has no base, so its chunks are stored whole and then serve the other one too.
     store.save({n: t for n, t in store.load(ckpt).items() if t.ndim}, step=8)
     store.plan_gc().execute()
     at = ("--store", store.path)
@@ -217,7 +217,7 @@ def test_gc_plans_and_frees(capsys: pytest.CaptureFixture[str], run_store: Store
     assert run(capsys, *at, "check", "--read-data")[:2] == (0, "no errors (all data read)\n")
 
 
-def test_gc_refuses_a_metric_that_nobody_has(
+def test_gc_refuses_a_metric_that_no_checkpoint_has(
     capsys: pytest.CaptureFixture[str], run_store: Store
 ) -> None:
     for name in run_store.refs():
@@ -239,7 +239,7 @@ def test_a_metric_without_a_finite_value_drops_nothing(
     assert len(store.log()) == 3
 
 
-def test_diff_tells_and_draws_what_changed(
+def test_diff_lists_and_draws_the_changes(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
     at, (root, tip) = ("--store", run_store.path), run_store.log()
@@ -259,7 +259,9 @@ def test_diff_tells_and_draws_what_changed(
     assert (code, "heat.what" in err) == (1, True)
 
 
-def test_a_heat_map_has_a_row_a_layer(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+def test_a_heat_map_has_one_row_for_each_layer(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
     state = {f"h.{n}.{kind}": torch.zeros(4, 4) for n in range(11) for kind in ("up", "down")}
     one = store.save(state)
     state["h.10.up"] = torch.ones(4, 4)
@@ -270,7 +272,7 @@ def test_a_heat_map_has_a_row_a_layer(capsys: pytest.CaptureFixture[str], store:
     assert [row for row in rows if "█" in row] == ["   10 |  ██|"]
 
 
-def test_stacks_and_experts_are_told_apart_in_a_heat_map(store: Store, tmp_path: Path) -> None:
+def test_a_heat_map_separates_stacks_and_experts(store: Store, tmp_path: Path) -> None:
     names = [f"{stack}.{n}.fc.weight" for stack in ("encoder.h", "decoder.h") for n in (0, 1)]
     one = store.save({name: torch.zeros(4) for name in names})
     other = store.save({name: torch.tensor([1.0, 1, 0, at]) for at, name in enumerate(names)})
@@ -293,7 +295,7 @@ def test_stacks_and_experts_are_told_apart_in_a_heat_map(store: Store, tmp_path:
         draw_changes(store.diff(one, store.save({"w": torch.ones(1)})), tmp_path / "heat.png")
 
 
-def test_a_picture_of_thousands_of_checkpoints_has_a_size_to_look_at(
+def test_a_picture_of_thousands_of_checkpoints_has_a_limited_size(
     store: Store, tmp_path: Path
 ) -> None:
     root = store.save({"w": torch.ones(1)}, step=0, metrics={"$\\frac$": 1.0})
@@ -312,7 +314,7 @@ def test_a_picture_of_thousands_of_checkpoints_has_a_size_to_look_at(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Return a list to which every figure goes that is drawn."""
+    """Return a list of all figures that are drawn."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -324,7 +326,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_no_word_of_a_picture_is_cut_off(
+def test_no_text_of_a_picture_is_cut_off(
     drawn: list[Figure], run_store: Store, tmp_path: Path
 ) -> None:
     root = run_store.log()[0]
@@ -353,7 +355,9 @@ def test_no_word_of_a_picture_is_cut_off(
             assert all(frame.contains(*corner) for corner in box.corners()), (word, box)
 
 
-def test_a_base_is_at_no_step(drawn: list[Figure], run_store: Store, tmp_path: Path) -> None:
+def test_a_base_is_drawn_before_the_first_step(
+    drawn: list[Figure], run_store: Store, tmp_path: Path
+) -> None:
     draw_lineage(run_store.log(), run_store.bases(), {}, tmp_path / "lineage.pdf")
     axis = drawn[0].axes[0].xaxis
     ticks = {
@@ -366,7 +370,7 @@ def test_a_base_is_at_no_step(drawn: list[Figure], run_store: Store, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["heat.gif", "heat", "heat.png.txt"])
-def test_a_picture_is_of_a_kind_that_the_help_names(
+def test_a_picture_has_a_suffix_that_the_help_names(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path, name: str
 ) -> None:
     at, (root, tip) = ("--store", run_store.path), run_store.log()
@@ -405,9 +409,7 @@ def test_forget_by_rules_is_planned_first(
     assert run_store.log() == [tagged]
 
 
-def test_would_is_said_of_what_is_not_done(
-    capsys: pytest.CaptureFixture[str], store: Store
-) -> None:
+def test_a_dry_run_says_would(capsys: pytest.CaptureFixture[str], store: Store) -> None:
     at = ("--store", store.path)
     for n in range(1, 4):
         store.save({"w": torch.ones(n)}, step=n)
@@ -425,7 +427,9 @@ def test_would_is_said_of_what_is_not_done(
         assert done.splitlines()[1:2] == planned.splitlines()[1:2]
 
 
-def test_nothing_to_forget_is_said(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+def test_forget_reports_that_there_is_nothing_to_forget(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
     store.save({"w": torch.ones(1)})
     for how in ([], ["--dry-run"]):
         _, out, _ = run(capsys, "--store", store.path, "forget", "--keep-last", "1", *how)
@@ -433,7 +437,7 @@ def test_nothing_to_forget_is_said(capsys: pytest.CaptureFixture[str], store: St
         assert "gc" not in out
 
 
-def test_forget_by_rules_leaves_what_was_pinned_since(store: Store) -> None:
+def test_forget_by_rules_keeps_checkpoints_that_were_pinned_meanwhile(store: Store) -> None:
     saved = [store.save({"w": torch.ones(n)}, step=n) for n in range(1, 5)]
     other = Store.open(store.path)
 
@@ -491,7 +495,7 @@ def test_repack_and_import(
     assert run_store.log()[-1].stored_bytes == tip.stored_bytes
     assert document(capsys, *at, *plain, "--parent", "none")["parent"] is None
     assert run_store.log()[-1].stored_bytes > 2 * tip.stored_bytes
-    # Of another model.
+    # A file of another model.
     safetensors.torch.save_file({"odd": torch.ones(50)}, tmp_path / "odd.safetensors")
     assert "--parent" in run(capsys, *at, "import", tmp_path / "odd.safetensors")[1]
     assert run_store.log()[-1].parent is None
@@ -568,7 +572,7 @@ def test_export_is_a_plain_model_directory(
     assert "not empty" in err
 
 
-def test_export_says_that_nothing_loads_it_yet(
+def test_export_reports_a_missing_configuration(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
     run_store.pin(run_store.save({"w": torch.ones(1)}), "bare")
@@ -608,7 +612,7 @@ def test_check_reports_damage_with_its_own_exit_code(
 
 
 @pytest.mark.parametrize("how", [(), ("--read-data",)])
-def test_check_says_once_that_a_base_is_gone(
+def test_check_reports_a_missing_base_in_one_line(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
     (tmp_path / "model").rename(tmp_path / "moved")
@@ -623,7 +627,7 @@ def test_check_says_once_that_a_base_is_gone(
     assert "damaged" not in out
 
 
-def test_check_tells_a_changed_base_from_damage(
+def test_check_separates_a_changed_base_from_damage(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
     at, (root, tip) = ("--store", run_store.path), run_store.log()
@@ -660,7 +664,7 @@ def test_check_tells_a_changed_base_from_damage(
         (("gc",), "no store at"),
     ],
 )
-def test_no_store_there(
+def test_a_missing_store_is_reported(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     arguments: tuple[str, ...],
@@ -699,7 +703,7 @@ def test_unknown_checkpoint_names_the_nearest(
     assert f"the nearest is {tip.id}" in err
 
 
-def test_an_id_that_is_too_short_is_told_so(
+def test_an_id_that_is_too_short_is_refused(
     capsys: pytest.CaptureFixture[str], run_store: Store
 ) -> None:
     at, tip = ("--store", run_store.path), run_store.log()[-1]
@@ -710,7 +714,7 @@ def test_an_id_that_is_too_short_is_told_so(
             assert (code, "at least 4 characters" in err) == (1, True)
 
 
-def test_log_tells_what_keeps_a_checkpoint(
+def test_log_shows_the_reasons_that_keep_a_checkpoint(
     capsys: pytest.CaptureFixture[str], run_store: Store
 ) -> None:
     run_store.pin(run_store.save({"w": torch.ones(1)}, tags=["x"]), "mine")
@@ -731,7 +735,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
-def test_a_count_is_asked_for_in_the_words_of_the_command_line(
+def test_an_invalid_count_is_reported_with_the_name_of_the_option(
     capsys: pytest.CaptureFixture[str], number: str
 ) -> None:
     with pytest.raises(SystemExit):
@@ -753,7 +757,7 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\u202eb\nc\ud800"
 
 
-def test_what_a_stranger_wrote_cannot_steer_the_terminal(
+def test_untrusted_text_cannot_control_the_terminal(
     capsys: pytest.CaptureFixture[str], store: Store
 ) -> None:
     ckpt = store.save(
@@ -794,7 +798,7 @@ def test_an_output_that_cannot_be_written_is_an_error_without_a_traceback(
     ]
 
 
-def test_a_base_that_is_gone_is_told(
+def test_a_missing_base_is_reported(
     capsys: pytest.CaptureFixture[str], run_store: Store, tmp_path: Path
 ) -> None:
     commands = [["inspect"], ["stats"], ["inspect", run_store.log()[0].id]]
@@ -808,9 +812,7 @@ def test_a_base_that_is_gone_is_told(
     assert document(capsys, "--store", run_store.path, "inspect")["bases"][0]["gone"] is True
 
 
-def test_verbose_logs_to_stderr_and_leaves_the_output_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verbose_logs_to_stderr_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store.create(tmp_path / "store")
     for value in (1.0, 2.0):
         store.save({"w": torch.full((3,), value)})

@@ -1,4 +1,4 @@
-"""A clear sentence, and nothing lost."""
+"""Invalid input is refused with a clear message and without a loss."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ EMPTY = checkpoint_content(
 )
 
 
-def test_where_no_store_is_none_is_opened(tmp_path: Path) -> None:
+def test_a_directory_without_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(NotAStoreError, match=r"no store at .*msft-store init"):
             Store.open(path)
 
 
-def test_a_store_is_created_only_where_nothing_is(tmp_path: Path, store: Store) -> None:
+def test_a_store_is_created_only_in_an_empty_directory(tmp_path: Path, store: Store) -> None:
     with pytest.raises(NotAStoreError, match="already"):
         Store.create(store.path)
     (tmp_path / "file").write_text("x")
@@ -69,7 +69,7 @@ def test_another_version_is_refused(store: Store) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"\xff\x00", b'{"format":"msft-store"}'])
-def test_a_store_file_that_is_none_is_refused(store: Store, data: bytes) -> None:
+def test_an_invalid_config_is_refused(store: Store, data: bytes) -> None:
     Path(store.path, "store.json").write_bytes(data)
     with pytest.raises(StoreError, match=r"store\.json"):
         Store.open(store.path)
@@ -84,7 +84,7 @@ def test_the_nearest_checkpoint_is_shown(store: Store, ckpt: Checkpoint) -> None
         store.get("best-arit")
 
 
-def test_an_empty_store_says_that_it_is(store: Store) -> None:
+def test_an_empty_store_is_reported_as_empty(store: Store) -> None:
     with pytest.raises(UnknownCheckpointError, match="it holds none yet"):
         store.load("abcdef")
 
@@ -117,7 +117,7 @@ def test_names_of_refs_cannot_leave_the_store(store: Store, ckpt: Checkpoint, na
     assert store.refs() == {}
 
 
-def test_refs_that_are_not_there_are_unknown(store: Store) -> None:
+def test_missing_refs_are_unknown(store: Store) -> None:
     with pytest.raises(UnknownCheckpointError, match="no ref 'x'"):
         store.unpin("x")
 
@@ -139,7 +139,7 @@ def test_a_full_disk_says_how_much_is_needed_and_loses_nothing(
     assert full.check() == []
 
 
-def test_an_export_goes_only_where_nothing_is(
+def test_an_export_goes_only_to_an_empty_directory(
     tmp_path: Path, store: Store, ckpt: Checkpoint
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -163,7 +163,7 @@ def test_an_export_goes_only_where_nothing_is(
     ],
     ids=["step", "tags", "generator", "compared", "change"],
 )
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(
+def test_unsupported_tensors_are_refused_before_anything_is_written(
     store: Store, wrong: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=said):

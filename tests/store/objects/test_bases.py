@@ -1,4 +1,4 @@
-"""A base is somebody else's file: it moves, changes, lies."""
+"""Bases that are moved, changed, truncated or invalid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.rot import changed_at
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
 
-def test_a_base_that_moved_is_asked_for_and_relocated(
+def test_a_moved_base_is_reported_and_relocated(
     tmp_path: Path, store: Store, base: Base, ckpt: Checkpoint, state: State
 ) -> None:
     moved = Path(base.path).rename(tmp_path / "elsewhere.safetensors")
@@ -30,7 +30,7 @@ def test_a_base_that_moved_is_asked_for_and_relocated(
         assert one.check() == []
 
 
-def test_relocating_to_another_model_harms_neither(
+def test_relocating_to_another_model_is_refused(
     tmp_path: Path, store: Store, base: Base, ckpt: Checkpoint, state: State
 ) -> None:
     other_state = make_state(9)
@@ -88,7 +88,7 @@ def test_a_base_of_another_store_is_no_parent(tmp_path: Path, store: Store, stat
 
 
 def header(entries: Any, data: bytes = bytes(64), length: int | None = None) -> bytes:
-    """Return a safetensors file with any header at all."""
+    """Return a safetensors file with any header."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -124,7 +124,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     ],
     ids=range(21),
 )
-def test_safetensors_headers_that_lie_are_refused(
+def test_false_safetensors_headers_are_refused(
     tmp_path: Path, store: Store, content: bytes
 ) -> None:
     path = tmp_path / "bad.safetensors"
@@ -145,7 +145,7 @@ def test_safetensors_headers_that_lie_are_refused(
         '{"weight_map": {"w": ["b"]}}',
     ],
 )
-def test_an_index_of_shards_that_lies_is_refused(tmp_path: Path, store: Store, index: str) -> None:
+def test_a_false_index_of_shards_is_refused(tmp_path: Path, store: Store, index: str) -> None:
     write_base(tmp_path / "b.safetensors", make_state())
     folder = tmp_path / "model"
     folder.mkdir()

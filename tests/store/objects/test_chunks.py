@@ -1,4 +1,4 @@
-"""Tensors come in parts that fit together to what ``load`` gives."""
+"""``Store.chunks`` yields parts that make up the tensors of ``Store.load``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_parts_make_up_every_tensor(store: Store) -> None:
     assert (first[1], second[1]) == (0, CHUNK_BYTES // 2)
 
 
-def test_checkpoints_of_equal_shapes_come_apart_alike(store: Store) -> None:
+def test_checkpoints_of_equal_shapes_have_equal_parts(store: Store) -> None:
     state = make_state(big=True)
     one, other = store.save(state), store.save(train_step(state, 0.5, 1))
 
@@ -46,7 +46,7 @@ def test_checkpoints_of_equal_shapes_come_apart_alike(store: Store) -> None:
     )
 
 
-def test_only_what_is_named_is_read_in_the_order_of_the_names(store: Store, state: State) -> None:
+def test_only_named_tensors_are_read_in_the_order_of_the_names(store: Store, state: State) -> None:
     saved = store.save(state)
     wanted = ["model.scale", "lm_head.weight"]
 

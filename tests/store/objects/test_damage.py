@@ -1,4 +1,4 @@
-"""Whatever bytes change: an error, never wrong numbers."""
+"""Every change of bytes is an error, never wrong numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_flipped_bit_anywhere_is_an_error_never_other_numbers(
             noticed += 1
             assert Store.open(store.path).check(read_data=True)
         else:
-            # Where nothing is kept: padding, or bits that a frame's header does not use.
+            # This bit holds no content: padding, or an unused bit of a frame's header.
             assert same_bits(loaded, expected)
         path.write_bytes(whole)
     assert noticed > 10
@@ -62,7 +62,7 @@ def test_a_damaged_chunk_is_reported_with_checkpoint_and_tensor(
     assert store.check(read_data=False) == []
 
 
-def test_what_is_sound_is_named_and_can_be_loaded(
+def test_sound_checkpoints_are_listed_and_can_be_loaded(
     store: Store, ckpt: Checkpoint, base: Base, state: State
 ) -> None:
     other = train_step(state, 0.05, 2)
@@ -109,7 +109,7 @@ def test_without_the_record_of_its_base_a_checkpoint_is_not_sound(
         assert {finding.file for finding in report.findings} == {str(path)}
 
 
-def test_a_save_builds_on_nothing_that_is_damaged(
+def test_a_save_reuses_no_damaged_chunk(
     store: Store, ckpt: Checkpoint, base: Base, state: State
 ) -> None:
     saved = train_step(state, 0.05, 1)
@@ -120,7 +120,7 @@ def test_a_save_builds_on_nothing_that_is_damaged(
     again = Store.open(store.path)
     assert again.examine().damaged == (ckpt.id,)
     assert same_bits(again.load(below), child)
-    # The same content once more: what is damaged of it is written anew, and serves both.
+    # Saving the same content again writes the damaged chunks again, for both checkpoints.
     other = again.save(saved, parent=base, step=9)
     again = Store.open(store.path)
     assert again.check() == []
@@ -128,7 +128,7 @@ def test_a_save_builds_on_nothing_that_is_damaged(
     assert same_bits(again.load(ckpt), saved)
 
 
-def test_saving_a_checkpoint_again_writes_a_damaged_manifest_anew(
+def test_saving_a_checkpoint_again_replaces_a_damaged_manifest(
     store: Store, ckpt: Checkpoint, base: Base, state: State
 ) -> None:
     path = Path(store.path, "manifests", f"{ckpt.id}.json")
@@ -155,7 +155,7 @@ def test_a_lost_pack_is_reported(store: Store, ckpt: Checkpoint) -> None:
             one.load(ckpt.id)
 
 
-def test_a_ref_to_nothing_is_reported(store: Store, ckpt: Checkpoint) -> None:
+def test_a_ref_to_a_missing_checkpoint_is_reported(store: Store, ckpt: Checkpoint) -> None:
     store.pin(ckpt, "best")
     Path(store.path, "manifests", f"{ckpt.id}.json").unlink()
     (finding,) = Store.open(store.path).check()

@@ -1,4 +1,4 @@
-"""Two records of one chunk that are equal to the order, one of which refers to what has gone."""
+"""Two records of one chunk with equal preference, one of which refers to a deleted chunk."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rivals:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_a_gc_that_moves_one_moves_it_before_the_other(tmp_path: Path, seed: int) -> None:
+def test_a_record_that_gc_moves_is_preferred_to_its_equal(tmp_path: Path, seed: int) -> None:
     rivals = Rivals(tmp_path, seed)
     for ckpt in (rivals.one, *rivals.parents):
         rivals.store.forget(ckpt)
@@ -58,7 +58,7 @@ def test_a_gc_that_moves_one_moves_it_before_the_other(tmp_path: Path, seed: int
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_a_repair_that_moves_one_moves_it_before_the_other(tmp_path: Path, seed: int) -> None:
+def test_a_record_that_repair_moves_is_preferred_to_its_equal(tmp_path: Path, seed: int) -> None:
     rivals = Rivals(tmp_path, seed)
     for ckpt in rivals.parents:
         rivals.store.forget(ckpt)

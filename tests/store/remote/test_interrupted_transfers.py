@@ -57,7 +57,7 @@ def count_operations(move: Callable[[FaultyRemote], object], inner: Callable[[],
 
 
 @pytest.mark.parametrize("error", [StorageError, Died])
-def test_a_push_cut_at_any_moment_goes_on(
+def test_a_push_that_is_cut_at_any_moment_can_be_resumed(
     store: Store, states: States, error: type[BaseException]
 ) -> None:
     count = count_operations(
@@ -79,7 +79,7 @@ def test_a_push_cut_at_any_moment_goes_on(
 
 
 @pytest.mark.parametrize("error", [StorageError, Died])
-def test_a_clone_cut_at_any_moment_goes_on(
+def test_a_clone_that_is_cut_at_any_moment_can_be_resumed(
     store: Store, states: States, tmp_path: Path, error: type[BaseException]
 ) -> None:
     memory = connect_remote(MemoryStore())
@@ -114,7 +114,7 @@ def test_a_clone_cut_at_any_moment_goes_on(
     assert cut > 10
 
 
-def test_a_pull_cut_at_any_moment_goes_on_and_fetches_nothing_twice(
+def test_a_pull_that_is_cut_at_any_moment_can_be_resumed_and_fetches_nothing_twice(
     store: Store, states: States, tmp_path: Path
 ) -> None:
     memory = connect_remote(MemoryStore())
@@ -165,7 +165,7 @@ def test_a_connection_that_breaks_is_tried_again(
     assert [move.name for move in push(store, remote).refs] == ["one"]
 
 
-def test_a_connection_that_stays_broken_is_told(store: Store, states: States) -> None:
+def test_a_connection_that_stays_broken_is_reported(store: Store, states: States) -> None:
     faulty = FaultyRemote(connect_remote(MemoryStore()))
 
     def before(kind: str, path: str) -> None:

@@ -99,7 +99,7 @@ def test_a_push_outlives_the_loss_of_any_one_reply(
         assert_holds(open_remote(at(proxy, url)), states)
 
 
-def test_a_push_that_ends_at_any_request_leaves_a_whole_store_and_goes_on(
+def test_a_push_that_ends_at_any_request_leaves_a_complete_store_and_can_be_resumed(
     proxy: CuttingProxy, tmp_path: Path, states: dict[str, State]
 ) -> None:
     requests_of(proxy)
@@ -117,7 +117,7 @@ def test_a_push_that_ends_at_any_request_leaves_a_whole_store_and_goes_on(
         requests_of(proxy)
 
 
-def test_a_clone_that_ends_at_any_request_goes_on(
+def test_a_clone_that_ends_at_any_request_can_be_resumed(
     proxy: CuttingProxy, tmp_path: Path, states: dict[str, State]
 ) -> None:
     url = fresh()

@@ -1,4 +1,4 @@
-"""A timeline's name has one process at a time that uses it."""
+"""One process at a time uses the name of a timeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opened(store: Store, name: str = "main") -> Timeline:
 
 
 class Other:
-    """A process that was there before this one had a timeline, and does what it is told."""
+    """A process that started before this one claimed a timeline, and runs commands."""
 
     def __init__(self, store: Store) -> None:
         told, self._tell = os.pipe()
@@ -80,7 +80,7 @@ def other(store: Store) -> Iterator[Other]:
     process.end()
 
 
-def test_a_second_process_is_refused_and_told_who_has_it(store: Store, other: Other) -> None:
+def test_a_second_process_is_refused_with_the_name_of_the_owner(store: Store, other: Other) -> None:
     assert other.does("open") == "done"
     with pytest.raises(BusyError) as caught:
         opened(store)
@@ -96,7 +96,7 @@ def test_two_processes_do_not_evict_each_others_best(store: Store, other: Other)
     assert torch.equal(line.rollback(ckpt)["w"], torch.ones(3))
 
 
-def test_it_is_free_as_soon_as_its_process_was_killed(store: Store, other: Other) -> None:
+def test_a_claim_is_free_as_soon_as_its_process_was_killed(store: Store, other: Other) -> None:
     other.does("open")
     os.kill(other.process, signal.SIGKILL)
     os.waitid(os.P_PID, other.process, os.WEXITED | os.WNOWAIT)
@@ -106,19 +106,19 @@ def test_it_is_free_as_soon_as_its_process_was_killed(store: Store, other: Other
 
 
 @pytest.mark.parametrize("word", ["close", "forget", "fail inside"])
-def test_it_is_free_once_its_user_has_left_it(store: Store, other: Other, word: str) -> None:
+def test_a_claim_is_free_once_its_user_has_left_it(store: Store, other: Other, word: str) -> None:
     other.does("open")
     assert other.does(word) == "done"
     opened(store).close()
     assert list(Path(store.path, "locks").iterdir()) == []
 
 
-def test_one_that_could_not_begin_is_free(store: Store, other: Other) -> None:
+def test_a_timeline_that_could_not_begin_has_no_claim(store: Store, other: Other) -> None:
     assert other.does("fail to open") not in ("", "done")
     opened(store).close()
 
 
-def test_in_one_process_it_is_opened_again_and_closed_once(store: Store, other: Other) -> None:
+def test_a_timeline_can_be_opened_again_in_one_process(store: Store, other: Other) -> None:
     first = opened(store)
     second = opened(store)
     del first
@@ -130,7 +130,7 @@ def test_in_one_process_it_is_opened_again_and_closed_once(store: Store, other: 
     del second
 
 
-def test_a_forked_child_takes_it_up_and_leaves_it_to_its_parent(store: Store, other: Other) -> None:
+def test_a_forked_child_may_use_its_parents_timeline(store: Store, other: Other) -> None:
     line = opened(store)
 
     def work() -> int:
@@ -145,7 +145,9 @@ def test_a_forked_child_takes_it_up_and_leaves_it_to_its_parent(store: Store, ot
     assert other.does("open") == "done"
 
 
-def test_a_forked_child_is_refused_where_another_has_it(store: Store, other: Other) -> None:
+def test_a_forked_child_is_refused_if_another_process_has_the_claim(
+    store: Store, other: Other
+) -> None:
     line = opened(store)
     line.close()
     other.does("open")
@@ -158,9 +160,7 @@ def test_a_forked_child_is_refused_where_another_has_it(store: Store, other: Oth
     assert end_of(begin(work)) == 0
 
 
-def test_a_store_that_was_made_anew_at_the_same_place_has_claims_of_its_own(
-    store: Store, other: Other
-) -> None:
+def test_a_new_store_at_the_same_path_has_its_own_claims(store: Store, other: Other) -> None:
     line = opened(store)
     Path(store.path, "locks", ".timeline-main").unlink()
     again = opened(store)
@@ -171,7 +171,7 @@ def test_a_store_that_was_made_anew_at_the_same_place_has_claims_of_its_own(
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_the_file_system_has_no_locks_all_goes_without(
+def test_claims_succeed_on_a_file_system_without_locks(
     store: Store, base: Base, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def fail(*_: object) -> NoReturn:
@@ -196,7 +196,7 @@ def _folder(path: Path, outside: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [_link, _pipe, _folder])
-def test_what_is_no_file_is_not_opened(
+def test_only_regular_files_are_opened(
     store: Store, tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
     outside = tmp_path / "outside"

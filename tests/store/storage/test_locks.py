@@ -1,4 +1,4 @@
-"""Locks: who gets one, whose is recovered, and that nobody writes without."""
+"""Locks: the order of owners, the recovery of dead locks, and writes without a lock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.states import State, same_bits, train_step
 
 
 def hasty(store: Store) -> Store:
-    """Return the same store, opened by somebody who does not wait."""
+    """Return the same store with a lock timeout of zero."""
     return Store(LocalBackend(Path(store.path), lock_timeout=0.0))
 
 
@@ -46,16 +46,16 @@ class Request(NamedTuple):
     at: str = "place"
     placed: bool = False
     looked: int = 0
-    """How many requests it has looked at."""
+    """Number of requests that it has read."""
     first: int | None = None
-    """The first of those whose locks it saw and that conflict."""
+    """The first request whose lock it saw and that conflicts."""
 
 
 DONE = Request("done")
 
 
 @pytest.mark.parametrize("modes", list(itertools.product(["shared", "exclusive"], repeat=3)))
-def test_in_every_order_of_steps_nobody_conflicts_and_everybody_gets_a_turn(
+def test_no_order_of_steps_leads_to_conflicts_or_starvation(
     modes: tuple[str, ...],
 ) -> None:
     start = tuple(Request() for _ in modes)
@@ -65,14 +65,14 @@ def test_in_every_order_of_steps_nobody_conflicts_and_everybody_gets_a_turn(
         state = new.pop()
         owners = [m for request, m in zip(state, modes, strict=True) if request.at == "go"]
         assert "exclusive" not in owners or len(owners) == 1
-        # Any of them may also be killed, and its lock recovered.
+        # Each of them may also be killed, and its lock recovered.
         killed = [(*state[:who], DONE, *state[who + 1 :]) for who in range(len(state))]
         after = list(successors(state, modes))
         new += {*after, *killed} - before.keys()
         before.update({one: [] for one in {*after, *killed} - before.keys()})
         for one in after:
             before[one].append(state)
-    # From wherever it is, it can come to an end without anybody being killed.
+    # From every state, the requests can finish without a kill.
     end = tuple(DONE for _ in modes)
     ended, new = {end}, [end]
     while new:
@@ -83,7 +83,7 @@ def test_in_every_order_of_steps_nobody_conflicts_and_everybody_gets_a_turn(
 
 
 def successors(state: tuple[Request, ...], modes: tuple[str, ...]) -> Iterator[tuple[Request, ...]]:
-    """Yield what one more step of any one request leads to."""
+    """Yield the states after one more step of one request."""
     for who, request in enumerate(state):
         after = {"place": Request("look", placed=True), "withdraw": Request("look"), "go": DONE}
         if request.at in after:
@@ -104,12 +104,12 @@ def successors(state: tuple[Request, ...], modes: tuple[str, ...]) -> Iterator[t
 
 
 def elsewhere(action: Callable[[], object]) -> None:
-    """Do something in another thread, which has no lock."""
+    """Run a function in another thread, which has no lock."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(action).result()
 
 
-def test_a_lock_is_an_empty_file_that_names_its_owner_and_goes_with_it(store: Store) -> None:
+def test_a_lock_is_an_empty_file_that_names_its_owner(store: Store) -> None:
     with store.protecting("a commit"):
         (path,) = lock_files(store)
         assert path.stat().st_size == 0
@@ -129,7 +129,7 @@ def test_locks_do_not_count_as_the_stores_bytes(store: Store, ckpt: Checkpoint) 
     assert store.check() == []
 
 
-def test_a_thread_may_take_what_it_has_but_not_more(store: Store) -> None:
+def test_a_thread_may_take_its_lock_again_but_not_upgrade_it(store: Store) -> None:
     locks = Locks(Path(store.path), timeout=0.0)
     outer = locks.acquire(shared=True, purpose="commit")
     assert locks.acquire(shared=True, purpose="save") is outer
@@ -148,7 +148,7 @@ def test_a_thread_may_take_what_it_has_but_not_more(store: Store) -> None:
     assert lock_files(store) == []
 
 
-def test_stores_of_one_place_in_one_thread_have_one_lock(
+def test_stores_of_one_path_in_one_thread_share_a_lock(
     tmp_path: Path, store: Store, ckpt: Checkpoint
 ) -> None:
     (tmp_path / "link").symlink_to(store.path)
@@ -196,7 +196,7 @@ def test_a_save_in_a_commit_does_not_queue_behind_a_gc_that_waits_for_the_commit
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_who_asked_first_keeps_its_place_and_who_came_later_makes_way(
+def test_the_older_request_keeps_its_file_and_the_younger_withdraws(
     store: Store, shared: bool
 ) -> None:
     others = plant(store, here(), later=3600)
@@ -216,7 +216,7 @@ def test_who_asked_first_keeps_its_place_and_who_came_later_makes_way(
     before.unlink()
     while not list(folder.glob("*_asked_*")):
         assert asking.is_alive()
-    # It is put back if somebody takes it away.
+    # It is placed again if another process removes it.
     next(folder.glob("*_asked_*")).unlink()
     while not list(folder.glob("*_asked_*")):
         assert asking.is_alive()
@@ -226,7 +226,7 @@ def test_who_asked_first_keeps_its_place_and_who_came_later_makes_way(
     assert lock_files(store) == []
 
 
-def test_a_forked_child_has_no_lock_and_takes_none_away(store: Store, ckpt: Checkpoint) -> None:
+def test_a_forked_child_has_no_lock_and_removes_none(store: Store, ckpt: Checkpoint) -> None:
     with store.protecting("commit"):
         child = os.fork()
         if child == 0:
@@ -269,12 +269,12 @@ def test_a_disk_without_room_for_a_byte_has_room_for_a_lock(
     assert [c.id for c in store.log()] == [ckpt.id]
 
 
-# Owners that are no more
+# Dead owners
 
 
 @pytest.mark.parametrize("reaped", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_lock_of_a_killed_process_is_in_nobodys_way(
+def test_the_lock_of_a_killed_process_blocks_no_other(
     store: Store, ckpt: Checkpoint, shared: bool, reaped: bool
 ) -> None:
     child = os.fork()
@@ -302,7 +302,7 @@ def test_an_owner_that_cannot_live_any_more_is_dead(
     store: Store, ckpt: Checkpoint, owner: Process
 ) -> None:
     plant(store, owner)
-    # Whoever runs these tests may be in a container, where a machine cannot be known again.
+    # These tests may run in a container, where a machine cannot be identified.
     expected = "dead" if owner.boot == here().boot or here().machine != UNKNOWN else "elsewhere"
     assert [lock.owner for lock in store.locks()] == [expected]
     assert process_status(owner, here()) == expected
@@ -321,7 +321,7 @@ def test_an_owner_that_cannot_live_any_more_is_dead(
         ELSEWHERE,
     ],
 )
-def test_an_owner_out_of_sight_is_believed_until_it_was_silent_for_long(
+def test_an_owner_elsewhere_counts_as_alive_until_it_expires(
     store: Store, ckpt: Checkpoint, base: Base, state: State, owner: Process
 ) -> None:
     lock = plant(store, owner, purpose="a gc")
@@ -335,14 +335,14 @@ def test_an_owner_out_of_sight_is_believed_until_it_was_silent_for_long(
     assert same_bits(store.load(ckpt), train_step(state, 0.05, 1))
 
 
-def test_processes_whose_kind_hides_everything_are_elsewhere() -> None:
+def test_processes_without_readable_identity_are_elsewhere() -> None:
     hidden = here(boot=UNKNOWN, namespace=UNKNOWN, machine=UNKNOWN, start=0)
     assert process_status(hidden, hidden) == "elsewhere"
     assert process_status(here(start=0), here()) == "alive"
     assert process_status(here(pid=1, start=0), here()) == "alive"
 
 
-def test_unlock_takes_the_dead_and_with_force_all(store: Store, ckpt: Checkpoint) -> None:
+def test_unlock_removes_dead_locks_and_with_force_all(store: Store, ckpt: Checkpoint) -> None:
     dead = plant(store, here(start=1), shared=True)
     silent = plant(store, ELSEWHERE, shared=True)
     silence(silent)
@@ -355,7 +355,7 @@ def test_unlock_takes_the_dead_and_with_force_all(store: Store, ckpt: Checkpoint
     hasty(store).forget(ckpt)
 
 
-def test_a_lock_of_a_form_to_come_is_respected(store: Store, ckpt: Checkpoint) -> None:
+def test_a_lock_of_an_unknown_form_is_respected(store: Store, ckpt: Checkpoint) -> None:
     path = Path(store.path, LOCKS, "v9 of somebody")
     path.touch()
     path.with_name(".hidden").touch()
@@ -366,7 +366,7 @@ def test_a_lock_of_a_form_to_come_is_respected(store: Store, ckpt: Checkpoint) -
     assert [p.name for p in lock_files(store)] == [".hidden"]
 
 
-# An owner whose lock is gone
+# An owner whose lock was removed
 
 
 def test_an_owner_without_its_lock_finalizes_nothing(
@@ -386,7 +386,7 @@ def test_an_owner_without_its_lock_finalizes_nothing(
     store.save(train_step(state, 0.1, 1), parent=base)
 
 
-def test_who_has_lost_its_lock_deletes_nothing(store: Store, ckpt: Checkpoint) -> None:
+def test_an_owner_without_its_lock_deletes_nothing(store: Store, ckpt: Checkpoint) -> None:
     backend = LocalBackend(Path(store.path))
     manifest = f"manifests/{ckpt.id}.json"
     with backend.lock(shared=False, purpose="gc"):
@@ -398,10 +398,10 @@ def test_who_has_lost_its_lock_deletes_nothing(store: Store, ckpt: Checkpoint) -
     assert store.log() == [ckpt]
 
 
-# Limits of waiting, and where no lock can be written
+# Timeouts, and directories without write permission
 
 
-def test_the_environment_says_how_long_a_lock_is_waited_for(
+def test_the_environment_sets_the_lock_timeout(
     store: Store, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TIMEOUT, "0.01")
@@ -416,7 +416,7 @@ def test_the_environment_says_how_long_a_lock_is_waited_for(
     store.forget(ckpt)
 
 
-def test_a_store_without_a_place_for_locks_is_read_and_not_written(
+def test_a_store_where_no_lock_can_be_written_is_read_only(
     store: Store, ckpt: Checkpoint, state: State
 ) -> None:
     folder = Path(store.path, LOCKS)

@@ -1,4 +1,4 @@
-"""No write takes a store's directory beyond its bound."""
+"""No write takes a store's directory beyond its limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.quota import bytes_on_disk
 
 
 class SmallDisk(LocalBackend):
-    """A folder on a disk that says how much is free."""
+    """A folder on a disk with a given number of free bytes."""
 
     def free_bytes(self) -> int | None:
         return 100
@@ -33,7 +33,7 @@ def put(backend: QuotaBackend, path: str, *sizes: int) -> None:
         writer.finalize(path)
 
 
-def test_all_that_is_there_counts(backend: QuotaBackend, tmp_path: Path) -> None:
+def test_all_files_count(backend: QuotaBackend, tmp_path: Path) -> None:
     with backend.limit(160):
         put(backend, "one", 30, 20)
         with pytest.raises(OverBudgetError, match=r"11 B more do not fit.*150 B of.*160 B"):
@@ -55,7 +55,7 @@ def test_a_refused_write_writes_nothing_and_a_file_counts_while_it_is_open(
     assert bytes_on_disk(tmp_path) == 140
 
 
-def test_what_replaces_a_file_needs_room_beside_it(backend: QuotaBackend) -> None:
+def test_a_replacement_needs_room_beside_the_file(backend: QuotaBackend) -> None:
     with backend.limit(199), pytest.raises(OverBudgetError):
         put(backend, "there", 100)
     with backend.limit(200):
@@ -63,7 +63,7 @@ def test_what_replaces_a_file_needs_room_beside_it(backend: QuotaBackend) -> Non
         put(backend, "there", 50)
 
 
-def test_a_bound_is_for_one_thread_and_ends(backend: QuotaBackend) -> None:
+def test_a_limit_is_for_one_thread_and_ends(backend: QuotaBackend) -> None:
     with backend.limit(100):
         other = threading.Thread(target=put, args=(backend, "one", 30))
         other.start()
@@ -83,7 +83,7 @@ def test_a_reserve_stays_free(backend: QuotaBackend) -> None:
             put(backend, "two", 1)
 
 
-def test_what_certainly_does_not_fit_is_refused_beforehand(
+def test_bytes_that_cannot_fit_are_refused_beforehand(
     backend: QuotaBackend, tmp_path: Path
 ) -> None:
     backend.require_space(1 << 20)
