@@ -37,22 +37,22 @@ def lineage(
     for checkpoint in checkpoints:
         parent = checkpoint.parent if checkpoint.parent in known else checkpoint.base
         children.setdefault(parent, []).append(checkpoint)
-    why = kept_by(refs, notes)
+    reasons = kept_by(refs, notes)
     rows: list[tuple[str, ...]] = []
     for base in bases:
         size, path = format_bytes(base.logical_bytes), shorten_path(base.path)
         rows.append((f"base {base.id[:12]}", "", "", size, "", "", path))
-        rows += _rows(children.get(base.id, []), children, why)
+        rows += _rows(children.get(base.id, []), children, reasons)
     if None in children:
         rows.append(("no base", "", "", "", "", "", ""))
-        rows += _rows(children[None], children, why)
+        rows += _rows(children[None], children, reasons)
     return format_table(_HEADER, rows, align="<><>>><") if rows else ""
 
 
 def _rows(
     top: Sequence[Checkpoint],
     children: Mapping[str | None, Sequence[Checkpoint]],
-    why: Mapping[str, str],
+    reasons: Mapping[str, str],
 ) -> Iterator[tuple[str, ...]]:
     # Use a list instead of recursion, because a run may be a chain of thousands of checkpoints.
     pending = _level(top, "")
@@ -65,7 +65,7 @@ def _rows(
             format_bytes(checkpoint.logical_bytes),
             format_bytes(checkpoint.stored_bytes),
             format_percent(checkpoint.stored_bytes, checkpoint.logical_bytes),
-            why.get(checkpoint.id, ""),
+            reasons.get(checkpoint.id, ""),
         )
         deeper = indent + ("   " if last else "│  ")
         pending += _level(children.get(checkpoint.id, []), deeper[: len("│  ") * _DEEPEST])

@@ -190,16 +190,13 @@ class PackIndex:
 
     def _table_of(self, base: str | None) -> KeyTable:
         number = self._numbers.get(base, -1) if base is not None else -1
-        table = self._tables.get(number)
-        if table is None:
-            table = self._tables[number] = self._table(number)
-        return table
-
-    def _table(self, number: int) -> KeyTable:
+        if number in self._tables:
+            return self._tables[number]
         rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
         depths, ages, lengths = self.depths[rows], self._ages[rows], self.lengths[rows]
         preference = (depths, self.refers_to_chunk[rows], ages, lengths)
-        return KeyTable(self.keys[rows], rows, preference)
+        table = self._tables[number] = KeyTable(self.keys[rows], rows, preference)
+        return table
 
 
 def _concatenate_column(parts: Sequence[NDArray[Any]], dtype: type[_N]) -> NDArray[_N]:

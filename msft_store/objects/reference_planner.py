@@ -70,18 +70,9 @@ class ReferencePlanner:
         box = entry.pieces[piece]
         parent = self._parent.get(name)
         if parent is not None and (parent.dtype, parent.shape) == (entry.dtype, entry.shape):
-            for other in parent.pieces:
-                if (other.offset, other.shape) == (box.offset, box.shape):
-                    rest = math.prod(other.shape) * entry.dtype.size - chunk * CHUNK_BYTES
-                    size = min(rest, CHUNK_BYTES)
-                    found = self._chunk(other.keys[chunk], size)
-                    if found is not None:
-                        return found
-                    break
-            else:
-                spanning = self._spanning(parent, box, chunk)
-                if spanning is not None:
-                    return spanning
+            found = self._in_parent(parent, box, chunk)
+            if found is not None:
+                return found
         match = self._names.get(name)
         if match is None or not can_convert(self._base_tensors[match].dtype, entry.dtype):
             return None
@@ -91,6 +82,13 @@ class ReferencePlanner:
             box=None if box.shape == entry.shape else (box.offset, box.shape),
         )
         return Reference(base=self._base, depth=1, span=span)
+
+    def _in_parent(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+        for piece in parent.pieces:
+            if (piece.offset, piece.shape) == (box.offset, box.shape):
+                rest = math.prod(box.shape) * parent.dtype.size - chunk * CHUNK_BYTES
+                return self._chunk(piece.keys[chunk], min(rest, CHUNK_BYTES))
+        return self._spanning(parent, box, chunk)
 
     def _spanning(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
         """Return the parts of the parent's chunks that hold the elements of a box's chunk."""
