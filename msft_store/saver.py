@@ -35,6 +35,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -215,20 +216,17 @@ class AsyncSaver:
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
         if level is not None:
             check_level(level)
-
-        def work(state: State) -> Checkpoint:
-            return self._store.save(
-                state,
-                parent=parent,
-                step=facts.step,
-                metrics=facts.metrics,
-                tags=facts.tags,
-                metadata=facts.metadata,
-                level=level,
-                compared=compared,
-            )
-
-        return self._background.submit(tensors, work)
+        save = partial(
+            self._store.save,
+            parent=parent,
+            step=facts.step,
+            metrics=facts.metrics,
+            tags=facts.tags,
+            metadata=facts.metadata,
+            level=level,
+            compared=compared,
+        )
+        return self._background.submit(tensors, save)
 
     def wait(self) -> None:
         """Wait until the last save is durable.

@@ -12,8 +12,9 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from msft_store.errors import CorruptedError, StoreError, strip_frames
@@ -221,24 +222,36 @@ def _check_checkpoint(
     keys = catalog.keys_by_base([checkpoint])
     if not read_data and _is_whole(catalog, keys, tensors.values()):
         return
+    find = partial(_find_problem, catalog, read_data=read_data)
+    for name, problem in list_problems(tensors, checkpoint.base, known, find):
+        yield Finding(
+            where=f"{label}, tensor {name}",
+            what=str(problem),
+            kind="chunk",
+            checkpoint=checkpoint.id,
+            tensor=name,
+            file=problem.file,
+        )
+
+
+def list_problems(
+    tensors: Mapping[str, TensorEntry],
+    base: str | None,
+    known: Known,
+    find: Callable[[bytes, int, DType, str | None], StoreError | None],
+) -> Iterator[tuple[str, StoreError]]:
+    """Yield the tensor and the error of each damaged chunk; ``find`` checks those not yet known."""
     for name, entry in tensors.items():
         for key, size in entry.chunks():
-            place = (key, size, entry.dtype, checkpoint.base)
+            place = (key, size, entry.dtype, base)
             if place not in known:
-                known[place] = _problem(catalog, *place, read_data=read_data)
+                known[place] = find(*place)
             problem = known[place]
             if problem is not None:
-                yield Finding(
-                    where=f"{label}, tensor {name}",
-                    what=str(problem),
-                    kind="chunk",
-                    checkpoint=checkpoint.id,
-                    tensor=name,
-                    file=problem.file,
-                )
+                yield name, problem
 
 
-def _problem(
+def _find_problem(
     catalog: Catalog, key: bytes, size: int, dtype: DType, base: str | None, *, read_data: bool
 ) -> StoreError | None:
     try:

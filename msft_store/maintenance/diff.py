@@ -139,9 +139,7 @@ def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _
 
 def _compare(name: str, first: _Side, second: _Side, stored_bytes: int) -> TensorDiff:
     old, new = first.tensors.get(name), second.tensors.get(name)
-    entry = new or old
-    if entry is None:
-        raise KeyError(name)
+    entry = new or first.tensors[name]
     elements = math.prod(entry.shape)
     kind: Kind = "removed" if new is None else "added"
     changed, largest = elements, None

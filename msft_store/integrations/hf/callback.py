@@ -436,7 +436,7 @@ class StoreCallback(TrainerCallback):
             if self._parts.get(name) is not None:
                 self._parts[name].load_state_dict(part)
         self._commits = resumed["commits"]
-        run_in_main_process(lambda: self._timelines.rewind(self._commits))
+        run_in_main_process(lambda: self.timeline.rewind(self._commits))
         if self._is_complete(state):
             self._point = point
 

@@ -107,10 +107,6 @@ class RunTimelines:
         else:
             commit(tensors)
 
-    def rewind(self, index: int) -> None:
-        """Delete the commits from number ``index`` on, so that the next commit gets this number."""
-        self.timeline.rewind(index)
-
     def list_kept(self) -> list[Checkpoint]:
         """Return the kept checkpoints, oldest first. This works in every process."""
         self.wait()

@@ -32,6 +32,7 @@ from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Numbers, is_among
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import Footer
+from msft_store.maintenance.check import Known, list_problems
 from msft_store.maintenance.repair.extract import extract_footer
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
@@ -225,7 +226,7 @@ class Conditions:
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
         self._catalog = survey.catalog
-        self._known: dict[tuple[bytes, int, DType, str | None], StoreError | None] = {}
+        self._known: Known = {}
         self._reasons = self._unusable()
         self.sound: list[str] = []
         """Ids of the checkpoints that can be restored, oldest first."""
@@ -263,18 +264,13 @@ class Conditions:
             # The checkpoint is not lost: adding the same model again restores the same base.
             text = f"base {base[:12]} has no record that can be read; msft-store add-base PATH"
             return [BaseError(f"{text} with the same model brings it back")]
-        problems: list[StoreError] = []
-        for name, entry in self._catalog.tensors(checkpoint).items():
-            for key, size in entry.chunks():
-                place = (key, size, entry.dtype, base)
-                if place not in self._known:
-                    self._known[place] = self._problem(*place)
-                problem = self._known[place]
-                if problem is not None:
-                    problems.append(type(problem)(f"tensor {name}: {problem}"))
-        return problems
+        tensors = self._catalog.tensors(checkpoint)
+        found = list_problems(tensors, base, self._known, self._assess_chunk)
+        return [type(problem)(f"tensor {name}: {problem}") for name, problem in found]
 
-    def _problem(self, key: bytes, size: int, dtype: DType, base: str | None) -> StoreError | None:
+    def _assess_chunk(
+        self, key: bytes, size: int, dtype: DType, base: str | None
+    ) -> StoreError | None:
         objects = self._catalog.objects
         if objects.find_in_base(key, base) is not None:
             try:

@@ -123,23 +123,16 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     found = Conditions(Survey(catalog, verdicts))
     refs, damaged = RefReader(overlay).scan()
     require_damage(damaged.values())
-    quarantined = {path: strip_hint(error) for path, error in damaged.items()}
     kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
-    quarantined |= {
-        ref_path(ref.name): f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
-        for ref in refs.values()
-        if ref.checkpoint not in kept
-    }
-    quarantined |= {
-        manifest_path(condition.checkpoint): "; ".join(condition.reasons)
-        for condition in found.lost
-    }
     packs = {pack.path for pack in found.packs}
-    quarantined |= {
-        path: strip_hint(error)
-        for path, error in catalog.objects.damaged.items()
-        if path not in packs
-    }
+    errors = {**damaged, **catalog.objects.damaged}
+    quarantined = {path: strip_hint(error) for path, error in errors.items() if path not in packs}
+    for ref in refs.values():
+        if ref.checkpoint not in kept:
+            reason = f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
+            quarantined[ref_path(ref.name)] = reason
+    for condition in found.lost:
+        quarantined[manifest_path(condition.checkpoint)] = "; ".join(condition.reasons)
     return RepairPlan(
         sound=tuple(found.sound),
         waiting=tuple(found.waiting),
