@@ -11,10 +11,6 @@ from msft_store import StorageError
 from msft_store.remote.transport.base import Remote
 
 
-class Died(BaseException):
-    """Stands for the death of the process."""
-
-
 class FaultyRemote:
     """Wraps a remote; fails at the n-th operation (from 0) and records the paths of all writes."""
 

@@ -18,7 +18,8 @@ from msft_store import Base, NotAStoreError, StorageError, Store
 from msft_store.remote.api import clone, open_remote, pull, push
 from msft_store.remote.transport.base import ConnectionLostError, RetryingRemote
 from msft_store.remote.transport.url import connect_remote
-from tests.support.remotes import Died, FaultyRemote
+from msft_store.testing import SimulatedKill
+from tests.support.remotes import FaultyRemote
 from tests.support.s3 import environment, serve_s3
 from tests.support.states import State, make_state, same_bits, train_step
 
@@ -56,7 +57,7 @@ def count_operations(move: Callable[[FaultyRemote], object], inner: Callable[[],
     return remote.count
 
 
-@pytest.mark.parametrize("error", [StorageError, Died])
+@pytest.mark.parametrize("error", [StorageError, SimulatedKill])
 def test_a_push_that_is_cut_at_any_moment_can_be_resumed(
     store: Store, states: States, error: type[BaseException]
 ) -> None:
@@ -78,7 +79,7 @@ def test_a_push_that_is_cut_at_any_moment_can_be_resumed(
         assert push(store, remote, with_base=True).bytes == 0
 
 
-@pytest.mark.parametrize("error", [StorageError, Died])
+@pytest.mark.parametrize("error", [StorageError, SimulatedKill])
 def test_a_clone_that_is_cut_at_any_moment_can_be_resumed(
     store: Store, states: States, tmp_path: Path, error: type[BaseException]
 ) -> None:

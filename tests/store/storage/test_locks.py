@@ -386,18 +386,6 @@ def test_an_owner_without_its_lock_finalizes_nothing(
     store.save(train_step(state, 0.1, 1), parent=base)
 
 
-def test_an_owner_without_its_lock_deletes_nothing(store: Store, ckpt: Checkpoint) -> None:
-    backend = LocalBackend(Path(store.path))
-    manifest = f"manifests/{ckpt.id}.json"
-    with backend.lock(shared=False, purpose="gc"):
-        store.unlock(force=True)
-        with pytest.raises(BusyError, match="was taken away from gc"):
-            backend.delete(manifest)
-        with pytest.raises(BusyError, match="was taken away from gc"):
-            backend.move(manifest, "elsewhere")
-    assert store.log() == [ckpt]
-
-
 # Timeouts, and directories without write permission
 
 
