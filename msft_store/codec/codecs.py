@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import zstandard
 
-from msft_store.codec import adaptive_codec, changes, exponent_codec
+from msft_store.codec import adaptive_codec, changes, exponent_codec, kernels
 from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.codec.kernels import (
     Bytes,
@@ -35,8 +35,6 @@ from msft_store.codec.kernels import (
     encode_gaps,
     encode_lane_changes,
     join_planes,
-    rotate_left,
-    rotate_right,
     split_planes,
     view_lanes,
 )
@@ -235,12 +233,8 @@ class Turned(Codec):
 
     def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
         codes = view_lanes(chunk, dtype.lane).view(f"<u{dtype.lane}")
-        compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
-        if compiled is None:
-            planes = split_planes(rotate_left(codes))
-        else:
-            codes.flags.writeable = False
-            planes = compiled.split_rotated_planes(codes, dtype.lane)
+        codes.flags.writeable = False
+        planes = _rotation_kernels(dtype).split_rotated_planes(codes, dtype.lane)
         stream = get_compressor(None).compressobj(planes.size)
         parts: list[bytes] = []
         for plane in planes.reshape(dtype.lane, -1):
@@ -251,11 +245,7 @@ class Turned(Codec):
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         codes = view_lanes(out, dtype.lane).view(f"<u{dtype.lane}")
         planes = _decompress(payload, out.size)
-        compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
-        if compiled is None:
-            codes[:] = rotate_right(join_planes(planes, dtype.lane))
-        else:
-            compiled.join_rotated_planes(planes, codes, dtype.lane)
+        _rotation_kernels(dtype).join_rotated_planes(planes, codes, dtype.lane)
 
 
 RAW = Raw(0, "raw")
@@ -308,9 +298,9 @@ def _encode_alone(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, byte
     if dtype.lane == 1:
         return ZSTD, ZSTD.encode(chunk, None, dtype)
     if not dtype.floating:
-        return _try((PLANES, ZSTD), chunk, None, dtype)
+        return _encode_smallest((PLANES, ZSTD), chunk, None, dtype)
     if level == "small":
-        return _try((TURNED, PLANES, ZSTD), chunk, None, dtype)
+        return _encode_smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
     turned = TURNED.encode(chunk, None, dtype)
     if len(turned) < _SEARCH_FROM * chunk.size:
         return TURNED, turned
@@ -327,15 +317,15 @@ def _encode_against(
         if not is_small and len(payload) >= _TABLES_PAY_FROM:
             return codec, payload
         plainer = (SPARSE, DELTA) if is_small else (SPARSE,)
-        return _smallest(_try(plainer, chunk, reference, dtype), (codec, payload))
+        return _smallest(_encode_smallest(plainer, chunk, reference, dtype), (codec, payload))
     new, old = _view_pair(chunk, reference, dtype)
     changed = np.count_nonzero(new != old) / new.size
     sparse = (SPARSE,) if changed < _SPARSE_BELOW else ()
     dense = (DELTA,) if changed >= _DENSE_FROM else ()
-    return _try((*sparse, *dense), chunk, reference, dtype)
+    return _encode_smallest((*sparse, *dense), chunk, reference, dtype)
 
 
-def _try(
+def _encode_smallest(
     codecs: tuple[Codec, ...], chunk: Bytes, reference: Bytes | None, dtype: DType
 ) -> tuple[Codec, bytes]:
     return _smallest(*((codec, codec.encode(chunk, reference, dtype)) for codec in codecs))
@@ -350,6 +340,11 @@ def _require_layout(dtype: DType) -> FloatLayout:
     if layout is None:
         raise ValueError(f"{dtype.name} has no exponents to code by")
     return layout
+
+
+def _rotation_kernels(dtype: DType) -> Any:
+    compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
+    return kernels if compiled is None else compiled
 
 
 def _view_pair(chunk: Bytes, reference: Bytes | None, dtype: DType) -> tuple[Lanes, Lanes]:

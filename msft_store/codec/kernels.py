@@ -90,14 +90,15 @@ def join_planes(planes: Bytes, width: int) -> Codes:
     return values
 
 
-def rotate_left(values: Codes) -> Codes:
-    """Return lanes rotated left by one bit, so that a float's exponent begins its highest byte."""
-    return (values << 1 | values >> (8 * values.dtype.itemsize - 1)).astype(values.dtype)
+def split_rotated_planes(values: Codes, width: int) -> Bytes:
+    """Return the planes of lanes rotated left by one bit, which puts exponents in the last one."""
+    return split_planes((values << 1 | values >> (8 * width - 1)).astype(values.dtype))
 
 
-def rotate_right(values: Codes) -> Codes:
-    """Undo :func:`rotate_left`."""
-    return (values >> 1 | values << (8 * values.dtype.itemsize - 1)).astype(values.dtype)
+def join_rotated_planes(planes: Bytes, values: Codes, width: int) -> None:
+    """Undo :func:`split_rotated_planes`: fill ``values``."""
+    rotated = join_planes(planes, width)
+    values[:] = rotated >> 1 | rotated << (8 * width - 1)
 
 
 def encode_gaps(positions: NDArray[np.int64]) -> NDArray[np.uint32]:

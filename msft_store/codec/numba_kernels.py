@@ -348,7 +348,7 @@ def apply_changes(
 
 @_compile
 def split_rotated_planes(values: Any, width: Any) -> Any:
-    """Return ``split_planes(rotate_left(values))`` of :mod:`msft_store.codec.kernels`."""
+    """See :func:`msft_store.codec.kernels.split_rotated_planes`."""
     planes = np.empty(width * values.size, np.uint8)
     last = uint64(8 * width - 1)
     for number in range(width):
@@ -361,7 +361,7 @@ def split_rotated_planes(values: Any, width: Any) -> Any:
 
 @_compile
 def join_rotated_planes(planes: Any, values: Any, width: Any) -> None:
-    """Fill ``values`` with ``rotate_right(join_planes(planes))``."""
+    """See :func:`msft_store.codec.kernels.join_rotated_planes`."""
     count = values.size
     last = uint64(8 * width - 1)
     if width == 2:
