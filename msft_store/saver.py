@@ -217,14 +217,7 @@ class AsyncSaver:
         if level is not None:
             check_level(level)
         save = partial(
-            self._store.save,
-            parent=parent,
-            step=facts.step,
-            metrics=facts.metrics,
-            tags=facts.tags,
-            metadata=facts.metadata,
-            level=level,
-            compared=compared,
+            self._store.save, parent=parent, level=level, compared=compared, **vars(facts)
         )
         return self._background.submit(tensors, save)
 

@@ -52,10 +52,6 @@ class BaseReader:
         """Return a mask of the keys whose chunks are in the base."""
         return self._table.contains(keys)
 
-    def file_of(self, span: BaseSpan) -> str:
-        """Return the path of the file that holds a span."""
-        return self.base.files[self._tensor(span.tensor).file][0]
-
     def chunk_bytes(self, span: BaseSpan) -> int:
         """Return the size in bytes of the chunk that begins at a span's first element."""
         tensor = self._tensor(span.tensor)

@@ -144,8 +144,12 @@ def pull(
         BaseError: If the remote does not have the files of a base.
         StorageError: If the remote cannot be reached, or the disk is full.
     """
-    backend, remote = QuotaBackend(LocalBackend(_directory(store))), connect_remote(url, **options)
-    bases = _choose_base_directory(backend, base_directory) if with_base else None
+    root, remote = _directory(store), connect_remote(url, **options)
+    backend = QuotaBackend(LocalBackend(root))
+    bases = None
+    if with_base:
+        default = root.parent / f"{root.name}-bases"
+        bases = default if base_directory is None else check_path(base_directory)
     counter = TransferCounter(progress=progress)
 
     def pull_once() -> None:
@@ -261,10 +265,3 @@ def _retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> Non
 
 def _directory(store: Store | PathLike) -> Path:
     return check_path(store.path if isinstance(store, Store) else store)
-
-
-def _choose_base_directory(backend: QuotaBackend, given: PathLike | None) -> Path:
-    if given is not None:
-        return check_path(given)
-    root = Path(backend.describe("").rstrip("/"))
-    return root.parent / f"{root.name}-bases"

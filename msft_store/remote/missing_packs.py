@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msft_store.errors import REPAIR_HINT, BaseError, CorruptedError, StoreError
-from msft_store.format.key_table import Keys, concatenate_keys, view_keys
+from msft_store.format.key_table import Keys, view_keys
 from msft_store.format.layout import MAX_DEPTH, Record
 from msft_store.format.pack_footer import (
     PACK_HEADER,
@@ -272,11 +272,3 @@ def _select_records(pack: PackTransfer, complete: Rows) -> Iterator[PackTransfer
     yield PackTransfer(
         path=path, source=pack.source, size=size, footer=footer, records=records, end=end
     )
-
-
-def merge_keys(parts: Iterable[tuple[str | None, Keys]]) -> dict[str | None, Keys]:
-    """Merge the keys of checkpoints with the same base."""
-    found: dict[str | None, list[Keys]] = {}
-    for base, keys in parts:
-        found.setdefault(base, []).append(keys)
-    return {base: concatenate_keys(keys) for base, keys in found.items()}

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from msft_store.errors import BusyError, CorruptedError, StorageError, strip_hint
-from msft_store.format.key_table import KeyScanner
 from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
 from msft_store.objects.catalog import Catalog, read_level
@@ -29,7 +28,6 @@ from msft_store.objects.manifest import (
     list_manifests,
     manifest_path,
     read_checkpoint,
-    read_keys,
     read_tensors,
 )
 from msft_store.objects.packs import PACKS
@@ -47,7 +45,6 @@ from msft_store.remote.missing_packs import (
     PackTransfer,
     Segment,
     is_missing_chunks,
-    merge_keys,
     select_packs,
     verify_packs,
 )
@@ -150,12 +147,10 @@ class _Pull:
         # Checkpoints whose key table is damaged in this store are fetched again.
         missing = sorted(set(ids) - {checkpoint.id for checkpoint in old})
         checkpoints = self._stage_manifests(missing, view)
-        scanner = KeyScanner()
-        keys = [(c.base, read_keys(view, c, scanner)) for c in checkpoints]
         old_keys = self.catalog.keys_by_base(old)
-        if is_missing_chunks(self.catalog.objects, target, old_keys):
-            keys += old_keys.items()
-        packs = select_packs(objects, source, target, merge_keys(keys))
+        incomplete = is_missing_chunks(self.catalog.objects, target, old_keys)
+        keys = Catalog(view).keys_by_base([*(old if incomplete else ()), *checkpoints])
+        packs = select_packs(objects, source, target, keys)
         backend.require_space(sum(pack.size for pack in packs))
         self._stage_packs(packs)
         try:

@@ -64,18 +64,13 @@ class DirectoryRemote:
             writer.finalize(path)
 
     def create(self, path: str, data: bytes) -> bool:
-        return self._exchange(path, data, None)
+        return self.replace(path, data, None)
 
     def replace(self, path: str, data: bytes, version: Any) -> bool:
-        return self._exchange(path, data, version)
-
-    def _exchange(self, path: str, data: bytes, before: bytes | None) -> bool:
-        """Write a file if its content is unchanged. An exclusive lock excludes pins by other
-        processes.
-        """
         self.backend.make_root()
+        # The exclusive lock keeps other processes from pinning meanwhile.
         with self.backend.lock(shared=False, purpose="push"):
-            if (self.backend.read(path) if self.backend.exists(path) else None) != before:
+            if (self.backend.read(path) if self.backend.exists(path) else None) != version:
                 return False
             if path.startswith(f"{REFS}/"):
                 target = read_ref(Overlay(self.backend, {path: data}), path).checkpoint
