@@ -1,6 +1,6 @@
 """The entry point of ``msft-train`` and of ``python -m trainer``.
 
-It names the extra to install when a package that the trainer needs is missing.
+If a package that the trainer needs is missing, its message names the extra to install.
 
 Example::
 
@@ -17,9 +17,9 @@ _OWN = ("trainer", "msft_store")
 
 
 def main() -> int:
-    """Run the command; return its exit code, 1 if what the trainer needs is not installed.
+    """Run the command and return its exit code, which is 1 if a package is missing.
 
-    The version is told at once, and where nothing is installed.
+    ``--version`` imports nothing else, so it is fast and needs no other package.
     """
     if sys.argv[1:] == ["--version"]:
         print(version("msft-store"))

@@ -1,7 +1,7 @@
-"""The processes of a distributed run: share decisions, and end all if one fails.
+"""The processes of a distributed run: share decisions, and end all processes if one fails.
 
 If a process fails, the others may wait for it forever in a collective operation. So a thread in
-each process polls for a failure, prints its message and ends the process at once; resume handles
+each process polls for a failure, prints its message and ends the process at once. A resume treats
 that like a kill. A run of one process starts no thread.
 
 Example::
@@ -37,15 +37,15 @@ _T = TypeVar("_T")
 def this_process() -> PartialState:
     """Return accelerate's state of this process, and force CPU mode if there is no accelerator.
 
-    ``accelerate launch --use_fsdp`` has no option for CPUs, and without it every process would
-    assume that it is the only one.
+    ``accelerate launch --use_fsdp`` has no option for CPUs, and without CPU mode every process
+    would assume that it is the only one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def is_alone(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Return True if an error means that another process of the run has ended."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)

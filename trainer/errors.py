@@ -4,12 +4,12 @@ TrainerError
 ├── ConfigError     the configuration is wrong: unknown key, value out of range, missing file
 ├── DataError       a data file or a line in it is wrong
 └── RunError        a run directory is in use, incomplete, or of another version
-    └── PausedError     there is no room on the disk, or within max_disk; the run can be resumed
+    └── PausedError     the disk or max_disk has no room; the run can be resumed
 """
 
 
 class TrainerError(Exception):
-    """The root of everything that this package raises on purpose."""
+    """The base class of the exceptions of this package."""
 
 
 class ConfigError(TrainerError):
@@ -17,7 +17,7 @@ class ConfigError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A data file, or a line in one, is wrong."""
+    """A data file or a line in it is wrong."""
 
 
 class RunError(TrainerError):
@@ -25,7 +25,7 @@ class RunError(TrainerError):
 
 
 class PausedError(RunError):
-    """A run found no room on the disk, or within ``max_disk``; it goes on once there is some."""
+    """A run found no room on the disk or within ``max_disk``; it can be resumed."""
 
 
 def first_line(error: BaseException) -> str:

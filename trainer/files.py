@@ -61,14 +61,14 @@ def enough_space(what: str, path: Path, *, needed_bytes: int) -> Iterator[None]:
 
 def is_full(error: Exception) -> bool:
     """Return True if an error means that the disk or its quota is full."""
-    # safetensors gives the system's error number only in words.
+    # An error of safetensors has the error number of the system only in its message.
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(f"os error {number})" in str(error) for number in _FULL)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory durable, and those above it that are not there."""
+    """Create a directory and its missing parents, all durable."""
     if not path.is_dir():
         if not path.parent.is_dir():
             make_directory(path.parent)
@@ -80,7 +80,7 @@ def make_directory(path: Path) -> None:
 
 
 def make_readable(path: Path) -> None:
-    """Give a file the permissions of any new file; safetensors lets its owner alone read it."""
+    """Give a file the usual permissions; safetensors makes files that only their owner can read."""
     if path.is_file():
         mask = os.umask(0)
         os.umask(mask)
@@ -88,7 +88,7 @@ def make_readable(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or the names in a directory, are on disk."""
+    """Make a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
-"""The journal of a run: one JSON object a line, only ever appended to.
+"""The journal of a run: one JSON object per line, in an append-only file.
 
-Resume, report and tables are derived from it. Each record has ``seq`` (0, 1, 2, …),
-``time`` (seconds since 1970), ``event``, and where they apply ``step`` (optimizer steps since the
-run began, never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns
-once the line is on disk. Only the last line can be torn, by a crash while it was written; readers
-ignore it and the next writer removes it. JSON knows no NaN: a number that is not finite is written
-as ``null``, and ``read`` gives NaN back wherever a number belongs.
+Resume, report and tables are derived from it. Each record has ``seq`` (0, 1, 2, …), ``time``
+(seconds since 1970) and ``event``. Many also have ``step`` (optimizer steps since the run began,
+never goes back), ``stage`` (from 1) and ``epoch`` (in the stage). ``append`` returns once the line
+is on disk. A crash during a write can tear the last line only; readers ignore it and the next
+writer removes it. JSON has no NaN: a number that is not finite is written as ``null``, and ``read``
+returns NaN for it.
 
 ================== ==============================================================================
 event              fields
@@ -22,26 +22,26 @@ event              fields
                    attention_tokens, target_tokens, padded_tokens, forward_tokens,
                    forward_attention_tokens, forward_padded_tokens (mastered examples, which are
                    not trained on), seconds: all since the last such record. One is also written
-                   before each evaluation, so that none reaches across an evaluation, a roll-back or
-                   the end of a stage.
+                   before each evaluation, so that no record extends across an evaluation, a
+                   roll-back or the end of a stage.
 ``losses``         step, stage, places {name: [places]}, values {name: [mean token losses]} of the
                    training examples since the last such record, in a stage that observes them
-``looked_ahead``   step, stage, values {name: [reward]}, and of the virtual steps tokens,
-                   attention_tokens, padded_tokens, seconds
+``looked_ahead``   step, stage, values {name: [reward]}, and tokens, attention_tokens,
+                   padded_tokens, seconds of the probes
 ``adjusted``       step, stage, stage_step, epoch, weights {name: probability}, mastered
-                   {name: [places]}, reason; what holds from the next step on
+                   {name: [places]}, reason; applies from the next step on
 ``evaluated``      step, stage, epoch, index, split, checkpoint, metrics {name…, overall}, errors
-                   {name: standard error}, losses {name…} or null, last, reused (known already,
-                   nothing computed), tokens, attention_tokens, padded_tokens, generated_tokens,
+                   {name: standard error}, losses {name…} or null, last, reused (known from an
+                   earlier evaluation), tokens, attention_tokens, padded_tokens, generated_tokens,
                    generated_attention_tokens, seconds
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
-                   (that training waited for it); written once the checkpoint is durable
+                   (that training waited for the commit); written once the checkpoint is durable
 ``diverged``       stage, epoch, step, what (``training loss``, …), value (``nan``, ``inf``,
                    ``-inf``); a ``decided`` follows, with the index of the evaluation before it
 ``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``skip``, ``stop``),
-                   checkpoint (null with ``continue``), exclude [names], reason; written before it
-                   is acted on, but training goes on while what it continues from is committed
+                   checkpoint (null with ``continue``), exclude [names], reason; written before the
+                   loop acts on it, except that training continues during a commit
 ``rolled_back``    checkpoint, disk_peak_bytes, disk_bytes; also at the end of a run, when
                    the result becomes the last root
 ``resume_point``   step, stage, bytes
@@ -51,18 +51,18 @@ event              fields
                    losses {name…}, and the token counts of ``evaluated``, seconds
 ``finished``       checkpoint (the result), model_dir, seconds
 ``interrupted``    step, signal
-``paused``         step, reason: there was no room on the disk or within ``max_disk``; missing where
-                   there was none for this record either
+``paused``         step, reason: no room on the disk or within ``max_disk``; missing if there was no
+                   room for this record either
 ================== ==============================================================================
 
-Token counts are what :mod:`trainer.report.flops` needs: ``tokens`` are real tokens in forward
-passes, prompts of generations included; ``attention_tokens`` is the sum over the sequences in these
-passes of length², ``generated_tokens`` counts tokens that were generated one at a time,
-``generated_attention_tokens`` is the sum over these of the tokens they looked back on, and
-``padded_tokens`` counts padding. Order at an evaluation: ``trained``, ``committed``, ``evaluated``,
-``decided``. That order holds where a commit goes on beside the training, too: what comes after it
-waits for it in the :class:`JournalQueue`. Records that wait when a process dies are lost together
-with their steps, which resume repeats.
+:mod:`trainer.report.flops` uses the token counts. ``tokens`` are real tokens in forward passes,
+including the prompts of generations; ``attention_tokens`` is the sum of length² over the sequences
+in these passes. ``generated_tokens`` counts tokens that were generated one at a time, and
+``generated_attention_tokens`` is the sum of their context lengths; ``padded_tokens`` is padding.
+
+The order at an evaluation is ``trained``, ``committed``, ``evaluated``, ``decided``. If a commit
+runs in the background, the records after it wait in the :class:`JournalQueue`. Records that wait
+when a process dies are lost together with their steps, which a resume repeats.
 
 Example::
 
@@ -109,7 +109,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Journal:
-        """Open a journal for appending, beginning a new one if there is none.
+        """Open a journal for appending; create it if it does not exist.
 
         A torn last line is removed first. Raises :class:`RunError` if any other line is damaged.
         """
@@ -124,8 +124,8 @@ class Journal:
     def append(self, event: str, **fields: Any) -> Record:
         """Write one record and return it once it is on disk.
 
-        Raises :class:`RunError` if that fails, :class:`PausedError` where the disk is full; the
-        journal then ends with the record before.
+        Raises :class:`PausedError` if the disk is full, and :class:`RunError` for any other error.
+        The journal then ends with the record before.
         """
         record: Record = {"seq": self.next_seq, "time": time.time(), "event": event, **fields}
         text = json.dumps(replace_non_finite(record), ensure_ascii=False, allow_nan=False)

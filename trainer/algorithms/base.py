@@ -127,7 +127,7 @@ class Adjustment:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """A number that is not finite, after which further training is useless."""
+    """A number that is not finite, after which training cannot continue."""
 
     stage: int
     epoch: float

@@ -1,8 +1,9 @@
 """Find the peaks of metric curves, and warn of margins that hide them: pure functions.
 
 The peak of a curve is its first best value, so the earliest of equal values counts. A value that is
-not finite (NaN, infinities) is never the best. A margin (``msft.peaks: robust``) that is a large
-part of the metric hides the progress of training, so that a sub-dataset seems to peak at its start.
+not finite (NaN, infinities) is never the best. A margin (``msft.peaks: robust``) that is large
+relative to the metric hides the progress of training, so that a sub-dataset seems to peak at its
+start.
 
 Example::
 
@@ -53,8 +54,8 @@ def margin_warnings(
     if config.method != "msft" or config.msft.peaks != "robust" or margin == 0:
         return []
     return [
-        f"warning: the {examples[name]} validation examples of {name} tell metrics apart that "
-        f"differ by {width:.3g} (msft.margin: {margin:g} standard errors of {width / margin:.3g}); "
+        f"warning: with {examples[name]} validation examples of {name}, metrics must differ by "
+        f"{width:.3g} to count (msft.margin: {margin:g} standard errors of {width / margin:.3g}); "
         f"its metric is {metrics[name]:.3g}: give it more validation examples, or lower the margin"
         for name, width in indistinct(metrics, errors, margin=margin).items()
     ]

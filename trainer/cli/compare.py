@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="methods, separated by commas (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="N runs of each: the configured seed, + 1, …"
+        "--seeds", type=int, metavar="N", help="N runs of each method: the seed, seed + 1, …"
     )
     parser.add_argument(
         "--budgets",
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--equal-compute",
         action="store_true",
-        help="run every other method also with the C that takes about MSFT's FLOPs",
+        help="run every other method also with the C that needs about as many FLOPs as MSFT",
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="N runs at once (default: %(default)s)"
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-models",
         action="store_true",
-        help="keep model/ of every run also with the options above; each run's store has it anyway",
+        help="keep model/ of every run also with the options above; the stores have it anyway",
     )
 
 

@@ -1,7 +1,7 @@
 """The ``msft-train`` command.
 
-Results go to stdout (``--json``: as JSON), progress and errors to stderr. Errors that a user can
-act on are one sentence, without a traceback.
+Results go to stdout (with ``--json`` as JSON), progress and errors to stderr. Errors that a user
+can correct are one sentence, without a traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.examples import Example
 from trainer.data.load import load_mixture
-from trainer.distributed import is_alone, this_process
+from trainer.distributed import is_peer_failure, this_process
 from trainer.errors import PausedError, TrainerError, first_line
 from trainer.model.lora import load_for_training
 from trainer.report.flops import ModelSize
@@ -48,8 +48,8 @@ exit codes:
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
   3    training diverged; the run is over, its result is the best before that
-  75   paused, for there is no room on the disk or within max_disk; one sentence on stderr says what
-       is needed, `msft-train resume RUN` goes on
+  75   paused: the disk or max_disk has no room; one sentence on stderr says what is needed; then
+       continue with `msft-train resume RUN`
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
 """
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes no more overrides once an option stood between them.
+    # argparse leaves the overrides that follow an option in ``rest``.
     if any(argument.startswith("-") for argument in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainerError, StoreError, SafetensorError, OSError) as error:
         _complain(_sentence(error))
     except RuntimeError as error:
-        if not is_alone(error):
+        if not is_peer_failure(error):
             raise
         _complain(
             "another process of this run has ended; see its last lines, then continue with "
@@ -171,7 +171,7 @@ def _compare(options: argparse.Namespace) -> int:
             progress=not options.quiet,
         )
     except Interrupted as interrupted:
-        _complain(f"{interrupted}; give the same command again to go on")
+        _complain(f"{interrupted}; give the same command again to continue")
         return 128 + interrupted.number
     tree: dict[str, Any]
     if summaries := summaries_by_method(comparison):

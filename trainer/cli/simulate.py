@@ -34,22 +34,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=("msft", "sft"),
         default="msft",
-        help="whose decisions are replayed; sft: what the first stage alone comes to",
+        help="the method whose decisions are replayed; sft: the first stage only",
     )
     parser.add_argument(
         "--retention",
         default="needs",
         metavar="RULE",
-        help="rollback points that are kept: needs (what the method may still ask for; the "
-        "default), last:K, best:K (by the overall metric), all",
+        help="rollback points to keep: needs (those that the method may still use; the default), "
+        "last:K, best:K (by the overall metric), all",
     )
 
 
 def simulations(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return all simulations that were asked for, as JSON values and as text.
+    """Return the requested simulations as JSON values and as text.
 
-    Raises :class:`RunError` for a journal that cannot be simulated on, :class:`ConfigError` for an
-    option that cannot work.
+    Raises :class:`RunError` for a journal that cannot be simulated, and :class:`ConfigError` for an
+    invalid option.
     """
     path = Path(options.journal)
     records = read(path / JOURNAL if path.is_dir() else path)

@@ -1,4 +1,4 @@
-"""Check a configuration before any model or row is loaded.
+"""Check a configuration before any model or data is loaded.
 
 Example::
 

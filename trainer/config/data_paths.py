@@ -25,10 +25,10 @@ S = TypeVar("S", str, SourceConfig, Source, Source | None)
 
 
 def resolve_data(data: DataConfig, folder: Path) -> DataConfig:
-    """Return ``data`` with nothing but ``sub_datasets``, all of their paths absolute.
+    """Return ``data`` with ``sub_datasets`` in place of a directory or mixture files.
 
-    Relative paths are taken from ``folder``. Raises :class:`ConfigError` where sub-datasets are
-    given in two ways, or a directory or mixture file cannot be read.
+    All paths become absolute; relative ones are taken from ``folder``. Raises :class:`ConfigError`
+    if sub-datasets are given in two ways, or a directory or mixture file cannot be read.
     """
     ways = {
         "data.directory": data.directory,

@@ -1,10 +1,10 @@
-r"""A whole mixture in one JSON file, in the form of the paper's released code.
+r"""A whole mixture in one JSON file, in the format of the MSFT paper's released code.
 
-The file holds an object with one list of rows per part (``train``, ``validation``, …), or such a
-list alone. A row has ``input`` (the question: a string, or a list of one message with ``content``),
-``answer`` (what a right generation ends with), ``category`` (its sub-dataset) and, optionally,
-``output`` (a worked solution). As there, a row becomes ``Q: input\nA:`` and then its ``output``, if
-that ends in ``####`` and an answer, otherwise ``#### answer``.
+The file holds an object with one list of rows per part (``train``, ``validation``, …), or one list
+of rows. A row has ``input`` (the question: a string, or a list of one message with ``content``),
+``answer``, ``category`` (its sub-dataset) and, optionally, ``output`` (a worked solution). As in
+the released code, the prompt is ``Q: input\nA:``. The completion is ``output`` if that contains
+``####``, otherwise ``#### answer``.
 
 Example::
 
@@ -25,7 +25,7 @@ from trainer.errors import DataError
 MARK = "####"
 """The text before the answer."""
 ANSWER_PATTERN = r"####\s*([^\n]*?)\.?\s*(?:\n|$)"
-"""A pattern for ``evaluation.answer_pattern`` that takes the answer as the released code does."""
+"""The pattern for ``evaluation.answer_pattern`` by which the released code finds the answer."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -56,8 +56,8 @@ def read_mixture(path: Path, part: str) -> list[dict[str, Any]]:
 def name_categories(rows: Iterable[Mapping[str, Any]], path: str | Path) -> dict[str, str]:
     """Return the sub-datasets of a file: name → category, sorted.
 
-    A name is the category with ``_`` for what a name cannot have, as in ``openai_gsm8k_main``.
-    Raises :class:`DataError` where two categories would have one name.
+    A name is the category with ``_`` in place of invalid characters, as in ``openai_gsm8k_main``.
+    Raises :class:`DataError` if two categories would have the same name.
     """
     found: dict[str, str] = {}
     for category in sorted({row["category"] for row in rows}):
@@ -86,7 +86,7 @@ def normalize_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def to_completion_row(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a normalized row as prompt, completion and reference.
 
-    Raises :class:`DataError` where ``answer`` or ``output`` is not what it must be.
+    Raises :class:`DataError` if ``answer`` or ``output`` has the wrong type.
     """
     given = row.get("answer")
     if not isinstance(given, str) or not given.strip():

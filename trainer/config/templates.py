@@ -1,15 +1,15 @@
-r"""Text from the columns of a row, by templates such as ``"Q: {question}\nA:"``.
+r"""Templates such as ``"Q: {question}\nA:"``, which make text of the columns of a row.
 
-A placeholder ``{…}`` names a column; dots go into it, into objects by key and into lists by place
-from 0 (``{answers.text.0}``). Text, numbers and truth values stand there as Python writes them. A
-filter after ``|`` makes text of the rest:
+A placeholder ``{…}`` names a column. Dots lead to values in it: by key in objects, by index from 0
+in lists (``{answers.text.0}``). Strings, numbers and booleans are written as Python writes them.
+A filter after ``|`` converts other values to text:
 
-- ``options``: a list, or several columns with commas between them, as ``A. first, B. second``;
-  an item that has its own letter in front, as in ``A)first``, loses it;
-- ``letter``: the number of an option, from 0, as its letter; a letter stays as it is;
+- ``options``: a list, or several columns separated by commas, as ``A. first, B. second``. An item
+  that begins with its own letter, as in ``A)first``, loses it;
+- ``letter``: the number of an option, from 0, as its letter; a letter is not changed;
 - ``letter1``: the same with numbers from 1.
 
-``{{`` and ``}}`` are braces.
+``{{`` and ``}}`` are literal braces.
 
 Example::
 
@@ -31,10 +31,10 @@ _LETTERS = string.ascii_uppercase
 
 
 def check(template: str) -> None:
-    """Raise :class:`DataError` for a template that no row could fill in."""
+    """Raise :class:`DataError` for an invalid template."""
     for piece in _PIECE.finditer(template):
         if piece[0] in ("{", "}"):
-            raise DataError(f"a single {piece[0]!r}; write it twice if the text is to have it")
+            raise DataError(f"a single {piece[0]!r}; write it twice to have it in the text")
         if piece[1] is not None:
             _parse(piece[1])
 
@@ -47,9 +47,9 @@ def columns(template: str) -> Iterator[str]:
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """Return ``template`` filled in from ``row``.
+    """Return ``template`` with its placeholders replaced by values of ``row``.
 
-    Raises :class:`DataError` for a column that is missing or empty, or that does not fit.
+    Raises :class:`DataError` for a column that is missing or empty, or that has the wrong type.
     """
 
     def fill(piece: re.Match[str]) -> str:
@@ -81,7 +81,7 @@ def _parse(placeholder: str) -> tuple[list[str], str]:
 
 
 def _value(path: str, row: Mapping[str, Any]) -> Any:
-    """Return what is at a path, which is not None."""
+    """Return the value at a path; raises :class:`DataError` if it is missing or ``None``."""
     value: Any = row
     keys = path.split(".")
     for depth, key in enumerate(keys):

@@ -1,6 +1,6 @@
-"""YAML as configurations need it: no key twice, ``1e-5`` is a number, dotted overrides.
+"""YAML for configurations: a repeated key is an error, ``1e-5`` is a number, dotted overrides.
 
-Plain YAML 1.1 keeps the last of two equal keys without a word and reads ``1e-5`` as a string.
+Plain YAML 1.1 silently keeps the last of two equal keys and reads ``1e-5`` as a string.
 
 Example::
 
@@ -25,7 +25,7 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses equal keys in one mapping."""
+    """A safe loader that rejects equal keys in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Check the keys, then construct as usual."""
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """A safe dumper that quotes the strings which :class:`_Loader` would read as numbers."""
+    """A safe dumper that quotes strings that :class:`_Loader` would read as numbers."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -51,7 +51,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raises :class:`ConfigError` without the path in front."""
+    """Return the mapping in a YAML file; the message of a :class:`ConfigError` has no path."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(tree: dict[str, Any]) -> str:
-    """Return ``tree`` as YAML, keys in their order."""
+    """Return ``tree`` as YAML, with the keys in their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -88,7 +88,7 @@ def override(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(child, (dict, type(None))):
             above = ".".join(keys[:depth])
             raise ConfigError(f"override {assignment!r}: {above} is a value, it has no keys")
-        # A copy: where the YAML names one mapping twice by an alias, only this one is changed.
+        # Copy it, because YAML aliases make one mapping appear in several places.
         copy: dict[str, Any] = dict(child or {})
         tree[key] = copy
         tree = copy
@@ -96,7 +96,7 @@ def override(tree: dict[str, Any], assignment: str) -> None:
 
 
 def _check_no_comment(text: str) -> None:
-    """Raise :class:`ConfigError` where YAML would drop the end of a one-line value."""
+    """Raise :class:`ConfigError` if YAML would drop the end of a one-line value."""
     node = yaml.compose(text, Loader=_Loader)
     end = 0 if node is None else node.end_mark.index
     if len(text.rstrip()) > end:

@@ -10,13 +10,14 @@ sequence of permutations, so that each example is used equally often. A sub-data
 left out from that epoch on. A stage may continue an earlier one (``continued``): it takes the
 remaining examples of the epoch that are still active, in the same order, then the next epochs.
 
-Within an optimizer step examples are sorted by length and cut into micro-batches, which saves
-padding. Steps are not sorted by length, because that would put single sub-datasets into them.
+Within an optimizer step, examples are sorted by length and cut into micro-batches, which saves
+padding. Examples are not sorted by length across steps, because a step would then have examples of
+one sub-dataset only.
 
-:class:`SampledOrder` draws each example's sub-dataset by weights that may change during a stage.
-The example is the next one in an endless sequence of permutations of that sub-dataset. The draws
-follow from the seed, the stage and the weights with their first steps, so a resumed stage repeats
-them.
+:class:`SampledOrder` draws the sub-dataset of each example by weights that may change during a
+stage. The example is the next one in an endless sequence of permutations of that sub-dataset. The
+draws depend only on the seed, the stage and the weights with their first steps, so a resumed stage
+repeats them.
 
 Example::
 
@@ -39,9 +40,9 @@ from functools import lru_cache
 import numpy as np
 
 Reference = tuple[str, int]
-"""An example: its sub-dataset and its place in that, from 0."""
+"""An example: its sub-dataset and its index there."""
 MicroBatch = tuple[int, ...]
-"""Positions of examples in the mixture, longest first."""
+"""Indices of examples in the mixture, longest first."""
 Step = tuple[MicroBatch, ...]
 """The micro-batches of one optimizer step."""
 
@@ -58,7 +59,7 @@ class DataOrder:
     counts: Mapping[str, int]
     """Examples of each sub-dataset in an epoch."""
     limits: Mapping[str, float]
-    """Sub-dataset → epoch from which it is left out; without an entry it stays to the end."""
+    """Sub-dataset → epoch from which it is left out; without an entry it is never left out."""
     batch_size: int
     epoch: int
     """The epoch that the order begins in, from 0."""
@@ -160,10 +161,10 @@ def _epoch(
 def micro_batches(
     positions: Sequence[int], lengths: Sequence[int], micro_batch_size: int
 ) -> tuple[MicroBatch, ...]:
-    """Cut ``positions`` into as few micro-batches as possible, alike in length, longest first.
+    """Cut ``positions`` into as few micro-batches as possible, sorted by length, longest first.
 
-    The longest come first so that memory reaches its maximum at once, not late in a run. Equal
-    lengths are ordered by position.
+    The longest come first so that memory use reaches its maximum at once. Equal lengths are ordered
+    by position.
     """
     if not positions:
         return ()
@@ -175,7 +176,7 @@ def micro_batches(
 
 
 class SampledOrder:
-    """The order in which a stage draws its examples; steps are asked for in ascending order."""
+    """The order in which a stage draws its examples; steps must be requested in ascending order."""
 
     def __init__(
         self,
@@ -186,9 +187,9 @@ class SampledOrder:
         batch_size: int,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Begin with the proportions of ``counts``, by default the sizes.
+        """Start with the proportions of ``counts``, by default the sizes.
 
-        As many examples make an epoch as are counted, so its last step may be smaller.
+        An epoch has ``sum(counts)`` examples, so its last step may be smaller.
         """
         counts = sizes if counts is None else counts
         self._seed, self._stage, self._batch_size = seed, stage, batch_size
@@ -203,13 +204,13 @@ class SampledOrder:
         self._drawn: tuple[Reference, ...] = ()
 
     def reweigh(self, step: int, weights: Mapping[str, float]) -> None:
-        """Change the weights from a step on that is not drawn yet."""
+        """Change the weights from a step on; it must not be drawn yet."""
         if step < self._next:
             raise ValueError(f"step {step} is drawn already, the next one is {self._next}")
         self._weights.append((step, weights))
 
     def step(self, step: int) -> tuple[Reference, ...]:
-        """Return the examples of optimizer step ``step`` (from 0), the last one or a later one."""
+        """Return the examples of optimizer step ``step`` (from 0)."""
         if step < self._next - 1:
             raise ValueError(f"step {step} lies behind, the last one was {self._next - 1}")
         while self._next <= step:

@@ -1,14 +1,16 @@
-"""Examples: rows as prompt and completion in tokens.
+"""Examples: rows as tokenized prompt and completion.
 
-A row has one of three forms: ``prompt`` and ``completion`` (strings); ``messages``, a conversation
-that ends with the assistant's turn and is rendered with the tokenizer's chat template; or ``text``,
-if it has nothing of the other two. Other columns are ignored. The loss is taken on the completion
-only, which for ``messages`` is the last turn, and for ``text`` is everything after the first token:
-BOS, or the text's own first token where the tokenizer adds no BOS.
+A row has one of three forms:
 
-Prompt and completion are tokenized apart, so that the boundary between them is the same in training
-and in generation. A prompt begins with BOS if the tokenizer adds one by itself; a completion
-ends with EOS.
+- ``prompt`` and ``completion``, which are strings;
+- ``messages``, a conversation that ends with the assistant's turn. The tokenizer's chat template
+  renders it, and the last turn is the completion;
+- ``text``, if the row has no column of the other forms. The first token is the prompt, which is BOS
+  if the tokenizer adds one.
+
+Other columns are ignored. The loss is computed on the completion only. Prompt and completion are
+tokenized separately, so that their boundary is the same in training and in generation. A prompt
+begins with BOS if the tokenizer adds one; a completion ends with EOS.
 
 Example::
 
@@ -36,7 +38,7 @@ class Example:
     completion: tuple[int, ...]
     """Token ids with a loss; the last one is EOS."""
     reference: str
-    """The text that a right generation has to match."""
+    """The text that a correct generation matches."""
     graded: bool = True
     """True if the example has a reference; ``text`` has none."""
 
@@ -80,12 +82,19 @@ def encode(
     *,
     reference: str | None = None,
 ) -> Example:
-    """Tokenize one row; ``prefix`` is what a prompt begins with, see :func:`bos_prefix`.
+    """Tokenize one row.
 
-    ``reference`` is what a generation has to match, if not the completion. A column that is None
-    counts as missing. Raises :class:`DataError` if the row has none of the three forms.
+    Args:
+        record: The row; a column that is ``None`` counts as missing.
+        tokenizer: The model's tokenizer.
+        prefix: The tokens that a prompt begins with, see :func:`bos_prefix`.
+        reference: The text that a correct generation matches; ``None``: the completion.
+
+    Raises:
+        DataError: The row has none of the three forms.
     """
-    given = {key for key in ("prompt", "completion", "messages", "text") if _has(record, key)}
+    columns = ("prompt", "completion", "messages", "text")
+    given = {key for key in columns if record.get(key) is not None}
     if "messages" in given:
         if given & {"prompt", "completion"}:
             raise DataError("it has both messages and prompt/completion; keep one of the two forms")
@@ -94,10 +103,10 @@ def encode(
         return _encode_text(record["text"], tokenizer, prefix)
     for key in ("prompt", "completion"):
         if key not in given:
-            columns = ", ".join(map(str, record)) or "none"
+            found = ", ".join(map(str, record)) or "none"
             raise DataError(
                 f"{key!r} is missing; a row has prompt and completion, messages, or text; this "
-                f"one's columns are: {columns}"
+                f"one's columns are: {found}"
             )
         _check_text(record[key], f"{key!r}")
     prompt = prefix + _tokens(record["prompt"], tokenizer)
@@ -110,13 +119,9 @@ def encode(
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return BOS if the tokenizer puts it before a text by itself (a chat template has its own)."""
+    """Return BOS if the tokenizer adds it to a text (a chat template has its own)."""
     first = list(tokenizer("a")["input_ids"])[:1]
     return tuple(first) if first == [tokenizer.bos_token_id] else ()
-
-
-def _has(record: Mapping[str, Any], key: str) -> bool:
-    return record.get(key) is not None
 
 
 def _encode_text(text: Any, tokenizer: PreTrainedTokenizerBase, prefix: tuple[int, ...]) -> Example:
@@ -169,7 +174,7 @@ def _render(
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # a template is a program that raises what it likes
+    except Exception as error:  # a template is a program, which may raise any error
         raise DataError(f"the chat template refuses the conversation: {error}") from None
     return str(text)
 

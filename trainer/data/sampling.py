@@ -1,8 +1,8 @@
-"""How much of each sub-dataset an epoch of the mixture has: a pure function of their sizes.
+"""The share of each sub-dataset in an epoch of the mixture: a pure function of their sizes.
 
-Whatever the sampling, an epoch has as many examples as the mixture, so that methods and budgets in
-epochs stay comparable. A share above 1 means that examples are seen more than once in an epoch, a
-share below 1 that some of them are left for a later one.
+With any sampling, an epoch has as many examples as the mixture, so that methods and budgets in
+epochs stay comparable. With a share above 1, examples are seen more than once in an epoch; with one
+below 1, some are left for a later epoch.
 
 Example::
 
@@ -22,14 +22,14 @@ Sampling = Literal["proportional", "equal", "temperature"]
 def shares(
     sizes: Mapping[str, int], sampling: Sampling, temperature: float | None = None
 ) -> dict[str, float]:
-    """Return of each sub-dataset the share of its ``sizes`` examples that an epoch has.
+    """Return the share of each sub-dataset's examples that an epoch has.
 
-    With N examples in all, of which n_k are sub-dataset k's, an epoch has N p_k of that:
+    With N examples in total, of which n_k are of sub-dataset k, an epoch has N p_k of them:
 
     - ``proportional``: p_k = n_k / N, each example once; all shares are exactly 1;
     - ``equal``: p_k is the same for all;
     - ``temperature``: p_k is proportional to n_k ** (1 / ``temperature``). 1 is ``proportional``,
-      infinity would be ``equal``; below 1 the large ones gain.
+      infinity would be ``equal``; below 1, large sub-datasets get a larger share.
 
     Raises :class:`ValueError` for a size below 1, or a ``temperature`` that is not above 0.
     """
@@ -43,7 +43,7 @@ def shares(
         raise ValueError(f"the temperature must be above 0, got {temperature}")
     else:
         power = 1 / temperature
-    # From the largest: its logarithm is 0, so that no power overflows.
+    # Relative to the largest size, so that no power overflows.
     largest = math.log(max(sizes.values(), default=1))
     weights = {name: math.exp(power * (math.log(n) - largest)) for name, n in sizes.items()}
     scale = sum(sizes.values()) / sum(weights.values()) if weights else 0.0

@@ -1,4 +1,4 @@
-"""The steps of a stage, and after which of them it is evaluated.
+"""The optimizer steps of a stage and its evaluations.
 
 Example::
 
@@ -19,17 +19,17 @@ class Schedule:
     """The optimizer steps of a stage."""
 
     steps_per_epoch: int
-    """The last batch of an epoch may be smaller."""
+    """Optimizer steps of an epoch; the last one may have a smaller batch."""
     steps: int
-    """Of the whole stage."""
+    """Optimizer steps of the stage."""
     evaluations: tuple[int, ...]
-    """Steps after which all sub-datasets are evaluated, ascending, the last one after the last
-    step. The evaluation of the stage's root, index 0, comes before."""
+    """Steps after which all sub-datasets are evaluated, ascending; the last one is the last step.
+    The evaluation of the stage's root, index 0, is not included."""
     ends: tuple[tuple[float, int], ...] = ()
     """The end of each epoch, in epochs and in steps, if epochs differ in length."""
 
     def epoch(self, step: int) -> float:
-        """Return how many epochs lie behind a step."""
+        """Return the epochs that are trained after ``step`` steps."""
         if not self.ends:
             return step / self.steps_per_epoch
         before, start = 0.0, 0
@@ -41,10 +41,10 @@ class Schedule:
 
 
 def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs: float) -> Schedule:
-    """Lay out a stage of ``epochs`` epochs, evaluated every ``eval_every`` epochs.
+    """Return the schedule of a stage of ``epochs`` epochs, evaluated every ``eval_every`` epochs.
 
-    Step k is at epoch k / ``steps_per_epoch``. Evaluations fall on the nearest step; where an epoch
-    has too few steps for all of them, those that fall on the same step are one.
+    Step k is at epoch k / ``steps_per_epoch``. An evaluation is after the nearest step; evaluations
+    after the same step are one.
     """
     if examples < 1:
         raise ValueError("a stage needs at least one example")
@@ -59,9 +59,9 @@ def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs:
 def uneven_schedule(
     sizes: Sequence[int], *, batch_size: int, eval_every: float, epochs: float
 ) -> Schedule:
-    """Lay out a stage whose epochs have so many examples each; the last one may be a part of one.
+    """Return the schedule of a stage whose epochs have the numbers ``sizes`` of examples.
 
-    Raises ``ValueError`` for an epoch without an example.
+    The last epoch may be partial. Raises ``ValueError`` for an epoch without an example.
     """
     if not sizes or min(sizes) < 1:
         raise ValueError(f"each epoch of a stage needs at least one example, got {list(sizes)}")
@@ -86,5 +86,5 @@ def uneven_schedule(
 
 
 def _nearest(value: float) -> int:
-    """Return the nearest integer, halves up, whatever the last bits of a product say."""
+    """Return the nearest integer, halves up; rounding errors of a product do not change it."""
     return math.floor(value + 0.5 + 1e-9)

@@ -154,7 +154,7 @@ def _load_hub(source: SourceConfig) -> Any:
         raise DataError(_missing("datasets", f"the data set {name}")) from None
     try:
         found = _load_with(datasets, source)
-    except Exception as error:  # a hub, its files and its builders raise what they like
+    except Exception as error:  # the data set's own code may raise any error
         raise DataError(f"the data set {name} cannot be loaded: {first_line(error)}") from None
     if not isinstance(found, datasets.Dataset):
         raise DataError(f"the data set {name} is a {type(found).__name__}, not a table of rows")

@@ -37,10 +37,10 @@ COMPARISON = "compare.*"
 
 @contextmanager
 def new_directory(config: Config) -> Iterator[None]:
-    """Create the run directory; delete it again if an error comes before the run has begun.
+    """Create the run directory, and delete it if an error occurs before the run has begun.
 
-    A mistake in the configuration or the data can then be corrected, and the same command repeated.
-    Raises :class:`RunError` if there is already a run, or no room on the disk to begin one.
+    The user can then correct the configuration or the data and repeat the same command. Raises
+    :class:`RunError` if there is a run already, or no room on the disk to begin one.
     """
     try:
         create_directory(config)
@@ -87,7 +87,7 @@ def create_directory(config: Config) -> None:
 
 
 def _delete_unbegun(config: Config) -> None:
-    """Delete a run without a journal record, in the main process."""
+    """Delete the files of a run that has no journal record, in the main process."""
     directory = Path(config.output_dir)
     journal = directory / JOURNAL
     if not this_process().is_main_process or (journal.exists() and journal.stat().st_size):
@@ -101,7 +101,7 @@ def _delete_unbegun(config: Config) -> None:
 
 @contextmanager
 def hold_lock(directory: Path, *, writes: bool) -> Iterator[None]:
-    """Hold the run directory's lock, so that no second run writes in it; no lock for readers."""
+    """Hold the lock of the run directory, so that no other run writes there; readers need none."""
     if not writes:
         yield
         return

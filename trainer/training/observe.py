@@ -2,11 +2,11 @@
 
 A probe tries one optimizer step on one sub-dataset alone and measures the reward: the mean share of
 the loss that the step removes (arXiv 2508.12116). Weights, the optimizer's state and torch's random
-number generators are restored to the last bit from copies. Every process makes the same probe, so
-nothing has to be exchanged.
+number generators are restored bit-exactly from copies. Every process makes the same probe, so the
+processes exchange nothing.
 
-Invariant: findings are journaled before the strategy is asked, and its answer before it is applied,
-so that a resume feeds the strategy the same findings and gets the same answers.
+Invariant: observations are journaled before the strategy is asked, and its answer before it is
+applied, so that a resume gives the strategy the same observations and gets the same answers.
 
 Example::
 
@@ -38,7 +38,7 @@ from trainer.training.workspace import Workspace
 
 
 class StageObserver:
-    """Asks a strategy how a stage with ``observe`` continues."""
+    """Observes a stage and applies the adjustments of its strategy."""
 
     def __init__(self, work: Workspace, strategy: Strategy, processes: RunProcesses) -> None:
         """Prepare; :meth:`begin_stage` follows for each stage."""
@@ -47,13 +47,13 @@ class StageObserver:
         self._processes = processes
 
     def begin_stage(self, steps: StageSteps, observations: ObservationLog) -> None:
-        """Begin a stage, or continue one with the observations that it has already made."""
+        """Begin a stage, or continue one with its earlier observations."""
         self._steps, self._observations = steps, observations
         for step, adjustment in observations.adjustments:
             steps.adjust(step, adjustment)
 
     def is_due(self, *, step: int) -> bool:
-        """Return whether the strategy is to be asked after this many steps of the stage."""
+        """Return True if an observation is due after ``step`` steps of the stage."""
         observe, schedule = self._steps.stage.observe, self._steps.schedule
         if observe is None or step >= schedule.steps:
             return False
@@ -61,7 +61,7 @@ class StageObserver:
         return step % every == 0
 
     def observe(self, position: Position) -> None:
-        """Journal the findings, ask the strategy, and adjust the training data of the stage."""
+        """Journal the observation, ask the strategy, and adjust the training data of the stage."""
         observe = self._steps.stage.observe
         if isinstance(observe, LookAhead):
             self._probe(position, observe)
@@ -88,7 +88,7 @@ class StageObserver:
         self._steps.adjust(position.step, adjustment)
 
     def write_losses(self, position: Position) -> None:
-        """Journal the losses of examples since the last call, so that a resume knows them."""
+        """Journal the losses of examples since the last call, for a resume."""
         losses = self._steps.take_losses()
         if losses is None:
             return

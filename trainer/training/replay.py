@@ -4,7 +4,7 @@
 to it to a fresh strategy. Records after it are void: their steps are trained again, so a run that
 was killed ends as if it had never been killed.
 
-Invariant: a strategy that decides otherwise than the journal says is an error.
+Invariant: a decision that differs from the recorded one is an error.
 
 Example::
 
@@ -66,7 +66,7 @@ class ResumePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownEvaluation:
-    """The findings of an evaluation, and the stage and step at which it was first made."""
+    """The results of an evaluation, and the stage and step at which it was made."""
 
     metrics: Mapping[str, float]
     losses: Mapping[str, float] | None
@@ -92,7 +92,7 @@ class ObservationLog:
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
-        """Begin empty; ``sizes`` are the numbers of training examples of the sub-datasets."""
+        """Start empty; ``sizes`` are the numbers of training examples of the sub-datasets."""
         self._losses: dict[str, NDArray[np.float64]] = {
             name: np.full(size, np.nan) for name, size in sizes.items()
         }
@@ -122,7 +122,7 @@ class ObservationLog:
         return Observation(stage=stage, step=step, epoch=epoch, values=values)
 
     def apply_record(self, record: Record) -> Observation | None:
-        """Follow a journal record; return the observation that an ``adjusted`` one answered."""
+        """Apply a journal record; for an ``adjusted`` one, return the observation before it."""
         if record["event"] == "losses":
             self.add_losses(record["places"], record["values"])
         elif record["event"] == "looked_ahead":
@@ -152,7 +152,7 @@ class RunState:
 
     @property
     def current(self) -> StageStart:
-        """The start of the stage that runs, or is to begin."""
+        """The start of the current stage, which may not have begun."""
         return self.starts[max(self.starts)]
 
 
@@ -176,7 +176,7 @@ def where_to_resume(counted: Sequence[Record], point: ResumePoint | None) -> tup
 def replay(counted: Sequence[Record], strategy: Strategy) -> RunState:
     """Feed the recorded events to a fresh strategy, and return the state of the run.
 
-    Raises :class:`RunError` if the strategy decides otherwise than the journal says.
+    Raises :class:`RunError` if a decision differs from the recorded one.
     """
     stage, stop = strategy.first_stage(), None
     starts = {stage.number: StageStart(stage=stage, root=None)}
@@ -235,11 +235,11 @@ def _replay_evaluation(record: Record, names: Names, strategy: Strategy) -> Deci
 
 
 def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
-    """Raise :class:`RunError` if the strategy now decides otherwise than a record says."""
+    """Raise :class:`RunError` if a decision differs from the recorded one."""
     if not decided or any(record[key] != value for key, value in decided.items()):
         raise RunError(
             f"journal record {record['seq']} decided {record.get('decision', 'an adjustment')!r}, "
-            "but the same findings now lead to another decision: the run was made by another "
+            "but the same evaluations now lead to another decision: the run was made by another "
             "version or its configuration was edited; begin it again in another output_dir"
         )
 

@@ -53,7 +53,7 @@ from trainer.training.workspace import RESULT, Workspace
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackPoint:
-    """The facts that a checkpoint of the run records beside its tensors."""
+    """The metadata of a rollback point."""
 
     stage: int
     step: int
@@ -62,13 +62,13 @@ class RollbackPoint:
     metrics: Mapping[str, float]
 
     def as_arguments(self) -> tuple[int, Mapping[str, float], Mapping[str, Any]]:
-        """Return the facts as arguments of ``Timeline.commit`` after the tensors."""
+        """Return the arguments of ``Timeline.commit`` after the tensors."""
         return self.step, self.metrics, {"stage": self.stage, "epoch": self.epoch}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingSave:
-    """A rollback point that may still be on its way to the disk."""
+    """A rollback point that may not be durable yet."""
 
     future: Future[Checkpoint]
     timeline: Timeline
@@ -140,7 +140,7 @@ def _save_parts(work: Workspace, shards: Shards, point: RollbackPoint) -> Future
 
 
 def make_policy(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
-    """Return the retention policy that keeps everything a strategy may still ask for.
+    """Return the retention policy that keeps everything that a strategy may still use.
 
     ``names`` maps the strategy's names of checkpoints to ids.
     """
@@ -163,8 +163,8 @@ def make_policy(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
 def begin_stage(work: Workspace, start: StageStart, policy: Policy) -> None:
     """Restore a stage's root in all processes; a root of ``None`` stands for the base's weights.
 
-    The timeline has a branch for each stage. It rolls back to the root. If it already did so before
-    a kill, it forgets the commits that the stage has made since.
+    The timeline has a branch for each stage. It rolls back to the root, or if it did so before a
+    kill, it forgets the commits of the stage.
     """
     root = start.root
     with_state = root is not None and work.config.restores_optimizer

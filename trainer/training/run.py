@@ -1,8 +1,8 @@
 """Run a training method from beginning to end: start or resume, train, test, write the result.
 
-Invariants: ``finished`` is the last record of a journal. Whichever part of a run finds no room on
-the disk, the caller gets one :class:`PausedError` that says what was to be written and how to
-continue; everything that was written before is kept.
+Invariants: ``finished`` is the last record of a journal. If any part of a run finds no room on the
+disk, the caller gets one :class:`PausedError` that names the file and how to continue; everything
+that was written before is kept.
 
 Example::
 
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def start(config: Config, *, progress: bool = False) -> Summary:
-    """Begin a run in ``config.output_dir``, train to its end, and return its summary.
+    """Begin a run in ``config.output_dir``, train until it is finished, and return its summary.
 
     Args:
         config: The configuration, as :func:`trainer.config.load.load_config` returns it.
@@ -99,7 +99,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = False) -> Summ
 
 
 def is_finished(directory: Path) -> bool:
-    """Return whether a run has ended by itself."""
+    """Return True if a run has a ``finished`` record."""
     if not (directory / JOURNAL).exists():
         return False
     return any(record["event"] == "finished" for record in effective(read(directory / JOURNAL)))
@@ -128,7 +128,7 @@ def _run(config: Config, *, is_new: bool, progress: bool) -> Summary:
 
 @contextmanager
 def _pause_if_full(directory: Path) -> Iterator[None]:
-    """Raise :class:`PausedError` for an error that says that there is no room."""
+    """Raise :class:`PausedError` if the disk or ``max_disk`` has no room."""
     try:
         yield
     except Exception as error:
@@ -145,7 +145,7 @@ def _pause_if_full(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _record_end(work: Workspace) -> Iterator[None]:
-    """Journal that a signal or a full disk has ended this process's part of the run."""
+    """Record in the journal that a signal or a full disk ended the process."""
     try:
         yield
     except Interrupted as interrupted:
@@ -154,14 +154,14 @@ def _record_end(work: Workspace) -> Iterator[None]:
         raise
     except Exception as error:
         if _is_out_of_room(error):
-            # There may be no room for this record either.
+            # The disk may have no room for this record either.
             with suppress(Exception):
                 work.record("paused", step=_last_step(work), reason=str(error))
         raise
 
 
 def _is_out_of_room(error: Exception) -> bool:
-    """Return whether an error says that there is no room, on the disk or within ``max_disk``."""
+    """Return True if an error means that the disk or ``max_disk`` has no room."""
     return isinstance(error, OutOfSpaceError | OverBudgetError | PausedError) or is_full(error)
 
 

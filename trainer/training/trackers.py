@@ -1,9 +1,8 @@
 """Send journal records to experiment trackers (``log_with``) through Accelerate.
 
 The main process sends a record after it was written to the journal, at the journal's step. The step
-never goes back for a tracker: a run that was killed repeats steps after a resume, and records that
-were sent before the kill, void or not, are not sent again. A tracker may lack the one record that
-was written but not yet sent when the kill came.
+never goes back for a tracker: a resumed run repeats steps, but it does not send again what was sent
+before the kill. A tracker may lack one record, if the kill came between the write and the send.
 
 A tracker that fails is dropped with one warning, and training continues without it.
 
@@ -37,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def open_trackers(config: Config, records: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """Yield a function that sends a new record to the trackers; ``records`` are earlier ones."""
+    """Yield a function that sends a new record to the trackers; ``records`` were sent before."""
     trackers = _Trackers(config)
     for record in records:
         trackers.mark_sent(record)
@@ -59,7 +58,7 @@ class _Trackers:
         self._sent: dict[str, int] = {}
 
     def mark_sent(self, record: Record) -> int | None:
-        """Count a record as sent; return its step, or ``None`` if its kind was sent there."""
+        """Mark a record as sent; return its step, or ``None`` if one of its kind was sent there."""
         if self._first is None:
             self._first = record
         if record["event"] == "stage_started":
@@ -109,7 +108,7 @@ class _Trackers:
                     tracker.store_init_configuration(settings)
 
     def _make_tracker(self, name: str) -> Any:
-        """Return a tracker that continues the record which an earlier process of the run began."""
+        """Return a tracker that continues what an earlier process of the run sent."""
         kind = LOGGER_TYPE_TO_CLASS[name]
         directory = Path(self._config.output_dir)
         label = f"{directory.name}-{_hash_start(self._first or {})}"
@@ -144,7 +143,7 @@ class _Trackers:
 def select_values(
     record: Record, *, active: Sequence[str], sub_datasets: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, float]:
-    """Return the numbers of a record that trackers get, by tag; most events have none.
+    """Return the numbers of a record for trackers, by tag; most events have none.
 
     ``active`` are the sub-datasets that are trained on, ``sub_datasets`` all of the mixture.
     """

@@ -1,7 +1,7 @@
 """Open a run: its directory, model, data, journal and store, as one ``Workspace``.
 
-Every process of a run has the model and the data. Only the main process writes: the other processes
-have no journal and no timeline, and receive decisions and restored weights from it.
+Every process of a run has the model and the data. Only the main process writes. The other processes
+have no journal and no timeline; they receive decisions and restored weights from the main process.
 
 Example::
 
@@ -85,18 +85,18 @@ class Workspace:
     """The parts of the model that processes hold; ``None`` if each process has the whole model."""
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write to the journal, in the main process, after the records that wait for a commit."""
+        """Add a record to the journal, in the main process, behind those that wait for a commit."""
         self.journal_queue.add(event, **fields)
 
     @property
     def max_disk(self) -> int | None:
-        """The bytes that the store may take at most; ``None``: as many as the disk has."""
+        """The limit of the store in bytes; ``None``: no limit."""
         size = self.config.max_disk
         return None if size is None else to_bytes(size, self.loaded.full_bytes)
 
     @property
     def train_sizes(self) -> dict[str, int]:
-        """Training examples by sub-dataset."""
+        """The number of training examples by sub-dataset."""
         return {name: len(sub.train.examples) for name, sub in self.mixture.items()}
 
     @property
@@ -125,8 +125,7 @@ class Workspace:
 def open_workspace(config: Config) -> Iterator[Workspace]:
     """Lock the run directory, which has its ``config.yaml``, and open everything in it.
 
-    A missing journal, or one without a record, belongs to a run that never began. Its store is
-    created again.
+    A run without a journal record never began; its store is created again.
     """
     directory = Path(config.output_dir)
     _prepare_process(config)
@@ -178,15 +177,15 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
 
 @contextmanager
 def _finish_commits(work: Workspace) -> Iterator[None]:
-    """At the end, wait for the commit in progress and write the records behind it.
+    """At the end, wait for the pending commit and write the records behind it.
 
-    This also happens after an error, because nothing may write to the store once the directory's
-    lock is released.
+    This also happens after an error, because no thread may write to the store after the lock of the
+    directory is released.
     """
     try:
         yield
     except BaseException:
-        # The error in flight explains more than a second one from a commit would.
+        # The first error explains more than a second one from a commit.
         with suppress(Exception):
             work.journal_queue.flush()
         with suppress(Exception):
@@ -244,15 +243,15 @@ def _open_store(work: Workspace) -> None:
     else:
         work.store = Store.open(path)
     work.base = work.store.add_base(work.loaded.directory)
-    # The loop sets the strategy's policy before each commit, and nothing is evicted before that.
+    # The loop sets the policy of the strategy before the first commit, so this one evicts nothing.
     policy = work.limit_policy(KeepBest(OVERALL, mode=metric_mode(work.config)))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
-    # After a resume within a stage, no commit resembles this copy until a roll-back renews it.
+    # After a resume within a stage, commits differ much from this copy until a roll-back renews it.
     work.timeline.resident = work.make_resident()
 
 
 def _new_store(path: Path) -> Store:
-    """Create a store; delete an empty one that a run which never began has left."""
+    """Create a store, in place of an empty one of a run that never began."""
     if path.exists():
         try:
             checkpoints = Store.open(path).log()
@@ -274,13 +273,13 @@ def _prepare_process(config: Config) -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Filling would touch the memory of whole weights of which a process keeps only a part.
+        # Filling would allocate whole weights of which a process keeps only a part.
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = False
 
 
 def quiet_libraries() -> None:
-    """Silence the advice that libraries print for programmers; their errors are still printed."""
+    """Silence the warnings and progress bars of libraries; their errors are still printed."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")

@@ -73,7 +73,7 @@ def test_a_row_that_does_not_fit_is_refused_in_these_words(template, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{q", "a single '{'; write it twice if the text is to have it"),
+        ("{q", "a single '{'; write it twice to have it in the text"),
         ("q}", "a single '}'"),
         ("{}", "{} names no column"),
         ("{a,|options}", "{a,|options} names no column"),
