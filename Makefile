@@ -27,7 +27,7 @@ demo: $(TRAINER_STAMP) ## fine-tune the bundled example with MSFT and with plain
 	$(BIN)/msft-train compare examples/stdlib_tasks/demo.yaml
 
 test: $(STAMP)   ## run the tests, one process a core
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-crash: $(STAMP) ## inject faults for a few minutes: crashes, full disks, bit rot, kills
 	$(BIN)/python -m pytest tests/reliability
