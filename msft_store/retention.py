@@ -146,7 +146,7 @@ class Union(Policy):
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         keepers = [part for part in self.parts if not isinstance(part, DiskBudget)]
         # A budget without keep rules keeps everything that fits.
-        for part in keepers or [KeepLast(len(candidates) or 1)]:
+        for part in keepers or self.parts[:1]:
             yield from part.keep(candidates)
 
     @property
@@ -200,7 +200,7 @@ class KeepThese(Policy):
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
         for candidate in candidates:
             if candidate.id in self.ids:
-                yield candidate, Reason(text="named by the algorithm", protected=True, rank=0)
+                yield candidate, Reason(text="named by the algorithm", protected=True)
 
 
 @dataclass(frozen=True)

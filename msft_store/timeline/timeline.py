@@ -445,12 +445,8 @@ class Timeline:
     def _make_room(self, policy: Policy, used: int | None) -> int | None:
         """Evict checkpoints that no rule keeps; if that does not help, the least valuable one.
 
-        Args:
-            policy: The policy that ranks them.
-            used: Bytes of the store after the previous call, ``None`` at the first.
-
-        Returns:
-            Bytes of the store now, ``None`` if nothing can be evicted.
+        ``used`` is the result of the previous call. Return the bytes of the store now, or ``None``
+        if nothing can be evicted.
         """
         done = self._evict(self._state.not_kept(policy))
         # The failed attempt's own files are freed as well, which makes no room for the next one.
