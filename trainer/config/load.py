@@ -1,8 +1,8 @@
-"""Load a run's configuration from one YAML file; :mod:`trainer.config.schema` has its keys.
+"""Load the configuration of a run from one YAML file; :mod:`trainer.config.schema` has its keys.
 
-Relative paths are relative to the folder of the YAML file, ``output_dir`` to the working directory.
-An unknown key is an error that names the nearest valid one. Values are checked against the
-annotations of the dataclasses: an integer is accepted for a float, and nothing else is converted.
+Relative paths are taken from the folder of the YAML file, ``output_dir`` from the working
+directory. An unknown key is an error that names the nearest valid one. Values are checked against
+the annotations of the dataclasses: an integer is accepted for a float, nothing else is converted.
 
 Example::
 
@@ -155,7 +155,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         path: A YAML file. Relative paths in it are taken from its folder, except ``output_dir``,
             which is taken from the working directory.
         overrides: Assignments ``dotted.key=value`` with values in YAML, as on the command line.
-            Paths in them follow the same rule.
+            Paths in them are taken from the same folders.
 
     Returns:
         The configuration. All of its paths are absolute.

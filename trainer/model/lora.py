@@ -13,7 +13,6 @@ Example::
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +28,7 @@ from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.model.load import LoadedModel, load_model
 from trainer.model.weights import ADAPTER, Snapshots, drop_tied, weights_of
+from trainer.text import did_you_mean
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -113,10 +113,9 @@ def _find_targets(model: Any, lora: LoraConfig) -> list[str]:
     known = sorted({name.rpartition(".")[2] for name in layers})
     for target in lora.target_modules or ():
         if not any(_matches(name, target) for name, _ in model.named_modules()):
-            near = difflib.get_close_matches(target, known, n=1)
-            advice = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"lora.target_modules: the model has no module {target!r}{advice} "
+                f"lora.target_modules: the model has no module {target!r}"
+                f"{did_you_mean(target, known)} "
                 f"(its linear layers are {', '.join(known) or 'none'})"
             )
     targets = list(known if lora.target_modules is None else lora.target_modules)

@@ -2,13 +2,13 @@
 
 A stage trains the active sub-datasets from its root with a fresh optimizer and schedule. At the
 root, every ``eval_every`` epochs and at the end of the stage, the loop evaluates all sub-datasets,
-saves a rollback point and asks the strategy. The answer is journaled before the loop acts on it.
-If the answer is to continue, training continues while the rollback point is saved; the evaluation
-and the decision are journaled once it is durable, and at the latest before the next one is saved,
-before a resume point is written, or before the loop acts on another answer.
+saves a rollback point and asks the strategy. The decision is journaled before the loop acts on it.
+If the decision is to continue, training continues while the rollback point is saved. The evaluation
+and the decision are journaled once it is durable, at the latest before the next one is saved,
+before a resume point is written, or before the loop acts on another decision.
 
-Invariant: everything between two decisions follows from the seed and the position, so a run that
-is resumed from a position repeats the steps that it would have done.
+Invariant: everything between two decisions depends only on the seed and the position, so a run that
+is resumed from a position repeats the same steps.
 
 Example::
 
@@ -87,14 +87,14 @@ class Loop:
         *,
         progress: bool = False,
     ) -> None:
-        """Prepare; ``progress`` shows a bar on stderr if that is a terminal."""
+        """Create it; ``progress`` shows a progress bar if stderr is a terminal."""
         self._work = work
         self._strategy = strategy
         self._interrupts = interrupts
         self._progress = progress and work.accelerator.is_main_process and sys.stderr.isatty()
         self._processes = RunProcesses(work.accelerator)
-        # With several processes an evaluation cannot end early: a process that ends alone would
-        # leave the others waiting for its share.
+        # With several processes an evaluation cannot end early, because the other processes would
+        # wait forever for the share of a process that ended.
         check = interrupts.check if self._processes.is_one else None
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
@@ -214,7 +214,7 @@ class Loop:
                 f"{work.config.model.path} sound, and is model.dtype wide enough for it?"
             )
         save = self._save_rollback_point(steps, 0, result) if result else None
-        # The stage's record names its root, so nothing can be done while this commit is pending.
+        # The record of the stage names its root, so this commit must be durable first.
         committed = save.wait() if save else {}
         checkpoint = committed.get("checkpoint", root)
         work.record(
@@ -255,7 +255,7 @@ class Loop:
     def _handle_divergence(
         self, finding: NonFiniteNumber, steps: StageSteps, position: Position
     ) -> Skip | Stop:
-        """Ask the strategy about numbers that are not finite; on a skip, restore the checkpoint."""
+        """Ask the strategy what to do after a divergence; on a skip, restore the checkpoint."""
         work, stage, answer = self._work, steps.stage, None
         if work.accelerator.is_main_process:
             # A checkpoint can only be restored once it is durable and its id is known.
@@ -282,7 +282,7 @@ class Loop:
         return decision
 
     def _reset_optimizer(self, *place: int) -> None:
-        """Reset the optimizer, and seed the generators from the run's seed and a place in it."""
+        """Reset the optimizer, and seed the generators from the run's seed and the place."""
         words = np.random.SeedSequence([self._work.config.seed, *place]).generate_state(1)
         set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
         reset_optimizer(self._work.optimizer)

@@ -4,8 +4,8 @@ It holds weights, optimizer and random number generators as tensors, and the pos
 belongs to the journal up to record ``seq``. An unsharded run keeps it in one safetensors file. A
 sharded run, in which no process has the whole model, keeps it in a store.
 
-Invariants: all processes make the same calls in the same order. A new resume point replaces the one
-before atomically, so whenever the run is killed, one of the two is there.
+Invariants: all processes make the same calls in the same order. A new resume point replaces the
+last one atomically, so a kill at any moment leaves one of them.
 
 Example::
 

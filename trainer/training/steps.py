@@ -2,9 +2,8 @@
 
 The loss of a step is the mean over all target tokens of its batch. So neither the number of
 micro-batches nor the number of processes changes the result. Processes take turns at the
-micro-batches; a process without one in the last turn adds a loss of zero. Mastered examples only go
-through the forward pass, which yields their loss. A step of mastered examples alone leaves the
-weights unchanged.
+micro-batches; a process without one in the last turn adds a loss of zero. Mastered examples get a
+forward pass only, for their loss. A step with mastered examples only leaves the weights unchanged.
 
 Example::
 
@@ -56,8 +55,8 @@ class StageSteps:
     ) -> None:
         """Prepare the stage; the optimizer keeps its current state.
 
-        ``steps_before`` are the steps of earlier stages that the learning rate's schedule has
-        behind it. The schedule is stretched to end with this stage.
+        ``steps_before`` are the steps of earlier stages that count in the schedule of the learning
+        rate, which ends with this stage.
         """
         train = work.split("train")
         names = stage.trained
@@ -160,7 +159,7 @@ class StageSteps:
         return totals
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last totals, which was not spent on training."""
+        """Exclude the time since the last totals from the seconds of training."""
         self._began = time.monotonic()
 
     def _backward(self, batch: Step, targets: int, losses: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,8 @@ class _Trackers:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._started: dict[str, Any] | None = None
+        self._trackers: dict[str, Any] = {}
+        self._is_started = False
         self._first: Record | None = None
         self._active: Sequence[str] = ()
         self._step = 0
@@ -77,24 +78,23 @@ class _Trackers:
         if not self._config.log_with:
             return
         step = self.mark_sent(record)
-        if self._started is None:
+        if not self._is_started:
             self._start(is_new_run=record is self._first)
         names = () if self._first is None else self._first["sub_datasets"]
         values = select_values(record, active=self._active, sub_datasets=names)
         if step is not None and values:
-            for name, tracker in list((self._started or {}).items()):
+            for name, tracker in list(self._trackers.items()):
                 with self._drop_on_error(name):
                     tracker.log(values, step=step)
 
     def finish(self) -> None:
         """Close all trackers."""
-        for name, tracker in list((self._started or {}).items()):
+        for name, tracker in list(self._trackers.items()):
             with self._drop_on_error(name):
                 tracker.finish()
-        self._started = {}
 
     def _start(self, *, is_new_run: bool) -> None:
-        self._started = {}
+        self._is_started = True
         settings = {
             key: json.dumps(value) if isinstance(value, list) else value
             for key, value in flatten(to_dict(self._config)).items()
@@ -103,7 +103,7 @@ class _Trackers:
             with self._drop_on_error(name):
                 tracker = self._make_tracker(name)
                 tracker.start()
-                self._started[name] = tracker
+                self._trackers[name] = tracker
                 if is_new_run:
                     tracker.store_init_configuration(settings)
 
@@ -127,7 +127,7 @@ class _Trackers:
         try:
             yield
         except Exception as error:  # each tracker raises its own classes
-            tracker = (self._started or {}).pop(name, None)
+            tracker = self._trackers.pop(name, None)
             _log.warning(
                 "warning: the tracker %r failed and is dropped; training continues without it "
                 "(%s: %s)",
