@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         discard_output()
-        print(f"msft-store: the output was cut off: {error}", file=sys.stderr)
+        print(f"msft-store: cannot write the output: {error}", file=sys.stderr)
         return 1
     return 3 if isinstance(document, Report) and document.findings else 0
 

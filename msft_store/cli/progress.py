@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _INTERVAL = 0.2
 """Seconds between two updates of the line."""
 _ERASE = "\r\x1b[K"
-MESSAGE = "msft-store: interrupted; nothing is half done, and the same command continues"
+MESSAGE = "msft-store: interrupted; all files are complete, and the command can be repeated"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 

@@ -794,7 +794,7 @@ def test_an_output_that_cannot_be_written_is_an_error_without_a_traceback(
         )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "msft-store: the output was cut off: [Errno 28] No space left on device"
+        "msft-store: cannot write the output: [Errno 28] No space left on device"
     ]
 
 
