@@ -7,9 +7,8 @@ start.
 
 Example::
 
-    first_best_index([0.1, 0.4, 0.4, 0.2], "max")                     # 1
-    PeakRule(margin=2).peak([0.1, 0.4, 0.42], [0.02] * 3, "max")  # 1
-    indistinct({"arith": 0.30}, {"arith": 0.09}, margin=1.0)    # {"arith": 0.09}
+    first_best_index([0.1, 0.4, 0.4, 0.2], "max")                   # 1
+    PeakRule(margin=2).peak([0.1, 0.4, 0.42], [0.02] * 3, "max")    # 1
 """
 
 from __future__ import annotations
@@ -22,22 +21,8 @@ from typing import Literal
 from trainer.algorithms.base import Mode
 from trainer.config.schema import Config
 
-LARGEST_SHARE = 0.1
+_WIDEST = 0.1
 """Largest ratio of margin to metric that gives no warning."""
-
-
-def indistinct(
-    metrics: Mapping[str, float], errors: Mapping[str, float], *, margin: float
-) -> dict[str, float]:
-    """Return the margins, in the metric's unit, that are more than a tenth of their metrics.
-
-    ``errors`` maps sub-datasets to standard errors; ``margin`` is the number of standard errors.
-    """
-    return {
-        name: margin * error
-        for name, error in errors.items()
-        if margin * error > LARGEST_SHARE * abs(metrics[name])
-    }
 
 
 def margin_warnings(
@@ -48,16 +33,21 @@ def margin_warnings(
 ) -> list[str]:
     """Return a warning for each sub-dataset whose margin is too wide for its metric.
 
-    ``metrics`` and ``errors`` are of one evaluation; ``examples`` has the numbers of examples.
+    Args:
+        config: The run's configuration.
+        metrics: Sub-dataset → metric of one evaluation.
+        errors: Sub-dataset → standard error of that metric.
+        examples: Sub-dataset → number of validation examples.
     """
     margin = config.msft.margin
-    if config.method != "msft" or config.msft.peaks != "robust" or margin == 0:
+    if config.method != "msft" or config.msft.peaks != "robust":
         return []
     return [
         f"warning: with {examples[name]} validation examples of {name}, metrics must differ by "
-        f"{width:.3g} to count (msft.margin: {margin:g} standard errors of {width / margin:.3g}); "
+        f"{margin * error:.3g} to count (msft.margin: {margin:g} standard errors of {error:.3g}); "
         f"its metric is {metrics[name]:.3g}: give it more validation examples, or lower the margin"
-        for name, width in indistinct(metrics, errors, margin=margin).items()
+        for name, error in errors.items()
+        if margin * error > _WIDEST * abs(metrics[name])
     ]
 
 

@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 
 from tests.support.tiny_runs import make_config
-from trainer.algorithms.peaks import indistinct
+from trainer.algorithms.peaks import margin_warnings
 from trainer.training.run import start
 
 
-def test_a_margin_hides_too_much_from_a_tenth_of_the_metric_on():
+@pytest.mark.parametrize(("margin", "warned"), [(2.0, ["b"]), (1.0, []), (0.0, [])])
+def test_a_margin_hides_too_much_from_a_tenth_of_the_metric_on(tmp_path, margin, warned):
+    config = make_config(tmp_path)
+    config = replace(config, msft=replace(config.msft, peaks="robust", margin=margin))
     metrics, errors = {"a": 2.0, "b": 2.0, "c": 0.0}, {"a": 0.1, "b": 0.11, "c": 0.0}
-    assert indistinct(metrics, errors, margin=2.0) == {"b": 0.22}
-    assert indistinct(metrics, errors, margin=1.0) == {}
+    found = margin_warnings(config, metrics, errors, dict.fromkeys(metrics, 9))
+    assert len(found) == len(warned)
+    assert all(f"examples of {n}," in line for n, line in zip(warned, found, strict=True))
 
 
 @pytest.mark.parametrize(
