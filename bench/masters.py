@@ -93,7 +93,7 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
         work.record("run_started", **start_record(work))
         state = replay([], strategy)
         begin_stage(work, state.current, policy)
-        stop = Loop(work, strategy, interrupts).run(state)
+        stop = Loop(work, strategy, interrupts, state).run()
         keep_only_result(work, stop.checkpoint)
         work.record("finished", checkpoint=stop.checkpoint, model_dir=None)
         work.timeline.close()

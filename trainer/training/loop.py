@@ -13,7 +13,7 @@ is resumed from a position repeats the same steps.
 Example::
 
     with open_workspace(config) as work, Interrupts() as interrupts:
-        stop = Loop(work, strategy, interrupts).run(state)
+        stop = Loop(work, strategy, interrupts, state).run()
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from trainer.algorithms.base import (
     Decision,
     Divergence,
     Evaluation,
-    Names,
     RollBack,
     Skip,
     Stop,
@@ -84,10 +83,11 @@ class Loop:
         work: Workspace,
         strategy: Strategy,
         interrupts: Interrupts,
+        state: RunState,
         *,
         progress: bool = False,
     ) -> None:
-        """Create it; ``progress`` shows a progress bar if stderr is a terminal."""
+        """Create it at the state of a run; ``progress`` shows a bar if stderr is a terminal."""
         self._work = work
         self._strategy = strategy
         self._interrupts = interrupts
@@ -99,32 +99,28 @@ class Loop:
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
-        self._known: dict[str, KnownEvaluation] = {}
-        self._starts: dict[int, StageStart] = {}
-        self._names = Names()
+        self._known = dict(state.known)
+        self._starts = dict(state.starts)
+        self._names = state.names
+        self._observations = state.observations
         self._observer = StageObserver(work, strategy, self._processes)
         self._sizes = work.train_sizes
-        self._global_step = 0
+        self._global_step = state.global_step
         self._position: Position | None = None
 
-    def run(self, state: RunState, position: Position | None = None) -> Stop:
-        """Train from the state of the run; with a ``position``, from there in its stage.
+    def run(self, position: Position | None = None) -> Stop:
+        """Train the current stage, from a position in it or from its root, and those after it.
 
         The model holds the weights of the stage's root, or those of the resume point. Raises
         :class:`Interrupted` on a signal; a resume point is written first if a stage has begun.
         """
-        self._known, self._names = dict(state.known), state.names
-        self._starts = dict(state.starts)
-        self._global_step = state.global_step
-        observations = ObservationLog(self._sizes) if position is None else state.observations
-        start = state.current
+        start = self._starts[max(self._starts)]
         try:
             while True:
-                decision = self._train_stage(start, observations, position)
+                decision = self._train_stage(start, position)
                 if isinstance(decision, Stop):
                     return decision
                 self._position = position = None
-                observations = ObservationLog(self._sizes)
                 start = StageStart(stage=decision.stage, root=decision.checkpoint)
                 self._starts[start.stage.number] = start
                 begin_stage(self._work, start, self._make_policy())
@@ -133,9 +129,7 @@ class Loop:
                 self._save_resume_point(self._position)
             raise
 
-    def _train_stage(
-        self, start: StageStart, observations: ObservationLog, position: Position | None
-    ) -> RollBack | Stop:
+    def _train_stage(self, start: StageStart, position: Position | None) -> RollBack | Stop:
         """Train one stage, from its root or from a position in it, and return the last decision."""
         stage = start.stage
         schedule = make_schedule(self._work.config, stage, self._sizes)
@@ -148,7 +142,9 @@ class Loop:
         steps = StageSteps(
             self._work, stage, schedule, order=plan.order, steps_before=plan.steps_before
         )
-        self._observer.begin_stage(steps, observations)
+        if position is None:
+            self._observations = ObservationLog(self._sizes)
+        self._observer.begin_stage(steps, self._observations)
         if position is None:
             decision = self._begin_stage(steps, start.root)
             if isinstance(decision, RollBack | Stop):

@@ -118,7 +118,7 @@ def _run(config: Config, *, is_new: bool, progress: bool) -> Summary:
             state, position = _restore_state(work, strategy)
             stop = state.stop
             if stop is None:
-                stop = Loop(work, strategy, interrupts, progress=progress).run(state, position)
+                stop = Loop(work, strategy, interrupts, state, progress=progress).run(position)
             _finish(work, stop, interrupts)
         if work.accelerator.is_main_process:
             write_report(directory)
