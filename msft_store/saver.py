@@ -302,8 +302,5 @@ def _run(task: _Task[_T], work: Callable[[State], _T], state: State) -> None:
 def _print_errors(tasks: list[_Task[Any]]) -> None:
     for task in tasks:
         if task.done() and not task.error_received and (error := task.exception()) is not None:
-            print(
-                "a save in the background failed with an error that was not received:",
-                file=sys.stderr,
-            )
+            print("no caller asked for the error of a save in the background:", file=sys.stderr)
             traceback.print_exception(error)
