@@ -39,26 +39,26 @@ def resolve_data(data: DataConfig, folder: Path) -> DataConfig:
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other: remove all but one")
     if data.directory is not None:
-        found: Mapping[str, SubDatasetConfig] = _scan(
+        found: Mapping[str, SubDatasetConfig] = _scan_directory(
             folder / data.directory, always_validation=data.validation_share is None
         )
     elif data.mixture is not None:
-        found = _split(data.mixture, folder)
+        found = _expand_mixture(data.mixture, folder)
     else:
         found = data.sub_datasets
     sub_datasets = {
         name: replace(
             files,
-            train=_absolute(files.train, folder, "train"),
-            validation=_absolute(files.validation, folder, "validation"),
-            test=_absolute(files.test, folder, "test"),
+            train=_make_absolute(files.train, folder, "train"),
+            validation=_make_absolute(files.validation, folder, "validation"),
+            test=_make_absolute(files.test, folder, "test"),
         )
         for name, files in found.items()
     }
     return replace(data, sub_datasets=sub_datasets, directory=None, mixture=None)
 
 
-def _absolute(source: S, folder: Path, split: str) -> S:
+def _make_absolute(source: S, folder: Path, split: str) -> S:
     if source is None:
         return None
     if isinstance(source, str):
@@ -72,7 +72,7 @@ def _absolute(source: S, folder: Path, split: str) -> S:
     )
 
 
-def _scan(directory: Path, *, always_validation: bool) -> dict[str, SubDatasetConfig]:
+def _scan_directory(directory: Path, *, always_validation: bool) -> dict[str, SubDatasetConfig]:
     """Return the sub-datasets of a directory by their file names, sorted."""
     if not directory.is_dir():
         raise ConfigError(f"data.directory: there is no directory {directory}")
@@ -91,7 +91,7 @@ def _scan(directory: Path, *, always_validation: bool) -> dict[str, SubDatasetCo
     return found
 
 
-def _split(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatasetConfig]:
+def _expand_mixture(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatasetConfig]:
     """Return the sub-datasets of mixture files; each split has all categories of ``train``."""
     categories: dict[str, str] = {}
     sources: dict[str, SourceConfig] = {}
@@ -120,12 +120,12 @@ def _split(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatasetConfig]:
     return {
         name: SubDatasetConfig(
             train=replace(sources["train"], category=category),
-            validation=_of(sources.get("validation"), category),
-            test=_of(sources.get("test"), category),
+            validation=_with_category(sources.get("validation"), category),
+            test=_with_category(sources.get("test"), category),
         )
         for name, category in categories.items()
     }
 
 
-def _of(source: SourceConfig | None, category: str) -> SourceConfig | None:
+def _with_category(source: SourceConfig | None, category: str) -> SourceConfig | None:
     return None if source is None else replace(source, category=category)

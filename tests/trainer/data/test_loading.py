@@ -17,7 +17,7 @@ from trainer.training.run import start
 TOKENIZER = make_tokenizer()
 
 
-def config_of(tmp_path, *, count: int = 40, **settings) -> DataConfig:
+def make_data_config(tmp_path, *, count: int = 40, **settings) -> DataConfig:
     rows = [{"prompt": f"{i}=", "completion": str(i)} for i in range(count)]
     train = str(write_lines(tmp_path / "a.jsonl", rows))
     return DataConfig(sub_datasets={"a": SubDatasetConfig(train=train)}, **settings)
@@ -39,7 +39,7 @@ def references(split) -> list[int]:
     ],
 )
 def test_a_share_is_set_aside_and_a_number_is_chosen(tmp_path, count, share, most, expected):
-    config = config_of(tmp_path, count=count, validation_share=share, max_examples=most)
+    config = make_data_config(tmp_path, count=count, validation_share=share, max_examples=most)
     found = load_mixture(config, TOKENIZER)["a"]
     chosen, aside = references(found.train), references(found.validation)
     assert (len(chosen), len(aside)) == expected
@@ -50,7 +50,7 @@ def test_a_share_is_set_aside_and_a_number_is_chosen(tmp_path, count, share, mos
 
 
 def test_the_choice_depends_on_the_seed_and_the_name_alone(tmp_path):
-    config = config_of(tmp_path, validation_share=0.25, max_examples=20)
+    config = make_data_config(tmp_path, validation_share=0.25, max_examples=20)
     first = load_mixture(config, TOKENIZER)
     assert load_mixture(config, TOKENIZER) == first
     assert load_mixture(replace(config, seed=1), TOKENIZER) != first
@@ -61,7 +61,7 @@ def test_the_choice_depends_on_the_seed_and_the_name_alone(tmp_path):
 
 
 def test_the_set_aside_stay_so_when_fewer_of_them_are_evaluated(tmp_path):
-    config = config_of(tmp_path, validation_share=0.25)
+    config = make_data_config(tmp_path, validation_share=0.25)
     whole = load_mixture(config, TOKENIZER)["a"]
     fewer = load_mixture(config, TOKENIZER, max_validation=3)["a"]
     assert fewer.train == whole.train
@@ -70,7 +70,7 @@ def test_the_set_aside_stay_so_when_fewer_of_them_are_evaluated(tmp_path):
 
 
 def test_examples_that_are_too_long_are_replaced_by_others(tmp_path):
-    config = config_of(tmp_path, count=100, max_examples=8, max_length=4)
+    config = make_data_config(tmp_path, count=100, max_examples=8, max_length=4)
     data = replace(config, sub_datasets={"a": replace(config.sub_datasets["a"])})
     files = replace(data.sub_datasets["a"], validation=data.sub_datasets["a"].train)
     found = load_mixture(replace(data, sub_datasets={"a": files}), TOKENIZER)["a"]
@@ -81,7 +81,7 @@ def test_examples_that_are_too_long_are_replaced_by_others(tmp_path):
 
 def test_too_few_examples_to_set_some_aside(tmp_path):
     with pytest.raises(DataError, match=r"'a', train: .*has 1 usable examples: too few"):
-        load_mixture(config_of(tmp_path, count=1, validation_share=0.5), TOKENIZER)
+        load_mixture(make_data_config(tmp_path, count=1, validation_share=0.5), TOKENIZER)
 
 
 def test_fields_make_examples_of_columns(tmp_path):
