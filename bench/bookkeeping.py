@@ -1,9 +1,9 @@
-"""What MSFT's bookkeeping takes of a run's training time: commits, evictions, roll-backs, journal.
+"""The share of bookkeeping in MSFT's training time: commits, evictions, roll-backs, journal.
 
-A run commits in the foreground here (``async_save: false``), so that nothing of it hides beside the
-training. Everything is timed where the trainer calls it, in seconds of the processor, because
-others may be at work on the machine, and by the clock, which holds the waiting for the disk, too.
-The training time is that of the optimizer steps, without evaluations.
+The run commits in the foreground (``async_save: false``), so that no commit overlaps with the
+training. Each call of the trainer is timed in seconds of the processor, because the machine may do
+other work, and by the clock, which includes the waiting for the disk. The training time is that of
+the optimizer steps, without evaluations.
 
 Example::
 

@@ -1,14 +1,14 @@
-"""Size and speed of codecs on one core, beside peers and the entropy of models, in one run.
+"""Size and speed of codecs, of their peers and of entropy bounds, on one core in one run.
 
 With a reference, numbers are of the last snapshot of a trajectory against its first; without one,
-of the last snapshot alone. Two kinds of bounds stand beside them, both empirical: the entropy of
-a weight's change given its chunk and the exponent of the reference, counted over whole changes;
-and for each of our levels the entropy of what it codes (tokens and low bits, gaps, runs) given
-its own classes, which says what its coder and its tables lose. An adaptive coder pays no tables
-and has more contexts than classes, so it can be below its line; and entropies counted over few
-weights are too low, as they know every change beforehand.
+of the last snapshot alone. There are two kinds of empirical bounds. The first is the entropy of a
+weight's change given its chunk and the exponent of the reference, counted over whole changes. The
+second is, for each of our levels, the entropy of its symbols (tokens and low bits, gaps, runs)
+given its own classes, which shows the loss by its coder and its tables. An adaptive coder has no
+tables and more contexts than classes, so it can be below its bound. Entropies counted over few
+weights are too low, because they know every change beforehand.
 
-ZipNN is measured where it is installed (``pip install zipnn``; it is compiled on the way).
+ZipNN is measured if it is installed (``pip install zipnn``, which compiles it).
 
 Example::
 

@@ -1,10 +1,10 @@
-"""Disk of a whole MSFT run: full copies, as in the paper, beside the store's differences.
+"""Disk of a whole MSFT run: full copies, as in the paper, and the store's differences.
 
 Real training of the example's base model on ten sub-datasets (``bench/tasks.py``), in two regimes,
 with compute budgets of 1, 3 and 10 epochs, under the paper's rule and with a peak window. Disk is
 in full checkpoints, in the dtype of the checkpoints: everything under the store, temporary files
 included. The paper's policy is counted on the same run. Runs are kept in ``runs/bench-disk``, by
-commit; one that is there and finished is not repeated, one that is not finished is begun again.
+commit. A finished run is not repeated, and an unfinished run is begun again.
 
 Example::
 

@@ -1,16 +1,16 @@
-"""What a Trainer's checkpoints take: StoreCallback beside ``checkpoint-*`` directories.
+"""Disk and time of a Trainer's checkpoints: StoreCallback and ``checkpoint-*`` directories.
 
 The example's base model of 2.5 M parameters learns its eight sub-datasets with the Trainer (bf16,
-lr 1e-5, fused Adam). Every few steps all of them are evaluated and a checkpoint is due. To end with
-the best of every sub-dataset, ``checkpoint-*`` directories must all stay; with
-``save_total_limit=2`` only the newest and the best by one metric do. The store keeps the best of
+lr 1e-5, fused Adam). Every few steps all of them are evaluated and a checkpoint is saved. To keep
+the best checkpoint of every sub-dataset, all ``checkpoint-*`` directories must stay. With
+``save_total_limit=2`` only the newest and the best by one metric stay. The store keeps the best of
 every sub-dataset, the newest, and the resume point.
 
-Disk is what all files of a run take together, at its largest and at its end, in units of one model
-as safetensors. Time is that of the whole training, evaluations included, beside a training that
-saves nothing: in seconds of the processor, because others may be at work on the machine, and by
-the clock, which holds the waiting for the disk, too. The ways take turns; what counts are the
-ratios of one round.
+Disk is the size of all files of a run, at its largest and at its end, in units of one model as
+safetensors. Time is that of the whole training with its evaluations, relative to a training that
+saves nothing. It is measured in seconds of the processor, because the machine may do other work,
+and by the clock, which includes the waiting for the disk. The ways take turns, and the ratios are
+those of one round.
 
 Example::
 

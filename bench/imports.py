@@ -1,7 +1,7 @@
-"""How long importing takes: ``msft_store`` beside ``torch`` alone, in fresh interpreters.
+"""The time of importing ``msft_store`` and of ``torch`` alone, in fresh interpreters.
 
-The ways take turns. What counts is the least time of each: what is more than that is other work on
-the machine.
+The ways take turns. The result is the least time of each, because longer times include other work
+on the machine.
 
 Example::
 

@@ -1,11 +1,11 @@
-"""Trained tokens per second beside TRL's SFTTrainer and the Hugging Face Trainer.
+"""Trained tokens per second, compared with TRL's SFTTrainer and the Hugging Face Trainer.
 
-All train the same model on the same tokenized examples, one epoch from the same weights, with the
-same optimizer (fused Adam, constant learning rate), dtype, effective batch, micro-batch and
-threads, in one process and in turns. The loss is that of the completions. What is timed is the
-loop alone, without loading, saving and evaluation, in seconds of the processor, because others may
-be at work on the machine; tokens are those of the examples, so padding counts for nobody. A peer is
-measured as it comes and with its own options for speed. What counts are the ratios of one round.
+All trainers train the same model on the same tokenized examples, for one epoch from the same
+weights, with the same optimizer (fused Adam, constant learning rate), dtype, effective batch,
+micro-batch and threads, in one process and in turns. The loss is that of the completions. Only the
+loop is timed, without loading, saving and evaluation, in seconds of the processor, because the
+machine may do other work. Tokens are those of the examples, so padding does not count. A peer is
+measured with its defaults and with its own options for speed. The ratios are those of one round.
 
 Example::
 

@@ -1,12 +1,11 @@
-"""Saving and loading beside peers, on one disk in one run, as ratios to safetensors.
+"""Saving and loading, compared with peers, on one disk in one run, as ratios to safetensors.
 
-The states are checkpoints from real training (``bench/trajectories.py``), made larger: each tensor
-is repeated with its rows rotated, eight copies one below the other, under as many names as it
-takes.
-A save counts until its bytes are durable (fsync of files and directories); the disk is idle before
-it. Loads go into tensors that are there; what they read stands in the page cache, for all alike.
-Memory is what the resident set of a process of its own grows by at most. A peer that keeps a full
-copy writes all of it whatever the regime.
+The states are enlarged checkpoints of real training (``bench/trajectories.py``): each tensor is
+repeated with its rows rotated, eight copies one below the other, under as many names as necessary.
+A save is timed until its bytes are durable (fsync of files and directories). The disk is idle
+before it. Loads go into existing tensors, and the files are in the page cache for all ways. Memory
+is the largest growth of the resident set of a separate process. A peer that keeps a full copy
+writes all of it in every regime.
 
 Example::
 
@@ -311,8 +310,8 @@ def report(document: Mapping[str, Any], rows: list[Row]) -> str:
     when = f"{about['date']}, commit {about['commit']}"
     ratios = ", ".join(f"{run[name] / run['2']:.2f} x ({name})" for name in run if name != "2")
     return f"""{where}, {when}. The disk writes {document["disk"]:.2f} GB/s durably.
-States of {rows[0].gigabytes:.2f} GB (of {rows[-1].gigabytes:.2f} GB in fp32). ÷ is to safetensors.
-What is read stands in the page cache, for all ways alike.
+States of {rows[0].gigabytes:.2f} GB (of {rows[-1].gigabytes:.2f} GB in fp32).
+÷ is relative to safetensors. For all ways, the data that is read is in the page cache.
 
 {markdown(rows)}
 Speeds in GB/s, the codec's own in one thread; CPU is the codec's own CPU time as a share of what a
