@@ -40,8 +40,8 @@ class LookAhead:
     The strategy answers with the probabilities by which the next examples are drawn.
 
     Attributes:
-        every: Optimizer steps between two look-aheads.
-        examples: Examples of each sub-dataset, drawn again for every look-ahead.
+        every: Optimizer steps between two probes.
+        examples: Examples of each sub-dataset, drawn again for every probe.
     """
 
     every: int
@@ -106,7 +106,7 @@ class Observation:
     """Epochs of the stage."""
     values: Mapping[str, Sequence[float]]
     """Sub-dataset → mean token loss of each training example in the epoch that has ended. For a
-    look-ahead: one number, the mean relative loss reduction of one step over its examples."""
+    probe: one number, the mean relative loss reduction of one step over its examples."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,8 @@ class Dynamix(Sft):
         gamma: Probability mass that is spread evenly over the sub-datasets.
         alpha: Weight of the past in a sub-dataset's value.
         beta: Inverse temperature of the softmax over values.
-        every: T, optimizer steps between two look-aheads.
-        examples: Examples of each sub-dataset in a look-ahead.
+        every: T, optimizer steps between two probes.
+        examples: Examples of each sub-dataset in a probe.
     """
 
     def __init__(
