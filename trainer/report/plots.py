@@ -89,32 +89,17 @@ def draw_disk(counted: Sequence[Record]) -> bytes:
     """Return a PNG of the disk of the rollback points over steps, in full checkpoints."""
     start = run_started(counted)
     unit = start["full_checkpoint_bytes"]
-    points = measure_disk_usage(counted)
-    steps = [point.step for point in points]
+    usages = measure_disk_usage(counted)
+    steps = [usage.step for usage in usages]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    axis.step(
-        steps,
-        [point.paper_copies for point in points],
-        where="post",
-        color=_ORANGE,
-        label="the paper's disk-managed policy, full copies",
-    )
-    axis.step(
-        steps,
-        [point.bytes / unit for point in points],
-        where="post",
-        color=_BLUE,
-        label="this run, after eviction",
-    )
-    axis.plot(
-        steps,
-        [point.peak_bytes / unit for point in points],
-        linestyle="none",
-        marker=".",
-        color=_BLUE,
-        label="this run, before eviction",
-    )
+    copies = [usage.paper_copies for usage in usages]
+    label = "the paper's disk-managed policy, full copies"
+    axis.step(steps, copies, where="post", color=_ORANGE, label=label)
+    after = [usage.bytes / unit for usage in usages]
+    axis.step(steps, after, where="post", color=_BLUE, label="this run, after eviction")
+    before = [usage.peak_bytes / unit for usage in usages]
+    axis.plot(steps, before, ".", color=_BLUE, label="this run, before eviction")
     axis.axhline(1, color=_GREY, linewidth=0.8, label="one full checkpoint")
     _draw_roll_backs(axis, counted)
     axis.set_ylim(bottom=0)
