@@ -2,7 +2,7 @@
 
 Example::
 
-    with progress_line(enabled=not options.json) as progress:
+    with progress_bar(enabled=not options.json) as progress:
         push(store, url, progress=progress)
 """
 
@@ -12,60 +12,35 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-from msft_store._util import format_bytes
+from tqdm import tqdm
+
 from msft_store.remote.transfer import Progress
 
 _T = TypeVar("_T")
-_INTERVAL = 0.2
-"""Seconds between two updates of the line."""
-_ERASE = "\r\x1b[K"
 MESSAGE = "msft-store: interrupted; all files are complete, and the command can be repeated"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 
 
 @contextlib.contextmanager
-def progress_line(*, enabled: bool) -> Iterator[Progress | None]:
-    """Yield a function that shows progress in one line on stderr; ``None`` without a terminal."""
+def progress_bar(*, enabled: bool) -> Iterator[Progress | None]:
+    """Yield a function that shows progress in a bar on stderr; ``None`` without a terminal."""
     if not (enabled and sys.stderr.isatty()):
         yield None
         return
-    shown = _Line()
-    try:
-        yield shown.update
-    finally:
-        shown.erase()
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
 
+        def update(step: str, done: int, total: int) -> None:
+            if bar.desc != f"{step}: ":
+                bar.reset(total or None)
+                bar.set_description(step)
+            bar.update(done - bar.n)
 
-class _Line:
-    def __init__(self) -> None:
-        self._step = ""
-        self._begun = self._last = 0.0
-        self._ended = False
-
-    def update(self, step: str, done: int, total: int) -> None:
-        """Show a step, its bytes so far, its total bytes and the speed."""
-        now = time.monotonic()
-        if step != self._step:
-            self._step, self._begun = step, now
-        elif self._ended or (now - self._last < _INTERVAL and done != total):
-            return
-        self._last = now
-        text = step
-        if total:
-            text += f" {format_bytes(done)} of {format_bytes(total)}"
-            if now > self._begun:
-                text += f", {format_bytes(int(done / (now - self._begun)))}/s"
-        print(f"{_ERASE}{text}", end="", file=sys.stderr, flush=True)
-
-    def erase(self) -> None:
-        self._ended = True
-        print(_ERASE, end="", file=sys.stderr, flush=True)
+        yield update
 
 
 def run_interruptibly(operation: Callable[[], _T]) -> _T:

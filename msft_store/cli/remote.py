@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from msft_store.cli.progress import progress_line
+from msft_store.cli.progress import progress_bar
 from msft_store.errors import InvalidInputError
 from msft_store.objects.catalog import CONFIG
 from msft_store.objects.manifest import MANIFESTS
@@ -98,7 +98,7 @@ def _transfer(
     operation: Callable[..., Transfer], options: argparse.Namespace, *places: str
 ) -> Output:
     keywords = {name: getattr(options, name) for name in _KEYWORDS if hasattr(options, name)}
-    with progress_line(enabled=not getattr(options, "json", False)) as progress:
+    with progress_bar(enabled=not getattr(options, "json", False)) as progress:
         done = operation(*places, progress=progress, **keywords)
     return done, str(done)
 

@@ -204,9 +204,9 @@ def test_a_terminal_shows_progress_and_erases_it(
         monkeypatch.setattr(sys, "stderr", terminal)
         assert main([str(argument) for argument in arguments]) == 0
         for step in steps:
-            assert f"\r\x1b[K{step}" in terminal.getvalue()
-        assert terminal.getvalue().endswith("\r\x1b[K")
-        assert "B of " in terminal.getvalue()
+            assert f"\r{step}: " in terminal.getvalue()
+        assert "B/s]" in terminal.getvalue()
+        assert terminal.getvalue().rpartition("]")[2].strip(" \r") == ""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["pull", store.path, url, "--json"]) == 0
