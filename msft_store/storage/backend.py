@@ -412,10 +412,11 @@ class LocalBackend:
             make_folder(self.root.absolute())
 
     def free_bytes(self) -> int | None:
-        """Return the free bytes of the file system; ``None`` if it does not report them."""
+        """Return the bytes that this user may still write; ``None`` if the system hides them."""
         with translate_os_errors("access", self.root):
             found = os.statvfs(self.root)
-        return found.f_bfree * found.f_frsize if found.f_blocks else None
+        # A file system keeps some of its free blocks for root; f_bavail does not count them.
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
 
     def describe(self, path: str) -> str:
         return self._prefix + path

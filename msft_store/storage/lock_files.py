@@ -124,6 +124,8 @@ def _digest(*parts: str) -> str:
 LOCKS = "locks"
 EXPIRY_SECONDS = 300.0
 """Seconds of silence after which an owner that cannot be checked counts as dead."""
+_CLOCK_ERROR_SECONDS = 5.0
+"""Seconds by which the clocks of machines and file systems may differ without being mentioned."""
 _NAME = re.compile(
     r"(?P<mode>shared|exclusive)_(?P<since>[0-9]{1,19})_(?P<number>[0-9a-f]{8})"
     r"_(?P<machine>[0-9a-f]{1,12})_(?P<boot>[0-9a-f]{1,12})_(?P<namespace>[0-9a-f]{1,12})"
@@ -147,7 +149,8 @@ class Lock:
         host: Name of the owner's machine.
         pid: Process id of the owner.
         since: Time of the request by the owner's clock, in nanoseconds since 1970.
-        silent_seconds: Seconds since the owner's last sign of life.
+        silent_seconds: Seconds since the owner's last sign of life; negative if that is dated in
+            the future.
         owner: ``alive`` or ``dead`` if that can be known on this machine; otherwise ``elsewhere``,
             or ``silent`` after so many seconds without a sign of life that the owner counts as
             dead.
@@ -176,10 +179,16 @@ class Lock:
         since = datetime.datetime.fromtimestamp(
             min(self.since, 1 << 62) / 1e9, datetime.timezone.utc
         )
+        sign = f"last sign of life {max(self.silent_seconds, 0.0):.0f} s ago"
+        if self.silent_seconds < -_CLOCK_ERROR_SECONDS:
+            sign = (
+                f"its last sign of life is dated {-self.silent_seconds:.0f} s in the future, so a "
+                f"clock was wrong; it expires after {EXPIRY_SECONDS:g} s of waiting without another"
+            )
         return (
             f"{self.purpose} by process {self.pid} on {self.host} "
             f"({'shared' if self.shared else 'exclusive'}, since {since:%Y-%m-%d %H:%M:%S} UTC, "
-            f"{self.owner}, last sign of life {max(self.silent_seconds, 0.0):.0f} s ago)"
+            f"{self.owner}, {sign})"
         )
 
 

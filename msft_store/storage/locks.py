@@ -5,7 +5,8 @@ conflicting requests sees the other. The younger request then removes its file a
 one keeps its file and waits. This avoids deadlocks, and every request gets its turn.
 
 Invariants: another owner's lock is removed only if that owner is known to be dead, or cannot be
-checked and was silent for :data:`EXPIRY_SECONDS`. An owner whose file was removed
+checked and was silent for :data:`EXPIRY_SECONDS`, by the time of its file or, because clocks can be
+wrong, as seen by requests of this object. An owner whose file was removed
 (:meth:`Locks.confirm`) changes nothing any more. A thread may take a lock again that it holds. A
 forked child does not inherit locks.
 
@@ -54,6 +55,8 @@ TIMEOUT = "MSFT_STORE_LOCK_TIMEOUT"
 _TIMEOUT_SECONDS = 600.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _MOST_NAMED = 3
+_BEAT_CHANGES = 1.0
+"""Seconds by which a sign of life at least changes the time of a file."""
 
 _logger = logging.getLogger(__name__)
 
@@ -114,6 +117,23 @@ def _held() -> dict[_Key, HeldLock]:
     return found
 
 
+class _Watch:
+    """Measures by this process's own clock for how long lock files have not changed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, float]] = {}
+        """The time of each file, and when this process first saw it with that time."""
+
+    def is_silent(self, lock: Lock, now: float) -> bool:
+        """Return True if an owner gave no sign of life while requests of this process waited."""
+        time_of_file, seen = now - lock.silent_seconds, time.monotonic()
+        before, since = self._seen.get(lock.name, (time_of_file, seen))
+        if abs(time_of_file - before) >= _BEAT_CHANGES:
+            since = seen
+        self._seen[lock.name] = time_of_file, since
+        return lock.owner == "elsewhere" and seen - since > EXPIRY_SECONDS
+
+
 class Locks:
     """The locks of one store; methods raise ``OSError`` if the file system fails.
 
@@ -132,6 +152,7 @@ class Locks:
         self._folder = store / LOCKS
         self._timeout = timeout
         self._identify = identify
+        self._watch = _Watch()
 
     def acquire(self, *, shared: bool, purpose: str) -> HeldLock:
         """Wait for the lock; :class:`BusyError` names the owners after the timeout.
@@ -192,7 +213,8 @@ class Locks:
 
     def _wait(self, *, shared: bool, purpose: str) -> Path:
         timeout = _default_timeout() if self._timeout is None else self._timeout
-        request = _Request(self._folder, shared=shared, purpose=purpose, here=self._identify())
+        here = self._identify()
+        request = _Request(self._folder, self._watch, shared=shared, purpose=purpose, here=here)
         pause, first_wait = _SHORTEST_PAUSE, True
         try:
             request.place()
@@ -234,9 +256,12 @@ class Locks:
 class _Request:
     """A request for a lock; its file is either placed or withdrawn for the time being."""
 
-    def __init__(self, folder: Path, *, shared: bool, purpose: str, here: Process) -> None:
+    def __init__(
+        self, folder: Path, watch: _Watch, *, shared: bool, purpose: str, here: Process
+    ) -> None:
         self.placed = False
         self._folder = folder
+        self._watch = watch
         self._shared = shared
         self._here = here
         self._name = lock_name(shared=shared, purpose=purpose, process=here)
@@ -275,7 +300,8 @@ class _Request:
 
         This also updates ``placed``, because another process may have removed the file.
         """
-        locks = list_locks(self._folder, now=self._zero + self.seconds(), here=self._here)
+        now = self._zero + self.seconds()
+        locks = list_locks(self._folder, now=now, here=self._here)
         self.placed = any(lock.name == self._name for lock in locks)
         found = []
         for lock in locks:
@@ -286,7 +312,7 @@ class _Request:
                     remove_lock_file(self._folder / lock.name)
             elif lock.name == self._name or (self._shared and lock.shared):
                 continue
-            elif lock.owner == "silent":
+            elif lock.owner == "silent" or self._watch.is_silent(lock, now):
                 _logger.info("taking over from an owner without a sign of life: %s", lock)
                 # Remove it before continuing, because an owner that wakes up checks its own file.
                 remove_lock_file(self._folder / lock.name)

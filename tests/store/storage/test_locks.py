@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from msft_store import Base, BusyError, Checkpoint, InvalidInputError, StorageError, Store
 from msft_store.cli.main import main
 from msft_store.storage.backend import LocalBackend
-from msft_store.storage.lock_files import LOCKS, UNKNOWN, Process, process_status
+from msft_store.storage.lock_files import EXPIRY_SECONDS, LOCKS, UNKNOWN, Process, process_status
 from msft_store.storage.locks import TIMEOUT, Locks, next_step
 from tests.support.owners import ELSEWHERE, here, plant, silence
 from tests.support.states import State, same_bits, train_step
@@ -333,6 +334,29 @@ def test_an_owner_elsewhere_counts_as_alive_until_it_expires(
     hasty(store).save(state, parent=base)
     assert lock_files(store) == []
     assert same_bits(store.load(ckpt), train_step(state, 0.05, 1))
+
+
+def test_a_lock_dated_in_the_future_says_so_and_expires_by_waiting(
+    store: Store, ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, patient = plant(store, ELSEWHERE), hasty(store)
+    future = os.stat(lock).st_mtime + 3600
+    os.utime(lock, (future, future))
+    says = r"(3600|3599) s in the future, so a clock was wrong; it expires after 300 s of waiting"
+    with pytest.raises(BusyError, match=says):
+        patient.forget(ckpt)
+    assert store.unlock() == []
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + EXPIRY_SECONDS + 1)
+    # An owner that lives gives a sign, which begins the waiting again.
+    os.utime(lock, (future + 30, future + 30))
+    with pytest.raises(BusyError):
+        patient.forget(ckpt)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * EXPIRY_SECONDS + 2)
+    with pytest.raises(BusyError):
+        hasty(store).forget(ckpt)
+    patient.forget(ckpt)
+    assert lock_files(store) == []
 
 
 def test_processes_without_readable_identity_are_elsewhere() -> None:

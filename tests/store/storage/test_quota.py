@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,3 +95,13 @@ def test_bytes_that_cannot_fit_are_refused_beforehand(
             backend.require_space(61)
     with pytest.raises(OutOfSpaceError, match=r"101 B more do not fit .*: 100 B are free"):
         QuotaBackend(SmallDisk(tmp_path)).require_space(101)
+
+
+def test_blocks_that_are_reserved_for_root_are_not_free(
+    backend: QuotaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SimpleNamespace(f_blocks=100, f_bfree=50, f_bavail=2, f_frsize=10)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    backend.require_space(20)
+    with pytest.raises(OutOfSpaceError, match="20 B are free"):
+        backend.require_space(21)
