@@ -336,7 +336,7 @@ class StoreCallback(TrainerCallback):
         # An evaluation before the first step after a resume repeats that of the resume point.
         if self._model is None or self._state is not None:
             return
-        self._metrics |= extract_metrics(metrics or {})
+        self._metrics |= extract_metrics(metrics or {}, {*self._best, *self._wanted})
         self._is_due = True
         self._take_over_save(control)
 

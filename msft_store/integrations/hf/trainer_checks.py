@@ -8,8 +8,10 @@ Example::
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,8 +21,18 @@ from transformers import TrainerState, TrainingArguments
 from msft_store.errors import InvalidInputError
 from msft_store.retention import suggest_metric
 
-_COUNTERS = ("_runtime", "_per_second", "_time", "_num_tokens", "epoch")
-"""Endings of values that are not metrics. With them, no two checkpoints would be equal."""
+_COUNTERS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "tokens_per_second",
+    "model_preparation_time",
+    "jit_compilation_time",
+    "num_tokens",
+)
+"""The Trainer's and TRL's own counters of an evaluation. With them, no two checkpoints would be
+equal.
+"""
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
@@ -61,21 +73,23 @@ def check_trainer(
         )
 
 
-def extract_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of one evaluation, without its counters.
+def extract_metrics(
+    evaluation: Mapping[str, Any], wanted: Collection[str] = ()
+) -> dict[str, float]:
+    """Return the metrics of one evaluation, without the Trainer's counters that are not wanted.
 
     Several evaluation sets arrive one by one, as ``eval_NAME_loss``. A metric that has the same
     name in all of them, ``eval_entropy``, is added as ``eval_NAME_entropy``.
     """
+    # A metric may be called eval_NAME_..._runtime; the Trainer's own time has the shortest name.
+    times = [name for name in evaluation if re.fullmatch(r"eval_(.+_)?runtime", name)]
+    prefix = min(times, key=len).removesuffix("runtime") if times else "eval_"
+    counters = {f"{start}{counter}" for start in (prefix, "eval_") for counter in _COUNTERS}
     found = {
         name: float(value)
         for name, value in evaluation.items()
-        if isinstance(value, (int, float)) and not name.endswith(_COUNTERS)
+        if isinstance(value, Real) and (name in wanted or name not in {*counters, "epoch"})
     }
-    times = [name for name in evaluation if name.endswith("_runtime")]
-    prefix = times[0].removesuffix("runtime") if len(times) == 1 else ""
-    if not prefix.startswith("eval_"):
-        return found
     alike = {name: value for name, value in found.items() if not name.startswith(prefix)}
     return found | {prefix + name.removeprefix("eval_"): alike[name] for name in alike}
 

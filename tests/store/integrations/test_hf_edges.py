@@ -246,6 +246,38 @@ def test_metrics_with_the_same_name_for_all_datasets_get_their_own() -> None:
     assert extract_metrics({"eval_loss": 1.0, "eval_runtime": 3.0}) == {"eval_loss": 1.0}
 
 
+@pytest.mark.parametrize(
+    "name", ["response_time", "f1_per_epoch", "tokens_per_second_of_speech", "own_runtime", "epoch"]
+)
+def test_a_metric_is_kept_however_it_is_called(tmp_path: Path, base: Path, name: str) -> None:
+    scores = iter([0.1, 0.5, 0.9, 0.2, 0.1, 0.4])  # of the sets "one" and "two" in turn
+    callback, watch = StoreCallback(tmp_path / "store", base=base), Watch()
+    trainer = make_trainer(
+        tmp_path / "run",
+        make_model(),
+        [callback, watch],
+        max_steps=3,
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"two_{name}",
+    )
+    trainer.compute_metrics = lambda _: {name: next(scores)}
+    trainer.train()
+
+    best = callback.best(f"eval_two_{name}", "max")
+    assert (best.step, best.metrics[f"eval_two_{name}"]) == (1, 0.5)
+    assert best.metrics.keys() == {
+        f"eval_{part}_{metric}" for part in ("one", "two") for metric in ("loss", name)
+    }
+    assert same_bits(state_of(trainer.model), watch.seen[1])
+
+
+def test_a_counter_that_is_asked_for_is_kept() -> None:
+    evaluation = {"eval_loss": 1.0, "eval_runtime": 3.0, "eval_num_tokens": 7.0}
+    assert extract_metrics(evaluation, {"eval_runtime"}) == {"eval_loss": 1.0, "eval_runtime": 3.0}
+
+
 class Asks(TrainerCallback):
     """Requests a save after each evaluation."""
 
