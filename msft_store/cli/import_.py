@@ -21,7 +21,7 @@ from msft_store.errors import BaseError
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
 from msft_store.objects.reference_planner import match_names
-from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
+from msft_store.objects.safetensors_header import TensorPlace, read_headers
 from msft_store.storage.backend import read_file_into
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Parts, whole_box
@@ -56,8 +56,8 @@ def find_matching_base(store: Store, path: PathLike) -> Base | None:
     if len(bases) != 1:
         return None
     theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
-    files = find_files(check_path(path))
-    shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
+    headers = read_headers(check_path(path))
+    shapes = {name: place.shape for _, header in headers for name, place in header.items()}
     found = match_names(shapes, theirs)
     same = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
     return bases[0] if same else None
@@ -65,14 +65,10 @@ def find_matching_base(store: Store, path: PathLike) -> Base | None:
 
 def _groups(path: Path) -> Iterator[list[Box]]:
     """Yield the tensors of the files in groups of at most ``GROUP_BYTES``."""
-    seen: set[str] = set()
     group: list[Box] = []
     size = 0
-    for file in find_files(path):
-        for name, place in read_header(file).items():
-            if name in seen:
-                raise BaseError(f"{path} holds the tensor {name!r} twice")
-            seen.add(name)
+    for file, header in read_headers(path):
+        for name, place in header.items():
             if group and size + place.nbytes > GROUP_BYTES:
                 yield group
                 group, size = [], 0

@@ -41,7 +41,7 @@ from msft_store.format.strict_json import (
     check_string,
     check_tensor_name,
 )
-from msft_store.objects.safetensors_header import TensorPlace, find_files, read_header
+from msft_store.objects.safetensors_header import TensorPlace, read_headers
 from msft_store.storage.backend import (
     Backend,
     list_names,
@@ -130,13 +130,13 @@ def scan_base(path: Path) -> Base:
 
 
 def _scan(path: Path) -> Base:
-    files = find_files(path)
-    places: dict[str, tuple[int, TensorPlace]] = {}
-    for number, file in enumerate(files):
-        for name, place in read_header(file).items():
-            if name in places:
-                raise BaseError(f"{path} holds the tensor {name!r} twice")
-            places[name] = (number, place)
+    headers = read_headers(path)
+    files = [file for file, _ in headers]
+    places = {
+        name: (number, place)
+        for number, (_, header) in enumerate(headers)
+        for name, place in header.items()
+    }
     with ThreadPoolExecutor() as pool:
         tensors = {
             name: BaseTensor(

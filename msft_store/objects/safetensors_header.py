@@ -26,6 +26,12 @@ from msft_store.storage.backend import read_file
 
 _MAX_HEADER_BYTES = 100 << 20
 INDEX = "model.safetensors.index.json"
+_SINGLE_FILES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
+"""Names that the readers of a directory look for first; variants beside them are other models."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -46,7 +52,8 @@ class TensorPlace:
 def find_files(path: Path) -> list[Path]:
     """Return the safetensors files of a model: the file itself, or those of a directory.
 
-    If a directory has an index of shards, only the files in the index are returned.
+    Of a directory these are the files that ``from_pretrained`` reads: the single file if there is
+    one, otherwise those in the index of shards. Only a directory with neither gives all its files.
     :class:`BaseError` if there are none.
     """
     if path.is_file():
@@ -56,24 +63,40 @@ def find_files(path: Path) -> list[Path]:
             f"no safetensors file or model directory at {path}; of a model of the Hugging Face hub "
             "name the directory that huggingface_hub.snapshot_download returns"
         )
-    index = path / INDEX
-    if index.is_file():
-        try:
-            listed = parse(read_file(index, 0, _MAX_HEADER_BYTES), "utf-8")
-            names = sorted(
-                {check_tensor_name(name) for name in check_object(listed["weight_map"]).values()}
-            )
-            files = [path / name for name in names]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BaseError(f"{index} is not an index of shards: {error!r}") from None
+    single = next((path / name for name in _SINGLE_FILES if (path / name).is_file()), None)
+    if single is not None:
+        return [single]
+    if (path / INDEX).is_file():
+        files = [path / name for name in sorted(set(_weight_map(path / INDEX).values()))]
         missing = [str(file) for file in files if file.parent != path or not file.is_file()]
         if missing:
-            raise BaseError(f"{index} names missing files: {', '.join(missing)}")
+            raise BaseError(f"{path / INDEX} names missing files: {', '.join(missing)}")
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
         raise BaseError(f"no *.safetensors file in {path}{_pickled(path.iterdir())}")
     return files
+
+
+def read_headers(path: Path) -> list[tuple[Path, dict[str, TensorPlace]]]:
+    """Return the files of a model and the tensors of each file.
+
+    :class:`BaseError` if two files hold the same tensor, or an index names a file for a tensor that
+    the file does not hold.
+    """
+    headers = {file: read_header(file) for file in find_files(path)}
+    seen: set[str] = set()
+    for places in headers.values():
+        for name in places:
+            if name in seen:
+                raise BaseError(f"{path} holds the tensor {name!r} twice")
+            seen.add(name)
+    if path.is_dir() and not any((path / name) in headers for name in _SINGLE_FILES):
+        index = path / INDEX
+        for name, file in _weight_map(index).items() if index.is_file() else ():
+            if name not in headers[path / file]:
+                raise BaseError(f"{index} is wrong: {file} does not hold the tensor {name!r}")
+    return list(headers.items())
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:
@@ -101,6 +124,15 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         raise BaseError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BaseError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor by an index of shards."""
+    try:
+        listed = check_object(parse(read_file(index, 0, _MAX_HEADER_BYTES), "utf-8")["weight_map"])
+        return {name: check_tensor_name(file) for name, file in listed.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseError(f"{index} is not an index of shards: {error!r}") from None
 
 
 def _pickled(files: Iterable[Path]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from msft_store import Base, BaseError, Checkpoint, Store, UnknownCheckpointError
+from msft_store.cli.main import main
 from tests.support.rot import changed_at
 from tests.support.states import State, make_state, same_bits, train_step, write_base
 
@@ -152,6 +153,34 @@ def test_a_false_index_of_shards_is_refused(tmp_path: Path, store: Store, index:
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(BaseError, match="index"):
         store.add_base(folder)
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path, store: Store) -> None:
+    for name in ("a", "b"):
+        write_base(tmp_path / f"{name}.safetensors", {name: torch.ones(2)})
+    index = tmp_path / "model.safetensors.index.json"
+    wrong = {"a": "b.safetensors", "b": "b.safetensors"}
+    for named in (wrong, {**wrong, "a": "a.safetensors", "absent": "a.safetensors"}):
+        index.write_text(json.dumps({"weight_map": named}))
+        with pytest.raises(BaseError, match=r"safetensors does not hold the tensor '(a|absent)'"):
+            store.add_base(tmp_path)
+    assert main(["--store", store.path, "import", str(tmp_path)]) == 1
+    index.write_text(json.dumps({"weight_map": {n: f"{n}.safetensors" for n in ("a", "b")}}))
+    assert store.add_base(tmp_path).tensors.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("variant", ["model.fp32.safetensors", "consolidated.safetensors"])
+def test_variants_beside_the_file_that_transformers_reads_are_ignored(
+    tmp_path: Path, store: Store, state: State, variant: str
+) -> None:
+    write_base(tmp_path / "model.safetensors", state)
+    alone = store.add_base(tmp_path)
+    write_base(tmp_path / variant, {name: t.float() for name, t in state.items()})
+    (tmp_path / "model.safetensors.index.json").write_text("of shards that are no longer there")
+    assert store.add_base(tmp_path).id == alone.id
+    ckpt = store.save(state, parent=alone)
+    files = store.export(ckpt, tmp_path / "out")
+    assert [file.name for file in files] == ["model.safetensors"]
 
 
 def test_a_directory_without_weights_or_with_a_tensor_twice_is_no_base(
