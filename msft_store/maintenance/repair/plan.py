@@ -13,12 +13,14 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
-from msft_store.errors import StoreError, is_damage, require_damage, strip_hint
+from msft_store.errors import StorageError, StoreError, is_damage, require_damage, strip_hint
 from msft_store.format.layout import VERSION, seal
 from msft_store.maintenance.repair.assess import (
     Condition,
@@ -35,6 +37,7 @@ from msft_store.objects.refs import RefReader, ref_path
 from msft_store.storage.backend import QUARANTINE, Backend, file_sizes, write_atomic
 
 _REPORT = "why.json"
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,13 @@ def plan_repair(backend: Backend) -> RepairPlan:
     """
     if not (backend.exists(CONFIG) or list_manifests(backend) or list_packs(backend)):
         Catalog(backend)  # This raises; taking the lock would create a folder.
-    with backend.lock(shared=True, purpose="repair"):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(backend.lock(shared=True, purpose="repair"))
+        except StorageError as error:
+            # A store on a read-only file system has no lock, but its repair can be planned.
+            if getattr(error.__cause__, "errno", None) not in _READ_ONLY:
+                raise
         return _plan(backend, Verdicts())
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -41,6 +43,22 @@ def pack_of(store: Store, ckpt: Checkpoint) -> Path:
 def torn(path: Path) -> None:
     """Leave a file so that nothing of it can be told."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def mount_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every change of a file system as a read-only mount does."""
+    real_open = os.open
+
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def open_to_read(path: str, flags: int, *args: int, **kwargs: int) -> int:
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        return refuse() if writes else real_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_to_read)
+    for name in ("mkdir", "unlink", "replace", "rename", "utime", "rmdir"):
+        monkeypatch.setattr(os, name, refuse)
 
 
 def test_sound_files_stay_and_the_others_move_to_quarantine(
@@ -227,6 +245,27 @@ def test_what_a_newer_version_wrote_is_refused(store: Store, ckpt: Checkpoint) -
     config.write_bytes(seal({**content, "version": 2}))
     with pytest.raises(VersionError):
         plan_repair(LocalBackend(Path(store.path)))
+
+
+def test_a_repair_is_planned_on_a_file_system_that_is_mounted_read_only(
+    store: Store,
+    ckpt: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at, before = ["--store", store.path], sorted(Path(store.path).rglob("*"))
+    with monkeypatch.context() as context:
+        mount_read_only(context)
+        for dry in (["gc"], ["repack"], ["forget", ckpt.id], ["repair"]):
+            assert main([*at, *dry, "--dry-run"]) == 0
+    torn(pack_of(store, ckpt))
+    mount_read_only(monkeypatch)
+    capsys.readouterr()
+    assert main([*at, "repair", "--dry-run"]) == 0
+    assert "lost     checkpoint" in capsys.readouterr().out
+    assert main([*at, "repair"]) == 1
+    assert "Read-only file system" in capsys.readouterr().err
+    assert sorted(Path(store.path).rglob("*")) == before
 
 
 def test_nothing_is_repaired_where_no_store_is(tmp_path: Path) -> None:
