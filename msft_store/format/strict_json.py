@@ -47,15 +47,21 @@ def check_object(value: Any) -> dict[str, Any]:
 
 
 def check_shallow_object(value: Any) -> dict[str, Any]:
-    """Return the value if it is an object of any content that is nested at most 64 levels deep."""
+    """Return the value if it is an object that is nested at most 64 levels deep.
+
+    It may hold any content, but a key that is not a string would be read back as one.
+    """
     level: list[Any] = [check_object(value)]
     depth = 0
     while level:
         depth += 1
         if depth > _MAX_NESTING:
             raise ValueError(f"an object is nested deeper than {_MAX_NESTING} levels")
-        inner = (child for one in level for child in (one.values() if type(one) is dict else one))
-        level = [child for child in inner if isinstance(child, dict | list)]
+        for key in (key for one in level if isinstance(one, dict) for key in one):
+            if not isinstance(key, str):
+                raise ValueError(f"the key {_abbreviate(key)} is not a string")
+        inner = (c for one in level for c in (one.values() if isinstance(one, dict) else one))
+        level = [child for child in inner if isinstance(child, dict | list | tuple)]
     return check_object(value)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,27 +192,26 @@ class CheckpointFacts:
         Raises:
             InvalidInputError: A manifest cannot hold one of them.
         """
-        if step is not None and (type(step) is not int or not 0 <= step < NUMBER_LIMIT):
-            raise InvalidInputError(f"step must be a whole number from 0 up, not {step!r}")
         listed = isinstance(tags, Sequence) and not isinstance(tags, str)
         if not listed or any(not isinstance(tag, str) for tag in tags):
             raise InvalidInputError(f"tags must be a list of strings, not {tags!r}")
         if metrics is not None and not isinstance(metrics, Mapping):
             raise InvalidInputError(f"metrics must map names to numbers, not {metrics!r}")
-        if metadata is not None and (
-            not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata)
-        ):
+        if metadata is not None and not isinstance(metadata, Mapping):
             raise InvalidInputError("metadata must be an object of JSON with strings as keys")
         numbers = {_metric_name(name): _metric_number(v) for name, v in (metrics or {}).items()}
         # The round trip through JSON copies the metadata and refuses values that JSON cannot hold.
         content = {"tags": list(tags), "metadata": dict(metadata or {})}
         normal: dict[str, Any] = json.loads(canonical_json({**content, "metrics": list(numbers)}))
         try:
-            check_shallow_object(normal["metadata"])
+            check_shallow_object(content["metadata"])
         except ValueError as error:
             raise InvalidInputError(f"metadata cannot be kept: {error}") from None
         return cls(
-            step=step, metrics=numbers, tags=tuple(normal["tags"]), metadata=normal["metadata"]
+            step=None if step is None else _step(step),
+            metrics=numbers,
+            tags=tuple(normal["tags"]),
+            metadata=normal["metadata"],
         )
 
 
@@ -240,6 +240,17 @@ def checkpoint_content(
     }
     normal: dict[str, Any] = json.loads(canonical_json(content))
     return normal
+
+
+def _step(value: Any) -> int:
+    """Return a step as a Python integer; NumPy and torch have integers of their own."""
+    try:
+        step = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        step = -1
+    if not 0 <= step < NUMBER_LIMIT:
+        raise InvalidInputError(f"step must be a whole number from 0 up, not {value!r}")
+    return step
 
 
 def _metric_name(name: object) -> str:

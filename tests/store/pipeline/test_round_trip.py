@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +112,13 @@ def test_an_empty_state_is_a_checkpoint(store: Store) -> None:
     assert store.load(ckpt) == {}
     assert ckpt.logical_bytes == 0
     assert store.stats().checkpoints == 1
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(store: Store, state: State) -> None:
+    ckpt = store.save(state, step=np.int64(3), metrics={"a": np.float32(0.5), "b": np.int8(2)})
+    assert ckpt == store.get(store.save(state, step=3, metrics={"a": 0.5, "b": 2.0}))
+    assert type(ckpt.step) is int
+    assert store.save(state, step=torch.tensor(3), metrics={"a": torch.tensor(0.5), "b": 2}) == ckpt
 
 
 def test_metadata_comes_back_as_json_has_it(store: Store, state: State) -> None:
