@@ -404,7 +404,15 @@ class LocalBackend:
         self.root = root
         self._prefix = f"{root}{os.sep}"
         self._folders = _Folders(root)
+        self._lock_timeout = lock_timeout
         self._locks = Locks(root, timeout=lock_timeout)
+
+    def __getstate__(self) -> tuple[Path, float | None]:
+        return self.root, self._lock_timeout
+
+    def __setstate__(self, state: tuple[Path, float | None]) -> None:
+        root, lock_timeout = state
+        LocalBackend.__init__(self, root, lock_timeout=lock_timeout)
 
     def make_root(self) -> None:
         """Create the folder itself."""

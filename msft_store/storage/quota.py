@@ -60,7 +60,7 @@ class QuotaBackend:
     """A backend that can limit the total size of another one."""
 
     def __init__(self, inner: Backend) -> None:
-        self._inner = inner
+        self.inner = inner
         self._local = _Local()
         self._counting = threading.Lock()
         self._open: list[_QuotaWriter] = []
@@ -90,10 +90,10 @@ class QuotaBackend:
         """
         limit = self._local.limit
         if limit is not None:
-            used = disk_bytes(self._inner)
+            used = disk_bytes(self.inner)
             if used + count > limit.max_bytes - limit.reserve:
                 raise limit.refusal(used, count)
-        room = self._inner.free_bytes() if isinstance(self._inner, HasFreeBytes) else None
+        room = self.inner.free_bytes() if isinstance(self.inner, HasFreeBytes) else None
         if room is not None and count > room:
             raise OutOfSpaceError(
                 f"{format_bytes(count)} more do not fit on the disk of {self.describe('')}: "
@@ -103,14 +103,14 @@ class QuotaBackend:
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:
         """Open a temporary file whose writes are counted before they are done."""
-        with self._inner.writer() as inner:
+        with self.inner.writer() as inner:
             writer = _QuotaWriter(self, inner, self._local.limit)
             with self._counting:
                 if writer.limit is not None:
                     # Parts of open files may be on disk already. They are counted twice, because
                     # counting too much is safe.
                     flushed = sum(other.position for other in self._open)
-                    self._used = disk_bytes(self._inner) + flushed
+                    self._used = disk_bytes(self.inner) + flushed
                 self._open.append(writer)
             try:
                 yield writer
@@ -126,43 +126,43 @@ class QuotaBackend:
             self._used += count
 
     def describe(self, path: str) -> str:
-        return self._inner.describe(path)
+        return self.inner.describe(path)
 
     def exists(self, path: str) -> bool:
-        return self._inner.exists(path)
+        return self.inner.exists(path)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        return self._inner.read(path, offset, length)
+        return self.inner.read(path, offset, length)
 
     def size(self, path: str) -> int:
-        return self._inner.size(path)
+        return self.inner.size(path)
 
     def list(self, folder: str) -> list[str]:
-        return self._inner.list(folder)
+        return self.inner.list(folder)
 
     def scan(self, folder: str) -> dict[str, FileStat]:
-        return self._inner.scan(folder)
+        return self.inner.scan(folder)
 
     def delete(self, path: str) -> None:
-        self._inner.delete(path)
+        self.inner.delete(path)
 
     def move(self, path: str, target: str) -> None:
-        self._inner.move(path, target)
+        self.inner.move(path, target)
 
     def sync(self, folder: str) -> None:
-        self._inner.sync(folder)
+        self.inner.sync(folder)
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
-        return self._inner.lock(shared=shared, purpose=purpose)
+        return self.inner.lock(shared=shared, purpose=purpose)
 
     def claim(self, kind: str, name: str) -> Claim:
-        return self._inner.claim(kind, name)
+        return self.inner.claim(kind, name)
 
     def locks(self) -> Sequence[Lock]:
-        return self._inner.locks()
+        return self.inner.locks()
 
     def unlock(self, *, force: bool) -> Sequence[Lock]:
-        return self._inner.unlock(force=force)
+        return self.inner.unlock(force=force)
 
 
 class _QuotaWriter:

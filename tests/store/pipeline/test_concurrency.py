@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from msft_store import Base, BusyError, KeepLast, Store, Timeline
+from msft_store import Base, BusyError, Checkpoint, KeepLast, Store, Timeline
 from msft_store.storage import backend
 from msft_store.storage.backend import LocalBackend, write_atomic
 from tests.support.states import State, same_bits, train_step
@@ -121,3 +123,32 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_a_whole(
 
     monkeypatch.setattr(backend, "_open_regular", replaced)
     assert local.read("refs/one.json") == b"much longer"
+
+
+class Rows(torch.utils.data.Dataset[torch.Tensor]):
+    """The rows of a tensor of a checkpoint, read where they are asked for."""
+
+    def __init__(self, store: Store, ckpt: Checkpoint, name: str) -> None:
+        self.store, self.ckpt, self.name = store, ckpt, name
+
+    def __len__(self) -> int:
+        return self.store.tensors(self.ckpt)[self.name].shape[0]
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.store.load(self.ckpt, [self.name])[self.name][row]
+
+
+def test_spawned_loaders_open_a_store_anew(store: Store, ckpt: Checkpoint, state: State) -> None:
+    name = "model.layers.1.norm.weight"
+    rows = Rows(store, ckpt, name)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(rows, range(4)), num_workers=1, multiprocessing_context="spawn"
+    )
+    expected = train_step(state, 0.05, 1)[name][:4]
+    assert torch.equal(torch.cat(list(loader)), expected)
+    with store.session("commit"):
+        again, same = pickle.loads(pickle.dumps((store, ckpt)))  # noqa: S301
+    assert (again.path, same) == (store.path, ckpt)
+    again.save(state, step=3)
+    assert store.get(again.log()[-1]).step == 3
+    assert store.locks() == []
