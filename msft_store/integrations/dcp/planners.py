@@ -124,7 +124,7 @@ def _to_json(name: str, value: Any) -> bytes:
     tensors, tree = flatten(value, name)
     if tensors:
         raise InvalidInputError(
-            f"{name} holds arrays inside of a value that DCP does not split; convert them to "
-            "tensors in a dictionary or a list"
+            f"{name} is a {type(value).__name__} with tensors or arrays in it, which DCP does not "
+            "split: use a list in the place of a tuple, and tensors in the place of arrays"
         )
     return canonical_json(tree)

@@ -473,6 +473,9 @@ def test_values_that_json_cannot_hold_are_refused_by_name(tmp_path: Path) -> Non
 
     with pytest.raises(dcp.CheckpointException, match=r"extra\.callback"):
         dcp.save({"extra": {"callback": print}}, storage_writer=writer, planner=SavePlanner())
+    pair = (torch.ones(2), torch.zeros(2))
+    with pytest.raises(dcp.CheckpointException, match=r"pair is a tuple with tensors.*use a list"):
+        dcp.save({"pair": pair}, storage_writer=writer, planner=SavePlanner())
     assert Store.open(tmp_path / "store").log() == []
 
 
