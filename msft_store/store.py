@@ -103,6 +103,8 @@ class Store:
     4 characters, or the name of a ref. They raise :class:`UnknownCheckpointError` if there is no
     such checkpoint, and :class:`CorruptedError` if stored data is damaged.
 
+    A store can be pickled, for example for spawned data loaders: the other process opens it anew.
+
     Args:
         backend: File system of the store's directory. Programs use :meth:`create` or :meth:`open`.
 
@@ -177,6 +179,10 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.path!r})"
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Backend]]:
+        # Locks and caches belong to a process, so a process that gets a store opens it anew.
+        return type(self), (self._backend.inner,)
 
     def add_base(self, path: PathLike) -> Base:
         """Record a model on disk as a base, by the keys of its chunks; copy nothing.
@@ -482,11 +488,14 @@ class Store:
             note: JSON object to keep with the ref.
 
         Raises:
-            InvalidInputError: The name or the note is not valid.
+            InvalidInputError: The name or the note is not valid, or the name is new and the id of
+                another checkpoint, or of a base, begins with it.
         """
         check_ref_name(name)
         with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
+            if name not in self._refs():
+                self._catalog.check_not_an_id(name, found)
             # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
             ref = Ref(name=name, checkpoint=found.id, note=note or {})
@@ -825,7 +834,7 @@ class Store:
             Paths of the written files.
 
         Raises:
-            InvalidInputError: The directory is not empty.
+            InvalidInputError: The directory is not empty, or inside the store.
         """
         found, place = self.get(checkpoint), check_path(folder)
         beside = None if like is None else check_path(like)

@@ -71,9 +71,10 @@ def export(
 
     A safetensors file has at most ``shard_bytes``, unless one tensor is larger; only a few chunks
     of it are in memory at a time. The other files are copied from ``like`` or else from the base.
-    Raise :class:`InvalidInputError` if the directory is not empty, ``like`` has no configuration,
-    or safetensors has no such dtype or name.
+    Raise :class:`InvalidInputError` if the directory is not empty or inside the store, ``like`` has
+    no configuration, or safetensors has no such dtype or name.
     """
+    _refuse_inside(catalog.backend.describe(""), folder)
     with translate_os_errors("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
@@ -109,6 +110,17 @@ def export(
         backend.clear_temporary()
         move_folder(partial, folder)
     return sorted(folder.iterdir())
+
+
+def _refuse_inside(store: str, folder: Path) -> None:
+    """Raise :class:`InvalidInputError` if a folder would be in a store, also through links."""
+    if os.path.isdir(store):
+        real = Path(os.path.realpath(folder))
+        with translate_os_errors("read", folder):
+            if any(p.exists() and p.samefile(store) for p in (real, *real.parents)):
+                raise InvalidInputError(
+                    f"{folder} is inside the store {store}; export to a directory outside of it"
+                )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,23 @@ def test_names_of_refs_cannot_leave_the_store(store: Store, ckpt: Checkpoint, na
     assert store.refs() == {}
 
 
+def test_a_ref_is_not_named_like_the_id_of_another_object(
+    store: Store, base: Base, ckpt: Checkpoint, state: State
+) -> None:
+    other = store.save(state, parent=base, step=8)
+    for identity in (ckpt.id, base.id):
+        for name in (identity, identity[:12], identity[:4]):
+            with pytest.raises(InvalidInputError, match=f"the id {identity[:12]} begins with"):
+                store.pin(other, name)
+    assert store.refs() == {}
+    store.pin(ckpt, ckpt.id[:8])
+    store.pin(other, ckpt.id[:3])
+    assert store.get(ckpt.id[:8]) == ckpt
+    # A ref that was there first can still be moved, and shows the way back to its checkpoint.
+    store.pin(other, ckpt.id[:8])
+    assert store.get(ckpt.id[:8]) == other
+
+
 def test_missing_refs_are_unknown(store: Store) -> None:
     with pytest.raises(UnknownCheckpointError, match="no ref 'x'"):
         store.unpin("x")
@@ -152,16 +170,40 @@ def test_an_export_goes_only_to_an_empty_directory(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "full", "store"]
 
 
+def test_an_export_into_the_store_is_refused(
+    tmp_path: Path, store: Store, ckpt: Checkpoint
+) -> None:
+    before = sorted(Path(store.path).rglob("*"))
+    (tmp_path / "link").symlink_to(Path(store.path, "packs"))
+    inside = [
+        "store",
+        "store/new",
+        "store/packs/new",
+        "link/new",
+        "link/../new",
+        "absent/../store/x",
+    ]
+    for path in inside:
+        with pytest.raises(InvalidInputError, match="is inside the store"):
+            store.export(ckpt, tmp_path / path)
+    assert sorted(Path(store.path).rglob("*")) == before
+    store.export(ckpt, tmp_path / "store-beside")
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"step": -1}, "step"),
+        ({"step": True}, "step"),
+        ({"step": np.float64(3.0)}, "step"),
+        ({"metadata": {3: "a"}}, "the key 3 is not a string"),
+        ({"metadata": {"a": [{"b": ({None: 1},)}]}}, "the key None is not a string"),
         ({"tags": 3}, "tags must be a list"),
         ({"tags": (tag for tag in "ab")}, "tags must be a list"),
         ({"compared": 3}, "Resident.compare"),
         ({"compared": {("w", 0): 3}}, "Resident.compare"),
     ],
-    ids=["step", "tags", "generator", "compared", "change"],
+    ids=["step", "bool", "float", "key", "inner key", "tags", "generator", "compared", "change"],
 )
 def test_unsupported_tensors_are_refused_before_anything_is_written(
     store: Store, wrong: dict[str, Any], said: str
