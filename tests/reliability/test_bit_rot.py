@@ -131,7 +131,7 @@ def test_every_change_of_a_file_is_found(kept: Kept, faults: Ledger, soak: bool,
     assert Store.open(kept.root).check() == []
 
 
-def test_what_changes_in_a_base_is_found_or_means_nothing(
+def test_damage_to_a_base_is_found_or_has_no_effect(
     tmp_path: Path, faults: Ledger, soak: bool, seed: int
 ) -> None:
     rng = random.Random(seed)  # noqa: S311

@@ -67,7 +67,7 @@ def test_saving_committing_collecting_and_reading_at_once(
 
 
 @pytest.mark.usefixtures("without_fsync")
-def test_whoever_is_killed_with_a_lock_is_in_nobodys_way(
+def test_the_lock_of_a_killed_process_blocks_no_other(
     tmp_path: Path, faults: Ledger, soak: bool, seed: int
 ) -> None:
     chance = np.random.default_rng(seed)
@@ -126,7 +126,7 @@ class SleepyWriter:
 
 @pytest.mark.usefixtures("without_fsync")
 @pytest.mark.parametrize("how", ["expires", "is removed by force", "stays"])
-def test_who_wakes_up_without_its_lock_changes_nothing(
+def test_a_process_that_lost_its_lock_while_suspended_changes_nothing(
     tmp_path: Path, faults: Ledger, how: str
 ) -> None:
     root = arena(tmp_path / "store", tmp_path / "base.safetensors")

@@ -58,7 +58,7 @@ class Promised:
 
 
 @pytest.mark.usefixtures("without_fsync")
-def test_what_was_reported_outlives_a_kill(
+def test_reported_checkpoints_survive_a_kill(
     tmp_path: Path, faults: Ledger, seed: int, soak: bool
 ) -> None:
     path = tmp_path / "store"

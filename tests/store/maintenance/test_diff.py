@@ -83,7 +83,7 @@ def test_names_under_a_prefix_are_those_of_the_base(store: Store, base: Base, st
     assert back["optimizer.layers.0.up"].kind == "removed"
 
 
-def test_what_cannot_be_compared_is_said(store: Store) -> None:
+def test_a_diff_names_tensors_that_cannot_be_compared(store: Store) -> None:
     one = store.save({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(1)})
     other = store.save({"a": torch.ones(4), "b": torch.ones(2).half(), "c": torch.ones(1)})
 

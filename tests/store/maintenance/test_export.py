@@ -91,7 +91,7 @@ def test_a_name_that_safetensors_cannot_write_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_certainly_has_no_room_is_refused_before_it_is_written(
+def test_an_export_that_cannot_fit_is_refused_before_it_is_written(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt = store.save(make_state())
@@ -137,7 +137,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, store: Store, model
 
 
 @pytest.mark.parametrize("said", [3, {"without": 3, "adapter": []}, {"without": ""}])
-def test_what_a_stranger_says_of_an_export_changes_nothing(
+def test_invalid_export_metadata_is_ignored(
     tmp_path: Path, store: Store, state: State, said: Any
 ) -> None:
     ckpt = store.save(state, metadata={"export": said})
@@ -188,7 +188,7 @@ def test_names_lose_a_prefix_that_all_of_them_have(
     assert same_bits(safetensors.torch.load_file(tmp_path / "two" / "model.safetensors"), headed)
 
 
-def test_what_a_model_is_within_is_no_part_of_its_names(tmp_path: Path, store: Store) -> None:
+def test_an_export_strips_the_prefix_of_the_model(tmp_path: Path, store: Store) -> None:
     state = {"m.a": torch.ones(2), "m.m.b": torch.ones(3), "o.a": torch.ones(4)}
     said = {"within": "m.", "without": "m.m."}
     store.export(store.save(state, metadata={"export": said}), tmp_path / "one")

@@ -77,7 +77,7 @@ def test_saving_and_forgetting_delete_no_data(store: Store, base: Base, state: S
     assert store.plan_gc().freed_bytes > 0
 
 
-def test_what_is_pinned_is_neither_forgotten_nor_dropped(
+def test_a_pinned_checkpoint_is_neither_forgotten_nor_evicted(
     store: Store, base: Base, state: State
 ) -> None:
     line = save_line(store, base, state, 3)
@@ -92,7 +92,7 @@ def test_what_is_pinned_is_neither_forgotten_nor_dropped(
     assert len(store.log()) == 1
 
 
-def test_what_is_pinned_after_the_plan_stays(store: Store, base: Base, state: State) -> None:
+def test_a_checkpoint_pinned_after_the_plan_stays(store: Store, base: Base, state: State) -> None:
     line = save_line(store, base, state, 3)
     plan = store.plan_gc(KeepLast(1))
     Store.open(store.path).pin(line[0][0], "late")
@@ -101,9 +101,7 @@ def test_what_is_pinned_after_the_plan_stays(store: Store, base: Base, state: St
     assert same_bits(store.load(line[0][0]), line[0][1])
 
 
-def test_what_came_to_be_needed_after_the_plan_stays(
-    store: Store, base: Base, state: State
-) -> None:
+def test_a_pack_needed_since_the_plan_stays(store: Store, base: Base, state: State) -> None:
     ((identity, moved),) = save_line(store, base, state, 1)
     store.forget(identity)
     plan = store.plan_gc()
@@ -129,7 +127,7 @@ def test_a_partly_dead_pack_is_rewritten(store: Store, base: Base, state: State)
     assert store.check() == []
 
 
-def test_what_others_are_differences_of_is_held_until_they_go(
+def test_references_are_kept_until_no_delta_needs_them(
     store: Store, base: Base, state: State
 ) -> None:
     first = store.save(train_step(state, 0.3, 1), parent=base)
@@ -231,7 +229,7 @@ def test_evicting_what_is_no_checkpoint_deletes_nothing(store: Store) -> None:
     assert outside.exists()
 
 
-def test_what_needs_no_base_stays_whole_where_a_base_has_its_reference(
+def test_a_checkpoint_without_a_base_survives_gc_though_a_base_has_its_reference(
     tmp_path: Path, store: Store, state: State
 ) -> None:
     changed = train_step(state, 0.05, 1)
@@ -251,7 +249,7 @@ def test_what_needs_no_base_stays_whole_where_a_base_has_its_reference(
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_what_a_gc_left_without_its_reference_is_stored_anew(store: Store, deep: bool) -> None:
+def test_a_chunk_whose_reference_was_freed_is_stored_again(store: Store, deep: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     first = {"x": torch.randn(500, generator=generator).bfloat16()}
     second = train_step(first, 0.1, 1)
@@ -276,7 +274,7 @@ def test_what_a_gc_left_without_its_reference_is_stored_anew(store: Store, deep:
     assert same_bits(opened.load(again, ["x"]), third)
 
 
-def test_what_needs_no_room_is_freed_on_a_full_disk_and_the_rest_is_left(
+def test_gc_on_a_full_disk_frees_all_that_needs_no_rewrite(
     store: Store, base: Base, state: State
 ) -> None:
     line = save_line(store, base, state, 3)

@@ -110,7 +110,7 @@ def test_another_representation_serves(store: Store, ckpt: Checkpoint, state: St
 
 
 @pytest.mark.parametrize("place", [3, 13, -1, -20, -30, -36, -44])
-def test_where_only_the_ends_of_a_pack_are_damaged_nothing_is_lost(
+def test_damage_to_the_ends_of_a_pack_loses_nothing(
     store: Store, ckpt: Checkpoint, state: State, place: int
 ) -> None:
     pack = pack_of(store, ckpt)
@@ -177,7 +177,7 @@ def test_a_ref_comes_back_without_its_note(store: Store, ckpt: Checkpoint) -> No
     assert again.notes() == {"best": {}}
 
 
-def test_what_a_base_is_missing_for_waits(
+def test_checkpoints_of_a_missing_base_are_kept_until_it_is_found(
     store: Store, ckpt: Checkpoint, base: Base, state: State, tmp_path: Path
 ) -> None:
     Path(base.path).rename(tmp_path / "away")
@@ -217,7 +217,7 @@ class BadMedium(LocalBackend):
         return super().read(path, offset, length)
 
 
-def test_what_a_bad_medium_holds_is_lost_and_the_rest_is_kept(
+def test_checkpoints_on_unreadable_sectors_are_lost_and_the_rest_is_kept(
     store: Store, ckpt: Checkpoint, other: Checkpoint
 ) -> None:
     backend = BadMedium(store.path, pack_of(store, ckpt), 60, errno.EIO)
@@ -229,7 +229,7 @@ def test_what_a_bad_medium_holds_is_lost_and_the_rest_is_kept(
     assert [known.id for known in again.log()] == [other.id]
 
 
-def test_what_is_only_out_of_reach_is_not_given_up(
+def test_a_pack_that_may_not_be_read_is_not_given_up(
     store: Store, ckpt: Checkpoint, other: Checkpoint
 ) -> None:
     backend = BadMedium(store.path, pack_of(store, ckpt), 60, errno.EACCES)
@@ -238,7 +238,7 @@ def test_what_is_only_out_of_reach_is_not_given_up(
     assert Store.open(store.path).check() == []
 
 
-def test_what_a_newer_version_wrote_is_refused(store: Store, ckpt: Checkpoint) -> None:
+def test_a_store_of_a_newer_version_is_refused(store: Store, ckpt: Checkpoint) -> None:
     config = Path(store.path, "store.json")
     content = json.loads(config.read_bytes())
     del content["digest"]

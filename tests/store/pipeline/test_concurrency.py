@@ -82,7 +82,7 @@ def test_two_stores_see_what_the_other_did(store: Store, base: Base, state: Stat
 
 
 @pytest.mark.parametrize("held_shared", [True, False])
-def test_who_meets_a_lock_is_told_whose_it_is(
+def test_a_busy_error_names_the_holder_of_the_lock(
     store: Store, base: Base, state: State, held_shared: bool
 ) -> None:
     ckpt = store.save(state, parent=base)

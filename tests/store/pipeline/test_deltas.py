@@ -140,9 +140,7 @@ def test_a_base_with_nan_and_infinity_serves_in_another_dtype(tmp_path: Path, st
         assert same_bits(store.load(store.save(state, parent=base)), state)
 
 
-def test_what_a_conversion_makes_of_nan_does_not_depend_on_its_place(
-    tmp_path: Path, store: Store
-) -> None:
+def test_the_conversion_of_nan_does_not_depend_on_its_offset(tmp_path: Path, store: Store) -> None:
     weight = torch.full((1001,), float("nan"))
     base = store.add_base(write_base(tmp_path / "nan.safetensors", {"w": weight}))
     reader = BaseReader(LocalBackend(Path(store.path)), base)

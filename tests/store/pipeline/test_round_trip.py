@@ -227,7 +227,7 @@ def test_a_tied_module_is_not_restored_from_weights_that_differ(store: Store) ->
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )
-def test_what_does_not_match_is_named_and_nothing_changes(
+def test_a_mismatch_is_named_and_the_module_stays_unchanged(
     store: Store, change: object, message: str
 ) -> None:
     state = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
@@ -265,14 +265,14 @@ class Sharded(torch.Tensor):
     ids=["list", "float", "meta", "sparse", "nested", "quantized", "sharded"],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_has_no_plain_memory_is_refused(store: Store, value: object, message: str) -> None:
+def test_values_without_plain_memory_are_refused(store: Store, value: object, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         store.save({"x": value() if callable(value) else value})
     assert store.log() == []
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, 3, None])
-def test_what_cannot_name_a_tensor_is_refused(store: Store, name: object) -> None:
+def test_an_invalid_tensor_name_is_refused(store: Store, name: object) -> None:
     with pytest.raises(InvalidInputError, match="name of a tensor"):
         store.save({name: torch.ones(1)})  # type: ignore[dict-item]
 
@@ -323,7 +323,7 @@ def test_a_device_that_is_not_there_is_a_store_error(
 
 
 @pytest.mark.parametrize("wrong", [3, None, 1.5, ["a"]])
-def test_what_names_no_checkpoint_is_a_store_error(store: Store, wrong: object) -> None:
+def test_an_invalid_checkpoint_name_raises_a_store_error(store: Store, wrong: object) -> None:
     for call in (store.load, store.get, store.forget, store.tensors, store.anchor, store.base):
         with pytest.raises(StoreError):
             call(wrong)  # type: ignore[operator]

@@ -68,7 +68,7 @@ def test_a_part_is_no_checkpoint(store: Store, base: Base, state: State) -> None
     assert store.stats().stored_bytes == 0
 
 
-def test_what_is_left_out_is_named(store: Store, state: State) -> None:
+def test_an_incomplete_set_of_parts_is_refused(store: Store, state: State) -> None:
     parts = encoded(store, cut(state, 2))
 
     with pytest.raises(InvalidInputError, match="do not cover"):

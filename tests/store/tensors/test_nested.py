@@ -56,7 +56,7 @@ def in_order(tree: Any) -> Any:
 
 
 @given(TREES)
-def test_what_is_taken_apart_comes_back(tree: Any) -> None:
+def test_unflatten_reverses_flatten(tree: Any) -> None:
     tensors, rest = flatten(tree, "state")
 
     assert plain(unflatten(tensors, in_order(rest))) == plain(tree)
@@ -127,12 +127,12 @@ def test_a_schedulers_counter_and_any_integer_come_back(store: Store) -> None:
         np.array([1 + 1j]),
     ],
 )
-def test_what_json_has_no_word_for_is_refused_by_name(value: object) -> None:
+def test_values_that_json_cannot_represent_are_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidInputError, match=r"state\.deep"):
         flatten({"deep": value}, "state")
 
 
-def test_what_is_nested_without_end_is_refused() -> None:
+def test_endless_nesting_is_refused() -> None:
     tree: list[Any] = []
     tree.append(tree)
 

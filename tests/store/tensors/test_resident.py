@@ -83,7 +83,9 @@ def test_the_same_checkpoint_in_the_same_bytes(
     assert equal(one.load(mine), model.state_dict())
 
 
-def test_what_was_found_is_what_is_coded(tmp_path: Path, base_file: Path, model: Model) -> None:
+def test_a_save_encodes_the_changes_that_the_comparison_found(
+    tmp_path: Path, base_file: Path, model: Model
+) -> None:
     store = Store.create(tmp_path / "store")
     base = store.add_base(base_file)
     resident = Resident(model)

@@ -139,9 +139,7 @@ def test_the_caller_goes_on_and_nothing_is_visible_before_it_is_durable(
     assert store.check() == []
 
 
-def test_what_is_saved_is_what_there_was_at_the_call(
-    gated: tuple[Store, GatedBackend], base: Base
-) -> None:
+def test_the_values_at_the_call_are_saved(gated: tuple[Store, GatedBackend], base: Base) -> None:
     store, backend = gated
     module = torch.nn.Linear(64, 64)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -307,7 +305,7 @@ def test_after_close_nothing_is_saved(store: Store, state: State) -> None:
         ({}, {"tags": "word"}),
     ],
 )
-def test_what_cannot_be_saved_is_refused_at_the_call(
+def test_invalid_arguments_are_refused_at_the_call(
     store: Store, tensors: Any, keywords: dict[str, Any]
 ) -> None:
     with AsyncSaver(store) as saver, pytest.raises(InvalidInputError):

@@ -59,7 +59,7 @@ def alive(store: Store) -> set[str]:
         (PeakWindow({"m": "max"}, 2), (1, 5, 2, 1), {1}),
     ],
 )
-def test_what_no_rule_keeps_is_gone_at_once(
+def test_checkpoints_that_no_rule_keeps_are_evicted_at_once(
     *,
     store: Store,
     base: Base,
@@ -185,7 +185,7 @@ def test_a_rollback_to_nothing_known_changes_nothing(
     assert alive(store) == {ckpt.id for ckpt, _ in done}
 
 
-def test_what_a_timeline_needs_survives_a_gc_of_somebody_else(
+def test_the_checkpoints_of_a_timeline_survive_a_gc_of_another_process(
     store: Store, base: Base, state: State
 ) -> None:
     line = Timeline(store, base, retention=KeepBest("m", 2))

@@ -115,7 +115,7 @@ def test_only_a_policy_is_a_retention(store: Store, base: Base, retention: Polic
         line.retention = retention
 
 
-def test_what_it_starts_from_is_looked_at_at_once(
+def test_the_start_of_a_timeline_is_checked_at_once(
     tmp_path: Path, store: Store, base: Base, state: State
 ) -> None:
     elsewhere = Store.create(tmp_path / "elsewhere")
@@ -270,7 +270,7 @@ def test_a_commit_whose_eviction_failed_can_be_followed_by_any_other(
     assert n > 3
 
 
-def test_what_a_killed_timeline_left_can_be_what_the_next_one_starts_from(
+def test_a_timeline_can_start_from_a_checkpoint_that_a_killed_timeline_left(
     store: Store, base: Base, state: State
 ) -> None:
     line = Timeline(store, base, retention=KeepLast(1))

@@ -111,7 +111,7 @@ def test_a_run_goes_back_skips_batches_and_ends_well(config, ruin):
     assert text.count("the training loss was nan") == 3
 
 
-def test_what_is_restored_are_the_weights_of_the_last_evaluation(config, ruin):
+def test_the_weights_of_the_last_evaluation_are_restored(config, ruin):
     ruin(after=[(1, 3)])
     at = f"{config.output_dir}-restored"
     start(replace(config, output_dir=at))

@@ -87,7 +87,7 @@ def test_a_skip_changes_nothing_of_what_the_method_decides() -> None:
         )
 
 
-def test_where_no_overall_was_finite_the_last_evaluation_is_kept_for_the_result() -> None:
+def test_without_a_finite_overall_the_result_is_the_last_evaluation() -> None:
     strategy = guarded(Msft, 0)
     for index in range(3):
         assert strategy.needs().newest

@@ -179,7 +179,7 @@ def test_rewards_are_scaled_to_the_unit_interval(rewards):
 
 
 @pytest.mark.parametrize("kind", [Sft, Msft, Continual, SingleRollout])
-def test_what_did_not_ask_for_observations_refuses_them(kind):
+def test_a_strategy_refuses_observations_that_it_did_not_ask_for(kind):
     strategy = kind(sub_datasets=["a"], mode="min", compute_budget=1.0)
     with pytest.raises(ValueError, match="not observed"):
         strategy.on_observation(losses(1, a=[0.5]))

@@ -139,7 +139,7 @@ def test_a_mistake_leaves_no_run_behind_that_would_be_in_the_way(capsys, directo
 
 
 @pytest.mark.parametrize("name", ["store", "model"])
-def test_what_belongs_to_no_run_is_not_replaced(capsys, directory, name):
+def test_a_directory_that_belongs_to_no_run_is_not_replaced(capsys, directory, name):
     mine = directory / "run" / name / "mine"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious", encoding="utf-8")

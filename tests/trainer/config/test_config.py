@@ -260,7 +260,7 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
         ("seed.a=1", "override 'seed.a=1': seed is a value, it has no keys"),
     ],
 )
-def test_what_cannot_work_is_refused_in_these_words(
+def test_an_invalid_setting_is_refused_with_this_message(
     folder: Path, assignment: str, message: str
 ) -> None:
     assert refusal(folder, MINIMAL.replace("output_dir", "seed: 0\noutput_dir", 1), assignment) == (

@@ -196,7 +196,7 @@ def files_with(**changes: object) -> dict[str, object]:
         ({"directory": ".", "seed": -1}, "data.seed must be from 0 to 2**32 - 1, got -1"),
     ],
 )
-def test_what_cannot_work_is_refused_in_these_words(
+def test_an_invalid_data_section_is_refused_with_this_message(
     folder: Path, data: dict[str, object], message: str
 ) -> None:
     (folder / "x.train.jsonl").touch()

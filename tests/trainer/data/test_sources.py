@@ -74,7 +74,7 @@ def test_a_data_set_is_loaded_by_its_splits_and_slices(
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_what_datasets_saved_to_disk_is_loaded(
+def test_datasets_saved_to_disk_are_loaded(
     tmp_path: Path, table: datasets.Dataset, *, whole: bool
 ) -> None:
     saved = datasets.DatasetDict(train=table, test=table.select([5])) if whole else table

@@ -73,7 +73,7 @@ def test_a_kill_changes_nothing(method, place, resume_every):
 
 
 @pytest.mark.parametrize("method", ["ies"], indirect=True)
-def test_what_is_mastered_is_left_out_of_the_training(method):
+def test_mastered_examples_are_left_out_of_the_training(method):
     config, _ = method
     adjusted = events(config.output_dir, "adjusted")
     mastered = [sum(map(len, record["mastered"].values())) for record in adjusted]
