@@ -3,8 +3,9 @@
 The states of optimizers, schedulers and random generators are nested dictionaries and lists of
 tensors, numbers and strings. :func:`flatten` names each tensor by its path and puts the rest into
 JSON. Invariant: :func:`unflatten` returns equal values of equal types, including tuples, integer
-keys, NaN, large integers, NumPy arrays and ``Counter``. Other subclasses are returned as the
-builtin type that they extend. A tensor that occurs in several places is stored once for each.
+keys, NaN, large integers, NumPy arrays, ``Counter`` and ``BytesIO``. Other subclasses are returned
+as the builtin type that they extend. A tensor that occurs in several places is stored once for
+each.
 
 Example::
 
@@ -15,6 +16,7 @@ Example::
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ from msft_store.errors import InvalidInputError, MismatchError
 
 _TENSOR, _ARRAY, _TUPLE = "$tensor", "$array", "$tuple"
 _DICT, _COUNTER = "$dict", "$counter"
-_FLOAT, _INTEGER, _BYTES = "$float", "$integer", "$bytes"
+_FLOAT, _INTEGER, _BYTES, _STREAM = "$float", "$integer", "$bytes", "$bytesio"
 _INTEGER_LIMIT = 1 << 63
 _MAX_BITS = 14_000
 """Maximum size of an integer; Python converts at most 4,300 decimal digits."""
@@ -39,8 +41,8 @@ def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
     """Split a nested value into its tensors and a JSON value that refers to them by name.
 
     Args:
-        tree: Tensors, NumPy arrays, numbers, strings, ``bytes`` and ``None``, in mappings, lists
-            and tuples.
+        tree: Tensors, NumPy arrays, numbers, strings, ``bytes``, ``BytesIO`` and ``None``, in
+            mappings, lists and tuples.
         prefix: Beginning of every tensor's name.
 
     Returns:
@@ -69,7 +71,7 @@ def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
     """
     try:
         return _from_json(tree, tensors)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidInputError(
             f"this is not a nested state that flatten returned: {error}"
         ) from None
@@ -92,6 +94,8 @@ def _to_json(value: Any, name: str, tensors: dict[str, torch.Tensor], level: int
         return float(value) if math.isfinite(value) else {_FLOAT: str(float(value))}
     if isinstance(value, bytes):
         return {_BYTES: value.hex()}
+    if isinstance(value, io.BytesIO) and not value.closed:
+        return {_STREAM: [value.getvalue().hex(), value.tell()]}
     if isinstance(value, (list, tuple)):
         items = [
             _to_json(item, _join_path(name, at), tensors, level + 1)
@@ -171,6 +175,11 @@ def _from_json(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return Counter(below) if kind == _COUNTER else below
     if kind == _BYTES:
         return bytes.fromhex(content)
+    if kind == _STREAM:
+        text, position = content
+        stream = io.BytesIO(bytes.fromhex(text))
+        stream.seek(position)
+        return stream
     if kind == _FLOAT:
         return float(content)
     if kind == _INTEGER:

@@ -1,4 +1,4 @@
-"""Convert the tensors that a rank holds to boxes: DTensors, plain tensors, items of DCP's plans.
+"""Convert the tensors that a rank holds to boxes: sharded and plain tensors, items of DCP's plans.
 
 Example::
 
@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from msft_store.errors import InvalidInputError
@@ -27,9 +29,9 @@ def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
     Use it with :meth:`Store.encode` and :meth:`Store.load_boxes` to save and restore without DCP.
 
     Args:
-        state: Tensors by name. Of a DTensor, the local shard becomes a box with its offset and
-            the full shape; of a replicated DTensor and of a plain tensor, every process has the
-            whole.
+        state: Tensors by name. Of a DTensor or a ShardedTensor, each local shard becomes a box
+            with its offset and the full shape; of a replicated DTensor and of a plain tensor,
+            every process has the whole.
 
     Returns:
         Boxes that share memory with the state.
@@ -42,6 +44,17 @@ def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
 
 
 def _shards(name: str, tensor: torch.Tensor) -> Iterable[Box]:
+    if isinstance(tensor, ShardedTensor):
+        shape = tuple(tensor.metadata().size)
+        return [
+            Box(
+                name=name,
+                shape=shape,
+                offset=tuple(shard.metadata.shard_offsets),
+                tensor=shard.tensor.detach(),
+            )
+            for shard in tensor.local_shards()
+        ]
     if not isinstance(tensor, DTensor):
         return [whole_box(name, tensor.detach())]
     if tensor.device_mesh.get_coordinate() is None:
@@ -78,8 +91,7 @@ def find_tied_boxes(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
         return []
     names: dict[tuple[object, ...], list[str]] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            local = value.to_local() if isinstance(value, DTensor) else value
+        for local in _local_tensors(value):
             names.setdefault(memory_key(local), []).append(name)
     own = {box.name for box in boxes}
     return [
@@ -89,6 +101,16 @@ def find_tied_boxes(boxes: Sequence[Box], planner: SavePlanner) -> list[Box]:
         for name in names.get(memory_key(box.tensor), ())
         if name not in own
     ]
+
+
+def _local_tensors(value: object) -> list[torch.Tensor]:
+    """Return the tensors that this rank holds of a value of a state dict."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if isinstance(local, ShardedTensor):
+        return [shard.tensor for shard in local.local_shards()]
+    if isinstance(local, LocalShardsWrapper):
+        return local.local_shards()
+    return [local] if isinstance(local, torch.Tensor) else []
 
 
 def count_bytes(item: WriteItem) -> int:

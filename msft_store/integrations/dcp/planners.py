@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    WriteItem,
+    WriteItemType,
+)
 
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format.layout import canonical_json
@@ -24,6 +33,9 @@ from msft_store.tensors.nested import flatten, unflatten
 
 OBJECTS = "dcp.json"
 """Name of the uint8 tensor with the values that are not tensors, as JSON by name."""
+
+PATHS = "$paths"
+"""Name in ``dcp.json`` of the places that the tensors and values had in the nested state."""
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -45,8 +57,8 @@ class SavePlanner(DefaultSavePlanner):
             for name, value in self.state_dict.items()
             if not isinstance(value, (torch.Tensor, ShardedTensor))
         }
-        if OBJECTS in self.state_dict:
-            raise InvalidInputError(f"the name {OBJECTS!r} is the store's own; use another one")
+        for name in {OBJECTS, PATHS} & self.state_dict.keys():
+            raise InvalidInputError(f"the name {name!r} is the store's own; use another one")
         plan: SavePlan = super().create_local_plan()
         return plan
 
@@ -69,45 +81,93 @@ class SavePlanner(DefaultSavePlanner):
 class LoadPlanner(DefaultLoadPlanner):
     """DCP's default planner for loading, with JSON in the place of pickle.
 
-    Pass it to ``dcp.load``. Arguments are those of ``DefaultLoadPlanner``.
+    Pass it to ``dcp.load``. Arguments are those of ``DefaultLoadPlanner``. Values below keys that
+    are no strings, as in the state of an optimizer, are restored under these keys. DCP's planner
+    adds them under the key as a string.
 
     Raises:
-        MismatchError: During a load, if a saved value cannot be put into the target's container.
+        MismatchError: When a load begins, if a tensor has another dtype. Nothing was changed in any
+            rank.
+        InvalidInputError: When a load begins, if a DTensor has partial placements.
     """
+
+    def create_local_plan(self) -> LoadPlan:
+        """Return the plan of this rank."""
+        plan: LoadPlan = super().create_local_plan()
+        saved = self.metadata.state_dict_metadata if self.metadata else {}
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                continue
+            name = item.dest_index.fqn
+            check_not_partial(name, self.state_dict[name])
+            dtype = self.resolve_tensor(item).dtype
+            entry = saved[item.storage_index.fqn]
+            if isinstance(entry, TensorStorageMetadata) and dtype != entry.properties.dtype:
+                raise MismatchError(
+                    f"{name} is of {dtype}, in the checkpoint of {entry.properties.dtype}. "
+                    "Nothing was changed"
+                )
+        return plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Restore a value that is not a tensor."""
         name = read_item.dest_index.fqn
-        found = unflatten({}, json.loads(value.getvalue()))
-        if not self.flatten_state_dict:
-            self.original_state_dict[name] = found
-            return
-        *path, last = self.mappings[name]
         place: Any = self.original_state_dict
+        *path, last = self.mappings[name] if self.flatten_state_dict else (name,)
         for key in path:
-            place = place[key]
-        try:
-            place[last] = found
-        except TypeError:
-            raise MismatchError(f"{name} is in a {type(place).__name__}, not a list") from None
+            place = place[_find_key(place, key)]
+        place[_find_key(place, last)] = unflatten({}, json.loads(value.getvalue()))
 
 
-def find_roots(planner: object) -> frozenset[str]:
+def _find_key(place: Any, key: Any) -> Any:
+    """Return the key that DCP turned into a string: 0 for ``"0"``."""
+    if isinstance(place, Mapping) and key not in place:
+        if key.isdecimal() and int(key) in place:
+            return int(key)
+        return next((other for other in place if str(other) == key), key)
+    return key
+
+
+def group_paths(paths: object) -> list[Any]:
+    """Group the paths that DCP gives the names of a nested state by their containers, for JSON.
+
+    Paths of one key are left out.
+    """
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for name, path in paths.items() if isinstance(paths, Mapping) else ():
+        if len(path) > 1 and name == _name_of(path):
+            groups.setdefault(tuple(path[:-1]), []).append(path[-1])
+    return [[list(container), keys] for container, keys in groups.items()]
+
+
+def paths_by_name(groups: list[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the paths that :func:`group_paths` grouped."""
+    paths = [(*container, key) for container, keys in groups for key in keys]
+    return {_name_of(path): path for path in paths}
+
+
+def find_roots(groups: list[Any]) -> set[str]:
     """Return the prefixes of the dictionaries in a flattened state: ``model.``, …."""
-    paths = getattr(planner, "mappings", {}).values()
-    return frozenset(
-        "".join(f"{key}." for key in path[:depth])
-        for path in paths
-        for depth in range(1, len(path))
-    )
+    containers = [container for container, _ in groups]
+    return {
+        f"{_name_of(container[:depth])}."
+        for container in containers
+        for depth in range(1, len(container) + 1)
+    }
 
 
-def pickle_error(name: str, planner: str) -> InvalidInputError:
-    """Return the error for a value that DCP's own planner would pickle."""
-    return InvalidInputError(
-        f"{name} is not a tensor, and DCP's own planner pickles it: pass planner={planner}() of "
-        "msft_store.integrations.dcp, which writes JSON"
-    )
+def _name_of(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def check_can_write(name: str, planner: object) -> SavePlanner:
+    """Return the planner, or raise an error because it would pickle a value."""
+    if not isinstance(planner, SavePlanner):
+        raise InvalidInputError(
+            f"{name} is not a tensor, and DCP's own planner pickles it: pass "
+            "planner=SavePlanner() of msft_store.integrations.dcp, which writes JSON"
+        )
+    return planner
 
 
 def check_caching(planner: object) -> None:
@@ -124,7 +184,12 @@ def _to_json(name: str, value: Any) -> bytes:
     tensors, tree = flatten(value, name)
     if tensors:
         raise InvalidInputError(
+<<<<<<< HEAD
             f"{name} is a {type(value).__name__} with tensors or arrays in it, which DCP does not "
             "split: use a list in the place of a tuple, and tensors in the place of arrays"
+=======
+            f"{name} holds an array, or a tensor in a tuple, which DCP does not split: use tensors "
+            "in a dictionary or a list"
+>>>>>>> 291f262 (Load what torch.distributed.checkpoint's own storage loads)
         )
     return canonical_json(tree)

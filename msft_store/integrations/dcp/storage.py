@@ -7,7 +7,8 @@ other: by ``Store.load``, by ``export`` and as the parent of others, sharded or 
 
 Values that are not tensors are kept as JSON (:func:`msft_store.flatten` states which values are
 possible) in a tensor of bytes named ``dcp.json``; nothing is pickled. This needs the planners of
-this package: DCP's own planners pickle such values and are refused.
+this package: DCP's own planner for saving pickles such values and is refused. Its planner for
+loading expects them pickled, and gets them so from memory.
 
 Example::
 
@@ -35,10 +36,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.storage as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
@@ -48,6 +51,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner import LoadPlanner as BaseLoadPlanner
@@ -65,11 +69,13 @@ from msft_store.format.layout import canonical_json
 from msft_store.integrations.dcp.boxes import count_bytes, find_tied_boxes, make_box
 from msft_store.integrations.dcp.planners import (
     OBJECTS,
+    PATHS,
     LoadPlanner,
-    SavePlanner,
     check_caching,
+    check_can_write,
     find_roots,
-    pickle_error,
+    group_paths,
+    paths_by_name,
 )
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.maintenance.export_names import root_of_model
@@ -80,6 +86,7 @@ from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Part, Parts, whole_box
 from msft_store.tensors.bytes import torch_dtype
+from msft_store.tensors.nested import unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,6 @@ class _Written:
 
     part: Part
     json: Mapping[str, bytes]
-    roots: frozenset[str]
-    """The prefixes of :func:`find_roots`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +222,7 @@ class StorageWriter(dcp.StorageWriter):
         boxes: list[Box] = []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                if not isinstance(planner, SavePlanner):
-                    raise pickle_error(item.index.fqn, "SavePlanner")
-                values[item.index.fqn] = planner.json_of(item)
+                values[item.index.fqn] = check_can_write(item.index.fqn, planner).json_of(item)
             else:
                 boxes.append(make_box(item, planner.resolve_data(item)))
         try:
@@ -233,7 +236,7 @@ class StorageWriter(dcp.StorageWriter):
             [*boxes, *find_tied_boxes(boxes, planner)], parent=task.parent, level=self._level
         )
         own = {box.name: part.tensors[box.name] for box in boxes if box.name in part.tensors}
-        return _Written(part=replace(part, tensors=own), json=values, roots=find_roots(planner))
+        return _Written(part=replace(part, tensors=own), json=values)
 
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         """Write the manifest and move the ref.
@@ -248,11 +251,14 @@ class StorageWriter(dcp.StorageWriter):
                 raise CheckpointException(
                     "write", {each.rank: (each.error, each.trace) for each in failed}
                 )
-            self._save(written)
+            self._save(written, group_paths(metadata.planner_data))
+        metadata.storage_meta = self.storage_meta()
 
-    def _save(self, written: Sequence[_Written]) -> None:
+    def _save(self, written: Sequence[_Written], groups: list[Any]) -> None:
         parts = [each.part for each in written]
         values = {name: json.loads(text) for each in written for name, text in each.json.items()}
+        if groups:
+            values[PATHS] = groups
         store, parent = Store.open(self.path), self._parent_id
         if values:
             text = torch.frombuffer(bytearray(canonical_json(values)), dtype=torch.uint8)
@@ -262,8 +268,7 @@ class StorageWriter(dcp.StorageWriter):
         base, facts = parts[0].base if parts else None, dict(self._facts)
         if base is not None:
             shapes = {name: entry.shape for part in parts for name, entry in part.tensors.items()}
-            roots = {root for each in written for root in each.roots}
-            within = root_of_model(shapes, store.base(base), roots)
+            within = root_of_model(shapes, store.base(base), find_roots(groups))
             settings |= {"within": within} if within else {}
         if settings:
             facts["metadata"] = {EXPORT: settings, **(facts["metadata"] or {})}
@@ -341,6 +346,7 @@ class StorageReader(dcp.StorageReader):
         if self._tensors.pop(OBJECTS, None) is not None:
             text = store.load(found, [OBJECTS])[OBJECTS]
             self._values = json.loads(text.numpy().tobytes())
+        paths = paths_by_name(self._values.pop(PATHS, []))
         described: dict[str, Any] = {name: BytesStorageMetadata() for name in self._values}
         for name, entry in self._tensors.items():
             described[name] = TensorStorageMetadata(
@@ -353,7 +359,11 @@ class StorageReader(dcp.StorageReader):
                     for piece in entry.pieces
                 ],
             )
-        return Metadata(state_dict_metadata=described)
+        return Metadata(
+            state_dict_metadata=described,
+            planner_data={name: paths.get(name, (name,)) for name in described},
+            storage_meta=StorageMeta(checkpoint_id=self.name, save_id=found.id),
+        )
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -371,15 +381,18 @@ class StorageReader(dcp.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: BaseLoadPlanner) -> Future[None]:
-        """Fill the tensors of this rank. Only the pieces that overlap with them are read."""
+        """Fill the tensors of this rank. Only the pieces that overlap with them are read.
+
+        The values that are not tensors are restored last. An error that does not come from damage
+        is raised before anything is changed.
+        """
         boxes: list[Box] = []
+        values: list[tuple[ReadItem, io.BytesIO]] = []
         targets: list[tuple[ReadItem, torch.Tensor]] = []
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
-                if not isinstance(planner, LoadPlanner):
-                    raise pickle_error(name, "LoadPlanner")
-                planner.load_bytes(item, io.BytesIO(json.dumps(self._values[name]).encode()))
+                values.append((item, _stream(self._values[name], planner)))
                 continue
             target = planner.resolve_tensor(item).detach()
             piece = item.storage_index.offset or torch.Size([0] * target.dim())
@@ -391,6 +404,8 @@ class StorageReader(dcp.StorageReader):
         store.load_boxes(found, boxes)
         for item, target in targets:
             planner.commit_tensor(item, target)
+        for item, stream in values:
+            planner.load_bytes(item, stream)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -413,6 +428,17 @@ def _parent_id(store: Store, parent: Base | Checkpoint | str | None) -> str | No
         return store.get(parent).id
     except UnknownCheckpointError:
         return store.base(parent).id
+
+
+def _stream(tree: Any, planner: BaseLoadPlanner) -> io.BytesIO:
+    """Return a value in the form that the planner expects: JSON, or what DCP makes of it."""
+    value = unflatten({}, tree)
+    if isinstance(planner, LoadPlanner):
+        return io.BytesIO(json.dumps(tree).encode())
+    item = WriteItem(index=MetadataIndex(""), type=WriteItemType.BYTE_IO)
+    stream: io.BytesIO = DefaultSavePlanner().transform_object(item, value)
+    stream.seek(0)
+    return stream
 
 
 def _trace(error: Exception) -> traceback.StackSummary:

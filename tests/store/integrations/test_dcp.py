@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import (
+    _load_state_dict,
+    _load_state_dict_from_keys,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -455,16 +463,12 @@ def test_a_state_that_is_not_flattened_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcps_own_planners_are_refused_where_they_would_pickle(tmp_path: Path) -> None:
+def test_dcps_own_planner_is_refused_where_it_would_pickle(tmp_path: Path) -> None:
     state = {"weight": torch.ones(3), "epoch": 3}
 
     with pytest.raises(dcp.CheckpointException, match=r"planner=SavePlanner\(\)"):
         dcp.save(state, storage_writer=StorageWriter(tmp_path / "store", name="a"))
-    dcp.save(
-        state, storage_writer=StorageWriter(tmp_path / "store", name="a"), planner=SavePlanner()
-    )
-    with pytest.raises(dcp.CheckpointException, match=r"planner=LoadPlanner\(\)"):
-        dcp.load(state, storage_reader=StorageReader(tmp_path / "store", name="a"))
+    assert Store.open(tmp_path / "store").log() == []
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -530,3 +534,122 @@ def test_boxes_of_sharded_tensors_go_without_dcp(tmp_path: Path) -> None:
     assert in_ranks(2, save, tmp_path) == [0, 0]
     with pytest.raises(MismatchError):
         Store.open(path).load_boxes("a", boxes_of({"other": torch.ones(1)}))
+
+
+def one_process(path: Path) -> tuple[StorageWriter, StorageReader]:
+    return StorageWriter(path, name="a"), StorageReader(path, name="a")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+def test_dcps_own_planner_for_loading_gets_the_values(tmp_path: Path) -> None:
+    writer, reader = one_process(tmp_path / "store")
+    blob = io.BytesIO(b"state of a module")
+    blob.seek(3)
+    state = {"w": torch.ones(3), "rest": {"epoch": 3, "names": ("a", "b"), "blob": blob}}
+    dcp.save(state, storage_writer=writer, planner=SavePlanner())
+
+    for planner in (LoadPlanner(), dcp.DefaultLoadPlanner()):
+        target: dict[str, Any] = {"w": torch.zeros(3), "rest": dict.fromkeys(state["rest"])}
+        dcp.load(target, storage_reader=reader, planner=planner)
+        assert (target["rest"]["epoch"], target["rest"]["names"]) == (3, ("a", "b"))
+        assert target["rest"]["blob"].read() == b"te of a module"
+        assert same_bits({"w": target["w"]}, {"w": state["w"]})
+    assert b"pickle" not in Store.open(tmp_path / "store").load("a")["dcp.json"].numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+def test_a_checkpoint_knows_the_nested_state_that_it_was_saved_from(tmp_path: Path) -> None:
+    writer, reader = one_process(tmp_path / "store")
+    weights = {"a.b": torch.ones(3), "c": [torch.zeros(2), 7]}
+    state = {"model": weights, "k": 5, "flat.name": torch.ones(1)}
+    saved = dcp.save(state, storage_writer=writer, planner=SavePlanner())
+
+    found: dict[str, Any] = {}
+    _load_state_dict(found, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    part = _load_state_dict_from_keys({"model"}, storage_reader=reader)
+    metadata = reader.read_metadata()
+
+    torch.testing.assert_close(found, state, rtol=0, atol=0)
+    torch.testing.assert_close(part, {"model": weights}, rtol=0, atol=0)
+    assert metadata.planner_data == saved.planner_data
+    assert metadata.storage_meta is not None
+    assert metadata.storage_meta.checkpoint_id == "a"
+    assert saved.storage_meta is not None
+    for name in ("$paths", "dcp.json"):
+        with pytest.raises(dcp.CheckpointException, match="the store's own"):
+            dcp.save({name: 1}, storage_writer=writer, planner=SavePlanner())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+def test_values_below_integer_keys_come_back_under_them(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    # A checkpoint that was saved before the store kept the places of the nested state.
+    text = b'{"optim.groups.0.lr":0.5,"optim.state.0.n":4,"optim.state.7.n":5,"optim.state.x.n":6}'
+    document = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    store = Store.create(path)
+    old = store.save({"optim.state.0.m": torch.ones(2), "dcp.json": document})
+    state = {
+        "state": {0: {"m": torch.ones(2), "n": 4}, 7: {"n": 5}, "x": {"n": 6}},
+        "groups": [{"lr": 0.5}],
+    }
+    dcp.save({"optim": state}, storage_writer=one_process(path)[0], planner=SavePlanner())
+
+    for name in (old.id, "a"):
+        target: dict[str, Any] = {
+            "state": {0: {"m": torch.zeros(2), "n": 0}, 7: {"n": 0}, "x": {"n": 0}},
+            "groups": [{"lr": 0.0}],
+        }
+        reader = StorageReader(path, name=name)
+        dcp.load({"optim": target}, storage_reader=reader, planner=LoadPlanner())
+        assert str(target) == str(state)
+    reader = StorageReader(path, name=old.id)
+    flat = _load_state_dict_from_keys({"optim.state.0.n"}, storage_reader=reader)
+    assert flat == {"optim.state.0.n": 4}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+@pytest.mark.parametrize("planner", [LoadPlanner, dcp.DefaultLoadPlanner])
+def test_a_load_that_is_refused_changes_nothing(tmp_path: Path, planner: Any) -> None:
+    writer, reader = one_process(tmp_path / "store")
+    state = {"a": {"x": 7}, "w": torch.ones(3), "z": torch.ones(2)}
+    dcp.save(state, storage_writer=writer, planner=SavePlanner())
+
+    for wrong in ({"z": torch.zeros(2).half()}, {"z": torch.zeros(5)}, {"missing": 1}):
+        target = {"a": {"x": 0}, "w": torch.zeros(3), **wrong}
+        with pytest.raises(dcp.CheckpointException):
+            dcp.load(target, storage_reader=reader, planner=planner())
+        assert target["a"] == {"x": 0}
+        assert not target["w"].any()
+
+
+def test_a_load_that_one_rank_refuses_changes_nothing_in_any_rank(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    def act(rank: int) -> None:
+        state = {"a": {"x": 7}, "w": torch.ones(3)}
+        dcp.save(state, storage_writer=StorageWriter(path, name="a"), planner=SavePlanner())
+        dtype = torch.float16 if rank else torch.float32
+        target = {"a": {"x": 0}, "w": torch.zeros(3, dtype=dtype)}
+        reader = StorageReader(path, name="a")
+        with pytest.raises(dcp.CheckpointException, match=r"w is of torch\.float16"):
+            dcp.load(target, storage_reader=reader, planner=LoadPlanner())
+        assert target["a"] == {"x": 0}
+        assert not target["w"].any()
+
+    assert in_ranks(2, act, tmp_path) == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
+def test_boxes_of_a_sharded_tensor_are_its_local_shards(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+
+    def act(rank: int) -> None:
+        spec = ChunkShardingSpec(dim=0, placements=["rank:1/cpu", "rank:0/cpu", "rank:1/cpu"])
+        state = {"w": sharded_tensor.full(spec, (5, 2), float(rank))}
+        boxes = boxes_of(state)
+        assert [box.offset for box in boxes] == ([(0, 0), (4, 0)] if rank else [(2, 0)])
+        assert {box.shape for box in boxes} == {(5, 2)}
+        dcp.save(state, storage_writer=StorageWriter(store.path, name="a"), planner=SavePlanner())
+
+    assert in_ranks(2, act, tmp_path) == [0, 0]
+    assert store.load("a")["w"].tolist() == [[1, 1], [1, 1], [0, 0], [0, 0], [1, 1]]

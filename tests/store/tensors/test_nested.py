@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections import Counter
@@ -152,3 +153,21 @@ def test_a_missing_tensor_is_named() -> None:
 def test_json_of_somebody_else_is_refused(tree: object) -> None:
     with pytest.raises(InvalidInputError, match="not a nested state"):
         unflatten({}, tree)
+
+
+@pytest.mark.parametrize("position", [0, 2, 3, 9])
+def test_a_bytes_io_comes_back_with_its_position(position: int) -> None:
+    stream = io.BytesIO(b"abc")
+    stream.seek(position)
+
+    tensors, tree = flatten({"extra": (stream,)})
+    (found,) = unflatten(tensors, tree)["extra"]
+
+    assert tensors == {}
+    assert (found.tell(), found.getvalue()) == (position, b"abc")
+    stream.close()
+    with pytest.raises(InvalidInputError, match="extra is a BytesIO"):
+        flatten({"extra": stream})
+    for content in (["zz", 0], ["", -1], ["", 1 << 70], "", [""]):
+        with pytest.raises(InvalidInputError, match="flatten"):
+            unflatten({}, {"$bytesio": content})
