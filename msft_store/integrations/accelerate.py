@@ -32,9 +32,11 @@ from accelerate import Accelerator
 from msft_store._util import check_path
 from msft_store.errors import InvalidInputError, NotAStoreError
 from msft_store.integrations.training_state import (
+    free_prefix,
     from_tensors,
     generators_of_all,
     names_of,
+    prefix_of,
     run_in_main_process,
     set_generators,
     to_tensors,
@@ -44,12 +46,13 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.storage.backend import LocalBackend, write_atomic
 from msft_store.store import Store
 from msft_store.tensors.boxes import whole_box
+from msft_store.tensors.names import plain_names
 from msft_store.timeline.timeline import Timeline
 
 FILE = "msft_store.json"
 """Name of the file in a folder of ``save_state`` that names the checkpoint with the weights."""
 STATE = "accelerator"
-"""First part of the names of tensors that are not weights."""
+"""First part of the names of tensors that are not weights, unless weights have it too."""
 
 
 def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) -> None:
@@ -130,9 +133,12 @@ def save_state(
     def commit() -> str:
         parts = _stateful_objects(accelerator)
         states = {name: part.state_dict() for name, part in parts.items()}
+        prefix = free_prefix(STATE, weights)
         # An export of the checkpoint leaves out the tensors that are not weights.
-        settings = {EXPORT: {"without": f"{STATE}."}, **(metadata or {})}
-        tensors = {**weights, **to_tensors({"parts": states, "generators": rng_states}, STATE)}
+        given = (metadata or {}).get(EXPORT)
+        export = {**(given if isinstance(given, Mapping) else {}), "without": f"{prefix}."}
+        settings = {**(metadata or {}), EXPORT: export}
+        tensors = {**weights, **to_tensors({"parts": states, "generators": rng_states}, prefix)}
         return _require_timeline(timeline).commit(tensors, step, metrics, settings).id
 
     return run_in_main_process(commit)
@@ -155,7 +161,8 @@ def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | 
         CorruptedError: If a file of the store is damaged.
     """
     found = store.get(checkpoint)
-    state = from_tensors(store.load(found, names_of(store, found, STATE)), STATE)
+    prefix = prefix_of(found, STATE)
+    state = from_tensors(store.load(found, names_of(store, found, prefix)), prefix)
     parts = _stateful_objects(accelerator)
     if parts.keys() != state["parts"].keys():
         raise InvalidInputError(
@@ -203,14 +210,14 @@ def _collect_weights(
     accelerator: Accelerator, models: list[torch.nn.Module]
 ) -> dict[str, torch.Tensor]:
     """Return the weights of all models; those of a single model keep their own names."""
-    states = [accelerator.unwrap_model(model).state_dict() for model in models]
+    states = [plain_names(accelerator.unwrap_model(model).state_dict()) for model in models]
     if any(hasattr(tensor, "placements") for state in states for tensor in state.values()):
         raise InvalidInputError(
             "a model is sharded (FSDP2): use msft_store.integrations.dcp, in which every process "
             "saves what it holds"
         )
     if len(states) == 1:
-        return dict(states[0])
+        return states[0]
     return {
         f"model{at}.{name}": tensor
         for at, state in enumerate(states)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 
 from msft_store.errors import MismatchError, StorageError
 from msft_store.format.layout import canonical_json
+from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.nested import flatten, unflatten
@@ -110,6 +111,22 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
     if text is None:
         raise MismatchError(f"the checkpoint has no state named {prefix!r}, only weights")
     return unflatten(tensors, json.loads(text.cpu().numpy().tobytes()))
+
+
+def free_prefix(prefix: str, weights: Iterable[str]) -> str:
+    """Return a prefix that no weight's name has: ``prefix``, if necessary with underscores."""
+    first_parts = {name.partition(".")[0] for name in weights}
+    while prefix in first_parts:
+        prefix += "_"
+    return prefix
+
+
+def prefix_of(checkpoint: Checkpoint, prefix: str) -> str:
+    """Return the prefix that :func:`free_prefix` chose, from the settings of the export."""
+    settings = checkpoint.metadata.get(EXPORT)
+    without = settings.get("without") if isinstance(settings, Mapping) else None
+    chosen = isinstance(without, str) and without.rstrip("_.") == prefix
+    return str(without).removesuffix(".") if chosen else prefix
 
 
 def names_of(store: Store, checkpoint: Checkpoint | str, prefix: str) -> list[str]:

@@ -57,10 +57,12 @@ from msft_store.integrations.hf.trainer_checks import (
     find_unknown_metrics,
 )
 from msft_store.integrations.training_state import (
+    free_prefix,
     from_tensors,
     gather_objects,
     generators,
     names_of,
+    prefix_of,
     run_in_main_process,
     set_generators,
     to_tensors,
@@ -70,10 +72,13 @@ from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
+from msft_store.tensors.names import plain_names
 from msft_store.timeline.timeline import Timeline
 
 STATE = "trainer"
-"""First part of the names of a resume point's tensors that are not weights."""
+"""First part of the names of a resume point's tensors that are not weights, unless weights have it
+too.
+"""
 
 
 class StoreCallback(TrainerCallback):
@@ -187,8 +192,9 @@ class StoreCallback(TrainerCallback):
         self._point = point = self._timelines.find_resume_point()
         if point is None:
             return None
-        training = names_of(self.store, point, STATE)
-        self._state = state = from_tensors(self.store.load(point, training), STATE)
+        prefix = prefix_of(point, STATE)
+        training = names_of(self.store, point, prefix)
+        self._state = state = from_tensors(self.store.load(point, training), prefix)
         names = self.store.tensors(point).keys() - set(training)
         weights = self.store.load(point, sorted(names))
         self._folder = write_resume_directory(
@@ -398,7 +404,8 @@ class StoreCallback(TrainerCallback):
     ) -> None:
         adapter = adapter_config(self._model)
         export = {EXPORT: {"adapter": adapter}} if adapter else {}
-        weights, training = select_weights(self._model), {}
+        weights, training = plain_names(select_weights(self._model)), {}
+        prefix = free_prefix(STATE, weights)
         if self._resumable:
             snapshot = {
                 "parts": {name: p.state_dict() for name, p in self._parts.items() if p is not None},
@@ -408,14 +415,14 @@ class StoreCallback(TrainerCallback):
                 "commits": self._commits,
                 "adapter": adapter,
             }
-            training = to_tensors(snapshot, STATE)
+            training = to_tensors(snapshot, prefix)
         self._timelines.commit(
             weights,
             training,
             step=int(state.global_step),
             metrics=metrics,
             metadata={"epoch": state.epoch, **export},
-            resume_metadata={EXPORT: {**export.get(EXPORT, {}), "without": f"{STATE}."}},
+            resume_metadata={EXPORT: {**export.get(EXPORT, {}), "without": f"{prefix}."}},
         )
 
     def _trainer_state(self, state: TrainerState) -> dict[str, Any]:

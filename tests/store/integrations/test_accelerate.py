@@ -154,3 +154,27 @@ def test_an_export_of_a_state_is_the_weights(
     store.export(store.get(saved), tmp_path / "model")
     assert same_bits(load_file(tmp_path / "model" / "model.safetensors"), run.model.state_dict())
     assert store.get(saved).metadata["epoch"] == 1
+
+
+def test_parts_of_a_model_may_have_the_names_of_the_stores_state(
+    tmp_path: Path, store: Store, timeline: Timeline
+) -> None:
+    class Top(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accelerator = torch.nn.Linear(2, 2)
+            self.accelerator_ = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+
+    models = []
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True)
+        models.append((accelerator, accelerator.prepare(Top())))
+    saved = save_state(models[0][0], timeline, metadata={"export": {"within": ""}, "position": 3})
+    assert store.get(saved).metadata["position"] == 3
+    load_state(models[1][0], store, saved)
+    assert same_bits(models[0][1].state_dict(), models[1][1].state_dict())
+    files = store.export(saved, tmp_path / "out")
+    names = [
+        f"{part}.{name}" for part in ("accelerator", "accelerator_") for name in ("bias", "weight")
+    ]
+    assert sorted(load_file(files[0])) == names

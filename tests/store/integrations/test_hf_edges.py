@@ -19,6 +19,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from msft_store import (
@@ -425,3 +426,35 @@ def test_a_base_may_be_an_id_of_the_hub_that_is_in_the_cache(
     assert callback.base.id == Store.open(tmp_path / "store").add_base(base).id
     with pytest.raises(BaseError, match="not in the cache"):
         StoreCallback(tmp_path / "store", base="some/other")
+
+
+def test_weights_of_a_part_named_trainer_are_in_the_resume_folder_and_exports(
+    tmp_path: Path, base: Path
+) -> None:
+    def make() -> Any:
+        model = make_model()
+        model.trainer = torch.nn.Linear(2, 2)
+        model.extra = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+        return model
+
+    callback = StoreCallback(tmp_path / "store", base=base, background=True)
+    model = make()
+    make_trainer(tmp_path / "run", model, [callback], max_steps=3).train()
+    names = {name.replace("._orig_mod", "") for name in model.state_dict()}
+    point = next(c for c in callback.store.log() if "without" in c.metadata.get("export", {}))
+    (file,) = (f for f in callback.store.export(point, tmp_path / "out") if f.suffix != ".json")
+    assert load_file(file).keys() == names - {"lm_head.weight"}
+
+    again = StoreCallback(tmp_path / "store", base=base)
+    folder = again.resume(tmp_path / "run")
+    assert folder is not None
+    assert load_file(Path(folder) / "model.safetensors").keys() == names
+    resumed = make()
+    with torch.no_grad():
+        resumed.trainer.weight.fill_(3)
+        resumed.extra.weight.fill_(3)
+    make_trainer(tmp_path / "run", resumed, [again], max_steps=4).train(
+        resume_from_checkpoint=folder
+    )
+    assert torch.equal(resumed.trainer.weight, model.trainer.weight)
+    assert torch.equal(resumed.extra.weight, model.extra.weight)
