@@ -27,6 +27,7 @@ from msft_store._util import PathLike, check_path
 from msft_store.codec.codecs import Level
 from msft_store.errors import (
     CorruptedError,
+    InvalidInputError,
     NotAStoreError,
     PinnedError,
     UnknownCheckpointError,
@@ -79,7 +80,10 @@ from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
 from msft_store.tensors.bytes import check_tensors, memory_key, torch_dtype
 from msft_store.tensors.matching import check_match, select_tensors
+from msft_store.tensors.names import plain_names
 from msft_store.tensors.resident import Compared, check_compared
+
+Target = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
 class _Session:
@@ -358,25 +362,40 @@ class Store:
 
     def load_into(
         self,
-        target: torch.nn.Module | Mapping[str, torch.Tensor],
-        checkpoint: Checkpoint | str,
+        target: Target | Checkpoint | str | None = None,
+        checkpoint: Target | Checkpoint | str | None = None,
+        *,
+        into: Target | None = None,
     ) -> None:
         """Restore a checkpoint in place into a module or into a mapping of tensors.
+
+        The target and the checkpoint may be given in either order, and the target as ``into``, as
+        in :meth:`Timeline.rollback`.
 
         Args:
             target: Module, or tensors by name, with the names, shapes and dtypes of the checkpoint.
                 The tensors may be on any device and of any layout with memory for each element.
             checkpoint: Checkpoint to restore.
+            into: Another name of ``target``.
 
         Raises:
+            InvalidInputError: There is not one target and one checkpoint.
             MismatchError: The target does not match the checkpoint. Nothing was changed, unless
                 the message says otherwise: tensors that partly share memory can only be found to
                 differ after they were written.
             BaseError: The base's files are missing or changed.
         """
-        found, tensors = self._entries(checkpoint)
-        items = target.state_dict() if isinstance(target, torch.nn.Module) else target
-        state = {name: tensor for name, tensor in items.items() if torch.is_tensor(tensor)}
+        given = [one for one in (target, checkpoint, into) if one is not None]
+        names = [one for one in given if isinstance(one, Checkpoint | str)]
+        targets = [one for one in given if isinstance(one, torch.nn.Module | Mapping)]
+        if not len(names) == len(targets) == 1:
+            raise InvalidInputError(
+                "load_into takes one checkpoint and one target, a module or a mapping of tensors"
+            )
+        found, tensors = self._entries(names[0])
+        items = targets[0].state_dict() if isinstance(targets[0], torch.nn.Module) else targets[0]
+        tensors = plain_names(tensors)
+        state = plain_names({name: t for name, t in items.items() if torch.is_tensor(t)})
         check_match(found, tensors, state)
         # Restore tied tensors once: check_match has made sure that their contents are equal.
         once = {memory_key(tensor): name for name, tensor in state.items()}

@@ -20,6 +20,7 @@ from typing import Any
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.reference_planner import match_names
+from msft_store.tensors.names import plain_names
 
 KEY = "export"
 """Key of the metadata for the settings of an export."""
@@ -72,7 +73,7 @@ def exported(
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
         names = {name: new[len(prefix) :] for name, new in names.items()}
-    found = {new: tensors[name] for name, new in names.items()}
+    found = plain_names({new: tensors[name] for name, new in names.items()})
     if base is not None and ties and adapter is None:
         found = _without_tied(found, base)
     return Exported(

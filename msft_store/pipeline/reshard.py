@@ -25,6 +25,7 @@ from msft_store.pipeline.decode import ChunkRead, Source, list_reads
 from msft_store.pipeline.parallel import for_each
 from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import torch_dtype, view_bytes, write_elements
+from msft_store.tensors.names import plain_name, plain_names
 
 _BAND_BYTES = 16 * CHUNK_BYTES
 
@@ -63,7 +64,8 @@ def decode_boxes(source: Source, tensors: Mapping[str, TensorEntry], boxes: Iter
     Raise :class:`MismatchError`, before any change, if the checkpoint lacks a tensor of that name,
     shape and dtype, and :class:`StoreError` at the first damaged chunk, after some boxes changed.
     """
-    wanted = list(boxes)
+    tensors = {**plain_names(tensors), **tensors}
+    wanted = [b if b.name in tensors else replace(b, name=plain_name(b.name)) for b in boxes]
     for box in wanted:
         _check(box, tensors, source.name)
     overlaps = [overlap for box in wanted for overlap in _overlaps(box, tensors[box.name])]

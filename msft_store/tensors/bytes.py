@@ -20,10 +20,11 @@ from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, VersionError
 from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
+from msft_store.tensors.names import plain_names
 
 
 def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors by name; :class:`InvalidInputError` names one that cannot be saved."""
+    """Return tensors by plain name; :class:`InvalidInputError` names one that cannot be saved."""
     if isinstance(tensors, torch.nn.Module):
         tensors = tensors.state_dict()
     if not isinstance(tensors, Mapping):
@@ -44,7 +45,7 @@ def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
         if tensor.dim() > MAX_DIMENSIONS:
             raise InvalidInputError(f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
         dtype_by_torch(tensor.dtype)
-    return dict(tensors)
+    return plain_names(tensors)
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.tensors.bytes import memory_key
+from msft_store.tensors.names import plain_name, plain_names
 
 _NAMES_SHOWN = 5
 
@@ -75,10 +76,12 @@ def select_tensors(
         raise InvalidInputError(
             f"names are those of tensors, such as ['lm_head.weight'], not {names!r}"
         )
-    absent = sorted(set(wanted) - tensors.keys())
+    plain = plain_names(tensors)
+    found = {name: tensors.get(name, plain.get(plain_name(name))) for name in wanted}
+    absent = sorted(name for name, entry in found.items() if entry is None)
     if absent:
         raise MismatchError(f"checkpoint {checkpoint.id[:12]} has no {format_names(absent)}")
-    return {name: tensors[name] for name in wanted}
+    return {name: entry for name, entry in found.items() if entry is not None}
 
 
 def format_names(names: Sequence[str]) -> str:

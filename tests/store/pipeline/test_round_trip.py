@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msft_store import Base, InvalidInputError, MismatchError, StorageError, Store, StoreError
+from msft_store import (
+    Base,
+    InvalidInputError,
+    KeepLast,
+    MismatchError,
+    StorageError,
+    Store,
+    StoreError,
+    Timeline,
+)
 from msft_store.format.dtypes import DTYPES
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
 
@@ -112,6 +122,29 @@ def test_an_empty_state_is_a_checkpoint(store: Store) -> None:
     assert store.load(ckpt) == {}
     assert ckpt.logical_bytes == 0
     assert store.stats().checkpoints == 1
+
+
+def test_target_and_checkpoint_are_given_in_either_order(store: Store, state: State) -> None:
+    ckpt = store.save(state)
+    timeline = Timeline(store, None, retention=KeepLast(1))
+    calls: list[Callable[[State], object]] = [
+        lambda target: store.load_into(target, ckpt),
+        lambda target: store.load_into(ckpt, target),
+        lambda target: store.load_into(checkpoint=ckpt, target=target),
+        lambda target: store.load_into(ckpt.id, into=target),
+        lambda target: store.load_into(into=target, checkpoint=ckpt),
+        lambda target: timeline.rollback(ckpt, into=target),
+        lambda target: timeline.rollback(into=target, checkpoint=ckpt),
+    ]
+    for call in calls:
+        target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        call(target)
+        assert same_bits(target, state)
+    wrong: list[Any] = [{}, {"target": state}, {"checkpoint": ckpt}, {"into": state}]
+    wrong.append({"target": state, "checkpoint": ckpt, "into": state})
+    for arguments in wrong:
+        with pytest.raises(InvalidInputError):
+            store.load_into(**arguments)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(store: Store, state: State) -> None:
