@@ -184,12 +184,7 @@ def _to_json(name: str, value: Any) -> bytes:
     tensors, tree = flatten(value, name)
     if tensors:
         raise InvalidInputError(
-<<<<<<< HEAD
             f"{name} is a {type(value).__name__} with tensors or arrays in it, which DCP does not "
             "split: use a list in the place of a tuple, and tensors in the place of arrays"
-=======
-            f"{name} holds an array, or a tensor in a tuple, which DCP does not split: use tensors "
-            "in a dictionary or a list"
->>>>>>> 291f262 (Load what torch.distributed.checkpoint's own storage loads)
         )
     return canonical_json(tree)
