@@ -46,7 +46,7 @@ PARTS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "roll-backs": (Timeline, ("rollback",)),
     "journal": (Journal, ("append",)),
 }
-"""What is timed: words → class and methods."""
+"""The timed parts: description → class and methods."""
 COMMON = ("method=msft", "async_save=false", "threads=1", "msft.compute_budget=1")
 
 
@@ -63,7 +63,7 @@ class Times:
 
 @dataclass
 class Stopwatch:
-    """Adds up what goes into each part, and not into another one that it calls."""
+    """Adds up the time of each part, without the other parts that it calls."""
 
     parts: dict[str, Times] = field(default_factory=lambda: defaultdict(Times))
     _running: str | None = None
@@ -101,7 +101,7 @@ def watched() -> Iterator[Stopwatch]:
 
 
 def measure(config: Config) -> dict[str, Times]:
-    """Train from beginning to end and return what each part took."""
+    """Train from beginning to end and return the time of each part."""
     shutil.rmtree(config.output_dir, ignore_errors=True)
     with watched() as watch:
         start(config)
@@ -135,7 +135,7 @@ def _row(words: str, times: Times, training: Times) -> tuple[str, ...]:
 
 
 def configurations(quick: bool) -> dict[str, Config]:
-    """Return what is trained: words → configuration."""
+    """Return the measured runs: description → configuration."""
     demo = EXAMPLE / "demo.yaml"
     larger = write(OUTPUT / "lengths", train=16).parent / "base"
     stages = "msft.max_stages=1" if quick else "msft.max_stages=4"

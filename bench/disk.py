@@ -69,7 +69,7 @@ in the store after eviction, with the stage's root. A commit: what it added, in 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is trained."""
+    """One training to measure."""
 
     regime: Regime
     budget: int
@@ -85,7 +85,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a run took; disk in full checkpoints."""
+    """The measurements of a run; disk in full checkpoints."""
 
     regime: str
     lr: float
@@ -107,7 +107,7 @@ class Row:
     """Checkpoints in the store after eviction, the root and the best overall included, at most."""
     alive_mean: float
     new_mean: float
-    """What a commit added before anything was evicted."""
+    """The bytes that a commit added before the eviction."""
     new_peak: float
 
 
@@ -124,7 +124,7 @@ def runs() -> list[Run]:
 
 
 def config_of(run: Run, *, data: Path, output: Path, more: Sequence[str] = ()) -> Config:
-    """Return the example's configuration, changed to what is measured."""
+    """Return the example's configuration with the changes of a measured run."""
     changes = {
         "output_dir": output,
         "data.directory": data,
@@ -142,7 +142,7 @@ def config_of(run: Run, *, data: Path, output: Path, more: Sequence[str] = ()) -
 
 
 def finish(run: Run, config: Config) -> list[Record]:
-    """Train, unless that is done already, and return the journal."""
+    """Train, unless the run is finished, and return the journal."""
     directory = Path(config.output_dir)
     if not is_finished(directory):
         shutil.rmtree(directory, ignore_errors=True)
@@ -154,12 +154,12 @@ def finish(run: Run, config: Config) -> list[Record]:
 
 
 def measure(run: Run, records: Sequence[Record]) -> Row:
-    """Return what a finished run took, from its journal."""
+    """Return the measurements of a finished run, from its journal."""
     summary = summarize(records)
     disk = summary.disk
     assert disk is not None, "a finished run has committed"
     committed = [record for record in effective(records) if record["event"] == "committed"]
-    alive = [len(record["kept"]) for record in committed]
+    kept = [len(record["kept"]) for record in committed]
     new = [record["stored_bytes"] / disk.checkpoint_bytes for record in committed]
     return Row(
         regime=run.regime.name,
@@ -176,8 +176,8 @@ def measure(run: Run, records: Sequence[Record]) -> Row:
         mean=disk.mean,
         paper_peak=disk.paper_peak_copies,
         paper_mean=disk.paper_mean_copies,
-        alive_peak=max(alive),
-        alive_mean=mean(alive),
+        alive_peak=max(kept),
+        alive_mean=mean(kept),
         new_mean=mean(new),
         new_peak=max(new),
     )
@@ -216,7 +216,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say for each row that has a target whether it is met."""
+    """Report for each row with a target whether the target is met."""
     lines = []
     for row in rows:
         most_peak, most_mean = TARGETS[row.regime]

@@ -68,7 +68,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What one training took."""
+    """The disk and the time of one training."""
 
     processor: float
     """Seconds."""
@@ -114,12 +114,12 @@ WAYS = (
 
 
 class Scale(TrainerCallback):
-    """Weighs what is on the disk before every step, where everything due has been written."""
+    """Measures the disk before every step, when all pending files have been written."""
 
     largest = 0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Weigh."""
+        """Measure."""
         self.largest = max(self.largest, weigh())
 
 
@@ -150,7 +150,7 @@ def data() -> tuple[Dataset, dict[str, Dataset]]:
 
 
 def train(way: Way, examples: Dataset, evaluation: dict[str, Dataset]) -> Taken:
-    """Train from the beginning, and say what it took."""
+    """Train from the beginning, and return its disk and time."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     loaded = load_model(load_config(EXAMPLE / "demo.yaml").model)
     arguments = TrainingArguments(
@@ -193,8 +193,8 @@ def measure(rounds: int) -> dict[str, list[Taken]]:
     train(WAYS[-1], examples, evaluation)
     taken: dict[str, list[Taken]] = {way.words: [] for way in WAYS}
     for number in range(rounds):
-        turn = number % len(WAYS)
-        for way in WAYS[turn:] + WAYS[:turn]:
+        start = number % len(WAYS)
+        for way in WAYS[start:] + WAYS[:start]:
             taken[way.words].append(train(way, examples, evaluation))
     return taken
 

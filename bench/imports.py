@@ -34,8 +34,8 @@ def measure(rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each way in each round, the interpreter's own start included."""
     seconds: dict[str, list[float]] = {code: [] for code in WAYS}
     for number in range(rounds):
-        turn = number % len(WAYS)
-        for code in WAYS[turn:] + WAYS[:turn]:
+        start = number % len(WAYS)
+        for code in WAYS[start:] + WAYS[:start]:
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True)
             seconds[code].append(time.perf_counter() - began)

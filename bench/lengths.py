@@ -65,7 +65,7 @@ def write(directory: Path, *, train: int, validation: int = 16) -> Path:
 
 
 def _example(text: str, rng: random.Random) -> dict[str, str]:
-    """Return a piece of text as prompt and what follows as completion, of some 2 bytes a token."""
+    """Return two adjacent pieces of text as prompt and completion, about 2 bytes a token."""
     prompt, completion = (
         min(max(int(rng.lognormvariate(mean, 0.8)), 8), 400) for mean in (4.6, 4.9)
     )

@@ -1,4 +1,4 @@
-"""A store of many checkpoints, made in seconds: what listing and planning are measured on.
+"""A store of many checkpoints, made in seconds, to measure listing and planning.
 
 Manifests and packs are the real ones of a run, written by the package's own encoders; only the
 payloads are a few bytes of nothing, so that the store takes little room. A third of each

@@ -152,7 +152,7 @@ WAYS: Mapping[str, Way] = {
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return what both peers are told."""
+    """Return the training arguments of both peers."""
     train = config.train
     return {
         "output_dir": str(OUTPUT / "peer"),
@@ -226,7 +226,7 @@ def table(seconds: Mapping[str, Sequence[float]], tokens: int) -> str:
 
 
 def configurations(threads: int) -> dict[str, Config]:
-    """Return what is trained: words → configuration."""
+    """Return the measured runs: description → configuration."""
     example = load_config(EXAMPLE / "demo.yaml", ["method=sft", "msft.compute_budget=1"])
     chosen_tasks = {name: example.data.sub_datasets[name] for name in TASKS}
     example = replace(example, data=replace(example.data, sub_datasets=chosen_tasks))

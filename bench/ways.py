@@ -45,7 +45,7 @@ class Way(abc.ABC):
         self.base = base
 
     def prepare(self) -> None:  # noqa: B027 - most need nothing
-        """Do what is done once a run."""
+        """Prepare a run, once."""
 
     @abc.abstractmethod
     def save(self, state: State) -> None:
@@ -53,7 +53,7 @@ class Way(abc.ABC):
 
     @abc.abstractmethod
     def load_into(self, state: State) -> None:
-        """Restore what was saved last."""
+        """Restore the last saved state."""
 
 
 class Safetensors(Way):
@@ -134,7 +134,7 @@ def copy_into(loaded: Mapping[str, torch.Tensor], state: State) -> None:
 
 
 def states(regime: str, gigabytes: float) -> tuple[State, State]:
-    """Return the state before training and after it, made as large as is asked for."""
+    """Return the state before and after training, enlarged to a given size."""
     files = sorted((MODEL / regime).glob("step*.safetensors"), key=lambda path: int(path.stem[4:]))
     first, last = safetensors.torch.load_file(files[0]), safetensors.torch.load_file(files[-1])
     size = STACKED * sum(tensor.nbytes for tensor in first.values())

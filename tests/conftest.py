@@ -1,4 +1,4 @@
-"""What every test gets: one thread for torch, and forked processes that may use several at once.
+"""Settings of every test: one thread for torch, and safe use of threads in forked processes.
 
 Tests run beside each other, one on each core; more threads would only wait for each other.
 

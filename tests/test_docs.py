@@ -58,7 +58,7 @@ def test_the_pages_with_code_are_known() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    place = {
+    environment = {
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
@@ -66,7 +66,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, page, _BLOCK.pattern],
         cwd=tmp_path,
-        env={**os.environ, **place},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -77,7 +77,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) 
 
 @pytest.fixture
 def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the examples of docstrings take for granted; they are written for a run's directory."""
+    """Names that the examples of docstrings assume; the examples run in a run's directory."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(8, 4)
     optimizer = torch.optim.Adam(model.parameters())

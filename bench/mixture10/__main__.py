@@ -1,4 +1,4 @@
-"""Run the experiment, or what is left of it, and put its tables into ``docs/RESULTS.md``.
+"""Run the unfinished part of the experiment, and write its tables into ``docs/RESULTS.md``.
 
 The runs are those of ``msft-train compare``: one that is finished is not repeated, one that was
 killed is continued, so the same command goes on after a kill and, when all is done, writes the
@@ -21,7 +21,7 @@ from pathlib import Path
 from bench.codec import machine
 from bench.mixture10.exact import exact_matches
 from bench.mixture10.make_data import DATA, write
-from bench.mixture10.results import Findings, publish, tables
+from bench.mixture10.results import Findings, tables, write_section
 from trainer.comparison.compare import compare
 from trainer.comparison.report import write_comparison
 from trainer.comparison.results import Comparison, group_outcomes
@@ -37,7 +37,7 @@ EQUAL_AT = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How much of the experiment is run."""
+    """The size of the experiment."""
 
     name: str
     seeds: int
@@ -47,7 +47,7 @@ class Form:
 
     @property
     def output(self) -> Path:
-        """Where its runs are, from the working directory."""
+        """The directory of its runs, relative to the working directory."""
         return Path("runs", self.name)
 
 
@@ -66,7 +66,7 @@ def configure(form: Form, overrides: Sequence[str] = ()) -> Config:
 
 
 def run(form: Form, config: Config, *, jobs: int) -> Comparison:
-    """Do what is left of all runs, and write ``compare.{md,json,html}`` beside them."""
+    """Complete all runs, and write ``compare.{md,json,html}`` beside them."""
     found = {}
     for budgets, equal in (((EQUAL_AT,), True), (form.budgets, False)):
         comparison = compare(
@@ -110,7 +110,7 @@ def main() -> None:
     if options.print:
         print(tables(findings))
     else:
-        publish(form.name, tables(findings))
+        write_section(form.name, tables(findings))
 
 
 if __name__ == "__main__":

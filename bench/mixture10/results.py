@@ -5,7 +5,7 @@ around the comments is written by hand.
 
 Example::
 
-    publish("mixture10", tables(findings))
+    write_section("mixture10", tables(findings))
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAPER_DISTANCE, PAPER_SHIFT = 1.93, 0.91
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What the tables are made from."""
+    """The data of the tables."""
 
     comparison: Comparison
     directory: Path
@@ -49,8 +49,8 @@ class Findings:
     machine: Mapping[str, str]
 
 
-def publish(name: str, text: str, path: Path = RESULTS) -> None:
-    """Put ``text`` between the comments of that name, which the file must have."""
+def write_section(name: str, text: str, path: Path = RESULTS) -> None:
+    """Write ``text`` between the comments of that name, which the file must have."""
     begin, end = f"<!-- {name}: written by python -m bench.mixture10 -->", f"<!-- end of {name} -->"
     before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
@@ -120,7 +120,7 @@ def exact_table(
 
 
 def peak_parts(findings: Findings) -> list[str]:
-    """Return what the largest budget's runs say of the peaks: SFT's curves, MSFT's exclusions."""
+    """Return the peaks in the runs of the largest budget: SFT's curves, MSFT's exclusions."""
     largest = max(case.budget for case in findings.comparison.outcomes)
     sft, msft = (_journals(findings, method, largest) for method in ("sft", "msft"))
     if not sft:

@@ -41,7 +41,7 @@ class SubDataset:
     facts: int | None = None
     """Different facts among the training examples; ``None``: as many as there are examples."""
     shares_facts: bool = False
-    """Whether the splits ask for the same facts, in other prompts."""
+    """True if the splits ask for the same facts, in other prompts."""
 
 
 def _worded(task: Task, openings: Sequence[str] = _OPENINGS) -> Task:

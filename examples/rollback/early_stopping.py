@@ -41,17 +41,19 @@ def train(
     timeline = Timeline(store, store.add_base(task.BASE), retention=policy)
     best: dict[str, Checkpoint] = {}
     since: dict[str, int] = {}
-    for turn in range(most):
+    for number in range(most):
         metrics = task.evaluate_all(model, tasks)
-        checkpoint = timeline.commit(model, step=turn * every, metrics=metrics)
+        checkpoint = timeline.commit(model, step=number * every, metrics=metrics)
         for metric, value in metrics.items():
             better = metric not in best or value < best[metric].metrics[metric]
             best[metric] = checkpoint if better else best[metric]
             since[metric] = 0 if better else since[metric] + 1
         if min(since.values()) >= patience:
-            report(f"nothing got better in {patience} evaluations; stopped at step {turn * every}")
+            report(
+                f"nothing got better in {patience} evaluations; stopped at step {number * every}"
+            )
             break
-        for step in range(turn * every, (turn + 1) * every):
+        for step in range(number * every, (number + 1) * every):
             task.train_step(model, optimizer, task.batch(step, tasks=tasks))
     timeline.rollback(best["overall"], into=model)
     for metric, checkpoint in best.items():

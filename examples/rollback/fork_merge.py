@@ -89,8 +89,8 @@ def train(
         merge_into(model, store, anchor, forks, shares)
         anchor = main.commit(model, (number + 1) * steps, {target: loss}, {"shares": list(shares)})
         pairs = zip(mixtures, shares, strict=True)
-        told = ", ".join(f"{share:.1f} {name}" for name, share in pairs)
-        report(f"round {number}: {target} {loss:.3f} with {told}")
+        weights = ", ".join(f"{share:.1f} {name}" for name, share in pairs)
+        report(f"round {number}: {target} {loss:.3f} with {weights}")
     for branch in branches.values():
         branch.close()
     return anchor

@@ -39,7 +39,7 @@ class LossSpikeError(RuntimeError):
 
 
 def spike_in(found: Mapping[str, float], recent: Mapping[str, deque[float]]) -> str | None:
-    """Return what spiked in a step, in words; ``None`` if all was as usual."""
+    """Return a description of the spike in a step, or ``None`` without one."""
     for what, value in found.items():
         usual = statistics.median(recent[what]) if len(recent[what]) >= 4 else math.inf
         if not (math.isfinite(value) and value <= FACTORS[what] * usual):
@@ -104,8 +104,8 @@ def train(
         target = old[-1] if old else timeline.checkpoints()[0]
         start = restore(timeline, target, model, optimizer)
         position = max(start + skip, before + 1)
-        told = f"back to step {target.step}, skipping positions {start} to {position - 1}"
-        report(f"position {before}: {spike}; {told}")
+        action = f"back to step {target.step}, skipping positions {start} to {position - 1}"
+        report(f"position {before}: {spike}; {action}")
         del taken[target.step :]
     timeline.close()
     return model, taken

@@ -93,8 +93,8 @@ def evolve(
             newest[member.name] = member.commit()
         members.sort(key=lambda member: member.score)
         best, worst = members[0], members[-1]
-        told = ", ".join(f"{m.name} {m.score:.3f} (lr {m.lr:.1e})" for m in members)
-        report(f"round {number}: {told}")
+        summary = ", ".join(f"{m.name} {m.score:.3f} (lr {m.lr:.1e})" for m in members)
+        report(f"round {number}: {summary}")
         if number + 1 < rounds:
             # The winner goes on at once: without the pin, its next commit would be the end of this.
             exploit(store, worst, newest[best.name], partial(best.go_on, 1))

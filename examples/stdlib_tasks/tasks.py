@@ -35,7 +35,7 @@ class Example:
     """A question and its answer."""
 
     fact: str
-    """What is asked, without its wording."""
+    """The subject of the question, without its wording."""
     prompt: str
     completion: str
     """Begins with a space, so that it is tokenized alike with and without the prompt before it."""
@@ -61,7 +61,7 @@ class Task:
     own_wording: float = 0.1
     """Probability of the sub-dataset's wordings in pre-training."""
     known_facts: bool = False
-    """Whether the base model sees the sub-dataset's facts; then never in its wordings."""
+    """True if the base model sees the sub-dataset's facts; then only in other wordings."""
 
     def draw(self, rng: random.Random) -> Example:
         """Return a random example for the sub-dataset."""

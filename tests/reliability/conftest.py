@@ -1,4 +1,4 @@
-"""Fault injection: ``--soak`` for the long form; what was injected is printed at the end."""
+"""Fault injection: ``--soak`` for the long form; a summary of the faults is printed at the end."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def faults(request: pytest.FixtureRequest) -> Ledger:
 
 @pytest.fixture
 def soak(request: pytest.FixtureRequest) -> bool:
-    """Whether this is the long form."""
+    """Return true in the long form."""
     return bool(request.config.getoption("--soak"))
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Return where random choices begin."""
+    """Return the seed of the random choices."""
     return int(request.config.getoption("--seed"))
 
 
 @pytest.fixture
 def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk, where processes are killed and not machines."""
+    """Skip fsync in tests that kill processes but not machines."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

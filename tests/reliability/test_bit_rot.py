@@ -1,4 +1,4 @@
-"""Whatever byte of whatever file changes: an error that names it, never other numbers."""
+"""A change of any byte of any file gives an error that names the file, never wrong numbers."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_the_lock_of_a_killed_process_blocks_no_other(
 
 
 def holds(store: Store) -> str:
-    """Say what the dead have."""
+    """Return the locks of dead processes in words."""
     modes = {lock.shared for lock in store.locks() if lock.owner == "dead"}
     if not modes:
         return "has no lock"

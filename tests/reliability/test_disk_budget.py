@@ -1,4 +1,4 @@
-"""A timeline with a budget never takes more of the disk, and loses nothing for it."""
+"""A timeline with a budget never exceeds it, and loses no protected checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POLICIES: tuple[Policy, ...] = (
     KeepLast(2),
 )
 BEST = (None, "a", "b", "a", None)
-"""For each policy: whose best of all branches it protects."""
+"""The metric whose best checkpoint over all branches each policy protects."""
 
 
 def make_tensors(seed: int, width: int = 12_000) -> State:
@@ -43,7 +43,7 @@ def make_tensors(seed: int, width: int = 12_000) -> State:
 
 
 class History:
-    """A timeline under a budget, driven at random; what it keeps is compared with what it must."""
+    """A timeline under a budget, with random commits and roll-backs and checks of its content."""
 
     def __init__(self, folder: Path, number: int, budget: int, seed: int) -> None:
         self.random = random.Random(seed)  # noqa: S311
@@ -51,7 +51,7 @@ class History:
         self.committed: dict[str, State] = {}
         """All that may be left."""
         self.branch: list[Checkpoint] = []
-        """Its root, if that is a checkpoint, and every commit since."""
+        """The root, if it is a checkpoint, and every commit since."""
         self.ever: list[Checkpoint] = []
         self.refusals: list[str] = []
         self.dropped = 0
@@ -65,7 +65,7 @@ class History:
         self.line = Timeline(self.store, self.store.add_base(base), retention=policy)
 
     def commit(self, share: float, step: int) -> None:
-        """Commit weights of which a share changed; with 1 they have nothing in common."""
+        """Commit weights of which a share changed; with a share of 1, all of them."""
         state = make_tensors(step + 1) if share == 1 else train_step(self.state, share, step)
         metrics = {name: float(self.random.randint(0, 9)) for name in "ab"}
         newest = self.ever[-1:]
@@ -85,11 +85,11 @@ class History:
         self.check_kept()
 
     def there(self) -> set[str]:
-        """Return what is in the store."""
+        """Return the ids of the checkpoints in the store."""
         return {ckpt.id for ckpt in self.store.log()}
 
     def look_back(self) -> None:
-        """Assert that the last commit or roll-back says what it did."""
+        """Assert that the last commit or roll-back reported its evictions."""
         done = self.line.last_commit
         assert done is not None
         assert done.bytes <= done.peak_bytes <= self.budget
@@ -98,7 +98,7 @@ class History:
         self.dropped += len(done.dropped)
 
     def check_kept(self) -> None:
-        """Assert that what the policy protects is there, by the history and not by what is left."""
+        """Assert that the store has all protected checkpoints, computed from the full history."""
         must = set()
         if isinstance(self.line.root, Checkpoint):
             must.add(self.line.root.id)
@@ -112,7 +112,7 @@ class History:
         self.committed = {i: s for i, s in self.committed.items() if i in self.there()}
 
     def roll_back(self) -> None:
-        """Go back to one that is kept; that always works."""
+        """Roll back to a kept checkpoint, which always works."""
         if self.committed:
             target = self.random.choice(sorted(self.committed))
             self.state = self.line.rollback(target)
@@ -123,7 +123,7 @@ class History:
             self.check_kept()
 
     def check(self) -> None:
-        """Assert that the bound held at every write, and that all there is is whole."""
+        """Assert that no write exceeded the budget, and that every checkpoint is intact."""
         assert self.disk.largest <= max(self.budget, 0)
         assert bytes_on_disk(self.disk.root) <= self.budget
         assert_whole(Store.open(self.disk.root), self.committed)

@@ -1,4 +1,4 @@
-"""Whatever operation fails, or is the last one before a kill: nothing that existed is lost."""
+"""No checkpoint is lost when any operation fails or is the last one before a kill."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_operation_may_fail(
 
 
 def snapshot(root: Path) -> frozenset[tuple[str, bytes | int]]:
-    """Return what a crash left, without names and times that differ each time."""
+    """Return the files that a crash left, without names and times that differ each time."""
     return frozenset(
         ("tmp" if path.parent.name == "tmp" else str(path.relative_to(root)), what_is_in(path))
         for path in root.rglob("*")

@@ -1,4 +1,4 @@
-"""A full disk at every write: a clear error, nothing hurt, nothing left, and it works with room."""
+"""A full disk at every write: a clear error, no damage, no leftovers, and success with space."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.quota import QuotaBackend, bytes_on_disk
 LARGE = 1 << 20
 CALLS = {"fsync": os.fsync, "replace": os.replace, "mkdir": os.mkdir}
 LEFT = {"0-left"}
-"""What the prepared store has among its temporary files."""
+"""The temporary files of the prepared store."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def after_failure(store: Store, prepared: Prepared, error: OutOfSpaceError) -> None:
-    """Assert that an operation without room said so and left no trace."""
+    """Assert that an operation without space raised the error and left no files."""
     assert re.search("no space left to|more do not fit on the disk", str(error))
     assert {path.name for path in Path(store.path, "tmp").glob("*")} <= LEFT
     assert_whole(store, prepared.states, prepared.droppable)
@@ -45,7 +45,7 @@ def after_failure(store: Store, prepared: Prepared, error: OutOfSpaceError) -> N
 def test_every_size_of_disk(
     tmp_path: Path, prepared: Prepared, faults: Ledger, operation: Operation
 ) -> None:
-    """The quota grows by what the first refused write lacked: so each write is refused once."""
+    """The quota grows by the bytes that the refused write lacked, so each write is refused once."""
     root, quota = tmp_path / "store", bytes_on_disk(prepared.root / "store")
     shutil.copytree(prepared.root / "store", root)
     for _ in range(200):
@@ -88,7 +88,7 @@ def test_every_call_of_the_system_that_needs_room(
     operation: Operation,
     name: str,
 ) -> None:
-    """Space that is only missed when a file is synced, named or created."""
+    """The disk is full when a file is synced, renamed or created."""
     for at in itertools.count(step=1 if soak else 4):
         shutil.rmtree(tmp_path)
         shutil.copytree(prepared.root / "store", tmp_path / "store")
@@ -111,7 +111,7 @@ def test_every_call_of_the_system_that_needs_room(
 
 
 def fail_from(patch: pytest.MonkeyPatch, name: str, at: int, below: Path) -> list[str]:
-    """Let the calls of a name fail from number ``at`` on; return those that come."""
+    """Let the calls of a function fail from number ``at`` on; return the list of calls."""
     calls: list[str] = []
 
     def call(target: Any, *more: Any, **keywords: Any) -> Any:
@@ -155,7 +155,7 @@ if may_mount():  # nobody but root may, and not in every container
     def test_a_real_disk_that_is_full(
         tmp_path: Path, prepared: Prepared, faults: Ledger, room: int
     ) -> None:
-        """On a disk filled to the brim gc still works, for that is what makes room."""
+        """On a completely full disk gc still works, because it frees space."""
         with small_disk(tmp_path / "disk") as disk, faults.inject("a real disk that is full"):
             root = disk / "store"
             shutil.copytree(prepared.root / "store", root)

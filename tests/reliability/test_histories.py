@@ -1,8 +1,8 @@
-"""Thousands of random steps of all that a store and its timelines do, with faults at random.
+"""Thousands of random operations of a store and its timelines, with random faults.
 
-Whatever happened, a store holds what the model of it holds: nothing that was committed is lost,
-what was interrupted happened wholly, partly or not at all as is promised, gc took nothing that a
-checkpoint or a timeline needs, and every tensor of every checkpoint is as it was saved.
+After every step the store equals its model: no committed checkpoint is lost, an interrupted
+operation is complete, partial or absent as documented, gc deletes nothing that a checkpoint or a
+timeline needs, and every tensor of every checkpoint is as it was saved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whatever a stranger writes into a store or a base: a :class:`StoreError` and nothing worse."""
+"""Untrusted files in a store or a base raise a :class:`StoreError` and do no harm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def victim(request: pytest.FixtureRequest, written: Path, tmp_path: Path) -> Pat
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[None]:
-    """Take a file away, and put it back."""
+    """Remove a file, and restore it afterwards."""
     data = path.read_bytes()
     path.unlink()
     yield

@@ -1,4 +1,4 @@
-"""What is far more than it looks, or no file at all: refused in bounded memory and time."""
+"""Decompression bombs and special files are refused in bounded memory and time."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_no_file_takes_more_than_it_is(
         spoil(stores[-1])
     program = [sys.executable, "-m", "tests.support.exercise", *map(str, stores)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    told = done.stdout.splitlines()
+    started = done.stdout.splitlines()
     for name, store in zip(cases, stores, strict=True):
         with faults.inject(kind):
-            assert str(store) in told, f"{name}: {done.stderr}"
-            assert done.returncode == 0 or str(store) != told[-1], f"{name}: {done.stderr}"
+            assert str(store) in started, f"{name}: {done.stderr}"
+            assert done.returncode == 0 or str(store) != started[-1], f"{name}: {done.stderr}"
             outside = store.with_name("outside")
             assert [path.name for path in outside.iterdir()] == ["kept.json"], name
             assert (outside / "kept.json").read_text("ascii") == "secret", name

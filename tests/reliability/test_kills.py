@@ -1,4 +1,4 @@
-"""A process that works on a store is killed at random times: what it had reported is there."""
+"""A process that works on a store is killed at random times; the checkpoints it reported exist."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ROOT = f"timelines/{NAME}/root"
 
 @dataclass
 class Promised:
-    """What a store must have, by what its processes reported."""
+    """The content that a store must have according to the reports of its processes."""
 
     saved: set[str] = field(default_factory=set)
     refs: dict[str, set[str]] = field(default_factory=dict)
-    """What each ref may point to: where it was moved to, or may have been (``""``: nowhere)."""
+    """The possible targets of each ref: those it was moved to or may have been (``""``: none)."""
     best: float = 0.0
     """The timeline's best score ever reported."""
 
-    def hear(self, told: list[dict[str, object]]) -> None:
-        """Take in what a process told before it died."""
+    def hear(self, messages: list[dict[str, object]]) -> None:
+        """Record the messages that a process sent before it died."""
         moves = {"pin": MARK, "roll back": ROOT}
-        for line in told:
+        for line in messages:
             begun, done, about = line.get("begun"), line.get("done"), str(line.get("about"))
             if done == "save":
                 self.saved.add(str(line["id"]))
@@ -44,7 +44,7 @@ class Promised:
                 self.refs[moves[done]] = {about}
 
     def verify(self, store: Store) -> None:
-        """Assert that everything reported is there, and that what is there is exact."""
+        """Assert that every reported checkpoint exists, and that every checkpoint is exact."""
         log = store.log()
         exact = {ckpt.id: state_of(ckpt.step) for ckpt in log if ckpt.step is not None}
         assert len(exact) == len(log)
@@ -68,10 +68,10 @@ def test_reported_checkpoints_survive_a_kill(
     for number in range(400 if soak else 36):
         worker = Worker(path, base, seed=1000 * seed + number)
         worker.kill_after(lines=rng.randrange(24), delay=0.02 * rng.random())
-        errors = [line["error"] for line in worker.told if "error" in line]
+        errors = [line["error"] for line in worker.messages if "error" in line]
         assert not errors, errors[0]
         with faults.inject("kill -9 of a saving process"):
-            promised.hear(worker.told)
+            promised.hear(worker.messages)
             promised.verify(Store.open(path))
-        done += sum("done" in line for line in worker.told)
+        done += sum("done" in line for line in worker.messages)
     assert done > number

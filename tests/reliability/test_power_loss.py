@@ -1,4 +1,4 @@
-"""Power fails at any moment: what was committed is there, and what was not does no harm."""
+"""Power fails at any moment: every committed checkpoint survives, and the others do no harm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A folder with a store, and what is done to it."""
+    """A folder with a store, and the operations on it."""
 
     prepared: Prepared
     live: Path
@@ -37,7 +37,7 @@ class Scene:
     soak: bool
 
     def begin(self) -> Store:
-        """Open a fresh store in ``live``, all of which is durable."""
+        """Open a new and durable store in ``live``."""
         shutil.rmtree(self.live, ignore_errors=True)
         shutil.copytree(self.prepared.root / "store", self.live / "store")
         return self.store()
@@ -46,7 +46,7 @@ class Scene:
         return Store.open(self.live / "store")
 
     def after(self, tree: Tree) -> Store:
-        """Open what a crash left."""
+        """Open the store that a crash left."""
         write_tree(tree, self.broken)
         return Store.open(self.broken / "store")
 
@@ -91,8 +91,8 @@ def losses(scene: Scene, moments: Sequence[Moment], most: int) -> Iterator[tuple
     yield from [*scene.rng.sample(found, min(most, len(found))), *last]
 
 
-def told(store: Store) -> tuple[object, ...]:
-    """Return all that a store says of what it holds."""
+def contents(store: Store) -> tuple[object, ...]:
+    """Return all that a store lists."""
     sizes = {ckpt.id: ckpt.stored_bytes for ckpt in store.log()}
     return sizes, store.refs(), store.notes(), sorted(base.id for base in store.bases())
 
@@ -101,19 +101,19 @@ def test_power_may_fail_at_any_moment(scene: Scene, operation: Operation) -> Non
     store = scene.begin()
     with Disk(scene.live) as disk:
         operation(store, scene.prepared)
-    outcome = told(scene.store())
+    outcome = contents(scene.store())
     for call, kind, tree in losses(scene, disk.moments, 200 if scene.soak else 8):
         with scene.faults.inject(kind):
             broken = scene.after(tree)
             scene.assert_whole(broken)
             if call == "end":
-                assert told(broken) == outcome
+                assert contents(broken) == outcome
             operation(broken, scene.prepared)
             scene.assert_tidied(broken)
 
 
 def test_power_may_fail_after_a_kill_was_made_up_for(scene: Scene, operation: Operation) -> None:
-    """What one process left visible and not durable, the next one builds on."""
+    """A process builds on files that the process before it left visible but not durable."""
     every = 1 if scene.soak else 6
     for n in itertools.count(scene.rng.randrange(every), every):
         store = scene.begin()
@@ -123,22 +123,22 @@ def test_power_may_fail_after_a_kill_was_made_up_for(scene: Scene, operation: Op
                 operation(store, scene.prepared)
             if not disk.failed:
                 break
-            disk.mend()
+            disk.stop_faults()
             killed = len(disk.moments)
             operation(scene.store(), scene.prepared)
-        outcome = told(scene.store())
+        outcome = contents(scene.store())
         made_up = disk.moments[killed:]
         for call, kind, tree in losses(scene, made_up, 20 if scene.soak else 2):
             with scene.faults.inject(f"{kind} after a kill"):
                 broken = scene.after(tree)
                 scene.assert_whole(broken)
-                # Where nothing was left to do, nothing was said to be done.
+                # A repetition that changed nothing made no promise, so it is not compared.
                 if call == "end" and len(made_up) > 1:
-                    assert told(broken) == outcome
+                    assert contents(broken) == outcome
 
 
 def test_any_call_may_fail(scene: Scene, operation: Operation) -> None:
-    """A file whose fsync failed is not used, and a failed call is not taken for done."""
+    """A file whose fsync failed is not used, and a failed call is not reported as a success."""
     every = 1 if scene.soak else 2
     for n in itertools.count(scene.rng.randrange(every), every):
         store = scene.begin()

@@ -31,7 +31,7 @@ def kept_stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
 
 
 def assert_repaired(kept: Kept, before: set[str], story: str) -> None:
-    """Assert that a store is sound and holds at least what could be loaded before."""
+    """Assert that a store is sound and has at least the checkpoints that could be loaded before."""
     store = Store.open(kept.root)
     for identity, path in kept.bases.items():
         # The record of a base may be lost with its path. The model is still there, and only with it
@@ -79,7 +79,7 @@ def test_whatever_is_damaged_what_was_sound_stays(
 
 
 def all_bytes(root: Path) -> dict[Path, bytes]:
-    """Return what all files hold but those about locks."""
+    """Return the content of all files except locks."""
     return {
         path: path.read_bytes()
         for path in root.rglob("*")

@@ -1,4 +1,4 @@
-"""A run that finds no room pauses, loses nothing, and ends as one that always had enough."""
+"""A run on a full disk pauses, loses nothing, and ends like a run with enough space."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def reference(config: Config) -> Any:
-    """The outcome of a run with room, as of ``test_resume``."""
+    """The outcome of a run with enough space, as in ``test_resume``."""
     config = replace(config, output_dir=f"{config.output_dir}-reference")
     start(config)
     return outcome(Path(config.output_dir))
 
 
 class FullDisk:
-    """Fails the system's calls that need room, once the n-th of them has come."""
+    """Fails the system calls that need space, from the n-th on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, below: Path) -> None:
         self.at, self.count, self.full = at, 0, True

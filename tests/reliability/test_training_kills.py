@@ -1,4 +1,4 @@
-"""A training run that is killed at any moment, again and again, ends as one that was not."""
+"""A training run that is killed at any moment, many times, ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__dtype": "bfloat16",
     },
 }
-"""What is changed in the configuration; each is a real run of three stages with roll-backs."""
+"""Changes to the configuration; each variant is a real run of three stages with roll-backs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
 
     config: Config
     outcome: Any

@@ -1,4 +1,4 @@
-"""A training run that stops at any call to the operating system ends as one that did not."""
+"""A training run that stops at any system call ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def go_on(config: Config, directory: Path) -> None:
 
 
 def lines(tree: Tree) -> list[bytes]:
-    """Return the whole lines of the journal in a tree."""
+    """Return the complete lines of the journal in a tree."""
     return (tree.get(f"{RUN}/journal.jsonl") or b"").splitlines(keepends=True)
 
 
 def assert_kept(moment: Moment, whole_model: bytes) -> None:
-    """Assert that what is durable has all that was journalled, and all that this stands for."""
+    """Assert that every record of the journal is durable, with the files that it refers to."""
     written, tree = lines(after_kill(moment)), after_power_loss(moment, None)
     # The last line may be the one that is being written.
     assert lines(tree)[: len(written) - 1] == written[:-1], moment.call
@@ -92,5 +92,5 @@ def test_a_run_is_the_same_whatever_a_crash_leaves(
 
 
 def names(directory: Path) -> list[str]:
-    """Return what stands in a directory."""
+    """Return the content of a directory."""
     return sorted(path.name for path in directory.iterdir())

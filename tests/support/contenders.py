@@ -1,7 +1,8 @@
-"""What processes do that share a store: save, commit, collect, read.
+"""The actions of processes that share a store: save, commit, collect, read.
 
-Each keeps a record of what it was told is safe, and asserts what it sees itself. Its only excuses
-are the documented conflicts: a checkpoint that somebody forgot, one that somebody pinned.
+Each process records the checkpoints that the store confirmed to it, and checks what it reads. The
+only errors that it accepts are the documented conflicts: another process forgot or pinned a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def arena(root: Path, base: Path) -> Path:
 
 @dataclass(frozen=True)
 class Record:
-    """What a process knows to be in a store; a file that outlives it."""
+    """The checkpoints that a process knows to exist, in a file that survives the process."""
 
     path: Path
 
@@ -51,11 +52,11 @@ class Record:
         self._write(f"+ {checkpoint} {number}")
 
     def drop(self, checkpoint: str) -> None:
-        """Note it before it is done."""
+        """Record an action before it is done."""
         self._write(f"- {checkpoint} 0")
 
     def read(self) -> dict[str, State]:
-        """Return the tensors of what has to be there, by id."""
+        """Return the tensors of the checkpoints that must exist, by id."""
         numbers = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             sign, checkpoint, number = line.split()
@@ -76,7 +77,7 @@ def base_of(store: Store) -> Base:
 
 
 def save(root: Path, record: Record, me: int, rounds: int) -> int:
-    """Save contents that others save too, and own ones; pin, forget and build on the latter."""
+    """Save shared contents and own ones; pin, forget and extend the own ones."""
     store = Store.open(root)
     own = []
     for step in range(rounds):
@@ -122,7 +123,7 @@ def commit(root: Path, record: Record, me: int, rounds: int) -> int:
 
 
 def until(stop: Path) -> Iterator[int]:
-    """Count, at least to one, until a file is there."""
+    """Count, at least to one, until a file exists."""
     count = 0
     while count == 0 or not stop.exists():
         yield count
@@ -130,7 +131,7 @@ def until(stop: Path) -> Iterator[int]:
 
 
 def collect(root: Path, stop: Path) -> int:
-    """Free what nothing needs, over and over."""
+    """Run gc again and again."""
     store = Store.open(root)
     for _ in until(stop):
         plan = store.plan_gc()
@@ -140,7 +141,7 @@ def collect(root: Path, stop: Path) -> int:
 
 
 def read(root: Path, stop: Path, seed: int) -> int:
-    """Load what is there, whole and in part, and look for damage."""
+    """Load all checkpoints, completely and in part, and check the store."""
     chance = np.random.default_rng(seed)
     store = Store.open(root)
     for count in until(stop):

@@ -1,4 +1,4 @@
-"""What a power loss may leave of a folder, from what a program did to it.
+"""The states that a power loss may leave of a folder, given the operations of a program.
 
 :class:`Disk` watches the calls that change names or make something durable (``os.fsync``,
 ``os.replace``, ``os.rename``, ``os.unlink``, ``os.remove``, ``os.mkdir``, ``os.rmdir``), from any
@@ -58,7 +58,7 @@ _ROOT = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What is durable and what is not, right before a call."""
+    """The durable and the visible state, right before a call."""
 
     call: str
     """Name of the call and of what it is about; ``end`` after the last."""
@@ -97,8 +97,8 @@ class Disk:
         """Let the n-th call and all after it raise :class:`SimulatedKill`, as if killed there."""
         self._stop_at, self.failed = n, None
 
-    def mend(self) -> None:
-        """Let no call fail any more."""
+    def stop_faults(self) -> None:
+        """Stop the injection of faults."""
         self._fail_at = self._stop_at = None
 
     def __enter__(self) -> Disk:
@@ -202,7 +202,7 @@ class Disk:
             self._files = {node: (seen, seen) for node, (_, seen) in self._files.items()}
 
     def _look(self) -> None:
-        """See what is there now, whoever wrote it."""
+        """Read the folder as it is now, including files of other processes."""
         with self._lock:
             seen: set[_Name] = set()
             self._look_into(_ROOT, self._root, seen)
@@ -245,7 +245,7 @@ class Disk:
 
 
 def after_power_loss(moment: Moment, rng: random.Random | None) -> Tree:
-    """Return what may be on disk; only what is durable without a generator."""
+    """Return a state that may be on the disk; without a generator, only the durable state."""
     content = {node: _survivor(*both, rng) for node, both in moment.files.items()}
     choice = {
         n: values[0] if rng is None else rng.choice(values) for n, values in moment.names.items()
@@ -254,13 +254,13 @@ def after_power_loss(moment: Moment, rng: random.Random | None) -> Tree:
 
 
 def after_kill(moment: Moment) -> Tree:
-    """Return what is there if only the program stops: all that it did."""
+    """Return the state after a stop of the program alone: all that it did."""
     content = {node: visible for node, (_, visible) in moment.files.items()}
     return _tree({name: values[-1] for name, values in moment.names.items()}, content)
 
 
 def write_tree(tree: Tree, root: Path) -> None:
-    """Make ``root`` be exactly that."""
+    """Write the state to ``root`` and delete everything else there."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     for path, content in sorted(tree.items()):

@@ -1,4 +1,4 @@
-"""What random histories of a store have in common: a model beside it, faults, and processes.
+"""The common part of random histories of a store: a reference model, faults, and processes.
 
 Several stores are open on one directory. A fault that is due strikes at one of the operations to
 come; after a kill the process begins anew. After each step the store lists what the model has; at
@@ -72,7 +72,7 @@ MOST_OPEN = 3
 
 @dataclass
 class Tally:
-    """What the histories came to."""
+    """Totals over all histories."""
 
     steps: int = 0
     kills: int = 0
@@ -99,7 +99,7 @@ class UnversionedBackend(LocalBackend):
 
 
 class Histories(RuleBasedStateMachine):
-    """A store beside what it should hold."""
+    """A store and the model of its content."""
 
     ledger = Ledger()
     tally = Tally()
@@ -141,7 +141,7 @@ class Histories(RuleBasedStateMachine):
         safely: bool = False,
         **possible: Any,
     ) -> T | None:
-        """Do something, with the fault that is due; return what came of it if it came to an end.
+        """Run an action with the fault that is due; return its result if it completed.
 
         ``self.clean`` then says whether no fault struck; one that did was got over.
         """
@@ -183,9 +183,9 @@ class Histories(RuleBasedStateMachine):
         return result
 
     def _fault_due(self) -> tuple[int, type[BaseException]] | None:
-        """Return at which of the operations to come which error is due, if one is."""
+        """Return the number of the operation that fails and its error, if a fault is due."""
         if self.fault is None and self.chance.random() < self.faults:
-            # A full disk is no error like another: a timeline gives up what its policy can spare.
+            # A full disk is not injected: the timeline would evict what its policy can spare.
             error = SimulatedKill if self.chance.random() < 0.5 else StorageError
             self.fault = int(self.chance.exponential(30)), error
         return self.fault
@@ -224,7 +224,7 @@ class Histories(RuleBasedStateMachine):
         new = self.folder / f"{old.name.split()[0]} {self.moves}.safetensors"
         shutil.copy(old, new)
         if self._do(opened, self.model, lambda: opened.store.relocate(identity, new)) is not None:
-            # Who has read the record before looks at it again.
+            # A process that read the record before reads it again.
             old.unlink()
 
     def _source(self, parent: str | None, number: int) -> State:

@@ -37,7 +37,7 @@ VALUES: list[Any] = [
     *[[], {}, [[]], [{}], {"": {}}, [0], [1, 2], [2**62] * 5, [0] * 70, ["a"], {"tensor": 1}],
     *[{"chunks": []}, {"chunks": [["0" * 32, 0, 0]]}, {"chunks": [["00", 0, 1]]}],
 ]
-"""What stands where something else should."""
+"""Invalid values for any field."""
 
 
 def spoiled(document: Any, rng: np.random.Generator) -> Any:
@@ -133,7 +133,7 @@ class Pack:
         text = canonical(self.head) if head is None else head
         raw = struct.pack("<I", len(text)) + text + self.rows
         footer = zstandard.ZstdCompressor().compress(raw)
-        told = {
+        fields = {
             "offset": len(self.payloads),
             "length": len(footer),
             "size": len(raw),
@@ -141,7 +141,7 @@ class Pack:
             **claims,
         }
         check = xxhash.xxh3_128_digest(footer)
-        trailer = struct.pack("<QIII4x16s8s", *told.values(), check, b"msftpack")
+        trailer = struct.pack("<QIII4x16s8s", *fields.values(), check, b"msftpack")
         path = folder / f"{check.hex()}.pack"
         path.write_bytes(self.payloads + footer + trailer)
         return path

@@ -1,4 +1,4 @@
-"""What holds of a store at every moment, whatever happened to it.
+"""The invariants of a store, which hold at every moment and after every fault.
 
 Example::
 
@@ -38,7 +38,7 @@ def assert_whole(
 
 
 def assert_tidied(store: Store, committed: Committed, possible: Committed | None = None) -> None:
-    """Assert that gc clears away all that a crash leaves, and nothing else."""
+    """Assert that gc deletes all files that a crash leaves, and nothing else."""
     before = {ckpt.id for ckpt in store.log()}
     store.plan_gc().execute()
     assert {ckpt.id for ckpt in store.log()} == before

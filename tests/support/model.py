@@ -50,8 +50,8 @@ class Point:
         return repr((self.parent, self.base, facts, tensors))
 
     @property
-    def place(self) -> Mapping[str, Any]:
-        """Where it stands on its timeline."""
+    def position(self) -> Mapping[str, Any]:
+        """Its position on its timeline."""
         return self.metadata.get("timeline", {})
 
     def agrees(self, found: Checkpoint) -> bool:
@@ -68,7 +68,7 @@ class Point:
 
 @dataclass(kw_only=True)
 class Line:
-    """A timeline that is alive in this process."""
+    """A timeline that is open in this process."""
 
     name: str
     start: str | None
@@ -78,7 +78,7 @@ class Line:
     branch: int = 0
     next: int = 0
     counted: bool = False
-    alive: set[str] = field(default_factory=set)
+    members: set[str] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
 
     def note(self, identity: str, **more: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Model:
     def copy(self) -> Model:
         """Return a copy that changes alone; tensors never change."""
         lines = {
-            name: replace(line, alive=set(line.alive), given=set(line.given))
+            name: replace(line, members=set(line.members), given=set(line.given))
             for name, line in self.lines.items()
         }
         return Model(points=dict(self.points), refs=dict(self.refs), lines=lines)
@@ -164,7 +164,7 @@ class Model:
         return {
             identity
             for identity, point in self.points.items()
-            if point.place.get("name") == name
+            if point.position.get("name") == name
             and point.created > since
             and identity not in {target for target, _ in refs.values()}
         }
@@ -179,9 +179,11 @@ class Model:
         line = Line(name=name, start=start, parts=parts, since=newest)
         if refs:
             line.since = min(note.get("since", 0) for _, note in refs.values())
-            line.alive = {target for target, _ in refs.values()}
+            line.members = {target for target, _ in refs.values()}
             line.given = {target for target, note in refs.values() if note.get("given")} | {
-                target for target in line.alive if self.points[target].place.get("name") != name
+                target
+                for target in line.members
+                if self.points[target].position.get("name") != name
             }
         root = refs.get(f"timelines/{name}/root")
         self.lines[name] = line
@@ -202,9 +204,9 @@ class Model:
     def commit(self, name: str, point: Point) -> set[str]:
         """Save on a timeline, protect and evict; return what was kept."""
         line = self.lines[name]
-        line.alive.add(self.add(point))
+        line.members.add(self.add(point))
         keep = self._protect(line)
-        self._give_up(line, line.alive - keep)
+        self._give_up(line, line.members - keep)
         line.next, line.counted = line.next + 1, True
         return keep
 
@@ -215,7 +217,7 @@ class Model:
         self._set_root(line, target)
         line.next, line.counted = 1, True
         keep = self._protect(line)
-        self._give_up(line, line.alive - keep)
+        self._give_up(line, line.members - keep)
         return keep
 
     def rewind(self, name: str, index: int) -> None:
@@ -234,28 +236,28 @@ class Model:
     def index(self, line: Line, identity: str) -> int:
         """Return the number of a checkpoint on its branch, as a policy sees it."""
         outside = identity == line.root or identity in line.given
-        return 0 if outside else self.points[identity].place["index"]
+        return 0 if outside else self.points[identity].position["index"]
 
     def _branch(self, line: Line, identity: str) -> int:
         if identity == line.root:
             return line.branch
-        return -1 if identity in line.given else self.points[identity].place["branch"]
+        return -1 if identity in line.given else self.points[identity].position["branch"]
 
     def _there(self, line: Line) -> set[str]:
-        return line.alive & self.points.keys()
+        return line.members & self.points.keys()
 
     def _current(self, line: Line) -> set[str]:
         return {i for i in self._there(line) if self._branch(line, i) == line.branch}
 
     def _set_root(self, line: Line, target: str) -> None:
-        if target not in line.alive:
+        if target not in line.members:
             line.given.add(target)
-        line.alive.add(target)
+        line.members.add(target)
         line.root = target
         self.refs[f"timelines/{line.name}/root"] = (target, line.note(target, branch=line.branch))
 
     def _protect(self, line: Line) -> set[str]:
-        line.alive = self._there(line)
+        line.members = self._there(line)
         candidates = [
             Candidate(
                 id=identity,
@@ -264,7 +266,7 @@ class Model:
                 index=self.index(line, identity),
                 pinned="root" if identity == line.root else None,
             )
-            for identity in self.in_order(line.alive)
+            for identity in self.in_order(line.members)
         ]
         keep = kept(line.parts, candidates)
         for identity in keep:
@@ -280,7 +282,7 @@ class Model:
             for i in identities & self.points.keys()
             if i not in line.given and self.points[i].created > line.since
         )
-        line.alive -= identities
+        line.members -= identities
 
     def named(self, found: Mapping[str, Checkpoint]) -> Model:
         """Return the model with the id and time of the new checkpoint, if it was found."""
@@ -297,7 +299,7 @@ class Model:
             for name, (to, note) in self.refs.items()
         }
         for line in named.lines.values():
-            line.alive = {identity if i == NEW else i for i in line.alive}
+            line.members = {identity if i == NEW else i for i in line.members}
         return named
 
     def assert_equals(self, store: Store) -> None:

@@ -44,9 +44,9 @@ def kept(parts: Parts, candidates: Candidates) -> set[str]:
 
 
 def _stays(rule: Policy, one: Candidate, candidates: Candidates) -> bool:
-    place = candidates.index(one)
+    position = candidates.index(one)
     if isinstance(rule, KeepLast):
-        return len(candidates) - place <= rule.n
+        return len(candidates) - position <= rule.n
     if isinstance(rule, KeepBest):
         better = _better(one, candidates, rule.metric, rule.mode)
         return better is not None and better < rule.k
@@ -81,8 +81,8 @@ def _better(one: Candidate, candidates: Candidates, metric: str, mode: str) -> i
     if not math.isfinite(value(one)):
         return None
     finite = [c for c in candidates if math.isfinite(value(c))]
-    place = candidates.index(one)
+    position = candidates.index(one)
     return sum(
-        value(c) > value(one) or (value(c) == value(one) and candidates.index(c) < place)
+        value(c) > value(one) or (value(c) == value(one) and candidates.index(c) < position)
         for c in finite
     )

@@ -27,8 +27,8 @@ Stages = Sequence[Mapping[str, Sequence[float | None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """An evaluation, and what a strategy decided on it."""
+class Decided:
+    """An evaluation, and the decision of a strategy on it."""
 
     evaluation: Evaluation
     decision: Decision
@@ -54,9 +54,9 @@ def make_msft(curve: Mapping[str, Any]) -> Msft:
     )
 
 
-def play(strategy: Strategy, stages: Stages) -> list[Told]:
-    """Tell a strategy recorded curves until it stops; the recording must be long enough."""
-    told: list[Told] = []
+def play(strategy: Strategy, stages: Stages) -> list[Decided]:
+    """Play recorded curves to a strategy until it stops; the recording must be long enough."""
+    played: list[Decided] = []
     stage, root, step = strategy.first_stage(), "s1e0", 0
     while True:
         curves = stages[stage.number - 1]
@@ -73,12 +73,12 @@ def play(strategy: Strategy, stages: Stages) -> list[Told]:
                 last=index == count,
             )
             decision = strategy.on_evaluation(evaluation)
-            told.append(Told(evaluation=evaluation, decision=decision))
+            played.append(Decided(evaluation=evaluation, decision=decision))
             if isinstance(decision, RollBack):
                 stage, root = decision.stage, decision.checkpoint
                 break
             if isinstance(decision, Stop):
-                return told
+                return played
 
 
 def _number(value: float | None) -> float:

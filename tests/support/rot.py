@@ -1,4 +1,4 @@
-"""Damage to files as media and people do it, and small stores of every kind to do it to.
+"""Damage to files as media and people cause it, and small stores of every kind to damage.
 
 Example::
 
@@ -21,18 +21,18 @@ from tests.support.states import State, same_bits
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "stores" / "v1"
 STORES = ("dtypes", "fast", "pieces", "small")
-"""Between them they have every codec, dtype, depth and kind of file."""
+"""Together they have every codec, dtype, depth and kind of file."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A store, and what it held when it was whole."""
+    """A store, and its content before the damage."""
 
     root: Path
     states: Mapping[str, State]
     """Tensors by checkpoint id."""
     bases: Mapping[str, Path]
-    """Where the files of each base are, by id."""
+    """The paths of the files of each base, by id."""
 
     def files(self) -> list[Path]:
         """Return all files of the store."""
@@ -56,7 +56,7 @@ class Kept:
 
 
 def copy_of(name: str, folder: Path) -> Kept:
-    """Return a whole store of its own below ``folder``."""
+    """Return an undamaged copy of a store below ``folder``."""
     place = folder / name
     shutil.copytree(FIXTURES / name, place)
     store = Store.open(place / "store")
@@ -103,7 +103,7 @@ WAYS: dict[str, Callable[[random.Random, bytes], bytes]] = {
 
 
 def damage(rng: random.Random, files: Sequence[Path]) -> str:
-    """Damage one of some files, or let two of a kind change places; return what was done."""
+    """Damage one of some files, or swap two of a kind; return a description."""
     path = rng.choice([file for file in files if file.stat().st_size])
     peers = [file for file in files if file.parent == path.parent and file != path]
     how = rng.choice([*WAYS, "swapped"] if peers else list(WAYS))

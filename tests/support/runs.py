@@ -1,4 +1,4 @@
-"""What a training run came to, for comparing one that was disturbed with one that was not."""
+"""The outcome of a training run, to compare a disturbed run with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _COUNTED = (
     "tested",
     "finished",
 )
-# What was dropped before a kill is not dropped again when its commit is repeated, and sizes of the
-# whole store count what a kill left there.
+# A repeated commit does not evict again the checkpoints that were evicted before the kill, and the
+# size of the store includes the files that the kill left.
 _OWN = (
     "seq",
     "time",
@@ -37,7 +37,7 @@ _OWN = (
 
 
 def outcome(directory: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """Return everything that a finished run came to, but for times and places, and its weights.
+    """Return the journal of a finished run without times and paths, and its weights.
 
     The ids of checkpoints are hashes of weights and metrics, so these are compared, too.
     """

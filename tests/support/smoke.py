@@ -1,4 +1,4 @@
-"""What a user does first, in an environment with nothing but the wheel and what it needs."""
+"""The first steps of a user, in an environment with nothing but the wheel and its dependencies."""
 
 import importlib.util
 import sys

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.recorded import Told, make_msft, play
+from tests.support.recorded import Decided, make_msft, play
 from trainer.algorithms import Sft
 from trainer.algorithms.base import Continue, RollBack, Stage, Stop
 from trainer.config.schema import OVERALL
@@ -27,18 +27,18 @@ def write_run(path: Path, curve: Mapping[str, Any], *, method: str = "msft") -> 
     strategy = make_msft(curve) if method == "msft" else None
     plain = Sft(sub_datasets=names, mode=curve["mode"], compute_budget=curve["compute_budget"])
     player = strategy or plain
-    told = play(player, curve["stages"])
+    played = play(player, curve["stages"])
     with Journal.open(path) as journal:
         _start(journal, curve, names, method)
         stage, root = player.first_stage(), "s1e0"
         _stage_started(journal, stage, root, step=0)
         committed: set[str] = set()
-        for one in told:
+        for one in played:
             _evaluation(journal, one, committed)
             if isinstance(one.decision, RollBack):
                 stage, root = one.decision.stage, one.decision.checkpoint
                 _stage_started(journal, stage, root, step=one.evaluation.step)
-        _end(journal, told, names)
+        _end(journal, played, names)
 
 
 def _start(journal: Journal, curve: Mapping[str, Any], names: list[str], method: str) -> None:
@@ -85,7 +85,7 @@ def _stage_started(journal: Journal, stage: Stage, root: str, step: int) -> None
     )
 
 
-def _evaluation(journal: Journal, one: Told, committed: set[str]) -> None:
+def _evaluation(journal: Journal, one: Decided, committed: set[str]) -> None:
     evaluation, decision = one.evaluation, one.decision
     at = {"step": evaluation.step, "stage": evaluation.stage, "epoch": evaluation.epoch}
     if evaluation.index:
@@ -148,10 +148,10 @@ def _evaluation(journal: Journal, one: Told, committed: set[str]) -> None:
     )
 
 
-def _end(journal: Journal, told: list[Told], names: list[str]) -> None:
-    stop = told[-1].decision
+def _end(journal: Journal, played: list[Decided], names: list[str]) -> None:
+    stop = played[-1].decision
     assert isinstance(stop, Stop)
-    journal.append("resume_point", step=told[-1].evaluation.step, stage=1, bytes=3 * FULL)
+    journal.append("resume_point", step=played[-1].evaluation.step, stage=1, bytes=3 * FULL)
     for what, checkpoint, value in (("base", "s1e0", 0.125), ("result", stop.checkpoint, 0.5)):
         journal.append(
             "tested",

@@ -108,14 +108,14 @@ class TimelineHistories(Histories):
         expected = self.model.lines[name]
         parent = expected.root or expected.start
         state = changed(self._source(parent, seed), kind, share, seed)
-        place = {"name": name, "branch": expected.branch, "index": expected.next}
+        position = {"name": name, "branch": expected.branch, "index": expected.next}
         point = Point(
             state=state,
             parent=parent,
             base=self._base_of(parent),
             step=seed % 5,
             metrics=metrics,
-            metadata={"seed": seed % 2, "timeline": place},
+            metadata={"seed": seed % 2, "timeline": position},
         )
 
         def work() -> Checkpoint:
@@ -129,7 +129,7 @@ class TimelineHistories(Histories):
         elif not self._commit(name, point, work) and name in self.lines:
             # One that failed gives the same checkpoint when it is repeated.
             known = self.model.copy().add(point)
-            self.model.lines[name].alive |= {known} - {NEW}
+            self.model.lines[name].members |= {known} - {NEW}
             assert self._commit(name, point, work, safely=True)
 
     def _commit(self, name: str, point: Point, work: Any, *, safely: bool = False) -> bool:
@@ -157,8 +157,8 @@ class TimelineHistories(Histories):
     def rollback(self, *, which: int, to: int, own: bool, into: bool) -> None:
         name, opened, line = self._line(which)
         before = self.model.lines[name]
-        alive = self.model.in_order(before.alive & self.model.points.keys())
-        identity = alive[to % len(alive)] if own and alive else self._pick(to)
+        ids = self.model.in_order(before.members & self.model.points.keys())
+        identity = ids[to % len(ids)] if own and ids else self._pick(to)
         after, state = self.model.copy(), self.model.points[identity].state
         keep = after.rollback(name, identity)
         module = module_of({name: torch.ones_like(tensor) for name, tensor in state.items()})
@@ -183,8 +183,8 @@ class TimelineHistories(Histories):
         """After an error: the new branch has begun once the ref to its root is there."""
         line = self.model.lines[name]
         if self.model.refs.get(f"timelines/{name}/root") == root:
-            line.given |= {identity} - line.alive
-            line.alive.add(identity)
+            line.given |= {identity} - line.members
+            line.members.add(identity)
             line.root, line.branch, line.next, line.counted = identity, line.branch + 1, 1, True
         self._agrees(name)
 

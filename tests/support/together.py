@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 LONG = 60.0
 """Seconds after which a process that hangs fails the test."""
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What ``accelerate launch --use_fsdp --fsdp_version 2`` says in the environment."""
+"""The environment variables that ``accelerate launch --use_fsdp --fsdp_version 2`` sets."""
 
 
 def together(action, errors, environment=None):

@@ -1,4 +1,4 @@
-"""A process that works on a store until it is killed, and tells what it is doing and has done.
+"""A process that works on a store until it is killed, and reports its actions.
 
 It writes JSON lines to a pipe: what it begins, then the same with what came of it as ``id``. The
 ``step`` of a checkpoint is the seed of its tensors, so that whoever finds one knows what is in it.
@@ -7,7 +7,7 @@ Example::
 
     worker = Worker(store_path, base_id, seed=3)
     worker.kill_after(lines=5, delay=0.002)
-    for told in worker.told: ...
+    for message in worker.messages: ...
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def state_of(seed: int) -> State:
 
 
 class Worker:
-    """A forked process; ``told`` has its lines once it was killed."""
+    """A forked process; ``messages`` has its reports after the kill."""
 
     def __init__(self, path: Path, base: str, *, seed: int) -> None:
-        self.told: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = []
         self._reading, writing = os.pipe()
         self._process = os.fork()
         if self._process == 0:
@@ -55,13 +55,13 @@ class Worker:
                 os.close(self._reading)
                 _Work(path, base, random.Random(seed), writing).go_on()  # noqa: S311
             except BaseException:
-                _tell(writing, error=traceback.format_exc())
+                _send(writing, error=traceback.format_exc())
             finally:
                 os._exit(1)
         os.close(writing)
 
     def kill_after(self, *, lines: int, delay: float) -> None:
-        """Kill it once it has told ``lines``, ``delay`` seconds later or when it tells more."""
+        """Kill it ``delay`` seconds after its report number ``lines``, or at the next report."""
         text = b""
         while text.count(b"\n") < lines:
             more = os.read(self._reading, 1 << 16)
@@ -71,11 +71,11 @@ class Worker:
         select.select([self._reading], [], [], delay)
         os.kill(self._process, signal.SIGKILL)
         os.waitpid(self._process, 0)
-        # What it still told before it died counts.
+        # The reports that it sent before it died count.
         while more := os.read(self._reading, 1 << 16):
             text += more
         os.close(self._reading)
-        self.told = [json.loads(line) for line in text.decode().split("\n")[:-1]]
+        self.messages = [json.loads(line) for line in text.decode().split("\n")[:-1]]
 
 
 class _Work:
@@ -131,11 +131,11 @@ class _Work:
         self._do("gc", lambda: self._store.plan_gc().execute())
 
     def _do(self, what: str, action: Callable[[], object], **facts: Any) -> None:
-        _tell(self._writing, begun=what, **facts)
+        _send(self._writing, begun=what, **facts)
         result = action()
         found = {"id": result.id} if isinstance(result, Checkpoint) else {}
-        _tell(self._writing, done=what, **facts, **found)
+        _send(self._writing, done=what, **facts, **found)
 
 
-def _tell(writing: int, **fields: Any) -> None:
+def _send(writing: int, **fields: Any) -> None:
     os.write(writing, json.dumps(fields).encode() + b"\n")

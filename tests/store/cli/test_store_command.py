@@ -144,8 +144,8 @@ def test_reasons_that_keep_a_checkpoint_are_distinct_and_short(
 
     _, out, _ = run(capsys, "--store", store.path, "inspect")
 
-    told = [line.rpartition(" %  ")[2] for line in out.splitlines()[2:5]]
-    assert told == [
+    reasons = [line.rpartition(" %  ")[2] for line in out.splitlines()[2:5]]
+    assert reasons == [
         "best loss (1.9)",
         "mine, champion of task0, champion of task1 +7",
         "timelines/main",
@@ -618,11 +618,11 @@ def test_check_reports_a_missing_base_in_one_line(
     (tmp_path / "model").rename(tmp_path / "moved")
     at, base = ("--store", run_store.path), run_store.bases()[0].id[:12]
     code, out, _ = run(capsys, *at, "check", *how)
-    told, verdict = out.splitlines()
+    finding, verdict = out.splitlines()
     assert code == 3
-    assert told.startswith(f"base {base} is no longer at {tmp_path / 'model'}")
-    assert "2 checkpoints cannot be restored without it" in told
-    assert told.endswith(f"msft-store relocate {base} NEW_PATH")
+    assert finding.startswith(f"base {base} is no longer at {tmp_path / 'model'}")
+    assert "2 checkpoints cannot be restored without it" in finding
+    assert finding.endswith(f"msft-store relocate {base} NEW_PATH")
     assert verdict.startswith("0 of 2 checkpoints are sound, 2 as soon as")
     assert "damaged" not in out
 
@@ -637,16 +637,18 @@ def test_check_separates_a_changed_base_from_damage(
     data[-6401] ^= 1
     model.write_bytes(data)
     code, out, _ = run(capsys, *at, "check", "--read-data")
-    told, verdict = out.splitlines()
+    finding, verdict = out.splitlines()
     assert code == 3
-    assert told.startswith(f"base {run_store.bases()[0].id[:12]}, 2 of 2 tensors: {model} changed")
-    assert "2 checkpoints cannot be restored without it" in told
+    assert finding.startswith(
+        f"base {run_store.bases()[0].id[:12]}, 2 of 2 tensors: {model} changed"
+    )
+    assert "2 checkpoints cannot be restored without it" in finding
     assert "repair" not in out
     Path(run_store.path, "manifests", f"{tip.id}.json").write_text("{}")
     code, out, _ = run(capsys, *at, "check", "--read-data")
-    damage, *_, told, verdict, advice = out.splitlines()
+    damage, *_, finding, verdict, advice = out.splitlines()
     assert damage.startswith(f"checkpoint {tip.id[:12]}: ")
-    assert "; 1 checkpoint cannot" in told
+    assert "; 1 checkpoint cannot" in finding
     assert "0 of 2 checkpoints are sound, 1 as soon as" in verdict
     assert f"damaged: {tip.id[:12]} (" in verdict
     assert "repair" in advice
@@ -740,10 +742,10 @@ def test_an_invalid_count_is_reported_with_the_name_of_the_option(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["forget", "--keep-last", number])
-    told = capsys.readouterr().err
-    assert "argument --keep-last: " in told
-    assert number in told
-    assert "KeepLast" not in told
+    error = capsys.readouterr().err
+    assert "argument --keep-last: " in error
+    assert number in error
+    assert "KeepLast" not in error
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,10 +61,10 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
     most = (2**32 - 1,) * 5 + (255, 255, 2**16 - 1)
     tried = {0, 1, head[field] - 1, head[field] + 1, 699, 700, 701, 1 << 15, most[field]}
     for value in (value for value in tried if 0 <= value <= most[field]):
-        told = head.copy()
-        told[field] = value
+        changed = head.copy()
+        changed[field] = value
         tracemalloc.start()
-        one, other = outcomes(struct.pack("<5IBBH", *told) + payload[24:], old, BF16)
+        one, other = outcomes(struct.pack("<5IBBH", *changed) + payload[24:], old, BF16)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert one == other

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, counted by bits."""
+"""The differences between two checkpoints, counted by bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Space is freed by a plan that can be read first, and never what somebody needs."""
+"""Gc frees space by a plan that can be printed first, and never deletes bytes that are needed."""
 
 from __future__ import annotations
 

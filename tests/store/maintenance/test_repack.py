@@ -1,4 +1,4 @@
-"""Few dense packs of many: nothing that a checkpoint needs is lost on the way."""
+"""Repack makes few dense packs from many and loses nothing that a checkpoint needs."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def pack_of(store: Store, ckpt: Checkpoint) -> Path:
 
 
 def torn(path: Path) -> None:
-    """Leave a file so that nothing of it can be told."""
+    """Destroy a file completely."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -204,15 +204,15 @@ def test_the_record_of_a_base_is_written_anew(store: Store, ckpt: Checkpoint, ba
 
 
 class BadMedium(LocalBackend):
-    """A disk that gives an error wherever a file is read in a place."""
+    """A disk that fails every read of one byte of a file."""
 
-    def __init__(self, root: str, path: Path, place: int, number: int) -> None:
+    def __init__(self, root: str, path: Path, offset: int, number: int) -> None:
         super().__init__(Path(root))
-        self.bad, self.place, self.number = path, place, number
+        self.bad, self.offset, self.number = path, offset, number
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         end = offset + length if length is not None else offset + self.size(path)
-        if self.describe(path) == str(self.bad) and offset <= self.place < end:
+        if self.describe(path) == str(self.bad) and offset <= self.offset < end:
             raise StorageError("cannot read") from OSError(self.number, "injected")
         return super().read(path, offset, length)
 

@@ -1,4 +1,4 @@
-"""What is saved comes back to the last bit; what cannot come back is refused beforehand."""
+"""A load returns every saved bit; a state that cannot be restored is refused at the save."""
 
 from __future__ import annotations
 

@@ -26,26 +26,26 @@ class Other:
     """A process that started before this one claimed a timeline, and runs commands."""
 
     def __init__(self, store: Store) -> None:
-        told, self._tell = os.pipe()
+        commands, self._commands = os.pipe()
         self._answers, answer = os.pipe()
 
         def work() -> int:
-            os.close(self._tell)
+            os.close(self._commands)
             lines: dict[str, Timeline] = {}
-            while word := os.read(told, 100).decode():
+            while word := os.read(commands, 100).decode():
                 os.write(answer, (self._do(store, lines, word) or "done").encode())
             return 0
 
         self.process = begin(work)
-        os.close(told)
+        os.close(commands)
         os.close(answer)
 
     def does(self, word: str) -> str:
-        os.write(self._tell, word.encode())
+        os.write(self._commands, word.encode())
         return os.read(self._answers, 10_000).decode()
 
     def end(self) -> None:
-        os.close(self._tell)
+        os.close(self._commands)
         os.close(self._answers)
         assert end_of(self.process) in (0, -signal.SIGKILL)
 

@@ -137,9 +137,9 @@ def test_a_ref_that_moves_back_and_forth_is_read_each_time(tmp_path: Path) -> No
     store = Store.create(tmp_path / "store")
     other = Store.open(tmp_path / "store")
     ids = [store.save({"w": torch.full((3,), float(i))}).id for i in range(3)]
-    for turn in range(30):
-        other.pin(ids[turn % 3], "best")
-        assert store.refs() == {"best": ids[turn % 3]}
+    for number in range(30):
+        other.pin(ids[number % 3], "best")
+        assert store.refs() == {"best": ids[number % 3]}
 
 
 def test_a_session_within_a_session_shares_it(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def commit_all(
     return done
 
 
-def alive(store: Store) -> set[str]:
+def checkpoint_ids(store: Store) -> set[str]:
     return {ckpt.id for ckpt in store.log()}
 
 
@@ -71,7 +71,7 @@ def test_checkpoints_that_no_rule_keeps_are_evicted_at_once(
     line = Timeline(store, base, retention=policy)
     done = commit_all(line, state, *scores)
     want = {done[i][0].id for i in expected}
-    assert alive(store) == want == set(line.kept())
+    assert checkpoint_ids(store) == want == set(line.kept())
     assert all(line.kept().values())
     for i in expected:
         assert same_bits(store.load(done[i][0]), done[i][1])
@@ -104,16 +104,16 @@ def test_a_rollback_restores_exactly_and_begins_a_branch(
     assert same_bits(line.rollback(best), expected)
     assert line.root == store.get(best.id)
     assert line.branch == 1
-    assert alive(store) == {best.id}
+    assert checkpoint_ids(store) == {best.id}
     assert "root of the branch" in line.kept()[best.id]
     later = commit_all(line, expected, 2, 4, seed=10)
     assert later[0][0].parent == best.id
     # The root is a candidate of its branch, and still its champion.
-    assert alive(store) == {best.id}
+    assert checkpoint_ids(store) == {best.id}
     new = commit_all(line, expected, 10, seed=20)[0][0]
-    assert alive(store) == {best.id, new.id}
+    assert checkpoint_ids(store) == {best.id, new.id}
     line.rollback(new)
-    assert alive(store) == {new.id}
+    assert checkpoint_ids(store) == {new.id}
     assert store.check() == []
 
 
@@ -136,7 +136,7 @@ def test_the_best_of_all_branches_survives_roll_backs(
     second = line.commit(train_step(state, 0.1, 2), metrics={"m": 5.0, "overall": 1.0})
     line.rollback(second)
     line.commit(train_step(state, 0.1, 3), metrics={"m": 6.0, "overall": 2.0})
-    assert {first.id, second.id} < alive(store)
+    assert {first.id, second.id} < checkpoint_ids(store)
     assert line.kept()[first.id] == ("best overall (9)",)
 
 
@@ -150,7 +150,7 @@ def test_the_best_overall_does_not_keep_an_old_root_alive(
     best = line.commit(best_state, metrics={"m": 1.0, "overall": 9.0})
     later = line.commit(train_step(root_state, 0.02, 3), metrics={"m": 2.0, "overall": 1.0})
     line.rollback(later)
-    assert alive(store) == {best.id, later.id}
+    assert checkpoint_ids(store) == {best.id, later.id}
     assert store.stats().held_bytes == 0
     assert same_bits(store.load(best), best_state)
     assert store.check() == []
@@ -182,7 +182,7 @@ def test_a_rollback_to_nothing_known_changes_nothing(
     with pytest.raises(Exception, match="does not match"):
         line.rollback(done[0][0], into=torch.nn.Linear(2, 2))
     assert (line.root, line.branch) == (base, 0)
-    assert alive(store) == {ckpt.id for ckpt, _ in done}
+    assert checkpoint_ids(store) == {ckpt.id for ckpt, _ in done}
 
 
 def test_the_checkpoints_of_a_timeline_survive_a_gc_of_another_process(
@@ -195,11 +195,11 @@ def test_the_checkpoints_of_a_timeline_survive_a_gc_of_another_process(
     plan = other.plan_gc(KeepLast(1))
     assert "best m (5)" in str(plan)
     plan.execute()
-    assert alive(store) == {done[0][0].id, done[1][0].id, last.id}
+    assert checkpoint_ids(store) == {done[0][0].id, done[1][0].id, last.id}
     with pytest.raises(PinnedError, match="timelines/main"):
         other.forget(done[0][0].id)
     commit_all(line, state, 9, seed=50)
-    assert last.id in alive(store)
+    assert last.id in checkpoint_ids(store)
 
 
 def test_a_gc_between_saving_and_protecting_waits(
@@ -220,7 +220,7 @@ def test_a_gc_between_saving_and_protecting_waits(
     monkeypatch.setattr(store, "save", save_and_collect)
     done = commit_all(line, state, 1, 2)
     assert refused == [ckpt.id for ckpt, _ in done]
-    assert alive(store) == set(refused)
+    assert checkpoint_ids(store) == set(refused)
 
 
 def test_a_killed_timeline_is_taken_up_again(store: Store, base: Base, state: State) -> None:
@@ -236,8 +236,8 @@ def test_a_killed_timeline_is_taken_up_again(store: Store, base: Base, state: St
     )
     foreign = store.save(state, parent=base, metadata={"timeline": "of another program"})
     again = Timeline(Store.open(store.path), base, retention=KeepLast(2), name="run")
-    assert stray.id not in alive(store)
-    assert foreign.id in alive(store)
+    assert stray.id not in checkpoint_ids(store)
+    assert foreign.id in checkpoint_ids(store)
     assert (again.branch, again.root) == (1, store.get(done[1][0].id))
     expected = commit_all(line, branch[-1][1], 5, seed=20)[0][0].id
     store.unpin(f"timelines/run/{expected}")
@@ -251,8 +251,8 @@ def test_another_name_is_another_timeline(store: Store, base: Base, state: State
     other = Timeline(store, base, retention=KeepLast(1), name="other")
     commit_all(other, state, 3, 4, seed=10)
     assert other.branch == 0
-    assert kept.id in alive(store)
-    assert len(alive(store)) == 2
+    assert kept.id in checkpoint_ids(store)
+    assert len(checkpoint_ids(store)) == 2
 
 
 def test_a_policy_sees_the_steps_of_commits(store: Store, base: Base, state: State) -> None:
@@ -276,12 +276,12 @@ def test_rewinding_repeats_ids(store: Store, base: Base, state: State) -> None:
     line = Timeline(store, base, retention=KeepLast(9))
     done = commit_all(line, state, 1, 2, 3)
     line.rewind(1)
-    assert alive(store) == {done[0][0].id} == set(line.kept())
+    assert checkpoint_ids(store) == {done[0][0].id} == set(line.kept())
     again = train_step(done[0][1], 0.02, 1)
     assert line.commit(again, step=1, metrics={"m": 2}).id == done[1][0].id
     line.rollback(done[0][0])
     line.rewind(0)
-    assert done[0][0].id in alive(store)
+    assert done[0][0].id in checkpoint_ids(store)
     with pytest.raises(InvalidInputError):
         line.rewind(-1)
 
@@ -293,12 +293,12 @@ def test_closing_drops_the_refs_and_keeps_the_checkpoints(
         done = commit_all(line, state, 1, 2)
         assert store.refs() != {}
     assert store.refs() == {}
-    assert alive(store) == {ckpt.id for ckpt, _ in done}
+    assert checkpoint_ids(store) == {ckpt.id for ckpt, _ in done}
     # A new one of that name is not the heir of one that ended in good order.
     new = Timeline(store, base, retention=KeepLast(1), name="run")
     commit_all(new, state, 3, 4, seed=30)
     Timeline(store, base, retention=KeepLast(1), name="run")
-    assert {ckpt.id for ckpt, _ in done} < alive(store)
+    assert {ckpt.id for ckpt, _ in done} < checkpoint_ids(store)
 
 
 def test_after_an_error_the_refs_stay(store: Store, base: Base, state: State) -> None:
@@ -338,7 +338,7 @@ def test_a_checkpoint_may_be_the_start(store: Store, base: Base, state: State) -
     line = Timeline(store, start, retention=KeepLast(1))
     done = commit_all(line, state, 1, 2)
     assert done[0][0].parent == start.id
-    assert alive(store) == {start.id, done[1][0].id}
+    assert checkpoint_ids(store) == {start.id, done[1][0].id}
 
 
 @pytest.mark.parametrize("name", ["main", "earlier"])
@@ -356,7 +356,7 @@ def test_a_checkpoint_that_was_the_start_is_never_evicted(
     line.rollback(peak)
 
     assert peak.id in line.kept()
-    assert start.id in alive(store)
+    assert start.id in checkpoint_ids(store)
     assert start.id not in line.kept()
     assert line.last_commit is not None
     assert start.id not in line.last_commit.dropped

@@ -1,4 +1,4 @@
-"""Where a timeline begins and ends: slips of the pen, closing, and taking up after a kill."""
+"""The start and end of a timeline: invalid arguments, closing, and continuing after a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from msft_store.testing import WRITE_OPERATIONS, FaultyBackend, SimulatedKill
 from tests.support.states import State, same_bits, train_step
 
 
-def alive(store: Store) -> set[str]:
+def checkpoint_ids(store: Store) -> set[str]:
     return {ckpt.id for ckpt in store.log()}
 
 
@@ -64,7 +64,7 @@ def test_a_closed_timeline_is_used_no_more(
     with pytest.raises(InvalidInputError, match="closed"):
         use(line, ckpt)
     assert line.last_commit is not None
-    assert alive(store) == {ckpt.id}
+    assert checkpoint_ids(store) == {ckpt.id}
 
 
 @pytest.mark.parametrize("n", range(12))
@@ -77,20 +77,20 @@ def test_closing_loses_nothing_wherever_it_is_killed(
     for step in range(2):
         states[step] = train_step(state, 0.1, 1 + step)
         line.commit(states[step], step=step)
-    before = alive(store)
+    before = checkpoint_ids(store)
 
     def close(other: Store) -> None:
         Timeline(other, base, retention=KeepLast(3)).close()
 
     killed = stopped_at(store, n, close)
     again = Timeline(Store.open(store.path), base, retention=KeepLast(3))
-    assert alive(store) == before
+    assert checkpoint_ids(store) == before
     assert killed or again.branch == 0
     if again.branch == 0:
         # It had begun to close: what is left is not the new one's.
         assert store.refs() == {}
         again.commit(state)
-    assert before <= alive(store)
+    assert before <= checkpoint_ids(store)
 
 
 def test_numbers_beyond_the_next_commit_are_refused(store: Store, base: Base, state: State) -> None:
@@ -140,10 +140,10 @@ def test_a_metric_that_nobody_measures_evicts_nothing(
     commit = line.commit_async if background else line.commit
     with pytest.raises(InvalidInputError, match=r"'los'.*the nearest is 'loss'"):
         commit(state, metrics={"accuracy": 1.0, "loss": 2.0})
-    assert alive(store) == set()
+    assert checkpoint_ids(store) == set()
     line.retention = KeepBest("loss", 2, mode="min")
     ckpt = line.commit(state, metrics={"accuracy": 1.0, "loss": 2.0})
-    assert alive(store) == {ckpt.id}
+    assert checkpoint_ids(store) == {ckpt.id}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_metrics_may_come_one_at_a_time(
     line = Timeline(store, base, retention=policy)
     for step, metrics in enumerate(measured):
         line.commit(train_step(state, 0.1, step), metrics=metrics)
-    assert len(alive(store)) == len(line.kept()) == stay
+    assert len(checkpoint_ids(store)) == len(line.kept()) == stay
 
 
 def test_a_roll_back_that_was_killed_is_finished_by_the_next_timeline(
@@ -181,7 +181,7 @@ def test_a_roll_back_that_was_killed_is_finished_by_the_next_timeline(
         if stopped_at(
             store, 1 + n, lambda other: Timeline(other, base, retention=policy).rollback(last.id)
         )
-        and alive(store) == {best.id, last.id}
+        and checkpoint_ids(store) == {best.id, last.id}
     )
     assert n > 0
     Timeline(store, base, retention=policy)
@@ -229,7 +229,7 @@ def test_a_start_that_is_kept_does_not_turn_back_the_branch(
     again.retention = KeepLast(1)
     again.commit(train_step(state, 0.1, 8))
     assert start.id not in again.kept()
-    assert start.id in alive(store)
+    assert start.id in checkpoint_ids(store)
 
 
 def test_equal_commits_of_an_earlier_timeline_are_not_evicted(
@@ -240,7 +240,7 @@ def test_equal_commits_of_an_earlier_timeline_are_not_evicted(
     line = Timeline(store, base, retention=KeepLast(1))
     assert line.commit(state, step=1).id == ckpt.id
     last = line.commit(train_step(state, 0.1, 1), step=2)
-    assert alive(store) == {ckpt.id, last.id}
+    assert checkpoint_ids(store) == {ckpt.id, last.id}
     assert line.last_commit is not None
     assert line.last_commit.dropped == ()
 
@@ -263,7 +263,7 @@ def test_a_commit_whose_eviction_failed_can_be_followed_by_any_other(
         line.retention = KeepLast(5)
         done = line.commit(train_step(state, 0.1, 10 + n), step=10 + n)
         assert done.id in line.kept()
-        assert set(line.kept()) == alive(store)
+        assert set(line.kept()) == checkpoint_ids(store)
         line.retention = KeepLast(1)
         if not failed:
             break
@@ -280,4 +280,4 @@ def test_a_timeline_can_start_from_a_checkpoint_that_a_killed_timeline_left(
     again = Timeline(Store.open(store.path), stray, retention=KeepLast(1))
     assert again.root == store.get(stray.id)
     again.commit(state, step=2)
-    assert stray.id in alive(store)
+    assert stray.id in checkpoint_ids(store)

@@ -43,12 +43,12 @@ def ruin(monkeypatch):
         train = StageSteps.train
 
         def training(self, step):
-            place = (self.stage.number, step)
+            position = (self.stage.number, step)
             weight = next(self._work.loaded.model.parameters())
-            if place in before:
+            if position in before:
                 weight.data.view(-1)[0] = math.nan
             finding = train(self, step)
-            if place in after:
+            if position in after:
                 weight.data.fill_(math.inf)
             return finding
 

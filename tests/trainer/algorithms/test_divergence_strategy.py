@@ -1,4 +1,4 @@
-"""What is decided when training diverges, without any training."""
+"""The decisions of strategies on a divergence, without any training."""
 
 from __future__ import annotations
 

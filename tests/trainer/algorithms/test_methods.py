@@ -31,8 +31,8 @@ SIZES = {"a": 30.0, "b": 10.0, "c": 60.0}
 
 
 def decisions(strategy, stages):
-    told = play(strategy, stages)
-    return [one.decision for one in told if not isinstance(one.decision, Continue)]
+    played = play(strategy, stages)
+    return [one.decision for one in played if not isinstance(one.decision, Continue)]
 
 
 def flat(names, count, **curves):
@@ -127,10 +127,10 @@ def test_ies_leaves_out_what_is_mastered_and_takes_it_up_again():
     strategy = Ies(sub_datasets=["a"], mode="min", compute_budget=8.0, delta=0.05, average=1)
     assert strategy.first_stage().observe == ExampleLosses()
     rows = [[2.0, 1.0, 3.0], [1.0, 0.9, 3.0], [0.5, 0.8, math.nan], [0.0, 0.1, 3.0]]
-    told = [
+    mastered = [
         strategy.on_observation(losses(n, a=row)).mastered for n, row in enumerate(rows, start=1)
     ]
-    assert told == [{}, {}, {"a": (1,)}, {"a": (0,)}]
+    assert mastered == [{}, {}, {"a": (1,)}, {"a": (0,)}]
 
 
 def test_second_differences_are_averaged_as_far_as_they_are_known():

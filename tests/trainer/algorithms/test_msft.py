@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.recorded import Told, curve_names, load_curve, make_msft, play
+from tests.support.recorded import Decided, curve_names, load_curve, make_msft, play
 from trainer.algorithms import Msft
 from trainer.algorithms.base import Continue, Evaluation, Needs, RollBack, Stage, Stop
 from trainer.config.schema import OVERALL
 
 
-def as_expected(told: Told) -> dict[str, Any]:
-    decision = told.decision
+def as_expected(one: Decided) -> dict[str, Any]:
+    decision = one.decision
     assert not isinstance(decision, Continue)
     row: dict[str, Any] = {
-        "stage": told.evaluation.stage,
-        "index": told.evaluation.index,
+        "stage": one.evaluation.stage,
+        "index": one.evaluation.index,
         "do": "stop" if isinstance(decision, Stop) else "roll_back",
         "to": decision.checkpoint,
         "exclude": list(decision.exclude),
@@ -33,8 +33,8 @@ def as_expected(told: Told) -> dict[str, Any]:
 @pytest.mark.parametrize("name", curve_names())
 def test_decisions_equal_the_hand_worked_ones(name: str) -> None:
     curve = load_curve(name)
-    told = play(make_msft(curve), curve["stages"])
-    decided = [one for one in told if not isinstance(one.decision, Continue)]
+    played = play(make_msft(curve), curve["stages"])
+    decided = [one for one in played if not isinstance(one.decision, Continue)]
     wanted = [{k: v for k, v in row.items() if k != "why"} for row in curve["expected"]]
     assert [as_expected(one) for one in decided] == wanted
     for one, row in zip(decided, curve["expected"], strict=True):
@@ -67,8 +67,8 @@ def test_needs_shrink_with_the_mixture_and_end_with_the_best_overall() -> None:
 
 def test_a_sub_dataset_that_is_excluded_no_longer_decides() -> None:
     curve = load_curve("ties")
-    told = play(make_msft(curve), curve["stages"])
-    excluded_earlier = told[9]
+    played = play(make_msft(curve), curve["stages"])
+    excluded_earlier = played[9]
     assert excluded_earlier.evaluation.metrics["a"] < 0.5
     assert isinstance(excluded_earlier.decision, RollBack)
     assert excluded_earlier.decision.exclude == ("b",)
@@ -80,18 +80,18 @@ def test_twice_as_many_stages_as_sub_datasets_is_the_default_limit() -> None:
 
 def test_evaluations_out_of_order_are_refused() -> None:
     curve = load_curve("last_sub_dataset")
-    told = play(make_msft(curve), curve["stages"])
+    played = play(make_msft(curve), curve["stages"])
     strategy = make_msft(curve)
     with pytest.raises(ValueError, match="expected evaluation 0 of stage 1, got evaluation 1"):
-        strategy.on_evaluation(told[1].evaluation)
+        strategy.on_evaluation(played[1].evaluation)
 
 
 def test_nothing_follows_the_end() -> None:
     curve = load_curve("last_sub_dataset")
     strategy = make_msft(curve)
-    told = play(strategy, curve["stages"])
+    played = play(strategy, curve["stages"])
     with pytest.raises(ValueError, match="the run is over"):
-        strategy.on_evaluation(told[-1].evaluation)
+        strategy.on_evaluation(played[-1].evaluation)
 
 
 @pytest.mark.parametrize("window", [0, -1])
@@ -135,11 +135,11 @@ def test_the_same_evaluations_again_give_the_same_decisions(curve: dict[str, Any
 @given(curve=runs())
 @settings(max_examples=150, deadline=None)
 def test_every_checkpoint_asked_for_is_one_that_was_needed(curve: dict[str, Any]) -> None:
-    """What a decision names is the newest, a champion of the stage, or the best overall."""
+    """A decision names the newest checkpoint, a champion of the stage, or the best overall."""
     mode = max if curve["mode"] == "max" else min
-    told = play(make_msft(curve), curve["stages"])
+    played = play(make_msft(curve), curve["stages"])
     seen: list[Evaluation] = []
-    for one in told:
+    for one in played:
         seen.append(one.evaluation)
         if isinstance(one.decision, Continue):
             continue

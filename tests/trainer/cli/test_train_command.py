@@ -178,9 +178,9 @@ def test_examples_that_are_too_long_are_told(capsys, directory):
     long = {"prompt": "a" * 40, "completion": "b"}
     with (directory / "data/sum.train.jsonl").open("a", encoding="utf-8") as file:
         file.write(f"{json.dumps(long)}\n")
-    told = "sub-dataset 'sum': 1 example has more than data.max_length=24 tokens, dropped"
-    assert told in call(capsys, "plan", directory / "config.yaml")[1]
-    assert told in call(capsys, "run", directory / "config.yaml")[2]
+    warning = "sub-dataset 'sum': 1 example has more than data.max_length=24 tokens, dropped"
+    assert warning in call(capsys, "plan", directory / "config.yaml")[1]
+    assert warning in call(capsys, "run", directory / "config.yaml")[2]
 
 
 def test_a_run_is_not_begun_twice(capsys, directory):

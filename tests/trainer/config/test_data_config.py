@@ -1,4 +1,4 @@
-"""Where a configuration says that the data lies: what is spelled out, and what is refused."""
+"""The data section of a configuration: the sources that it names, and invalid sections."""
 
 from __future__ import annotations
 

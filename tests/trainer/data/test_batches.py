@@ -40,12 +40,12 @@ def test_plans_repeat_and_differ_by_seed_stage_and_epoch():
 
 
 def test_an_order_that_goes_on_with_everything_is_the_same_order():
-    for place in range(16):
-        later = order().continued(step=place, active=list(SIZES))
+    for start in range(16):
+        later = order().continued(step=start, active=list(SIZES))
         again = later.continued(step=3, active=list(SIZES))
         for step in range(12):
-            assert later.step(step) == order().step(place + step)
-            assert again.step(step) == order().step(place + 3 + step)
+            assert later.step(step) == order().step(start + step)
+            assert again.step(step) == order().step(start + 3 + step)
 
 
 def test_an_order_that_goes_on_takes_what_is_left_of_the_active_ones_first():

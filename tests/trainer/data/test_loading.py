@@ -1,4 +1,4 @@
-"""What is loaded of a mixture: all of it, a seeded choice, and what is set aside."""
+"""Loading a mixture: all examples, a seeded sample, and a split for validation."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def references(split) -> list[int]:
 def test_a_share_is_set_aside_and_a_number_is_chosen(tmp_path, count, share, most, expected):
     config = make_data_config(tmp_path, count=count, validation_share=share, max_examples=most)
     found = load_mixture(config, TOKENIZER)["a"]
-    chosen, aside = references(found.train), references(found.validation)
-    assert (len(chosen), len(aside)) == expected
-    assert found.set_aside == len(aside)
-    assert set(chosen).isdisjoint(aside)
+    chosen, held_out = references(found.train), references(found.validation)
+    assert (len(chosen), len(held_out)) == expected
+    assert found.set_aside == len(held_out)
+    assert set(chosen).isdisjoint(held_out)
     assert chosen == sorted(chosen)
-    assert aside == sorted(aside)
+    assert held_out == sorted(held_out)
 
 
 def test_the_choice_depends_on_the_seed_and_the_name_alone(tmp_path):

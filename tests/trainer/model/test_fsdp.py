@@ -31,10 +31,12 @@ def _without_plots(monkeypatch):
 
 def start(config, name, *overrides):
     path = Path(config.output_dir).parent / "config.yaml"
-    return main(["run", str(path), f"output_dir={place(config, name)}", *overrides, "--quiet"])
+    return main(
+        ["run", str(path), f"output_dir={directory_of(config, name)}", *overrides, "--quiet"]
+    )
 
 
-def place(config, name):
+def directory_of(config, name):
     return Path(f"{config.output_dir}-{name}")
 
 
@@ -87,7 +89,7 @@ def test_a_sharded_run_decides_as_one_that_is_not_sharded(tmp_path, metric):
         return code
 
     assert together(watching, tmp_path, SHARDED) == both
-    store = Store.open(place(config, "sharded") / "store")
+    store = Store.open(directory_of(config, "sharded") / "store")
     (result,) = store.log()
     assert max(len(entry.pieces) for entry in store.tensors(result).values()) == 2
     assert store.check() == []
@@ -95,12 +97,12 @@ def test_a_sharded_run_decides_as_one_that_is_not_sharded(tmp_path, metric):
     total = sum(tensor.numel() for tensor in store.load(result).values())
     for rank in (0, 1):
         assert int((tmp_path / f"largest-{rank}").read_text()) < 0.6 * total
-    saved = weights(place(config, "sharded"))
+    saved = weights(directory_of(config, "sharded"))
     assert same_bits({name: store.load(result)[name] for name in saved}, saved)
-    assert decisions(place(config, "sharded")) == decisions(place(config, "whole"))
+    assert decisions(directory_of(config, "sharded")) == decisions(directory_of(config, "whole"))
     # Sums over shards are rounded differently from sums over the whole model.
-    expected = [pytest.approx(each, rel=1e-3) for each in measured(place(config, "whole"))]
-    assert measured(place(config, "sharded")) == expected
+    expected = [pytest.approx(each, rel=1e-3) for each in measured(directory_of(config, "whole"))]
+    assert measured(directory_of(config, "sharded")) == expected
 
 
 @pytest.mark.parametrize(("killed", "resume_every"), [(0, None), (1, 2)])
@@ -110,7 +112,9 @@ def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed
     )
     both = {0: 0, 1: 0}
     assert together(lambda rank: start(config, "whole"), tmp_path, SHARDED) == both
-    trained = [r for r in read(place(config, "whole") / "journal.jsonl") if r["event"] == "trained"]
+    trained = [
+        r for r in read(directory_of(config, "whole") / "journal.jsonl") if r["event"] == "trained"
+    ]
     steps = sum(record["stage"] == 1 for record in trained)
 
     def dying(rank):
@@ -122,13 +126,13 @@ def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed
     last = (tmp_path / f"{1 - killed}.txt").read_text()
     assert "another process of this run has ended" in last
     assert "Traceback" not in last
-    again = ["resume", str(place(config, "killed")), "--quiet"]
+    again = ["resume", str(directory_of(config, "killed")), "--quiet"]
     assert together(lambda rank: main(again), tmp_path, SHARDED) == both
-    assert outcome(place(config, "killed")) == outcome(place(config, "whole"))
-    assert resumed_from(place(config, "killed")) == [
+    assert outcome(directory_of(config, "killed")) == outcome(directory_of(config, "whole"))
+    assert resumed_from(directory_of(config, "killed")) == [
         "resume_point" if resume_every else "stage_root"
     ]
-    assert not (place(config, "killed") / "resume").exists()
+    assert not (directory_of(config, "killed") / "resume").exists()
 
 
 def test_a_sharded_run_continues_where_a_signal_ended_it(tmp_path):
@@ -142,15 +146,15 @@ def test_a_sharded_run_continues_where_a_signal_ended_it(tmp_path):
         return start(config, "ended")
 
     assert together(ended, tmp_path, SHARDED) == {0: 143, 1: 143}
-    (point,) = Store.open(place(config, "ended") / "resume").log()
+    (point,) = Store.open(directory_of(config, "ended") / "resume").log()
     assert (point.step, point.metadata["position"]["step"]) == (3, 3)
-    entries = Store.open(place(config, "ended") / "resume").tensors(point)
+    entries = Store.open(directory_of(config, "ended") / "resume").tensors(point)
     assert {name.partition(".")[0] for name in entries} == {"model", "optimizer", "rng"}
 
-    again = ["resume", str(place(config, "ended")), "--quiet"]
+    again = ["resume", str(directory_of(config, "ended")), "--quiet"]
     assert together(lambda rank: main(again), tmp_path, SHARDED) == both
-    assert outcome(place(config, "ended")) == outcome(place(config, "whole"))
-    assert resumed_from(place(config, "ended"))[-1] == "resume_point"
+    assert outcome(directory_of(config, "ended")) == outcome(directory_of(config, "whole"))
+    assert resumed_from(directory_of(config, "ended"))[-1] == "resume_point"
 
 
 def test_settings_that_fsdp_does_not_support_are_refused(tmp_path):

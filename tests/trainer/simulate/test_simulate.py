@@ -273,7 +273,7 @@ def test_a_simulation_agrees_with_a_real_run(runs: dict[str, list[Record]]) -> N
         assert mine.active == its.active
         assert mine.simulated is not None
         assert its.recorded is not None
-        assert place(mine.simulated) == place(its.recorded)
+        assert comparable(mine.simulated) == comparable(its.recorded)
     curves = [
         [r["metrics"] for r in records if r["event"] == "evaluated" and r["stage"] <= known]
         for records in (simulation.records, effective(runs["window"]))
@@ -281,7 +281,7 @@ def test_a_simulation_agrees_with_a_real_run(runs: dict[str, list[Record]]) -> N
     assert curves[0] == curves[1]
 
 
-def place(end: StageEnd) -> tuple[Any, ...]:
+def comparable(end: StageEnd) -> tuple[Any, ...]:
     """Return the fields of a stage end that do not depend on checkpoint ids."""
     return end.epoch, end.exclude, end.to_stage, end.to_epoch
 
@@ -298,7 +298,7 @@ def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
     )
     assert mine is not None
     assert its.recorded is not None
-    assert place(mine) == place(its.recorded)
+    assert comparable(mine) == comparable(its.recorded)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

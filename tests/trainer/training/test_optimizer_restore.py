@@ -119,8 +119,10 @@ def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(confi
         assert lrs[2, step] == lrs[1, middle["step"] + step]
     assert len(set(lrs.values())) > back
     first, second = ([r for r in records(at, "trained") if r["stage"] == n] for n in (1, 2))
-    told = ("loss", "lr", "grad_norm", "tokens", "target_tokens", "padded_tokens")
-    assert [[r[k] for k in told] for r in second] == [[r[k] for k in told] for r in first[-back:]]
+    fields = ("loss", "lr", "grad_norm", "tokens", "target_tokens", "padded_tokens")
+    assert [[r[k] for k in fields] for r in second] == [
+        [r[k] for k in fields] for r in first[-back:]
+    ]
     ends = [[r for r in records(at, "evaluated") if r["stage"] == n][-1] for n in (1, 2)]
     assert ends[0]["metrics"] == ends[1]["metrics"]
 

@@ -1,4 +1,4 @@
-"""What trackers are told of a run, read back with TensorBoard's own reader."""
+"""Tests of the trackers: their records are read back with TensorBoard's reader."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_no_step_is_told_twice_or_goes_back_after_a_kill(config, whole, call, re
     resume(config.output_dir)
     written = read(Path(config.output_dir) / "journal.jsonl")
     assert len(written) > len(effective(written)), "the run repeated nothing"
-    told, expected = logged(config), logged(whole)
-    assert told.keys() == expected.keys()
-    for tag, points in told.items():
+    found, expected = logged(config), logged(whole)
+    assert found.keys() == expected.keys()
+    for tag, points in found.items():
         assert all(a < b for (a, _), (b, _) in itertools.pairwise(points))
         # How fast it is and what its store takes is each process's own.
         if tag != SPEED and not tag.startswith("disk/"):
