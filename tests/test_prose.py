@@ -8,7 +8,7 @@ import pytest
 
 from docs.module_graph import PACKAGES, sources
 
-RIDDLES = ("What", "Whether", "Which", "Where", "Whoever")
+CLAUSES = ("What", "Whether", "Which", "Where", "Whoever")
 """First words of a docstring that describes a thing by a clause instead of by its name."""
 MOST = 0.03
 
@@ -30,9 +30,9 @@ def test_few_docstrings_begin_with_a_clause_in_the_place_of_a_noun(package: str)
     texts = [
         (module, text) for module, tree in sources(package).items() for text in docstrings(tree)
     ]
-    riddles = [
+    found = [
         f"{module}: {text.splitlines()[0]}"
         for module, text in texts
-        if text.split(maxsplit=1)[:1] and text.split(maxsplit=1)[0] in RIDDLES
+        if text.split(maxsplit=1)[:1] and text.split(maxsplit=1)[0] in CLAUSES
     ]
-    assert len(riddles) <= MOST * len(texts), "\n".join(riddles)
+    assert len(found) <= MOST * len(texts), "\n".join(found)

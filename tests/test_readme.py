@@ -30,7 +30,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.split()) <= MOST_WORDS
 
 
-def test_the_example_has_twelve_lines_and_prints_what_is_shown(tmp_path: Path) -> None:
+def test_the_example_has_twelve_lines_and_prints_the_shown_output(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (code,) = find_blocks("python")
     shown = find_blocks("text", README.partition(code)[2])[0]
@@ -56,7 +56,7 @@ def find_commands() -> list[list[str]]:
     return [words for line in found if len(words := shlex.split(line)) > 2]
 
 
-def test_there_are_commands() -> None:
+def test_the_pages_contain_commands() -> None:
     assert len(find_commands()) >= 8
 
 

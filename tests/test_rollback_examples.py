@@ -1,4 +1,4 @@
-"""The examples of other rollback algorithms, on real training: they run, and do what they say."""
+"""The examples of other rollback algorithms run on real training and work as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop when nothing gets better any more, and take the best of each metric out of one run.
+"""Stop when no metric improves any more, and keep the best checkpoint of each metric.
 
 Patience for every metric at once: the run ends when each of them has gone without a better value
 for ``patience`` evaluations. Kept are each metric's best checkpoint and the best overall, which
@@ -34,7 +34,7 @@ def train(
     """
     model = task.load_model()
     optimizer = task.make_optimizer(model, lr)
-    # Over all branches, for going back to the best overall must not cost the others.
+    # Over all branches, because a roll-back to the best overall must not evict the others.
     policy: Policy = KeepBest("overall", mode="min")
     for name in tasks:
         policy = policy | KeepBest(name, mode="min")

@@ -49,7 +49,7 @@ class Member:
         self.commit()
 
     def commit(self) -> Checkpoint:
-        """Evaluate and commit; the member's checkpoint before goes, unless somebody pinned it."""
+        """Evaluate and commit; the member's previous checkpoint is evicted unless it is pinned."""
         metrics = task.evaluate_all(self.model)
         self.score = metrics["overall"]
         return self.timeline.commit(self.model, self.steps, metrics, {"lr": self.lr})
@@ -96,7 +96,7 @@ def evolve(
         summary = ", ".join(f"{m.name} {m.score:.3f} (lr {m.lr:.1e})" for m in members)
         report(f"round {number}: {summary}")
         if number + 1 < rounds:
-            # The winner goes on at once: without the pin, its next commit would be the end of this.
+            # The winner trains on at once: without the pin, its next commit would evict this checkpoint.
             exploit(store, worst, newest[best.name], partial(best.go_on, 1))
             explore(worst, chance)
             report(f"  {worst.name} goes on from {best.name} with lr {worst.lr:.1e}")

@@ -94,7 +94,7 @@ def assert_noticed(kept: Kept, path: Path, opened: Store) -> bool:
         assert_named(finding, path)
     for identity in broken:
         assert path.name in errors[identity] or "is in no pack" in errors[identity]
-    # A store that was open before may know what was damaged since, and never more than that.
+    # An open store may still use bytes that it read before the damage, but no wrong bytes.
     assert {i for i, error in loads(opened, kept).items() if error is not None} <= broken
     if kind_of(kept, path) == "refs" and report.findings:
         name = path.relative_to(kept.root / "refs").with_suffix("").as_posix()
@@ -112,7 +112,7 @@ def assert_named(finding: Finding, path: Path) -> None:
 
 def test_every_change_of_a_file_is_found(kept: Kept, faults: Ledger, soak: bool, seed: int) -> None:
     rng = random.Random(seed)  # noqa: S311
-    # Of the smallest store every byte.
+    # Every byte of the smallest store is changed.
     count = FEW if not soak else None if kept.root.parent.name == "pieces" else 60
     for path in files_of(kept):
         whole, kind = path.read_bytes(), kind_of(kept, path)
@@ -184,7 +184,7 @@ def test_no_damaged_payload_ends_the_interpreter(
 
 
 def bounded() -> None:
-    # Of address space: PyTorch alone maps several gigabytes.
+    # This limits the address space; PyTorch alone maps several gigabytes.
     resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
 
 
@@ -202,7 +202,7 @@ def test_files_that_changed_places_are_found(kept: Kept, faults: Ledger) -> None
                 assert found >= {one.name, other.name}
                 broken = {identity for identity, error in loads(store, kept).items() if error}
                 assert broken == set(report.damaged)
-                # What a pack holds can be found under any name.
+                # The chunks of a pack are found under any file name.
                 assert not broken or folder != "packs"
             one.write_bytes(contents[0])
             other.write_bytes(contents[1])

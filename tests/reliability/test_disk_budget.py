@@ -73,7 +73,7 @@ class History:
             ckpt = self.line.commit(state, step=step, metrics=metrics)
         except OverBudgetError as error:
             self.refusals.append(str(error))
-            # The newest commit is not given up for one that is not there.
+            # A refused commit does not evict the commit before it.
             assert (
                 not newest or newest[0].id not in self.committed or self.there() >= {newest[0].id}
             )

@@ -149,7 +149,7 @@ def may_mount() -> bool:
             return False
 
 
-if may_mount():  # nobody but root may, and not in every container
+if may_mount():  # only root may, and not in every container
 
     @pytest.mark.parametrize("room", [0, 4096, 12_288])
     def test_a_real_disk_that_is_full(

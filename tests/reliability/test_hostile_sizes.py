@@ -29,7 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("bomb or gigantic size", BOMBS), ("link, pipe or device in a store", STRANGE)],
     ids=["bombs", "strange"],
 )
-def test_no_file_takes_more_than_it_is(
+def test_no_file_takes_more_memory_than_its_real_size(
     written: Path, tmp_path: Path, faults: Ledger, kind: str, cases: dict[str, Spoil]
 ) -> None:
     stores = []

@@ -112,7 +112,9 @@ def test_power_may_fail_at_any_moment(scene: Scene, operation: Operation) -> Non
             scene.assert_tidied(broken)
 
 
-def test_power_may_fail_after_a_kill_was_made_up_for(scene: Scene, operation: Operation) -> None:
+def test_power_may_fail_after_a_killed_operation_was_repeated(
+    scene: Scene, operation: Operation
+) -> None:
     """A process builds on files that the process before it left visible but not durable."""
     every = 1 if scene.soak else 6
     for n in itertools.count(scene.rng.randrange(every), every):

@@ -34,8 +34,8 @@ def assert_repaired(kept: Kept, before: set[str], story: str) -> None:
     """Assert that a store is sound and has at least the checkpoints that could be loaded before."""
     store = Store.open(kept.root)
     for identity, path in kept.bases.items():
-        # The record of a base may be lost with its path. The model is still there, and only with it
-        # can be told what else is damaged.
+        # The record of a base, with its path, may be lost. The model file still exists, and the check
+        # for other damage needs it.
         if identity not in {base.id for base in store.bases()}:
             assert store.add_base(path).id == identity
             store.plan_repair().execute()
@@ -51,7 +51,7 @@ def assert_repaired(kept: Kept, before: set[str], story: str) -> None:
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_whatever_is_damaged_what_was_sound_stays(
+def test_a_repair_of_any_damage_keeps_sound_checkpoints(
     *,
     tmp_path: Path,
     kept_stores: dict[str, Kept],

@@ -70,7 +70,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("async_save", [True, False])
-def test_a_run_pauses_wherever_the_disk_is_full_and_goes_on(
+def test_a_run_pauses_at_any_full_disk_and_continues(
     *,
     config: Config,
     reference: Any,

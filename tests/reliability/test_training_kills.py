@@ -99,7 +99,7 @@ def test_kills_at_random_times_change_nothing(
     kills = 0
     while kills < (80 if soak else 8):
         with ExitStack() as injected:
-            # Some runs of kills are long, so that most of a stage is often done again.
+            # Some series of kills are long, so that most of a stage is often repeated.
             for _ in range(chance.choice([1, 2, 4, 8])):
                 child = begin(lambda: go_on(reference.config, directory))
                 if ended(child, chance.uniform(0, reference.seconds)):

@@ -38,7 +38,7 @@ def some_keys(count: int, seed: int = 0) -> list[bytes]:
 
 @pytest.mark.parametrize("same_half", [b"", bytes(8)], ids=["digests", "equal halves"])
 def test_keys_in_arrays_are_like_keys_in_dictionaries(same_half: bytes) -> None:
-    # Keys that agree in the half that a table goes by first are still told apart.
+    # Keys with an equal first half are still distinguished.
     keys = [key[: 16 - len(same_half)] + same_half for key in some_keys(300)]
     drawn = [keys[at] for at in np.random.default_rng(1).integers(200, size=1000)]
     array = view_keys(b"".join(drawn))
@@ -104,7 +104,7 @@ def test_a_table_that_is_not_plain_is_left_to_the_parser(change: tuple[bytes, by
     table, keys = table_of(["v", "w"], 0)
     scanner.scan(table)
     assert scanner.scan(table.replace(*change, 1)) is None
-    # The same length as before, with something else where a key was.
+    # The length stays the same, with other bytes in the place of a key.
     at = table.index(keys[1].hex().encode())
     assert scanner.scan(table[:at] + b" \t" + table[at + 2 :]) is None
     found = scanner.scan(table)

@@ -18,7 +18,7 @@ class AllHistories(StoreHistories, TimelineHistories):
 
 
 @pytest.mark.parametrize("histories", [TimelineHistories, AllHistories])
-def test_a_store_is_what_its_history_makes_it(
+def test_a_store_equals_its_model_after_a_random_history(
     monkeypatch: pytest.MonkeyPatch, histories: type[Histories]
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

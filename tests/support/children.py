@@ -31,7 +31,7 @@ def begin(action: Callable[[], int]) -> int:
     try:
         code = action()
     except KeyboardInterrupt:
-        # Before the command is there to handle it.
+        # The signal may come before the command has installed its handler.
         code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()

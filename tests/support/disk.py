@@ -2,8 +2,8 @@
 
 :class:`Disk` watches the calls that change names or make something durable (``os.fsync``,
 ``os.replace``, ``os.rename``, ``os.unlink``, ``os.remove``, ``os.mkdir``, ``os.rmdir``), from any
-module and thread, and looks at the whole folder before each, so that files are seen whoever wrote
-them. Each such call is a *moment*. :func:`after_power_loss` builds a tree that may be there
+module and thread, and looks at the whole folder before each, so that it sees files of any writer.
+Each such call is a *moment*. :func:`after_power_loss` builds a tree that may be there
 if the machine stops right before that call.
 
 The model is POSIX at its worst, weaker than ext4 or xfs are:
@@ -15,7 +15,7 @@ The model is POSIX at its worst, weaker than ext4 or xfs are:
   after a rename both names may be there, or neither.
 - Nothing that was durable is damaged, and one name never leads to half of a rename.
 
-Locks are left out: after a power loss, and after a kill, those of the dead are in nobody's way.
+Locks are left out, because the lock of a dead process never blocks another process.
 
 A failing fsync of a file (:meth:`Disk.fail`) leaves zeros where its bytes were not durable yet, as
 where the kernel gives up what it could not write, so that a program that goes on as if nothing were

@@ -1,4 +1,4 @@
-"""Packs and checkpoints that no save writes, but that anybody can write: every digest is right.
+"""Forged packs and checkpoints that no save would write, with correct digests.
 
 Example::
 

@@ -116,7 +116,7 @@ def rebase(store: Store, prepared: Prepared) -> None:
 
 
 def gc(store: Store, prepared: Prepared) -> None:
-    # Without room to rewrite a pack it stays; that is no error.
+    # A pack stays if there is no space to rewrite it; this is no error.
     left = store.plan_gc().execute().left_bytes
     assert left or store.plan_gc().freed_bytes == 0
 

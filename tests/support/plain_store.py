@@ -1,4 +1,4 @@
-"""A reader of whole stores as anybody would write it from ``docs/FORMAT.md`` alone.
+"""A reader of whole stores, written from ``docs/FORMAT.md`` alone.
 
 It knows nothing of the store's own code, and does all that the page asks of a reader: it checks
 every digest on its way, and it takes the representation of a chunk that section 6 names.
@@ -56,7 +56,7 @@ def keys_in(text: str) -> list[bytes]:
 
 
 class PlainStore:
-    """A store directory that nobody writes to."""
+    """A store directory without concurrent writers."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -23,7 +23,7 @@ from tests.support.states import State, same_bits
 
 NAMES = st.sampled_from(("main", "main", "other"))
 FEW = st.integers(0, 7)
-"""So that what was committed once is committed again now and then."""
+"""Few seeds, so that equal states are committed more than once."""
 
 
 def has_lines(machine: TimelineHistories) -> bool:
@@ -56,7 +56,7 @@ class TimelineHistories(Histories):
             self.lines[name] = opened, line
             self._agrees(name)
         else:
-            # The one before has lost what this one has begun to tidy up.
+            # The previous timeline lost the checkpoints that this one began to evict.
             self.lines.pop(name, None)
             self.model.lines.pop(name, None)
 
@@ -127,7 +127,7 @@ class TimelineHistories(Histories):
         if self.model.refuses(expected, metrics):
             self._do(opened, self.model, work, refused=InvalidInputError)
         elif not self._commit(name, point, work) and name in self.lines:
-            # One that failed gives the same checkpoint when it is repeated.
+            # A repetition of a failed commit gives the same checkpoint.
             known = self.model.copy().add(point)
             self.model.lines[name].members |= {known} - {NEW}
             assert self._commit(name, point, work, safely=True)

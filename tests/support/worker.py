@@ -1,7 +1,7 @@
 """A process that works on a store until it is killed, and reports its actions.
 
-It writes JSON lines to a pipe: what it begins, then the same with what came of it as ``id``. The
-``step`` of a checkpoint is the seed of its tensors, so that whoever finds one knows what is in it.
+It writes JSON lines to a pipe: each action at its start, and again with its result as ``id``. The
+``step`` of a checkpoint is the seed of its tensors, so a reader can compute the expected tensors.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""The trainer from Python: what a notebook calls does what the command does."""
+"""The Python API of the trainer gives the same results as the command."""
 
 from __future__ import annotations
 

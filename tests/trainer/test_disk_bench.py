@@ -1,4 +1,4 @@
-"""The benchmark of disk: its mixture, its runs with rounded checkpoints, and what it reads off."""
+"""The disk benchmark: its mixture, its runs with rounded checkpoints, and its measurements."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_runs_differ_in_regime_budget_and_window(tmp_path: Path) -> None:
     assert len(config.data.sub_datasets) == 10
 
 
-def test_a_missed_target_is_said() -> None:
+def test_a_missed_target_is_reported() -> None:
     (line,) = verdicts([ROW])
 
     assert "peak 0.20 of 0.25 allowed: met" in line

@@ -35,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_told_in_bytes_whoever_notices_it(tmp_path: Path) -> None:
+def test_every_error_of_a_full_disk_states_the_missing_bytes(tmp_path: Path) -> None:
     words = "Error while serializing: I/O error: No space left on device (os error 28)"
     with (
         pytest.raises(RunError, match=r"the model .*: it needs 5,000 bytes and [\d,]+ are free"),

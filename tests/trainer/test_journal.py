@@ -1,4 +1,4 @@
-"""The journal: what is written is read, torn last lines go, damage is named, voids do not count."""
+"""The journal: round trip, removal of a torn last line, errors on damage, and void records."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_missing_line_is_named(path: Path) -> None:
         read(path)
 
 
-def test_no_journal_is_said_so(path: Path) -> None:
+def test_a_missing_journal_is_reported(path: Path) -> None:
     with pytest.raises(RunError, match=r"no journal at .*is this the directory of a run"):
         read(path)
 
@@ -134,7 +134,7 @@ def resumed(path: Path, after: int) -> None:
         journal.append("resumed", after=after)
 
 
-def test_effective_leaves_out_what_a_resume_made_void(path: Path) -> None:
+def test_effective_omits_records_that_a_resume_made_void(path: Path) -> None:
     write(path, "run_started", "stage_started", "trained", "trained")
     resumed(path, after=1)
     write(path, "trained", "evaluated")

@@ -103,7 +103,7 @@ def test_store_is_found_by_environment_and_current_directory(
     assert len(document(capsys, "log")) == 2
 
 
-def test_an_empty_store_says_so(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+def test_an_empty_store_is_reported(capsys: pytest.CaptureFixture[str], store: Store) -> None:
     assert run(capsys, "--store", store.path, "inspect")[1] == "the store is empty\nlevel fast\n"
 
 
@@ -409,7 +409,9 @@ def test_forget_by_rules_is_planned_first(
     assert run_store.log() == [tagged]
 
 
-def test_a_dry_run_says_would(capsys: pytest.CaptureFixture[str], store: Store) -> None:
+def test_the_output_of_a_dry_run_is_in_the_conditional(
+    capsys: pytest.CaptureFixture[str], store: Store
+) -> None:
     at = ("--store", store.path)
     for n in range(1, 4):
         store.save({"w": torch.ones(n)}, step=n)

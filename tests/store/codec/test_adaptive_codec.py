@@ -155,7 +155,7 @@ def small_state() -> State:
     return {"half": weights[0].bfloat16(), "single": weights[1], "integers": torch.arange(9)}
 
 
-def test_a_process_without_numba_reads_what_another_saved_small(tmp_path: Path) -> None:
+def test_a_process_without_numba_reads_checkpoints_of_level_small(tmp_path: Path) -> None:
     state = small_state()
     after = train_step(state, 0.3, 1)
     store = Store.create(tmp_path / "store", level="small")

@@ -37,7 +37,7 @@ def save_line(store: Store, base: Base, state: State, count: int) -> list[tuple[
     return line
 
 
-def test_a_plan_says_what_goes_and_why_the_rest_stays_and_does_nothing_yet(
+def test_a_plan_lists_evictions_and_reasons_and_changes_nothing(
     store: Store, base: Base, state: State
 ) -> None:
     line = save_line(store, base, state, 4)
@@ -222,7 +222,7 @@ def test_a_policy_sees_checkpoints_of_a_store_as_one_branch(
     assert [verdict.checkpoint.id for verdict in plan.kept] == [line[1][0]]
 
 
-def test_evicting_what_is_no_checkpoint_deletes_nothing(store: Store) -> None:
+def test_evicting_an_invalid_checkpoint_deletes_nothing(store: Store) -> None:
     outside = Path(store.path, "..", "mine.json")
     outside.write_text("{}")
     store.evict(["../../mine", "0" * 32])

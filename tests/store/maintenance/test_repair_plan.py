@@ -277,7 +277,7 @@ def test_nothing_is_repaired_where_no_store_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands_say_what_is_sound_and_what_was_done(
+def test_the_commands_report_sound_checkpoints_and_their_actions(
     store: Store, ckpt: Checkpoint, other: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = ["--store", store.path]

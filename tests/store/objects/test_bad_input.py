@@ -140,7 +140,7 @@ def test_missing_refs_are_unknown(store: Store) -> None:
         store.unpin("x")
 
 
-def test_a_full_disk_says_how_much_is_needed_and_loses_nothing(
+def test_a_full_disk_error_states_the_missing_bytes_and_loses_nothing(
     store: Store, base: Base, ckpt: Checkpoint, state: State
 ) -> None:
     backend = FaultyBackend(

@@ -55,7 +55,7 @@ def test_one_store_is_used_by_several_threads(store: Store, base: Base, state: S
     assert store.check() == []
 
 
-def test_a_reader_follows_what_a_gc_moved(store: Store, base: Base, state: State) -> None:
+def test_a_reader_finds_chunks_that_a_gc_moved(store: Store, base: Base, state: State) -> None:
     first = store.save(train_step(state, 0.3, 1), parent=base)
     moved = train_step(store.load(first), 0.02, 2)
     second = store.save(moved, parent=first)
@@ -68,7 +68,9 @@ def test_a_reader_follows_what_a_gc_moved(store: Store, base: Base, state: State
         stale.load(first.id)
 
 
-def test_two_stores_see_what_the_other_did(store: Store, base: Base, state: State) -> None:
+def test_two_store_objects_see_the_changes_of_each_other(
+    store: Store, base: Base, state: State
+) -> None:
     other = Store.open(store.path)
     moved = train_step(state, 0.1, 1)
     ckpt = store.save(moved, parent=base)

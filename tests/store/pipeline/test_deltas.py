@@ -149,7 +149,9 @@ def test_the_conversion_of_nan_does_not_depend_on_its_offset(tmp_path: Path, sto
     assert {part.tobytes() for part in parts} == {whole[:2].tobytes()} == {bytes(2)}
 
 
-def test_integers_do_not_lean_on_floats_of_the_same_name(tmp_path: Path, store: Store) -> None:
+def test_integers_have_no_reference_to_floats_of_the_same_name(
+    tmp_path: Path, store: Store
+) -> None:
     base = store.add_base(write_base(tmp_path / "b.safetensors", {"w": torch.ones(100)}))
     for dtype in (torch.int64, torch.bool, torch.complex64):
         state = {"w": torch.ones(100, dtype=dtype)}
@@ -251,7 +253,7 @@ def test_an_anchor_keeps_its_id_and_needs_only_the_base(
     assert again.check() == []
 
 
-def test_a_rebase_lets_go_of_what_a_checkpoint_was_a_change_of(
+def test_a_rebase_frees_the_old_reference_of_a_checkpoint(
     store: Store, base: Base, state: State
 ) -> None:
     old_root_state = train_step(state, 0.3, 1)

@@ -348,7 +348,7 @@ def test_only_mappings_and_modules_are_saved(store: Store, tensors: object) -> N
 @pytest.mark.parametrize(
     ("device", "error"), [("cuda:77", StorageError), ("nonsense", InvalidInputError)]
 )
-def test_a_device_that_is_not_there_is_a_store_error(
+def test_a_missing_device_raises_a_store_error(
     store: Store, device: str, error: type[StoreError]
 ) -> None:
     with pytest.raises(error, match=device):
@@ -396,7 +396,7 @@ def test_a_target_that_cannot_hold_the_content_is_refused(store: Store) -> None:
         store.load_into(halves, ckpt)
 
 
-def test_overlapping_targets_may_hold_what_overlaps_alike(store: Store) -> None:
+def test_overlapping_targets_accept_equal_values_in_the_overlap(store: Store) -> None:
     memory = torch.arange(8.0)
     windows = {"windows": memory.as_strided((3, 4), (2, 1)), "tail": memory[4:]}
     ckpt = store.save(windows)

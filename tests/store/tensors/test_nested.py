@@ -150,7 +150,7 @@ def test_a_missing_tensor_is_named() -> None:
 
 
 @pytest.mark.parametrize("tree", [{"$else": 1}, {"$bytes": "x"}, {"$dict": 3}, {"$integer": "x"}])
-def test_json_of_somebody_else_is_refused(tree: object) -> None:
+def test_foreign_json_is_refused(tree: object) -> None:
     with pytest.raises(InvalidInputError, match="not a nested state"):
         unflatten({}, tree)
 

@@ -118,7 +118,7 @@ def awkward_state() -> State:
     }
 
 
-def test_the_caller_goes_on_and_nothing_is_visible_before_it_is_durable(
+def test_the_caller_continues_and_no_checkpoint_is_visible_before_it_is_durable(
     gated: tuple[Store, GatedBackend], base: Base, state: State
 ) -> None:
     store, backend = gated
@@ -312,14 +312,14 @@ def test_invalid_arguments_are_refused_at_the_call(
         saver.save(tensors, **keywords)
 
 
-def test_save_takes_what_the_stores_save_takes() -> None:
+def test_save_has_the_parameters_of_the_stores_save() -> None:
     mine, stores = (inspect.signature(kind.save).parameters for kind in (AsyncSaver, Store))
     assert [(p.name, p.kind, p.default) for p in mine.values()] == [
         (p.name, p.kind, p.default) for p in stores.values()
     ]
 
 
-def test_a_crash_anywhere_leaves_a_whole_checkpoint_or_none(
+def test_a_crash_anywhere_leaves_a_complete_checkpoint_or_none(
     store: Store, base: Base, state: State
 ) -> None:
     first = store.save(state, parent=base)
@@ -382,14 +382,14 @@ def test_an_interpreter_that_ends_without_close_does_not_hang(store: Store) -> N
     )
     assert done.returncode == 0, done.stderr
     after = Store.open(store.path)
-    # Whole or not there; and if it is not, that was said.
+    # The checkpoint is complete or absent, and its absence was reported.
     assert len(after.log()) == ("as the interpreter ended" not in done.stderr)
     for ckpt in after.log():
         after.load(ckpt)
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_an_error_that_nobody_asked_for_is_printed_at_the_end(store: Store, asked: bool) -> None:
+def test_an_unread_error_is_printed_at_the_end(store: Store, asked: bool) -> None:
     code = (
         "import sys, torch\n"
         "from msft_store import AsyncSaver, Store\n"

@@ -294,7 +294,7 @@ def test_closing_drops_the_refs_and_keeps_the_checkpoints(
         assert store.refs() != {}
     assert store.refs() == {}
     assert checkpoint_ids(store) == {ckpt.id for ckpt, _ in done}
-    # A new one of that name is not the heir of one that ended in good order.
+    # A new timeline does not continue a closed one of its name.
     new = Timeline(store, base, retention=KeepLast(1), name="run")
     commit_all(new, state, 3, 4, seed=30)
     Timeline(store, base, retention=KeepLast(1), name="run")
@@ -309,7 +309,7 @@ def test_after_an_error_the_refs_stay(store: Store, base: Base, state: State) ->
     assert len(store.refs()) == 1
 
 
-def test_a_budget_that_does_not_fit_says_so_and_loses_nothing(
+def test_a_budget_that_is_too_small_is_reported_and_loses_nothing(
     store: Store, base: Base, state: State
 ) -> None:
     line = Timeline(store, base, retention=KeepBest("m") | DiskBudget(1))

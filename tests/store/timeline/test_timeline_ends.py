@@ -87,7 +87,7 @@ def test_closing_loses_nothing_wherever_it_is_killed(
     assert checkpoint_ids(store) == before
     assert killed or again.branch == 0
     if again.branch == 0:
-        # It had begun to close: what is left is not the new one's.
+        # The old timeline had begun to close, so its checkpoints do not belong to the new one.
         assert store.refs() == {}
         again.commit(state)
     assert before <= checkpoint_ids(store)
@@ -100,7 +100,7 @@ def test_numbers_beyond_the_next_commit_are_refused(store: Store, base: Base, st
     with pytest.raises(InvalidInputError, match=r"number 3; .* not 99"):
         line.rewind(99)
     line.rewind(3)
-    # What was evicted left no trace, so that one that takes it up is told.
+    # Evicted checkpoints leave no trace, so a resumed timeline needs a rewind to go on counting.
     again = Timeline(store, base, retention=KeepBest("m"))
     again.rewind(3)
     assert again.commit(state, metrics={"m": -9}).metadata["timeline"]["index"] == 3
@@ -133,7 +133,7 @@ def test_the_start_of_a_timeline_is_checked_at_once(
     "policy", [KeepBest("los", 2, mode="min"), Champions({"los": "min", "x": "max"})]
 )
 @pytest.mark.parametrize("background", [False, True])
-def test_a_metric_that_nobody_measures_evicts_nothing(
+def test_a_metric_that_no_checkpoint_has_evicts_nothing(
     store: Store, base: Base, state: State, policy: Policy, *, background: bool
 ) -> None:
     line = Timeline(store, base, retention=policy)

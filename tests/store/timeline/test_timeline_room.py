@@ -1,4 +1,4 @@
-"""A timeline without room: what it gives up, what it puts off, and what it says."""
+"""A timeline on a full disk: its evictions, its deferred work, and its messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def disk(store: Store, base: Base) -> QuotaBackend:
     return QuotaBackend(Path(store.path))
 
 
-def test_a_roll_back_puts_off_what_there_is_no_room_for_and_the_next_commit_does_it(
+def test_a_roll_back_on_a_full_disk_defers_work_to_the_next_commit(
     disk: QuotaBackend, base: Base, state: State
 ) -> None:
     line = Timeline(Store(disk), base, retention=KEPT)
@@ -41,7 +41,7 @@ def test_a_roll_back_puts_off_what_there_is_no_room_for_and_the_next_commit_does
     assert Store(disk).check() == []
 
 
-def test_a_commit_on_a_full_disk_gives_up_only_what_no_rule_keeps(
+def test_a_commit_on_a_full_disk_evicts_only_checkpoints_that_no_rule_keeps(
     disk: QuotaBackend, base: Base, state: State
 ) -> None:
     line = Timeline(Store(disk), base, retention=KeepLast(9))

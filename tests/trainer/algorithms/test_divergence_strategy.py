@@ -97,6 +97,6 @@ def test_without_a_finite_overall_the_result_is_the_last_evaluation() -> None:
     assert decision.checkpoint == "s1e2"
 
 
-def test_before_any_evaluation_there_is_nothing_to_go_back_to() -> None:
+def test_a_divergence_before_any_evaluation_raises_an_error() -> None:
     with pytest.raises(ValueError, match="nothing was evaluated"):
         guarded(Sft, 1).on_divergence(divergence(1))

@@ -1,4 +1,4 @@
-"""The methods beside MSFT, on curves that are made up."""
+"""The methods other than MSFT, on invented curves."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_second_run_is_no_longer_than_its_last_limit():
 
 
 def strategy_end(strategy, curves):
-    """Tell a strategy one stage; return what it decides at the end."""
+    """Play one stage to a strategy; return its decision at the end."""
     count = len(curves[OVERALL])
     for index in range(count):
         decision = strategy.on_evaluation(
@@ -123,7 +123,7 @@ def losses(epoch, **values):
     return Observation(stage=1, step=epoch, epoch=epoch, values=values)
 
 
-def test_ies_leaves_out_what_is_mastered_and_takes_it_up_again():
+def test_ies_leaves_out_mastered_examples_and_takes_them_up_again():
     strategy = Ies(sub_datasets=["a"], mode="min", compute_budget=8.0, delta=0.05, average=1)
     assert strategy.first_stage().observe == ExampleLosses()
     rows = [[2.0, 1.0, 3.0], [1.0, 0.9, 3.0], [0.5, 0.8, math.nan], [0.0, 0.1, 3.0]]
@@ -143,7 +143,7 @@ def test_second_differences_are_averaged_as_far_as_they_are_known():
     assert is_mastered(curve[:2], 9.0).tolist() == [False]
 
 
-def test_dynamix_draws_more_from_what_brings_more():
+def test_dynamix_samples_more_from_sub_datasets_with_a_higher_reward():
     strategy = Dynamix(sub_datasets=SIZES, mode="min", compute_budget=1.0, alpha=0.5)
     assert strategy.first_stage().observe == LookAhead(every=50, examples=16)
     weights = strategy.on_observation(losses(1, a=[0.1], b=[0.3], c=[0.2])).weights
@@ -194,7 +194,7 @@ def test_msft_drops_several_at_the_first_of_their_peaks():
     assert "then a, at epoch 0.5" in back.reason
 
 
-def test_msft_drops_only_what_has_peaked():
+def test_msft_drops_only_sub_datasets_that_have_peaked():
     strategy = Msft(sub_datasets=SIZES, mode="max", compute_budget=1.0, drop_count=3)
     back = strategy_end(strategy, flat("abc", 5, b=[0.1, 0.5, 0.4, 0.4, 0.3]))
     assert back.exclude == ("b",)

@@ -134,7 +134,7 @@ def test_the_same_evaluations_again_give_the_same_decisions(curve: dict[str, Any
 
 @given(curve=runs())
 @settings(max_examples=150, deadline=None)
-def test_every_checkpoint_asked_for_is_one_that_was_needed(curve: dict[str, Any]) -> None:
+def test_every_named_checkpoint_was_among_the_needed_ones(curve: dict[str, Any]) -> None:
     """A decision names the newest checkpoint, a champion of the stage, or the best overall."""
     mode = max if curve["mode"] == "max" else min
     played = play(make_msft(curve), curve["stages"])

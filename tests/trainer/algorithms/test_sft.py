@@ -36,7 +36,7 @@ def test_one_stage_to_the_end_then_the_first_best_overall(
     assert (last.checkpoint, last.exclude) == (result, ())
 
 
-def test_without_a_finite_overall_the_end_is_the_result_and_the_reason_says_so() -> None:
+def test_without_a_finite_overall_the_end_is_the_result_and_the_reason_states_it() -> None:
     last = run([{"a": [0.1] * 4, "b": [0.2] * 4, "overall": [math.nan] * 4}])[-1]
     assert isinstance(last, Stop)
     assert last.checkpoint == "s1e3"

@@ -71,7 +71,7 @@ def test_compare_sets_methods_side_by_side_and_repeats_nothing(capsys, directory
     assert "has another train.lr" in err
 
 
-def test_plan_bounds_what_a_run_does(capsys, directory):
+def test_the_bounds_of_a_plan_hold_for_the_run(capsys, directory):
     code, out, err = call(capsys, "plan", directory / "config.yaml", "--json")
     assert (code, err) == (0, "")
     bound = json.loads(out)["at_most"]
@@ -168,13 +168,13 @@ def test_overrides_may_follow_options(capsys, directory):
     assert call(capsys, "report", directory / "run", "method=sft")[0] == 2
 
 
-def test_plan_refuses_what_a_run_would_refuse(capsys, directory):
+def test_plan_refuses_a_configuration_that_a_run_would_refuse(capsys, directory):
     code, _, err = call(capsys, "plan", directory / "config.yaml", "data.max_length=4096")
     assert code == 1
     assert "the model has 128 positions" in err
 
 
-def test_examples_that_are_too_long_are_told(capsys, directory):
+def test_examples_that_are_too_long_are_reported(capsys, directory):
     long = {"prompt": "a" * 40, "completion": "b"}
     with (directory / "data/sum.train.jsonl").open("a", encoding="utf-8") as file:
         file.write(f"{json.dumps(long)}\n")
@@ -216,7 +216,7 @@ def test_usage(capsys):
     assert "msft-train run config.yaml train.lr=2e-5" in out
 
 
-def test_the_version_is_told_without_what_the_trainer_needs(capsys, monkeypatch):
+def test_the_version_is_printed_without_the_dependencies_of_the_trainer(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["msft-train", "--version"])
     monkeypatch.setitem(sys.modules, "trainer.cli.main", None)
     assert __main__.main() == 0
@@ -241,7 +241,7 @@ def test_sigterm_ends_a_process_cleanly_and_resumably(capsys, directory):
     assert os.path.exists(directory / "run/resume.safetensors")
 
 
-def test_quiet_and_verbose_choose_what_is_logged(capsys):
+def test_quiet_and_verbose_set_the_log_level(capsys):
     trainer, store = (logging.getLogger(name) for name in ("trainer.x", "msft_store.x"))
     shown = {}
     for quiet, verbosity in ((True, 0), (False, 0), (False, 1), (False, 2)):

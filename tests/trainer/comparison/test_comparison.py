@@ -54,7 +54,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Summary]:
 
 
 def with_test(summary: Summary, **values: float) -> Summary:
-    """Return a summary with other test scores; ``overall`` is their mean."""
+    """Return the summary with other test scores; ``overall`` is their mean."""
     scores = {
         name: Scores(base_validation=0.1, base_test=0.2, validation=0.3, test=value)
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Configurations: what loads, what is refused, and in which words."""
+"""Configurations: valid ones load, and invalid ones are refused with a clear message."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_one_category_alone_is_of_the_part_of_its_split(folder: Path) -> None:
     assert (found.train.part, found.validation.part) == ("train", "validation")
 
 
-def test_a_directory_needs_no_validation_files_where_a_share_is_set_aside(folder: Path) -> None:
+def test_a_validation_share_makes_validation_files_unnecessary(folder: Path) -> None:
     (folder / "x.train.jsonl").touch()
     config = load(folder, directory=".", validation_share=0.2)
     assert config.data.sub_datasets["x"].validation is None

@@ -1,4 +1,4 @@
-"""Templates: what they make of a row, and what is said where a row does not fit."""
+"""Templates: the text that they make of a row, and the error for a row that does not fit."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_an_order_that_goes_on_takes_what_is_left_of_the_active_ones_first():
     assert epoch != [r for step in range(5) for r in later.step(step)][: len(epoch)]
 
 
-def test_an_order_goes_on_with_the_next_epoch_where_nothing_is_left():
+def test_an_exhausted_order_continues_with_the_next_epoch():
     later = order().continued(step=7, active=["b"])
     assert later.step(0) == order().continued(step=7, active=["b"]).step(0)
     assert {r for step in range(2) for r in later.step(step)} == {("b", i) for i in range(60)}

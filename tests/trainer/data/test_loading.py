@@ -38,7 +38,7 @@ def references(split) -> list[int]:
         (40, 0.9, 40, (4, 36)),
     ],
 )
-def test_a_share_is_set_aside_and_a_number_is_chosen(tmp_path, count, share, most, expected):
+def test_a_share_is_split_off_and_a_number_is_sampled(tmp_path, count, share, most, expected):
     config = make_data_config(tmp_path, count=count, validation_share=share, max_examples=most)
     found = load_mixture(config, TOKENIZER)["a"]
     chosen, held_out = references(found.train), references(found.validation)
@@ -60,7 +60,7 @@ def test_the_choice_depends_on_the_seed_and_the_name_alone(tmp_path):
     assert references(both["b"].train) != references(both["a"].train)
 
 
-def test_the_set_aside_stay_so_when_fewer_of_them_are_evaluated(tmp_path):
+def test_the_validation_split_stays_the_same_when_fewer_examples_are_evaluated(tmp_path):
     config = make_data_config(tmp_path, validation_share=0.25)
     whole = load_mixture(config, TOKENIZER)["a"]
     fewer = load_mixture(config, TOKENIZER, max_validation=3)["a"]
@@ -79,7 +79,7 @@ def test_examples_that_are_too_long_are_replaced_by_others(tmp_path):
     assert found.train.too_long > 0
 
 
-def test_too_few_examples_to_set_some_aside(tmp_path):
+def test_too_few_examples_for_a_validation_split_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"'a', train: .*has 1 usable examples: too few"):
         load_mixture(make_data_config(tmp_path, count=1, validation_share=0.5), TOKENIZER)
 
@@ -164,7 +164,7 @@ def test_a_bad_row_of_a_mixture_file_is_named(tmp_path):
     )
 
 
-def test_a_run_says_what_was_set_aside_and_text_has_a_loss_only(tmp_path):
+def test_a_run_reports_its_validation_split_and_text_has_a_loss_only(tmp_path):
     lines = [{"text": f"{a}{b}{a}{b}"} for a in "abcdefgh" for b in "xyz"]
     write_lines(tmp_path / "texts" / "t.train.jsonl", lines)
     settings = {"data__directory": "texts", "data__validation_share": 0.25}

@@ -93,9 +93,7 @@ def test_datasets_saved_to_disk_are_loaded(
         ({"hub": "no/such"}, "no/such (train) cannot be loaded: Couldn't reach 'no/such'"),
     ],
 )
-def test_a_data_set_that_is_not_there_is_named(
-    directory: Path, source: dict[str, str], message: str
-) -> None:
+def test_a_missing_data_set_is_named(directory: Path, source: dict[str, str], message: str) -> None:
     with pytest.raises(DataError) as caught:
         Sources().open(SourceConfig(**({"hub": str(directory)} | source)))
     assert message in str(caught.value)

@@ -80,7 +80,7 @@ def test_results_do_not_depend_on_batches_and_padding(loaded, metric):
     assert together.cost.padded_tokens > alone.cost.padded_tokens == 0
 
 
-def test_results_do_not_depend_on_what_was_evaluated_before(loaded):
+def test_results_do_not_depend_on_earlier_evaluations(loaded):
     first = evaluate(loaded, batch_size=2)
     evaluate(loaded, EXAMPLES[:1])
     again = evaluate(loaded, list(EXAMPLES), batch_size=2)

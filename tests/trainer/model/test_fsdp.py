@@ -61,7 +61,7 @@ def weights(directory):
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
-def test_a_sharded_run_decides_as_one_that_is_not_sharded(tmp_path, metric):
+def test_a_sharded_run_makes_the_same_decisions_as_an_unsharded_run(tmp_path, metric):
     # Nine validation examples in batches of two: one process has a batch more than the other.
     config = make_config(
         tmp_path,
@@ -106,7 +106,7 @@ def test_a_sharded_run_decides_as_one_that_is_not_sharded(tmp_path, metric):
 
 
 @pytest.mark.parametrize(("killed", "resume_every"), [(0, None), (1, 2)])
-def test_a_sharded_run_that_was_killed_ends_as_one_that_was_not(tmp_path, killed, resume_every):
+def test_a_killed_sharded_run_ends_like_an_undisturbed_run(tmp_path, killed, resume_every):
     config = make_config(
         tmp_path, train__lr=0.02, msft__max_stages=2, log_every=1, resume_every=resume_every
     )

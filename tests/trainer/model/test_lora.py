@@ -176,7 +176,7 @@ def test_frozen_weights_take_no_gradient():
     assert adapter.training(7, 11) == (4 * 100 + 2 * 10) * 7 + 12 * 2 * 5 * 11
 
 
-def test_the_account_of_a_run_counts_what_it_trained(finished):
+def test_the_account_of_a_run_counts_its_training_flops(finished):
     journal = read(finished / "journal.jsonl")
     (started,) = records(finished, "run_started")
     model = {key: started["model"][key] for key in ("parameters", "trainable", "layers", "hidden")}

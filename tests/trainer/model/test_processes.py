@@ -82,7 +82,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("resume_every", [None, 2])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_run_of_two_processes_that_was_killed_ends_as_one_that_was_not(
+def test_a_killed_run_of_two_processes_ends_like_an_undisturbed_run(
     undisturbed, tmp_path, resume_every, killed, capfd
 ):
     config, expected, steps = undisturbed

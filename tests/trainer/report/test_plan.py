@@ -54,7 +54,7 @@ def config(
     )
 
 
-def test_msft_at_most_trains_the_whole_mixture_in_every_stage() -> None:
+def test_the_upper_bound_of_msft_trains_the_whole_mixture_in_every_stage() -> None:
     bound = plan(config(), COUNTS, SIZE, 1000).at_most
     assert (bound.stages, bound.steps) == (6, 6 * 12)
     assert bound.evaluations == 1 + 6 * 2
@@ -111,7 +111,7 @@ def test_max_disk_is_stated_in_bytes() -> None:
     assert "takes 3.0 MB at most (max_disk); a run that needs more pauses" in made.to_text()
 
 
-def test_the_text_says_what_is_unknown() -> None:
+def test_the_text_states_the_values_that_are_unknown_before_the_run() -> None:
     text = plan(config(peak_window=2), COUNTS, SIZE, 2_000_000).to_text()
     assert text.splitlines()[0].split("  ")[0] == "msft, peak window 2"
     assert "at most 5 at once, so at most 10.0 MB if each were a full copy (2.0 MB)" in text

@@ -1,4 +1,4 @@
-"""Simulations of other policies on recorded curves, compared with real runs of them."""
+"""Simulations of other policies on recorded curves, compared with real runs of these policies."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_another_best_overall_on_the_same_path_is_reported(tmp_path: Path) -> No
     assert stage_ends(simulation)[-1] == (1.0, "stop", "s3e2", ("b",))
 
 
-def test_a_decision_that_leads_elsewhere_ends_what_is_known(tmp_path: Path) -> None:
+def test_a_simulation_ends_at_a_decision_that_the_recording_does_not_follow(tmp_path: Path) -> None:
     simulation = under(journal(tmp_path, "nobody_peaks"), peak_window=1)
     assert simulation.ending == "left"
     assert stage_ends(simulation) == [
@@ -92,7 +92,7 @@ def test_a_curve_that_ends_before_the_decision_leaves_it_open(tmp_path: Path) ->
     assert simulation.simulated == simulation.recorded
 
 
-def test_a_run_that_is_not_over_is_known_as_far_as_it_came(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_summarized_up_to_its_last_record(tmp_path: Path) -> None:
     records = journal(tmp_path, "ties")
     second = next(r["seq"] for r in records if r["event"] == "stage_started" and r["stage"] == 2)
     cut = records[: second + 9]
@@ -153,7 +153,7 @@ def test_curves_of_a_method_that_chooses_examples_are_refused(tmp_path: Path) ->
         recorded_config([{**start_record, "config": {"old": 1}}])
 
 
-def test_another_first_stage_says_nothing(tmp_path: Path) -> None:
+def test_a_recording_with_another_first_stage_gives_no_result(tmp_path: Path) -> None:
     records = journal(tmp_path, "ties")
     for record in records:
         if record["event"] == "stage_started" and record["stage"] == 1:

@@ -1,4 +1,4 @@
-"""Training goes on beside a commit, and nothing else changes by it."""
+"""Training continues during a commit, with the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.training.steps import StageSteps
 LONG = 60.0
 """Seconds after which a test that hangs fails."""
 
-# Sizes of the whole store count the digits of process ids and times that stand in its files.
+# The size of the store depends on the digits of the process ids and times in its files.
 OWN = ("time", "seconds", "model_dir", "config", "disk_peak_bytes", "disk_bytes")
 
 

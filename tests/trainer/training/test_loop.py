@@ -1,4 +1,4 @@
-"""The loop trains what it should, keeps what it must, and goes back exactly."""
+"""The loop trains on the active set, keeps the needed checkpoints, and rolls back exactly."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_roll_back_restores_exactly(msft):
     assert Store.open(msft / "store").check(read_data=True) == []
 
 
-def test_each_stage_begins_with_what_is_known_of_its_root(msft):
+def test_each_stage_begins_with_the_metrics_of_its_root(msft):
     evaluated = records(msft, "evaluated")
     for later in [r for r in evaluated if r["index"] == 0 and r["stage"] > 1]:
         first = next(r for r in evaluated if r["checkpoint"] == later["checkpoint"])
@@ -211,7 +211,7 @@ def test_learning_rates(schedule, expected):
     assert found == pytest.approx(expected, abs=5e-4)
 
 
-def test_retention_follows_what_the_strategy_needs():
+def test_retention_follows_the_needs_of_the_strategy():
     assert make_policy(Needs(), "min") == KeepBest("overall", 1, mode="min")
     best = KeepBest("overall", 1, mode="max")
     champions = {"a": "max", "b": "max"}

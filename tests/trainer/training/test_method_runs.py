@@ -40,7 +40,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=METHODS)
 def method(shared, request):
-    """A method's configuration, and the outcome of a run that nothing happened to."""
+    """A method's configuration, and the outcome of an undisturbed run."""
     directory = f"{shared.output_dir}-{request.param}"
     config = replace(shared, method=request.param, output_dir=directory)
     start(config)
@@ -121,7 +121,7 @@ def state_of(work):
 
 
 @pytest.mark.parametrize("name", ["sft", "dynamix", "msft"])
-def test_an_epoch_has_of_each_what_the_sampling_says(shared, tmp_path, name):
+def test_an_epoch_follows_the_shares_of_the_sampling(shared, tmp_path, name):
     data = replace(shared.data, sampling="equal")
     msft = replace(shared.msft, compute_budget=1.0, max_stages=2)
     config = replace(shared, method=name, output_dir=str(tmp_path / "run"), data=data, msft=msft)

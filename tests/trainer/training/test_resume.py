@@ -1,4 +1,4 @@
-"""A run that was killed anywhere and resumed ends as one that was not."""
+"""A run that was killed anywhere and resumed ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_finished_run_stays_as_it_is(config, reference, caplog):
     assert (directory / "journal.jsonl").read_bytes() == before
 
 
-def test_a_run_that_is_there_is_not_begun_again(config, reference):
+def test_an_existing_run_is_not_started_again(config, reference):
     with pytest.raises(RunError, match=r"there is a run in .* already: continue it with"):
         start(replace(config, output_dir=f"{config.output_dir}-reference"))
 

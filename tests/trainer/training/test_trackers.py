@@ -42,7 +42,7 @@ def config(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     config = _config(tmp_path_factory.mktemp("whole"))
     start(config)
     return config
@@ -57,7 +57,7 @@ def logged(config):
     """Return tag → [(step, value)] in the order in which it was written, over all processes."""
     values = defaultdict(list)
     folder = Path(config.output_dir) / "trackers" / config.log_project
-    # Their names have the second and the process, which do not order those of one second.
+    # The names contain the second and the process id, which do not order files of one second.
     files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
     for path in files:
         for event in EventFileLoader(str(path)).Load():
@@ -72,7 +72,7 @@ def counted(config):
     return effective(read(Path(config.output_dir) / "journal.jsonl"))
 
 
-def test_everything_of_the_journal_is_told_at_its_step(whole):
+def test_every_journal_record_is_logged_at_its_step(whole):
     values, records = logged(whole), counted(whole)
     trained = [record for record in records if record["event"] == "trained"]
     for key in ("loss", "lr", "epoch", "stage"):
@@ -96,7 +96,7 @@ def test_everything_of_the_journal_is_told_at_its_step(whole):
 
 
 @pytest.mark.parametrize(("call", "resume_every"), [(4, None), (11, 2), (17, None)])
-def test_no_step_is_told_twice_or_goes_back_after_a_kill(config, whole, call, resume_every):
+def test_logged_steps_increase_after_a_kill(config, whole, call, resume_every):
     config = replace(config, resume_every=resume_every)
     kill(lambda: start(config), TensorBoardTracker, "log", call=call)
     resume(config.output_dir)
@@ -106,7 +106,7 @@ def test_no_step_is_told_twice_or_goes_back_after_a_kill(config, whole, call, re
     assert found.keys() == expected.keys()
     for tag, points in found.items():
         assert all(a < b for (a, _), (b, _) in itertools.pairwise(points))
-        # How fast it is and what its store takes is each process's own.
+        # The speed and the disk usage differ between processes.
         if tag != SPEED and not tag.startswith("disk/"):
             assert points == expected[tag]
 
@@ -182,7 +182,7 @@ def test_a_tracker_that_cannot_be_had_is_refused(tmp_path, names, words):
     assert words in str(caught.value)
 
 
-def test_numbers_that_are_missing_are_not_told():
+def test_missing_numbers_are_not_logged():
     record = {"event": "trained", "loss": math.nan, "lr": 0.1, "grad_norm": None, "epoch": 0.5}
     record |= {"tokens": 10, "seconds": 0.0, "stage": 2}
     values = select_values(record, active=["a"], sub_datasets=["a", "b"])
