@@ -96,7 +96,7 @@ def evolve(
         summary = ", ".join(f"{m.name} {m.score:.3f} (lr {m.lr:.1e})" for m in members)
         report(f"round {number}: {summary}")
         if number + 1 < rounds:
-            # The winner trains on at once: without the pin, its next commit would evict this checkpoint.
+            # The winner trains on at once. Without the pin, its next commit would evict this one.
             exploit(store, worst, newest[best.name], partial(best.go_on, 1))
             explore(worst, chance)
             report(f"  {worst.name} goes on from {best.name} with lr {worst.lr:.1e}")

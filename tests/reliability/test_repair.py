@@ -34,8 +34,8 @@ def assert_repaired(kept: Kept, before: set[str], story: str) -> None:
     """Assert that a store is sound and has at least the checkpoints that could be loaded before."""
     store = Store.open(kept.root)
     for identity, path in kept.bases.items():
-        # The record of a base, with its path, may be lost. The model file still exists, and the check
-        # for other damage needs it.
+        # The record of a base, with its path, may be lost. The model file still exists, and the
+        # check for other damage needs it.
         if identity not in {base.id for base in store.bases()}:
             assert store.add_base(path).id == identity
             store.plan_repair().execute()

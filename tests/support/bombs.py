@@ -1,7 +1,6 @@
-"""Stores with one file that is far more than it looks, or not a file at all.
+"""Stores with one decompression bomb or one special file.
 
-Each function spoils a sound store, whose folder it is given; ``BOMBS`` and ``STRANGE`` have them
-all by name.
+Each function damages a sound store, given its folder; ``BOMBS`` and ``STRANGE`` map names to them.
 
 Example::
 
@@ -59,7 +58,7 @@ def many_pieces(table: dict[str, Any]) -> None:
 
 
 def nested_beyond(path: Path) -> None:
-    """Nest metadata as deep as no encoder of ours can."""
+    """Nest metadata deeper than the encoder of the store allows."""
     manifest = first(path, "manifests")
     text = manifest.read_text(encoding="ascii")
     manifest.write_text(text.replace("{}", "[" * 100_000, 1), encoding="ascii")
@@ -137,7 +136,7 @@ def with_base_file(file: str, offset: int = 0, size: int = 2**62) -> Spoil:
 
 
 def circle(path: Path) -> None:
-    """Let two chunks be changes of each other, and one of itself."""
+    """Make two chunks references of each other, and one a reference of itself."""
     store = Store.open(path)
     one, other = b"\1" * 64, b"\2" * 64
     keys = [chunk_key(data, BF16) for data in (one, other)]
@@ -187,7 +186,7 @@ def alike_keys(path: Path) -> None:
 
 
 def same_key(path: Path) -> None:
-    """Name one chunk many times: more bytes than the file has by far."""
+    """Name one chunk many times, for far more bytes than the file has."""
     whole = bytes(4 << 20)
     (key,) = forge_pack(Store.open(path), [(chunk(whole, BF16, codec=1), frame(4 << 20))])
     shape = [40 << 21]
@@ -201,7 +200,7 @@ def _whole(dtype: str, shape: list[int], piece: dict[str, Any]) -> dict[str, Any
 
 
 def grown(folder: str) -> Spoil:
-    """Make a file a terabyte long, of which nothing is on the disk."""
+    """Make a sparse file of a terabyte."""
 
     def spoil(path: Path) -> None:
         os.truncate(first(path, folder), HUGE)
@@ -338,7 +337,7 @@ def linked(name: str, to: str) -> Spoil:
 
 
 def pipe(name: str) -> Spoil:
-    """Put a pipe into a store, from which nothing ever comes."""
+    """Put a pipe without a writer into a store."""
 
     def spoil(path: Path) -> None:
         place = path / name.replace("FIRST", next(path.glob("manifests/*")).name)

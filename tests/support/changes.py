@@ -1,4 +1,4 @@
-"""Tiny models, and everything that may become of one between two checkpoints.
+"""Tiny models, and all changes of a model between two checkpoints.
 
 Example::
 
@@ -53,7 +53,7 @@ def in_float32(state: State) -> State:
 
 
 def changed(state: State, kind: str, share: float, seed: int) -> State:
-    """Return what training, and one change of another kind, makes of a model."""
+    """Return the model after training and one change of another kind."""
     state = dict(state) if kind == "equal" else train_step(state, share, seed)
     names = sorted(state)
     name, other = names[seed % len(names)], names[seed // 7 % len(names)]

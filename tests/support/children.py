@@ -23,7 +23,7 @@ LONG = 120.0
 
 
 def begin(action: Callable[[], int]) -> int:
-    """Do ``action`` in a process of its own, which exits with its result; return its id."""
+    """Run ``action`` in a new process, which exits with its result; return the process id."""
     child = os.fork()
     if child:
         return child

@@ -1,4 +1,4 @@
-"""A proxy before a real server that cuts the connection at a request of one's choice."""
+"""A proxy in front of a real server that cuts the connection at a chosen request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cut = Literal["request", "reply"]
 
 
 class CuttingProxy:
-    """Passes HTTP requests on; ``cut`` says of each, by its number, what of it is lost, if any.
+    """Forwards HTTP requests; ``cut`` returns for a request number the lost part, if any.
 
     A lost request never came to the server; what a lost reply answers to was done.
     """

@@ -1,4 +1,4 @@
-"""Decode damaged payloads of every codec, in a process that must not end for it.
+"""Decode damaged payloads of every codec in a process that must not crash.
 
 Example::
 

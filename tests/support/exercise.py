@@ -1,4 +1,4 @@
-"""Everything that can be done with a store; only a :class:`StoreError` may come of it.
+"""All operations of a store; each may raise a :class:`StoreError` and nothing else.
 
 Run as a program, it does so with each store that it is given, in little memory: where more than
 ``ROOM`` is taken, that is an error, too.
@@ -30,7 +30,7 @@ ROOM = 1 << 30
 
 
 def use(path: Path, work: Path) -> None:
-    """Read all that a store says; what is exported goes to a folder that is removed first."""
+    """Call every read of a store; the export goes to a folder that is removed first."""
     shutil.rmtree(work, ignore_errors=True)
     with contextlib.suppress(StoreError):
         store = Store.open(path)
@@ -50,7 +50,7 @@ def use(path: Path, work: Path) -> None:
 
 
 def change(path: Path) -> None:
-    """Save on top of a store, take up its timeline and free what can be freed."""
+    """Save into a store, continue its timeline and run gc."""
     state = {"w": torch.arange(9)}
     with contextlib.suppress(StoreError):
         store = Store.open(path)

@@ -246,7 +246,7 @@ class Histories(RuleBasedStateMachine):
         return self.model.points[parent].base if parent in self.model.points else parent
 
     def _meanwhile(self, state: State, begin: Callable[[State], T]) -> T:
-        """Begin to save tensors that change at once."""
+        """Start a save of tensors that change at once."""
         once = {id(tensor): tensor.clone() for tensor in state.values()}
         passed = {name: once[id(tensor)] for name, tensor in state.items()}
         future = begin(passed)

@@ -1,4 +1,4 @@
-"""Files that mean harm and have every digest right: sealed again after a field was changed.
+"""Hostile files with correct digests: sealed again after the change of a field.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""Payloads that mean harm: changed inside their frames, with counts that fit, or nearly.
+"""Hostile payloads: changed inside their frames, with counts that fit or nearly fit.
 
 Run as a program, it decodes as many as it is told: with ``NUMBA_BOUNDSCHECK=1`` in the environment,
 an index out of bounds in a compiled loop is an error.
@@ -71,7 +71,7 @@ def _pair(dtype: DType, count: int, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def spoiled(codec: Codec, payload: bytes, rng: np.random.Generator) -> bytes:
-    """Return a payload that was changed where it counts."""
+    """Return a payload with a hostile change."""
     if rng.random() < 0.1 or codec in (RAW, SAME):
         return _bytes(payload, rng)
     if codec in (EXPONENT_CLASSES, ADAPTIVE):

@@ -1,4 +1,4 @@
-"""Counts of injected faults: how many, and how many were survived or lost something.
+"""Counts of injected faults, and of those that broke a promise.
 
 Example::
 

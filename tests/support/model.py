@@ -1,8 +1,8 @@
-"""A store as plain dictionaries: what there should be, and what a crash may leave of a change.
+"""A store as plain dictionaries: its expected content, and the states that a crash may leave.
 
-Invariant: nothing here is computed by the store's code. A change is made on a copy of the model;
-``between`` tells whether what is found after a crash lies between the model before and the one
-after: each checkpoint and each ref as in one or the other, and none of both is lost.
+Invariant: no code of the store computes the model. A change is made on a copy of the model;
+``between`` checks that the store after a crash lies between the model before the change and the
+one after it: each checkpoint and each ref is as in one of them, and none that both have is lost.
 
 Example::
 
@@ -89,7 +89,7 @@ class Line:
 
 @dataclass(kw_only=True)
 class Model:
-    """All that there should be."""
+    """The expected content of a store."""
 
     points: dict[str, Point] = field(default_factory=dict)
     refs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Model:
         return {ref: target for ref, target in self.refs.items() if ref.startswith(prefix)}
 
     def strays(self, name: str) -> set[str]:
-        """Return what the next timeline of a name removes: what an earlier one left behind."""
+        """Return the leftovers of an earlier timeline that the next one of its name deletes."""
         refs = self.refs_of(name)
         if not refs or f"timelines/{name}/closed" in refs:
             return set()
@@ -170,7 +170,7 @@ class Model:
         }
 
     def take_up(self, name: str, start: str | None, parts: Parts) -> None:
-        """Make a timeline, of an earlier one where there was one; ``start``: a checkpoint."""
+        """Open a timeline, or continue an earlier one of its name; ``start``: a checkpoint."""
         strays = self.strays(name)
         if f"timelines/{name}/closed" in self.refs:
             self.close(name)
@@ -221,7 +221,7 @@ class Model:
         return keep
 
     def rewind(self, name: str, index: int) -> None:
-        """Evict what a branch has from a number on."""
+        """Evict the checkpoints of a branch from a number on."""
         line = self.lines[name]
         later = {i for i in self._current(line) if self.index(line, i) >= index}
         self._give_up(line, later - {line.root})
@@ -303,7 +303,7 @@ class Model:
         return named
 
     def assert_equals(self, store: Store) -> None:
-        """Assert that a store lists what is here, and nothing else."""
+        """Assert that a store lists exactly the checkpoints and refs of the model."""
         found = {ckpt.id: ckpt for ckpt in store.log()}
         assert found.keys() == self.points.keys()
         assert all(point.agrees(found[identity]) for identity, point in self.points.items())
@@ -311,7 +311,7 @@ class Model:
 
 
 def refs_in(store: Store) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the refs of a store with their notes, but for the reasons, which are for people."""
+    """Return the refs of a store with their notes, without the reasons, which are for people."""
     refs, notes = store.refs(), store.notes()
     return {
         name: (refs[name], {key: notes[name][key] for key in notes[name] if key != "reasons"})
@@ -328,7 +328,7 @@ def between(
     passing: str = "",
     protects_first: bool = False,
 ) -> Model:
-    """Return the model of what a crash has left of a change; assert that it may be so.
+    """Return the model of a store after a crash during a change; assert that the state is allowed.
 
     ``born`` is a checkpoint that may be there even if it is not to stay; ``passing`` is the name of
     a ref that comes and goes on the way. ``protects_first``: nothing is given up before what is new

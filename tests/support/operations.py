@@ -1,4 +1,4 @@
-"""Every operation of a store, to be done, broken off and repeated on one with everything in it.
+"""Every operation of a store, to run, interrupt and repeat on a store with all features.
 
 Each can be repeated, by the same object or another one, and asserts what it is to have done.
 
@@ -33,11 +33,11 @@ def tiny_state(seed: int = 0) -> State:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A store on disk with everything in it, and what it must never lose."""
+    """A store on disk with all features, and the checkpoints that it must never lose."""
 
     root: Path
     states: Mapping[str, State]
-    """By id, what was committed and is not given up by any operation under test."""
+    """The states of the checkpoints that no operation under test deletes, by id."""
     droppable: Mapping[str, State]
     ids: Mapping[str, str]
 
@@ -51,11 +51,11 @@ def prepare(folder: Path) -> Prepared:
     first = train_step(start, 0.3, 1)
     # Keeping one tensor of `gone` alive makes its pack partly dead.
     gone = train_step(start, 0.3, 2)
-    heir = {"a.weight": gone["a.weight"], "b.weight": first["b.weight"]}
+    kept_state = {"a.weight": gone["a.weight"], "b.weight": first["b.weight"]}
     below = train_step(first, 0.05, 3)
     anchor = store.save(first, parent=base, step=1)
     lost = store.save(gone, parent=base, step=2)
-    kept = store.save(heir, parent=base, step=3)
+    kept = store.save(kept_state, parent=base, step=3)
     child = store.save(below, parent=anchor, step=4)
     held = store.save(train_step(start, 0.3, 4), parent=base, step=5)
     on_held = store.save(train_step(store.load(held), 0.05, 5), parent=held, step=6)
@@ -76,7 +76,12 @@ def prepare(folder: Path) -> Prepared:
     (folder / "store/tmp/0-left").write_bytes(b"of a save that was killed")
     return Prepared(
         root=folder,
-        states={anchor.id: first, kept.id: heir, root.id: commits[1][1], on_held.id: on_held_state},
+        states={
+            anchor.id: first,
+            kept.id: kept_state,
+            root.id: commits[1][1],
+            on_held.id: on_held_state,
+        },
         droppable={child.id: below, newest.id: branch},
         ids={"anchor": anchor.id, "child": child.id, "root": root.id, "newest": newest.id},
     )
@@ -182,7 +187,7 @@ def export(store: Store, prepared: Prepared) -> None:
 
 
 def refs_of(store: Store) -> set[str]:
-    """Return what the timeline's refs point to."""
+    """Return the targets of the timeline's refs."""
     return {ident for name, ident in store.refs().items() if name.startswith("timelines/run/")}
 
 

@@ -22,7 +22,7 @@ ELSEWHERE = Process(
 
 
 def here(**changes: str | int) -> Process:
-    """Return this process, but for what is named."""
+    """Return this process with some fields replaced."""
     return replace(Process.this(), **changes)
 
 
@@ -43,6 +43,6 @@ def plant(
 
 
 def silence(lock: Path) -> None:
-    """Set a lock's last sign of life back to before it expires."""
+    """Set the last renewal of a lock back so that it has expired."""
     before = os.stat(lock).st_mtime - EXPIRY_SECONDS - 1
     os.utime(lock, (before, before))

@@ -1,4 +1,4 @@
-"""A disk of a few kilobytes: a backend that is full beyond a quota, and one that is watched.
+"""A disk of a few kilobytes: a backend with a quota, and one that records its usage.
 
 Example::
 
@@ -28,7 +28,7 @@ def bytes_of(path: Path) -> int:
 
 
 class QuotaBackend(LocalBackend):
-    """A folder on a disk with room for ``quota`` bytes; a write beyond it is written in part.
+    """A folder on a disk with ``quota`` bytes; a write beyond it is written in part.
 
     ``largest`` is what all files ever took at once.
     """
@@ -38,7 +38,7 @@ class QuotaBackend(LocalBackend):
         self.quota = quota
         self.largest = bytes_on_disk(root)
         self.lacked = 0
-        """The bytes that the first write which did not fit would have needed besides."""
+        """The bytes that the first refused write lacked."""
         self._open: dict[Path, _QuotaWriter] = {}
 
     @contextlib.contextmanager
@@ -53,7 +53,7 @@ class QuotaBackend(LocalBackend):
                 del self._open[path]
 
     def used(self) -> int:
-        """Return the bytes of all files, and what open ones hold back instead of what they have."""
+        """Return the bytes of all files; an open file counts with the bytes written to it."""
         on_disk = sum(bytes_of(path) for path in self.root.rglob("*") if path not in self._open)
         return on_disk + sum(
             writer.position for writer in list(self._open.values()) if writer.unfinalized

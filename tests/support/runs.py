@@ -58,7 +58,7 @@ def kill(
     call: int,
     like: Mapping[str, Any] | None = None,
 ) -> None:
-    """Do ``action`` in a process that dies at once after call number ``call`` of a method.
+    """Run ``action`` in a process that is killed after call number ``call`` of a method.
 
     With ``commit_async`` it dies while the commit is under way.
     Only calls whose result has the items of ``like`` count.
@@ -76,7 +76,7 @@ def kill(
 def die_after(
     owner: object, name: str, *, call: int, like: Mapping[str, Any] | None = None
 ) -> None:
-    """Let this process die at once after call number ``call`` of a method, see :func:`kill`."""
+    """Kill this process after call number ``call`` of a method, see :func:`kill`."""
     _act_after(lambda: os._exit(9), owner, name, call=call, like=like or {})
 
 

@@ -1,4 +1,4 @@
-"""Random histories of a store: all that a program does with it but for timelines.
+"""Random histories of a store: all operations except those of timelines.
 
 Example::
 

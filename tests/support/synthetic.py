@@ -1,4 +1,4 @@
-"""A journal as a run would have written it, from a recorded curve and round numbers.
+"""The journal that a run would write, from a recorded curve and round numbers.
 
 Ten steps between evaluations; each step trains 100 real tokens (attended: 1,000) and 5 of padding;
 each computed evaluation reads 50 tokens (attended: 500) and generates 20. A checkpoint costs 1,000

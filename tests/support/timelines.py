@@ -1,4 +1,4 @@
-"""Random histories with timelines: taken up, committed to, rolled back, rewound, closed, abandoned.
+"""Random histories with timelines: resume, commit, roll back, rewind, close, abandon.
 
 Example::
 
@@ -31,7 +31,7 @@ def has_lines(machine: TimelineHistories) -> bool:
 
 
 class TimelineHistories(Histories):
-    """Timelines beside everything else; after a kill each is taken up by its name, or never."""
+    """Timelines and all other operations; after a kill each timeline is resumed or abandoned."""
 
     def _line(self, number: int) -> tuple[str, Opened, Timeline]:
         name = sorted(self.lines)[number % len(self.lines)]

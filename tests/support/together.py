@@ -20,7 +20,7 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def together(action, errors, environment=None):
-    """Do ``action`` in two processes of one run; return their exit codes by rank."""
+    """Run ``action`` in two processes of one run; return their exit codes by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
