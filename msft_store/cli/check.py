@@ -43,10 +43,7 @@ def check(store: Store, options: argparse.Namespace) -> tuple[Report, str]:
     waiting = [identity for identity in report.damaged if identity not in damaged]
     lines = [str(finding) for finding in others]
     for identity, found in of_bases.items():
-        # Without reading the data, all checkpoints of a base count as if they needed it.
-        dependent = {f.checkpoint for f in found if f.checkpoint} or {
-            i for i in waiting if base_of.get(i) == identity and not options.read_data
-        }
+        dependent = {f.checkpoint for f in found if f.checkpoint}
         lines.append(_format_base_findings(bases[identity], found, len(dependent), options))
     lines.append(f"{_format_verdict(report, waiting)} ({scope})")
     if others:

@@ -86,7 +86,10 @@ class Record:
     depth: int
     """0 without a reference, 1 against the base or depth 0, 2 against a chunk of depth 1."""
     base: str | None
-    """Id of the base that decoding needs, directly or through other chunks."""
+    """Id of the base that decoding needs, directly or through other chunks.
+
+    At depth 0: the base that has this chunk too, and that this copy serves in place of.
+    """
     ref_key: bytes = bytes(KEY_BYTES)
     """Digest of the reference's bytes as the codec uses them; zeros without a reference."""
     generation: int = 0

@@ -21,7 +21,7 @@ from msft_store.errors import CorruptedError, StoreError, strip_frames
 from msft_store.format.dtypes import DType, dtype_by_code
 from msft_store.format.key_table import Keys, key_at, view_keys
 from msft_store.format.layout import BaseSpan
-from msft_store.objects.bases import base_path
+from msft_store.objects.bases import base_path, files_touched
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
     Checkpoint,
@@ -93,7 +93,8 @@ def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
 
     Without ``read_data``, only the structure is checked: every chunk must have a representation,
     every ref a target, every base its files. With it, every chunk and every base is also decoded
-    and compared with its keys.
+    and compared with its keys. Files of a base that changed since they were recorded are always
+    read, and so are the chunks of the checkpoints whose base turns out to have a fault.
     """
     catalog.refresh()
     findings = list(_check_files(catalog))
@@ -101,16 +102,16 @@ def examine(catalog: Catalog, *, read_data: bool = True) -> Report:
     findings += _check_refs(catalog)
     bases = list(_check_bases(catalog, read_data=read_data))
     findings += bases
-    # If no data is read, a fault anywhere in a base counts against all of its checkpoints.
-    unreadable = set() if read_data else {finding.base for finding in bases}
+    # A checkpoint may do without the part of its base that has a fault.
+    faulty = {finding.base for finding in bases}
     known: Known = {}
     sound: list[str] = []
     damaged = list(catalog.damaged)
     for checkpoint in catalog.checkpoints():
-        found = list(_check_checkpoint(catalog, checkpoint, known, read_data=read_data))
+        deep = read_data or checkpoint.base in faulty
+        found = list(_check_checkpoint(catalog, checkpoint, known, read_data=deep))
         findings += found
-        is_sound = not found and (checkpoint.base is None or checkpoint.base not in unreadable)
-        (sound if is_sound else damaged).append(checkpoint.id)
+        (damaged if found else sound).append(checkpoint.id)
     return Report(findings=tuple(findings), sound=tuple(sound), damaged=tuple(damaged))
 
 
@@ -165,10 +166,11 @@ def _check_bases(catalog: Catalog, *, read_data: bool) -> Iterator[Finding]:
     for base in catalog.objects.bases().values():
         reader = catalog.objects.base(base.id)
         reported: set[str] = set()
+        touched = files_touched(base)
         for name, tensor in base.tensors.items():
             elements = tensor.nbytes // tensor.dtype.size
             try:
-                if read_data:
+                if read_data or touched[tensor.file]:
                     reader.verify_span(BaseSpan(tensor=name, start=0), elements)
                 elif elements:
                     # Reading the last element shows that the file exists and is long enough.

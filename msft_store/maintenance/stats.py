@@ -57,11 +57,9 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
 
 
 def _describe_storage(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
-    if catalog.objects.find_in_base(key, base) is not None:
-        return IN_BASE, 0
     stored = catalog.objects.find(key, base)
     if stored is None:
-        return MISSING, 0
+        return (MISSING if catalog.objects.find_in_base(key, base) is None else IN_BASE), 0
     record = stored.record
     codec = codecs.codec_by_code(record.codec)
     if not codec.needs_reference:

@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -22,12 +23,31 @@ import torch
 from numpy.typing import NDArray
 
 from msft_store.codec.kernels import Bytes
-from msft_store.errors import BaseError, CorruptedError, MismatchError, StorageError
+from msft_store.errors import (
+    BaseError,
+    CorruptedError,
+    MismatchError,
+    StorageError,
+    StoreError,
+    is_damage,
+)
 from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Keys, KeyTable, view_keys
 from msft_store.format.layout import CHUNK_BYTES, BaseSpan, chunk_key
-from msft_store.objects.bases import Base, BaseTensor, base_path, read_base
-from msft_store.storage.backend import Backend, read_file_into
+from msft_store.objects.bases import (
+    Base,
+    BaseTensor,
+    Stamp,
+    base_path,
+    file_stamp,
+    read_base,
+    seen_chunks,
+)
+from msft_store.storage.backend import Backend, read_file_into, read_small_file
+
+_LOG = logging.getLogger(__name__)
+_WARNED: set[str] = set()
+"""Ids of the bases that this process has already warned of."""
 
 
 class BaseReader:
@@ -42,6 +62,7 @@ class BaseReader:
             for number, key in enumerate(tensor.keys)
         }
         self._record = backend.describe(base_path(base.id))
+        self._unmoved = b""
 
     @cached_property
     def _table(self) -> KeyTable:
@@ -51,6 +72,46 @@ class BaseReader:
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Return a mask of the keys whose chunks are in the base."""
         return self._table.contains(keys)
+
+    def holds(self, key: bytes, scratch: Bytes) -> bool:
+        """Return True if a file of the base has a recorded chunk now.
+
+        A chunk is read once in a process, and again when the file has changed since.
+        """
+        span = self.chunks[key]
+        tensor, size = self._tensor(span.tensor), self.chunk_bytes(span)
+        path = self.base.files[tensor.file][0]
+        place = (tensor.offset + span.start * tensor.dtype.size, key)
+        stamp = file_stamp(path)
+        known = None if stamp is None else seen_chunks(path, stamp).get(place)
+        if known is None:
+            known = self._compare(span, key, scratch[:size])
+            if stamp is not None:
+                seen_chunks(path, stamp)[place] = known
+        return known
+
+    def _compare(self, span: BaseSpan, key: bytes, out: Bytes) -> bool:
+        try:
+            self.read_span_into(span, out, self._tensor(span.tensor).dtype)
+            self.verify(span.tensor, out, key)
+        except StoreError as error:
+            self.warn_of(error)
+            return False
+        return True
+
+    def warn_of(self, error: StoreError) -> None:
+        """Warn, once in a process, that the base changed; raise any other error."""
+        if not (isinstance(error, BaseError) or is_damage(error)):
+            raise error
+        if self.base.id not in _WARNED:
+            _WARNED.add(self.base.id)
+            _LOG.warning("%s. Until then, saves store whole all that needs it", error)
+
+    def stamp(self) -> tuple[Stamp, ...] | None:
+        """Return the stamps of all files; ``None`` if one of them has none."""
+        stamps = tuple(file_stamp(path) for path, _ in self.base.files)
+        known = tuple(stamp for stamp in stamps if stamp is not None)
+        return known if len(known) == len(stamps) else None
 
     def chunk_bytes(self, span: BaseSpan) -> int:
         """Return the size in bytes of the chunk that begins at a span's first element."""
@@ -147,10 +208,13 @@ class BaseReader:
             if os.path.isfile(path):
                 raise
             # Another process may have recorded a new path since this record was read.
-            self.base = read_base(self._backend, base.id)
-            if self.base.files != base.files:
-                self._fill(name, start, out)
-                return
+            record = read_small_file(self._backend, base_path(base.id))
+            if record != self._unmoved:
+                self.base = read_base(self._backend, base.id)
+                if self.base.files != base.files:
+                    self._fill(name, start, out)
+                    return
+                self._unmoved = record
             raise BaseError(
                 f"base {self.base.id[:12]} is no longer at {path}; "
                 f"if it moved: msft-store relocate {self.base.id[:12]} NEW_PATH",

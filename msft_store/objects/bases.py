@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,6 +54,45 @@ from msft_store.storage.backend import (
 
 BASES = "bases"
 _SUFFIX = ".json"
+_CLOCK_TICK = 10**8
+"""Nanoseconds within which two changes of a file may get the same time."""
+
+Stamp = tuple[int, ...]
+"""Device, inode, size, time of modification and time of change of a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SeenFile:
+    stamp: Stamp
+    chunks: dict[tuple[int, bytes], bool]
+    """Whether the file has a chunk, by offset and key."""
+
+
+_SEEN: dict[str, _SeenFile] = {}
+"""The chunks of bases' files that this process has compared with their keys, by path."""
+
+
+def file_stamp(path: str | Path) -> Stamp | None:
+    """Return the values of which one changes whenever a file does.
+
+    The result is ``None`` for a missing file, and for one that changed so recently that the next
+    change may get the same time.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    if abs(time.time_ns() - found.st_ctime_ns) < _CLOCK_TICK:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def seen_chunks(path: str, stamp: Stamp) -> dict[tuple[int, bytes], bool]:
+    """Return which chunks a file has, as far as this process read them under this stamp."""
+    seen = _SEEN.get(path)
+    if seen is None or seen.stamp != stamp:
+        seen = _SEEN[path] = _SeenFile(stamp=stamp, chunks={})
+    return seen.chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +128,15 @@ class Base:
         path: File or directory that was added.
         files: Paths of its safetensors files and their sizes in bytes.
         tensors: Tensors by name.
+        changed: Times of the files' last change (``st_ctime_ns``) before they were read; empty if
+            an older release wrote the record.
     """
 
     id: str
     path: str
     files: tuple[tuple[str, int], ...]
     tensors: Mapping[str, BaseTensor] = field(repr=False)
+    changed: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def logical_bytes(self) -> int:
@@ -137,6 +180,9 @@ def _scan(path: Path) -> Base:
         for number, (_, header) in enumerate(headers)
         for name, place in header.items()
     }
+    # The times are read before the content, so that a later change always shows.
+    stamps = [file_stamp(file) for file in files]
+    changed = tuple(file.stat().st_ctime_ns for file in files)
     with ThreadPoolExecutor() as pool:
         tensors = {
             name: BaseTensor(
@@ -153,11 +199,18 @@ def _scan(path: Path) -> Base:
             )
             for name, (number, place) in sorted(places.items())
         }
+    for tensor in tensors.values():
+        stamp = stamps[tensor.file]
+        if stamp is not None:
+            seen = seen_chunks(str(files[tensor.file]), stamp)
+            for at, key in enumerate(tensor.keys):
+                seen[tensor.offset + at * CHUNK_BYTES, key] = True
     return Base(
         id=base_id(tensors),
         path=str(path),
         files=tuple((str(file), file.stat().st_size) for file in files),
         tensors=tensors,
+        changed=changed,
     )
 
 
@@ -167,6 +220,24 @@ def has_missing_files(base: Base) -> bool:
         return any(os.stat(path).st_size < size for path, size in base.files)
     except OSError:
         return True
+
+
+def files_touched(base: Base) -> list[bool]:
+    """Return for each file of a base whether it may have changed since it was recorded."""
+    if not base.changed:
+        return [True] * len(base.files)
+    return [
+        not _is_unchanged(path, size, changed)
+        for (path, size), changed in zip(base.files, base.changed, strict=True)
+    ]
+
+
+def _is_unchanged(path: str, size: int, changed: int) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_size, found.st_ctime_ns) == (size, changed)
 
 
 def base_path(identity: str) -> str:
@@ -209,6 +280,7 @@ def encode_base(base: Base) -> bytes:
             "id": base.id,
             "path": base.path,
             "files": [list(file) for file in base.files],
+            **({"changed": list(base.changed)} if base.changed else {}),
             "content": _content(base.tensors),
             "places": {name: [t.file, t.offset] for name, t in base.tensors.items()},
         }
@@ -225,11 +297,20 @@ def read_base(backend: Backend, identity: str) -> Base:
             raise CorruptedError(f"{what} does not hold the base that its name says")
         files = tuple((_path(name), check_natural(size)) for name, size in record["files"])
         places = check_object(record["places"])
+        changed = tuple(check_natural(time) for time in record.get("changed", ()))
+        if changed and len(changed) != len(files):
+            raise ValueError("it has another number of times than of files")
         tensors = {
             check_tensor_name(name): _tensor(check_object(entry), places[name], files)
             for name, entry in check_object(record["content"]).items()
         }
-        return Base(id=identity, path=_path(record["path"]), files=files, tensors=tensors)
+        return Base(
+            id=identity,
+            path=_path(record["path"]),
+            files=files,
+            tensors=tensors,
+            changed=changed,
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptedError(f"{what} cannot be read: {error!r}") from None
 

@@ -327,9 +327,9 @@ class Catalog:
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the current encoded bytes of the chunks that a checkpoint names."""
-        keys, base, index = unique_keys(self.keys(checkpoint)), checkpoint.base, self.objects.index
-        rows = index.find_all(keys[~self.objects.mask_in_base(keys, base)], base)
-        return int(index.lengths[rows[rows >= 0]].sum())
+        keys, index = unique_keys(self.keys(checkpoint)), self.objects.index
+        rows, _ = self.objects.find_needed(index, keys, checkpoint.base)
+        return int(index.lengths[rows].sum())
 
     def refs(self) -> dict[str, Ref]:
         """Return all refs by name."""

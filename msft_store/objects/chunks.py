@@ -35,7 +35,7 @@ from msft_store.format.key_table import Keys
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
 from msft_store.format.pack_footer import Footer
 from msft_store.objects.base_reader import BaseReader
-from msft_store.objects.bases import Base, base_path, list_bases, read_base
+from msft_store.objects.bases import Base, Stamp, base_path, list_bases, read_base
 from msft_store.objects.packs import PackIndex, StoredChunk, list_packs, read_pack
 from msft_store.storage.backend import Backend
 
@@ -64,7 +64,7 @@ class ChunkStore:
         self._refreshes, self._packs_read, self._bases_read = 1, 0, 0
         self._reading = threading.RLock()
         self._scratch = _Scratch()
-        self._sound: set[tuple[str, int]] = set()
+        self._sound: dict[tuple[str, int], tuple[Stamp, ...]] = {}
 
     @property
     def index(self) -> PackIndex:
@@ -154,15 +154,42 @@ class ChunkStore:
         """Return the position of an equal chunk in a base, or ``None``."""
         return None if base is None else self.base(base).chunks.get(key)
 
+    def is_in_base(self, key: bytes, base: str | None) -> bool:
+        """Return True if a base's file has an equal chunk now; the first call reads it.
+
+        A save must ask this before it relies on the base. This thread's scratch is overwritten.
+        """
+        if base is None or self.find_in_base(key, base) is None:
+            return False
+        return self.base(base).holds(key, self._scratch.buffer)
+
     def mask_in_base(self, keys: Keys, base: str | None) -> NDArray[np.bool_]:
         """Return a mask of the keys whose chunks are in a base."""
         return np.zeros(len(keys), bool) if base is None else self.base(base).contains(keys)
 
     def find(self, key: bytes, base: str | None) -> StoredChunk | None:
-        """Return the representation that :meth:`PackIndex.find_all` prefers, or ``None``."""
+        """Return the representation that :meth:`PackIndex.find_all` prefers, or ``None``.
+
+        For a chunk of the base, it is a copy, which serves if the base changed.
+        """
         index = self.index
         row = index.find(key, base)
+        if row >= 0 and self.find_in_base(key, base) is not None:
+            row = row if index.mask_copies(np.array([row]), base)[0] else -1
         return None if row < 0 else index.stored(row)
+
+    def find_needed(
+        self, index: PackIndex, keys: Keys, base: str | None
+    ) -> tuple[NDArray[np.int64], Keys]:
+        """Return the rows that keys need, and the keys that are in no pack and in no base.
+
+        A copy of a base's chunk is needed too, as nobody knows how long the base stays as it is.
+        """
+        rows, in_base = index.find_all(keys, base), self.mask_in_base(keys, base)
+        found = rows >= 0
+        copies = rows[found & in_base]
+        needed = [rows[found & ~in_base], copies[index.mask_copies(copies, base)]]
+        return np.concatenate(needed), keys[~found & ~in_base]
 
     def has_all_references(self, record: Record) -> bool:
         """Return True if all chunks that a record refers to, directly or not, exist.
@@ -193,9 +220,13 @@ class ChunkStore:
         """Fill ``out`` with the verified bytes of a chunk; undefined after an error."""
         span = self.find_in_base(key, base)
         if span is not None and base is not None:
-            self.base(base).read_span_into(span, out, dtype)
-            self.base(base).verify(span.tensor, out, key)
-            return
+            try:
+                self.base(base).read_span_into(span, out, dtype)
+                self.base(base).verify(span.tensor, out, key)
+                return
+            except StoreError:
+                if self.find(key, base) is None:
+                    raise
         stored = self.find(key, base)
         if stored is not None:
             with contextlib.suppress(StoreError):
@@ -218,11 +249,14 @@ class ChunkStore:
         self._decode(stored, np.empty(record.size, np.uint8), dtype_by_code(record.dtype))
 
     def verify_once(self, stored: StoredChunk) -> None:
-        """Verify a representation unless an earlier call already has."""
-        place = (stored.pack, stored.record.offset)
-        if place not in self._sound:
+        """Verify a representation unless an earlier call has and its base is as it was then."""
+        record = stored.record
+        place, base = (stored.pack, record.offset), record.base if record.depth else None
+        stamp = () if base is None else self.base(base).stamp()
+        if stamp is None or self._sound.get(place) != stamp:
             self.verify(stored)
-            self._sound.add(place)
+            if stamp is not None:
+                self._sound[place] = stamp
 
     def scratch(self, size: int) -> Bytes:
         """Return this thread's buffer for a reference; each call returns the same memory."""

@@ -158,9 +158,19 @@ class PackIndex:
         """Return the preferred row for each key, or -1 for keys without a row.
 
         Candidates are the rows that need ``base`` or no base. They are ordered by smallest depth,
-        no reference to another chunk, latest generation, smallest size, and name of the pack.
+        a copy of the base's chunk, no reference to another chunk, latest generation, smallest size,
+        and name of the pack.
         """
         return self._table_of(base).find(keys)
+
+    def mask_copies(self, rows: Numbers, base: str | None) -> NDArray[np.bool_]:
+        """Return a mask of the rows that are copies of chunks of a base.
+
+        They name the base although they have no reference, and serve if the base changed.
+        """
+        number = -1 if base is None else self._numbers.get(base, -1)
+        copies: NDArray[np.bool_] = (self.depths[rows] == 0) & (self.bases[rows] == number)
+        return copies & (number >= 0)
 
     def stored(self, row: int) -> StoredChunk:
         """Return the record of a row."""
@@ -194,7 +204,8 @@ class PackIndex:
             return self._tables[number]
         rows = np.flatnonzero((self.bases == -1) | (self.bases == number))
         depths, ages, lengths = self.depths[rows], self._ages[rows], self.lengths[rows]
-        preference = (depths, self.refers_to_chunk[rows], ages, lengths)
+        other = ~self.mask_copies(rows, base)
+        preference = (depths, other, self.refers_to_chunk[rows], ages, lengths)
         table = self._tables[number] = KeyTable(self.keys[rows], rows, preference)
         return table
 

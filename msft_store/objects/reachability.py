@@ -45,10 +45,9 @@ def find_reachable(
     while pending:
         fresh = np.zeros(len(index), bool)
         for base, needed in pending:
-            packed = needed[~objects.mask_in_base(needed, base)]
-            rows = index.find_all(packed, base)
-            missing.append(packed[rows < 0])
-            fresh[rows[rows >= 0]] = True
+            rows, lost = objects.find_needed(index, needed, base)
+            missing.append(lost)
+            fresh[rows] = True
         # Follow each row only once, because its references depend on the row alone.
         fresh &= ~live
         live |= fresh

@@ -117,10 +117,12 @@ class ReferencePlanner:
         return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
-        located = self._objects.find_in_base(key, self._base)
-        if located is not None:
+        located, stored = (
+            self._objects.find_in_base(key, self._base),
+            self._objects.find(key, self._base),
+        )
+        if located is not None and (stored is None or self._objects.is_in_base(key, self._base)):
             return Reference(base=self._base, depth=1, span=located)
-        stored = self._objects.find(key, self._base)
         if stored is None:
             return None
         record = stored.record

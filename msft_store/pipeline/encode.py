@@ -22,7 +22,13 @@ import torch
 
 from msft_store.codec import codecs
 from msft_store.codec.kernels import Bytes
-from msft_store.errors import CorruptedError, InvalidInputError, StoreError, is_damage
+from msft_store.errors import (
+    BaseError,
+    CorruptedError,
+    InvalidInputError,
+    StoreError,
+    is_damage,
+)
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import (
     CHUNK_BYTES,
@@ -101,9 +107,14 @@ class Encoder:
         """Return a chunk in its smallest representation, or the one that the store has."""
         data, dtype = work.read(), work.dtype
         key, size = chunk_key(data.data, dtype), data.size
-        if self._objects.find_in_base(key, self._base) is not None:
-            return Encoded(key=key, size=size, stored_bytes=0)
         stored, reference = self._objects.find(key, self._base), work.reference
+        in_base = self._objects.find_in_base(key, self._base) is not None
+        if in_base:
+            if self._objects.is_in_base(key, self._base):
+                length = 0 if stored is None else stored.record.length
+                return Encoded(key=key, size=size, stored_bytes=length)
+            # Only a copy that needs nothing can serve in place of the base's chunk.
+            reference = None
         if stored is not None and not self._is_intact(stored):
             # Only a record that refers to no chunk is certain to be preferred to the damaged one.
             reference = None
@@ -115,8 +126,7 @@ class Encoder:
             try:
                 ref_key = self._read(reference, old, dtype)
             except StoreError as error:
-                if not is_damage(error):
-                    raise
+                self._allow(error)
                 # A difference against a damaged reference could never be restored.
                 old = reference = None
         change = work.change if work.change and work.change.reference == ref_key else None
@@ -143,7 +153,7 @@ class Encoder:
             codec=codec.code,
             dtype=dtype.code,
             depth=0 if reference is None else reference.depth,
-            base=None if reference is None else reference.base,
+            base=self._base if in_base else None if reference is None else reference.base,
             ref_key=ref_key,
             reference=_explicit_span(reference),
             generation=0 if stored is None else min(stored.record.generation + 1, MAX_GENERATION),
@@ -159,10 +169,16 @@ class Encoder:
         try:
             self._objects.verify_once(stored)
         except StoreError as error:
-            if not is_damage(error):
-                raise
+            self._allow(error)
             return False
         return True
+
+    def _allow(self, error: StoreError) -> None:
+        """Raise an error unless bytes are lost that the encoder can do without."""
+        if self._base is not None and isinstance(error, BaseError):
+            self._objects.base(self._base).warn_of(error)
+        elif not is_damage(error):
+            raise error
 
     def _read(self, reference: Reference, out: Bytes, dtype: DType) -> bytes:
         """Read a reference and return its key; verify bytes that come from the base."""

@@ -49,6 +49,7 @@ from msft_store.pipeline.encode import (
     reencode,
     table_bytes,
 )
+from msft_store.pipeline.parallel import for_each
 from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box, Part, Parts, join_parts
 from msft_store.tensors.bytes import memory_key
@@ -164,18 +165,21 @@ class CheckpointWriter:
         # Another process may have written a pack and crashed before its fsync.
         self._backend.sync(PACKS)
         objects.refresh()
-        for name, entry in table.items():
-            for key, _ in entry.chunks():
-                stored = objects.find(key, base)
-                if objects.find_in_base(key, base) is None and (
-                    stored is None or not objects.has_all_references(stored.record)
-                ):
-                    raise InvalidInputError(
-                        f"a chunk of {name!r} that a process encoded is not in this store: another "
-                        "process collected garbage in between, or it was encoded into another "
-                        "store. Hold gc off with Store.awaiting_parts from before Store.encode "
-                        "until the save, give all processes the same store, and encode again"
-                    )
+
+        def require(chunk: tuple[str, bytes]) -> None:
+            name, key = chunk
+            stored = objects.find(key, base)
+            packed = stored is not None and objects.has_all_references(stored.record)
+            if not packed and not objects.is_in_base(key, base):
+                raise InvalidInputError(
+                    f"a chunk of {name!r} that a process encoded is not in this store: another "
+                    "process collected garbage in between, it was encoded into another store, or "
+                    "the base changed since. Hold gc off with Store.awaiting_parts from before "
+                    "Store.encode until the save, give all processes the same store, and encode "
+                    "again"
+                )
+
+        for_each(require, ((n, key) for n, entry in table.items() for key, _ in entry.chunks()))
         return table, Totals(
             stored_bytes=sum(part.stored_bytes for part in parts),
             unreferenced_bytes=sum(part.unreferenced_bytes for part in parts),

@@ -109,6 +109,11 @@ def push_base(remote: Remote, base: Base, counter: TransferCounter) -> int:
     return sent + len(data)
 
 
+def has_base(remote: Remote, identity: str) -> bool:
+    """Return True if a remote has the files of a base."""
+    return _list_path(identity) in remote.sizes(f"{FOLDER}/{identity}")
+
+
 def _find_missing(remote: Remote, identity: str, files: Iterable[_File]) -> list[_File]:
     sizes = remote.sizes(f"{FOLDER}/{identity}")
     return [file for file in files if sizes.get(_file_path(identity, file)) != file.size]

@@ -162,8 +162,14 @@ def _select_complete(
 def is_missing_chunks(
     source: ChunkStore, target: ChunkStore, keys: Mapping[str | None, Keys]
 ) -> bool:
-    """Return True if a target is missing records to restore chunks."""
-    return bool(len(find_reachable(source, target.index, keys).missing))
+    """Return True if a target is missing records, or copies of a base's chunks, that keys need."""
+    if len(find_reachable(source, target.index, keys).missing):
+        return True
+    return any(
+        len(source.find_needed(target.index, some, base)[0])
+        < len(source.find_needed(source.index, some, base)[0])
+        for base, some in keys.items()
+    )
 
 
 def find_complete_records(objects: ChunkStore, index: PackIndex) -> Rows:

@@ -23,7 +23,7 @@ from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_path
 from msft_store.remote.backend import RemoteBackend, is_sound, map_parallel, read_manifest
-from msft_store.remote.bases import push_base
+from msft_store.remote.bases import has_base, push_base
 from msft_store.remote.missing_packs import (
     PackTransfer,
     is_missing_chunks,
@@ -73,6 +73,7 @@ def push_store(
             for base in catalog.objects.bases().values():
                 counter.base_bytes += push_base(remote, base, counter)
         push.send_checkpoints()
+        counter.bases_left = push.find_bases_left()
     for ref in refs:
         push.send_ref(ref)
 
@@ -138,6 +139,13 @@ class _Push:
         remote.sync(PACKS)
         map_parallel(self._send_manifest, new, remote.workers)
         remote.sync(MANIFESTS)
+
+    def find_bases_left(self) -> tuple[str, ...]:
+        """Return the paths of the bases that sent checkpoints need and the remote does not have."""
+        sent = [self.catalog.get(identity) for identity in self.counter.checkpoints]
+        known = self.catalog.objects.bases()
+        needed = {c.base for c in sent if c is not None and c.base is not None}
+        return tuple(known[i].path for i in sorted(needed) if not has_base(self.remote, i))
 
     def _send_pack(self, pack: PackTransfer) -> None:
         parts = self.counter.count_parts(lambda: pack.read_parts(self.catalog.backend))

@@ -37,6 +37,8 @@ class Transfer:
         unverified: The number of chunks that could not be compared with their keys, because a base
             is missing on this machine.
         timelines_left: The number of timelines whose refs were not transferred.
+        bases_left: Paths of the bases that pushed checkpoints need and whose files are not in the
+            target. They must stay as they are.
     """
 
     checkpoints: tuple[str, ...]
@@ -47,6 +49,7 @@ class Transfer:
     base_bytes: int
     unverified: int
     timelines_left: int = 0
+    bases_left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         timelines = format_count(self.timelines_left, "timeline")
@@ -69,6 +72,10 @@ class Transfer:
                 f"{chunks} not verified, because a base is missing here: relocate it, then run "
                 "msft-store check --read-data"
             )
+        parts += [
+            f"the base {path} was not sent: keep it as it is, or push --with-base"
+            for path in self.bases_left
+        ]
         if self.timelines_left:
             parts.append(left)
         return "\n".join(parts)
@@ -86,6 +93,7 @@ class TransferCounter:
     base_bytes: int = 0
     unverified: int = 0
     timelines_left: int = 0
+    bases_left: tuple[str, ...] = ()
     progress: Progress | None = None
     _step: str = ""
     _done: int = 0
@@ -148,4 +156,5 @@ class TransferCounter:
             base_bytes=self.base_bytes,
             unverified=self.unverified,
             timelines_left=self.timelines_left,
+            bases_left=self.bases_left,
         )
