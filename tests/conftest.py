@@ -2,10 +2,9 @@
 
 Tests run beside each other, one on each core; more threads would only wait for each other.
 
-After a fork PyTorch replaces the thread pool that the child has inherited when it is next asked
-for. Two threads that ask at once, as those that load a model do, may find it gone ("Invalid thread
-pool!"), so each child asks once while it has a single thread. Programs that do not fork are not
-concerned.
+A forked child must create a new thread pool at its first use. Two threads that do this at once, as
+those that load a model do, can fail with "Invalid thread pool!", so each child does it once while
+it has one thread.
 """
 
 from __future__ import annotations

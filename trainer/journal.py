@@ -167,7 +167,7 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise RunError(f"no journal at {path}: is this the directory of a run?") from None
+        raise RunError(f"no journal at {path}: give the output_dir of a run") from None
     records, _ = _parse(path, content)
     return records
 

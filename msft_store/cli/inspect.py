@@ -24,7 +24,7 @@ from msft_store.store import Store
 
 
 def inspect(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Show a store's lineage, and draw it if a file is named; or show one checkpoint or base."""
+    """Show a checkpoint, a base or the lineage of the store; draw the lineage with --plot."""
     if options.checkpoint is None:
         return _inspect_store(store, options.plot)
     if options.plot is not None:
@@ -60,9 +60,7 @@ def _inspect_store(store: Store, plot: str | None) -> tuple[dict[str, Any], str]
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
     text += f"\nlevel {store.level}{format_missing_bases(bases)}"
     if held:
-        text += (
-            f"\nplus {format_bytes(held)} of forgotten checkpoints that others are differences from"
-        )
+        text += f"\nplus {format_bytes(held)} of forgotten checkpoints that others still need"
     if plot is not None:
         path = draw_lineage(checkpoints, bases, refs, plot)
         document["plot"] = str(path)

@@ -1,8 +1,8 @@
 """Select the tensors of a checkpoint that an export writes, and their names in the files.
 
-The metadata of a checkpoint describes its model under ``export``: the names of the model's tensors
-do not begin with ``without``, and begin with ``within``, which is cut off. A prefix that remains in
-comparison with the names of the base is cut off too.
+The metadata of a checkpoint describes its model under ``export``: ``without`` is a prefix of
+tensors that are left out, and ``within`` is the prefix of the model's tensors, which is removed. A
+prefix that remains in comparison with the names of the base is removed, too.
 
 Example::
 

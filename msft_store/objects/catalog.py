@@ -135,8 +135,9 @@ def _hint(backend: Backend) -> str:
         if list_manifests(backend) or list_packs(backend):
             return f"its {CONFIG} is missing, but it holds checkpoints: {_REPAIR_ALONE}"
     inside = backend.exists(f"store/{CONFIG}")
-    hint = "there is one in store/" if inside else "create one with: msft-store init"
-    return f"{hint}, or give --store PATH"
+    if inside:
+        return f"there is one in {backend.describe('store')}: give that path"
+    return "check the path, or create a store there with: msft-store init"
 
 
 class Catalog:

@@ -4,9 +4,9 @@ A request creates a lock file first and lists the others afterwards, so at least
 conflicting requests sees the other. The younger request then removes its file and waits; the older
 one keeps its file and waits. This avoids deadlocks, and every request gets its turn.
 
-Invariants: another owner's lock is removed only if that owner is known to be dead, or cannot be
-checked and was silent for :data:`EXPIRY_SECONDS`, by the time of its file or, because clocks can be
-wrong, as seen by requests of this object. An owner whose file was removed
+Invariants: a lock is removed if its owner is dead. If the owner cannot be checked, it is removed
+after :data:`EXPIRY_SECONDS` without an update, by the time of its file or, because clocks can be
+wrong, by the time that requests of this object have waited. An owner whose file was removed
 (:meth:`Locks.confirm`) changes nothing any more. A thread may take a lock again that it holds. A
 forked child does not inherit locks.
 

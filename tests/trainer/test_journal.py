@@ -103,7 +103,7 @@ def test_a_missing_line_is_named(path: Path) -> None:
 
 
 def test_a_missing_journal_is_reported(path: Path) -> None:
-    with pytest.raises(RunError, match=r"no journal at .*is this the directory of a run"):
+    with pytest.raises(RunError, match=r"no journal at .*give the output_dir of a run"):
         read(path)
 
 

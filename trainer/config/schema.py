@@ -175,7 +175,7 @@ class TrainConfig:
     ``batch_size`` are the MSFT paper's; those of ``betas`` and ``eps`` are torch's.
 
     Attributes:
-        compute_dtype: Dtype in which float32 weights are computed with, by autocast. This is faster
+        compute_dtype: Dtype of the computation with float32 weights, by autocast. This is faster
             if the device supports it, and small updates of the weights are not lost. ``None``: the
             dtype of the weights.
         optimizer: Adam or AdamW, with moments in the dtype of the weights.
@@ -243,10 +243,10 @@ class MsftConfig:
     Attributes:
         compute_budget: C, epochs of the active mixture in one roll-out; with ``continual``, epochs
             of each sub-dataset.
-        peak_window: W, evaluations after which an unbeaten earliest champion ends the roll-out;
-            ``None``: no such rule, as in the paper.
+        peak_window: W, evaluations without a better value after which the earliest champion ends
+            the roll-out; ``None``: no such rule, as in the paper.
         max_stages: Stages at most; ``None``: twice the number of sub-datasets.
-        drop_count: Sub-datasets that one stage excludes at most, of those whose peaks have passed.
+        drop_count: Most sub-datasets that one stage excludes, of those whose peaks have passed.
             The paper excludes one.
         exclusion: ``hard``: an excluded sub-dataset is no longer trained on (the paper). ``soft``:
             each epoch has the share ``floor`` of its examples, against forgetting.
@@ -330,7 +330,7 @@ class Config:
             Evaluations, roll-backs and the result have the rounded weights. ``None``: checkpoints
             are exact.
         max_disk: Limit of the store of the rollback points, temporary files included: bytes as in
-            ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run that needs more pauses.
+            ``500MB`` or ``2GB``, or full checkpoints as in ``1.5x``. A run pauses if it needs more.
             ``None``: no limit.
         log_every: Optimizer steps between ``trained`` records in the journal.
         log_with: Trackers that get the numbers of the journal, as in ``[tensorboard, wandb]``; all

@@ -114,7 +114,7 @@ class Plan:
         ]
         if limit is not None:
             lines.append(
-                f"It takes {bytes_text(limit)} at most (max_disk); a run that needs more pauses."
+                f"It takes {bytes_text(limit)} at most (max_disk); the run pauses if it needs more."
             )
         lines += [
             f"besides: the result, {bytes_text(self.checkpoint_bytes)}"

@@ -38,7 +38,7 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
     if config.data.max_length > positions:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but the model has {positions} "
-            "positions: lower data.max_length"
+            f"positions: set data.max_length={positions} or less"
         )
     prompt = max(len(example.prompt) for split in splits for example in split.examples)
     needed = prompt + config.evaluation.max_new_tokens

@@ -307,7 +307,7 @@ class StoreCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save in the place of the Trainer."""
+        """Take over the save of the Trainer: mark a commit as due."""
         if self._state is not None:
             self._undo_step(state, control)
         self._take_over_save(control)
@@ -315,7 +315,7 @@ class StoreCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save in the place of the Trainer."""
+        """Take over the save of the Trainer: mark a commit as due."""
         self._take_over_save(control)
 
     def on_save(

@@ -35,7 +35,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class RunTimelines:
-    """The timelines of one run. Every process has it; only the main one opens it."""
+    """The timelines of one run. All processes create this; only the main one opens it."""
 
     def __init__(self, store: Store, name: str, *, resumable: bool, background: bool) -> None:
         if name.endswith(_RESUME):
@@ -55,7 +55,7 @@ class RunTimelines:
         """Open or begin the timelines; return True if they hold checkpoints already.
 
         If ``restart`` is true, a run that was killed between its first commit and its first resume
-        point begins again. It cannot be resumed, and nothing of value is lost.
+        point begins again, because it cannot be resumed.
         """
         self.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)

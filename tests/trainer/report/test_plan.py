@@ -108,7 +108,7 @@ def test_disk_is_bounded_by_full_copies(
 def test_max_disk_is_stated_in_bytes() -> None:
     made = plan(replace(config(), max_disk="1.5x"), COUNTS, SIZE, 2_000_000)
     assert made.max_disk == 3_000_000
-    assert "takes 3.0 MB at most (max_disk); a run that needs more pauses" in made.to_text()
+    assert "takes 3.0 MB at most (max_disk); the run pauses if it needs more" in made.to_text()
 
 
 def test_the_text_states_the_values_that_are_unknown_before_the_run() -> None:
