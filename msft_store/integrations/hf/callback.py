@@ -31,6 +31,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -50,10 +51,12 @@ from msft_store.integrations.hf.peft import (
     select_weights,
 )
 from msft_store.integrations.hf.resume_directory import write_resume_directory
-from msft_store.integrations.hf.run_timelines import RunTimelines
+from msft_store.integrations.hf.run_timelines import RunTimelines, SaveLimit
 from msft_store.integrations.hf.trainer_checks import (
     check_trainer,
     extract_metrics,
+    find_ignored_options,
+    find_trainer,
     find_unknown_metrics,
 )
 from msft_store.integrations.training_state import (
@@ -84,8 +87,9 @@ too.
 class StoreCallback(TrainerCallback):
     """A Trainer's callback that commits to a store, keeps the best checkpoints and resumes.
 
-    If other callbacks of the Trainer have a state, or training uses a gradient scaler, use
-    :meth:`attach` instead of ``callbacks=[…]``.
+    Every further ``train()`` of the same Trainer that does not resume begins a run of its own:
+    ``NAME-2``, ``NAME-3`` and so on. Each trial of ``hyperparameter_search`` is a run, too:
+    ``NAME-run-0`` and so on.
 
     Args:
         store: A store or its directory, which is made if it does not exist.
@@ -102,7 +106,7 @@ class StoreCallback(TrainerCallback):
     Attributes:
         store: The store.
         base: The base, or ``None``.
-        name: The run's name.
+        name: The name of the current run.
 
     Raises:
         BaseError: If the base is not a model on this machine.
@@ -127,7 +131,18 @@ class StoreCallback(TrainerCallback):
         self._best = dict(best or {})
         self._retention = retention
         self._resumable = resumable
-        self._timelines = RunTimelines(self.store, name, resumable=resumable, background=background)
+        self._background = background
+        self._timelines = RunTimelines(self.store, name, background=background)
+        self._first_name = name
+        self._earlier: list[RunTimelines] = []
+        """The timelines of earlier runs; every further training begins a run of its own."""
+        self._attempt: tuple[int, Any] | None = None
+        """The batch size and the trial of a training that has begun and not ended."""
+        self._begun_from: Checkpoint | None = None
+        """The resume point from which that training began."""
+        self._has_trained = False
+        self._keeps_state = resumable
+        """True if this training keeps a resume point."""
         self._trainer: Any = None
         self._model: Any = None
         self._parts: dict[str, Any] = {}
@@ -135,6 +150,10 @@ class StoreCallback(TrainerCallback):
         """The metric of ``metric_for_best_model`` and its direction."""
         self._metrics: dict[str, float] = {}
         self._is_due = False
+        self._is_save_due = False
+        """True if the other callbacks are to be told of a save."""
+        self._is_over = False
+        """True if the last commit is made and the best checkpoint restored."""
         self._has_metrics = False
         """True after the first commit with metrics; unknown metric names are reported then."""
         self._commits = 0
@@ -151,7 +170,7 @@ class StoreCallback(TrainerCallback):
         """True if :meth:`resume` was called."""
 
     def attach(self, trainer: Any) -> StoreCallback:
-        """Add this callback to a Trainer, and also keep the state of its other callbacks.
+        """Add this callback to a Trainer; ``callbacks=[…]`` of the Trainer does the same.
 
         Args:
             trainer: A ``transformers.Trainer``.
@@ -192,9 +211,8 @@ class StoreCallback(TrainerCallback):
         self._point = point = self._timelines.find_resume_point()
         if point is None:
             return None
-        prefix = prefix_of(point, STATE)
-        training = names_of(self.store, point, prefix)
-        self._state = state = from_tensors(self.store.load(point, training), prefix)
+        self._state = state = self._load_state(point)
+        training = names_of(self.store, point, prefix_of(point, STATE))
         names = self.store.tensors(point).keys() - set(training)
         weights = self.store.load(point, sorted(names))
         self._folder = write_resume_directory(
@@ -248,61 +266,91 @@ class StoreCallback(TrainerCallback):
         restore_weights(model, self.store, checkpoint)
 
     def close(self) -> None:
-        """Stop protecting the run's checkpoints, so that a gc with a policy may delete them."""
-        self._timelines.close()
+        """Stop protecting the checkpoints of this callback's runs, so that a gc with a policy may
+        delete them.
+        """
+        for timelines in (*self._earlier, self._timelines):
+            timelines.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the timelines, and restore the resume point if there is one."""
-        self._drop_folder()
+        self._trainer = find_trainer(self) or self._trainer
         point, self._point = self._point, None
+        attempt = (getattr(self._trainer, "_train_batch_size", 0), state.trial_params)
+        is_retry = point is None and _is_retry(args, self._attempt, attempt)
+        if is_retry and self._begun_from is not None:
+            point = self._begun_from
+            self._state = self._load_state(point)
+        # The Trainer reads the directory again if it begins again with a smaller batch.
+        if not args.auto_find_batch_size:
+            self._drop_folder()
         # These values may be left over from a failed training with this callback.
-        self._metrics, self._is_due, self._epoch_began = {}, False, None
+        self._metrics, self._epoch_began = {}, None
+        self._is_due = self._is_save_due = self._is_over = False
         attached = self._trainer is not None
-        model, resumable = kwargs["model"], self._resumable
-        check_trainer(args, state, model, attached=attached, resumable=resumable)
-        self._model = kwargs["model"]
+        self._keeps_state = self._resumable and not args.save_only_model
+        model = kwargs["model"]
+        check_trainer(args, state, model, attached=attached, resumable=self._keeps_state)
+        if not self._has_trained:
+            for line in find_ignored_options(args):
+                warnings.warn(line, stacklevel=1)
+        self._model = model
         self._parts = {"optimizer": kwargs.get("optimizer"), "schedule": kwargs.get("lr_scheduler")}
         if self._trainer is not None and getattr(self._trainer.accelerator, "scaler", None):
             self._parts["scaler"] = self._trainer.accelerator.scaler
         self._wanted = {}
-        if args.load_best_model_at_end and args.metric_for_best_model:
+        if args.metric_for_best_model:
             wanted = args.metric_for_best_model
             metric = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
             self._wanted = {metric: "max" if args.greater_is_better else "min"}
-        is_used = run_in_main_process(self._open_timelines)
+        if point is None and not is_retry:
+            self._begin_run(run_in_main_process(lambda: self._choose_name(state)))
+        is_used = run_in_main_process(lambda: self._open_timelines(args))
         at = self._state["trainer"]["global_step"] if self._state is not None else None
         if point is not None and state.global_step == at:
             self._restore_state(point, state)
+        elif is_retry:
+            self._state, self._commits = None, 0
+            run_in_main_process(lambda: self.timeline.rewind(0))
         elif self._commits or is_used:
             self._model, self._state = None, None
+            advice = (
+                "resume it with train(resume_from_checkpoint=callback.resume(output_dir)), or "
+                if self._keeps_state and not state.is_hyper_param_search
+                else ""
+            )
             raise InvalidInputError(
-                f"{self.store.path} has a run {self.name!r} already: resume it with "
-                "train(resume_from_checkpoint=callback.resume(output_dir)), or give another name"
+                f"{self.store.path} has a run {self.name!r} already: {advice}give another name"
             )
         else:
             self._state = None
+        self._begun_from = point if args.auto_find_batch_size else None
+        run_in_main_process(lambda: self._timelines.hold(self._begun_from))
+        self._attempt, self._has_trained = attempt, True
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    ) -> TrainerControl:
         """Commit what is due, and restore the random generators of a resumed epoch."""
-        self._flush(state)
+        control = self._flush(args, state, control, kwargs)
         # A resume inside an epoch first draws the epoch's order, then continues with the step.
         middle = state.epoch is not None and not float(state.epoch).is_integer()
         self._set_generators(args, "epochs" if middle else "generators")
         self._epoch_began = generators()
+        return control
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    ) -> TrainerControl:
         """Commit what is due, and restore the random generators of a resumed step."""
-        self._flush(state)
+        control = self._flush(args, state, control, kwargs)
         if self._state is not None and not self._is_complete(state):
             if not float(state.epoch or 0).is_integer():
                 self._set_generators(args, "generators")
             self._state = None
+        return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -327,7 +375,7 @@ class StoreCallback(TrainerCallback):
             warnings.warn(
                 f"a callback after StoreCallback made the Trainer write checkpoint-"
                 f"{state.global_step}: put it before StoreCallback in callbacks=[…]",
-                stacklevel=2,
+                stacklevel=1,
             )
 
     def on_evaluate(
@@ -346,33 +394,104 @@ class StoreCallback(TrainerCallback):
         self._is_due = True
         self._take_over_save(control)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """End the training before any callback's ``on_train_end``: they see the best weights.
+
+        The log of the whole training is the last event before those.
+        """
+        if self._model is not None and {"train_runtime", "total_flos"} <= (logs or {}).keys():
+            self._end(args, state, control, kwargs)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Commit what is due; with ``load_best_model_at_end``, restore the best checkpoint."""
-        self._flush(state)
-        run_in_main_process(self._timelines.wait)
-        if self._wanted:
-            best = run_in_main_process(self._find_wanted_best)
-            if best is not None:
-                self.restore(self._model, best)
-            else:
-                warnings.warn(
-                    f"no evaluation gave a finite {next(iter(self._wanted))!r}: the weights of "
-                    "the last step are kept",
-                    stacklevel=2,
-                )
-        self._model, self._state = None, None
+        """End the training if its log did not yet."""
+        if self._model is not None and not self._is_over:
+            self._end(args, state, control, kwargs)
+        run_in_main_process(lambda: self._timelines.hold(None))
+        self._drop_folder()
+        self._model, self._state, self._attempt, self._begun_from = None, None, None, None
 
-    def _open_timelines(self) -> bool:
+    def _end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Commit what is due; with ``load_best_model_at_end``, restore the best checkpoint."""
+        run_in_main_process(lambda: self._timelines.set_policy(self._policy(args, final=True)))
+        self._flush(args, state, control, kwargs)
+        run_in_main_process(self._timelines.wait)
+        self._is_over = True
+        if not args.load_best_model_at_end or not self._wanted:
+            return
+        best = run_in_main_process(self._find_wanted_best)
+        if best is not None:
+            self.restore(self._model, best)
+        else:
+            warnings.warn(
+                f"no evaluation gave a finite {next(iter(self._wanted))!r}: the weights of "
+                "the last step are kept",
+                stacklevel=1,
+            )
+
+    def _choose_name(self, state: TrainerState) -> str:
+        """Return the name of the run of a training that does not resume."""
+        if state.is_hyper_param_search and self._trainer is not None:
+            # The Trainer names the directory of a trial run-0, or as hp_name says.
+            folder = Path(self._trainer._get_output_dir(self._trainer._trial)).name
+            return f"{self._first_name}-{re.sub(r'[^A-Za-z0-9._-]', '-', folder)}"
+        name, number = self._first_name, 1
+        while self._has_trained and self._timelines_of(name).is_used():
+            number += 1
+            name = f"{self._first_name}-{number}"
+        return name
+
+    def _begin_run(self, name: str) -> None:
+        if name != self.name:
+            self._timelines.leave()
+            self._earlier.append(self._timelines)
+            self.name, self._commits = name, 0
+            self._timelines = self._timelines_of(name)
+
+    def _timelines_of(self, name: str) -> RunTimelines:
+        return RunTimelines(self.store, name, background=self._background)
+
+    def _load_state(self, point: Checkpoint) -> dict[str, Any]:
+        prefix = prefix_of(point, STATE)
+        training = names_of(self.store, point, prefix)
+        state: dict[str, Any] = from_tensors(self.store.load(point, training), prefix)
+        return state
+
+    def _open_timelines(self, args: TrainingArguments) -> bool:
         """Open the timelines with the run's policy; return True if they hold checkpoints."""
-        directions = [*self._best.items(), *self._wanted.items()]
+        return self._timelines.open(
+            self.base,
+            self._policy(args),
+            resumable=self._keeps_state,
+            restart=self._resume_called,
+        )
+
+    def _policy(self, args: TrainingArguments, *, final: bool = False) -> Policy:
+        """Return the run's policy; ``final`` for the last commit."""
+        best = [KeepBest(metric, 1, mode=mode) for metric, mode in self._best.items()]
+        wanted = next(iter(self._wanted.items()), None)
         policy: Policy = KeepLast(1)
-        for metric, mode in directions:
-            policy = policy | KeepBest(metric, 1, mode=mode)
-        if self._retention is not None:
-            policy = policy | self._retention
-        return self._timelines.open(self.base, policy, restart=self._resume_called)
+        if args.save_total_limit is not None and args.save_total_limit > 0:
+            policy = SaveLimit(args.save_total_limit, wanted, final)
+        elif wanted is not None:
+            best.append(KeepBest(wanted[0], 1, mode=wanted[1]))
+        for part in (*best, *([] if self._retention is None else [self._retention])):
+            policy = policy | part
+        return policy
 
     def _find_wanted_best(self) -> str | None:
         try:
@@ -382,22 +501,37 @@ class StoreCallback(TrainerCallback):
 
     def _take_over_save(self, control: TrainerControl) -> None:
         if control.should_save:
-            control.should_save, self._is_due = False, True
+            control.should_save, self._is_due, self._is_save_due = False, True, True
 
-    def _flush(self, state: TrainerState) -> None:
-        """Commit if an evaluation or a save happened since the last commit."""
+    def _flush(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: dict[str, Any],
+    ) -> TrainerControl:
+        """Commit if an evaluation or a save happened since the last commit.
+
+        After a save, tell the other callbacks of it, as the Trainer would.
+        """
         if not self._is_due:
-            return
+            return control
         if self._trainer is not None:
             self._trainer.store_flos()
-        rng_states = gather_objects((generators(), self._epoch_began)) if self._resumable else []
+        rng_states = gather_objects((generators(), self._epoch_began)) if self._keeps_state else []
         metrics, self._metrics, self._is_due = self._metrics, {}, False
         if metrics and not self._has_metrics:
             self._has_metrics = True
             for line in find_unknown_metrics([*self._best, *self._wanted], metrics):
-                warnings.warn(line, stacklevel=2)
+                warnings.warn(line, stacklevel=1)
         self._commits += 1
         run_in_main_process(lambda: self._commit(state, metrics, rng_states))
+        is_save, self._is_save_due = self._is_save_due, False
+        if is_save and self._trainer is not None:
+            for callback in self._trainer.callback_handler.callbacks:
+                if callback is not self:
+                    control = callback.on_save(args, state, control, **kwargs) or control
+        return control
 
     def _commit(
         self, state: TrainerState, metrics: dict[str, float], rng_states: list[Any]
@@ -406,7 +540,7 @@ class StoreCallback(TrainerCallback):
         export = {EXPORT: {"adapter": adapter}} if adapter else {}
         weights, training = plain_names(select_weights(self._model)), {}
         prefix = free_prefix(STATE, weights)
-        if self._resumable:
+        if self._keeps_state:
             snapshot = {
                 "parts": {name: p.state_dict() for name, p in self._parts.items() if p is not None},
                 "generators": [now for now, _ in rng_states],
@@ -428,10 +562,12 @@ class StoreCallback(TrainerCallback):
     def _trainer_state(self, state: TrainerState) -> dict[str, Any]:
         if self._trainer is not None:
             handler = self._trainer.callback_handler
-            known: Any = state.stateful_callbacks
+            states: dict[str, list[Any]] = {}
             for callback in [*handler.callbacks, self._trainer.control]:
                 if isinstance(callback, ExportableState):
-                    known[type(callback).__name__] = callback.state()
+                    states.setdefault(type(callback).__name__, []).append(callback.state())
+            known: Any = state.stateful_callbacks
+            known.update({name: s[0] if len(s) == 1 else s for name, s in states.items()})
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(state)))
         return found
 
@@ -470,6 +606,15 @@ class StoreCallback(TrainerCallback):
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _is_retry(
+    args: TrainingArguments, before: tuple[int, Any] | None, now: tuple[int, Any]
+) -> bool:
+    """Return True if ``auto_find_batch_size`` begins a training again with a smaller batch."""
+    if not args.auto_find_batch_size or before is None:
+        return False
+    return now[0] < before[0] and now[1] == before[1]
 
 
 def _store_at(path: PathLike) -> Store:

@@ -7,8 +7,8 @@ pair is committed at a time.
 
 Example::
 
-    timelines = RunTimelines(store, "main", resumable=True, background=False)
-    timelines.open(base, KeepLast(1))           # in the main process; the others only read
+    timelines = RunTimelines(store, "main", background=False)
+    timelines.open(base, KeepLast(1), resumable=True)   # in the main process; the others only read
     timelines.commit(weights, training, step=10, metrics={"loss": 0.4}, metadata={},
                      resume_metadata={})
     timelines.find_resume_point()
@@ -16,7 +16,8 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from msft_store.errors import InvalidInputError
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
-from msft_store.retention import KeepLast, Policy
+from msft_store.retention import Candidate, KeepBest, KeepLast, Mode, Policy, Reason
 from msft_store.saver import Background
 from msft_store.store import Store
 from msft_store.timeline.persistence import KEY
@@ -34,10 +35,43 @@ _RESUME = "-resume"
 Tensors = Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class SaveLimit(Policy):
+    """Keep ``n`` checkpoints as the Trainer counts them: the best is one of the ``n``.
+
+    Args:
+        n: Number of checkpoints, at least 1.
+        best: Metric and direction of the best checkpoint, if there are any.
+        final: False to keep the newest checkpoint besides the best if ``n`` is 1, as the Trainer
+            does until training ends.
+    """
+
+    n: int
+    best: tuple[str, Mode] | None = None
+    final: bool = False
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        return (self.best[0],) if self.best else ()
+
+    def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
+        best: list[tuple[Candidate, Reason]] = []
+        if self.best is not None:
+            metric, mode = self.best
+            best = list(KeepBest(metric, 1, mode=mode).keep(candidates))
+        yield from best
+        others = [c for c in candidates if all(c.id != kept.id for kept, _ in best)]
+        count = self.n - len(best)
+        if not (count or self.final) and others and others[-1].id == candidates[-1].id:
+            count = 1
+        if count and others:
+            yield from KeepLast(count).keep(others)
+
+
 class RunTimelines:
     """The timelines of one run. All processes create this; only the main one opens it."""
 
-    def __init__(self, store: Store, name: str, *, resumable: bool, background: bool) -> None:
+    def __init__(self, store: Store, name: str, *, background: bool) -> None:
         if name.endswith(_RESUME):
             raise InvalidInputError(
                 f"the name {name!r} is reserved for the resume points of a run; "
@@ -45,21 +79,25 @@ class RunTimelines:
             )
         self._store = store
         self._name = name
-        self._resumable = resumable
         self._background = Background()
         self._commits_in_background = background
         self._weights: Timeline | None = None
         self._resume: Timeline | None = None
 
-    def open(self, base: Base | None, policy: Policy, *, restart: bool = False) -> bool:
+    def open(
+        self, base: Base | None, policy: Policy, *, resumable: bool, restart: bool = False
+    ) -> bool:
         """Open or begin the timelines; return True if they hold checkpoints already.
+
+        If ``resumable`` is false, there is no resume point.
 
         If ``restart`` is true, a run that was killed between its first commit and its first resume
         point begins again, because it cannot be resumed.
         """
         self.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)
-        if self._resumable:
+        self._resume = None
+        if resumable:
             name = f"{self._name}{_RESUME}"
             self._resume = Timeline(self._store, base, retention=KeepLast(1), name=name)
             numbers = [c.metadata[KEY]["index"] for c in self._weights.checkpoints()]
@@ -76,6 +114,25 @@ class RunTimelines:
             )
         self.wait()
         return self._weights
+
+    def set_policy(self, policy: Policy) -> None:
+        """Let another policy decide from the next commit on."""
+        self.timeline.retention = policy
+
+    def is_used(self) -> bool:
+        """Return True if the run has checkpoints. This works before the timelines are open."""
+        return bool(self._protected(self._name))
+
+    def hold(self, point: Checkpoint | None) -> None:
+        """Keep a resume point, whatever is committed, until this is called with ``None``."""
+        ref, refs = f"retries/{self._name}", self._store.refs()
+        if point is not None:
+            self._store.pin(point, ref)
+        elif ref in refs:
+            self._store.unpin(ref)
+        held = refs.get(ref)
+        if held is not None and held not in self._store.refs().values():
+            self._store.evict([held])
 
     def commit(
         self,
@@ -116,6 +173,11 @@ class RunTimelines:
         """Return the newest resume point, or ``None``."""
         self.join()
         return next(reversed(self._protected(f"{self._name}{_RESUME}")), None)
+
+    def leave(self) -> None:
+        """Wait for commits in the background and free their memory. The checkpoints stay."""
+        self._background.join()
+        self._background.release()
 
     def join(self) -> None:
         """Wait for commits in the background and ignore their errors."""

@@ -8,7 +8,7 @@ Example::
 
 from __future__ import annotations
 
-import re
+import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from msft_store.errors import InvalidInputError
 from msft_store.retention import suggest_metric
@@ -69,8 +70,38 @@ def check_trainer(
     others = ", ".join(sorted(set(known) - {"TrainerControl"}))
     if others and resumable and not attached:
         warnings.warn(
-            f"{others} would lose its state in a resume: use callback.attach(trainer)", stacklevel=3
+            f"{others} would lose its state in a resume: use callback.attach(trainer)", stacklevel=1
         )
+
+
+def find_trainer(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that is calling this callback now; ``None`` if another loop calls it.
+
+    The Trainer gives its callbacks no reference to itself, so this looks for it among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def find_ignored_options(args: TrainingArguments) -> list[str]:
+    """Return a warning for each option that has no effect with a store."""
+    found = []
+    strategy = HubStrategy(args.hub_strategy)
+    if args.push_to_hub and strategy != HubStrategy.END:
+        found.append(
+            f"push_to_hub with hub_strategy={strategy.value!r} pushes nothing while training, "
+            "because there are no checkpoint directories: call trainer.push_to_hub() after it"
+        )
+    if args.save_on_each_node:
+        found.append("save_on_each_node has no effect: only the main process writes to the store")
+    if not getattr(args, "save_safetensors", True):
+        found.append("save_safetensors=False has no effect: the store pickles nothing")
+    return found
 
 
 def extract_metrics(
@@ -82,7 +113,7 @@ def extract_metrics(
     name in all of them, ``eval_entropy``, is added as ``eval_NAME_entropy``.
     """
     # A metric may be called eval_NAME_..._runtime; the Trainer's own time has the shortest name.
-    times = [name for name in evaluation if re.fullmatch(r"eval_(.+_)?runtime", name)]
+    times = [name for name in evaluation if name.endswith("_runtime")]
     prefix = min(times, key=len).removesuffix("runtime") if times else "eval_"
     counters = {f"{start}{counter}" for start in (prefix, "eval_") for counter in _COUNTERS}
     found = {
@@ -90,6 +121,8 @@ def extract_metrics(
         for name, value in evaluation.items()
         if isinstance(value, Real) and (name in wanted or name not in {*counters, "epoch"})
     }
+    if not prefix.startswith("eval_"):
+        return found
     alike = {name: value for name, value in found.items() if not name.startswith(prefix)}
     return found | {prefix + name.removeprefix("eval_"): alike[name] for name in alike}
 

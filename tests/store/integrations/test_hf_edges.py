@@ -306,8 +306,10 @@ def test_callbacks_whose_state_would_be_lost_are_named(tmp_path: Path, base: Pat
     }
     callback = StoreCallback(tmp_path / "store", base=base)
     others: list[TrainerCallback] = [EarlyStoppingCallback(3)]
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback, *others], **options)
     with pytest.warns(UserWarning, match="EarlyStoppingCallback would lose its state"):
-        make_trainer(tmp_path / "run", make_model(), [callback, *others], **options).train()
+        # Another loop than the Trainer's calls the callbacks.
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
     attached = StoreCallback(tmp_path / "attached", base=base)
     trainer = make_trainer(tmp_path / "run", make_model(), [attached, *others], **options)
