@@ -78,9 +78,17 @@ from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import YIELDING
 from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
-from msft_store.tensors.bytes import check_tensors, memory_key, torch_dtype
-from msft_store.tensors.matching import check_match, select_tensors
+from msft_store.tensors.bytes import (
+    check_plain,
+    check_tensors,
+    flatten_entries,
+    memory_key,
+    torch_dtype,
+)
+from msft_store.tensors.matching import check_kinds, check_match, select_tensors
+from msft_store.tensors.module_state import load_copies, split_entries
 from msft_store.tensors.names import plain_names
+from msft_store.tensors.nested import from_tensors, is_wrapper, json_name, names_in, parse_json
 from msft_store.tensors.resident import Compared, check_compared
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -327,7 +335,7 @@ class Store:
             InvalidInputError: A box lies outside its tensor, or a tensor cannot be saved.
         """
         checked = check_boxes(boxes)
-        check_tensors({box.name: box.tensor for box in checked})
+        check_plain({box.name: box.tensor for box in checked})
         level = self.level if level is None else check_level(level)
         with self.session("encode"):
             return self._writer.encode(checked, parent=parent, level=level)
@@ -355,10 +363,7 @@ class Store:
         found, tensors = self._entries(checkpoint)
         if names is not None:
             tensors = select_tensors(found, tensors, names)
-        place = device_of(device)
-        state = {name: empty_like(entry, place) for name, entry in tensors.items()}
-        self._decode(found, tensors, state)
-        return state
+        return self._read(found, tensors, tensors, device_of(device))
 
     def load_into(
         self,
@@ -366,23 +371,27 @@ class Store:
         checkpoint: Target | Checkpoint | str | None = None,
         *,
         into: Target | None = None,
+        partial: bool = False,
     ) -> None:
         """Restore a checkpoint in place into a module or into a mapping of tensors.
 
         The target and the checkpoint may be given in either order, and the target as ``into``, as
-        in :meth:`Timeline.rollback`.
+        in :meth:`Timeline.rollback`. An entry of a module's state dict that is not the memory of
+        its parameters and buffers, such as extra state or packed weights, is restored by the
+        module's ``load_state_dict``.
 
         Args:
             target: Module, or tensors by name, with the names, shapes and dtypes of the checkpoint.
                 The tensors may be on any device and of any layout with memory for each element.
             checkpoint: Checkpoint to restore.
             into: Another name of ``target``.
+            partial: True to ignore tensors of the checkpoint that the target does not have.
 
         Raises:
             InvalidInputError: There is not one target and one checkpoint.
             MismatchError: The target does not match the checkpoint. Nothing was changed, unless
-                the message says otherwise: tensors that partly share memory can only be found to
-                differ after they were written.
+                the message says otherwise: tensors that partly share memory, and values that a
+                module's ``load_state_dict`` refuses, can only be found after others were written.
             BaseError: The base's files are missing or changed.
         """
         given = [one for one in (target, checkpoint, into) if one is not None]
@@ -393,13 +402,60 @@ class Store:
                 "load_into takes one checkpoint and one target, a module or a mapping of tensors"
             )
         found, tensors = self._entries(names[0])
-        items = targets[0].state_dict() if isinstance(targets[0], torch.nn.Module) else targets[0]
         tensors = plain_names(tensors)
-        state = plain_names({name: t for name, t in items.items() if torch.is_tensor(t)})
-        check_match(found, tensors, state)
+        memory, copies = split_entries(targets[0])
+        own_names = plain_names({name: name for name in (*memory, *copies)})
+        memory = {name: memory[own] for name, own in own_names.items() if own in memory}
+        parts = {
+            name: self._parts(found, tensors, name)
+            for name, own in own_names.items()
+            if own in copies
+        }
+        loaded = {part for some in parts.values() for part in some}
+        state = flatten_entries(memory)
+        wanted = {
+            name: entry
+            for name, entry in tensors.items()
+            if name not in loaded and (name in state or not partial)
+        }
+        absent = {name: torch.empty(0) for name, some in parts.items() if not some}
+        check_match(found, wanted, {**state, **absent})
+        kinds = [json_name(name) for name, tensor in memory.items() if is_wrapper(tensor)]
+        check_kinds(found, self._read(found, tensors, kinds), state)
+        values = {}
+        for name, some in parts.items():
+            now = copies[own_names[name]]
+            device = now.device if isinstance(now, torch.Tensor) else "cpu"
+            read = self._read(found, tensors, some, device)
+            values[own_names[name]] = (
+                from_tensors(read, name) if json_name(name) in read else read[name]
+            )
         # Restore tied tensors once: check_match has made sure that their contents are equal.
-        once = {memory_key(tensor): name for name, tensor in state.items()}
+        once = {memory_key(tensor): name for name, tensor in state.items() if name not in kinds}
         self._decode(found, {name: tensors[name] for name in once.values()}, state)
+        if isinstance(targets[0], torch.nn.Module):
+            load_copies(targets[0], values)
+
+    def _parts(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: str
+    ) -> list[str]:
+        """Return the names of the tensors that hold an entry of a state dict; empty if none do."""
+        text = json_name(name)
+        if text not in tensors:
+            return [name] if name in tensors else []
+        return [text, *names_in(parse_json(self._read(checkpoint, tensors, [text])[text]))]
+
+    def _read(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorEntry],
+        names: Iterable[str],
+        device: str | torch.device = "cpu",
+    ) -> dict[str, torch.Tensor]:
+        wanted = {name: tensors[name] for name in names}
+        state = {name: empty_like(entry, device) for name, entry in wanted.items()}
+        self._decode(checkpoint, wanted, state)
+        return state
 
     def load_boxes(self, checkpoint: Checkpoint | str, boxes: Iterable[Box]) -> None:
         """Restore parts of a checkpoint's tensors in place.

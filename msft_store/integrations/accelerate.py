@@ -45,7 +45,7 @@ from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.manifest import Checkpoint
 from msft_store.storage.backend import LocalBackend, write_atomic
 from msft_store.store import Store
-from msft_store.tensors.boxes import whole_box
+from msft_store.tensors.bytes import check_plain, flatten_entries
 from msft_store.tensors.names import plain_names
 from msft_store.timeline.timeline import Timeline
 
@@ -68,11 +68,14 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
         store: The store of the timeline, in every process.
 
     Raises:
-        InvalidInputError: If the main process has no timeline. The hooks raise it if a model is
-            sharded, and raise errors of the main process in all processes.
+        InvalidInputError: If the main process has no timeline, or a prepared model cannot be saved.
+            The hooks raise it if a model is sharded, and raise errors of the main process in all
+            processes.
     """
     if accelerator.is_main_process:
         _require_timeline(timeline)
+    # Refuse what cannot be saved now, and not at the first save.
+    _collect_weights(accelerator, accelerator._models)
 
     def save(models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
         tensors = _collect_weights(accelerator, models)
@@ -202,24 +205,24 @@ def _restore(
     checkpoint: Checkpoint | str,
     models: list[torch.nn.Module],
 ) -> None:
-    tensors = _collect_weights(accelerator, models)
-    store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in tensors.items()])
+    store.load_into(_as_module(accelerator, models), checkpoint, partial=True)
 
 
 def _collect_weights(
     accelerator: Accelerator, models: list[torch.nn.Module]
 ) -> dict[str, torch.Tensor]:
     """Return the weights of all models; those of a single model keep their own names."""
-    states = [plain_names(accelerator.unwrap_model(model).state_dict()) for model in models]
-    if any(hasattr(tensor, "placements") for state in states for tensor in state.values()):
+    state = _as_module(accelerator, models).state_dict()
+    if any(hasattr(tensor, "placements") for tensor in state.values()):
         raise InvalidInputError(
             "a model is sharded (FSDP2): use msft_store.integrations.dcp, in which every process "
             "saves what it holds"
         )
-    if len(states) == 1:
-        return states[0]
-    return {
-        f"model{at}.{name}": tensor
-        for at, state in enumerate(states)
-        for name, tensor in state.items()
-    }
+    return check_plain(flatten_entries(plain_names(state)))
+
+
+def _as_module(accelerator: Accelerator, models: list[torch.nn.Module]) -> torch.nn.Module:
+    found: list[torch.nn.Module] = [accelerator.unwrap_model(model) for model in models]
+    if len(found) == 1:
+        return found[0]
+    return torch.nn.ModuleDict({f"model{at}": model for at, model in enumerate(found)})

@@ -17,7 +17,6 @@ Example::
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -26,11 +25,10 @@ import numpy as np
 import torch
 
 from msft_store.errors import MismatchError, StorageError
-from msft_store.format.layout import canonical_json
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
-from msft_store.tensors.nested import flatten, unflatten
+from msft_store.tensors import nested
 
 _T = TypeVar("_T")
 
@@ -89,9 +87,7 @@ def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
     Raises:
         InvalidInputError: If a value is neither a tensor nor plain. The message names it.
     """
-    tensors, tree = flatten(state, prefix)
-    tensors[_json(prefix)] = torch.frombuffer(bytearray(canonical_json(tree)), dtype=torch.uint8)
-    return tensors
+    return nested.to_tensors(state, prefix)
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
@@ -107,10 +103,9 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
     Raises:
         MismatchError: If there is no state with this prefix.
     """
-    text = tensors.get(_json(prefix))
-    if text is None:
+    if nested.json_name(prefix) not in tensors:
         raise MismatchError(f"the checkpoint has no state named {prefix!r}, only weights")
-    return unflatten(tensors, json.loads(text.cpu().numpy().tobytes()))
+    return nested.from_tensors(tensors, prefix)
 
 
 def free_prefix(prefix: str, weights: Iterable[str]) -> str:
@@ -161,7 +156,3 @@ def set_generators(states: Mapping[str, Any]) -> None:
 def generators_of_all() -> list[dict[str, Any]]:
     """Return the generator states of all processes, by rank. All processes must call this."""
     return gather_objects(generators())
-
-
-def _json(prefix: str) -> str:
-    return f"{prefix}.json"

@@ -21,31 +21,75 @@ from msft_store.errors import InvalidInputError, VersionError
 from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
 from msft_store.tensors.names import plain_names
+from msft_store.tensors.nested import is_wrapper, to_tensors
 
 
 def check_tensors(tensors: Any) -> dict[str, torch.Tensor]:
-    """Return tensors by plain name; :class:`InvalidInputError` names one that cannot be saved."""
+    """Return plain tensors by name; :class:`InvalidInputError` names one that cannot be saved.
+
+    An entry of a module's state that is not a tensor, and a tensor subclass, become plain tensors.
+    """
     if isinstance(tensors, torch.nn.Module):
-        tensors = tensors.state_dict()
+        return check_plain(flatten_entries(plain_names(tensors.state_dict())))
     if not isinstance(tensors, Mapping):
         raise InvalidInputError(
             f"save takes a mapping from names to tensors, or a module, not {type(tensors).__name__}"
         )
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(
+                f"{name!r} is a {type(tensor).__name__}, not a tensor; if it is the extra state of "
+                "a module, save the module itself"
+            )
+    return check_plain(flatten_entries(plain_names(tensors)))
+
+
+def flatten_entries(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a state dict with plain tensors only.
+
+    A tensor subclass, or a value that is not a tensor, becomes the tensors of :func:`to_tensors`.
+    """
+    flat: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and not is_wrapper(value):
+            flat[name] = value
+            continue
+        parts = to_tensors(value, name)
+        for taken in parts.keys() & (flat.keys() | state.keys() - {name}):
+            raise InvalidInputError(f"{taken!r} is also the name of a part of {name!r}")
+        flat |= parts
+    return flat
+
+
+def check_plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors; :class:`InvalidInputError` names one that has no plain memory."""
+    for name, tensor in tensors.items():
         if not isinstance(name, str) or not name or len(name) > MAX_NAME or "\0" in name:
             raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            raise InvalidInputError(f"{name!r} has no plain memory (sparse, meta or nested)")
-        if tensor.is_quantized:
-            raise InvalidInputError(f"{name!r} is quantized; save its integers and scales")
         if hasattr(tensor, "placements"):
             raise InvalidInputError(f"{name!r} is sharded (DTensor); gather it before saving")
+        if tensor.is_meta:
+            raise InvalidInputError(
+                f"{name!r} has no plain memory (meta): if it is offloaded "
+                "(device_map, cpu_offload), load the model without offloading"
+            )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise InvalidInputError(f"{name!r} has no plain memory (sparse or nested)")
+        if tensor.is_quantized:
+            raise InvalidInputError(f"{name!r} is quantized; save its integers and scales")
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise InvalidInputError(
+                f"{name!r} is a {type(tensor).__name__}, a tensor subclass of which only "
+                "__tensor_flatten__ could tell its content; save its plain tensors instead"
+            )
         if tensor.dim() > MAX_DIMENSIONS:
             raise InvalidInputError(f"{name!r} has more than {MAX_DIMENSIONS} dimensions")
         dtype_by_torch(tensor.dtype)
-    return plain_names(tensors)
+    return dict(tensors)
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...]:

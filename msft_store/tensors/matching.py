@@ -39,6 +39,8 @@ def check_match(
             problems.append(f"{name} is {tuple(have.shape)}, in the checkpoint {want.shape}")
         elif have.is_meta:
             problems.append(f"{name} is on the meta device and has no memory")
+        elif have.layout != torch.strided or have.is_quantized or have.is_nested:
+            problems.append(f"{name} has no plain memory (sparse, quantized or nested)")
         elif 0 in (s for s, n in zip(have.stride(), have.shape, strict=True) if n > 1):
             problems.append(f"{name} is expanded: its elements share memory")
         elif dtype_by_torch(have.dtype) != want.dtype:
@@ -50,6 +52,20 @@ def check_match(
             f"the target does not match checkpoint {checkpoint.id[:12]}: "
             f"{'; '.join(problems[:_NAMES_SHOWN])}{more}. Nothing was changed"
         )
+
+
+def check_kinds(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Raise :class:`MismatchError` unless tensor subclasses have the stored class and context."""
+    for name, text in stored.items():
+        if not torch.equal(text, state[name]):
+            raise MismatchError(
+                f"the target does not match checkpoint {checkpoint.id[:12]}: {name} describes "
+                "another tensor subclass, or another context of it. Nothing was changed"
+            )
 
 
 def _compare_tied_tensors(

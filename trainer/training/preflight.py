@@ -7,6 +7,8 @@ Example::
 
 from __future__ import annotations
 
+import torch
+
 from trainer.config.schema import Config
 from trainer.data.examples import Mixture
 from trainer.errors import ConfigError
@@ -26,6 +28,13 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
             )
         references = {name: sub.validation.examples for name, sub in mixture.items()}
         check_answers(references, config.evaluation.answer_pattern)
+    kept = _find_copies(loaded.model)
+    if kept:
+        raise ConfigError(
+            f"the model's {kept[0]!r} is not the memory of a plain parameter or buffer, so that a "
+            "roll-back could not restore it in place: use a model that is neither quantised nor "
+            "keeps extra state, or lora on top of it"
+        )
     reserved = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)
     if config.restores_optimizer and reserved is not None:
         raise ConfigError(
@@ -48,3 +57,18 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
             f"prompt has {prompt} tokens, but the model has {positions} positions: lower "
             "max_new_tokens or data.max_length"
         )
+
+
+def _find_copies(model: torch.nn.Module) -> list[str]:
+    """Return the weights that are tensor subclasses, extra state or made by ``state_dict()``."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = dict([*parameters, *model.named_buffers(remove_duplicate=False)])
+    state = model.state_dict()
+    adapter = {name: value for name, value in state.items() if ".lora_" in name}
+    return [
+        name
+        for name, value in (adapter or state).items()
+        if type(value) is not torch.Tensor
+        or name not in own
+        or value.data_ptr() != own[name].data_ptr()
+    ]

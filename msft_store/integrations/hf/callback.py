@@ -75,6 +75,7 @@ from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
+from msft_store.tensors.bytes import check_tensors
 from msft_store.tensors.names import plain_names
 from msft_store.timeline.timeline import Timeline
 
@@ -146,6 +147,7 @@ class StoreCallback(TrainerCallback):
         self._trainer: Any = None
         self._model: Any = None
         self._parts: dict[str, Any] = {}
+        self._parts_checked = True
         self._wanted: dict[str, Mode] = {}
         """The metric of ``metric_for_best_model`` and its direction."""
         self._metrics: dict[str, float] = {}
@@ -297,6 +299,9 @@ class StoreCallback(TrainerCallback):
             for line in find_ignored_options(args):
                 warnings.warn(line, stacklevel=1)
         self._model = model
+        # Refuse weights that cannot be saved now, and not at the first save.
+        select_weights(model)
+        self._parts_checked = not self._keeps_state
         self._parts = {"optimizer": kwargs.get("optimizer"), "schedule": kwargs.get("lr_scheduler")}
         if self._trainer is not None and getattr(self._trainer.accelerator, "scaler", None):
             self._parts["scaler"] = self._trainer.accelerator.scaler
@@ -358,6 +363,10 @@ class StoreCallback(TrainerCallback):
         """Take over the save of the Trainer: mark a commit as due."""
         if self._state is not None:
             self._undo_step(state, control)
+        if not self._parts_checked:
+            # The optimizer has a state from the first step on.
+            check_tensors(to_tensors(self._states(), STATE))
+            self._parts_checked = True
         self._take_over_save(control)
 
     def on_epoch_end(
@@ -542,7 +551,7 @@ class StoreCallback(TrainerCallback):
         prefix = free_prefix(STATE, weights)
         if self._keeps_state:
             snapshot = {
-                "parts": {name: p.state_dict() for name, p in self._parts.items() if p is not None},
+                "parts": self._states(),
                 "generators": [now for now, _ in rng_states],
                 "epochs": [began for _, began in rng_states],
                 "trainer": self._trainer_state(state),
@@ -558,6 +567,9 @@ class StoreCallback(TrainerCallback):
             metadata={"epoch": state.epoch, **export},
             resume_metadata={EXPORT: {**export.get(EXPORT, {}), "without": f"{prefix}."}},
         )
+
+    def _states(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items() if part is not None}
 
     def _trainer_state(self, state: TrainerState) -> dict[str, Any]:
         if self._trainer is not None:

@@ -27,7 +27,8 @@ from msft_store.errors import BaseError
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.boxes import whole_box
-from msft_store.tensors.bytes import memory_key
+from msft_store.tensors.bytes import check_tensors, memory_key
+from msft_store.tensors.nested import inner_tensors
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -57,17 +58,24 @@ def select_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     (learned prompts are copies); for other models it is the whole state dict.
     """
     if not hasattr(model, "peft_config"):
-        return dict(model.state_dict())
+        return check_tensors(model)
     from peft import get_peft_model_state_dict  # noqa: PLC0415
 
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=_active(model))
-    return found
+    return check_tensors(found)
 
 
 def restore_weights(model: torch.nn.Module, store: Store, checkpoint: Checkpoint | str) -> None:
     """Restore a model's weights from a checkpoint, in place and bit for bit; skip other tensors."""
+    if not hasattr(model, "peft_config"):
+        store.load_into(model, checkpoint, partial=True)
+        return
     weights = select_weights(model)
-    own = {memory_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own = {
+        memory_key(inner)
+        for tensor in (*model.parameters(), *model.buffers())
+        for inner in inner_tensors(tensor)
+    }
     if all(memory_key(tensor) in own for tensor in weights.values()):
         store.load_boxes(checkpoint, [whole_box(name, tensor) for name, tensor in weights.items()])
         return

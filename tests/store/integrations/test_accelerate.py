@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -178,3 +178,45 @@ def test_parts_of_a_model_may_have_the_names_of_the_stores_state(
         f"{part}.{name}" for part in ("accelerator", "accelerator_") for name in ("bias", "weight")
     ]
     assert sorted(load_file(files[0])) == names
+
+
+class Scaled(torch.nn.Module):
+    """A module with extra state that is no tensor, and weights that it saves as copies."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), value))
+        self.scale = value
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_extra_state_of_modules_comes_back(
+    tmp_path: Path, store: Store, timeline: Timeline, count: int
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    models: list[Any] = [accelerator.prepare(Scaled(float(at))) for at in range(count)]
+    register(accelerator, timeline, store)
+    ckpt = save_state(accelerator, timeline, step=1)
+    accelerator.save_state(str(tmp_path / "state"))
+    for load in (
+        lambda: load_state(accelerator, store, ckpt),
+        lambda: accelerator.load_state(str(tmp_path / "state")),
+    ):
+        for model in models:
+            model.scale = 7.0
+        load()
+        assert [model.scale for model in models] == [float(at) for at in range(count)]
+
+
+def test_an_offloaded_model_is_refused_at_the_start(store: Store, timeline: Timeline) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = cpu_offload(torch.nn.Linear(2, 2), execution_device=torch.device("cpu"))
+    accelerator.prepare_model(model, device_placement=False)
+    with pytest.raises(InvalidInputError, match=r"'weight' has no plain memory.*offloaded"):
+        register(accelerator, timeline, store)

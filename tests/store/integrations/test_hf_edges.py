@@ -460,3 +460,65 @@ def test_weights_of_a_part_named_trainer_are_in_the_resume_folder_and_exports(
     )
     assert torch.equal(resumed.trainer.weight, model.trainer.weight)
     assert torch.equal(resumed.extra.weight, model.extra.weight)
+
+
+class Scaled(torch.nn.Module):
+    """A part of a model with extra state that is no tensor."""
+
+    scale = 1.0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+
+class Counts(TrainerCallback):
+    """Raise the scale after each step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].fp8.scale += 1.0
+
+
+def test_extra_state_of_a_model_comes_back(tmp_path: Path, base: Path) -> None:
+    def run(steps: int) -> tuple[Any, StoreCallback]:
+        model: Any = make_model()
+        model.fp8 = Scaled()
+        callback = StoreCallback(tmp_path / "store", base=base, retention=KeepLast(9))
+        trainer = make_trainer(tmp_path / "run", model, [Counts(), callback], max_steps=steps)
+        trainer.train(resume_from_checkpoint=callback.resume(tmp_path / "run"))
+        return model, callback
+
+    run(2)
+    model, callback = run(4)
+    assert model.fp8.scale == 5.0
+    for checkpoint in callback.timeline.checkpoints():
+        callback.restore(model, checkpoint)
+        assert model.fp8.scale == 1.0 + (checkpoint.step or 0)
+
+
+def test_an_offloaded_model_is_refused_when_training_begins(tmp_path: Path, base: Path) -> None:
+    model: Any = make_model()
+    model.spare = torch.nn.Linear(2, 2, device="meta")
+    callback = StoreCallback(tmp_path / "store", base=base)
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback])
+    trainer.callback_handler.model = model
+    with pytest.raises(InvalidInputError, match=r"'spare\.weight'.*offloaded"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+
+
+def test_an_optimizer_that_cannot_be_kept_is_refused_after_one_step(
+    tmp_path: Path, base: Path
+) -> None:
+    class Strange(torch.optim.SGD):
+        def state_dict(self) -> Any:
+            state = super().state_dict()
+            return {**state, "plan": object() if self.state else None}
+
+    model, callback = make_model(), StoreCallback(tmp_path / "store", base=base)
+    trainer = make_trainer(tmp_path / "run", model, [callback], save_steps=3, max_steps=3)
+    trainer.optimizer = Strange(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(InvalidInputError, match=r"optimizer\.plan is a object"):
+        trainer.train()
+    assert trainer.state.global_step == 1
