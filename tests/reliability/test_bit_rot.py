@@ -50,9 +50,9 @@ def files_of(kept: Kept) -> list[Path]:
 
 
 def changes(data: bytes, rng: random.Random, count: int | None) -> Iterator[bytes]:
-    """Yield a file with one byte changed, in some places or in all, and damaged otherwise."""
+    """Yield copies of a file: each with one changed byte, then one for each other damage."""
     size = len(data)
-    # The header of a pack and each field of its trailer, and whatever stands there elsewhere.
+    # These are the offsets of a pack's header and trailer fields; other files use the same offsets.
     edges = {0, 8, 12, *(size - back for back in (1, 9, 25, 29, 33, 37, 41, 49, 60))}
     inside = sorted(at for at in edges if 0 <= at < size)
     places = list(range(size))
@@ -80,7 +80,7 @@ def loads(store: Store, kept: Kept) -> dict[str, str | None]:
 
 
 def assert_noticed(kept: Kept, path: Path, opened: Store) -> bool:
-    """Assert that damage to a file is found where it matters; return whether it was found."""
+    """Assert that each checkpoint that cannot be loaded is reported; return whether one was."""
     try:
         store = Store.open(kept.root)
     except StoreError as error:

@@ -49,7 +49,7 @@ class History:
         self.random = random.Random(seed)  # noqa: S311
         self.state = make_tensors(seed)
         self.committed: dict[str, State] = {}
-        """All that may be left."""
+        """The states of committed checkpoints that may still be in the store, by id."""
         self.branch: list[Checkpoint] = []
         """The root, if it is a checkpoint, and every commit since."""
         self.ever: list[Checkpoint] = []

@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=WRITERS)
 def victim(request: pytest.FixtureRequest, written: Path, tmp_path: Path) -> Path:
-    """The folder of a sound store, whose base stands elsewhere."""
+    """The folder of a sound store, whose base is in another folder."""
     return shutil.copytree(written / request.param / "store", tmp_path / "store")
 
 
@@ -163,7 +163,7 @@ def test_payloads(faults: Ledger, seed: int, soak: bool, tmp_path: Path) -> None
         with faults.inject("hostile payload"):
             attack(rng)
     if soak:
-        # Compiled anew, so that an index out of bounds is an error.
+        # The kernels are compiled again, with checks of bounds.
         checked = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
         program = [sys.executable, "-m", "tests.support.hostile_payloads", "50000", str(seed)]
         subprocess.run(program, check=True, env=checked)

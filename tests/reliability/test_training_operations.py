@@ -29,12 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports are written after the end, and drawing them would take half of the time here."""
+    """Skip the plots, which would take half of the time of a test."""
     monkeypatch.setattr(run, "write_report", lambda d: summarize(read(Path(d) / "journal.jsonl")))
 
 
 def go_on(config: Config, directory: Path) -> None:
-    """Begin the run, or continue it where it has begun."""
+    """Start the run, or resume it if it has begun."""
     if (directory / "config.yaml").exists():
         resume(directory)
     else:
