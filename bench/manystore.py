@@ -23,7 +23,7 @@ import numpy as np
 from msft_store import Store
 from msft_store.codec.codecs import SPARSE
 from msft_store.format.dtypes import dtype_by_name
-from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, Record
+from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, NEWEST, BaseSpan, Record
 from msft_store.objects.bases import Base, BaseTensor, base_id, write_base
 from msft_store.objects.manifest import (
     CheckpointFacts,
@@ -118,7 +118,7 @@ class Maker:
         for at in np.flatnonzero(fate == 1).tolist():
             self._keys[at], self._depths[at] = self._base_keys[at], 0
         with self._backend.writer() as writer:
-            pack = PackWriter(writer)
+            pack = PackWriter(writer, NEWEST)
             for at, key in zip(fresh, self._new_keys(len(fresh)), strict=True):
                 pack.append(self._record(at, key, pack.position), PAYLOAD)
                 self._keys[at] = key

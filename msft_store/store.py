@@ -32,6 +32,7 @@ from msft_store.errors import (
     PinnedError,
     UnknownCheckpointError,
 )
+from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Finding, Report, examine
 from msft_store.maintenance.diff import TensorDiff, diff
 from msft_store.maintenance.export import export
@@ -47,7 +48,14 @@ from msft_store.maintenance.stats import (
     stats,
 )
 from msft_store.objects.bases import Base, add_base, relocate
-from msft_store.objects.catalog import CONFIG, Catalog, check_level, read_consistently, write_config
+from msft_store.objects.catalog import (
+    CONFIG,
+    Catalog,
+    Config,
+    check_level,
+    encode_config,
+    read_consistently,
+)
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -132,21 +140,23 @@ class Store:
         self._local = _Local()
 
     @classmethod
-    def create(cls, path: PathLike, *, level: Level = "fast") -> Store:
+    def create(cls, path: PathLike, *, level: Level = "fast", version: int = NEWEST) -> Store:
         """Create a store in a new or empty directory and open it.
 
         Args:
             path: Directory of the store.
             level: Default effort of the store's saves, ``"fast"`` or ``"small"``.
+            version: Version of the byte format. Version 1 is for older releases of this package;
+                it takes more space.
 
         Returns:
             The open store.
 
         Raises:
             NotAStoreError: The directory holds a store or other files.
-            InvalidInputError: There is no such level.
+            InvalidInputError: There is no such level or version.
         """
-        config = write_config(level)
+        config = encode_config(Config(level=level, version=version))
         root = check_path(path)
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
@@ -187,7 +197,27 @@ class Store:
     @property
     def level(self) -> Level:
         """Default effort of saves, ``"fast"`` or ``"small"``."""
-        return self._catalog.level
+        return self._catalog.config.level
+
+    @property
+    def version(self) -> int:
+        """Version of the byte format in which the store is written."""
+        return self._catalog.config.version
+
+    def upgrade(self) -> None:
+        """Let the store be written in the newest version of the byte format.
+
+        Existing files stay as they are; every version is read. Releases of this package that do
+        not know the newest version can no longer open the store.
+
+        Raises:
+            BusyError: Another process holds the lock for too long.
+        """
+        with self.session("upgrade", exclusive=True):
+            config = Config(level=self.level)
+            if self._catalog.config != config:
+                write_atomic(self._backend, CONFIG, encode_config(config))
+                self._catalog.config = config
 
     def __repr__(self) -> str:
         return f"Store({self.path!r})"

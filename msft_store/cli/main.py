@@ -51,6 +51,7 @@ from msft_store.cli.tensors import (
 )
 from msft_store.codec.codecs import LEVELS
 from msft_store.errors import InvalidInputError, StoreError
+from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Report
 from msft_store.remote.transport.url import is_url
 from msft_store.store import Store
@@ -60,7 +61,7 @@ _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Shell functions that complete names of files, for shtab."""
 _PATHS = ("store", "path", "plot", "directory", "base_directory", "like", "url")
 """Arguments that a shell completes with names of files."""
-_WITHOUT_STORE = ("init", "repair", "completion", *TRANSFERS)
+_WITHOUT_STORE = ("init", "upgrade", "repair", "completion", *TRANSFERS)
 """Commands that do not open the store themselves."""
 _EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found damage"
 
@@ -105,6 +106,19 @@ def _init(options: argparse.Namespace) -> Output:
     store = Store.create(options.path or store_path(options), level=options.level)
     document = {"store": store.path, "level": store.level}
     return document, f"created a store at {store.path}"
+
+
+def _upgrade(options: argparse.Namespace) -> Output:
+    store = Store.open(options.path or store_path(options))
+    before = store.version
+    if before == NEWEST:
+        text = f"the store at {store.path} is of version {NEWEST} already"
+    elif options.dry_run:
+        text = f"would upgrade the store at {store.path} from version {before} to {NEWEST}"
+    else:
+        store.upgrade()
+        text = f"upgraded the store at {store.path} from version {before} to {NEWEST}"
+    return {"store": store.path, "before": before, "version": NEWEST}, text
 
 
 def _repair(options: argparse.Namespace) -> Output:
@@ -229,6 +243,15 @@ def _parser() -> argparse.ArgumentParser:
         help="whether saves take little time (fast, the default) or little space (small)",
     )
 
+    command = add(
+        "upgrade",
+        _upgrade,
+        "let an older store be written in the newest version of the format, which takes less space",
+        "upgrade run/store --dry-run",
+    )
+    command.add_argument("path", nargs="?", help="directory of the store; the same as --store")
+    _add_dry_run(command)
+
     command = add("add-base", _add_base, "record a base model by content", "add-base Qwen2.5-0.5B")
     command.add_argument("path", help="a safetensors file, or a directory of them")
 
@@ -264,8 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_keep_options(command)
 
-    command = add("repack", repack, "merge packs into fewer, denser ones", "repack --dry-run")
-    command.add_argument("--dry-run", action="store_true", help="only print the plan")
+    _add_dry_run(add("repack", repack, "merge packs into fewer, denser ones", "repack --dry-run"))
 
     command = add("check", check, "look for damage", "check --read-data")
     command.add_argument("--read-data", action="store_true", help="decode and verify every chunk")
@@ -276,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         "keep the sound parts of a damaged store and move the others to its directory quarantine",
         "repair --dry-run",
     )
-    command.add_argument("--dry-run", action="store_true", help="only print the plan")
+    _add_dry_run(command)
 
     command = add(
         "import",
@@ -342,6 +364,10 @@ def _common_options() -> argparse.ArgumentParser:
         help="log the store's actions to stderr; twice: with details",
     )
     return common
+
+
+def _add_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="only print the plan")
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:

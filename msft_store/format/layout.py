@@ -25,11 +25,16 @@ from msft_store.format.dtypes import DType
 from msft_store.format.strict_json import parse
 
 VERSION = 1
+"""Version of the files whose layout is the same in every version: bases, refs and lists."""
+VERSIONS = (1, 2)
+"""Versions of stores, manifests and packs. A store holds files of its own version or earlier."""
+NEWEST = VERSIONS[-1]
+"""Version of a new store."""
 CHUNK_BYTES = 4 << 20
 """Bytes of the largest chunk; a multiple of every element size."""
 KEY_BYTES = 16
-MAX_DEPTH = 2
-"""Largest number of references between a chunk and plain bytes."""
+MAX_DEPTH = {1: 2, 2: 16}
+"""Largest number of references between a chunk and plain bytes, by version of the pack."""
 MAX_GENERATION = 255
 _FEW_MATCHES = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
@@ -84,7 +89,7 @@ class Record:
     codec: int
     dtype: int
     depth: int
-    """0 without a reference, 1 against the base or depth 0, 2 against a chunk of depth 1."""
+    """0 without a reference, 1 against the base, else one more than the chunks referred to."""
     base: str | None
     """Id of the base that decoding needs, directly or through other chunks.
 
@@ -147,7 +152,9 @@ def seal(content: Mapping[str, Any]) -> bytes:
     return canonical_json({**content, "digest": digest(canonical_json(content))})
 
 
-def unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
+def unseal(
+    data: bytes, file: str, kind: str, versions: Sequence[int] = (VERSION,)
+) -> dict[str, Any]:
     """Parse sealed JSON and check its digest, ``format`` (``kind``) and version.
 
     ``file`` names the file in messages.
@@ -167,10 +174,10 @@ def unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
         raise CorruptedError(f"{file} does not match its digest; {REPAIR_HINT}", file=file)
     if content.get("format") != kind:
         raise CorruptedError(f"{file} is not a {kind} file; {REPAIR_HINT}", file=file)
-    if content.get("version") != VERSION or type(content["version"]) is not int:
+    if content.get("version") not in versions or type(content["version"]) is not int:
         raise VersionError(
-            f"{file} has format version {content.get('version')!r:.40}; "
-            f"this msft-store reads version {VERSION}: use the release that wrote it or a newer one"
+            f"{file} has format version {content.get('version')!r:.40}; this msft-store reads "
+            f"version {versions[-1]} and earlier: use the release that wrote it or a newer one"
         )
     return content
 

@@ -31,7 +31,8 @@ from msft_store.format.layout import (
     CHUNK_BYTES,
     KEY_BYTES,
     MAX_DEPTH,
-    VERSION,
+    NEWEST,
+    VERSIONS,
     BaseSpan,
     ChunkSpan,
     Record,
@@ -112,6 +113,8 @@ class Footer:
     """Name of the file in messages."""
     check: bytes
     """Digest of the compressed footer: the pack's id."""
+    version: int
+    """Version of the pack."""
     _table: memoryview = field(repr=False)
 
     def __len__(self) -> int:
@@ -151,9 +154,17 @@ def keys_of(rows: Rows) -> Keys:
     return keys
 
 
-def pack_header() -> bytes:
+def pack_header(version: int) -> bytes:
     """Return the first bytes of a pack file."""
-    return PACK_HEADER.pack(PACK_MAGIC, VERSION, 0)
+    return PACK_HEADER.pack(PACK_MAGIC, version, 0)
+
+
+def decode_header(data: bytes, file: str) -> int:
+    """Return the version of a pack file, from its first bytes."""
+    for version in VERSIONS:
+        if data == pack_header(version):
+            return version
+    raise CorruptedError(f"{file} does not begin like a pack of version {NEWEST} or earlier")
 
 
 def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]:
@@ -217,8 +228,8 @@ def max_footer_bytes(count: int) -> int:
     return min(_MAX_TABLE + count * of_record, _MAX_FOOTER)
 
 
-def decode_footer(data: bytes, trailer: Trailer, file: str) -> Footer:
-    """Parse a pack's footer."""
+def decode_footer(data: bytes, trailer: Trailer, file: str, version: int = NEWEST) -> Footer:
+    """Parse the footer of a pack of a version."""
     if xxhash.xxh3_128_digest(data) != trailer.check:
         raise CorruptedError(f"the footer of {file} does not match its digest")
     try:
@@ -231,7 +242,7 @@ def decode_footer(data: bytes, trailer: Trailer, file: str) -> Footer:
         bases = _parse_bases(table)
     except (ValueError, KeyError, struct.error) as error:
         raise _footer_error(file, error) from None
-    _check_rows(rows, file)
+    _check_rows(rows, file, MAX_DEPTH[version])
     if ((rows["base"] >= len(bases)) & (rows["base"] != NO_INDEX)).any():
         raise _footer_error(file, "a record names a base that is not listed")
     end = rows["offset"] + rows["length"]
@@ -240,13 +251,19 @@ def decode_footer(data: bytes, trailer: Trailer, file: str) -> Footer:
     refers = _refers_to_chunk(table, rows, file)
     view = raw[4 : 4 + length]
     return Footer(
-        rows=rows, bases=bases, refers_to_chunk=refers, file=file, check=trailer.check, _table=view
+        rows=rows,
+        bases=bases,
+        refers_to_chunk=refers,
+        file=file,
+        check=trailer.check,
+        version=version,
+        _table=view,
     )
 
 
-def _check_rows(rows: Rows, file: str) -> None:
+def _check_rows(rows: Rows, file: str, max_depth: int) -> None:
     sizes, lengths = rows["size"], rows["length"].astype(np.int64)
-    if (sizes > CHUNK_BYTES).any() or (rows["depth"] > MAX_DEPTH).any():
+    if (sizes > CHUNK_BYTES).any() or (rows["depth"] > max_depth).any():
         raise _footer_error(file, "a chunk is larger or deeper than the format allows")
     if (sizes == 0).any() or (sizes % _SIZES[rows["dtype"]]).any():
         raise _footer_error(file, "a chunk is empty or ends within an element")

@@ -279,7 +279,7 @@ def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
     """Copy the live chunks of packs to one new durable pack; the old packs stay."""
     require_space(catalog.backend, sum(waste.live_bytes for waste in wastes))
     with catalog.backend.writer() as writer:
-        pack = PackWriter(writer)
+        pack = PackWriter(writer, catalog.config.version)
         for waste in wastes:
             for record in waste.live:
                 payload = catalog.backend.read(waste.path, record.offset, record.length)

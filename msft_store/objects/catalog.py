@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from msft_store.codec.codecs import LEVELS, Level
@@ -42,7 +43,7 @@ from msft_store.format.key_table import (
     select_changed_keys,
     unique_keys,
 )
-from msft_store.format.layout import CHUNK_BYTES, VERSION, seal, unseal
+from msft_store.format.layout import CHUNK_BYTES, NEWEST, VERSIONS, seal, unseal
 from msft_store.objects.bases import Base
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
@@ -99,10 +100,22 @@ _SHORTEST_PREFIX = 4
 _REPAIR_ALONE = "msft-store repair rewrites it (--dry-run shows what it would do)"
 
 
-def write_config(level: Level) -> bytes:
-    """Return the content of a new store's ``store.json``."""
-    config = {"format": "msft-store", "version": VERSION, "chunk_bytes": CHUNK_BYTES}
-    return seal({**config, "level": check_level(level)})
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The content of ``store.json``."""
+
+    level: Level = LEVELS[0]
+    version: int = NEWEST
+    """The latest version of the files that the store's writers write."""
+
+
+def encode_config(config: Config) -> bytes:
+    """Return the bytes of ``store.json``; :class:`InvalidInputError` for an unknown value."""
+    if config.version not in VERSIONS:
+        known = ", ".join(map(str, VERSIONS))
+        raise InvalidInputError(f"version is one of {known}, not {config.version!r}")
+    fields = {"format": "msft-store", "version": config.version, "chunk_bytes": CHUNK_BYTES}
+    return seal({**fields, "level": check_level(config.level)})
 
 
 def check_level(level: Any) -> Level:
@@ -113,20 +126,21 @@ def check_level(level: Any) -> Level:
     return found
 
 
-def read_level(backend: Backend) -> Level:
-    """Return the level in ``store.json``; ``"fast"`` if it states none."""
+def read_config(backend: Backend) -> Config:
+    """Return the content of ``store.json``; the level is ``"fast"`` if it states none."""
     what = backend.describe(CONFIG)
     try:
-        config = unseal(read_small_file(backend, CONFIG), what, "msft-store")
+        config = unseal(read_small_file(backend, CONFIG), what, "msft-store", VERSIONS)
     except CorruptedError as error:
         # Only repair can open such a store, so do not recommend check.
         raise CorruptedError(f"{strip_hint(error)}; {_REPAIR_ALONE}", file=what) from None
     if config.get("chunk_bytes") != CHUNK_BYTES:
         raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
     try:
-        return check_level(config.get("level", LEVELS[0]))
+        level = check_level(config.get("level", LEVELS[0]))
     except InvalidInputError as error:
         raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
+    return Config(level=level, version=config["version"])
 
 
 def _hint(backend: Backend) -> str:
@@ -153,10 +167,13 @@ class Catalog:
         self._scanner = KeyScanner()
         if not backend.exists(CONFIG):
             raise NotAStoreError(f"no store at {backend.describe('')}; {_hint(backend)}")
-        self.level = read_level(backend)
+        self.config = read_config(backend)
 
     def refresh(self) -> None:
         """Reread the directory to see the changes of other processes."""
+        if self.config.version != NEWEST:
+            # Another process may have upgraded the store.
+            self.config = read_config(self.backend)
         identities = set(list_manifests(self.backend))
         # Copy the dictionary, because other threads may add to it at the same time.
         known, damaged = dict(self._checkpoints), {}

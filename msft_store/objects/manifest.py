@@ -31,6 +31,7 @@ from msft_store.format.key_table import Keys, KeyScanner, view_keys
 from msft_store.format.layout import (
     CHUNK_BYTES,
     VERSION,
+    VERSIONS,
     canonical_json,
     digest,
     join_keys,
@@ -90,6 +91,7 @@ def is_exactly_covered(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bo
 
 MANIFESTS = "manifests"
 _SUFFIX = ".json"
+_KIND = "msft-manifest"
 _FIRST_READ = 1 << 14
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -307,7 +309,7 @@ def write_manifest(
     """Write a manifest durably; once this returns, the checkpoint exists."""
     identity = digest(canonical_json(content))
     head = {
-        "format": "msft-manifest",
+        "format": _KIND,
         "version": VERSION,
         "id": identity,
         "content": content,
@@ -328,7 +330,8 @@ def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: 
     """Replace ``stored_bytes`` in a manifest; the id does not depend on it."""
     data = read_small_file(backend, manifest_path(checkpoint.id))
     line, _, tensors = data.partition(b"\n")
-    head = unseal(line, backend.describe(manifest_path(checkpoint.id)), "msft-manifest")
+    what = backend.describe(manifest_path(checkpoint.id))
+    head = unseal(line, what, _KIND, VERSIONS)
     head["stored_bytes"] = stored_bytes
     write_atomic(backend, manifest_path(checkpoint.id), seal(head) + b"\n" + tensors)
     return _checkpoint(head)
@@ -346,6 +349,17 @@ def list_manifests(backend: Backend) -> list[str]:
 
 def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
     """Read the first line of a manifest."""
+    line, what = _read_head(backend, identity)
+    return _parse_head(line, identity, what)
+
+
+def read_version(backend: Backend, identity: str) -> int:
+    """Return the version that a manifest states."""
+    version: int = unseal(*_read_head(backend, identity), _KIND, VERSIONS)["version"]
+    return version
+
+
+def _read_head(backend: Backend, identity: str) -> tuple[bytes, str]:
     path = manifest_path(identity)
     data = backend.read(path, 0, _FIRST_READ)
     while b"\n" not in data:
@@ -354,7 +368,7 @@ def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:
             what = backend.describe(path)
             raise CorruptedError(f"{what} is truncated; {REPAIR_HINT}", file=what)
         data += more
-    return _parse_head(data[: data.index(b"\n")], identity, backend.describe(path))
+    return data[: data.index(b"\n")], backend.describe(path)
 
 
 def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
@@ -401,7 +415,7 @@ def chunks_of(piece: Piece, dtype: DType) -> Iterator[tuple[bytes, int]]:
 
 
 def _parse_head(line: bytes, identity: str, what: str) -> Checkpoint:
-    head = unseal(line, what, "msft-manifest")
+    head = unseal(line, what, _KIND, VERSIONS)
     try:
         if digest(canonical_json(head["content"])) != head["id"] or head["id"] != identity:
             raise CorruptedError(f"{what} does not hold the checkpoint that its name says")

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.errors import CorruptedError
 from msft_store.format.key_table import Keys, KeyTable, Numbers, concatenate_keys
 from msft_store.format.layout import MAX_GENERATION, Record
 from msft_store.format.pack_footer import (
@@ -28,6 +27,7 @@ from msft_store.format.pack_footer import (
     PACK_TRAILER,
     Footer,
     decode_footer,
+    decode_header,
     decode_trailer,
     encode_footer,
     keys_of,
@@ -53,10 +53,11 @@ class StoredChunk:
 class PackWriter:
     """Collects encoded chunks into one pack, which exists once :meth:`finalize` returns."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, version: int) -> None:
+        """Begin a pack of a version, that of the store."""
         self.records: list[Record] = []
         self._writer = writer
-        writer.write(pack_header())
+        writer.write(pack_header(version))
 
     @property
     def position(self) -> int:
@@ -89,12 +90,12 @@ def read_pack(backend: Backend, path: str) -> Footer:
     tail = backend.read(path, start, size - start)
     trailer = decode_trailer(tail[-PACK_TRAILER.size :], size, what)
     begin = tail if start == 0 else backend.read(path, 0, PACK_HEADER.size)
-    if begin[: PACK_HEADER.size] != pack_header():
-        raise CorruptedError(f"{what} does not begin like a pack of this version")
-    if trailer.offset >= start:
-        at = trailer.offset - start
-        return decode_footer(tail[at : at + trailer.length], trailer, what)
-    return decode_footer(backend.read(path, trailer.offset, trailer.length), trailer, what)
+    version = decode_header(begin[: PACK_HEADER.size], what)
+    at = trailer.offset - start
+    data = tail[at : at + trailer.length] if at >= 0 else None
+    if data is None:
+        data = backend.read(path, trailer.offset, trailer.length)
+    return decode_footer(data, trailer, what, version)
 
 
 def is_misnamed(path: str, footer: Footer) -> bool:

@@ -126,7 +126,7 @@ class ReferencePlanner:
         if stored is None:
             return None
         record = stored.record
-        if record.depth < MAX_DEPTH:
+        if record.depth < MAX_DEPTH[1]:
             span = ChunkSpan(key=key, start=0, length=size)
             return Reference(base=record.base, depth=record.depth + 1, span=span)
         if record.reference is None and record.refers_to_chunk:

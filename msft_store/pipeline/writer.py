@@ -236,7 +236,7 @@ class CheckpointWriter:
         begin: Callable[[], PackWriter],
         onto: Mapping[str, TensorEntry] | None = None,
     ) -> None:
-        options = EncodeOptions(base=checkpoint.base, level=self._catalog.level)
+        options = EncodeOptions(base=checkpoint.base, level=self._catalog.config.level)
         tensors = self._catalog.tensors(checkpoint)
         reencode(self._catalog.objects, tensors, begin, options=options, onto=onto)
 
@@ -286,7 +286,8 @@ class CheckpointWriter:
 
             def begin() -> PackWriter:
                 self._backend.require_space(least)
-                packs.append(PackWriter(stack.enter_context(self._backend.writer())))
+                writer = stack.enter_context(self._backend.writer())
+                packs.append(PackWriter(writer, self._catalog.config.version))
                 return packs[-1]
 
             yield begin

@@ -40,7 +40,7 @@ from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError, NotAStoreError
 from msft_store.maintenance.gc import evict
 from msft_store.objects.bases import base_path, encode_base, list_bases, scan_base
-from msft_store.objects.catalog import CONFIG, Catalog, read_consistently, read_level
+from msft_store.objects.catalog import CONFIG, Catalog, read_config, read_consistently
 from msft_store.remote.backend import RemoteBackend, require_store
 from msft_store.remote.missing_packs import UnsoundTargetError
 from msft_store.remote.pull import pull_store
@@ -191,7 +191,7 @@ def clone(
     """
     remote, root = connect_remote(url, **options), _directory(directory)
     backend, address = LocalBackend(root), remote.describe("").encode()
-    level = read_level(require_store(RemoteBackend(remote)))
+    config = read_config(require_store(RemoteBackend(remote)))
     begun = backend.read(_CLONING) if backend.exists(_CLONING) else None
     if begun is None:
         if backend.exists(CONFIG):
@@ -208,7 +208,7 @@ def clone(
     else:
         _log.info("resuming the clone of %s in %s", remote.describe(""), root)
     if not backend.exists(CONFIG):
-        Store.create(root, level=level)
+        Store.create(root, level=config.level, version=config.version)
     transfer = pull(
         root,
         remote,

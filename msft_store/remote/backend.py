@@ -14,9 +14,9 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from msft_store.errors import CorruptedError, NotAStoreError, StorageError
+from msft_store.errors import CorruptedError, NotAStoreError, StorageError, VersionError
 from msft_store.objects.bases import BASES
-from msft_store.objects.catalog import CONFIG
+from msft_store.objects.catalog import CONFIG, Config
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -70,6 +70,16 @@ def require_store(backend: RemoteBackend) -> RemoteBackend:
     if not backend.exists(CONFIG):
         raise NotAStoreError(f"no store at {backend.describe('')}; send one there with push")
     return backend
+
+
+def require_version(source: Config, origin: Backend, target: Config, place: Backend) -> None:
+    """Raise :class:`VersionError` if a target must not get the files of a source."""
+    if source.version > target.version:
+        raise VersionError(
+            f"{origin.describe('')} is a store of version {source.version} and "
+            f"{place.describe('')} one of version {target.version}, which must not get files of a "
+            "later version: run msft-store upgrade there, or choose a new place"
+        )
 
 
 class RemoteBackend(ReadOnlyBackend):

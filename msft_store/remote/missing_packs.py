@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from msft_store.errors import REPAIR_HINT, BaseError, CorruptedError, StoreError
 from msft_store.format.key_table import Keys, view_keys
-from msft_store.format.layout import MAX_DEPTH, Record
+from msft_store.format.layout import MAX_DEPTH, NEWEST, Record
 from msft_store.format.pack_footer import (
     PACK_HEADER,
     PACK_TRAILER,
@@ -72,7 +72,7 @@ class PackTransfer:
         if self.records is None:
             yield from split_ranges(self.size)
             return
-        yield pack_header()
+        yield pack_header(self.footer.version)
         yield from _merge_ranges(self.records)
         yield self.end
 
@@ -176,7 +176,7 @@ def find_complete_records(objects: ChunkStore, index: PackIndex) -> Rows:
     """Return a mask of the index's rows whose references all exist, down to records without any."""
     complete = ~index.refers_to_chunk
     bases = objects.bases()
-    for depth in range(1, MAX_DEPTH + 1):
+    for depth in range(1, MAX_DEPTH[NEWEST] + 1):
         here = np.flatnonzero(index.refers_to_chunk & (index.depths == depth))
         for number in np.unique(index.bases[here]).tolist():
             base = index.base_of(number)
@@ -274,7 +274,7 @@ def _select_records(pack: PackTransfer, complete: Rows) -> Iterator[PackTransfer
     end, check = encode_footer(placed, position)
     path, size = pack_path(check), position + len(end)
     trailer = decode_trailer(end[-PACK_TRAILER.size :], size, path)
-    footer = decode_footer(end[: trailer.length], trailer, path)
+    footer = decode_footer(end[: trailer.length], trailer, path, pack.footer.version)
     yield PackTransfer(
         path=path, source=pack.source, size=size, footer=footer, records=records, end=end
     )

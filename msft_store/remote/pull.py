@@ -20,7 +20,7 @@ from pathlib import Path
 from msft_store.errors import BusyError, CorruptedError, StorageError, strip_hint
 from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
-from msft_store.objects.catalog import Catalog, read_level
+from msft_store.objects.catalog import Catalog, read_config
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import (
     MANIFESTS,
@@ -39,6 +39,7 @@ from msft_store.remote.backend import (
     is_sound,
     read_manifest,
     require_store,
+    require_version,
 )
 from msft_store.remote.bases import pull_base
 from msft_store.remote.missing_packs import (
@@ -74,9 +75,9 @@ def pull_store(
     The files of base models go to the directory ``bases``; they are not fetched if it is ``None``.
     """
     source = require_store(RemoteBackend(remote, nearby=backend))
-    read_level(source)
     catalog = Catalog(backend)
     catalog.refresh()
+    require_version(read_config(source), source, catalog.config, backend)
     ids = _check_ids(source, MANIFESTS, list_manifests(source))
     names, counter.timelines_left = split_names(list_refs(source), timelines=timelines)
     rule = RefRule(

@@ -17,12 +17,18 @@ from msft_store.errors import (
     strip_frames,
 )
 from msft_store.objects.bases import BASES, base_path, list_bases, read_base
-from msft_store.objects.catalog import CONFIG, Catalog, read_level
+from msft_store.objects.catalog import CONFIG, Catalog, read_config
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_path
-from msft_store.remote.backend import RemoteBackend, is_sound, map_parallel, read_manifest
+from msft_store.remote.backend import (
+    RemoteBackend,
+    is_sound,
+    map_parallel,
+    read_manifest,
+    require_version,
+)
 from msft_store.remote.bases import has_base, push_base
 from msft_store.remote.missing_packs import (
     PackTransfer,
@@ -100,7 +106,7 @@ class _Push:
             config = read_small_file(self.catalog.backend, CONFIG)
             if not others and remote.create(CONFIG, config):
                 self.counter.add_file(len(config))
-        read_level(target)
+        require_version(self.catalog.config, self.catalog.backend, read_config(target), target)
 
     def send_bases(self) -> None:
         backend, target = self.catalog.backend, RemoteBackend(self.remote)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from msft_store.errors import OutOfSpaceError, StorageError
-from msft_store.objects.catalog import CONFIG, write_config
+from msft_store.objects.catalog import CONFIG, Config, encode_config
 from msft_store.storage.backend import Backend, FileStat, Writer, write_atomic
 from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
@@ -207,7 +207,7 @@ def check_faults(backend: Backend, *, every: int = 1) -> int:
     Raises:
         AssertionError: The store lost something.
     """
-    write_atomic(backend, CONFIG, write_config("fast"))
+    write_atomic(backend, CONFIG, encode_config(Config()))
     store = Store(backend)
     first, second = ({"w": torch.arange(1000) * number} for number in (1, 3))
     kept = store.save(first)

@@ -38,7 +38,7 @@ def chunk(data: bytes, dtype: DType, **fields: Any) -> Record:
 def forge_pack(store: Store, chunks: Sequence[tuple[Record, bytes]]) -> list[bytes]:
     """Write a pack of records with their payloads; return the keys."""
     with LocalBackend(Path(store.path)).writer() as writer:
-        pack = PackWriter(writer)
+        pack = PackWriter(writer, store.version)
         for record, payload in chunks:
             place = {"offset": pack.position, "length": len(payload)}
             pack.append(dataclasses.replace(record, **place), payload)

@@ -24,6 +24,7 @@ import xxhash
 from tests.support.plain_codecs import CODES, SIZES, decode, inflate
 
 CHUNK = 4194304
+VERSIONS = (1, 2)
 NONE = 0xFFFFFFFF
 Tensor = tuple[str, list[int], bytes]
 """dtype, shape, row-major bytes."""
@@ -41,12 +42,13 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def unsealed(line: bytes, kind: str) -> dict[str, Any]:
+def unsealed(line: bytes, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:
     """Return the object of a line of sealed JSON."""
     content = json.loads(line)
     stated = content.pop("digest")
     assert digest(canonical(content)) == stated
-    assert (content["format"], content["version"]) == (kind, 1)
+    assert content["format"] == kind
+    assert content["version"] in versions
     return content
 
 
@@ -60,7 +62,8 @@ class PlainStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        assert unsealed((root / "store.json").read_bytes(), "msft-store")["chunk_bytes"] == CHUNK
+        config = unsealed((root / "store.json").read_bytes(), "msft-store", VERSIONS)
+        assert config["chunk_bytes"] == CHUNK
         self.bases = {path.stem: PlainBase(path) for path in root.glob("bases/*.json")}
         self.packs = {path.stem: PlainPack(path) for path in root.glob("packs/*.pack")}
 
@@ -169,7 +172,9 @@ class PlainPack:
 
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
-        assert self.data[:16] == b"msftpack" + struct.pack("<II", 1, 0)
+        magic, version, zero = struct.unpack("<8sII", self.data[:16])
+        assert (magic, zero) == (b"msftpack", 0)
+        max_depth = {1: 2, 2: 16}[version]
         start, length, size, count, zero, check, magic = struct.unpack(
             "<QIII4s16s8s", self.data[-48:]
         )
@@ -184,12 +189,12 @@ class PlainPack:
         assert 4 + length + 64 * count == size
         rows = struct.iter_unpack("<16s16sQIIBBBBIII", footer[4 + length :])
         self.records = [self._record(head, *row) for row in rows]
+        assert all(record.depth <= max_depth for record in self.records)
 
     @staticmethod
     def _record(head: dict[str, Any], *row: Any) -> Record:
         *numbers, codec, dtype, depth, generation, reference, base, zero = row
         assert zero == 0
-        assert depth <= 2
         return Record(
             *numbers,
             codec=codec,

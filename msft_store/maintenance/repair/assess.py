@@ -30,7 +30,7 @@ from msft_store.errors import (
 )
 from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Numbers, is_among
-from msft_store.format.layout import MAX_DEPTH, Record
+from msft_store.format.layout import MAX_DEPTH, NEWEST, Record
 from msft_store.format.pack_footer import Footer
 from msft_store.maintenance.check import Known, list_problems
 from msft_store.maintenance.repair.extract import extract_footer
@@ -140,7 +140,7 @@ class Survey:
             (path, int(number)) for path, _ in index.slices() for number in self.numbers(path)
         ]
         before = len(self.verdicts.damaged) + len(self.dangling)
-        for depth in range(MAX_DEPTH + 1):
+        for depth in range(MAX_DEPTH[NEWEST] + 1):
             rows = np.flatnonzero(self.live & (index.depths == depth)).tolist()
             work = ((self.places[row], index.stored(row)) for row in rows)
             for_each(lambda item: self._judge(*item), work)

@@ -77,6 +77,7 @@ class RepairPlan:
     _contents: Mapping[str, bytes] = field(repr=False)
     _backend: Backend = field(repr=False, compare=False)
     _verdicts: Verdicts = field(repr=False, compare=False)
+    _version: int = field(repr=False, compare=False)
 
     @property
     def needed(self) -> bool:
@@ -152,6 +153,7 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
         _contents=overlay.replaced,
         _backend=backend,
         _verdicts=verdicts,
+        _version=catalog.config.version,
     )
 
 
@@ -176,7 +178,7 @@ def _execute(plan: RepairPlan) -> RepairResult:
     # Misnamed packs move first, because writing a pack replaces a file that has its name.
     packs = [_move_misnamed(backend, pack) for pack in plan.packs]
     for pack in packs:
-        if pack.damaged and _rewrite_pack(backend, pack) != pack.path:
+        if pack.damaged and _rewrite_pack(backend, pack, plan._version) != pack.path:
             backend.move(pack.path, f"{folder}/{pack.path}")
     for pack in packs:
         if not pack.damaged:
@@ -232,7 +234,7 @@ def _move_misnamed(backend: Backend, pack: PackCondition) -> PackCondition:
     return replace(pack, path=path)
 
 
-def _rewrite_pack(backend: Backend, pack: PackCondition) -> str | None:
+def _rewrite_pack(backend: Backend, pack: PackCondition, version: int) -> str | None:
     """Copy the usable chunks of a pack to a new pack; return its path, or ``None`` without any.
 
     The path is the old one if only the header or trailer was damaged.
@@ -240,7 +242,7 @@ def _rewrite_pack(backend: Backend, pack: PackCondition) -> str | None:
     if not pack.usable:
         return None
     with backend.writer() as writer:
-        new = PackWriter(writer)
+        new = PackWriter(writer, version)
         for record in pack.usable:
             payload = backend.read(pack.path, record.offset, record.length)
             new.append(replace(record, offset=new.position), payload)

@@ -1,7 +1,8 @@
 """Recover the content of damaged small files: config, base records, manifests and refs.
 
 Invariants: nothing is written. A digest proves the recovered content, with two exceptions: a ref
-may keep only the checkpoint that it names, and a config only its level, or the default level.
+may keep only the checkpoint that it names, and a config only its level, or the default level. Such
+a config states the latest version of the store's files.
 
 Example::
 
@@ -11,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -20,10 +22,19 @@ from pathlib import Path
 
 from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import StoreError, is_damage
+from msft_store.format.layout import VERSIONS
+from msft_store.format.pack_footer import PACK_HEADER, decode_header
 from msft_store.maintenance.repair.extract import extract_manifest, extract_sealed
 from msft_store.objects.bases import base_path, encode_base, list_bases, read_base, scan_base
-from msft_store.objects.catalog import CONFIG, read_level, write_config
-from msft_store.objects.manifest import list_manifests, manifest_path, read_checkpoint, read_tensors
+from msft_store.objects.catalog import CONFIG, Config, encode_config, read_config
+from msft_store.objects.manifest import (
+    list_manifests,
+    manifest_path,
+    read_checkpoint,
+    read_tensors,
+    read_version,
+)
+from msft_store.objects.packs import list_packs
 from msft_store.objects.refs import Ref, encode_ref, list_refs, read_ref, ref_path
 from msft_store.storage.backend import Backend, read_small_file
 from msft_store.storage.overlay import Overlay
@@ -83,11 +94,14 @@ def _files(backend: Backend) -> Iterator[_File]:
     default = "damaged or missing; its level is not known, so it becomes fast"
     yield _File(
         path=CONFIG,
-        check=read_level,
+        check=read_config,
         recoveries=(
             (_EXTRACTED, extract_sealed),
-            *((f"damaged; its level is {level}", _rebuild_config(level)) for level in LEVELS),
-            (default, lambda data: write_config(LEVELS[0])),
+            *(
+                (f"damaged; its level is {level}", _rebuild_config(backend, level))
+                for level in LEVELS
+            ),
+            (default, lambda data: encode_config(Config(version=_latest_version(backend)))),
         ),
     )
     for identity in list_bases(backend):
@@ -129,8 +143,25 @@ def _read(backend: Backend, path: str) -> bytes:
         return b""
 
 
-def _rebuild_config(level: Level) -> Recovery:
-    return lambda data: write_config(level) if f'"level":"{level}"'.encode() in data else None
+def _rebuild_config(backend: Backend, level: Level) -> Recovery:
+    def rebuild(data: bytes) -> bytes | None:
+        if f'"level":"{level}"'.encode() not in data:
+            return None
+        return encode_config(Config(level=level, version=_latest_version(backend)))
+
+    return rebuild
+
+
+def _latest_version(backend: Backend) -> int:
+    """Return the latest version that a manifest or pack states; no other file depends on it."""
+    found = {VERSIONS[0]}
+    for identity in list_manifests(backend):
+        with contextlib.suppress(StoreError):
+            found.add(read_version(backend, identity))
+    for path in list_packs(backend):
+        with contextlib.suppress(StoreError):
+            found.add(decode_header(backend.read(path, 0, PACK_HEADER.size), path))
+    return max(found)
 
 
 def _rebuild_base(data: bytes) -> bytes | None:

@@ -37,7 +37,7 @@ from msft_store.cli.plots import draw_changes, draw_lineage, heat_map, heat_text
 from msft_store.retention import Candidate, Reason
 
 COMMANDS = (
-    *("init", "add-base", "relocate", "log", "inspect", "gc"),
+    *("init", "upgrade", "add-base", "relocate", "log", "inspect", "gc"),
     *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
     *("diff", "repack", "import", "completion"),
     *("push", "pull", "clone"),

@@ -242,7 +242,7 @@ def test_a_store_of_a_newer_version_is_refused(store: Store, ckpt: Checkpoint) -
     config = Path(store.path, "store.json")
     content = json.loads(config.read_bytes())
     del content["digest"]
-    config.write_bytes(seal({**content, "version": 2}))
+    config.write_bytes(seal({**content, "version": 3}))
     with pytest.raises(VersionError):
         plan_repair(LocalBackend(Path(store.path)))
 

@@ -64,8 +64,8 @@ def test_another_version_is_refused(store: Store) -> None:
     config = Path(store.path, "store.json")
     content = json.loads(config.read_bytes())
     del content["digest"]
-    config.write_bytes(seal({**content, "version": 2}))
-    with pytest.raises(VersionError, match="format version 2; this msft-store reads version 1"):
+    config.write_bytes(seal({**content, "version": 3}))
+    with pytest.raises(VersionError, match="format version 3; this msft-store reads version 2 and"):
         Store.open(store.path)
 
 

@@ -401,7 +401,7 @@ def test_a_tensor_of_several_pieces_is_put_together(store: Store) -> None:
     backend, pieces = LocalBackend(Path(store.path)), []
     dtype = dtype_by_name("float32")
     with backend.writer() as writer:
-        pack = PackWriter(writer)
+        pack = PackWriter(writer, store.version)
         for offset, shape in boxes:
             box = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
             data = to_bytes(whole[box]).tobytes()
@@ -443,7 +443,7 @@ def test_references_by_box_and_by_parts_of_chunks_decode(tmp_path: Path, store: 
     box = BaseSpan(tensor="w", start=2, box=((2, 3), (3, 4)))
     backend, keys = LocalBackend(Path(store.path)), []
     with backend.writer() as writer:
-        pack = PackWriter(writer)
+        pack = PackWriter(writer, store.version)
         for reference, span, base_id in ((boxed, box, base.id), (joined, spans, None)):
             chunk = reference.copy()
             chunk[::4] ^= 1
