@@ -19,8 +19,8 @@ import torch
 from msft_store._util import PathLike, check_path
 from msft_store.errors import BaseError
 from msft_store.objects.bases import Base
+from msft_store.objects.counterparts import match_names
 from msft_store.objects.manifest import Checkpoint
-from msft_store.objects.reference_planner import match_names
 from msft_store.objects.safetensors_header import TensorPlace, read_headers
 from msft_store.storage.backend import read_file_into
 from msft_store.store import Store

@@ -22,6 +22,7 @@ import zstandard
 
 from msft_store.errors import REPAIR_HINT, CorruptedError, InvalidInputError, VersionError
 from msft_store.format.dtypes import DType
+from msft_store.format.mapping import View
 from msft_store.format.strict_json import parse
 
 VERSION = 1
@@ -63,6 +64,17 @@ class BaseSpan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpan:
+    """A reference in a base: elements of a view of its tensors, or of a box of the view."""
+
+    view: View
+    start: int
+    """First element, counted in the box (row-major)."""
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Offset and shape; ``None`` for the whole view."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkSpan:
     """A reference in another chunk: ``length`` of its decoded bytes from ``start``."""
 
@@ -71,7 +83,7 @@ class ChunkSpan:
     length: int
 
 
-References = BaseSpan | tuple[ChunkSpan, ...]
+References = BaseSpan | ViewSpan | tuple[ChunkSpan, ...]
 """The content that a record refers to: a range of a base, or the ranges of chunks in order."""
 
 
@@ -106,7 +118,7 @@ class Record:
         """True if decoding needs another chunk, not only the base."""
         if self.reference is None:
             return self.ref_key != bytes(KEY_BYTES)
-        return not isinstance(self.reference, BaseSpan)
+        return isinstance(self.reference, tuple)
 
 
 def canonical_json(value: Any) -> bytes:

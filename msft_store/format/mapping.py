@@ -199,9 +199,19 @@ class BaseMapping:
     def __bool__(self) -> bool:
         return bool(self.names or self.views)
 
+    def __or__(self, other: BaseMapping) -> BaseMapping:
+        """Return the union of the mappings of two processes that hold other boxes of tensors."""
+        views = dict(self.views)
+        for name, view in other.views.items():
+            known = views.get(name, view)
+            parts = (*known.parts, *(part for part in view.parts if part not in known.parts))
+            views[name] = View(view.shape, parts)
+        names = {name: old for name, old in self.names.items() if name not in views}
+        return BaseMapping(names={**names, **other.names}, views=views)
+
     def to_json(self, base: Mapping[str, Shape]) -> dict[str, Any]:
         """Return the mapping as JSON for a base of these shapes, with most names as prefixes."""
-        votes = Counter(_exchanged(new, old) for new, old in self.names.items())
+        votes = Counter(exchanged_prefixes(new, old) for new, old in self.names.items())
         rules = sorted((rule for rule, count in votes.items() if count > 1), key=_by_length)
         implied = _apply(rules, base)
         names: dict[str, str | None] = {
@@ -249,8 +259,12 @@ class BaseMapping:
         return cls(names=names, views=views)
 
 
-def _exchanged(new: str, old: str) -> tuple[str, str]:
-    """Return two names without the name segments that both end with."""
+NOTHING = BaseMapping(names={}, views={})
+"""The mapping of a checkpoint whose tensors have the base's names and shapes, or no base."""
+
+
+def exchanged_prefixes(new: str, old: str) -> tuple[str, str]:
+    """Return the beginnings of two names before the segments that both end with."""
     mine, other = new.split("."), old.split(".")
     while mine and other and mine[-1] == other[-1]:
         mine.pop()

@@ -37,9 +37,11 @@ from msft_store.format.layout import (
     ChunkSpan,
     Record,
     References,
+    ViewSpan,
     canonical_json,
     decompress,
 )
+from msft_store.format.mapping import View
 from msft_store.format.strict_json import (
     check_id,
     check_natural,
@@ -171,12 +173,13 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
     """Return footer and trailer of a pack whose payloads end at ``offset``, and its digest."""
     bases: dict[str, int] = {}
     references: list[Any] = []
+    views: dict[View, int] = {}
     rows = []
     for record in records:
         place = NO_INDEX
         if record.reference is not None:
             place = len(references)
-            references.append(_reference_to_json(record.reference))
+            references.append(_reference_to_json(record.reference, views))
         rows.append(
             (
                 struct.unpack("<2Q", record.key),
@@ -193,7 +196,10 @@ def encode_footer(records: Sequence[Record], offset: int) -> tuple[bytes, bytes]
                 0,
             )
         )
-    table = canonical_json({"bases": list(bases), "references": references})
+    content = {"bases": list(bases), "references": references}
+    if views:
+        content["views"] = [view.to_json() for view in views]
+    table = canonical_json(content)
     raw = struct.pack("<I", len(table)) + table + np.array(rows, _RECORD).tobytes()
     if len(raw) > max_footer_bytes(len(rows)):
         raise InvalidInputError(
@@ -285,7 +291,9 @@ def _refers_to_chunk(table: bytes, rows: Rows, file: str) -> NDArray[np.bool_]:
 
 def _references(table: bytes, rows: Rows, file: str) -> tuple[References, ...]:
     try:
-        found = tuple(map(_reference_from_json, check_object(parse(table))["references"]))
+        content = check_object(parse(table))
+        views = tuple(map(View.from_json, content.get("views", ())))
+        found = tuple(_reference_from_json(entry, views) for entry in content["references"])
     except (ValueError, KeyError, TypeError) as error:
         raise _footer_error(file, error) from None
     named = rows["reference"]
@@ -306,26 +314,33 @@ def _footer_error(file: str, reason: object) -> CorruptedError:
     return CorruptedError(f"the footer of {file} cannot be read: {reason}")
 
 
-def _reference_to_json(reference: References) -> Any:
+def _reference_to_json(reference: References, views: dict[View, int]) -> Any:
+    if isinstance(reference, tuple):
+        return {"chunks": [[span.key.hex(), span.start, span.length] for span in reference]}
+    entry: dict[str, Any] = {"start": reference.start}
     if isinstance(reference, BaseSpan):
-        entry: dict[str, Any] = {"tensor": reference.tensor, "start": reference.start}
-        if reference.box is not None:
-            entry["box"] = [list(reference.box[0]), list(reference.box[1])]
-        return entry
-    return {"chunks": [[span.key.hex(), span.start, span.length] for span in reference]}
+        entry["tensor"] = reference.tensor
+    else:
+        entry["view"] = views.setdefault(reference.view, len(views))
+    if reference.box is not None:
+        entry["box"] = [list(reference.box[0]), list(reference.box[1])]
+    return entry
 
 
-def _reference_from_json(entry: Any) -> References:
-    if "tensor" in check_object(entry):
+def _reference_from_json(entry: Any, views: Sequence[View]) -> References:
+    if "chunks" not in check_object(entry):
         box = None
         if "box" in entry:
             offset, shape = entry["box"]
             box = check_shape(offset), check_shape(shape)
             if len(box[0]) != len(box[1]):
                 raise ValueError("offset and shape of a box differ in length")
-        return BaseSpan(
-            tensor=check_tensor_name(entry["tensor"]), start=check_natural(entry["start"]), box=box
-        )
+        start = check_natural(entry["start"])
+        if "tensor" in entry:
+            return BaseSpan(tensor=check_tensor_name(entry["tensor"]), start=start, box=box)
+        if check_natural(entry["view"]) >= len(views):
+            raise ValueError("a reference names a view that is not listed")
+        return ViewSpan(view=views[entry["view"]], start=start, box=box)
     spans = tuple(_span(*span) for span in entry["chunks"])
     if not 0 < len(spans) <= _MAX_SPANS:
         raise ValueError(f"a reference has {len(spans)} parts")

@@ -26,8 +26,8 @@ from msft_store.format.dtypes import DType
 from msft_store.maintenance.stats import sources
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import Catalog
+from msft_store.objects.counterparts import match_names
 from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry
-from msft_store.objects.reference_planner import match_names
 from msft_store.pipeline.decode import Source
 from msft_store.pipeline.parallel import in_order
 from msft_store.pipeline.reshard import decode_boxes

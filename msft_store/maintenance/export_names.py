@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from msft_store.objects.bases import Base
+from msft_store.objects.counterparts import match_names
 from msft_store.objects.manifest import Checkpoint, TensorEntry
-from msft_store.objects.reference_planner import match_names
 from msft_store.tensors.names import plain_names
 
 KEY = "export"

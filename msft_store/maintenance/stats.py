@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from msft_store.codec import codecs
 from msft_store.format.key_table import concatenate_keys, count_keys, is_among, unique_keys
-from msft_store.format.layout import BaseSpan
+from msft_store.format.layout import BaseSpan, ViewSpan
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint
 from msft_store.objects.reachability import find_reachable
@@ -64,7 +64,7 @@ def _describe_storage(catalog: Catalog, key: bytes, base: str | None) -> tuple[s
     codec = codecs.codec_by_code(record.codec)
     if not codec.needs_reference:
         return f"{codec.name}, no reference", record.length
-    against = "base" if isinstance(record.reference, BaseSpan) else "checkpoint"
+    against = "base" if isinstance(record.reference, BaseSpan | ViewSpan) else "checkpoint"
     return f"{codec.name} against {against}", record.length
 
 

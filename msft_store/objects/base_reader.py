@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,8 @@ from msft_store.errors import (
 )
 from msft_store.format.dtypes import DType
 from msft_store.format.key_table import Keys, KeyTable, view_keys
-from msft_store.format.layout import CHUNK_BYTES, BaseSpan, chunk_key
+from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ViewSpan, chunk_key
+from msft_store.format.mapping import Shape, ViewPart
 from msft_store.objects.bases import (
     Base,
     BaseTensor,
@@ -45,6 +48,10 @@ from msft_store.objects.bases import (
 )
 from msft_store.storage.backend import Backend, read_file_into, read_small_file
 
+_READ_COST = 1 << 14
+"""Bytes that take as long to read as the start of one more read."""
+_MAX_GAPS = 1 << 24
+"""Largest number of bytes that are read at once with gaps."""
 _LOG = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 """Ids of the bases that this process has already warned of."""
@@ -135,12 +142,15 @@ class BaseReader:
         """Verify a chunk of a tensor against its key; :class:`BaseError` if it changed."""
         tensor = self._tensor(name)
         if chunk_key(data.data, tensor.dtype) != key:
-            file = self.base.files[tensor.file][0]
-            raise BaseError(
-                f"{file} changed since it was added as base {self.base.id[:12]} (tensor {name!r}); "
-                "put the original file back",
-                file=file,
-            )
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> BaseError:
+        file = self.base.files[self._tensor(name).file][0]
+        return BaseError(
+            f"{file} changed since it was added as base {self.base.id[:12]} (tensor {name!r}); "
+            "put the original file back",
+            file=file,
+        )
 
     def read_span(self, span: BaseSpan, count: int, dtype: DType) -> Bytes:
         """Return the bytes of ``count`` elements, converted to ``dtype``."""
@@ -192,6 +202,99 @@ class BaseReader:
             at = (start - begin) * tensor.dtype.size
             out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
         return chunk_key(out.data, dtype)
+
+    def read_view_into(
+        self, span: ViewSpan, out: Bytes, dtype: DType, *, verified: bool = False
+    ) -> None:
+        """Fill ``out`` with the bytes of elements of a view, converted to ``dtype``.
+
+        With ``verified`` all chunks that they are in are verified first, those that were seen
+        before by the stamp of their file; :class:`BaseError` if one changed.
+        """
+        view = span.view
+        offset, shape = span.box or ((0,) * len(view.shape), view.shape)
+        _check_box(view.shape, offset, shape, span.start, out.size // dtype.size)
+        values, at = out.view(_words(dtype)), 0
+        for inner, size in range_boxes(shape, span.start, values.size):
+            first = tuple(map(operator.add, offset, inner))
+            here = values[at : at + math.prod(size)].reshape(size)
+            here[...] = 0
+            for part, begin, shared in view.overlapping(first, size):
+                box = self._read_part(part, begin, shared, dtype, verified=verified)
+                place = zip(begin, first, shared, strict=True)
+                here[tuple(slice(b - f, b - f + n) for b, f, n in place)] = box
+            at += here.size
+
+    def _read_part(
+        self, part: ViewPart, begin: Shape, shape: Shape, dtype: DType, *, verified: bool
+    ) -> NDArray[Any]:
+        """Return the box of a view that begins at ``begin``, inside one part."""
+        tensor = self._tensor(part.tensor)
+        try:
+            dims = part.check(tensor.shape)
+        except ValueError as error:
+            raise CorruptedError(f"a view does not fit {self._record}: {error}") from None
+        first, size = part.in_base(tuple(map(operator.sub, begin, part.offset)), shape)
+        if verified:
+            self._require_box(part.tensor, dims, first, size)
+        box = np.empty(size, _words(tensor.dtype))
+        self._read_box(part.tensor, dims, first, box)
+        data = _convert(box.reshape(-1).view(np.uint8), tensor.dtype, dtype)
+        found: NDArray[Any] = data.view(_words(dtype)).reshape(size)
+        return (found if part.axes is None else found.transpose(part.axes)).reshape(shape)
+
+    def _require_box(self, name: str, dims: Shape, first: Shape, size: Shape) -> None:
+        """Raise :class:`BaseError` if a chunk that holds elements of a box changed."""
+        tensor, step = self._tensor(name), CHUNK_BYTES // self._tensor(name).dtype.size
+        begin, count = _extent(dims, first, size)
+        scratch: Bytes = np.empty(min(CHUNK_BYTES, tensor.nbytes), np.uint8)
+        for key in tensor.keys[begin // step : -(-(begin + count) // step)]:
+            if not self.holds(key, scratch):
+                raise self._changed(name)
+
+    def _read_box(self, name: str, dims: Shape, first: Shape, out: NDArray[Any]) -> None:
+        """Fill ``out`` with a box of a tensor that is read with the shape ``dims``.
+
+        A box with gaps is read with its gaps, if they are small, and else by halves.
+        """
+        begin, count = _extent(dims, first, out.shape)
+        if count == out.size:
+            self._fill(name, begin, out.reshape(-1).view(np.uint8))
+            return
+        runs = out.size // max(_run(dims, out.shape), 1)
+        if count * out.itemsize <= min(out.nbytes + runs * _READ_COST, _MAX_GAPS):
+            covering = np.empty(count, out.dtype)
+            self._fill(name, begin, covering.view(np.uint8))
+            strides = [math.prod(dims[axis + 1 :]) * out.itemsize for axis in range(len(dims))]
+            out[...] = np.lib.stride_tricks.as_strided(covering, out.shape, strides)
+            return
+        axis = next(axis for axis, length in enumerate(out.shape) if length > 1)
+        half = out.shape[axis] // 2
+        other = tuple(at + half if n == axis else at for n, at in enumerate(first))
+        before, after = np.split(out, [half], axis)
+        self._read_box(name, dims, first, before)
+        self._read_box(name, dims, other, after)
+
+    def sample(self, name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return elements of a tensor by their row-major indices; NaN if the base changed."""
+        tensor = self._tensor(name)
+        found = np.full(len(index), np.nan)
+        if tensor.dtype.torch is None or tensor.dtype.torch.is_complex:
+            return found
+        try:
+            data: Bytes = np.empty(len(index) * tensor.dtype.size, np.uint8)
+            at = 0
+            for run in np.split(index, np.flatnonzero(np.diff(index) != 1) + 1):
+                size = len(run) * tensor.dtype.size
+                self._fill(name, int(run[0]), data[at : at + size])
+                at += size
+        except StoreError as error:
+            self.warn_of(error)
+            return found
+        values: NDArray[np.float64] = (
+            torch.from_numpy(data).view(tensor.dtype.torch).double().numpy()
+        )
+        return values
 
     def _runs(self, span: BaseSpan, count: int) -> Iterator[tuple[int, int]]:
         shape = self._tensor(span.tensor).shape
@@ -249,10 +352,7 @@ def box_runs(
     The part is ``count`` elements from element ``start`` of the box. A run is its first element's
     index in the tensor and its number of elements.
     """
-    if len(offset) != len(shape) or any(
-        o + n > s for o, n, s in zip(offset, box, shape, strict=True)
-    ):
-        raise MismatchError(f"the box {offset} + {box} lies outside the shape {shape}")
+    _check_box(shape, offset, box)
     split = len(shape)
     while split > 0 and box[split:] == shape[split:]:
         split -= 1
@@ -269,6 +369,56 @@ def box_runs(
             position += index * strides[axis]
         yield position, length
         start += length
+
+
+def range_boxes(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape]]:
+    """Yield the boxes, in order, that ``count`` elements from ``start`` on of a tensor make up."""
+    if not shape:
+        yield (), ()
+        return
+    inner = math.prod(shape[1:])
+    while count:
+        row, within = divmod(start, inner)
+        length = count - count % inner if within == 0 else 0
+        if length:
+            yield (row, *(0 for _ in shape[1:])), (length // inner, *shape[1:])
+        else:
+            length = min(inner - within, count)
+            for offset, size in range_boxes(shape[1:], within, length):
+                yield (row, *offset), (1, *size)
+        start, count = start + length, count - length
+
+
+def _check_box(shape: Shape, offset: Shape, box: Shape, start: int = 0, count: int = 0) -> None:
+    if len(offset) != len(shape) or any(
+        o + n > s for o, n, s in zip(offset, box, shape, strict=True)
+    ):
+        raise MismatchError(f"the box {offset} + {box} lies outside the shape {shape}")
+    if start + count > math.prod(box):
+        raise MismatchError(f"{count} elements from {start} on lie outside the box {box}")
+
+
+def _extent(dims: Shape, first: Shape, size: Shape) -> tuple[int, int]:
+    """Return the index of a box's first element, and the number of elements up to its last one."""
+    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
+    begin = sum(map(operator.mul, first, strides))
+    return begin, sum((n - 1) * s for n, s in zip(size, strides, strict=True)) + 1
+
+
+def _run(dims: Shape, size: Shape) -> int:
+    """Return the number of elements in a row that are contiguous in a box."""
+    run, axis = 1, len(dims)
+    while axis:
+        axis -= 1
+        run *= size[axis]
+        if size[axis] != dims[axis]:
+            break
+    return run
+
+
+def _words(dtype: DType) -> np.dtype[Any]:
+    """Return the type of numpy that copies an element as one word."""
+    return np.dtype("c16" if dtype.size == 16 else f"u{dtype.size}")
 
 
 def can_convert(have: DType, want: DType) -> bool:

@@ -32,7 +32,15 @@ from msft_store.errors import (
 )
 from msft_store.format.dtypes import DType, dtype_by_code
 from msft_store.format.key_table import Keys
-from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, BaseSpan, ChunkSpan, Record, chunk_key
+from msft_store.format.layout import (
+    CHUNK_BYTES,
+    KEY_BYTES,
+    BaseSpan,
+    ChunkSpan,
+    Record,
+    ViewSpan,
+    chunk_key,
+)
 from msft_store.format.pack_footer import Footer
 from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.bases import Base, Stamp, base_path, list_bases, read_base
@@ -294,10 +302,14 @@ class ChunkStore:
                 raise CorruptedError(f"chunk {record.key.hex()} needs a reference but has none")
             return
         dtype = dtype_by_code(record.dtype)
-        if isinstance(record.reference, BaseSpan):
+        if isinstance(record.reference, BaseSpan | ViewSpan):
             if record.base is None:
                 raise CorruptedError(f"chunk {record.key.hex()} refers to an unnamed base")
-            self.base(record.base).read_span_into(record.reference, out, dtype)
+            reader = self.base(record.base)
+            if isinstance(record.reference, ViewSpan):
+                reader.read_view_into(record.reference, out, dtype)
+            else:
+                reader.read_span_into(record.reference, out, dtype)
             return
         base = record.base
         spans = record.reference or (ChunkSpan(key=record.ref_key, start=0, length=record.size),)
@@ -336,7 +348,12 @@ class ChunkStore:
         return stored.record.size
 
     def _blame_reference(self, record: Record) -> None:
-        if isinstance(record.reference, BaseSpan) and record.base is not None:
-            count = record.size // dtype_by_code(record.dtype).size
-            self.base(record.base).verify_span(record.reference, count)
+        if record.base is not None:
+            dtype = dtype_by_code(record.dtype)
+            if isinstance(record.reference, BaseSpan):
+                count = record.size // dtype.size
+                self.base(record.base).verify_span(record.reference, count)
+            elif isinstance(record.reference, ViewSpan):
+                data: Bytes = np.empty(record.size, np.uint8)
+                self.base(record.base).read_view_into(record.reference, data, dtype, verified=True)
         raise CorruptedError(f"the reference of chunk {record.key.hex()} is damaged")

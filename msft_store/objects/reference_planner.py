@@ -4,8 +4,7 @@ Invariant: a record that uses a chosen reference is at most ``MAX_DEPTH`` deep.
 
 Example::
 
-    planner = ReferencePlanner(objects, base.id, parent_tensors)
-    planner.match({"lm_head.weight": (512, 192)})
+    planner = ReferencePlanner(objects, base.id, parent_tensors, mapping)
     planner.reference("lm_head.weight", entry, piece=0, chunk=0)
 """
 
@@ -15,7 +14,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan
+from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan, ViewSpan
+from msft_store.format.mapping import BaseMapping, View
 from msft_store.objects.base_reader import can_convert
 from msft_store.objects.bases import BaseTensor
 from msft_store.objects.chunks import ChunkStore
@@ -29,12 +29,13 @@ class Reference:
     Attributes:
         base: Id of the base that is needed to read it, or ``None``.
         depth: Depth of a record that uses it.
-        span: Elements of the base, a whole chunk, or consecutive parts of several chunks.
+        span: Elements of the base or of a view of it, a whole chunk, or consecutive parts of several
+            chunks.
     """
 
     base: str | None
     depth: int
-    span: BaseSpan | ChunkSpan | tuple[ChunkSpan, ...]
+    span: BaseSpan | ViewSpan | ChunkSpan | tuple[ChunkSpan, ...]
 
 
 class ReferencePlanner:
@@ -46,24 +47,32 @@ class ReferencePlanner:
     """
 
     def __init__(
-        self, objects: ChunkStore, base: str | None, parent: Mapping[str, TensorEntry] | None
+        self,
+        objects: ChunkStore,
+        base: str | None,
+        parent: Mapping[str, TensorEntry] | None,
+        mapping: BaseMapping,
     ) -> None:
         self._objects = objects
         self._base = base
         self._parent = parent or {}
+        self._mapping = mapping
         self._base_tensors: Mapping[str, BaseTensor] = {}
-        self._names: dict[str, str] = {}
+        if base is not None:
+            self._base_tensors = objects.base(base).base.tensors
 
-    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Match tensors, given as shapes by name, with the tensors of the base."""
-        if self._base is not None:
-            self._base_tensors = self._objects.base(self._base).base.tensors
-            base_shapes = {name: tensor.shape for name, tensor in self._base_tensors.items()}
-            self._names = match_names(shapes, base_shapes)
-
-    def knows(self, name: str) -> bool:
+    def knows(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return True if a tensor may have references."""
-        return name in self._parent or name in self._names
+        return name in self._parent or self._counterpart(name, shape) is not None
+
+    def _counterpart(self, name: str, shape: tuple[int, ...]) -> str | View | None:
+        """Return the base's tensor or view that a tensor may refer to, or ``None``."""
+        view = self._mapping.views.get(name)
+        if view is not None and view.shape == shape:
+            return view
+        other = self._mapping.names.get(name, name)
+        tensor = self._base_tensors.get(other)
+        return other if tensor is not None and tensor.shape == shape else None
 
     def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
         """Return the reference of one chunk, or ``None``."""
@@ -73,14 +82,19 @@ class ReferencePlanner:
             found = self._in_parent(parent, box, chunk)
             if found is not None:
                 return found
-        match = self._names.get(name)
-        if match is None or not can_convert(self._base_tensors[match].dtype, entry.dtype):
+        match = self._counterpart(name, entry.shape)
+        if match is None:
             return None
-        span = BaseSpan(
-            tensor=match,
-            start=chunk * CHUNK_BYTES // entry.dtype.size,
-            box=None if box.shape == entry.shape else (box.offset, box.shape),
-        )
+        used = [match] if isinstance(match, str) else [part.tensor for part in match.parts]
+        if not all(can_convert(self._base_tensors[one].dtype, entry.dtype) for one in used):
+            return None
+        start = chunk * CHUNK_BYTES // entry.dtype.size
+        cut = None if box.shape == entry.shape else (box.offset, box.shape)
+        span: BaseSpan | ViewSpan
+        if isinstance(match, str):
+            span = BaseSpan(tensor=match, start=start, box=cut)
+        else:
+            span = ViewSpan(view=match, start=start, box=cut)
         return Reference(base=self._base, depth=1, span=span)
 
     def _in_parent(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
@@ -137,41 +151,3 @@ class ReferencePlanner:
 def is_by_rows(piece: Piece, shape: tuple[int, ...]) -> bool:
     """Return True if a piece is cut along the first dimension only, and so is contiguous."""
     return piece.shape[1:] == shape[1:]
-
-
-def match_names(
-    shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Return the name of the base's tensor that matches each tensor's name.
-
-    Shapes must be equal. Equal names match first. Other names match if one side has an additional
-    prefix, such as ``model.`` or ``module.``; the prefix that matches most names is tried first.
-    """
-    matches = {name: name for name, shape in shapes.items() if base.get(name) == shape}
-    rest = [name for name in shapes if name not in matches]
-    votes: dict[tuple[str, str], int] = {}
-    by_tail: dict[str, list[str]] = {}
-    for other in base:
-        by_tail.setdefault(other.rsplit(".", 1)[-1], []).append(other)
-    for name in rest:
-        for other in by_tail.get(name.rsplit(".", 1)[-1], ()):
-            if base[other] == shapes[name]:
-                prefixes = _prefixes(name, other)
-                if prefixes is not None:
-                    votes[prefixes] = votes.get(prefixes, 0) + 1
-    for added, removed in sorted(votes, key=lambda prefixes: (-votes[prefixes], prefixes)):
-        for name in rest:
-            if name in matches or not name.startswith(added):
-                continue
-            other = removed + name[len(added) :]
-            if base.get(other) == shapes[name]:
-                matches[name] = other
-    return matches
-
-
-def _prefixes(name: str, other: str) -> tuple[str, str] | None:
-    if name.endswith("." + other):
-        return name[: -len(other)], ""
-    if other.endswith("." + name):
-        return "", other[: -len(name)]
-    return None

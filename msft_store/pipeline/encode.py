@@ -38,8 +38,10 @@ from msft_store.format.layout import (
     ChunkSpan,
     Record,
     References,
+    ViewSpan,
     chunk_key,
 )
+from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import TensorEntry, chunks_of, tensor_table
 from msft_store.objects.packs import PackWriter, StoredChunk
@@ -89,6 +91,8 @@ class EncodeOptions:
     base: str | None
     """Id of the base that the checkpoint belongs to."""
     level: codecs.Level
+    mapping: BaseMapping = NOTHING
+    """Counterparts of the tensors in the base."""
     compared: Compared | None = None
     """Changes that a :class:`msft_store.Resident` found on the device, by tensor and chunk."""
 
@@ -191,13 +195,18 @@ class Encoder:
             return chunk_key(out.data, dtype)
         if base is None:
             raise InvalidInputError("a reference in a base must name the base")
-        return self._objects.base(base).read_verified_into(span, out, dtype)
+        if isinstance(span, BaseSpan):
+            return self._objects.base(base).read_verified_into(span, out, dtype)
+        self._objects.base(base).read_view_into(span, out, dtype, verified=True)
+        return chunk_key(out.data, dtype)
 
 
 def _would_replace(reference: Reference | None, stored: Record) -> bool:
     """Return True if a record with this reference is preferred and drops the old reference."""
-    if not stored.refers_to_chunk or reference is None or isinstance(reference.span, BaseSpan):
+    if not stored.refers_to_chunk or reference is None:
         return stored.refers_to_chunk
+    if isinstance(reference.span, BaseSpan | ViewSpan):
+        return True
     if isinstance(reference.span, ChunkSpan) and reference.span.key == stored.ref_key:
         return False
     # At equal depth a later generation is preferred, unless the generation is at its limit.
@@ -308,10 +317,11 @@ def encode_state(
 
     ``begin`` creates a pack; it is called only if there is a chunk to write.
     """
-    planner = ReferencePlanner(objects, options.base, parent)
-    planner.match({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    planner = ReferencePlanner(objects, options.base, parent, options.mapping)
     # The base may have only one of the names of a tied tensor, so names in the base come first.
-    order = sorted(tensors, key=lambda name: (not planner.knows(name), name))
+    order = sorted(
+        tensors, key=lambda name: (not planner.knows(name, tuple(tensors[name].shape)), name)
+    )
     places: dict[tuple[object, ...], str] = {}
     first = {name: places.setdefault(memory_key(tensors[name]), name) for name in order}
     entries, totals = encode_boxes(
@@ -345,8 +355,7 @@ def reencode(
 
     Skip chunks that already refer to no chunk, or to one of ``onto``.
     """
-    base, planner = options.base, ReferencePlanner(objects, options.base, onto)
-    planner.match({name: entry.shape for name, entry in tensors.items()})
+    base, planner = options.base, ReferencePlanner(objects, options.base, onto, options.mapping)
     onto_keys = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
 
     def is_done(key: bytes) -> bool:

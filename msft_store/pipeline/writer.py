@@ -14,6 +14,8 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,7 @@ from msft_store._util import format_bytes
 from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
 from msft_store.format.layout import canonical_json, digest
+from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.format.strict_json import NUMBER_LIMIT
 from msft_store.objects.bases import BASES, Base
 from msft_store.objects.catalog import Catalog
@@ -41,6 +44,7 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS, PackWriter
 from msft_store.objects.reachability import own_bytes
 from msft_store.objects.reference_planner import ReferencePlanner
+from msft_store.pipeline.counterparts import map_to_base
 from msft_store.pipeline.encode import (
     EncodeOptions,
     Totals,
@@ -51,7 +55,7 @@ from msft_store.pipeline.encode import (
 )
 from msft_store.pipeline.parallel import for_each
 from msft_store.storage.quota import QuotaBackend
-from msft_store.tensors.boxes import Box, Part, Parts, join_parts
+from msft_store.tensors.boxes import Box, Part, Parts, join_parts, whole_box
 from msft_store.tensors.bytes import memory_key
 from msft_store.tensors.resident import Compared
 
@@ -77,8 +81,10 @@ class CheckpointWriter:
         parent_id, base, parent_tensors = self._lineage(parent)
         if isinstance(state, Parts):
             table, totals = self._join(state, base)
+            mapping = functools.reduce(operator.or_, (part.mapping for part in state), NOTHING)
         else:
-            options = EncodeOptions(base=base, level=level, compared=compared)
+            mapping = self._map([whole_box(n, t) for n, t in state.items()], base)
+            options = EncodeOptions(base=base, level=level, mapping=mapping, compared=compared)
             whole = sum(tensor.nbytes for tensor in state.values())
             with self._encoding(least=table_bytes(state), whole=whole) as begin:
                 table, totals = encode_state(
@@ -118,10 +124,10 @@ class CheckpointWriter:
     ) -> Part:
         """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
         _, base, parent_tensors = self._lineage(parent)
-        planner = ReferencePlanner(self._catalog.objects, base, parent_tensors)
-        planner.match({box.name: box.shape for box in boxes})
+        mapping = self._map(boxes, base)
+        planner = ReferencePlanner(self._catalog.objects, base, parent_tensors, mapping)
         # Tied tensors are encoded once, under a name that has a reference if there is one.
-        order = sorted(boxes, key=lambda box: not planner.knows(box.name))
+        order = sorted(boxes, key=lambda box: not planner.knows(box.name, box.shape))
         firsts: dict[tuple[object, ...], Box] = {}
         for box in order:
             firsts.setdefault(_place(box), box)
@@ -142,7 +148,14 @@ class CheckpointWriter:
             tensors={name: replace(table[name], pieces=pieces[name]) for name in table},
             stored_bytes=totals.stored_bytes,
             unreferenced_bytes=totals.unreferenced_bytes,
+            mapping=mapping,
         )
+
+    def _map(self, boxes: Sequence[Box], base: str | None) -> BaseMapping:
+        """Return the counterparts of tensors in a base."""
+        if base is None:
+            return NOTHING
+        return map_to_base(self._catalog.objects.base(base), boxes)
 
     def _lineage(
         self, parent: Base | Checkpoint | str | None

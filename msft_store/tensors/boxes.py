@@ -20,6 +20,7 @@ import torch
 
 from msft_store.errors import InvalidInputError
 from msft_store.format.dtypes import dtype_by_torch
+from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.objects.manifest import Piece, TensorEntry, is_exactly_covered
 
 
@@ -63,12 +64,14 @@ class Part:
         tensors: Tensors by name, each with the pieces that this process held.
         stored_bytes: Encoded bytes of their chunks.
         unreferenced_bytes: Decoded bytes that were encoded without a reference.
+        mapping: Counterparts in the base of the boxes that this process held.
     """
 
     base: str | None
     tensors: Mapping[str, TensorEntry]
     stored_bytes: int
     unreferenced_bytes: int
+    mapping: BaseMapping = NOTHING
 
 
 @dataclass(frozen=True)

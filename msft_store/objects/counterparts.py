@@ -1,0 +1,530 @@
+"""Find the counterparts of a checkpoint's tensors among the tensors of a base.
+
+Equal names come first, then renamed tensors, then parts: a tensor that consists of tensors of the
+base, or is a part of one. Content decides: both sides are sampled, and two ranges are counterparts
+if their samples are nearer to each other than unrelated weights can be. Invariants: no tensor is
+read as a whole, the result depends on the samples only, and a tensor that the base knows under its
+own name and shape costs nothing.
+
+Example::
+
+    mapping = find_mapping(state_side, base_side)
+    mapping.views["model.layers.0.mlp.experts.down_proj"].parts[0].tensor
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import add
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.format.dtypes import DType
+from msft_store.format.mapping import BaseMapping, Shape, View, ViewPart, exchanged_prefixes
+
+Values = NDArray[np.float64]
+Indices = NDArray[np.int64]
+Sample = Callable[[str, Indices], Values]
+"""Returns elements of a tensor by their row-major indices; NaN for those that are elsewhere."""
+
+_PROBE = 64
+"""Elements of the sample that selects a candidate."""
+_RUNS, _RUN = 8, 32
+"""Number and length of the runs of elements that confirm a candidate."""
+_NEAR = 0.25
+"""Largest distance of counterparts; that of unrelated weights is about 1."""
+_MAX_STEPS = 512
+"""Largest number of positions without a counterpart in one tensor."""
+_MAX_BLOCKS = 1024
+"""Largest number of equal blocks that a tensor is cut into."""
+_MAX_VOTES = 8
+"""Largest number of votes of one name."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NATURAL = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The tensors of a checkpoint, or those of a base.
+
+    Attributes:
+        shapes: Shapes by name.
+        dtypes: Element types by name.
+        sample: Returns elements.
+        boxes: Offset and shape of the boxes that this process holds, by name. A tensor that it
+            holds as a whole needs no entry.
+    """
+
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, DType]
+    sample: Sample
+    boxes: Mapping[str, Sequence[tuple[Shape, Shape]]] = field(default_factory=dict)
+
+    def pieces(self, names: Iterable[str]) -> tuple[Side, dict[str, tuple[str, Shape]]]:
+        """Return the boxes of tensors as tensors of their own, with the place of each."""
+        places: dict[str, tuple[str, Shape]] = {}
+        shapes: dict[str, Shape] = {}
+        for name in names:
+            whole = ((0,) * len(self.shapes[name]), self.shapes[name])
+            for number, (offset, shape) in enumerate(self.boxes.get(name, (whole,))):
+                # No name of a tensor has a null character.
+                key = name if shape == self.shapes[name] else f"{name}\0{number}"
+                places[key], shapes[key] = (name, offset), shape
+
+        def sample(key: str, index: Indices) -> Values:
+            name, offset = places[key]
+            if shapes[key] == self.shapes[name]:
+                return self.sample(name, index)
+            inner = np.array(np.unravel_index(index, shapes[key]), np.int64).T + offset
+            return self.sample(name, np.ravel_multi_index(tuple(inner.T), self.shapes[name]))
+
+        dtypes = {key: self.dtypes[name] for key, (name, _) in places.items()}
+        return Side(shapes=shapes, dtypes=dtypes, sample=sample), places
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A tensor as it is, or turned: with its last two axes exchanged."""
+
+    name: str
+    shape: Shape
+    turned: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def flat(self, index: Indices) -> Indices:
+        """Return the row-major indices in the tensor as it is."""
+        if not self.turned:
+            return index
+        rows, columns = self.shape[-2:]
+        lead, rest = np.divmod(index, rows * columns)
+        row, column = np.divmod(rest, columns)
+        found: Indices = lead * (rows * columns) + column * rows + row
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Consecutive elements of a seen tensor."""
+
+    seen: _Seen
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """A range of a large tensor that is the counterpart of a range of a small one."""
+
+    at: int
+    small: _Range
+
+
+def find_mapping(
+    mine: Side, base: Side, can_convert: Callable[[DType, DType], bool]
+) -> BaseMapping:
+    """Return the counterparts in a base of the tensors of a checkpoint.
+
+    ``can_convert`` says whether elements of the base's dtype serve for a tensor's dtype.
+    """
+    names = match_names(mine.shapes, base.shapes, exchanged=True)
+    renamed = {
+        name: other
+        for name, other in names.items()
+        if name != other and _is_near(_Probed(mine), name, _Probed(base), other)
+    }
+    rest = [n for n in mine.shapes if n not in renamed and names.get(n) != n]
+    views: dict[str, View] = {}
+    if rest:
+        pieces, places = mine.pieces(rest)
+        taken = {other for name, other in names.items() if name == other or name in renamed}
+        left = [name for name in base.shapes if name not in taken]
+        found = _Finder(pieces, base, can_convert).find(list(places), left)
+        parts: dict[str, list[ViewPart]] = {}
+        for key in sorted(found):
+            name, offset = places[key]
+            moved = (replace(p, offset=tuple(map(add, p.offset, offset))) for p in found[key].parts)
+            parts.setdefault(name, []).extend(moved)
+        views = {name: View(mine.shapes[name], tuple(found)) for name, found in parts.items()}
+    for name in [*views]:
+        other = _whole(views[name], mine.shapes[name], base)
+        if other is not None:
+            renamed[name] = other
+            del views[name]
+    return BaseMapping(names=renamed, views=views)
+
+
+def _whole(view: View, shape: Shape, base: Side) -> str | None:
+    """Return the base's tensor that a view shows as it is, or ``None``."""
+    part = view.parts[0]
+    plain = part.axes is None and part.view is None and part.shape == shape
+    return part.tensor if plain and base.shapes[part.tensor] == shape else None
+
+
+def match_names(
+    shapes: Mapping[str, Shape], base: Mapping[str, Shape], *, exchanged: bool = False
+) -> dict[str, str]:
+    """Return the name of the base's tensor that matches each tensor's name.
+
+    Shapes must be equal. Equal names match first. Other names match if one side has an additional
+    prefix, such as ``model.`` or ``module.``, or, with ``exchanged``, if they differ in any prefix.
+    The prefix that matches most names is tried first.
+    """
+    matches = {name: name for name, shape in shapes.items() if base.get(name) == shape}
+    rest = [name for name in shapes if name not in matches]
+    tails: dict[tuple[str, Shape], list[str]] = {}
+    for other in base if rest else ():
+        for tail in _tails(other):
+            tails.setdefault((tail, base[other]), []).append(other)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in rest:
+        found = next((t for tail in _tails(name) if (t := tails.get((tail, shapes[name])))), ())
+        numbers = _NUMBER.findall(name)
+        # Without a limit, names that differ in a number only would have quadratically many votes.
+        same = [other for other in found if _NUMBER.findall(other) == numbers] or found
+        prefixes = [exchanged_prefixes(name, other) for other in same[:_MAX_VOTES]]
+        votes.update(pair for pair in prefixes if exchanged or "" in pair)
+    for added, removed in sorted(votes, key=lambda prefixes: (-votes[prefixes], prefixes)):
+        for name in rest:
+            if name in matches or not name.startswith(added):
+                continue
+            other = removed + name[len(added) :]
+            if base.get(other) == shapes[name]:
+                matches[name] = other
+    return matches
+
+
+def _tails(name: str) -> list[str]:
+    """Return the ends of a name that begin with a segment, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
+
+
+class _Probed:
+    """Samples of ranges, each taken once."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self._probes: dict[_Range, Values] = {}
+
+    def probe(self, part: _Range) -> Values:
+        """Return the elements in the middle of a range."""
+        if part not in self._probes:
+            self._probes[part] = self.at(part, _middle(part.count))
+        return self._probes[part]
+
+    def at(self, part: _Range, index: Indices) -> Values:
+        """Return elements of a range by their indices in it."""
+        found = self.side.sample(part.seen.name, part.seen.flat(part.start + index))
+        return np.nan_to_num(found, nan=np.nan, posinf=1e38, neginf=-1e38)
+
+    def seen(self, name: str) -> _Seen:
+        return _Seen(name, self.side.shapes[name], False)
+
+    def turned(self, name: str) -> _Seen | None:
+        shape = self.side.shapes[name]
+        if len(shape) < 2 or 1 in shape[-2:]:
+            return None
+        return _Seen(name, (*shape[:-2], shape[-1], shape[-2]), True)
+
+
+def _middle(count: int) -> Indices:
+    begin = max(count // 2 - _PROBE // 2, 0)
+    return np.arange(begin, min(begin + _PROBE, count), dtype=np.int64)
+
+
+def _spread(count: int) -> Indices:
+    """Return indices in runs that are spread over ``count`` elements."""
+    if count <= _RUNS * _RUN:
+        return np.arange(count, dtype=np.int64)
+    # The golden ratio avoids positions that are special in matrices, such as the first column.
+    starts = [int((at * 0.6180339887498949 % 1) * (count - _RUN)) for at in range(1, _RUNS + 1)]
+    return np.concatenate([np.arange(s, s + _RUN, dtype=np.int64) for s in sorted(starts)])
+
+
+def _distance(one: Values, other: Values) -> Values:
+    """Return the squared distance of rows over their squared lengths: 0 if equal, else up to 2."""
+    known = ~np.isnan(one) & ~np.isnan(other)
+    one, other = np.where(known, one, 0.0), np.where(known, other, 0.0)
+    apart = ((one - other) ** 2).sum(axis=-1)
+    whole = (one**2).sum(axis=-1) + (other**2).sum(axis=-1)
+    found: Values = np.where(whole > 0, apart / np.where(whole > 0, whole, 1.0), 0.0)
+    return np.where(known.any(axis=-1), found, 2.0)
+
+
+def _is_constant(values: Values) -> bool:
+    known = values[~np.isnan(values)]
+    return known.size == 0 or bool((known == known[0]).all())
+
+
+def _is_near(mine: _Probed, name: str, base: _Probed, other: str) -> bool:
+    one, two = mine.seen(name), base.seen(other)
+    if one.size == 0:
+        return True
+    left, right = mine.probe(_Range(one, 0, one.size)), base.probe(_Range(two, 0, two.size))
+    # What another process holds cannot be compared; then the names decide alone.
+    return bool(np.isnan(left).all()) or float(_distance(left, right)) < 2 * _NEAR
+
+
+class _Finder:
+    """Searches the tensors without a counterpart for parts of each other."""
+
+    def __init__(self, mine: Side, base: Side, can_convert: Callable[[DType, DType], bool]) -> None:
+        self._mine, self._base = _Probed(mine), _Probed(base)
+        self._can_convert = can_convert
+        self._used: set[_Range] = set()
+
+    def find(self, names: Sequence[str], others: Sequence[str]) -> dict[str, View]:
+        views: dict[str, View] = {}
+        pool = _Pool(sorted((n for n in others if self._size(self._base, n)), key=_natural))
+        mine = sorted((n for n in names if self._size(self._mine, n)), key=_natural)
+        # Large tensors consist of others; vectors may be equal by chance and come last.
+        for name in sorted(mine, key=lambda n: len(self._mine.side.shapes[n]) < 2):
+            self._add(views, name, self._assemble(name, pool))
+        left = [n for n in mine if n not in views]
+        used = {part.tensor for view in views.values() for part in view.parts}
+        self._locate(left, [n for n in pool.names if n not in used], views)
+        everything = _Pool(sorted(self._base.side.shapes, key=_natural))
+        for name in left:
+            if name not in views and len(self._mine.side.shapes[name]) > 1:
+                self._add(views, name, self._assemble(name, everything))
+        return views
+
+    def _add(self, views: dict[str, View], name: str, parts: list[ViewPart]) -> None:
+        if parts:
+            views[name] = View(self._mine.side.shapes[name], tuple(parts))
+
+    @staticmethod
+    def _size(side: _Probed, name: str) -> int:
+        return math.prod(side.side.shapes[name])
+
+    def _assemble(self, name: str, pool: _Pool) -> list[ViewPart]:
+        """Return the parts of the base that a tensor consists of."""
+        best: list[ViewPart] = []
+        covered, size = 0, self._size(self._mine, name)
+        for others in pool.near(name):
+            fitting = [o for o in others if self._fits(name, o)]
+            for cut in (False, True):
+                for big, smalls in self._pairs(self._mine, name, self._base, fitting):
+                    ranges = [r for small in smalls for r in _ranges(small, big, cut=cut)]
+                    hits = self._fill(self._mine, big, self._base, ranges)
+                    parts = [p for hit in hits if (p := _part(big, hit.at, hit.small, self._base))]
+                    count = sum(math.prod(part.shape) for part in parts)
+                    if count > covered:
+                        best, covered = parts, count
+                    if covered == size:
+                        self._used.update(hit.small for hit in hits)
+                        return best
+        return best
+
+    def _locate(self, names: Sequence[str], others: Sequence[str], views: dict[str, View]) -> None:
+        """Add views of tensors that are parts of one tensor of the base."""
+        pool = _Pool(list(names))
+        for other in others:
+            for group in pool.near(other):
+                smalls = [n for n in group if n not in views and self._fits(n, other)]
+                for big, seen in self._pairs(self._base, other, self._mine, smalls):
+                    ranges = [_Range(small, 0, small.size) for small in seen]
+                    for hit in self._fill(self._base, big, self._mine, ranges):
+                        small = hit.small.seen
+                        whole = _Range(big, hit.at, hit.small.count)
+                        part = _part(small, 0, whole, self._base, self._mine)
+                        if part is not None and small.name not in views:
+                            views[small.name] = View(self._mine.side.shapes[small.name], (part,))
+
+    def _fits(self, name: str, other: str) -> bool:
+        return self._can_convert(self._base.side.dtypes[other], self._mine.side.dtypes[name])
+
+    @staticmethod
+    def _pairs(
+        large: _Probed, name: str, small: _Probed, others: Sequence[str]
+    ) -> Iterator[tuple[_Seen, list[_Seen]]]:
+        """Yield a tensor and candidates, as they are and turned, that may be parts of it."""
+        plain = [small.seen(other) for other in others]
+        turned = [seen for other in others if (seen := small.turned(other)) is not None]
+        for big in (large.seen(name), large.turned(name)):
+            if big is not None:
+                for seen in (turned, plain) if big.turned else (plain, turned):
+                    yield big, [one for one in seen if _may_be_part(one, big)]
+
+    def _fill(
+        self, large: _Probed, big: _Seen, small: _Probed, ranges: Sequence[_Range]
+    ) -> list[_Hit]:
+        """Return the ranges that a tensor consists of, from its first element on."""
+        groups: dict[int, list[_Range]] = {}
+        for part in ranges:
+            groups.setdefault(part.count, []).append(part)
+        probes = {n: np.stack([small.probe(p) for p in group]) for n, group in groups.items()}
+        sizes = sorted(groups, reverse=True)
+        hits: list[_Hit] = []
+        at, misses, total = 0, 0, big.size
+        while sizes and at < total and misses < _MAX_STEPS:
+            hit = None
+            for count in sizes:
+                if at + count <= total and _box(big.shape, at, count) is not None:
+                    here = _Range(big, at, count)
+                    hit = self._best(large, here, small, groups[count], probes[count])
+                    if hit is not None:
+                        break
+            if hit is None:
+                misses += 1
+                at += math.gcd(*sizes)
+            else:
+                self._used.add(hit)
+                hits.append(_Hit(at, hit))
+                at += hit.count
+        return hits
+
+    def _best(
+        self,
+        large: _Probed,
+        here: _Range,
+        small: _Probed,
+        candidates: Sequence[_Range],
+        probes: Values,
+    ) -> _Range | None:
+        own = large.at(here, _middle(here.count))
+        apart = _distance(own[None], probes)
+        least = apart.min()
+        if least >= _NEAR:
+            return None
+        # Equal candidates are taken in the order of their names, each once if there are enough.
+        equal: list[int] = np.flatnonzero(apart <= least + 1e-12).tolist()
+        free = [n for n in equal if candidates[n] not in self._used]
+        for number in [*free, *equal][:4]:
+            found = candidates[number]
+            index = _spread(here.count)
+            one, two = large.at(here, index), small.at(found, index)
+            if _is_constant(two) and here.count > 1 and len(here.seen.shape) > 1:
+                near = bool((one == two).all())
+            else:
+                near = float(_distance(one, two)) < _NEAR
+            if near:
+                return found
+        return None
+
+
+class _Pool:
+    """Names of tensors, those of the same layer first."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    @cached_property
+    def _by_number(self) -> dict[str | None, list[str]]:
+        found: dict[str | None, list[str]] = {}
+        for name in self.names:
+            found.setdefault(_layer(name), []).append(name)
+        return found
+
+    def near(self, name: str) -> Iterator[list[str]]:
+        """Yield the names with the first number of a name, then all names."""
+        layer = self._by_number.get(_layer(name), [])
+        if layer:
+            yield layer
+        if len(layer) < len(self.names):
+            yield self.names
+
+
+def _layer(name: str) -> str | None:
+    found = _NUMBER.search(name)
+    return found[0] if found else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders numbers in names by their value."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in _NATURAL.split(name) if part
+    ]
+
+
+def _may_be_part(small: _Seen, big: _Seen) -> bool:
+    if small.size > big.size:
+        return small.shape[-1:] == big.shape[-1:]
+    return small.size == big.size or len(small.shape) == 1 or small.shape[-1] == big.shape[-1]
+
+
+def _ranges(small: _Seen, big: _Seen, *, cut: bool) -> list[_Range]:
+    """Return a tensor as one range, or cut into blocks that ``big`` may consist of."""
+    if not cut:
+        return [_Range(small, 0, small.size)] if small.size <= big.size else []
+    if len(small.shape) < 2 or len(big.shape) < 2:
+        return []
+    unit = math.gcd(small.shape[-2], big.shape[-2]) * small.shape[-1]
+    if small.shape[-1] != big.shape[-1] or small.size // unit > _MAX_BLOCKS:
+        return []
+    return [_Range(small, at, unit) for at in range(0, small.size, unit)]
+
+
+def _box(shape: Shape, start: int, count: int) -> tuple[Shape, Shape] | None:
+    """Return consecutive elements of a tensor as a box, or ``None`` if they are none."""
+    inner, axis = 1, len(shape)
+    while axis and count % (inner * shape[axis - 1]) == 0 == start % (inner * shape[axis - 1]):
+        axis -= 1
+        inner *= shape[axis]
+    offset, size = [0] * len(shape), list(shape)
+    rest, length = start // inner, count // inner
+    if count % inner or start % inner or (axis == 0 and length != 1):
+        return None
+    for at in reversed(range(axis)):
+        rest, offset[at] = divmod(rest, shape[at])
+        size[at], length = length, 1
+        if offset[at] + size[at] > shape[at]:
+            return None
+    return tuple(offset), tuple(size)
+
+
+def _part(
+    big: _Seen, at: int, small: _Range, base: _Probed, mine: _Probed | None = None
+) -> ViewPart | None:
+    """Return the part of a view that shows a range of the base; ``None`` if no box is one."""
+    box = _box(big.shape, at, small.count)
+    if box is None:
+        return None
+    offset, shape = box
+    seen, total = small.seen, small.seen.size
+    own, view, start = _box(seen.shape, small.start, small.count), None, None
+    if own is not None and _stripped(own[1]) == _stripped(shape):
+        start = own[0]
+        rank = len(start)
+    elif not seen.turned:
+        tail = _stripped(shape)[1:]
+        inner = math.prod(tail)
+        if small.start % inner or total % inner:
+            return None
+        view = (total // inner, *tail)
+        start, rank = (small.start // inner, *(0 for _ in tail)), len(view)
+    else:
+        return None
+    axes = list(range(rank))
+    if seen.turned:
+        axes[-2:] = reversed(axes[-2:])
+        start = (*start[:-2], start[-1], start[-2])
+    if big.turned:
+        if rank < 2:
+            return None
+        axes[-2:] = reversed(axes[-2:])
+        offset = (*offset[:-2], offset[-1], offset[-2])
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return ViewPart(
+        tensor=seen.name,
+        offset=offset,
+        shape=shape,
+        start=start,
+        axes=None if axes == sorted(axes) else tuple(axes),
+        view=view,
+    )
+
+
+def _stripped(shape: Shape) -> Shape:
+    """Return a shape without its leading axes of size 1."""
+    first = next((at for at, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]
