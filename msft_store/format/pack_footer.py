@@ -57,7 +57,7 @@ PACK_HEADER = struct.Struct("<8sII")
 PACK_TRAILER = struct.Struct("<QIIII16s8s")
 NO_INDEX = 0xFFFFFFFF
 """The index that means that a record has no reference, or no base."""
-_MAX_TABLE = 1 << 20
+_MAX_TABLE = 1 << 24
 _MAX_TABLE_OF_RECORD = 1 << 10
 """Bytes of JSON that each record adds to the limit, as compressed JSON may be tiny."""
 _MAX_FOOTER = 1 << 29

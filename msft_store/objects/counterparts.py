@@ -81,8 +81,8 @@ class Side:
             name, offset = places[key]
             if shapes[key] == self.shapes[name]:
                 return self.sample(name, index)
-            inner = np.array(np.unravel_index(index, shapes[key]), np.int64).T + offset
-            return self.sample(name, np.ravel_multi_index(tuple(inner.T), self.shapes[name]))
+            inner = map(add, np.unravel_index(index, shapes[key]), offset)
+            return self.sample(name, np.ravel_multi_index(tuple(inner), self.shapes[name]))
 
         dtypes = {key: self.dtypes[name] for key, (name, _) in places.items()}
         return Side(shapes=shapes, dtypes=dtypes, sample=sample), places
@@ -349,11 +349,11 @@ class _Finder:
     ) -> Iterator[tuple[_Seen, list[_Seen]]]:
         """Yield a tensor and candidates, as they are and turned, that may be parts of it."""
         plain = [small.seen(other) for other in others]
-        turned = [seen for other in others if (seen := small.turned(other)) is not None]
+        turned = [seen for seen in map(small.turned, others) if seen is not None]
         for big in (large.seen(name), large.turned(name)):
             if big is not None:
-                for seen in (turned, plain) if big.turned else (plain, turned):
-                    yield big, [one for one in seen if _may_be_part(one, big)]
+                for smalls in (turned, plain) if big.turned else (plain, turned):
+                    yield big, [seen for seen in smalls if _may_be_part(seen, big)]
 
     def _fill(
         self, large: _Probed, big: _Seen, small: _Probed, ranges: Sequence[_Range]
@@ -447,9 +447,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _may_be_part(small: _Seen, big: _Seen) -> bool:
-    if small.size > big.size:
-        return small.shape[-1:] == big.shape[-1:]
-    return small.size == big.size or len(small.shape) == 1 or small.shape[-1] == big.shape[-1]
+    if small.size == big.size:
+        return True
+    if not small.shape or not big.shape:
+        return False
+    if len(small.shape) == 1 and small.size < big.size:
+        return len(big.shape) == 1 or big.shape[-1] % small.size == 0
+    return small.shape[-1] == big.shape[-1]
 
 
 def _ranges(small: _Seen, big: _Seen, *, cut: bool) -> list[_Range]:

@@ -29,8 +29,8 @@ class Reference:
     Attributes:
         base: Id of the base that is needed to read it, or ``None``.
         depth: Depth of a record that uses it.
-        span: Elements of the base or of a view of it, a whole chunk, or consecutive parts of several
-            chunks.
+        span: Elements of the base or of a view of it, a whole chunk, or consecutive parts of
+            several chunks.
     """
 
     base: str | None

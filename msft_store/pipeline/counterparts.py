@@ -32,11 +32,12 @@ def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:
     def sample(name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
         found = np.full(len(index), np.nan)
         for box in held[name]:
-            places = np.array(np.unravel_index(index, box.shape), np.int64).T.reshape(
-                len(index), len(box.shape)
-            ) - np.array(box.offset, np.int64)
-            inside = ((places >= 0) & (places < np.array(box.tensor.shape))).all(axis=1)
-            found[inside] = _elements(box.tensor, places[inside])
+            places = np.stack(np.unravel_index(index, box.shape or (1,)), axis=1)
+            tensor = box.tensor.detach() if box.shape else box.tensor.detach().reshape(1)
+            places -= np.array(box.offset or (0,))
+            inside = ((places >= 0) & (places < np.array(tensor.shape))).all(axis=1)
+            at = tuple(torch.from_numpy(axis.copy()) for axis in places[inside].T)
+            found[inside] = tensor[tuple(axis.to(tensor.device) for axis in at)].cpu().double()
         return found
 
     tensors = reader.base.tensors
@@ -57,10 +58,3 @@ def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:
         ),
         can_convert,
     )
-
-
-def _elements(tensor: torch.Tensor, places: NDArray[np.int64]) -> NDArray[np.float64]:
-    index = tuple(torch.from_numpy(axis.copy()).to(tensor.device) for axis in places.T)
-    found = tensor.detach()[index] if index else tensor.detach().expand(len(places))
-    values: NDArray[np.float64] = found.cpu().double().numpy()
-    return values

@@ -155,7 +155,9 @@ class CheckpointWriter:
         """Return the counterparts of tensors in a base."""
         if base is None:
             return NOTHING
-        return map_to_base(self._catalog.objects.base(base), boxes)
+        found = map_to_base(self._catalog.objects.base(base), boxes)
+        # Packs of version 1 have no references into views.
+        return found if self._catalog.config.version > 1 else replace(found, views={})
 
     def _lineage(
         self, parent: Base | Checkpoint | str | None
