@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from msft_store import Store
 from msft_store.codec.codecs import SPARSE
 from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, KEY_BYTES, NEWEST, BaseSpan, Record
-from msft_store.objects.bases import Base, BaseTensor, base_id, write_base
+from msft_store.format.mapping import NOTHING
+from msft_store.objects.bases import Base, BaseTensor, base_id, read_base, write_base
 from msft_store.objects.manifest import (
     CheckpointFacts,
     Piece,
@@ -34,6 +36,7 @@ from msft_store.objects.manifest import (
     write_manifest,
 )
 from msft_store.objects.packs import PackWriter
+from msft_store.objects.tables import TensorTables
 from msft_store.storage.backend import LocalBackend, Writer
 
 DTYPE = dtype_by_name("bfloat16")
@@ -84,6 +87,7 @@ class Maker:
         self._keys = list(self._base_keys)
         self._depths = [0] * len(self._keys)
         self._parent = self._base = self._write_base(path)
+        self._tables = TensorTables(self._backend, partial(read_base, self._backend))
 
     def _new_keys(self, count: int) -> list[bytes]:
         data = self._random.bytes(count * KEY_BYTES)
@@ -172,7 +176,7 @@ class Maker:
         written = write_manifest(
             self._backend,
             content,
-            line,
+            self._tables.encode(line, self._base, NOTHING),
             created=FIRST + step * SECOND,
             stored_bytes=fresh * len(PAYLOAD),
             unreferenced_bytes=0,

@@ -209,7 +209,25 @@ def get_compressor(level: int | None) -> zstandard.ZstdCompressor:
     return cache[level]
 
 
-def decompress(payload: bytes, size: int) -> memoryview:
+def compress_against(data: bytes, dictionary: bytes) -> bytes:
+    """Return a zstd frame of data that may copy from all of a dictionary; it may be empty."""
+    # The tables reach back to the beginning of the dictionary, also from the end of the data.
+    reach = min((len(data) + len(dictionary)).bit_length(), _MAX_WINDOW.bit_length() - 1)
+    log = max(reach, 17)
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        9, window_log=log, hash_log=log, chain_log=log
+    )
+    known = _as_dictionary(dictionary)
+    return zstandard.ZstdCompressor(compression_params=parameters, dict_data=known).compress(data)
+
+
+def _as_dictionary(data: bytes) -> zstandard.ZstdCompressionDict | None:
+    if not data:
+        return None
+    return zstandard.ZstdCompressionDict(data, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+
+
+def decompress(payload: bytes, size: int, dictionary: bytes = b"") -> memoryview:
     """Decompress a zstd frame; :class:`ValueError` unless it holds exactly ``size`` bytes.
 
     Memory is bounded by ``size``, whatever size the frame declares.
@@ -217,7 +235,13 @@ def decompress(payload: bytes, size: int) -> memoryview:
     try:
         declared = zstandard.get_frame_parameters(payload)
         if declared.content_size == size and declared.window_size <= _MAX_WINDOW:
-            return memoryview(_get_decompressor().decompress(payload, allow_extra_data=False))
+            known = _as_dictionary(dictionary)
+            decompressor = (
+                zstandard.ZstdDecompressor(dict_data=known) if known else _get_decompressor()
+            )
+            return memoryview(decompressor.decompress(payload, allow_extra_data=False))
+        if dictionary:
+            raise ValueError("compressed data does not declare its length")
         return _decompress_unsized(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None

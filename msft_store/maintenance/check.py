@@ -198,17 +198,6 @@ def _check_checkpoint(
 ) -> Iterator[Finding]:
     label = f"checkpoint {checkpoint.id[:12]}"
     try:
-        tensors = catalog.tensors(checkpoint)
-    except StoreError as error:
-        yield Finding(
-            where=label,
-            what=str(error),
-            kind="manifest",
-            checkpoint=checkpoint.id,
-            file=catalog.backend.describe(manifest_path(checkpoint.id)),
-        )
-        return
-    try:
         if checkpoint.base is not None:
             catalog.objects.base(checkpoint.base)
     except StoreError as error:
@@ -219,6 +208,17 @@ def _check_checkpoint(
             checkpoint=checkpoint.id,
             base=checkpoint.base,
             file=catalog.backend.describe(base_path(checkpoint.base or "")),
+        )
+        return
+    try:
+        tensors = catalog.tensors(checkpoint)
+    except StoreError as error:
+        yield Finding(
+            where=label,
+            what=str(error),
+            kind="manifest",
+            checkpoint=checkpoint.id,
+            file=catalog.backend.describe(manifest_path(checkpoint.id)),
         )
         return
     keys = catalog.keys_by_base([checkpoint])

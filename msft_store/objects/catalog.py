@@ -38,7 +38,6 @@ from msft_store.errors import (
 )
 from msft_store.format.key_table import (
     Keys,
-    KeyScanner,
     concatenate_keys,
     select_changed_keys,
     unique_keys,
@@ -53,11 +52,10 @@ from msft_store.objects.manifest import (
     list_manifests,
     manifest_path,
     read_checkpoint,
-    read_keys,
-    read_tensors,
 )
 from msft_store.objects.packs import PACKS, list_packs
 from msft_store.objects.refs import REFS, Ref, RefReader, ref_path
+from msft_store.objects.tables import TensorTables
 from msft_store.storage.backend import Backend, read_small_file
 
 _T = TypeVar("_T")
@@ -164,7 +162,8 @@ class Catalog:
         self._checkpoints: dict[str, Checkpoint] = {}
         self._damaged: dict[str, StoreError] = {}
         self._keys: dict[str, Keys] = {}
-        self._scanner = KeyScanner()
+        self.tables = TensorTables(backend, lambda identity: self.objects.base(identity).base)
+        """The tensor tables of the checkpoints."""
         if not backend.exists(CONFIG):
             raise NotAStoreError(f"no store at {backend.describe('')}; {_hint(backend)}")
         self.config = read_config(backend)
@@ -314,7 +313,7 @@ class Catalog:
         """Return a checkpoint's tensor table."""
         self.require_exists(checkpoint)
         try:
-            return read_tensors(self.backend, checkpoint)
+            return self.tables.read(checkpoint)
         except StorageError:
             # Report a checkpoint that another process forgot meanwhile as unknown.
             self.require_exists(checkpoint)
@@ -325,7 +324,7 @@ class Catalog:
         found = self._keys.get(checkpoint.id)
         if found is None:
             try:
-                found = read_keys(self.backend, checkpoint, self._scanner)
+                found = self.tables.keys(checkpoint)
             except StorageError:
                 self.require_exists(checkpoint)
                 raise

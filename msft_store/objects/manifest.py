@@ -1,7 +1,8 @@
 """Write and read manifests: a checkpoint exists if and only if its manifest file does.
 
-``manifests/<id>.json`` has two lines (FORMAT.md, section 3). The first is sealed and holds all
-that a listing needs. The second is the tensor table; the first line holds its digest.
+``manifests/<id>.json`` begins with a sealed line that holds all that a listing needs (FORMAT.md,
+section 3). The rest is the tensor table, of which the line has the digest: a second line in version
+1, and an :class:`EncodedTable` in version 2, which :mod:`~.tables` encodes and decodes.
 
 Invariants: the id is the digest of the canonical content, which is the tensor keys and the
 metadata, but no encodings, sizes on disk, paths or times. Saving equal content again therefore
@@ -11,7 +12,7 @@ its elements exactly once.
 Example::
 
     checkpoint = read_checkpoint(backend, identity)
-    read_tensors(backend, checkpoint)["lm_head.weight"].pieces[0].keys
+    tables.read(checkpoint)["lm_head.weight"].pieces[0].keys
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ from typing import Any
 
 from msft_store.errors import REPAIR_HINT, CorruptedError, InvalidInputError
 from msft_store.format.dtypes import DType, dtype_by_name
-from msft_store.format.key_table import Keys, KeyScanner, view_keys
 from msft_store.format.layout import (
     CHUNK_BYTES,
-    VERSION,
     VERSIONS,
     canonical_json,
     digest,
@@ -135,6 +134,16 @@ class TensorEntry:
         """Yield the key and the decoded size in bytes of each chunk of all pieces."""
         for piece in self.pieces:
             yield from chunks_of(piece, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTable:
+    """A tensor table in the form that it has in a manifest of version 2."""
+
+    frames: tuple[tuple[int, int], tuple[int, int]]
+    """The lengths of the frames of the mapping and of the table, each with that of its content."""
+    data: bytes
+    """The frames, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,24 +309,30 @@ def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
 def write_manifest(
     backend: Backend,
     content: Mapping[str, Any],
-    tensors: bytes,
+    tensors: bytes | EncodedTable,
     *,
     created: int,
     stored_bytes: int,
     unreferenced_bytes: int,
 ) -> Checkpoint:
-    """Write a manifest durably; once this returns, the checkpoint exists."""
+    """Write a manifest durably; once this returns, the checkpoint exists.
+
+    An encoded table makes it a manifest of version 2, a plain one a manifest of version 1.
+    """
     identity = digest(canonical_json(content))
+    encoded = isinstance(tensors, EncodedTable)
     head = {
         "format": _KIND,
-        "version": VERSION,
+        "version": 2 if encoded else 1,
+        **({"frames": tensors.frames} if isinstance(tensors, EncodedTable) else {}),
         "id": identity,
         "content": content,
         "created": created,
         "stored_bytes": stored_bytes,
         "unreferenced_bytes": unreferenced_bytes,
     }
-    data = seal(head) + b"\n" + tensors + b"\n"
+    rest = tensors.data if isinstance(tensors, EncodedTable) else tensors + b"\n"
+    data = seal(head) + b"\n" + rest
     if len(data) > MAX_SMALL_FILE_BYTES:
         raise InvalidInputError(
             f"a manifest of {len(data)} bytes; at most {MAX_SMALL_FILE_BYTES} can be kept"
@@ -329,11 +344,11 @@ def write_manifest(
 def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: int) -> Checkpoint:
     """Replace ``stored_bytes`` in a manifest; the id does not depend on it."""
     data = read_small_file(backend, manifest_path(checkpoint.id))
-    line, _, tensors = data.partition(b"\n")
+    line, _, rest = data.partition(b"\n")
     what = backend.describe(manifest_path(checkpoint.id))
     head = unseal(line, what, _KIND, VERSIONS)
     head["stored_bytes"] = stored_bytes
-    write_atomic(backend, manifest_path(checkpoint.id), seal(head) + b"\n" + tensors)
+    write_atomic(backend, manifest_path(checkpoint.id), seal(head) + b"\n" + rest)
     return _checkpoint(head)
 
 
@@ -371,9 +386,33 @@ def _read_head(backend: Backend, identity: str) -> tuple[bytes, str]:
     return data[: data.index(b"\n")], backend.describe(path)
 
 
-def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """Read the tensor table of a checkpoint, sorted by name."""
-    table, what = _table(backend, checkpoint)
+def read_parts(backend: Backend, identity: str) -> tuple[bytes | EncodedTable, str]:
+    """Return the tensor table of a manifest as it stands in the file, and the name of the file."""
+    path = manifest_path(identity)
+    data, what = read_small_file(backend, path), backend.describe(path)
+    line, _, rest = data.partition(b"\n")
+    head = unseal(line, what, _KIND, VERSIONS)
+    if head["version"] == 1:
+        if rest[-1:] != b"\n":
+            raise CorruptedError(f"{what} is truncated; {REPAIR_HINT}", file=what)
+        return rest[:-1], what
+    try:
+        frames = table_frames(head)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptedError(f"{what} cannot be read: {error!r}") from None
+    if sum(length for length, _ in frames) != len(rest):
+        raise CorruptedError(f"{what} has another length than it states; {REPAIR_HINT}", file=what)
+    return EncodedTable(frames=frames, data=rest), what
+
+
+def table_frames(head: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the lengths of the two frames of a manifest and of their content, from its head."""
+    (first, second), (third, fourth) = (check_shape(lengths) for lengths in head["frames"])
+    return (first, second), (third, fourth)
+
+
+def parse_table(table: bytes, what: str, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """Return the entries of a checkpoint's tensor table, sorted by name; ``what`` has the table."""
     try:
         named = check_object(parse(table)).items()
         entries = {check_tensor_name(name): _entry(check_object(value)) for name, value in named}
@@ -382,28 +421,6 @@ def read_tensors(backend: Backend, checkpoint: Checkpoint) -> dict[str, TensorEn
     if sum(entry.nbytes for entry in entries.values()) != checkpoint.logical_bytes:
         raise CorruptedError(f"the tensor table in {what} does not have the size that it states")
     return entries
-
-
-def read_keys(backend: Backend, checkpoint: Checkpoint, scanner: KeyScanner) -> Keys:
-    """Read the keys of all chunks that a checkpoint names, in order and with duplicates."""
-    table, _ = _table(backend, checkpoint)
-    keys = scanner.scan(table)
-    if keys is None:
-        entries = read_tensors(backend, checkpoint).values()
-        named = (key for entry in entries for piece in entry.pieces for key in piece.keys)
-        keys = view_keys(b"".join(named))
-    return keys
-
-
-def _table(backend: Backend, checkpoint: Checkpoint) -> tuple[bytes, str]:
-    path = manifest_path(checkpoint.id)
-    data, what = read_small_file(backend, path), backend.describe(path)
-    table = data[data.find(b"\n") + 1 : -1]
-    if digest(table) != checkpoint.tensor_digest or data[-1:] != b"\n":
-        raise CorruptedError(
-            f"the tensor table in {what} does not match its digest; {REPAIR_HINT}", file=what
-        )
-    return table, what
 
 
 def chunks_of(piece: Piece, dtype: DType) -> Iterator[tuple[bytes, int]]:

@@ -34,6 +34,7 @@ from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
     CheckpointFacts,
+    EncodedTable,
     Piece,
     TensorEntry,
     checkpoint_content,
@@ -106,7 +107,7 @@ class CheckpointWriter:
         checkpoint = write_manifest(
             self._backend,
             content,
-            line,
+            self._encoded(line, base, mapping),
             created=self._next_time(),
             stored_bytes=totals.stored_bytes,
             unreferenced_bytes=totals.unreferenced_bytes,
@@ -251,7 +252,11 @@ class CheckpointWriter:
         begin: Callable[[], PackWriter],
         onto: Mapping[str, TensorEntry] | None = None,
     ) -> None:
-        options = EncodeOptions(base=checkpoint.base, level=self._catalog.config.level)
+        options = EncodeOptions(
+            base=checkpoint.base,
+            level=self._catalog.config.level,
+            mapping=self._catalog.tables.mapping(checkpoint),
+        )
         tensors = self._catalog.tensors(checkpoint)
         reencode(self._catalog.objects, tensors, begin, options=options, onto=onto)
 
@@ -314,6 +319,13 @@ class CheckpointWriter:
                 # All chunks exist already. The process that wrote them may have crashed before its
                 # fsync.
                 self._backend.sync(PACKS)
+
+    def _encoded(
+        self, table: bytes, base: str | None, mapping: BaseMapping
+    ) -> bytes | EncodedTable:
+        """Return a tensor table in the form of the store's version."""
+        catalog = self._catalog
+        return table if catalog.config.version == 1 else catalog.tables.encode(table, base, mapping)
 
     def _next_time(self) -> int:
         # Later than every other checkpoint, so that the log is in order even if a clock goes back.

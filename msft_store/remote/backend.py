@@ -17,12 +17,7 @@ from typing import TypeVar
 from msft_store.errors import CorruptedError, NotAStoreError, StorageError, VersionError
 from msft_store.objects.bases import BASES
 from msft_store.objects.catalog import CONFIG, Config
-from msft_store.objects.manifest import (
-    MANIFESTS,
-    Checkpoint,
-    read_checkpoint,
-    read_tensors,
-)
+from msft_store.objects.manifest import MANIFESTS
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import REFS
 from msft_store.pipeline.parallel import in_order
@@ -47,13 +42,6 @@ def map_parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int
         return [function(item) for item in items]
     with contextlib.closing(in_order(function, iter(items), workers)) as results:
         return list(results)
-
-
-def read_manifest(backend: Backend, identity: str) -> Checkpoint:
-    """Read and verify both parts of a manifest."""
-    checkpoint = read_checkpoint(backend, identity)
-    read_tensors(backend, checkpoint)
-    return checkpoint
 
 
 def is_sound(read: Callable[[Backend, str], object], backend: Backend, name: str) -> bool:

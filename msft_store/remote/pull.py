@@ -27,8 +27,6 @@ from msft_store.objects.manifest import (
     Checkpoint,
     list_manifests,
     manifest_path,
-    read_checkpoint,
-    read_tensors,
 )
 from msft_store.objects.packs import PACKS
 from msft_store.objects.refs import Ref, list_refs, read_ref, ref_path
@@ -37,7 +35,6 @@ from msft_store.remote.backend import (
     RemoteBackend,
     StagedBackend,
     is_sound,
-    read_manifest,
     require_store,
     require_version,
 )
@@ -189,11 +186,11 @@ class _Pull:
 
     def _stage_manifests(self, identities: Sequence[str], view: StagedBackend) -> list[Checkpoint]:
         """Stage and verify manifests; return their checkpoints, oldest first."""
-        missing = []
+        missing, verify = [], self.catalog.tables.verify
         for identity in identities:
             path = manifest_path(identity)
             self._staged[path] = staged = f"{INCOMING}/{path}"
-            if not (self.backend.exists(staged) and is_sound(read_manifest, view, identity)):
+            if not (self.backend.exists(staged) and is_sound(verify, view, identity)):
                 missing.append(path)
 
         def fetch(path: str) -> tuple[str, bytes]:
@@ -203,9 +200,7 @@ class _Pull:
             for path, data in fetched:
                 write_atomic(self.backend, self._staged[path], data)
                 self.counter.add_file(len(data))
-        checkpoints = [read_checkpoint(view, identity) for identity in identities]
-        for checkpoint in checkpoints:
-            read_tensors(view, checkpoint)
+        checkpoints = [verify(view, identity) for identity in identities]
         return sorted(checkpoints, key=lambda c: (c.created, c.id))
 
     def _stage_packs(self, packs: Sequence[PackTransfer], *, reuse: bool = True) -> None:

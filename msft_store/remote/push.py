@@ -26,7 +26,6 @@ from msft_store.remote.backend import (
     RemoteBackend,
     is_sound,
     map_parallel,
-    read_manifest,
     require_version,
 )
 from msft_store.remote.bases import has_base, push_base
@@ -134,7 +133,9 @@ class _Push:
         for checkpoint in catalog.checkpoints():
             path = manifest_path(checkpoint.id)
             same = existing.get(path) == catalog.backend.size(path)
-            sound = same or (path in existing and is_sound(read_manifest, target, checkpoint.id))
+            sound = same or (
+                path in existing and is_sound(catalog.tables.verify, target, checkpoint.id)
+            )
             (old if sound else new).append(checkpoint)
         incomplete = is_missing_chunks(catalog.objects, objects, catalog.keys_by_base(old))
         keys = catalog.keys_by_base([*(old if incomplete else ()), *new])
@@ -161,7 +162,7 @@ class _Push:
     def _send_manifest(self, checkpoint: Checkpoint) -> None:
         backend, path = self.catalog.backend, manifest_path(checkpoint.id)
         data = read_small_file(backend, path)
-        read_manifest(Overlay(backend, {path: data}), checkpoint.id)
+        self.catalog.tables.verify(Overlay(backend, {path: data}), checkpoint.id)
         self.remote.put(path, *as_parts(data))
         self.counter.add_file(len(data))
         self.counter.checkpoints.append(checkpoint.id)

@@ -23,7 +23,7 @@ from msft_store.format.key_table import (
 from msft_store.format.layout import BaseSpan, ChunkSpan, Record
 from msft_store.format.pack_footer import decode_footer, decode_trailer, encode_footer
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.manifest import Piece, TensorEntry, read_tensors, tensor_table
+from msft_store.objects.manifest import Piece, TensorEntry, tensor_table
 from msft_store.storage.backend import LocalBackend
 from msft_store.testing import ALL_OPERATIONS, FaultyBackend
 from tests.support.states import State, make_state, train_step
@@ -118,7 +118,7 @@ def test_names_that_look_like_tables_lose_no_chunk(store: Store, state: State) -
     ckpt = store.save(tensors)
     catalog = Catalog(LocalBackend(Path(store.path)))
     catalog.refresh()
-    entries = read_tensors(catalog.backend, ckpt)
+    entries = catalog.tensors(ckpt)
     wanted = {key for entry in entries.values() for piece in entry.pieces for key in piece.keys}
     found = catalog.keys(ckpt)
     assert {key_at(found, row) for row in range(len(found))} == wanted

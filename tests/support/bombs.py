@@ -60,8 +60,18 @@ def many_pieces(table: dict[str, Any]) -> None:
 def nested_beyond(path: Path) -> None:
     """Nest metadata deeper than the encoder of the store allows."""
     manifest = first(path, "manifests")
-    text = manifest.read_text(encoding="ascii")
-    manifest.write_text(text.replace("{}", "[" * 100_000, 1), encoding="ascii")
+    manifest.write_bytes(manifest.read_bytes().replace(b"{}", b"[" * 100_000, 1))
+
+
+def with_frames(data: bytes, *frames: tuple[int, int]) -> Spoil:
+    """Put data behind the first line of a manifest, and the lengths of frames into it."""
+
+    def spoil(path: Path) -> None:
+        manifest = first(path, "manifests")
+        head = {**Manifest.read(manifest).head, "frames": frames}
+        manifest.write_bytes(sealed(head) + b"\n" + data)
+
+    return spoil
 
 
 def with_nested(levels: int) -> Spoil:
@@ -259,6 +269,18 @@ BOMBS: dict[str, Spoil] = {
     "metadata of 500 levels": with_nested(500),
     "manifest of 100,000 levels": nested_beyond,
     "manifest of a terabyte": grown("manifests"),
+    "tensor table of 200 MB of nothing": with_frames(
+        frame(200 << 20), (0, 0), (len(frame(200 << 20)), 200 << 20)
+    ),
+    "mapping of 200 MB of nothing": with_frames(
+        frame(200 << 20) + frame(100), (len(frame(200 << 20)), 200 << 20), (len(frame(100)), 100)
+    ),
+    "tensor table of another length": with_frames(
+        frame(200 << 20), (0, 0), (len(frame(200 << 20)), 100)
+    ),
+    "manifest with one frame": with_frames(b"x", (1, 1)),
+    "manifest with frames beyond its end": with_frames(b"", (2**62, 1), (2**62, 1)),
+    "manifest with frames of two terabytes": with_frames(b"xx", (1, HUGE), (1, HUGE)),
     "ref of a terabyte": raw_file("refs/x.json", b""),
     "record of a base of a terabyte": grown("bases"),
     "pack of a terabyte": grown("packs"),

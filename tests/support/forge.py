@@ -16,6 +16,8 @@ from typing import Any
 from msft_store import Checkpoint, Store
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import Record, chunk_key
+from msft_store.format.mapping import NOTHING
+from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import (
     CheckpointFacts,
     Piece,
@@ -65,7 +67,9 @@ def forge_checkpoint(
         tensors=line,
         logical_bytes=size,
     )
-    backend = LocalBackend(Path(store.path))
+    backend, found = LocalBackend(Path(store.path)), line
+    if store.version > 1:
+        found = Catalog(backend).tables.encode(line, base, NOTHING)
     return write_manifest(
-        backend, content, line, created=1, stored_bytes=size, unreferenced_bytes=size
+        backend, content, found, created=1, stored_bytes=size, unreferenced_bytes=size
     )

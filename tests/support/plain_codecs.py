@@ -84,9 +84,10 @@ def decode(code: int, payload: bytes, size: int, reference: bytes | None, dtype:
     return old.tobytes()
 
 
-def inflate(frame: bytes, size: int) -> bytes:
+def inflate(frame: bytes, size: int, dictionary: bytes = b"") -> bytes:
     """Return the ``size`` bytes of a zstd frame."""
-    limited = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+    known = zstandard.ZstdCompressionDict(dictionary, dict_type=1) if dictionary else None
+    limited = zstandard.ZstdDecompressor(dict_data=known, max_window_size=1 << 27).decompressobj()
     data = limited.decompress(frame)
     assert len(data) == size
     return data

@@ -42,13 +42,13 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def unsealed(line: bytes, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:
+def unsealed(line: bytes, kind: str) -> dict[str, Any]:
     """Return the object of a line of sealed JSON."""
     content = json.loads(line)
     stated = content.pop("digest")
     assert digest(canonical(content)) == stated
     assert content["format"] == kind
-    assert content["version"] in versions
+    assert content["version"] in (VERSIONS if kind in ("msft-store", "msft-manifest") else (1,))
     return content
 
 
@@ -57,12 +57,55 @@ def keys_in(text: str) -> list[bytes]:
     return [data[at : at + 16] for at in range(0, len(data), 16)]
 
 
+def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the first line and the tensor table of a manifest."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    head = unsealed(first, "msft-manifest")
+    if head["version"] == 1:
+        assert rest[-1:] == b"\n"
+        return head, rest[:-1]
+    (length, size), (_, whole) = head["frames"]
+    assert len(rest) == sum(length for length, _ in head["frames"])
+    base, mapping = head["content"]["base"], None
+    tensors = {}
+    if base is not None:
+        record = path.parents[1] / "bases" / f"{base}.json"
+        tensors = unsealed(record.read_bytes(), "msft-base")["content"]
+        mapping = (
+            json.loads(inflate(rest[:length], size, prediction(tensors, None))) if size else None
+        )
+    known = prediction(tensors, mapping) if base is not None else b""
+    return head, inflate(rest[length:], whole, known)
+
+
+def prediction(tensors: dict[str, Any], mapping: dict[str, Any] | None) -> bytes:
+    """Return the table of a checkpoint that equals its base."""
+    names = names_of(tensors, mapping) if mapping else {}
+    table = {}
+    for name, of in ({n: n for n in tensors if n not in names.values()} | names).items():
+        shape = tensors[of]["shape"]
+        piece = {"chunks": tensors[of]["chunks"], "offset": [0] * len(shape), "shape": shape}
+        table[name] = {"dtype": tensors[of]["dtype"], "pieces": [piece], "shape": shape}
+    return canonical(table)
+
+
+def names_of(tensors: dict[str, Any], mapping: dict[str, Any]) -> dict[str, str]:
+    """Return the names in the base, by the names in the checkpoint that a mapping renames."""
+    names: dict[str, str] = {}
+    for name in sorted(tensors):
+        rules = [(new, old) for new, old in mapping["prefixes"] if name.startswith(old)]
+        if rules:
+            new, old = max(rules, key=lambda rule: len(rule[1]))
+            names[new + name[len(old) :]] = name
+    return {new: old for new, old in (names | mapping["names"]).items() if old is not None}
+
+
 class PlainStore:
     """A store directory without concurrent writers."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        config = unsealed((root / "store.json").read_bytes(), "msft-store", VERSIONS)
+        config = unsealed((root / "store.json").read_bytes(), "msft-store")
         assert config["chunk_bytes"] == CHUNK
         self.bases = {path.stem: PlainBase(path) for path in root.glob("bases/*.json")}
         self.packs = {path.stem: PlainPack(path) for path in root.glob("packs/*.pack")}
@@ -89,12 +132,10 @@ class PlainStore:
         return tensors
 
     def _manifest(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        first, second, rest = path.read_bytes().split(b"\n")
-        head = unsealed(first, "msft-manifest")
+        head, table = read_manifest(path)
         assert head["id"] == path.stem == digest(canonical(head["content"]))
-        assert head["content"]["tensors"] == digest(second)
-        assert rest == b""
-        return head["content"], json.loads(second)
+        assert head["content"]["tensors"] == digest(table)
+        return head["content"], json.loads(table)
 
     def _tensor(self, entry: dict[str, Any], base: str | None) -> Tensor:
         dtype, shape, element = entry["dtype"], entry["shape"], f"V{SIZES[entry['dtype']]}"

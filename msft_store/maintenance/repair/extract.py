@@ -32,6 +32,8 @@ from msft_store.format.pack_footer import (
     decode_trailer,
     max_footer_bytes,
 )
+from msft_store.format.strict_json import check_object, parse
+from msft_store.objects.manifest import table_frames
 from msft_store.objects.packs import pack_path
 from msft_store.storage.backend import Backend
 
@@ -58,12 +60,19 @@ def extract_sealed(data: bytes) -> bytes | None:
 
 
 def extract_manifest(data: bytes) -> bytes | None:
-    """Return the two lines of a manifest without appended bytes, or ``None`` if one is damaged."""
+    """Return a manifest without appended bytes, or ``None`` if a line of text is damaged.
+
+    Only a reader can check the frames of version 2, because that takes the base.
+    """
     line, _, rest = data.partition(b"\n")
     head = extract_sealed(line)
-    stated = None if head is None else _TABLE.search(head)
-    table = rest.partition(b"\n")[0]
-    if head is None or stated is None or digest(table) != stated[1].decode():
+    if head is None:
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        frames = table_frames(check_object(parse(head)))
+        return head + b"\n" + rest[: sum(length for length, _ in frames)]
+    stated, table = _TABLE.search(head), rest.partition(b"\n")[0]
+    if stated is None or digest(table) != stated[1].decode():
         return None
     return head + b"\n" + table + b"\n"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from msft_store import Base, Checkpoint, CorruptedError, Store, StoreError
-from msft_store.format.layout import digest, seal
+from tests.support.hostile import Manifest
 from tests.support.rot import changed_at
 from tests.support.states import State, same_bits, train_step
 
@@ -166,17 +166,10 @@ def test_a_ref_to_a_missing_checkpoint_is_reported(store: Store, ckpt: Checkpoin
 
 def forged(store: Store, ckpt: Checkpoint, change: Callable[[dict[str, Any]], None]) -> str:
     """Write a manifest with consistent digests and a changed tensor table; return its id."""
-    head, table = Path(store.path, "manifests", f"{ckpt.id}.json").read_bytes().split(b"\n")[:2]
-    tensors, first = json.loads(table), json.loads(head)
-    change(tensors)
-    line = json.dumps(tensors, sort_keys=True, separators=(",", ":")).encode()
-    del first["digest"]
-    first["content"]["tensors"] = digest(line)
-    content = json.dumps(first["content"], sort_keys=True, separators=(",", ":")).encode()
-    first["id"] = digest(content)
-    path = Path(store.path, "manifests", f"{first['id']}.json")
-    path.write_bytes(seal(first) + b"\n" + line + b"\n")
-    return str(first["id"])
+    folder = Path(store.path, "manifests")
+    manifest = Manifest.read(folder / f"{ckpt.id}.json")
+    change(manifest.table)
+    return manifest.write(folder).stem
 
 
 @pytest.mark.parametrize(
