@@ -284,15 +284,14 @@ class _Finder:
 
     def find(self, names: Sequence[str], others: Sequence[str]) -> dict[str, View]:
         views: dict[str, View] = {}
-        pool = _Pool(sorted((n for n in others if self._size(self._base, n)), key=_natural))
-        mine = sorted((n for n in names if self._size(self._mine, n)), key=_natural)
+        pool, mine = _Pool(_ordered(others, self._base)), _ordered(names, self._mine)
         # Large tensors consist of others; vectors may be equal by chance and come last.
         for name in sorted(mine, key=lambda n: len(self._mine.side.shapes[n]) < 2):
             self._add(views, name, self._assemble(name, pool))
         left = [n for n in mine if n not in views]
         used = {part.tensor for view in views.values() for part in view.parts}
         self._locate(left, [n for n in pool.names if n not in used], views)
-        everything = _Pool(sorted(self._base.side.shapes, key=_natural))
+        everything = _Pool(_ordered(self._base.side.shapes, self._base))
         for name in left:
             if name not in views and len(self._mine.side.shapes[name]) > 1:
                 self._add(views, name, self._assemble(name, everything))
@@ -437,6 +436,11 @@ class _Pool:
 def _layer(name: str) -> str | None:
     found = _NUMBER.search(name)
     return found[0] if found else None
+
+
+def _ordered(names: Iterable[str], side: _Probed) -> list[str]:
+    """Return the names of the tensors that have elements, in natural order."""
+    return sorted((name for name in names if math.prod(side.side.shapes[name])), key=_natural)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

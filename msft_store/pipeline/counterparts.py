@@ -32,6 +32,8 @@ def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:
     def sample(name: str, index: NDArray[np.int64]) -> NDArray[np.float64]:
         found = np.full(len(index), np.nan)
         for box in held[name]:
+            if box.tensor.is_complex():
+                continue
             places = np.stack(np.unravel_index(index, box.shape or (1,)), axis=1)
             tensor = box.tensor.detach() if box.shape else box.tensor.detach().reshape(1)
             places -= np.array(box.offset or (0,))
