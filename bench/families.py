@@ -1,9 +1,9 @@
-"""Size of a checkpoint of every model family of transformers against its files, and in memory names.
+"""Size of a checkpoint of every model family of transformers against both forms of its files.
 
-Each configuration of transformers is shrunk until its model has 1 to 10 M parameters. The model is
-saved by ``save_pretrained`` in its original format and with the names that it has in memory. Then
-two weights of a hundred are changed by a hundredth, and the model is saved against both bases. The ratio of
-the two sizes should be 1: renamed, stacked and split tensors have their counterparts, too.
+Each configuration of transformers is shrunk until its model has 10 M parameters at most. The model
+is saved by ``save_pretrained`` in its original format and with the names that it has in memory.
+Then two weights of a hundred are changed by a hundredth, and the model is saved against both bases.
+The ratio of the two sizes should be 1: renamed, stacked and split tensors have counterparts, too.
 
 Example::
 
@@ -31,7 +31,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from bench.codec import RESULTS
 from msft_store import Store
 from trainer.text import Table
 

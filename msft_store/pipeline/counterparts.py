@@ -10,17 +10,77 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from msft_store.format.dtypes import dtype_by_torch
-from msft_store.format.mapping import BaseMapping
+from msft_store.format.mapping import BaseMapping, Shape
 from msft_store.objects.base_reader import BaseReader, can_convert
-from msft_store.objects.counterparts import Side, find_mapping
+from msft_store.objects.bases import Base
+from msft_store.objects.counterparts import Side, find_mapping, match_names
+from msft_store.objects.manifest import TensorEntry
 from msft_store.tensors.boxes import Box
+
+MOST_MISSING = 0.05
+"""Largest share of bytes without a counterpart that needs no warning."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """The tensors of a checkpoint without a counterpart in its base, in bytes by name."""
+
+    tensors: Mapping[str, int]
+    share: float
+    """Their part of the checkpoint, or of the base if the base's rest is smaller."""
+
+    def describe(self, base: Base) -> str:
+        """Return a warning with the names and the remedy."""
+        largest = sorted(self.tensors, key=lambda name: (-self.tensors[name], name))
+        shown = ", ".join(map(repr, largest[:_SHOWN])) + (", …" if len(largest) > _SHOWN else "")
+        return (
+            f"{self.share:.0%} of the checkpoint, {len(largest)} tensors, have no counterpart in "
+            f"base {base.id[:12]} ({base.path}) and are stored whole: {shown}. If the base holds "
+            "the same model in another form, add a base in the form of the model in memory: "
+            "model.save_pretrained(PATH, save_original_format=False), then msft-store add-base PATH"
+        )
+
+
+def find_missing(base: Base, mapping: BaseMapping, tensors: Mapping[str, TensorEntry]) -> Missing:
+    """Return the tensors that have no counterpart, or none in part.
+
+    What a checkpoint has besides the model, such as the state of an optimizer, does not count: the
+    base then has no tensors left over.
+    """
+    missing: dict[str, int] = {}
+    used: set[str] = set()
+    for name, entry in tensors.items():
+        view, other = mapping.views.get(name), mapping.names.get(name, name)
+        if view is not None:
+            used.update(part.tensor for part in view.parts)
+            rest = math.prod(view.shape) - view.covered
+        elif other in base.tensors and base.tensors[other].shape == entry.shape:
+            used.add(other)
+            rest = 0
+        else:
+            rest = math.prod(entry.shape)
+        if rest:
+            missing[name] = rest * entry.dtype.size
+    left = sum(tensor.nbytes for name, tensor in base.tensors.items() if name not in used)
+    whole = sum(entry.nbytes for entry in tensors.values())
+    here, there = sum(missing.values()) / max(whole, 1), left / max(base.logical_bytes, 1)
+    return Missing(tensors=missing, share=min(here, there))
+
+
+def map_by_names(base: Base, shapes: Mapping[str, Shape]) -> BaseMapping:
+    """Return the counterparts of tensors in a base as far as their names tell."""
+    names = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
+    return BaseMapping(names={new: old for new, old in names.items() if new != old}, views={})
 
 
 def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:

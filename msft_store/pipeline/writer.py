@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from msft_store._util import format_bytes
 from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
 from msft_store.format.layout import canonical_json, digest
-from msft_store.format.mapping import NOTHING, BaseMapping
+from msft_store.format.mapping import NOTHING, BaseMapping, Shape
 from msft_store.format.strict_json import NUMBER_LIMIT
 from msft_store.objects.bases import BASES, Base
 from msft_store.objects.catalog import Catalog
@@ -45,7 +46,12 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS, PackWriter
 from msft_store.objects.reachability import own_bytes
 from msft_store.objects.reference_planner import ReferencePlanner
-from msft_store.pipeline.counterparts import map_to_base
+from msft_store.pipeline.counterparts import (
+    MOST_MISSING,
+    find_missing,
+    map_by_names,
+    map_to_base,
+)
 from msft_store.pipeline.encode import (
     EncodeOptions,
     Totals,
@@ -60,6 +66,10 @@ from msft_store.tensors.boxes import Box, Part, Parts, join_parts, whole_box
 from msft_store.tensors.bytes import memory_key
 from msft_store.tensors.resident import Compared
 
+_LOG = logging.getLogger(__name__)
+_WARNED: set[str] = set()
+"""Ids of the bases for which this process has warned of tensors without a counterpart."""
+
 
 class CheckpointWriter:
     """Writes the checkpoints of one store."""
@@ -68,6 +78,7 @@ class CheckpointWriter:
         self._catalog = catalog
         self._backend = backend
         self._durable_bases: set[str] = set()
+        self._mappings: dict[str, tuple[Mapping[str, Shape], BaseMapping]] = {}
 
     def save(
         self,
@@ -84,7 +95,8 @@ class CheckpointWriter:
             table, totals = self._join(state, base)
             mapping = functools.reduce(operator.or_, (part.mapping for part in state), NOTHING)
         else:
-            mapping = self._map([whole_box(n, t) for n, t in state.items()], base)
+            boxes = [whole_box(name, tensor) for name, tensor in state.items()]
+            mapping = self._map(boxes, base, parent_id, parent_tensors)
             options = EncodeOptions(base=base, level=level, mapping=mapping, compared=compared)
             whole = sum(tensor.nbytes for tensor in state.values())
             with self._encoding(least=table_bytes(state), whole=whole) as begin:
@@ -114,6 +126,12 @@ class CheckpointWriter:
         )
         self._catalog.add(checkpoint)
         self._catalog.objects.refresh()
+        if base is not None and base not in _WARNED:
+            record = self._catalog.objects.base(base).base
+            missing = find_missing(record, mapping, table)
+            if missing.share > MOST_MISSING:
+                _WARNED.add(base)
+                _LOG.warning(missing.describe(record))
         return checkpoint
 
     def encode(
@@ -124,8 +142,8 @@ class CheckpointWriter:
         level: Level,
     ) -> Part:
         """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
-        _, base, parent_tensors = self._lineage(parent)
-        mapping = self._map(boxes, base)
+        parent_id, base, parent_tensors = self._lineage(parent)
+        mapping = self._map(boxes, base, parent_id, parent_tensors)
         planner = ReferencePlanner(self._catalog.objects, base, parent_tensors, mapping)
         # Tied tensors are encoded once, under a name that has a reference if there is one.
         order = sorted(boxes, key=lambda box: not planner.knows(box.name, box.shape))
@@ -152,13 +170,43 @@ class CheckpointWriter:
             mapping=mapping,
         )
 
-    def _map(self, boxes: Sequence[Box], base: str | None) -> BaseMapping:
-        """Return the counterparts of tensors in a base."""
+    def _map(
+        self,
+        boxes: Sequence[Box],
+        base: str | None,
+        parent: str | None,
+        parent_tensors: Mapping[str, TensorEntry] | None,
+    ) -> BaseMapping:
+        """Return the counterparts of tensors in a base: those of the parent, or else search."""
         if base is None:
             return NOTHING
-        found = map_to_base(self._catalog.objects.base(base), boxes)
-        # Packs of version 1 have no references into views.
-        return found if self._catalog.config.version > 1 else replace(found, views={})
+        reader, table = self._catalog.objects.base(base), {box.name: box.entry() for box in boxes}
+        shapes = {name: entry.shape for name, entry in table.items()}
+        known = self._mappings.get(base, ({}, NOTHING))
+        if parent is not None and parent_tensors is not None:
+            known = {n: entry.shape for n, entry in parent_tensors.items()}, self._recorded(parent)
+        if shapes.items() <= known[0].items():
+            names = {name: old for name, old in known[1].names.items() if name in shapes}
+            views = {name: view for name, view in known[1].views.items() if name in shapes}
+            mapping = BaseMapping(names=names, views=views)
+            # A search while the base was out of reach found less than there is.
+            if find_missing(reader.base, mapping, table).share <= MOST_MISSING:
+                return mapping
+        found = map_to_base(reader, boxes)
+        if self._catalog.config.version == 1:
+            # Packs of version 1 have no references into views.
+            found = replace(found, views={})
+        self._mappings[base] = shapes, found
+        return found
+
+    def _recorded(self, checkpoint: str) -> BaseMapping:
+        """Return the counterparts of a checkpoint's tensors; a manifest of version 1 has none."""
+        found = self._catalog.resolve(checkpoint)
+        mapping = self._catalog.tables.mapping(found)
+        if mapping or found.base is None:
+            return mapping
+        shapes = {name: entry.shape for name, entry in self._catalog.tensors(found).items()}
+        return map_by_names(self._catalog.objects.base(found.base).base, shapes)
 
     def _lineage(
         self, parent: Base | Checkpoint | str | None
@@ -255,7 +303,7 @@ class CheckpointWriter:
         options = EncodeOptions(
             base=checkpoint.base,
             level=self._catalog.config.level,
-            mapping=self._catalog.tables.mapping(checkpoint),
+            mapping=self._recorded(checkpoint.id),
         )
         tensors = self._catalog.tensors(checkpoint)
         reencode(self._catalog.objects, tensors, begin, options=options, onto=onto)
