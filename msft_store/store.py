@@ -78,6 +78,7 @@ from msft_store.storage.backend import (
     TEMPORARY,
     Backend,
     LocalBackend,
+    file_sizes,
     translate_os_errors,
     write_atomic,
 )
@@ -969,6 +970,19 @@ class Store:
             Encoded bytes that gc cannot free yet.
         """
         return read_consistently(self._backend, lambda: held_bytes(self._catalog))
+
+    def manifest_bytes(self, checkpoint: Checkpoint | str | None = None) -> int:
+        """Count the bytes of a checkpoint's manifest, which ``stored_bytes`` does not count.
+
+        Args:
+            checkpoint: Checkpoint to count; all by default.
+
+        Returns:
+            Bytes on disk.
+        """
+        if checkpoint is not None:
+            return self._backend.size(manifest_path(self.get(checkpoint).id))
+        return sum(file_sizes(self._backend, MANIFESTS).values())
 
     def stats(self) -> Stats:
         """Count the contents of the store.

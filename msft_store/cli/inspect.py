@@ -50,15 +50,19 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _inspect_store(store: Store, plot: str | None) -> tuple[dict[str, Any], str]:
     checkpoints, refs, bases, held = store.log(), store.refs(), store.bases(), store.held_bytes()
+    manifests = store.manifest_bytes()
     document: dict[str, Any] = {
         "level": store.level,
         "bases": [_summary_of_base(base) for base in bases],
         "checkpoints": [summary(checkpoint) for checkpoint in checkpoints],
         "refs": refs,
         "held_bytes": held,
+        "manifest_bytes": manifests,
     }
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
     text += f"\nlevel {store.level}{format_missing_bases(bases)}"
+    if manifests:
+        text += f"\nplus {format_bytes(manifests)} of manifests"
     if held:
         text += f"\nplus {format_bytes(held)} of forgotten checkpoints that others still need"
     if plot is not None:
@@ -89,7 +93,8 @@ def _inspect_checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str,
     text = (
         f"{format_checkpoint(store, checkpoint)}\n\n{format_table(header, rows, align='<<<>>><')}"
     )
-    return {**summary(checkpoint), "tensors": tensors}, text
+    sizes = {"manifest_bytes": store.manifest_bytes(checkpoint)}
+    return {**summary(checkpoint), **sizes, "tensors": tensors}, text
 
 
 def _inspect_base(base: Base) -> tuple[dict[str, Any], str]:

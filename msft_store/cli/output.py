@@ -99,6 +99,7 @@ def format_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
             "metadata": json.dumps(checkpoint.metadata, sort_keys=True),
             "logical": format_bytes(checkpoint.logical_bytes),
             "stored": f"{format_bytes(checkpoint.stored_bytes)} ({ratio})",
+            "manifest": format_bytes(store.manifest_bytes(checkpoint)),
             "unreferenced": format_bytes(checkpoint.unreferenced_bytes),
             # Another process may have unpinned a ref since its name was read.
             "pins": "; ".join(_format_pin(name, notes.get(name, {})) for name in pins) or "none",
@@ -133,6 +134,7 @@ def format_stats(stats: Stats) -> str:
             "stored": f"{format_bytes(stats.stored_bytes)} in packs ({share})",
             "held": f"{format_bytes(stats.held_bytes)} of forgotten checkpoints that others are "
             "differences from",
+            "manifests": format_bytes(stats.manifest_bytes),
             "on disk": f"{format_bytes(stats.on_disk_bytes)} in all files of the store",
             "quarantine": f"{format_bytes(stats.quarantine_bytes)} of these, moved by repairs",
             "bases": f"{format_bytes(stats.base_bytes)} outside the store",

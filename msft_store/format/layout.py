@@ -241,7 +241,7 @@ def decompress(payload: bytes, size: int, dictionary: bytes = b"") -> memoryview
             )
             return memoryview(decompressor.decompress(payload, allow_extra_data=False))
         if dictionary:
-            raise ValueError("compressed data does not declare its length")
+            raise ValueError("compressed data has another length than declared")
         return _decompress_unsized(payload, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None

@@ -16,7 +16,7 @@ from msft_store.codec import codecs
 from msft_store.format.key_table import concatenate_keys, count_keys, is_among, unique_keys
 from msft_store.format.layout import BaseSpan, ViewSpan
 from msft_store.objects.catalog import Catalog
-from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.manifest import MANIFESTS, Checkpoint
 from msft_store.objects.reachability import find_reachable
 from msft_store.storage.backend import QUARANTINE, disk_bytes, file_sizes
 
@@ -77,6 +77,7 @@ class Stats:
         logical_bytes: Bytes of all checkpoints as full copies.
         stored_bytes: Encoded bytes of all chunks in packs.
         held_bytes: Encoded bytes of chunks that no checkpoint names but that others refer to.
+        manifest_bytes: Bytes of all manifests, a part of ``on_disk_bytes``.
         on_disk_bytes: Bytes of all files of the store, including temporary ones but not the bases.
         quarantine_bytes: Bytes of the files that repairs moved to quarantine, a part of
             ``on_disk_bytes``.
@@ -89,6 +90,7 @@ class Stats:
     logical_bytes: int
     stored_bytes: int
     held_bytes: int
+    manifest_bytes: int
     on_disk_bytes: int
     quarantine_bytes: int
     base_bytes: int
@@ -126,6 +128,7 @@ def stats(catalog: Catalog) -> Stats:
         logical_bytes=sum(checkpoint.logical_bytes for checkpoint in checkpoints),
         stored_bytes=int(index.lengths.sum()),
         held_bytes=int(index.lengths[needs.only_referenced].sum()),
+        manifest_bytes=sum(file_sizes(catalog.backend, MANIFESTS).values()),
         on_disk_bytes=disk_bytes(catalog.backend),
         quarantine_bytes=sum(file_sizes(catalog.backend, QUARANTINE).values()),
         base_bytes=sum(base.logical_bytes for base in objects.bases().values()),

@@ -279,7 +279,7 @@ class BaseReader:
         """Return elements of a tensor by their row-major indices; NaN if the base changed."""
         tensor = self._tensor(name)
         found = np.full(len(index), np.nan)
-        if tensor.dtype.torch is None or tensor.dtype.torch.is_complex:
+        if tensor.dtype.torch is None or tensor.dtype.torch.is_complex or not len(index):
             return found
         try:
             data: Bytes = np.empty(len(index) * tensor.dtype.size, np.uint8)

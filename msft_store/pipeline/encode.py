@@ -43,7 +43,7 @@ from msft_store.format.layout import (
 )
 from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import TensorEntry, chunks_of, tensor_table
+from msft_store.objects.manifest import TensorEntry, chunks_of
 from msft_store.objects.packs import PackWriter, StoredChunk
 from msft_store.objects.reference_planner import Reference, ReferencePlanner
 from msft_store.pipeline.parallel import in_order
@@ -333,14 +333,6 @@ def encode_state(
     )
     table = dict(zip(places.values(), entries, strict=True))
     return {name: table[first[name]] for name in order}, totals
-
-
-def table_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Return the size in bytes of the tensor table of a save; it does not depend on the weights."""
-    key = bytes(KEY_BYTES)
-    keys = {name: (key,) * -(-tensor.nbytes // CHUNK_BYTES) for name, tensor in tensors.items()}
-    whole = {name: whole_box(name, tensor) for name, tensor in tensors.items()}
-    return len(tensor_table({name: box.entry(keys[name]) for name, box in whole.items()}))
 
 
 def reencode(

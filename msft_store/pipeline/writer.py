@@ -58,7 +58,6 @@ from msft_store.pipeline.encode import (
     encode_boxes,
     encode_state,
     reencode,
-    table_bytes,
 )
 from msft_store.pipeline.parallel import for_each
 from msft_store.storage.quota import QuotaBackend
@@ -99,7 +98,7 @@ class CheckpointWriter:
             mapping = self._map(boxes, base, parent_id, parent_tensors)
             options = EncodeOptions(base=base, level=level, mapping=mapping, compared=compared)
             whole = sum(tensor.nbytes for tensor in state.values())
-            with self._encoding(least=table_bytes(state), whole=whole) as begin:
+            with self._encoding(whole) as begin:
                 table, totals = encode_state(
                     self._catalog.objects, state, begin, options=options, parent=parent_tensors
                 )
@@ -152,7 +151,7 @@ class CheckpointWriter:
             firsts.setdefault(_place(box), box)
         distinct = list(firsts.values())
         options = EncodeOptions(base=base, level=level)
-        with self._encoding(least=0, whole=sum(box.tensor.nbytes for box in distinct)) as begin:
+        with self._encoding(sum(box.tensor.nbytes for box in distinct)) as begin:
             found, totals = encode_boxes(
                 self._catalog.objects, distinct, begin, options=options, planner=planner
             )
@@ -325,14 +324,11 @@ class CheckpointWriter:
             self._backend.sync(MANIFESTS)
 
     @contextlib.contextmanager
-    def _encoding(self, *, least: int, whole: int) -> Iterator[Callable[[], PackWriter]]:
-        """Write the packs of ``whole`` bytes; an error for lack of room says how much is missing.
-
-        ``least`` more bytes will be written besides the packs.
-        """
+    def _encoding(self, whole: int) -> Iterator[Callable[[], PackWriter]]:
+        """Write the packs of ``whole`` bytes; an error for lack of room says what is missing."""
         packs: list[PackWriter] = []
         try:
-            with self._packing(packs, least=least) as begin:
+            with self._packing(packs) as begin:
                 yield begin
         except (OutOfSpaceError, OverBudgetError) as error:
             written = sum(pack.position for pack in packs)
@@ -343,17 +339,11 @@ class CheckpointWriter:
             ) from error
 
     @contextlib.contextmanager
-    def _packing(
-        self, packs: list[PackWriter], *, least: int = 0
-    ) -> Iterator[Callable[[], PackWriter]]:
-        """Yield a function that begins a pack and adds it to ``packs``; finish them at the end.
-
-        A pack is not begun if ``least`` bytes, which will be written besides, certainly do not fit.
-        """
+    def _packing(self, packs: list[PackWriter]) -> Iterator[Callable[[], PackWriter]]:
+        """Yield a function that begins a pack and adds it to ``packs``; finish them at the end."""
         with contextlib.ExitStack() as stack:
 
             def begin() -> PackWriter:
-                self._backend.require_space(least)
                 writer = stack.enter_context(self._backend.writer())
                 packs.append(PackWriter(writer, self._catalog.config.version))
                 return packs[-1]

@@ -51,8 +51,11 @@ def example(tmp_path: Path) -> Path:
         "store.json": lines_of("`store.json`, one line without an end:"),
         "refs/best.json": lines_of("`refs/best.json`, one line without an end:"),
         path_in("packs"): bytes_of(f"`{path_in('packs')}`, 199 bytes:"),
-        path_in("manifests"): b"%s\n%s\n"
-        % (lines_of(f"`{path_in('manifests')}`, first line:"), lines_of("and second line:")),
+        path_in("manifests"): b"%s\n%s"
+        % (
+            lines_of(f"`{path_in('manifests')}`, first line:"),
+            bytes_of("and behind its end, 145 bytes:"),
+        ),
     }
     for path, data in files.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -75,6 +78,12 @@ def test_the_decoded_footer_is_that_of_the_pack(example: Path) -> None:
     pack = (example / path_in("packs")).read_bytes()
     assert len(pack) == 199
     assert inflate(pack[43:151], 160) == bytes_of("Its footer, decoded, 160 bytes:")
+
+
+def test_the_decoded_frame_is_the_tensor_table() -> None:
+    frame = bytes_of("and behind its end, 145 bytes:")
+    assert len(frame) == 145
+    assert inflate(frame, 245) == lines_of("The tensor table, decoded, 245 bytes:")
 
 
 def test_a_key_is_a_digest_of_dtype_and_bytes() -> None:
