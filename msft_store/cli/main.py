@@ -53,6 +53,7 @@ from msft_store.codec.codecs import LEVELS
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Report
+from msft_store.remote.api import open_remote, upgrade
 from msft_store.remote.transport.url import is_url
 from msft_store.store import Store
 
@@ -109,14 +110,15 @@ def _init(options: argparse.Namespace) -> Output:
 
 
 def _upgrade(options: argparse.Namespace) -> Output:
-    store = Store.open(options.path or store_path(options))
+    path = str(options.path or store_path(options))
+    store = open_remote(path) if is_url(path) else Store.open(path)
     before = store.version
     if before == NEWEST:
         text = f"the store at {store.path} is of version {NEWEST} already"
     elif options.dry_run:
         text = f"would upgrade the store at {store.path} from version {before} to {NEWEST}"
     else:
-        store.upgrade()
+        upgrade(path) if is_url(path) else store.upgrade()
         text = f"upgraded the store at {store.path} from version {before} to {NEWEST}"
     return {"store": store.path, "before": before, "version": NEWEST}, text
 

@@ -5,7 +5,7 @@ Example::
     from msft_store.integrations.remote import push
 """
 
-from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.remote.api import clone, open_remote, pull, push, upgrade
 from msft_store.remote.transfer import Transfer
 
-__all__ = ["Transfer", "clone", "open_remote", "pull", "push"]
+__all__ = ["Transfer", "clone", "open_remote", "pull", "push", "upgrade"]

@@ -33,21 +33,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from msft_store._util import PathLike, check_path
-from msft_store.errors import BaseError, NotAStoreError
+from msft_store.errors import BaseError, ConflictError, NotAStoreError
+from msft_store.format.layout import NEWEST
 from msft_store.maintenance.gc import evict
 from msft_store.objects.bases import base_path, encode_base, list_bases, scan_base
-from msft_store.objects.catalog import CONFIG, Catalog, read_config, read_consistently
+from msft_store.objects.catalog import (
+    CONFIG,
+    Catalog,
+    encode_config,
+    read_config,
+    read_consistently,
+)
 from msft_store.remote.backend import RemoteBackend, require_store
 from msft_store.remote.missing_packs import UnsoundTargetError
 from msft_store.remote.pull import pull_store
 from msft_store.remote.push import push_store
 from msft_store.remote.transfer import Progress, Transfer, TransferCounter
 from msft_store.remote.transport.url import connect_remote
-from msft_store.storage.backend import TEMPORARY, Backend, LocalBackend, write_atomic
+from msft_store.storage.backend import (
+    MAX_SMALL_FILE_BYTES,
+    TEMPORARY,
+    Backend,
+    LocalBackend,
+    write_atomic,
+)
 from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
 from msft_store.store import Store
@@ -220,6 +234,26 @@ def clone(
     with backend.lock(shared=False, purpose="clone"):
         backend.delete(_CLONING)
     return transfer
+
+
+def upgrade(url: Any, **options: Any) -> None:
+    """Let a remote get the files of stores of the newest version; see :meth:`Store.upgrade`.
+
+    Args:
+        url: As in :func:`push`.
+        **options: As in :func:`push`.
+
+    Raises:
+        ConflictError: If another process replaced ``store.json`` meanwhile.
+        NotAStoreError: If there is no store at the URL.
+        StorageError: If the remote cannot be reached, or is only read.
+    """
+    remote = connect_remote(url, **options)
+    config = replace(read_config(require_store(RemoteBackend(remote))), version=NEWEST)
+    found = remote.read_versioned(CONFIG, MAX_SMALL_FILE_BYTES)
+    data = encode_config(config)
+    if found is None or (found[0] != data and not remote.replace(CONFIG, data, found[1])):
+        raise ConflictError(f"another process changes {remote.describe(CONFIG)}; upgrade again")
 
 
 def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Store:

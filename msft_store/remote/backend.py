@@ -64,10 +64,14 @@ def require_version(source: Config, origin: Backend, target: Config, place: Back
     """Raise :class:`VersionError` if a target must not get the files of a source."""
     if source.version > target.version:
         raise VersionError(
-            f"{origin.describe('')} is a store of version {source.version} and "
-            f"{place.describe('')} one of version {target.version}, which must not get files of a "
-            "later version: run msft-store upgrade there, or choose a new place"
+            f"{_name(origin)} is a store of version {source.version} and {_name(place)} one of "
+            f"version {target.version}, which must not get files of a later version: run "
+            f"msft-store upgrade {_name(place)}, or choose a new place"
         )
+
+
+def _name(backend: Backend) -> str:
+    return backend.describe("").rstrip("/")
 
 
 class RemoteBackend(ReadOnlyBackend):

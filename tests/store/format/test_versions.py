@@ -11,7 +11,7 @@ import pytest
 from msft_store import Store, VersionError
 from msft_store.cli.main import main
 from msft_store.errors import InvalidInputError
-from msft_store.integrations.remote import clone, pull, push
+from msft_store.integrations.remote import clone, open_remote, pull, push
 from tests.support.plain_store import PlainStore
 from tests.support.states import make_state, same_bits, train_step
 
@@ -112,6 +112,25 @@ def test_a_store_of_version_1_gets_no_files_of_version_2(tmp_path: Path, old: St
     push(new, old.path)
     assert len(old.log()) == 2
     assert Store.open(old.path).check() == []
+
+
+def test_a_remote_is_upgraded_by_its_url(
+    tmp_path: Path, old: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = (tmp_path / "remote").as_uri()
+    push(old, url)
+    old.upgrade()
+    old.save(train_step(make_state(), 0.5, 1))
+    with pytest.raises(VersionError, match="msft-store upgrade "):
+        push(old, url)
+    assert main(["upgrade", url, "--dry-run"]) == 0
+    assert open_remote(url).version == 1
+    for text in ("upgraded the store at", "is of version 2 already"):
+        assert main(["upgrade", url]) == 0
+        assert text in capsys.readouterr().out
+    push(old, url)
+    assert len(open_remote(url).log()) == 2
+    assert open_remote(url).check() == []
 
 
 @pytest.mark.parametrize("version", [1, 2])
