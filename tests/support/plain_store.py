@@ -183,7 +183,10 @@ class PlainStore:
                 self.chunk(bytes.fromhex(key), record.base)[start : start + length]
                 for key, start, length in reference["chunks"]
             )
-        return self.bases[record.base].span(reference, record.size, record.dtype)
+        base = self.bases[record.base]
+        if "view" in reference:
+            return base.of_view(reference, record.size, record.dtype)
+        return base.span(reference, record.size, record.dtype)
 
 
 @dataclass
@@ -242,9 +245,16 @@ class PlainPack:
             dtype=CODES[dtype],
             depth=depth,
             generation=generation,
-            reference=None if reference == NONE else head["references"][reference],
+            reference=None if reference == NONE else with_view(head, head["references"][reference]),
             base=None if base == NONE else head["bases"][base],
         )
+
+
+def with_view(head: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Return a reference with its view in the place of the number of the view."""
+    return (
+        reference | {"view": head["views"][reference["view"]]} if "view" in reference else reference
+    )
 
 
 class PlainBase:
@@ -274,8 +284,29 @@ class PlainBase:
         if "box" in reference:
             box = tuple(slice(o, o + n) for o, n in zip(*reference["box"], strict=True))
             elements = elements.reshape(tensor["shape"])[box].reshape(-1)
-        data = elements[start : start + size // SIZES[dtype]].tobytes()
-        return data if of == dtype else converted(data, of, dtype)
+        return converted(elements[start : start + size // SIZES[dtype]].tobytes(), of, dtype)
+
+    def of_view(self, reference: dict[str, Any], size: int, dtype: str) -> bytes:
+        """Return the elements of a reference into a view, in the dtype of the chunk."""
+        view, element = reference["view"], f"V{SIZES[dtype]}"
+        whole = np.zeros(view["shape"], element)
+        for part in view["parts"]:
+            tensor, shape = self._tensors[part["tensor"]], part["shape"]
+            start = part.get("start", [0] * len(shape))
+            axes = part.get("axes", range(len(start)))
+            lengths = ([1] * len(start) + shape)[len(shape) :]
+            sides = [lengths[list(axes).index(axis)] for axis in range(len(start))]
+            elements = np.frombuffer(self._tensor(part["tensor"]), f"V{SIZES[tensor['dtype']]}")
+            elements = elements.reshape(part.get("view", tensor["shape"]))
+            box = elements[tuple(slice(s, s + n) for s, n in zip(start, sides, strict=True))]
+            data = converted(box.tobytes(), tensor["dtype"], dtype)
+            found = np.frombuffer(data, element).reshape(sides).transpose(axes).reshape(shape)
+            at = zip(part.get("offset", [0] * len(shape)), shape, strict=True)
+            whole[tuple(slice(o, o + n) for o, n in at)] = found
+        if "box" in reference:
+            whole = whole[tuple(slice(o, o + n) for o, n in zip(*reference["box"], strict=True))]
+        first = reference["start"]
+        return whole.reshape(-1)[first : first + size // SIZES[dtype]].tobytes()
 
     def _tensor(self, name: str) -> bytes:
         file, offset = self._places[name]
@@ -287,6 +318,8 @@ class PlainBase:
 
 def converted(data: bytes, of: str, to: str) -> bytes:
     """Return floats in another dtype, rounded to nearest, ties to even; a NaN becomes 0."""
+    if of == to:
+        return data
     if of == "bfloat16":
         values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     else:
