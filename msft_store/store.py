@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -927,7 +927,12 @@ class Store:
         return read_consistently(self._backend, lambda: diff(self._catalog, first, second))
 
     def export(
-        self, checkpoint: Checkpoint | str, folder: PathLike, *, like: PathLike | None = None
+        self,
+        checkpoint: Checkpoint | str,
+        folder: PathLike,
+        *,
+        like: PathLike | None = None,
+        layout: Literal["files", "memory"] | None = None,
     ) -> list[Path]:
         """Write a checkpoint as an ordinary directory of safetensors files.
 
@@ -935,17 +940,22 @@ class Store:
             checkpoint: Checkpoint to export.
             folder: New directory.
             like: Model directory to copy configuration and tokenizer from; by default the base's.
+            layout: ``"files"`` gives the tensors the names and shapes that they have in the files
+                of the base, ``"memory"`` those that they were saved with. The default is that of
+                the files for all tensors for which the checkpoint records it.
 
         Returns:
             Paths of the written files.
 
         Raises:
-            InvalidInputError: The directory is not empty, or inside the store.
+            InvalidInputError: The directory is not empty, or inside the store, or ``layout`` is
+                ``"files"`` and some tensors have no form in the files of the base.
         """
         found, place = self.get(checkpoint), check_path(folder)
         beside = None if like is None else check_path(like)
         return read_consistently(
-            self._backend, lambda: export(self._catalog, found, place, like=beside)
+            self._backend,
+            lambda: export(self._catalog, found, place, like=beside, layout=layout),
         )
 
     def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:

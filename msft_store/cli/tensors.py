@@ -138,12 +138,18 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
         metavar="DIRECTORY",
         help="a model directory to copy configuration and tokenizer from (default: the base's)",
     )
+    command.add_argument(
+        "--layout",
+        choices=("files", "memory"),
+        help="names and shapes as in the files of the base, or as saved from memory (default: as "
+        "in the files, where the checkpoint records how)",
+    )
 
 
 def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     """Write a checkpoint as a directory of safetensors files."""
     checkpoint = store.get(options.checkpoint)
-    files = store.export(checkpoint, options.directory, like=options.like)
+    files = store.export(checkpoint, options.directory, like=options.like, layout=options.layout)
     text = "\n".join(map(str, files))
     tensors = store.tensors(checkpoint)
     base = None if checkpoint.base is None else store.base(checkpoint.base)

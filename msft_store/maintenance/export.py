@@ -19,24 +19,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.format.layout import BaseSpan, canonical_json
-from msft_store.maintenance.export_names import exported
+from msft_store.maintenance.export_names import Layout, exported
+from msft_store.maintenance.original_layout import Assembled
 from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.safetensors_header import INDEX
-from msft_store.pipeline.decode import Source, decode_chunks
+from msft_store.pipeline.decode import Source, decode_chunks, empty_like
+from msft_store.pipeline.reshard import decode_boxes
 from msft_store.storage.backend import (
     TEMPORARY,
     LocalBackend,
@@ -47,6 +52,8 @@ from msft_store.storage.backend import (
     write_atomic,
 )
 from msft_store.storage.quota import QuotaBackend
+from msft_store.tensors.boxes import Box
+from msft_store.tensors.bytes import view_bytes
 
 _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -65,6 +72,7 @@ def export(
     folder: Path,
     *,
     like: Path | None = None,
+    layout: Layout | None = None,
     shard_bytes: int = 1 << 30,
 ) -> list[Path]:
     """Write a checkpoint to a new directory; return its files.
@@ -80,7 +88,9 @@ def export(
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
     copied = _files_to_copy(catalog, checkpoint, like)
-    chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(copied))
+    stored = catalog.tensors(checkpoint)
+    mapping = catalog.tables.mapping(checkpoint)
+    chosen = exported(checkpoint, stored, base, ties=_ties(copied), mapping=mapping, layout=layout)
     tensors, settings = chosen.tensors, chosen.adapter
     for name, entry in tensors.items():
         if entry.dtype.safetensors is None:
@@ -96,7 +106,9 @@ def export(
         backend = LocalBackend(partial)
         # A chunk that a manifest names many times is stored once but exported each time.
         QuotaBackend(backend).require_space(chosen.nbytes)
-        source = Source.of(catalog, checkpoint)
+        source = _Contents(
+            source=Source.of(catalog, checkpoint), stored=stored, assembled=chosen.assembled
+        )
         if settings is not None or _is_adapter(copied):
             # An adapter is small, and its readers expect one file.
             _write_file(source, tensors, backend, _ADAPTER)
@@ -159,8 +171,42 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """The contents of the tensors of an export."""
+
+    source: Source
+    stored: Mapping[str, TensorEntry]
+    assembled: Mapping[str, Assembled]
+
+    def read(self, tensors: Mapping[str, TensorEntry]) -> Generator[Bytes, None, None]:
+        """Yield the bytes of tensors in order, in chunks, or a tensor of several pieces whole."""
+        for whole, group in itertools.groupby(tensors, lambda name: name not in self.assembled):
+            if whole:
+                part = {name: tensors[name] for name in group}
+                with contextlib.closing(decode_chunks(self.source, part)) as chunks:
+                    yield from (data for _, _, data in chunks)
+            else:
+                yield from (self._assemble(self.assembled[name]) for name in group)
+
+    def _assemble(self, tensor: Assembled) -> Bytes:
+        out = empty_like(tensor.entry)
+        boxes = []
+        for name, part in tensor.parts:
+            first, size = part.in_base((0,) * len(part.shape), part.shape)
+            place = tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))
+            box = out.view(part.check(tensor.shape))[place]
+            box = box if part.axes is None else box.permute(part.axes)
+            shape = self.stored[name].shape
+            boxes.append(
+                Box(name=name, shape=shape, offset=part.offset, tensor=box.view(part.shape))
+            )
+        decode_boxes(self.source, self.stored, boxes)
+        return view_bytes(out)
+
+
 def _write_shards(
-    source: Source, tensors: Mapping[str, TensorEntry], backend: LocalBackend, shard_bytes: int
+    source: _Contents, tensors: Mapping[str, TensorEntry], backend: LocalBackend, shard_bytes: int
 ) -> None:
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
@@ -176,13 +222,13 @@ def _write_shards(
 
 
 def _write_file(
-    source: Source, tensors: Mapping[str, TensorEntry], backend: LocalBackend, file: str
+    source: _Contents, tensors: Mapping[str, TensorEntry], backend: LocalBackend, file: str
 ) -> None:
     # Tensors with larger elements come first, so that all are aligned.
     part = {n: tensors[n] for n in sorted(tensors, key=lambda n: (-tensors[n].dtype.size, n))}
-    with backend.writer() as writer, contextlib.closing(decode_chunks(source, part)) as chunks:
+    with backend.writer() as writer, contextlib.closing(source.read(part)) as chunks:
         writer.write(_header(part))
-        for _, _, data in chunks:
+        for data in chunks:
             writer.write(data.data)
         writer.finalize(file)
 

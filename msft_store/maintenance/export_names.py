@@ -2,7 +2,8 @@
 
 The metadata of a checkpoint describes its model under ``export``: ``without`` is a prefix of
 tensors that are left out, and ``within`` is the prefix of the model's tensors, which is removed. A
-prefix that remains in comparison with the names of the base is removed, too.
+prefix that remains in comparison with the names of the base is removed, too. Tensors that have
+another form in the files of the base get that form (:mod:`~.original_layout`).
 
 Example::
 
@@ -14,9 +15,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+from msft_store.errors import InvalidInputError
+from msft_store.format.mapping import NOTHING, BaseMapping, exchanged_prefixes
+from msft_store.maintenance.original_layout import (
+    NOT_ORIGINAL,
+    Assembled,
+    OriginalLayout,
+    original_layout,
+)
 from msft_store.objects.bases import Base
 from msft_store.objects.counterparts import match_names
 from msft_store.objects.manifest import Checkpoint, TensorEntry
@@ -24,6 +33,9 @@ from msft_store.tensors.names import plain_names
 
 KEY = "export"
 """Key of the metadata for the settings of an export."""
+
+Layout = Literal["files", "memory"]
+"""The form of an export: that of the base's files, or that of the checkpoint, as in memory."""
 
 _MATRIX = 2
 """Number of dimensions of a matrix."""
@@ -39,6 +51,8 @@ class Exported:
     """Names in the checkpoint of tensors that do not belong to the model."""
     adapter: Mapping[str, Any] | None
     """The settings of an adapter; ``None`` for a model."""
+    assembled: Mapping[str, Assembled] = field(default_factory=dict)
+    """Those of ``tensors``, by their names in the files, that consist of parts of others."""
 
     @property
     def nbytes(self) -> int:
@@ -52,11 +66,15 @@ def exported(
     base: Base | None,
     *,
     ties: bool = False,
+    mapping: BaseMapping = NOTHING,
+    layout: Layout | None = None,
 ) -> Exported:
     """Return the content of the export of a checkpoint that has these tensors and this base.
 
     ``ties`` means that the loader of the files ties tensors. A tied tensor is then written only
-    under its name in the files of the base.
+    under its name in the files of the base. ``layout`` selects between the names and shapes in the
+    files of the base, as far as ``mapping`` tells them, and those in the checkpoint.
+    :class:`InvalidInputError` if ``"files"`` is selected and not possible for all tensors.
     """
     stored = checkpoint.metadata.get(KEY)
     settings = stored if isinstance(stored, Mapping) else {}
@@ -73,14 +91,44 @@ def exported(
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
         names = {name: new[len(prefix) :] for name, new in names.items()}
-    found = plain_names({new: tensors[name] for name, new in names.items()})
+    original = NOT_ORIGINAL
+    if base is not None and adapter is None and layout != "memory":
+        original = original_layout({name: tensors[name] for name in names}, base, mapping)
+        taken = original.taken
+        removed = {exchanged_prefixes(name, old) for name, old in original.names.items()}
+        if len(removed) == 1 and not (pair := removed.pop())[1]:
+            # A wrapper's prefix goes from the tensors that the base lacks, too.
+            names = {name: new.removeprefix(pair[0]) for name, new in names.items()}
+        kept = {new for name, new in names.items() if name not in taken}
+        if kept & {*original.names.values(), *original.assembled}:
+            original = replace(NOT_ORIGINAL, impossible=tuple(sorted(taken)))
+    if layout == "files":
+        _require_original(original, base)
+    names |= original.names
+    left = original.taken - original.names.keys()
+    found = plain_names({new: tensors[name] for name, new in names.items() if name not in left})
+    found |= {name: one.entry for name, one in original.assembled.items()}
     if base is not None and ties and adapter is None:
         found = _without_tied(found, base)
     return Exported(
         tensors=found,
         left_out=tuple(sorted(tensors.keys() - names.keys())),
         adapter=adapter,
+        assembled=original.assembled,
     )
+
+
+def _require_original(original: OriginalLayout, base: Base | None) -> None:
+    if base is None:
+        raise InvalidInputError(
+            "the checkpoint has no base, so there are no other names; export it without a layout"
+        )
+    if original.impossible:
+        raise InvalidInputError(
+            "these tensors cannot be written in the form that they have in the files of the base: "
+            f"{', '.join(map(repr, original.impossible[:5]))}; export them as they are in memory "
+            "(--layout memory)"
+        )
 
 
 def root_of_model(

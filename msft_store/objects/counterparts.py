@@ -421,19 +421,20 @@ class _Pool:
     def _by_number(self) -> dict[str | None, list[str]]:
         found: dict[str | None, list[str]] = {}
         for name in self.names:
-            found.setdefault(_layer(name), []).append(name)
+            found.setdefault(layer_of(name), []).append(name)
         return found
 
     def near(self, name: str) -> Iterator[list[str]]:
         """Yield the names with the first number of a name, then all names."""
-        layer = self._by_number.get(_layer(name), [])
+        layer = self._by_number.get(layer_of(name), [])
         if layer:
             yield layer
         if len(layer) < len(self.names):
             yield self.names
 
 
-def _layer(name: str) -> str | None:
+def layer_of(name: str) -> str | None:
+    """Return the first number among the segments of a name, that of the layer in most models."""
     found = _NUMBER.search(name)
     return found[0] if found else None
 
