@@ -81,11 +81,14 @@ def test_the_product_continues_it(kept: tuple[Store, dict[str, Any]], tmp_path: 
     assert same_bits(again.load(added.id), state)
     assert {key: tensors for key, tensors in sums_of(again).items() if key != added.id} == expected
     assert again.check() == []
-    (file,) = [path for path in again.export(added.id, tmp_path / "out") if path.stem == "model"]
+    out = tmp_path / "out"
+    (file,) = [
+        path for path in again.export(added.id, out, layout="memory") if path.stem == "model"
+    ]
     assert same_bits(safetensors.torch.load_file(file), state)
     for parent in parents:
         if all(dtype_by_name(dtype).safetensors for dtype, _, _ in expected[parent.id].values()):
-            again.export(parent, tmp_path / parent.id)
+            again.export(parent, tmp_path / parent.id, layout="memory")
             file, loaded = tmp_path / parent.id / "model.safetensors", again.load(parent)
             # The export uses the names of the base, which lack a common prefix of the checkpoint.
             known = loaded if parent.base is None else again.base(parent.base).tensors
