@@ -653,3 +653,24 @@ def test_boxes_of_a_sharded_tensor_are_its_local_shards(tmp_path: Path) -> None:
 
     assert in_ranks(2, act, tmp_path) == [0, 0]
     assert store.load("a")["w"].tolist() == [[1, 1], [1, 1], [0, 0], [0, 0], [1, 1]]
+
+
+def test_a_save_does_not_rely_on_a_base_that_changed(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(64, 64), "b": torch.randn(64, 64)}
+    file = tmp_path / "base.safetensors"
+    safetensors.torch.save_file(weights, file)
+    store = Store.create(tmp_path / "store")
+    base = store.add_base(file)
+    safetensors.torch.save_file({**weights, "b": weights["b"] + 1}, file)
+
+    def save(_: int) -> None:
+        for name, state in (("same", weights), ("moved", {n: t * 2 for n, t in weights.items()})):
+            writer = StorageWriter(store.path, name=name, parent=base)
+            dcp.save(state, storage_writer=writer, planner=SavePlanner())
+            found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            reader = StorageReader(store.path, name=name)
+            dcp.load(found, storage_reader=reader, planner=LoadPlanner())
+            assert same_bits(found, state)
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    assert store.get("same").stored_bytes > 0
