@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -47,6 +48,8 @@ from msft_store.storage.backend import (
     write_atomic,
 )
 from msft_store.storage.quota import QuotaBackend
+
+_LOG = logging.getLogger(__name__)
 
 _SINGLE = "model.safetensors"
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -82,7 +85,8 @@ def export(
     copied = _files_to_copy(catalog, checkpoint, like)
     chosen = exported(checkpoint, catalog.tensors(checkpoint), base, ties=_ties(copied))
     tensors, settings = chosen.tensors, chosen.adapter
-    for name, entry in tensors.items():
+    written = [tensors, *(part.tensors for part in chosen.further.values())]
+    for name, entry in (pair for part in written for pair in part.items()):
         if entry.dtype.safetensors is None:
             raise InvalidInputError(
                 f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
@@ -105,11 +109,24 @@ def export(
         for file, size in copied.items():
             write_atomic(backend, file.name, read_file(file, 0, size))
         if settings is not None:
-            text = json.dumps(settings, indent=2, sort_keys=True)
-            write_atomic(backend, _SETTINGS, text.encode())
+            _write_settings(backend, _SETTINGS, settings)
+        for name, part in chosen.further.items():
+            _write_file(source, part.tensors, backend, f"{name}/{_ADAPTER}")
+            _write_settings(backend, f"{name}/{_SETTINGS}", part.adapter or {})
         backend.clear_temporary()
         move_folder(partial, folder)
-    return sorted(folder.iterdir())
+    if chosen.further:
+        _LOG.warning(
+            "%s holds the adapter that was active first; PEFT loads the others one by one, with "
+            "load_adapter, from its directories %s",
+            folder,
+            ", ".join(chosen.further),
+        )
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_settings(backend: LocalBackend, file: str, settings: Mapping[str, Any]) -> None:
+    write_atomic(backend, file, json.dumps(settings, indent=2, sort_keys=True).encode())
 
 
 def _refuse_inside(store: str, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 The metadata of a checkpoint describes its model under ``export``: ``without`` is a prefix of
 tensors that are left out, and ``within`` is the prefix of the model's tensors, which is removed. A
-prefix that remains in comparison with the names of the base is removed, too.
+prefix that remains in comparison with the names of the base is removed, too. ``adapter`` has the
+settings of an adapter, and ``adapters`` those of further ones by name; the names of the tensors of
+these begin with ``NAME/``.
 
 Example::
 
@@ -12,11 +14,13 @@ Example::
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from msft_store.errors import InvalidInputError
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.reference_planner import match_names
@@ -24,6 +28,12 @@ from msft_store.tensors.names import plain_names
 
 KEY = "export"
 """Key of the metadata for the settings of an export."""
+
+PROMPTS = "prompt_encoder."
+"""Prefix of the tensors from which PEFT computes learned prompts, which an adapter's file has."""
+
+_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""Names of adapters that are names of directories, too."""
 
 _MATRIX = 2
 """Number of dimensions of a matrix."""
@@ -39,11 +49,14 @@ class Exported:
     """Names in the checkpoint of tensors that do not belong to the model."""
     adapter: Mapping[str, Any] | None
     """The settings of an adapter; ``None`` for a model."""
+    further: Mapping[str, Exported] = field(default_factory=dict)
+    """Further adapters by name."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        own = sum(entry.nbytes for entry in self.tensors.values())
+        return own + sum(part.nbytes for part in self.further.values())
 
 
 def exported(
@@ -69,6 +82,13 @@ def exported(
         names = {name: name for name in names if not name.startswith(without)}
     if isinstance(within, str) and any(name.startswith(within) for name in names):
         names = {name: name[len(within) :] for name in names if name.startswith(within)}
+    further = _further_adapters(settings.get("adapters"), tensors) if adapter is not None else {}
+    if adapter is not None:
+        names = {
+            name: new
+            for name, new in names.items()
+            if not new.startswith(PROMPTS) and name.partition("/")[0] not in further
+        }
     if base is not None and adapter is None:
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
@@ -78,9 +98,29 @@ def exported(
         found = _without_tied(found, base)
     return Exported(
         tensors=found,
-        left_out=tuple(sorted(tensors.keys() - names.keys())),
+        left_out=tuple(
+            name
+            for name in sorted(tensors.keys() - names.keys())
+            if name.partition("/")[0] not in further
+        ),
         adapter=adapter,
+        further=further,
     )
+
+
+def _further_adapters(stored: object, tensors: Mapping[str, TensorEntry]) -> dict[str, Exported]:
+    found = {}
+    for name, settings in stored.items() if isinstance(stored, Mapping) else ():
+        if not _FOLDER.fullmatch(name) or not isinstance(settings, Mapping):
+            raise InvalidInputError(
+                f"the adapter {str(name)[:80]!r} cannot have a directory of its name: load the "
+                "checkpoint and save the adapter with PEFT"
+            )
+        part = {
+            n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")
+        }
+        found[name] = Exported(tensors=part, left_out=(), adapter=settings)
+    return found
 
 
 def root_of_model(

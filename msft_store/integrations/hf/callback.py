@@ -44,21 +44,18 @@ from transformers.trainer_callback import ExportableState
 
 from msft_store._util import PathLike
 from msft_store.errors import InvalidInputError, NotAStoreError, UnknownCheckpointError
-from msft_store.integrations.hf.peft import (
-    adapter_config,
-    find_local_model,
-    restore_weights,
-    select_weights,
-)
+from msft_store.integrations.hf.peft import KeptModel, find_local_model
 from msft_store.integrations.hf.resume_directory import write_resume_directory
 from msft_store.integrations.hf.run_timelines import RunTimelines, SaveLimit
 from msft_store.integrations.hf.trainer_checks import (
+    check_outside,
     check_trainer,
     extract_metrics,
     find_ignored_options,
     find_trainer,
     find_unknown_metrics,
 )
+from msft_store.integrations.trained import outside_parameters, outside_state, restore_outside
 from msft_store.integrations.training_state import (
     free_prefix,
     from_tensors,
@@ -76,7 +73,6 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors
-from msft_store.tensors.names import plain_names
 from msft_store.timeline.timeline import Timeline
 
 STATE = "trainer"
@@ -146,6 +142,10 @@ class StoreCallback(TrainerCallback):
         """True if this training keeps a resume point."""
         self._trainer: Any = None
         self._model: Any = None
+        self._kept: KeptModel | None = None
+        """The model of this training, as its checkpoints hold it."""
+        self._outside: dict[str, torch.Tensor] = {}
+        """The parameters that the optimizer trains and that are not the model's."""
         self._parts: dict[str, Any] = {}
         self._parts_checked = True
         self._wanted: dict[str, Mode] = {}
@@ -257,15 +257,20 @@ class StoreCallback(TrainerCallback):
         """Restore a model's weights from a checkpoint, in place and bit for bit.
 
         Args:
-            model: The model; with a PEFT adapter, its active adapter is restored.
+            model: The model. With PEFT adapters, its active adapters are restored, and everything
+                else that was trained.
             checkpoint: A checkpoint, its id or a ref.
 
         Raises:
             UnknownCheckpointError: If there is no such checkpoint.
-            MismatchError: If a tensor is missing or has another shape or dtype.
+            MismatchError: If a tensor or an active adapter is missing, or a tensor has another
+                shape or dtype.
             CorruptedError: If a file of the store is damaged.
         """
-        restore_weights(model, self.store, checkpoint)
+        kept = self._kept
+        if kept is None or kept.model is not model:
+            kept = KeptModel(model)
+        kept.restore(self.store, checkpoint)
 
     def close(self) -> None:
         """Stop protecting the checkpoints of this callback's runs, so that a gc with a policy may
@@ -300,7 +305,10 @@ class StoreCallback(TrainerCallback):
                 warnings.warn(line, stacklevel=1)
         self._model = model
         # Refuse weights that cannot be saved now, and not at the first save.
-        select_weights(model)
+        self._kept = KeptModel(model)
+        self._kept.tensors()
+        self._outside = outside_parameters([kwargs.get("optimizer")], [model])
+        check_outside(self._outside, resumable=self._keeps_state)
         self._parts_checked = not self._keeps_state
         self._parts = {"optimizer": kwargs.get("optimizer"), "schedule": kwargs.get("lr_scheduler")}
         if self._trainer is not None and getattr(self._trainer.accelerator, "scaler", None):
@@ -426,7 +434,8 @@ class StoreCallback(TrainerCallback):
             self._end(args, state, control, kwargs)
         run_in_main_process(lambda: self._timelines.hold(None))
         self._drop_folder()
-        self._model, self._state, self._attempt, self._begun_from = None, None, None, None
+        self._model, self._kept, self._outside = None, None, {}
+        self._state, self._attempt, self._begun_from = None, None, None
 
     def _end(
         self,
@@ -545,9 +554,10 @@ class StoreCallback(TrainerCallback):
     def _commit(
         self, state: TrainerState, metrics: dict[str, float], rng_states: list[Any]
     ) -> None:
-        adapter = adapter_config(self._model)
-        export = {EXPORT: {"adapter": adapter}} if adapter else {}
-        weights, training = plain_names(select_weights(self._model)), {}
+        kept = self._kept or KeptModel(self._model)
+        settings = kept.export_settings()
+        export = {EXPORT: settings} if settings else {}
+        weights, training = kept.tensors(), {}
         prefix = free_prefix(STATE, weights)
         if self._keeps_state:
             snapshot = {
@@ -556,7 +566,8 @@ class StoreCallback(TrainerCallback):
                 "epochs": [began for _, began in rng_states],
                 "trainer": self._trainer_state(state),
                 "commits": self._commits,
-                "adapter": adapter,
+                "adapter": settings.get("adapter"),
+                "outside": outside_state(self._outside),
             }
             training = to_tensors(snapshot, prefix)
         self._timelines.commit(
@@ -565,7 +576,7 @@ class StoreCallback(TrainerCallback):
             step=int(state.global_step),
             metrics=metrics,
             metadata={"epoch": state.epoch, **export},
-            resume_metadata={EXPORT: {**export.get(EXPORT, {}), "without": f"{prefix}."}},
+            resume_metadata={EXPORT: {**settings, "without": f"{prefix}."}},
         )
 
     def _states(self) -> dict[str, Any]:
@@ -587,6 +598,7 @@ class StoreCallback(TrainerCallback):
         """Restore the state that the Trainer does not restore itself."""
         resumed = self._state or {}
         self.restore(self._model, point)
+        restore_outside(self._outside, resumed.get("outside", {}))
         for name, part in resumed["parts"].items():
             if self._parts.get(name) is not None:
                 self._parts[name].load_state_dict(part)

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from msft_store._util import PathLike
+from msft_store.maintenance.export_names import PROMPTS
 from msft_store.storage.lock_files import Process, process_status
 
 _PREFIX = ".resume-"
@@ -47,8 +48,20 @@ def write_resume_directory(
     if adapter:
         _write_json(folder / "adapter_config.json", adapter)
     file = "adapter_model.safetensors" if adapter else "model.safetensors"
-    save_file(dict(weights), folder / file)
+    save_file(_for_peft(weights) if adapter else dict(weights), folder / file)
     return folder
+
+
+def _for_peft(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of the first adapter as PEFT restores them into a model that trains.
+
+    PEFT puts the learned prompts into the embedding, from which a prompt encoder computes them.
+    """
+    found = {n: t for n, t in weights.items() if "/" not in n and not n.startswith(PROMPTS)}
+    for name, tensor in weights.items():
+        if name.startswith(PROMPTS) and name.endswith(".embedding.weight"):
+            found["prompt_embeddings"] = tensor
+    return found
 
 
 def _is_abandoned(folder: Path, here: Process) -> bool:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import HubStrategy
 
 from msft_store.errors import InvalidInputError
+from msft_store.integrations.trained import describe_outside
 from msft_store.retention import suggest_metric
 
 _COUNTERS = (
@@ -72,6 +73,26 @@ def check_trainer(
         warnings.warn(
             f"{others} would lose its state in a resume: use callback.attach(trainer)", stacklevel=1
         )
+
+
+def check_outside(parameters: Mapping[str, torch.Tensor], *, resumable: bool) -> None:
+    """Refuse parameters outside of the model without a resume point; otherwise say where they are.
+
+    ``parameters`` are those of :func:`outside_parameters`.
+    """
+    if not parameters:
+        return
+    named = describe_outside(parameters)
+    if not resumable:
+        raise InvalidInputError(
+            f"{named}, would be in no checkpoint: make it a part of the model, or keep a resume "
+            "point (resumable=True, save_only_model=False)"
+        )
+    warnings.warn(
+        f"{named}, is kept in the resume point alone: StoreCallback.restore and "
+        "load_best_model_at_end do not restore it",
+        stacklevel=1,
+    )
 
 
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
