@@ -44,8 +44,9 @@ from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.maintenance.export_names import PROMPTS
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
-from msft_store.tensors.bytes import check_tensors
+from msft_store.tensors.bytes import check_plain, flatten_entries
 from msft_store.tensors.module_state import split_entries
+from msft_store.tensors.names import plain_names
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _EXTRA = "_extra_state"
@@ -89,10 +90,12 @@ class KeptModel:
         Other active adapters than the first have ``NAME/`` before the names. Learned prompts are
         copies; the parameters that they are computed from are kept, too.
         """
-        if not self._has_adapter:
-            return check_tensors(complete_state(self.model))
-        adapters = self._adapters(self._active())
-        return check_tensors(Entries(self.model, lambda: adapters | self._beside(adapters), _keep))
+        if self._has_adapter:
+            adapters = self._adapters(self._active())
+            state = adapters | self._beside(adapters)
+        else:
+            state = complete_state(self.model)
+        return check_plain(flatten_entries(plain_names(state)))
 
     def restore(self, store: Store, checkpoint: Checkpoint | str) -> None:
         """Restore the weights from a checkpoint, in place and bit for bit; skip other tensors.
@@ -233,10 +236,6 @@ class KeptModel:
             self.model, {key: rest.pop(key) for key in names}, adapter_name=first
         )
         return self.model.load_state_dict(rest, strict=False)
-
-
-def _keep(state: Mapping[str, Any]) -> None:
-    """Restore nothing: the entries are only read."""
 
 
 def select_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
