@@ -570,7 +570,7 @@ class Store:
         with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
             if name not in self._refs():
-                self._catalog.check_not_an_id(name, found)
+                self._catalog.check_not_an_id(name, found.id)
             # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
             ref = Ref(name=name, checkpoint=found.id, note=note or {})

@@ -250,12 +250,12 @@ class Catalog:
                 raise damage
         raise UnknownCheckpointError(self._no_such(name, refs))
 
-    def check_not_an_id(self, name: str, checkpoint: Checkpoint) -> None:
+    def check_not_an_id(self, name: str, checkpoint: str) -> None:
         """Raise :class:`InvalidInputError` if an id other than the checkpoint's begins so."""
         if len(name) < _SHORTEST_PREFIX:
             return
         for identity in {*self._checkpoints, *self._damaged, *self.objects.bases()}:
-            if identity.startswith(name) and identity != checkpoint.id:
+            if identity.startswith(name) and identity != checkpoint:
                 raise InvalidInputError(
                     f"the id {identity[:12]} begins with {name!r}, so a ref of this name would "
                     "hide it, or be hidden; choose another name"
