@@ -18,6 +18,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,8 @@ class Store:
             InvalidInputError: A box lies outside its tensor, or a tensor cannot be saved.
         """
         checked = check_boxes(boxes)
+        plain = {name: new for new, name in plain_names({b.name: b.name for b in checked}).items()}
+        checked = [replace(box, name=plain[box.name]) for box in checked]
         check_plain({box.name: box.tensor for box in checked})
         level = self.level if level is None else check_level(level)
         with self.session("encode"):

@@ -674,3 +674,29 @@ def test_a_save_does_not_rely_on_a_base_that_changed(tmp_path: Path) -> None:
 
     assert in_ranks(2, save, tmp_path) == [0, 0]
     assert store.get("same").stored_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_compiled_module_has_the_checkpoints_of_the_original(
+    tmp_path: Path, *, own: bool
+) -> None:
+    writer, reader = one_process(tmp_path / "store")
+    plain, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    options = [{"planner": SavePlanner()}, {"planner": LoadPlanner()}] if own else [{}, {}]
+    state: dict[str, Any] = {"model": torch.compile(plain, backend="eager").state_dict()}
+    state |= {"lr": 0.5} if own else {}
+    dcp.save(state, storage_writer=writer, **options[0])
+
+    found = Store.open(tmp_path / "store").tensors("a").keys() - {"dcp.json"}
+    assert found == {"model.weight", "model.bias"}
+    assert reader.read_metadata().planner_data["model.bias"] == ("model", "bias")
+    for module in (other, torch.compile(other, backend="eager")):
+        torch.nn.init.zeros_(other.weight)
+        target = {**state, "model": module.state_dict(), **({"lr": 0.0} if own else {})}
+        dcp.load(target, storage_reader=reader, **options[1])
+        assert same_bits(other.state_dict(), plain.state_dict())
+        assert target.get("lr") == state.get("lr")
+    both = {"w": torch.ones(2), "_orig_mod.w": torch.zeros(2)}
+    with pytest.raises(dcp.CheckpointException, match="differ only in '_orig_mod'"):
+        dcp.save(both, storage_writer=writer)
