@@ -22,7 +22,7 @@ import torch
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
-from msft_store.tensors.bytes import check_plain, memory_key
+from msft_store.tensors.bytes import check_plain, flatten_entries, memory_key
 from msft_store.tensors.names import plain_name, plain_names
 from msft_store.tensors.nested import inner_tensors, json_name
 
@@ -154,7 +154,7 @@ def outside_parameters(
         for at, parameter in enumerate(settings["params"])
         if parameter.requires_grad and not memory_of([parameter]) <= places
     }
-    check_plain({f"parameter {name} of the optimizers": found[name] for name in found})
+    check_plain(flatten_entries({f"optimizer.{name}": found[name] for name in found}))
     return found
 
 

@@ -48,14 +48,14 @@ from msft_store.integrations.hf.peft import KeptModel, find_local_model
 from msft_store.integrations.hf.resume_directory import write_resume_directory
 from msft_store.integrations.hf.run_timelines import RunTimelines, SaveLimit
 from msft_store.integrations.hf.trainer_checks import (
-    check_outside,
     check_trainer,
     extract_metrics,
     find_ignored_options,
+    find_outside,
     find_trainer,
     find_unknown_metrics,
 )
-from msft_store.integrations.trained import outside_parameters, outside_state, restore_outside
+from msft_store.integrations.trained import outside_state, restore_outside
 from msft_store.integrations.training_state import (
     free_prefix,
     from_tensors,
@@ -305,10 +305,10 @@ class StoreCallback(TrainerCallback):
                 warnings.warn(line, stacklevel=1)
         self._model = model
         # Refuse weights that cannot be saved now, and not at the first save.
-        self._kept = KeptModel(model)
+        if self._kept is None or self._kept.model is not model:
+            self._kept = KeptModel(model)
         self._kept.tensors()
-        self._outside = outside_parameters([kwargs.get("optimizer")], [model])
-        check_outside(self._outside, resumable=self._keeps_state)
+        self._outside = find_outside(kwargs.get("optimizer"), model, resumable=self._keeps_state)
         self._parts_checked = not self._keeps_state
         self._parts = {"optimizer": kwargs.get("optimizer"), "schedule": kwargs.get("lr_scheduler")}
         if self._trainer is not None and getattr(self._trainer.accelerator, "scaler", None):
@@ -373,7 +373,7 @@ class StoreCallback(TrainerCallback):
             self._undo_step(state, control)
         if not self._parts_checked:
             # The optimizer has a state from the first step on.
-            check_tensors(to_tensors(self._states(), STATE))
+            check_tensors(to_tensors([self._states(), outside_state(self._outside)], STATE))
             self._parts_checked = True
         self._take_over_save(control)
 
@@ -434,8 +434,7 @@ class StoreCallback(TrainerCallback):
             self._end(args, state, control, kwargs)
         run_in_main_process(lambda: self._timelines.hold(None))
         self._drop_folder()
-        self._model, self._kept, self._outside = None, None, {}
-        self._state, self._attempt, self._begun_from = None, None, None
+        self._model, self._state, self._attempt, self._begun_from = None, None, None, None
 
     def _end(
         self,

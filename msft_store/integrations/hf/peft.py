@@ -80,9 +80,9 @@ class KeptModel:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
         self._has_adapter = bool(getattr(model, "peft_config", None))
-        self._buffers = {n: (b, _version(b)) for n, b in model.named_buffers()}
+        self._buffers = _versions(model)
         self._names: set[str] = set()
-        """Names of parameters beside an adapter that were trained once."""
+        """Names of tensors beside an adapter that were kept or restored once."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the weights that training changes. They share memory with the model.
@@ -119,7 +119,7 @@ class KeptModel:
             for name in self._own()
             if name in saved and (name in trained or not name.startswith(PROMPTS))
         }
-        self._names |= chosen & dict(self.model.named_parameters()).keys()
+        self._names |= chosen - adapters.keys()
 
         def read() -> dict[str, Any]:
             entries = {**self._own(), **self._adapters(active)}
@@ -131,6 +131,7 @@ class KeptModel:
             # The parameters that copies are computed from are restored themselves.
             chosen -= split_entries(target)[1].keys() & adapters.keys()
         store.load_into(target, found, partial=True)
+        self._buffers = _versions(self.model)
 
     def export_settings(self) -> dict[str, Any]:
         """Return the settings of an export, with the configurations of the active adapters."""
@@ -143,25 +144,29 @@ class KeptModel:
         return found
 
     def _active(self) -> list[str]:
+        """Return the active adapters, and others that are trained."""
         # active_adapters is a property in PEFT's models and a method in those of transformers.
         active = self.model.active_adapters
-        return [str(name) for name in (active() if callable(active) else active)]
+        names = [str(name) for name in (active() if callable(active) else active)]
+        trained = [f"{name}." for name, p in self.model.named_parameters() if p.requires_grad]
+        others = (name for name in self.model.peft_config if name not in names)
+        return names + [n for n in others if any(f".{n}." in parameter for parameter in trained)]
 
     def _order(self, checkpoint: Checkpoint) -> list[str]:
         """Return the active adapters in the order of a checkpoint."""
         settings = checkpoint.metadata.get(EXPORT)
         known = settings.get("adapters") if isinstance(settings, Mapping) else None
         others = list(known) if isinstance(known, Mapping) else []
-        active = self._active()
-        lacking = [name for name in others if name not in active]
-        first = [name for name in active if name not in others]
+        lacking = [name for name in others if name not in self.model.peft_config]
+        first = [name for name in [*self._active(), *self.model.peft_config] if name not in others]
         if lacking or not first:
             raise MismatchError(
-                f"checkpoint {checkpoint.id[:12]} has the adapter "
-                f"{', '.join(lacking) or 'of another name'} besides, and active in this model are "
-                f"{', '.join(active)}: add the adapters and activate them all with set_adapter"
+                f"checkpoint {checkpoint.id[:12]} has {1 + len(others)} adapters, {others} besides "
+                f"the first, and this model has {list(self.model.peft_config)}: add adapters of "
+                "these names to the model"
             )
-        return [*first[:1], *others, *first[1:]]
+        active = self._active()
+        return [first[0], *others, *(name for name in first[1:] if name in active)]
 
     def _adapters(self, active: list[str]) -> dict[str, Any]:
         """Return the entries of adapters under the names of PEFT's files."""
@@ -191,8 +196,8 @@ class KeptModel:
     def _beside(self, adapters: Mapping[str, Any]) -> dict[str, Any]:
         """Return what training changes besides adapters, under the model's own names."""
         found: dict[str, Any] = trained_beside(self.model, adapters, self._names)
-        self._names |= found.keys()
-        changed, places = self._changed_buffers(), memory_of(adapters.values())
+        places = memory_of(adapters.values())
+        changed = self._changed_buffers() | (self._names - found.keys())
         for name, value in self.model.state_dict().items():
             is_changed = name in changed and not memory_of([value]) <= places
             if is_changed or (name.endswith(_EXTRA) and name not in adapters):
@@ -202,6 +207,7 @@ class KeptModel:
                 f"{name!r} is the name of a tensor of the adapter and of another tensor that is "
                 "trained: give the adapter another name"
             )
+        self._names |= found.keys()
         return found
 
     def _changed_buffers(self) -> set[str]:
@@ -209,12 +215,12 @@ class KeptModel:
 
         Batch norm does not count the changes of its running mean, but those of its counter.
         """
-        now = dict(self.model.named_buffers())
+        now = _versions(self.model)
         changed = set()
-        for name, buffer in now.items():
-            old, version = self._buffers.get(name, (buffer, -1))
+        for name, (buffer, version) in now.items():
+            old, before = self._buffers.get(name, (buffer, -1))
             is_moved = (old.device, old.dtype) != (buffer.device, buffer.dtype)
-            if not is_moved and (old is not buffer or _version(buffer) != version):
+            if not is_moved and (old is not buffer or version != before):
                 changed.add(name.rpartition(".")[0])
         return {name for name in now if name.rpartition(".")[0] in changed}
 
@@ -292,8 +298,9 @@ def _may_have_new_rows(model: Any, adapter: str) -> bool:
     return bool(getattr(known, "vocab_size", None) != size)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
+    """Return the buffers of a model, each with torch's count of its changes in place."""
+    return {n: (b, 0 if b.is_inference() else b._version) for n, b in model.named_buffers()}
 
 
 def _is_json(value: Any) -> bool:

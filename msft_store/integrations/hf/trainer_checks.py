@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import HubStrategy
 
 from msft_store.errors import InvalidInputError
-from msft_store.integrations.trained import describe_outside
+from msft_store.integrations.trained import describe_outside, outside_parameters
 from msft_store.retention import suggest_metric
 
 _COUNTERS = (
@@ -75,24 +75,26 @@ def check_trainer(
         )
 
 
-def check_outside(parameters: Mapping[str, torch.Tensor], *, resumable: bool) -> None:
-    """Refuse parameters outside of the model without a resume point; otherwise say where they are.
+def find_outside(
+    optimizer: Any, model: torch.nn.Module, *, resumable: bool
+) -> dict[str, torch.Tensor]:
+    """Return the parameters that an optimizer trains and that are not the model's.
 
-    ``parameters`` are those of :func:`outside_parameters`.
+    Warn that only a resume point holds them. Raise an error if there will be none.
     """
-    if not parameters:
-        return
-    named = describe_outside(parameters)
-    if not resumable:
+    found = outside_parameters([optimizer], [model])
+    if found and not resumable:
         raise InvalidInputError(
-            f"{named}, would be in no checkpoint: make it a part of the model, or keep a resume "
-            "point (resumable=True, save_only_model=False)"
+            f"{describe_outside(found)}, would be in no checkpoint: make it a part of the model, "
+            "or keep a resume point (resumable=True, save_only_model=False)"
         )
-    warnings.warn(
-        f"{named}, is kept in the resume point alone: StoreCallback.restore and "
-        "load_best_model_at_end do not restore it",
-        stacklevel=1,
-    )
+    if found:
+        warnings.warn(
+            f"{describe_outside(found)}, is kept in the resume point alone: StoreCallback.restore "
+            "and load_best_model_at_end do not restore it",
+            stacklevel=1,
+        )
+    return found
 
 
 def find_trainer(callback: TrainerCallback) -> Trainer | None:

@@ -218,9 +218,84 @@ def test_adapters_are_restored_by_their_names(tmp_path: Path) -> None:
     other = two_adapters(("two", "one"))
     KeptModel(other).restore(store, saved)
     assert same_bits(all_of(other), all_of(model))
+    single = get_peft_model(make_model().float(), LoraConfig(**LORA), adapter_name="one")
+    with pytest.raises(MismatchError, match=r"has 2 adapters, \['two'\] besides the first"):
+        KeptModel(single).restore(store, saved)
+
+
+def test_an_adapter_that_is_trained_and_not_active_is_kept(tmp_path: Path) -> None:
+    model = two_adapters()
+    model.base_model.set_adapter(["one"])
+    store = Store.create(tmp_path / "store")
+    assert not [name for name in select_weights(model) if "two" in name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad |= ".two." in name
+    spoil(model)
+    kept = KeptModel(model)
+    saved = store.save(kept.tensors(), metadata={"export": kept.export_settings()})
+    other = two_adapters()
     other.base_model.set_adapter(["one"])
-    with pytest.raises(MismatchError, match="adapter two besides"):
-        KeptModel(other).restore(store, saved)
+    KeptModel(other).restore(store, saved)
+    assert same_bits(all_of(other), all_of(model))
+
+
+def of_transformers() -> Any:
+    model: Any = make_model().float()
+    model.add_adapter(LoraConfig(**LORA))
+    model.model.norm.weight.requires_grad = True
+    return model
+
+
+def lora(**options: Any) -> Callable[[], Any]:
+    return lambda: get_peft_model(make_model().float(), LoraConfig(**LORA, **options))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_transformers,
+        lora(bias="all", use_dora=True),
+        lora(modules_to_save=["lm_head", "norm"]),
+        lora(modules_to_save=["embed_tokens"]),
+        lora(trainable_token_indices=[1, 5]),
+        lora(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}),
+        lora(exclude_modules=[], rank_pattern={"layers.0": 1}),
+    ],
+)
+def test_a_restore_brings_back_all_that_is_trained(tmp_path: Path, make: Callable[[], Any]) -> None:
+    model = make()
+    spoil(model)
+    store, kept = Store.create(tmp_path / "store"), KeptModel(model)
+    saved = store.save(kept.tensors(), metadata={"export": kept.export_settings()})
+    before = all_of(model)
+    spoil(model)
+    kept.restore(store, saved)
+    assert same_bits(all_of(model), before)
+    other = make()
+    KeptModel(other).restore(store, saved)
+    assert same_bits(all_of(other), before)
+
+
+def test_what_was_kept_once_stays_kept(tmp_path: Path) -> None:
+    model = counting()
+    head = model.base_model.model.lm_head
+    store, kept = Store.create(tmp_path / "store"), KeptModel(model)
+    first = kept.tensors().keys()
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad = True
+    head.seen.count += 1
+    names = kept.tensors().keys()
+    assert {name.rpartition(".lm_head.")[2] for name in names - first if "lm_head" in name} == {
+        "seen.count"
+    }
+    norm.requires_grad = False
+    assert kept.tensors().keys() == names
+    saved = store.save(kept.tensors())
+    other = counting()
+    again = KeptModel(other)
+    again.restore(store, saved)
+    assert other.base_model.model.lm_head.seen.count == 1
+    assert again.tensors().keys() == names
 
 
 @pytest.mark.parametrize("name", ["../two", ".two"])
