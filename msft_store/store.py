@@ -36,6 +36,7 @@ from msft_store.errors import (
 from msft_store.maintenance.check import Finding, Report, examine
 from msft_store.maintenance.diff import TensorDiff, diff
 from msft_store.maintenance.export import export
+from msft_store.maintenance.export_files import read_files
 from msft_store.maintenance.gc import GcPlan, GcResult, evict_locked, plan_gc
 from msft_store.maintenance.repack import RepackPlan, plan_repack
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
@@ -48,7 +49,14 @@ from msft_store.maintenance.stats import (
     stats,
 )
 from msft_store.objects.bases import Base, add_base, relocate
-from msft_store.objects.catalog import CONFIG, Catalog, check_level, read_consistently, write_config
+from msft_store.objects.catalog import (
+    CONFIG,
+    Catalog,
+    check_level,
+    read_consistently,
+    refuse_inside_store,
+    write_config,
+)
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -78,7 +86,7 @@ from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import YIELDING
 from msft_store.storage.quota import QuotaBackend
-from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
+from msft_store.tensors.boxes import Box, Part, Parts, check_boxes, whole_box
 from msft_store.tensors.bytes import (
     check_plain,
     check_tensors,
@@ -86,6 +94,7 @@ from msft_store.tensors.bytes import (
     memory_key,
     torch_dtype,
 )
+from msft_store.tensors.files import check_files, file_tensors, split_files
 from msft_store.tensors.matching import check_kinds, check_match, select_tensors
 from msft_store.tensors.module_state import load_copies, split_entries
 from msft_store.tensors.names import plain_names
@@ -145,10 +154,11 @@ class Store:
 
         Raises:
             NotAStoreError: The directory holds a store or other files.
-            InvalidInputError: There is no such level.
+            InvalidInputError: There is no such level, or the directory is inside a store.
         """
         config = write_config(level)
         root = check_path(path)
+        refuse_inside_store(root, "choose")
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(
@@ -278,6 +288,7 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
         compared: Compared | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
         """Save tensors as a durable checkpoint; only chunks that the store lacks take space.
 
@@ -293,6 +304,9 @@ class Store:
             metadata: JSON object to keep with the checkpoint.
             level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
             compared: Result of :meth:`Resident.compare` for these tensors.
+            files: The model's configuration and tokenizer, as
+                :func:`~msft_store.integrations.model_files.model_files` returns them. An export
+                writes them; they are no tensors of the checkpoint.
 
         Returns:
             The checkpoint.
@@ -308,7 +322,13 @@ class Store:
         level = self.level if level is None else check_level(level)
         compared = check_compared(compared)
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        kept = file_tensors(check_files(files))
         with self.session("save"):
+            if not isinstance(state, Parts):
+                state = {**state, **kept}
+            elif kept:
+                boxes = [whole_box(name, tensor) for name, tensor in kept.items()]
+                state = Parts([*state, self._writer.encode(boxes, parent=parent, level=level)])
             return self._writer.save(state, facts, parent=parent, level=level, compared=compared)
 
     def encode(
@@ -479,6 +499,18 @@ class Store:
 
         read_consistently(self._backend, decode)
 
+    def files(self, checkpoint: Checkpoint | str) -> dict[str, bytes]:
+        """Return the files that were saved with a checkpoint, such as the model's configuration.
+
+        Args:
+            checkpoint: Checkpoint to read.
+
+        Returns:
+            The bytes of each file, by its path in the directory of an export.
+        """
+        found = self.get(checkpoint)
+        return read_consistently(self._backend, lambda: read_files(self._catalog, found))
+
     def chunks(
         self, checkpoint: Checkpoint | str, names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -534,7 +566,7 @@ class Store:
         return self._catalog.checkpoints()
 
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
-        """Return the tensor table of a checkpoint.
+        """Return the tensor table of a checkpoint, without its files.
 
         Args:
             checkpoint: Checkpoint to describe.
@@ -906,7 +938,8 @@ class Store:
         Args:
             checkpoint: Checkpoint to export.
             folder: New directory.
-            like: Model directory to copy configuration and tokenizer from; by default the base's.
+            like: Model directory to copy configuration and tokenizer from. By default they are
+                those that were saved with the checkpoint, and what they lack is the base's.
 
         Returns:
             Paths of the written files.
@@ -964,7 +997,7 @@ class Store:
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
-        return found, self._catalog.tensors(found)
+        return found, split_files(self._catalog.tensors(found))[0]
 
     def _decode(
         self,

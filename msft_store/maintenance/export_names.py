@@ -143,15 +143,16 @@ def _without_tied(tensors: Mapping[str, TensorEntry], base: Base) -> dict[str, T
     A tied tensor equals exactly one tensor that the base names. Vectors do not count, because
     vectors such as the scales of layer norms are often equal by chance.
     """
-    twins = Counter(_content(entry) for name, entry in tensors.items() if name in base.tensors)
+    twins = Counter(content_of(entry) for name, entry in tensors.items() if name in base.tensors)
     return {
         name: entry
         for name, entry in tensors.items()
-        if name in base.tensors or len(entry.shape) < _MATRIX or twins[_content(entry)] != 1
+        if name in base.tensors or len(entry.shape) < _MATRIX or twins[content_of(entry)] != 1
     }
 
 
-def _content(entry: TensorEntry) -> tuple[object, ...]:
+def content_of(entry: TensorEntry) -> tuple[object, ...]:
+    """Return a value that is equal only for tensors of equal content."""
     return entry.dtype.name, entry.shape, entry.pieces
 
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from msft_store.codec.codecs import LEVELS, Level
@@ -57,7 +59,7 @@ from msft_store.objects.manifest import (
 )
 from msft_store.objects.packs import PACKS, list_packs
 from msft_store.objects.refs import REFS, Ref, RefReader, ref_path
-from msft_store.storage.backend import Backend, read_small_file
+from msft_store.storage.backend import Backend, read_small_file, translate_os_errors
 
 _T = TypeVar("_T")
 
@@ -97,6 +99,20 @@ def _names(backend: Backend) -> set[str]:
 CONFIG = "store.json"
 _SHORTEST_PREFIX = 4
 _REPAIR_ALONE = "msft-store repair rewrites it (--dry-run shows what it would do)"
+
+
+def refuse_inside_store(folder: Path, action: str, *, itself: bool = False) -> None:
+    """Raise :class:`InvalidInputError` if a folder is inside of a store, also through links.
+
+    ``itself`` refuses the directory of a store, too. ``action`` is a verb for the message.
+    """
+    real = Path(os.path.realpath(folder))
+    with translate_os_errors("read", folder):
+        for place in (real, *real.parents) if itself else real.parents:
+            if (place / CONFIG).is_file():
+                raise InvalidInputError(
+                    f"{folder} is inside the store {place}; {action} a directory outside of it"
+                )
 
 
 def write_config(level: Level) -> bytes:
