@@ -32,6 +32,7 @@ from accelerate import Accelerator
 
 from msft_store._util import check_path
 from msft_store.errors import InvalidInputError, MismatchError, NotAStoreError
+from msft_store.integrations.model_files import model_files
 from msft_store.integrations.trained import (
     outside_parameters,
     outside_state,
@@ -54,6 +55,7 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.storage.backend import LocalBackend, write_atomic
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_plain, flatten_entries
+from msft_store.tensors.files import check_files
 from msft_store.tensors.names import plain_names
 from msft_store.tensors.nested import json_name
 from msft_store.timeline.timeline import Timeline
@@ -64,7 +66,13 @@ STATE = "accelerator"
 """First part of the names of tensors that are not weights, unless weights have it too."""
 
 
-def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) -> None:
+def register(
+    accelerator: Accelerator,
+    timeline: Timeline | None,
+    store: Store,
+    *,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Make ``accelerator.save_state`` commit the weights, and ``load_state`` restore them.
 
     A checkpoint that the timeline's retention policy evicted cannot be loaded any more, even if its
@@ -75,6 +83,8 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
         timeline: The timeline that commits. Only the main process needs it; others may pass
             ``None``.
         store: The store of the timeline, in every process.
+        files: Files to keep with the weights, as ``model_files(None, tokenizer)``. The
+            configuration of a single transformers model is kept with them.
 
     Raises:
         InvalidInputError: If the main process has no timeline, or a prepared model cannot be saved.
@@ -84,6 +94,7 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
     if accelerator.is_main_process:
         _require_timeline(timeline)
     # Refuse what cannot be saved now, and not at the first save.
+    check_files(files)
     _collect_weights(accelerator, accelerator._models)
 
     def save(models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
@@ -95,7 +106,11 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
             settings = {EXPORT: {"without": f"{prefix}."}}
 
         def commit() -> None:
-            found = _require_timeline(timeline).commit(weights_by_name, metadata=settings)
+            found = _require_timeline(timeline).commit(
+                weights_by_name,
+                metadata=settings,
+                files=_add_model_files(accelerator, models, files),
+            )
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
             write_atomic(LocalBackend(check_path(folder)), FILE, text)
 
@@ -126,6 +141,7 @@ def save_state(
     step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Commit the state of everything that the accelerator prepared. All processes must call this.
 
@@ -137,6 +153,7 @@ def save_state(
         step: The optimizer step.
         metrics: Metric values in their natural units, by name.
         metadata: JSON values to keep with the checkpoint, for example the position in the data.
+        files: As for :func:`register`.
 
     Returns:
         The checkpoint's id, in every process.
@@ -159,7 +176,8 @@ def save_state(
         outside = outside_parameters(accelerator._optimizers, accelerator._models)
         state = {"parts": states, "generators": rng_states, "outside": outside_state(outside)}
         tensors = {**weights, **to_tensors(state, prefix)}
-        return _require_timeline(timeline).commit(tensors, step, metrics, settings).id
+        described = _add_model_files(accelerator, accelerator._models, files)
+        return _require_timeline(timeline).commit(tensors, step, metrics, settings, described).id
 
     return run_in_main_process(commit)
 
@@ -248,6 +266,15 @@ def _collect_weights(
             "saves what it holds"
         )
     return check_plain(flatten_entries(plain_names({**state, **trained_beside(module, state)})))
+
+
+def _add_model_files(
+    accelerator: Accelerator,
+    models: list[torch.nn.Module],
+    files: Mapping[str, bytes] | None,
+) -> dict[str, bytes]:
+    """Return files with those of a model, which has its own names in checkpoints if it is alone."""
+    return {**model_files(_as_module(accelerator, models)), **(files or {})}
 
 
 def _as_module(accelerator: Accelerator, models: list[torch.nn.Module]) -> torch.nn.Module:

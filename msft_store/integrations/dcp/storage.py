@@ -86,6 +86,7 @@ from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Part, Parts, whole_box
 from msft_store.tensors.bytes import torch_dtype
+from msft_store.tensors.files import check_files
 from msft_store.tensors.names import AnyNames, plain_name
 from msft_store.tensors.nested import unflatten
 
@@ -128,6 +129,7 @@ class StorageWriter(dcp.StorageWriter):
         metrics: Metric values in their natural units, by name.
         tags: Tags of the checkpoint.
         metadata: JSON values to keep with the checkpoint.
+        files: The model's configuration and tokenizer, as for :meth:`Store.save`.
         level: The compression level, as in :meth:`Store.save`.
 
     Attributes:
@@ -136,8 +138,8 @@ class StorageWriter(dcp.StorageWriter):
         checkpoint: The checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
 
     Raises:
-        InvalidInputError: If the name cannot be that of a ref. During a save, errors of all
-            ranks are raised as DCP's ``CheckpointException``.
+        InvalidInputError: If the name cannot be that of a ref, or a file cannot be kept. During a
+            save, errors of all ranks are raised as DCP's ``CheckpointException``.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class StorageWriter(dcp.StorageWriter):
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
         level: Level | None = None,
     ) -> None:
         self._gc_hold = contextlib.ExitStack()
@@ -165,6 +168,7 @@ class StorageWriter(dcp.StorageWriter):
             "metrics": metrics,
             "tags": tags,
             "metadata": metadata,
+            "files": check_files(files),
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

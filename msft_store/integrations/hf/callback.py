@@ -1,9 +1,10 @@
 """Keep the checkpoints of a Hugging Face Trainer or a trainer of TRL in a store.
 
-The callback commits the weights, with the metrics of the evaluation, whenever the Trainer evaluates
-or would save. A retention policy decides which checkpoints stay: a best one per dataset costs a few
-percent of a full checkpoint. The callback also keeps one resume point, the latest, with optimizer,
-schedule, generators and the Trainer's own state. No ``checkpoint-*`` directories are written.
+The callback commits the weights, with the metrics of the evaluation and the model's configuration
+and tokenizer, whenever the Trainer evaluates or would save. A retention policy decides which
+checkpoints stay: a best one per dataset costs a few percent of a full checkpoint. The callback also
+keeps one resume point, the latest, with optimizer, schedule, generators and the Trainer's own
+state. No ``checkpoint-*`` directories are written.
 
 The Trainer evaluates a dictionary of evaluation sets one by one. The callback makes one commit of
 all of them, under the Trainer's names: ``eval_NAME_loss``. A metric that a trainer gives the same
@@ -55,6 +56,7 @@ from msft_store.integrations.hf.trainer_checks import (
     find_trainer,
     find_unknown_metrics,
 )
+from msft_store.integrations.model_files import model_files
 from msft_store.integrations.trained import outside_state, restore_outside
 from msft_store.integrations.training_state import (
     free_prefix,
@@ -73,6 +75,7 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors
+from msft_store.tensors.files import check_files
 from msft_store.timeline.timeline import Timeline
 
 STATE = "trainer"
@@ -146,6 +149,8 @@ class StoreCallback(TrainerCallback):
         """The model of this training, as its checkpoints hold it."""
         self._outside: dict[str, torch.Tensor] = {}
         """The parameters that the optimizer trains and that are not the model's."""
+        self._processor_files: dict[str, bytes] = {}
+        """The files of the Trainer's tokenizer or processor, in the main process."""
         self._parts: dict[str, Any] = {}
         self._parts_checked = True
         self._wanted: dict[str, Mode] = {}
@@ -320,7 +325,7 @@ class StoreCallback(TrainerCallback):
             self._wanted = {metric: "max" if args.greater_is_better else "min"}
         if point is None and not is_retry:
             self._begin_run(run_in_main_process(lambda: self._choose_name(state)))
-        is_used = run_in_main_process(lambda: self._open_timelines(args))
+        is_used = run_in_main_process(lambda: self._open_run(args, kwargs.get("processing_class")))
         at = self._state["trainer"]["global_step"] if self._state is not None else None
         if point is not None and state.global_step == at:
             self._restore_state(point, state)
@@ -488,8 +493,12 @@ class StoreCallback(TrainerCallback):
         state: dict[str, Any] = from_tensors(self.store.load(point, training), prefix)
         return state
 
-    def _open_timelines(self, args: TrainingArguments) -> bool:
-        """Open the timelines with the run's policy; return True if they hold checkpoints."""
+    def _open_run(self, args: TrainingArguments, processing_class: Any) -> bool:
+        """Collect the processor's files and open the timelines; return True if they were used."""
+        if processing_class is None and self._trainer is not None:
+            # The Trainer saves this one, too.
+            processing_class = getattr(self._trainer.data_collator, "tokenizer", None)
+        self._processor_files = check_files(model_files(None, processing_class))
         return self._timelines.open(
             self.base,
             self._policy(args),
@@ -576,6 +585,7 @@ class StoreCallback(TrainerCallback):
             metrics=metrics,
             metadata={"epoch": state.epoch, **export},
             resume_metadata={EXPORT: {**settings, "without": f"{prefix}."}},
+            files={**model_files(self._model), **self._processor_files},
         )
 
     def _states(self) -> dict[str, Any]:
