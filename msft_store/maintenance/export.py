@@ -165,10 +165,13 @@ def _content(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> _Co
     chosen = exported(checkpoint, weights, base, ties=ties_tensors(config))
     names = {*written, *copied}
     is_adapter = chosen.adapter is not None or (ADAPTER_CONFIG in names and CONFIG not in names)
-    adapters = {} if chosen.adapter is None else {ADAPTER_CONFIG: chosen.adapter}
-    adapters |= {f"{name}/{ADAPTER_CONFIG}": part.adapter for name, part in chosen.further.items()}
+    adapters = {} if chosen.adapter is None else {ADAPTER_CONFIG: dict(chosen.adapter)}
+    adapters |= {
+        f"{name}/{ADAPTER_CONFIG}": dict(part.adapter or {})
+        for name, part in chosen.further.items()
+    }
     for name, settings in adapters.items():
-        written[name] = json.dumps(settings or {}, indent=2, sort_keys=True).encode()
+        written[name] = json.dumps(settings, indent=2, sort_keys=True).encode()
     mended = None
     if config is not None and not is_adapter:
         mended = mend_dtype(config, chosen.tensors)
