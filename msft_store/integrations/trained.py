@@ -97,18 +97,20 @@ def trained_beside(
             continue
         # The module's load_state_dict takes back a copy, but not the digits that it lacks.
         saved = kept[name]
-        if (
-            isinstance(saved, torch.Tensor)
-            and saved.is_floating_point()
-            and (saved.shape, saved.dtype) != (parameter.shape, parameter.dtype)
-        ):
+        if _is_rounded(saved, parameter):
             raise InvalidInputError(
-                f"{name!r} is trained as {parameter.dtype} of shape {tuple(parameter.shape)}, but "
-                f"the model's state dict has another tensor of this name, {saved.dtype} of shape "
-                f"{tuple(saved.shape)}, from which it could not be restored exactly: remove the "
-                "hook that converts it, or rename the parameter"
+                f"{name!r} is trained as {parameter.dtype}, but the model's state dict has a copy "
+                f"as {saved.dtype}, from which it could not be restored exactly: remove the hook "
+                "that converts it"
             )
     return found
+
+
+def _is_rounded(saved: Any, parameter: torch.Tensor) -> bool:
+    if not (isinstance(saved, torch.Tensor) and saved.is_floating_point()):
+        return False
+    is_wider = saved.element_size() > parameter.element_size()
+    return saved.dtype != parameter.dtype and not is_wider
 
 
 def memory_of(values: Iterable[Any]) -> set[tuple[object, ...]]:

@@ -120,6 +120,12 @@ def find_ignored_options(args: TrainingArguments) -> list[str]:
             f"push_to_hub with hub_strategy={strategy.value!r} pushes nothing while training, "
             "because there are no checkpoint directories: call trainer.push_to_hub() after it"
         )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer.endswith("_layerwise") and not args.save_only_model:
+        found.append(
+            f"optim={optimizer!r} hides its state from the Trainer, so that a resume begins with a "
+            "new one and is not exact: use it without layerwise"
+        )
     if args.save_on_each_node:
         found.append("save_on_each_node has no effect: only the main process writes to the store")
     if not getattr(args, "save_safetensors", True):

@@ -20,11 +20,12 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from msft_store import InvalidInputError, KeepLast, MismatchError, Store
 from msft_store.integrations.hf import StoreCallback
 from msft_store.integrations.hf.peft import KeptModel, select_weights
+from msft_store.integrations.hf.trainer_checks import find_ignored_options
 from tests.support.states import State, same_bits
 from tests.support.trainers import Watch, examples, losses, make_model, make_trainer
 
@@ -445,3 +446,20 @@ def test_a_trained_parameter_that_a_state_dict_drops_is_kept(tmp_path: Path) -> 
     model.part = Forgetful(torch.bfloat16)
     with pytest.raises(InvalidInputError, match=r"'part\.gain' is trained as torch\.float32"):
         KeptModel(model).tensors()
+
+
+def test_an_optimizer_that_hides_its_state_is_named(tmp_path: Path) -> None:
+    options = {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"}
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    assert "hides its state" in "".join(find_ignored_options(args))
+    args.save_only_model = True
+    assert find_ignored_options(args) == []
+
+
+def test_a_copy_of_a_parameter_may_have_another_form() -> None:
+    model = torch.nn.Linear(2, 2)
+    hook = model.register_state_dict_post_hook(
+        lambda module, state, prefix, meta: state.update(weight=module.weight.double().flatten())
+    )
+    assert KeptModel(model).tensors()["weight"].dtype == torch.float64
+    hook.remove()
