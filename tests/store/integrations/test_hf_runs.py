@@ -284,6 +284,24 @@ def test_each_trial_of_a_search_is_a_run(
         assert reader.best("eval_one_loss").step == 2
 
 
+def test_each_trial_of_a_search_with_optuna_is_a_run(tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("optuna")
+    callback = StoreCallback(tmp_path / "store", base=base)
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2, **EACH_STEP)
+    trainer.model_init = lambda _=None: make_model()
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)},
+        compute_objective=lambda metrics: metrics["eval_one_loss"],
+        backend="optuna",
+        n_trials=2,
+    )
+    for name in ("main-run-0", "main-run-1"):
+        point = StoreCallback(tmp_path / "store", name=name).best("eval_one_loss")
+        assert point.step in {1, 2}
+    assert callback.name == "main-run-1"
+    assert best.run_id in {"0", "1"}
+
+
 def test_a_stream_that_ends_early_gives_the_batches_of_the_trainers_checkpoints(
     tmp_path: Path, base: Path
 ) -> None:
