@@ -158,14 +158,15 @@ class KeptModel:
         known = settings.get("adapters") if isinstance(settings, Mapping) else None
         others = list(known) if isinstance(known, Mapping) else []
         lacking = [name for name in others if name not in self.model.peft_config]
-        first = [name for name in [*self._active(), *self.model.peft_config] if name not in others]
+        active = self._active()
+        known_here = dict.fromkeys([*active, *self.model.peft_config])
+        first = [name for name in known_here if name not in others]
         if lacking or not first:
             raise MismatchError(
                 f"checkpoint {checkpoint.id[:12]} has {1 + len(others)} adapters, {others} besides "
                 f"the first, and this model has {list(self.model.peft_config)}: add adapters of "
                 "these names to the model"
             )
-        active = self._active()
         return [first[0], *others, *(name for name in first[1:] if name in active)]
 
     def _adapters(self, active: list[str]) -> dict[str, Any]:
