@@ -15,6 +15,7 @@ Example::
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -181,11 +182,15 @@ def find_doubts(
         return
     ours, theirs = set(tensors), set(base.tensors)
     named = {content_of(tensors[name]) for name in ours & theirs}
+    # A tensor that is tied to one of the base is none of its own.
+    added = {
+        n: tensors[n].shape for n in sorted(ours - theirs) if content_of(tensors[n]) not in named
+    }
+    missing = {n: base.tensors[n].shape for n in sorted(theirs - ours)}
     differing = {
         "of another shape": {n for n in ours & theirs if tensors[n].shape != base.tensors[n].shape},
-        # A tensor that is tied to one of the base is none of its own.
-        "not in the base": {n for n in ours - theirs if content_of(tensors[n]) not in named},
-        "in the base alone": theirs - ours,
+        "not in the base": _without_counterparts(added, missing),
+        "in the base alone": _without_counterparts(missing, added),
     }
     said = [
         f"{format_count(len(names), 'tensor')} {where} ({format_names(sorted(names))})"
@@ -198,6 +203,18 @@ def find_doubts(
             "from_pretrained may fail, or begin tensors at random: save with "
             "files=model_files(model), or export with a directory of such a model (like=, --like)"
         )
+
+
+def _without_counterparts(
+    shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]
+) -> set[str]:
+    """Return the names without as many as there are others of the shape: those were renamed."""
+    left, found = Counter(others.values()), set()
+    for name, shape in shapes.items():
+        left[shape] -= 1
+        if left[shape] < 0:
+            found.add(name)
+    return found
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

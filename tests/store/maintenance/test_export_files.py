@@ -242,6 +242,9 @@ def test_an_export_says_what_from_pretrained_may_not_give(
     assert "1 tensor not in the base (score.weight)" in said
     assert "1 tensor in the base alone (model.scale)" in said
 
+    renamed = {f"{name.partition('.')[2]}.own": tensor for name, tensor in state.items()}
+    assert doubts("renamed", {n: t for n, t in renamed.items() if n != "weight.own"}) == ""
+
     mixed = state | {"model.scale": torch.tensor(0.1)}
     assert "rounds 1 tensor (model.scale): load with dtype=float32" in doubts("mixed", mixed)
     assert "rounds 1 tensor " in doubts("mixed-own", mixed, {"dtype": "bfloat16"})
