@@ -7,7 +7,7 @@ TRAINER_STAMP := $(VENV)/.installed-trainer
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 CODE   := msft_store trainer tests bench examples docs
 
-.PHONY: help demo test test-crash test-soak check format lint types docs wheel bench clean
+.PHONY: help demo test test-crash test-soak chaos check format lint types docs wheel bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,10 @@ test-crash: $(STAMP) ## inject faults for a few minutes: crashes, full disks, bi
 
 test-soak: $(STAMP) ## the same for an hour or more
 	$(BIN)/python -m pytest tests/reliability --soak
+
+chaos: $(STAMP)  ## let ckpt-chaos, a tool of others, kill trainings at all their file events
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ckpt-chaos==0.1.8
+	$(BIN)/python -m tests.reliability.chaos
 
 format: $(STAMP) ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(CODE)

@@ -47,9 +47,10 @@ class RoundingTimeline(Timeline):
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
         """Commit a rounded copy of a state dict."""
-        return super().commit(rounded(tensors, self._dtype), step, metrics, metadata)
+        return super().commit(rounded(tensors, self._dtype), step, metrics, metadata, files)
 
     def rollback(
         self, checkpoint: Checkpoint | str, *, into: Any = None

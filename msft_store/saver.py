@@ -48,6 +48,7 @@ from msft_store.objects.catalog import check_level
 from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors, memory_key
+from msft_store.tensors.files import check_files
 from msft_store.tensors.resident import Compared
 
 
@@ -187,6 +188,7 @@ class AsyncSaver:
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
         compared: Compared | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Future[Checkpoint]:
         """Copy the tensors and save the copy in the background.
 
@@ -201,6 +203,7 @@ class AsyncSaver:
             metadata: JSON object to keep with the checkpoint.
             level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
             compared: Result of :meth:`Resident.compare` for these tensors.
+            files: As for :meth:`Store.save`.
 
         Returns:
             A future of the durable checkpoint. It cannot be cancelled.
@@ -217,7 +220,12 @@ class AsyncSaver:
         if level is not None:
             check_level(level)
         save = partial(
-            self._store.save, parent=parent, level=level, compared=compared, **vars(facts)
+            self._store.save,
+            parent=parent,
+            level=level,
+            compared=compared,
+            files=check_files(files),
+            **vars(facts),
         )
         return self._background.submit(tensors, save)
 

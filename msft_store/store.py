@@ -18,6 +18,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Finding, Report, examine
 from msft_store.maintenance.diff import TensorDiff, diff
 from msft_store.maintenance.export import export
+from msft_store.maintenance.export_files import read_files
 from msft_store.maintenance.gc import GcPlan, GcResult, evict_locked, plan_gc
 from msft_store.maintenance.repack import RepackPlan, plan_repack
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
@@ -55,6 +57,7 @@ from msft_store.objects.catalog import (
     check_level,
     encode_config,
     read_consistently,
+    refuse_inside_store,
 )
 from msft_store.objects.manifest import (
     MANIFESTS,
@@ -86,7 +89,7 @@ from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import YIELDING
 from msft_store.storage.quota import QuotaBackend
-from msft_store.tensors.boxes import Box, Part, Parts, check_boxes
+from msft_store.tensors.boxes import Box, Part, Parts, check_boxes, whole_box
 from msft_store.tensors.bytes import (
     check_plain,
     check_tensors,
@@ -94,6 +97,7 @@ from msft_store.tensors.bytes import (
     memory_key,
     torch_dtype,
 )
+from msft_store.tensors.files import check_files, file_tensors, split_files
 from msft_store.tensors.matching import check_kinds, check_match, select_tensors
 from msft_store.tensors.module_state import load_copies, split_entries
 from msft_store.tensors.names import plain_names
@@ -155,10 +159,12 @@ class Store:
 
         Raises:
             NotAStoreError: The directory holds a store or other files.
-            InvalidInputError: There is no such level or version.
+            InvalidInputError: There is no such level or version, or the directory is inside a
+                store.
         """
         config = encode_config(Config(level=level, version=version))
         root = check_path(path)
+        refuse_inside_store(root, "choose")
         backend = LocalBackend(root)
         if backend.exists(CONFIG):
             raise NotAStoreError(
@@ -308,6 +314,7 @@ class Store:
         metadata: Mapping[str, Any] | None = None,
         level: Level | None = None,
         compared: Compared | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
         """Save tensors as a durable checkpoint; only chunks that the store lacks take space.
 
@@ -323,6 +330,9 @@ class Store:
             metadata: JSON object to keep with the checkpoint.
             level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
             compared: Result of :meth:`Resident.compare` for these tensors.
+            files: The model's configuration and tokenizer, as
+                :func:`~msft_store.integrations.model_files.model_files` returns them. An export
+                writes them; they are no tensors of the checkpoint.
 
         Returns:
             The checkpoint.
@@ -338,7 +348,13 @@ class Store:
         level = self.level if level is None else check_level(level)
         compared = check_compared(compared)
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        kept = file_tensors(check_files(files))
         with self.session("save"):
+            if not isinstance(state, Parts):
+                state = {**state, **kept}
+            elif kept:
+                boxes = [whole_box(name, tensor) for name, tensor in kept.items()]
+                state = Parts([*state, self._writer.encode(boxes, parent=parent, level=level)])
             return self._writer.save(state, facts, parent=parent, level=level, compared=compared)
 
     def encode(
@@ -366,6 +382,8 @@ class Store:
             InvalidInputError: A box lies outside its tensor, or a tensor cannot be saved.
         """
         checked = check_boxes(boxes)
+        plain = {name: new for new, name in plain_names({b.name: b.name for b in checked}).items()}
+        checked = [replace(box, name=plain[box.name]) for box in checked]
         check_plain({box.name: box.tensor for box in checked})
         level = self.level if level is None else check_level(level)
         with self.session("encode"):
@@ -507,6 +525,18 @@ class Store:
 
         read_consistently(self._backend, decode)
 
+    def files(self, checkpoint: Checkpoint | str) -> dict[str, bytes]:
+        """Return the files that were saved with a checkpoint, such as the model's configuration.
+
+        Args:
+            checkpoint: Checkpoint to read.
+
+        Returns:
+            The bytes of each file, by its path in the directory of an export.
+        """
+        found = self.get(checkpoint)
+        return read_consistently(self._backend, lambda: read_files(self._catalog, found))
+
     def chunks(
         self, checkpoint: Checkpoint | str, names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -562,7 +592,7 @@ class Store:
         return self._catalog.checkpoints()
 
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
-        """Return the tensor table of a checkpoint.
+        """Return the tensor table of a checkpoint, without its files.
 
         Args:
             checkpoint: Checkpoint to describe.
@@ -601,7 +631,7 @@ class Store:
         with self.session("pin"):
             found = self._catalog.resolve(checkpoint)
             if name not in self._refs():
-                self._catalog.check_not_an_id(name, found)
+                self._catalog.check_not_an_id(name, found.id)
             # Another process may have written the manifest and crashed before its fsync.
             self._backend.sync(MANIFESTS)
             ref = Ref(name=name, checkpoint=found.id, note=note or {})
@@ -939,7 +969,8 @@ class Store:
         Args:
             checkpoint: Checkpoint to export.
             folder: New directory.
-            like: Model directory to copy configuration and tokenizer from; by default the base's.
+            like: Model directory to copy configuration and tokenizer from. By default they are
+                those that were saved with the checkpoint, and what they lack is the base's.
             layout: ``"files"`` gives the tensors the names and shapes that they have in the files
                 of the base, ``"memory"`` those that they were saved with. The default is that of
                 the files for all tensors for which the checkpoint records it.
@@ -1015,7 +1046,7 @@ class Store:
 
     def _entries(self, checkpoint: Checkpoint | str) -> tuple[Checkpoint, dict[str, TensorEntry]]:
         found = self.get(checkpoint)
-        return found, self._catalog.tensors(found)
+        return found, split_files(self._catalog.tensors(found))[0]
 
     def _decode(
         self,

@@ -65,7 +65,11 @@ UNPICKLED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "s
 
 CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 
-DOORS = {"msft_store", "msft_store.integrations.dcp"}
+DOORS = {
+    "msft_store",
+    "msft_store.integrations.dcp",
+    "msft_store.integrations.model_files",
+}
 """The modules of the store that the trainer may import from."""
 
 OPTIONAL = {"datasets", "fsspec", "obstore", "peft", "pyarrow"}

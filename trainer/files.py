@@ -10,6 +10,8 @@ Example::
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -24,11 +26,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it, sync the directory."""
+    """Write a file under a temporary name, sync it, rename it, sync the directory.
+
+    The temporary files that killed processes left of this file are deleted.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with enough_space("the file", path, needed_bytes=len(content)):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with suppress(OSError), leftover.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
         try:
             with temporary.open("wb") as file:
+                with suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -85,6 +85,14 @@ def _with_unit(value: float, units: Sequence[str], *, digits: int) -> str:
     return f"{value:.{digits if power else 0}f} {units[power]}"
 
 
+def printable(text: str) -> str:
+    """Return text with all characters escaped that are not visible, a space or a line end."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def too_long_text(name: str, count: int, max_length: int) -> str:
     """Return a sentence that says how many examples of a sub-dataset were dropped."""
     examples = "1 example has" if count == 1 else f"{count} examples have"

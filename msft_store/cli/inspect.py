@@ -93,8 +93,12 @@ def _inspect_checkpoint(store: Store, checkpoint: Checkpoint) -> tuple[dict[str,
     text = (
         f"{format_checkpoint(store, checkpoint)}\n\n{format_table(header, rows, align='<<<>>><')}"
     )
+    files = {name: len(data) for name, data in store.files(checkpoint).items()}
+    if files:
+        size = format_bytes(sum(files.values()))
+        text += f"\n\nfiles that an export writes ({size}): {', '.join(files)}"
     sizes = {"manifest_bytes": store.manifest_bytes(checkpoint)}
-    return {**summary(checkpoint), **sizes, "tensors": tensors}, text
+    return {**summary(checkpoint), **sizes, "tensors": tensors, "files": files}, text
 
 
 def _inspect_base(base: Base) -> tuple[dict[str, Any], str]:

@@ -136,7 +136,8 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--like",
         metavar="DIRECTORY",
-        help="a model directory to copy configuration and tokenizer from (default: the base's)",
+        help="a model directory to copy configuration and tokenizer from (default: the recorded "
+        "ones and the base's)",
     )
     command.add_argument(
         "--layout",
@@ -160,8 +161,8 @@ def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     configured = is_configured(files)
     if not configured:
         text += (
-            "\nno configuration was copied, because the checkpoint has no base or the base has no "
-            "directory; --like DIRECTORY copies it from another model"
+            "\nno configuration was written: none was saved with the checkpoint, and its base has "
+            "none; --like DIRECTORY copies it from another model"
         )
     document = {
         "files": [str(file) for file in files],

@@ -2,6 +2,7 @@
 
 :func:`register` puts the weights of ``accelerator.save_state(folder)`` into a store; everything
 else is written to the folder as before, because Accelerate's hooks receive only the weights.
+Parameters that an optimizer trains and that are of no model are kept with the weights.
 :func:`save_state` and :func:`load_state` need no folder: models, optimizers, schedulers, the
 gradient scaler, the generators of all processes and the objects registered for checkpointing are in
 one checkpoint, without pickle. The position in the data belongs to the caller: save it as
@@ -30,7 +31,15 @@ import torch
 from accelerate import Accelerator
 
 from msft_store._util import check_path
-from msft_store.errors import InvalidInputError, NotAStoreError
+from msft_store.errors import InvalidInputError, MismatchError, NotAStoreError
+from msft_store.integrations.model_files import model_files
+from msft_store.integrations.trained import (
+    outside_parameters,
+    outside_state,
+    restore_complete,
+    restore_outside,
+    trained_beside,
+)
 from msft_store.integrations.training_state import (
     free_prefix,
     from_tensors,
@@ -46,7 +55,9 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.storage.backend import LocalBackend, write_atomic
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_plain, flatten_entries
+from msft_store.tensors.files import check_files
 from msft_store.tensors.names import plain_names
+from msft_store.tensors.nested import json_name
 from msft_store.timeline.timeline import Timeline
 
 FILE = "msft_store.json"
@@ -55,7 +66,13 @@ STATE = "accelerator"
 """First part of the names of tensors that are not weights, unless weights have it too."""
 
 
-def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) -> None:
+def register(
+    accelerator: Accelerator,
+    timeline: Timeline | None,
+    store: Store,
+    *,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Make ``accelerator.save_state`` commit the weights, and ``load_state`` restore them.
 
     A checkpoint that the timeline's retention policy evicted cannot be loaded any more, even if its
@@ -66,6 +83,8 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
         timeline: The timeline that commits. Only the main process needs it; others may pass
             ``None``.
         store: The store of the timeline, in every process.
+        files: Files to keep with the weights, as ``model_files(None, tokenizer)``. The
+            configuration of a single transformers model is kept with them.
 
     Raises:
         InvalidInputError: If the main process has no timeline, or a prepared model cannot be saved.
@@ -75,13 +94,23 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
     if accelerator.is_main_process:
         _require_timeline(timeline)
     # Refuse what cannot be saved now, and not at the first save.
+    check_files(files)
     _collect_weights(accelerator, accelerator._models)
 
     def save(models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
-        tensors = _collect_weights(accelerator, models)
+        weights_by_name = _collect_weights(accelerator, models)
+        outside, settings = outside_parameters(accelerator._optimizers, models), {}
+        if outside:
+            prefix = free_prefix(STATE, weights_by_name)
+            weights_by_name |= to_tensors({"outside": outside_state(outside)}, prefix)
+            settings = {EXPORT: {"without": f"{prefix}."}}
 
         def commit() -> None:
-            found = _require_timeline(timeline).commit(tensors)
+            found = _require_timeline(timeline).commit(
+                weights_by_name,
+                metadata=settings,
+                files=_add_model_files(accelerator, models, files),
+            )
             text = json.dumps({"checkpoint": found.id, "store": store.path}).encode()
             write_atomic(LocalBackend(check_path(folder)), FILE, text)
 
@@ -97,7 +126,8 @@ def register(accelerator: Accelerator, timeline: Timeline | None, store: Store) 
             raise NotAStoreError(
                 f"{path} does not name a checkpoint: was {folder} saved without a store?"
             ) from None
-        _restore(accelerator, store, identity, models)
+        restore_complete(_as_module(accelerator, models), store, identity)
+        _restore_outside(accelerator, models, _load_state(store, store.get(identity)))
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
@@ -111,6 +141,7 @@ def save_state(
     step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> str:
     """Commit the state of everything that the accelerator prepared. All processes must call this.
 
@@ -122,6 +153,7 @@ def save_state(
         step: The optimizer step.
         metrics: Metric values in their natural units, by name.
         metadata: JSON values to keep with the checkpoint, for example the position in the data.
+        files: As for :func:`register`.
 
     Returns:
         The checkpoint's id, in every process.
@@ -141,8 +173,11 @@ def save_state(
         given = (metadata or {}).get(EXPORT)
         export = {**(given if isinstance(given, Mapping) else {}), "without": f"{prefix}."}
         settings = {**(metadata or {}), EXPORT: export}
-        tensors = {**weights, **to_tensors({"parts": states, "generators": rng_states}, prefix)}
-        return _require_timeline(timeline).commit(tensors, step, metrics, settings).id
+        outside = outside_parameters(accelerator._optimizers, accelerator._models)
+        state = {"parts": states, "generators": rng_states, "outside": outside_state(outside)}
+        tensors = {**weights, **to_tensors(state, prefix)}
+        described = _add_model_files(accelerator, accelerator._models, files)
+        return _require_timeline(timeline).commit(tensors, step, metrics, settings, described).id
 
     return run_in_main_process(commit)
 
@@ -164,15 +199,20 @@ def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | 
         CorruptedError: If a file of the store is damaged.
     """
     found = store.get(checkpoint)
-    prefix = prefix_of(found, STATE)
-    state = from_tensors(store.load(found, names_of(store, found, prefix)), prefix)
+    state = _load_state(store, found)
+    if "parts" not in state:
+        raise MismatchError(
+            f"checkpoint {found.id[:12]} has only weights: load the folder that names it with "
+            "accelerator.load_state"
+        )
     parts = _stateful_objects(accelerator)
     if parts.keys() != state["parts"].keys():
         raise InvalidInputError(
             f"checkpoint {found.id[:12]} has the state of {', '.join(state['parts'])}; "
             f"this accelerator has prepared {', '.join(parts)}"
         )
-    _restore(accelerator, store, found, accelerator._models)
+    restore_complete(_as_module(accelerator, accelerator._models), store, found)
+    _restore_outside(accelerator, accelerator._models, state)
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     rng_states = state["generators"]
@@ -199,26 +239,42 @@ def _stateful_objects(accelerator: Accelerator) -> dict[str, Any]:
     return parts
 
 
-def _restore(
-    accelerator: Accelerator,
-    store: Store,
-    checkpoint: Checkpoint | str,
-    models: list[torch.nn.Module],
+def _load_state(store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the state in a checkpoint that is not weights; empty if there is none."""
+    prefix = prefix_of(checkpoint, STATE)
+    tensors = store.load(checkpoint, names_of(store, checkpoint, prefix))
+    state: dict[str, Any] = from_tensors(tensors, prefix) if json_name(prefix) in tensors else {}
+    return state
+
+
+def _restore_outside(
+    accelerator: Accelerator, models: list[torch.nn.Module], state: Mapping[str, Any]
 ) -> None:
-    store.load_into(_as_module(accelerator, models), checkpoint, partial=True)
+    outside = outside_parameters(accelerator._optimizers, models)
+    restore_outside(outside, state.get("outside", {}))
 
 
 def _collect_weights(
     accelerator: Accelerator, models: list[torch.nn.Module]
 ) -> dict[str, torch.Tensor]:
     """Return the weights of all models; those of a single model keep their own names."""
-    state = _as_module(accelerator, models).state_dict()
+    module = _as_module(accelerator, models)
+    state = module.state_dict()
     if any(hasattr(tensor, "placements") for tensor in state.values()):
         raise InvalidInputError(
             "a model is sharded (FSDP2): use msft_store.integrations.dcp, in which every process "
             "saves what it holds"
         )
-    return check_plain(flatten_entries(plain_names(state)))
+    return check_plain(flatten_entries(plain_names({**state, **trained_beside(module, state)})))
+
+
+def _add_model_files(
+    accelerator: Accelerator,
+    models: list[torch.nn.Module],
+    files: Mapping[str, bytes] | None,
+) -> dict[str, bytes]:
+    """Return files with those of a model, which has its own names in checkpoints if it is alone."""
+    return {**model_files(_as_module(accelerator, models)), **(files or {})}
 
 
 def _as_module(accelerator: Accelerator, models: list[torch.nn.Module]) -> torch.nn.Module:

@@ -33,6 +33,7 @@ from msft_store.pipeline.parallel import in_order
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import torch_dtype, view_bytes
+from msft_store.tensors.files import split_files
 
 Kind = Literal["equal", "changed", "other", "added", "removed"]
 
@@ -118,7 +119,8 @@ def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
     if isinstance(one, Base):
         source = Source(objects=catalog.objects, base=one.id, name=f"base {one.id[:12]}")
         return _Side(tensors=table_of(one), source=source)
-    return _Side(tensors=catalog.tensors(one), source=Source.of(catalog, one))
+    tensors = split_files(catalog.tensors(one))[0]
+    return _Side(tensors=tensors, source=Source.of(catalog, one))
 
 
 def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:

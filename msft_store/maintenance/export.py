@@ -1,11 +1,14 @@
 """Export a checkpoint to an ordinary directory of safetensors files.
 
-If the base is a model directory, its other files (configuration, tokenizer) are copied, so that
-``from_pretrained`` loads the result; for other checkpoints, ``like`` names a directory with such
-files. The metadata of a checkpoint controls its export under the key ``export``: tensors of the
-training state are left out (:mod:`msft_store.maintenance.export_names`), and the settings of an
-``adapter`` give a PEFT directory. If a configuration is copied, a tied tensor is written once,
-under its name in the files of the base, and ``from_pretrained`` ties it again.
+The files that were recorded with a checkpoint (configuration, tokenizer) are written, and what they
+lack is copied from the base if that is a model directory, so that ``from_pretrained`` loads the
+result (:mod:`msft_store.maintenance.export_files`). ``like`` names another directory with such
+files, which takes the place of both.
+
+The metadata of a checkpoint controls its export under the key ``export``: tensors of the training
+state are left out (:mod:`msft_store.maintenance.export_names`), and the settings of an ``adapter``
+give a PEFT directory. If there is a configuration, a tied tensor is written once, under its name in
+the files of the base, and ``from_pretrained`` ties it again.
 
 Invariant: the directory appears complete or not at all. A killed export leaves a hidden directory
 beside it, which the next export to the same path removes.
@@ -21,6 +24,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,10 +38,21 @@ from typing import Any
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.format.layout import BaseSpan, canonical_json
-from msft_store.maintenance.export_names import Layout, exported
+from msft_store.maintenance.export_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    TEMPLATES,
+    belongs_to_recorded,
+    find_doubts,
+    mend_dtype,
+    parse_config,
+    read_files,
+    ties_tensors,
+)
+from msft_store.maintenance.export_names import Exported, Layout, exported
 from msft_store.maintenance.original_layout import Assembled
 from msft_store.objects.base_reader import BaseReader
-from msft_store.objects.catalog import Catalog
+from msft_store.objects.catalog import Catalog, refuse_inside_store
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.safetensors_header import INDEX
 from msft_store.pipeline.decode import Source, decode_chunks, empty_like
@@ -54,13 +69,12 @@ from msft_store.storage.backend import (
 from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import view_bytes
+from msft_store.tensors.files import WEIGHTS, split_files
 
-_SINGLE = "model.safetensors"
-_ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_CONFIGS = ("config.json", _SETTINGS)
+_LOG = logging.getLogger(__name__)
+_SINGLE, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+_CONFIGS = (CONFIG, ADAPTER_CONFIG)
 """Configuration files of a model and of a LoRA adapter, whose weights are in one other file."""
-_TIED = "tie_word_embeddings"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".msgpack", ".h5", ".gguf")
 _LARGEST_COPIED_FILE = 1 << 30
 _METADATA = "__metadata__"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -78,21 +92,20 @@ def export(
     """Write a checkpoint to a new directory; return its files.
 
     A safetensors file has at most ``shard_bytes``, unless one tensor is larger; only a few chunks
-    of it are in memory at a time. The other files are copied from ``like`` or else from the base.
-    Raise :class:`InvalidInputError` if the directory is not empty or inside the store, ``like`` has
-    no configuration, or safetensors has no such dtype or name.
+    of it are in memory at a time. The other files are the recorded ones and those of the base, or
+    those of ``like``. Reasons why ``from_pretrained`` may not give the model are logged. Raise
+    :class:`InvalidInputError` if the directory is not empty or inside a store, ``like`` has no
+    configuration, or safetensors has no such dtype or name.
     """
-    _refuse_inside(catalog.backend.describe(""), folder)
+    refuse_inside_store(folder, "export to", itself=True)
     with translate_os_errors("read", folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
-    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
-    copied = _files_to_copy(catalog, checkpoint, like)
-    stored = catalog.tensors(checkpoint)
-    mapping = catalog.tables.mapping(checkpoint)
-    chosen = exported(checkpoint, stored, base, ties=_ties(copied), mapping=mapping, layout=layout)
-    tensors, settings = chosen.tensors, chosen.adapter
-    for name, entry in tensors.items():
+    stored = split_files(catalog.tensors(checkpoint))[0]
+    content = _content(catalog, checkpoint, stored, like, layout)
+    chosen = content.chosen
+    written = [chosen.tensors, *(part.tensors for part in chosen.further.values())]
+    for name, entry in (pair for part in written for pair in part.items()):
         if entry.dtype.safetensors is None:
             raise InvalidInputError(
                 f"safetensors has no dtype for {entry.dtype.name} (tensor {name!r}); "
@@ -102,6 +115,8 @@ def export(
             raise InvalidInputError(
                 f"safetensors has no tensor {name!a}; load the checkpoint and rename it"
             )
+    for doubt in content.doubts:
+        _LOG.warning("%s: %s", folder, doubt)
     with _temporary_folder(folder.absolute()) as partial:
         backend = LocalBackend(partial)
         # A chunk that a manifest names many times is stored once but exported each time.
@@ -109,30 +124,90 @@ def export(
         source = _Contents(
             source=Source.of(catalog, checkpoint), stored=stored, assembled=chosen.assembled
         )
-        if settings is not None or _is_adapter(copied):
+        if content.is_adapter:
             # An adapter is small, and its readers expect one file.
-            _write_file(source, tensors, backend, _ADAPTER)
+            _write_file(source, chosen.tensors, backend, _ADAPTER)
         else:
-            _write_shards(source, tensors, backend, shard_bytes)
-        for file, size in copied.items():
-            write_atomic(backend, file.name, read_file(file, 0, size))
-        if settings is not None:
-            text = json.dumps(settings, indent=2, sort_keys=True)
-            write_atomic(backend, _SETTINGS, text.encode())
+            _write_shards(source, chosen.tensors, backend, shard_bytes)
+        for name, part in chosen.further.items():
+            _write_file(source, part.tensors, backend, f"{name}/{_ADAPTER}")
+        for name, place in content.copied.items():
+            write_atomic(backend, name, _read(place))
+        for name, data in content.written.items():
+            write_atomic(backend, name, data)
         backend.clear_temporary()
         move_folder(partial, folder)
-    return sorted(folder.iterdir())
+    if chosen.further:
+        _LOG.warning(
+            "%s holds the adapter that was active first; PEFT loads the others one by one, with "
+            "load_adapter, from its directories %s",
+            folder,
+            ", ".join(chosen.further),
+        )
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _refuse_inside(store: str, folder: Path) -> None:
-    """Raise :class:`InvalidInputError` if a folder would be in a store, also through links."""
-    if os.path.isdir(store):
-        real = Path(os.path.realpath(folder))
-        with translate_os_errors("read", folder):
-            if any(p.exists() and p.samefile(store) for p in (real, *real.parents)):
-                raise InvalidInputError(
-                    f"{folder} is inside the store {store}; export to a directory outside of it"
-                )
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """The content of an export."""
+
+    chosen: Exported
+    is_adapter: bool
+    written: Mapping[str, bytes]
+    """The other files by name."""
+    copied: Mapping[str, tuple[Path, int]]
+    """Files by name that are copied, and their sizes in bytes."""
+    doubts: tuple[str, ...]
+    """Reasons why ``from_pretrained`` may not give the model."""
+
+
+def _content(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    stored: Mapping[str, TensorEntry],
+    like: Path | None,
+    layout: Layout | None,
+) -> _Content:
+    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
+    written = read_files(catalog, checkpoint) if like is None else {}
+    copied = {
+        name: place
+        for name, place in _files_to_copy(catalog, checkpoint, like).items()
+        if not belongs_to_recorded(name, written)
+    }
+    is_recorded = CONFIG in written
+    config = parse_config(written[CONFIG] if is_recorded else _read(copied.get(CONFIG)))
+    mapping = catalog.tables.mapping(checkpoint)
+    chosen = exported(
+        checkpoint, stored, base, ties=ties_tensors(config), mapping=mapping, layout=layout
+    )
+    names = {*written, *copied}
+    is_adapter = chosen.adapter is not None or (ADAPTER_CONFIG in names and CONFIG not in names)
+    adapters = {} if chosen.adapter is None else {ADAPTER_CONFIG: dict(chosen.adapter)}
+    adapters |= {
+        f"{name}/{ADAPTER_CONFIG}": dict(part.adapter or {})
+        for name, part in chosen.further.items()
+    }
+    for name, settings in adapters.items():
+        written[name] = json.dumps(settings, indent=2, sort_keys=True).encode()
+    mended = None
+    if config is not None and not is_adapter:
+        mended = mend_dtype(config, chosen.tensors)
+    if mended is not None:
+        config = mended
+        written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
+    doubts = () if is_adapter else find_doubts(config, chosen.tensors, base, names, is_recorded)
+    return _Content(
+        chosen=chosen,
+        is_adapter=is_adapter,
+        written=written,
+        copied={name: place for name, place in copied.items() if name not in written},
+        doubts=tuple(doubts),
+    )
+
+
+def _read(place: tuple[Path, int] | None) -> bytes:
+    return b"" if place is None else read_file(place[0], 0, place[1])
 
 
 @contextlib.contextmanager
@@ -261,8 +336,10 @@ def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[li
     yield names
 
 
-def _files_to_copy(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) -> dict[Path, int]:
-    """Return the files to copy, and their sizes in bytes."""
+def _files_to_copy(
+    catalog: Catalog, checkpoint: Checkpoint, like: Path | None
+) -> dict[str, tuple[Path, int]]:
+    """Return the files to copy by name, and their sizes in bytes."""
     folder = like
     if folder is None and checkpoint.base is not None:
         reader = catalog.objects.base(checkpoint.base)
@@ -271,38 +348,18 @@ def _files_to_copy(catalog: Catalog, checkpoint: Checkpoint, like: Path | None) 
     if folder is None:
         return {}
     with translate_os_errors("read", folder):
-        found = {file: file.stat().st_size for file in companions(folder)}
-    if like is not None and not is_configured(found):
+        files = companions(folder)
+        if (folder / TEMPLATES).is_dir():
+            files += companions(folder / TEMPLATES)
+        sizes = {file.relative_to(folder).as_posix(): (file, file.stat().st_size) for file in files}
+    if like is not None and not sizes.keys() & {*_CONFIGS}:
         raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to copy")
-    return found
+    return sizes
 
 
 def is_configured(files: Iterable[Path]) -> bool:
     """Return True if a configuration for ``from_pretrained`` is among files."""
     return any(file.name in _CONFIGS for file in files)
-
-
-def _ties(files: Mapping[Path, int]) -> bool:
-    """Return True if a loader that reads the configuration among files ties tensors."""
-    for file, size in files.items():
-        if file.name == _CONFIGS[0]:
-            try:
-                config = json.loads(read_file(file, 0, size))
-            except ValueError:
-                return False
-            return isinstance(config, dict) and "model_type" in config and not _is_untied(config)
-    return False
-
-
-def _is_untied(config: Mapping[str, Any]) -> bool:
-    # A model that contains other models has a configuration for each of them.
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return any(part.get(_TIED) is False for part in parts)
-
-
-def _is_adapter(files: Iterable[Path]) -> bool:
-    names = {file.name for file in files}
-    return _CONFIGS[1] in names and _CONFIGS[0] not in names
 
 
 def companions(folder: Path) -> list[Path]:
@@ -313,7 +370,7 @@ def companions(folder: Path) -> list[Path]:
 
 def _is_companion(file: Path) -> bool:
     # The backend creates its folder of temporary files while it writes an export.
-    other = file.name.endswith(_WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
+    other = file.name.endswith(WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
     return not other and file.is_file()
 
 

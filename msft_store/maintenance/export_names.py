@@ -3,7 +3,9 @@
 The metadata of a checkpoint describes its model under ``export``: ``without`` is a prefix of
 tensors that are left out, and ``within`` is the prefix of the model's tensors, which is removed. A
 prefix that remains in comparison with the names of the base is removed, too. Tensors that have
-another form in the files of the base get that form (:mod:`~.original_layout`).
+another form in the files of the base get that form (:mod:`~.original_layout`). ``adapter`` has the
+settings of an adapter, and ``adapters`` those of further ones by name; the names of the tensors of
+these begin with ``NAME/``.
 
 Example::
 
@@ -13,6 +15,7 @@ Example::
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +39,11 @@ KEY = "export"
 
 Layout = Literal["files", "memory"]
 """The form of an export: that of the base's files, or that of the checkpoint, as in memory."""
+PROMPTS = "prompt_encoder."
+"""Prefix of the tensors from which PEFT computes learned prompts, which an adapter's file has."""
+
+_FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""Names of adapters that are names of directories, too."""
 
 _MATRIX = 2
 """Number of dimensions of a matrix."""
@@ -53,11 +61,14 @@ class Exported:
     """The settings of an adapter; ``None`` for a model."""
     assembled: Mapping[str, Assembled] = field(default_factory=dict)
     """Those of ``tensors``, by their names in the files, that consist of parts of others."""
+    further: Mapping[str, Exported] = field(default_factory=dict)
+    """Further adapters by name."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        own = sum(entry.nbytes for entry in self.tensors.values())
+        return own + sum(part.nbytes for part in self.further.values())
 
 
 def exported(
@@ -87,6 +98,13 @@ def exported(
         names = {name: name for name in names if not name.startswith(without)}
     if isinstance(within, str) and any(name.startswith(within) for name in names):
         names = {name: name[len(within) :] for name in names if name.startswith(within)}
+    further = _further_adapters(settings.get("adapters"), tensors) if adapter is not None else {}
+    if adapter is not None:
+        names = {
+            name: new
+            for name, new in names.items()
+            if not new.startswith(PROMPTS) and name.partition("/")[0] not in further
+        }
     if base is not None and adapter is None:
         shapes = {new: tensors[name].shape for name, new in names.items()}
         prefix = common_prefix(shapes, base)
@@ -112,9 +130,14 @@ def exported(
         found = _without_tied(found, base)
     return Exported(
         tensors=found,
-        left_out=tuple(sorted(tensors.keys() - names.keys())),
+        left_out=tuple(
+            name
+            for name in sorted(tensors.keys() - names.keys())
+            if name.partition("/")[0] not in further
+        ),
         adapter=adapter,
         assembled=original.assembled,
+        further=further,
     )
 
 
@@ -129,6 +152,21 @@ def _require_original(original: OriginalLayout, base: Base | None) -> None:
             f"{', '.join(map(repr, original.impossible[:5]))}; export them as they are in memory "
             "(--layout memory)"
         )
+
+
+def _further_adapters(stored: object, tensors: Mapping[str, TensorEntry]) -> dict[str, Exported]:
+    found = {}
+    for name, settings in stored.items() if isinstance(stored, Mapping) else ():
+        if not _FOLDER.fullmatch(name) or not isinstance(settings, Mapping):
+            raise InvalidInputError(
+                f"the adapter {str(name)[:80]!r} cannot have a directory of its name: load the "
+                "checkpoint and save the adapter with PEFT"
+            )
+        part = {
+            n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")
+        }
+        found[name] = Exported(tensors=part, left_out=(), adapter=settings)
+    return found
 
 
 def root_of_model(
@@ -151,15 +189,16 @@ def _without_tied(tensors: Mapping[str, TensorEntry], base: Base) -> dict[str, T
     A tied tensor equals exactly one tensor that the base names. Vectors do not count, because
     vectors such as the scales of layer norms are often equal by chance.
     """
-    twins = Counter(_content(entry) for name, entry in tensors.items() if name in base.tensors)
+    twins = Counter(content_of(entry) for name, entry in tensors.items() if name in base.tensors)
     return {
         name: entry
         for name, entry in tensors.items()
-        if name in base.tensors or len(entry.shape) < _MATRIX or twins[_content(entry)] != 1
+        if name in base.tensors or len(entry.shape) < _MATRIX or twins[content_of(entry)] != 1
     }
 
 
-def _content(entry: TensorEntry) -> tuple[object, ...]:
+def content_of(entry: TensorEntry) -> tuple[object, ...]:
+    """Return a value that is equal only for tensors of equal content."""
     return entry.dtype.name, entry.shape, entry.pieces
 
 

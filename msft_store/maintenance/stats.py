@@ -19,6 +19,7 @@ from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import MANIFESTS, Checkpoint
 from msft_store.objects.reachability import find_reachable
 from msft_store.storage.backend import QUARANTINE, disk_bytes, file_sizes
+from msft_store.tensors.files import split_files
 
 IN_BASE = "equal to base"
 MISSING = "missing"
@@ -38,8 +39,8 @@ class TensorSources:
 
 
 def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]:
-    """Yield the tensors of a checkpoint by name."""
-    for name, entry in catalog.tensors(checkpoint).items():
+    """Yield the tensors of a checkpoint by name, without its files."""
+    for name, entry in split_files(catalog.tensors(checkpoint))[0].items():
         ways: dict[str, int] = {}
         stored_bytes = 0
         for key, size in entry.chunks():

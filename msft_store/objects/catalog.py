@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from msft_store.codec.codecs import LEVELS, Level
@@ -56,7 +58,7 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS, list_packs
 from msft_store.objects.refs import REFS, Ref, RefReader, ref_path
 from msft_store.objects.tables import TensorTables
-from msft_store.storage.backend import Backend, read_small_file
+from msft_store.storage.backend import Backend, read_small_file, translate_os_errors
 
 _T = TypeVar("_T")
 
@@ -114,6 +116,20 @@ def encode_config(config: Config) -> bytes:
         raise InvalidInputError(f"version is one of {known}, not {config.version!r}")
     fields = {"format": "msft-store", "version": config.version, "chunk_bytes": CHUNK_BYTES}
     return seal({**fields, "level": check_level(config.level)})
+
+
+def refuse_inside_store(folder: Path, action: str, *, itself: bool = False) -> None:
+    """Raise :class:`InvalidInputError` if a folder is inside of a store, also through links.
+
+    ``itself`` refuses the directory of a store, too. ``action`` is a verb for the message.
+    """
+    real = Path(os.path.realpath(folder))
+    with translate_os_errors("read", folder):
+        for place in (real, *real.parents) if itself else real.parents:
+            if (place / CONFIG).is_file():
+                raise InvalidInputError(
+                    f"{folder} is inside the store {place}; {action} a directory outside of it"
+                )
 
 
 def check_level(level: Any) -> Level:
@@ -266,12 +282,12 @@ class Catalog:
                 raise damage
         raise UnknownCheckpointError(self._no_such(name, refs))
 
-    def check_not_an_id(self, name: str, checkpoint: Checkpoint) -> None:
+    def check_not_an_id(self, name: str, checkpoint: str) -> None:
         """Raise :class:`InvalidInputError` if an id other than the checkpoint's begins so."""
         if len(name) < _SHORTEST_PREFIX:
             return
         for identity in {*self._checkpoints, *self._damaged, *self.objects.bases()}:
-            if identity.startswith(name) and identity != checkpoint.id:
+            if identity.startswith(name) and identity != checkpoint:
                 raise InvalidInputError(
                     f"the id {identity[:12]} begins with {name!r}, so a ref of this name would "
                     "hide it, or be hidden; choose another name"

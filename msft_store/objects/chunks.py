@@ -226,15 +226,16 @@ class ChunkStore:
 
     def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
         """Fill ``out`` with the verified bytes of a chunk; undefined after an error."""
-        span = self.find_in_base(key, base)
+        span, changed = self.find_in_base(key, base), None
         if span is not None and base is not None:
             try:
                 self.base(base).read_span_into(span, out, dtype)
                 self.base(base).verify(span.tensor, out, key)
                 return
-            except StoreError:
+            except StoreError as error:
                 if self.find(key, base) is None:
                     raise
+                changed = error
         stored = self.find(key, base)
         if stored is not None:
             with contextlib.suppress(StoreError):
@@ -245,11 +246,17 @@ class ChunkStore:
         stored = self.find(key, base)
         if stored is None:
             hint = "".join(f"; {error}" for error in self.damaged.values())
-            raise CorruptedError(
+            raise changed or CorruptedError(
                 f"chunk {key.hex()} is in no pack of {self._backend.describe('')}{hint}; "
                 f"{REPAIR_HINT}"
             )
-        self._decode(stored, out, dtype)
+        try:
+            self._decode(stored, out, dtype)
+        except StoreError as error:
+            if changed is None:
+                raise
+            text = f"{changed}; the store's copy of it cannot be read: {error}"
+            raise type(changed)(text, file=changed.file) from changed.__cause__
 
     def verify(self, stored: StoredChunk) -> None:
         """Decode one representation of a chunk, only to raise the errors of reading it."""

@@ -158,7 +158,7 @@ class Checkpoint:
         metrics: Numbers by metric name, in their natural units.
         tags: Labels.
         metadata: JSON object.
-        logical_bytes: Decoded size of its tensors in bytes.
+        logical_bytes: Decoded size of its tensors and files in bytes.
         stored_bytes: Encoded bytes of the chunks that it names. A chunk that several checkpoints
             share counts for each of them.
         unreferenced_bytes: Decoded bytes that its save encoded without a reference.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from msft_store.codec.kernels import Bytes
-from msft_store.errors import InvalidInputError, MismatchError, StorageError, StoreError
+from msft_store.errors import BaseError, InvalidInputError, MismatchError, StorageError, StoreError
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import chunk_key
 from msft_store.objects.catalog import Catalog
@@ -88,6 +88,9 @@ class Source:
             yield
         except StoreError as error:
             text = f"{self.name}, tensor {tensor!r}: {error}"
+            if isinstance(error, BaseError):
+                # A pack that cannot be read may have a copy of the base's chunk.
+                text += "".join(f"; {damage}" for damage in self.objects.damaged.values())
             raise type(error)(text, file=error.file) from error
 
 

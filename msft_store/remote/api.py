@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from msft_store._util import PathLike, check_path
-from msft_store.errors import BaseError, ConflictError, NotAStoreError
+from msft_store.errors import BaseError, ConflictError, InvalidInputError, NotAStoreError
 from msft_store.format.layout import NEWEST
 from msft_store.maintenance.gc import evict
 from msft_store.objects.bases import base_path, encode_base, list_bases, scan_base
@@ -48,6 +48,7 @@ from msft_store.objects.catalog import (
     encode_config,
     read_config,
     read_consistently,
+    refuse_inside_store,
 )
 from msft_store.remote.backend import RemoteBackend, require_store
 from msft_store.remote.missing_packs import UnsoundTargetError
@@ -104,12 +105,18 @@ def push(
     Raises:
         ConflictError: If another writer moved a ref. Nothing is sent if that was so at the start.
         CorruptedError: If a file of the store or the remote is damaged.
+        InvalidInputError: If the remote is a directory inside a store, or the store itself.
         NotAStoreError: If the remote holds other files, or ``store`` is not a store.
         BaseError: If a base model that is to be sent is missing or changed.
         StorageError: If the remote cannot be reached or refuses a request.
     """
     backend, remote = LocalBackend(_directory(store)), connect_remote(url, **options)
     counter = TransferCounter(progress=progress)
+    target = getattr(remote, "backend", None)
+    if isinstance(target, LocalBackend):
+        refuse_inside_store(target.root, "push to")
+        if target.root.exists() and target.root.samefile(backend.root):
+            raise InvalidInputError(f"{target.root} is the store itself; push to another directory")
 
     def push_once() -> None:
         catalog = Catalog(backend)
@@ -117,7 +124,7 @@ def push(
 
     _retry_after_gc(
         lambda: read_consistently(backend, push_once, times=_ATTEMPTS),
-        getattr(remote, "backend", None),
+        target,
     )
     return counter.to_transfer()
 
@@ -164,6 +171,7 @@ def pull(
     if with_base:
         default = root.parent / f"{root.name}-bases"
         bases = default if base_directory is None else check_path(base_directory)
+        refuse_inside_store(bases, "fetch base models to", itself=True)
     counter = TransferCounter(progress=progress)
 
     def pull_once() -> None:
@@ -201,9 +209,11 @@ def clone(
     Raises:
         NotAStoreError: If the directory holds a store or other files, or there is no store at the
             URL.
+        InvalidInputError: If the directory is inside a store.
         StoreError: As in :func:`pull`.
     """
     remote, root = connect_remote(url, **options), _directory(directory)
+    refuse_inside_store(root, "clone to")
     backend, address = LocalBackend(root), remote.describe("").encode()
     config = read_config(require_store(RemoteBackend(remote)))
     begun = backend.read(_CLONING) if backend.exists(_CLONING) else None

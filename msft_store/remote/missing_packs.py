@@ -201,12 +201,11 @@ def find_complete_records(objects: ChunkStore, index: PackIndex) -> Rows:
 def verify_packs(
     objects: ChunkStore, packs: Sequence[PackTransfer], counter: TransferCounter, *, at_target: bool
 ) -> int:
-    """Decode the needed records of packs, compare each chunk with its key, and count the
-    unverifiable.
+    """Verify the needed records of packs; return the number of those that cannot be decoded here.
 
-    Records are read in the target if ``at_target`` is true, else in the source. The result is the
-    number of chunks that could not be decoded because a base is missing on this machine. Raises
-    :class:`CorruptedError` with the name of the damaged file.
+    Each chunk is decoded and compared with its key. A chunk cannot be decoded if its base is not on
+    this machine. Records are read in the target if ``at_target`` is true, else in the source.
+    :class:`CorruptedError` names a damaged file.
     """
 
     def list_records() -> Iterator[StoredChunk]:

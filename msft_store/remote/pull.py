@@ -17,7 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msft_store.errors import BusyError, CorruptedError, StorageError, strip_hint
+from msft_store.errors import (
+    BusyError,
+    CorruptedError,
+    InvalidInputError,
+    StorageError,
+    strip_hint,
+)
 from msft_store.format.strict_json import check_id
 from msft_store.objects.bases import BASES, base_path, has_missing_files, list_bases, read_base
 from msft_store.objects.catalog import Catalog, read_config
@@ -98,6 +104,7 @@ def pull_store(
     if moves:
         # Listing the refs makes the source read all of them in parallel.
         list_refs(source)
+    catalog.refresh()
     # Another process may have moved refs of this store during the transfer: compare them again.
     for ref, before in pull.select_moves([ref for ref, _ in moves]):
         pull.write_ref(ref, before)
@@ -255,6 +262,12 @@ class _Pull:
 
     def write_ref(self, ref: Ref, before: Ref | None) -> None:
         path = ref_path(ref.name)
+        try:
+            if before is None:
+                self.catalog.check_not_an_id(ref.name, ref.checkpoint)
+        except InvalidInputError as error:
+            _log.warning("%s is left out: %s at the remote", self.source.describe(path), error)
+            return
         data = read_small_file(self.source, path)
         if read_ref(Overlay(self.source, {path: data}), path) != ref:
             # The ref was moved since it was listed. The next pull fetches its checkpoint too.

@@ -20,6 +20,7 @@ from msft_store.codec.kernels import Bytes
 from msft_store.errors import InvalidInputError, VersionError
 from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.strict_json import MAX_DIMENSIONS, MAX_NAME
+from msft_store.tensors.files import PREFIX
 from msft_store.tensors.names import plain_names
 from msft_store.tensors.nested import is_wrapper, to_tensors
 
@@ -68,6 +69,11 @@ def check_plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name or len(name) > MAX_NAME or "\0" in name:
             raise InvalidInputError(f"{str(name)[:80]!r} cannot be the name of a tensor")
+        if name.startswith(PREFIX):
+            raise InvalidInputError(
+                f"{name[:80]!r} cannot be the name of a tensor: {PREFIX} is for the files of a "
+                "model; give those as files=…"
+            )
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
         if hasattr(tensor, "placements"):

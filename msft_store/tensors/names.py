@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _WRAPPER = re.compile(r"(^|\.)(?:_orig_mod\.)+")
@@ -27,3 +28,17 @@ def plain_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
     """Give tensors their plain names; change no name if two names would become equal."""
     renamed = {plain_name(name): tensor for name, tensor in tensors.items()}
     return renamed if len(renamed) == len(tensors) else dict(tensors)
+
+
+class AnyNames(dict[str, _T]):
+    """Values by name, found under the name that was given and under its plain name."""
+
+    @cached_property
+    def _plain(self) -> dict[str, _T]:
+        return plain_names(self)
+
+    def __missing__(self, name: str) -> _T:
+        return self._plain[plain_name(name)]
+
+    def __contains__(self, name: Any) -> bool:
+        return super().__contains__(name) or plain_name(name) in self._plain

@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from msft_store.retention import Candidate, Policy, check_commit, check_policy
 from msft_store.saver import Background, State
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Parts
+from msft_store.tensors.files import check_files
 from msft_store.tensors.resident import Compared, Resident
 from msft_store.timeline.persistence import (
     KEY,
@@ -57,6 +58,16 @@ from msft_store.timeline.room import NoRoom, no_room_error, within_budget
 from msft_store.timeline.state import Commit, TimelineState
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A commit that was asked for, besides its tensors."""
+
+    policy: Policy
+    facts: CheckpointFacts
+    compared: Compared | None
+    files: Mapping[str, bytes]
 
 
 class Timeline:
@@ -143,6 +154,7 @@ class Timeline:
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
         """Save a checkpoint, protect the checkpoints that the policy keeps and evict the rest.
 
@@ -155,6 +167,7 @@ class Timeline:
             step: Optimizer step, from 0 up.
             metrics: Values by name, in their natural units.
             metadata: Any JSON object without the key ``timeline``.
+            files: The model's configuration and tokenizer, as for :meth:`Store.save`.
 
         Returns:
             The new checkpoint, or the existing one of equal content and facts.
@@ -165,8 +178,7 @@ class Timeline:
             OutOfSpaceError: The disk is full even after eviction.
             OverBudgetError: The policy's budget is too small even after eviction.
         """
-        facts = self._begin_commit(self.retention, step, metrics, metadata)
-        return self._commit(tensors, self.retention, facts, self._compare(tensors))
+        return self._commit(tensors, self._begin_commit(tensors, step, metrics, metadata, files))
 
     def commit_async(
         self,
@@ -174,6 +186,7 @@ class Timeline:
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Future[Checkpoint]:
         """Commit the tensors as they are now, in the background.
 
@@ -185,6 +198,7 @@ class Timeline:
             step: As for :meth:`commit`.
             metrics: As for :meth:`commit`.
             metadata: As for :meth:`commit`.
+            files: As for :meth:`commit`.
 
         Returns:
             A future of the checkpoint. It has its result once everything that :meth:`commit` does
@@ -194,12 +208,8 @@ class Timeline:
             InvalidInputError: As for :meth:`commit`, at once.
             StoreError: The error of the previous commit, if its future was not asked for it.
         """
-        policy = self.retention
-        facts = self._begin_commit(policy, step, metrics, metadata)
-        compared = self._compare(tensors)
-        return self._background.submit(
-            tensors, lambda state: self._commit(state, policy, facts, compared)
-        )
+        request = self._begin_commit(tensors, step, metrics, metadata, files)
+        return self._background.submit(tensors, lambda state: self._commit(state, request))
 
     def wait(self) -> None:
         """Wait until no commit is running.
@@ -365,19 +375,22 @@ class Timeline:
 
     def _begin_commit(
         self,
-        policy: Policy,
+        tensors: State | torch.nn.Module | Parts,
         step: int | None,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
-    ) -> CheckpointFacts:
+        files: Mapping[str, bytes] | None,
+    ) -> _Request:
         """Wait until a commit may begin; refuse one that the policy cannot judge."""
+        policy, checked = self.retention, check_files(files)
         check_metadata(metadata)
         facts = CheckpointFacts.of(step=step, metrics=metrics, metadata=metadata)
         self._check_open()
         self.wait()
         known = [checkpoint.metrics for checkpoint in self._state.checkpoints()]
         check_commit(policy, self._candidate(facts), known)
-        return facts
+        compared = self._compare(tensors)
+        return _Request(policy=policy, facts=facts, compared=compared, files=checked)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -391,22 +404,24 @@ class Timeline:
     def _commit(
         self,
         tensors: State | torch.nn.Module | Parts,
-        policy: Policy,
-        facts: CheckpointFacts,
-        compared: Compared | None,
+        request: _Request,
     ) -> Checkpoint:
+        policy = request.policy
         before = self._state.checkpoints()
         used: int | None = None
         with within_budget(self._store, policy):
             while True:
                 try:
-                    checkpoint, kept = self._save_and_protect(tensors, policy, facts, compared)
+                    checkpoint, kept = self._save_and_protect(tensors, request)
                     break
                 except NoRoom as error:
                     used = self._make_room(policy, used)
                     if used is None:
                         raise no_room_error(
-                            error, policy, self._state.candidates(), self._candidate(facts)
+                            error,
+                            policy,
+                            self._state.candidates(),
+                            self._candidate(request.facts),
                         ) from error
             with self._store.session("gc", exclusive=True):
                 done = self._evict_unkept(checkpoint, kept, [*before, checkpoint])
@@ -418,11 +433,10 @@ class Timeline:
     def _save_and_protect(
         self,
         tensors: State | torch.nn.Module | Parts,
-        policy: Policy,
-        facts: CheckpointFacts,
-        compared: Compared | None,
+        request: _Request,
     ) -> tuple[Checkpoint, dict[str, tuple[str, ...]]]:
         """Save and protect a checkpoint; if there is no room for both, undo both."""
+        facts = request.facts
         place = {"name": self.name, "branch": self.branch, "index": self._next}
         before = {checkpoint.id for checkpoint in self._state.checkpoints()}
         try:
@@ -434,10 +448,11 @@ class Timeline:
                     step=facts.step,
                     metrics=facts.metrics,
                     metadata={**facts.metadata, KEY: place},
-                    compared=compared,
+                    compared=request.compared,
+                    files=request.files,
                 )
                 self._state.add(checkpoint)
-                return checkpoint, self._protect(policy)
+                return checkpoint, self._protect(request.policy)
         except NoRoom:
             self._evict([c for c in self._state.checkpoints() if c.id not in before])
             raise

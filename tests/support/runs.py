@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msft_store import Store
 from trainer.journal import effective, read
 
 _COUNTED = (
@@ -48,6 +50,30 @@ def outcome(directory: Path) -> tuple[list[dict[str, Any]], bytes]:
     ]
     (weights,) = (directory / "model").glob("*.safetensors")
     return story, weights.read_bytes()
+
+
+def left_by_run(directory: str) -> object:
+    """Return what a finished run leaves, as short text: its outcome, damage and names of files."""
+    story, weights = outcome(Path(directory))
+    return _digest(repr(story).encode()), _digest(weights), *_left_in(Path(directory))
+
+
+def left_by_trainer(directory: str) -> object:
+    """Return what :mod:`tests.support.stopped_training` leaves in the same way."""
+    place = Path(directory)
+    log = Store.open(place / "store").log()
+    kept = [c.id for c in log if c.metadata["timeline"]["name"] == "main"]
+    return kept, _digest((place / "model" / "model.safetensors").read_bytes()), *_left_in(place)
+
+
+def _left_in(place: Path) -> tuple[object, ...]:
+    # A kill between a save and its announcement leaves no file "saved-STEP".
+    names = sorted(name for name in os.listdir(place) if not name.startswith("saved-"))
+    return Store.open(place / "store").check(read_data=True), names
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def kill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         write_atomic(path, b"two")
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_a_live_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    dead, live, other = (tmp_path / f".{name}.tmp" for name in ("a.txt.1", "a.txt.2", "b.txt.1"))
+    for path in (dead, live, other):
+        path.write_bytes(b"part")
+    with live.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "a.txt", b"one")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", live.name, other.name}
 
 
 def test_every_error_of_a_full_disk_states_the_missing_bytes(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Continual(Method):
         super().__init__(Stage(number=1, active=self._names[:1], epochs=compute_budget), mode)
 
     def needs(self) -> Needs:
-        """Return the best overall and the newest, which may become the next stage's root."""
+        """Return the best overall and the newest checkpoint, which may be the next root."""
         return Needs(newest=True)
 
     def decide(self, evaluation: Evaluation) -> Decision:

@@ -56,7 +56,7 @@ class DivergenceHandler:
         return self._method.first_stage()
 
     def needs(self) -> Needs:
-        """Return the method's needs, and the newest while the run may roll back to it."""
+        """Return the method's needs, and the newest checkpoint while a roll-back may need it."""
         needs = self._method.needs()
         # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self._max_skips and not (self._is_leaving or self._is_over)

@@ -83,7 +83,8 @@ class Msft(Method):
                 peak_window=self._peak_window,
                 newest=self.best is None,
             )
-        # The store only knows the paper's rule. Under another one the newest may become a champion.
+        # The store only knows the paper's rule. Under another one the newest checkpoint may become
+        # a champion.
         found = (self.evaluations[champion.index].checkpoint for champion in self._champions())
         return Needs(checkpoints=tuple(dict.fromkeys(found)), newest=True)
 

@@ -17,17 +17,18 @@ import sys
 from tqdm import tqdm
 
 from trainer.distributed import this_process
+from trainer.text import printable
 
 _NAMED = "%(levelname)s %(name)s: %(message)s"
 
 
 class TerminalHandler(logging.Handler):
-    """Writes log lines to stderr without tearing progress bars."""
+    """Writes log lines to stderr without tearing progress bars; control characters are escaped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; INFO and DEBUG lines come from the main process only."""
         if record.levelno >= logging.WARNING or this_process().is_main_process:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def show_log(*, quiet: bool, verbosity: int) -> None:

@@ -37,6 +37,7 @@ from trainer.report.plan import Counts, Plan, plan
 from trainer.report.report import DIVERGED, compare_table, write_report
 from trainer.report.summary import Summary
 from trainer.signals import Interrupted
+from trainer.text import printable
 from trainer.training.preflight import check_compatibility
 from trainer.training.run import resume, start
 from trainer.training.workspace import quiet_libraries
@@ -265,7 +266,7 @@ def _print(result: Any) -> None:
 
 
 def _complain(sentence: str) -> None:
-    print(f"msft-train: {sentence}", file=sys.stderr)
+    print(printable(f"msft-train: {sentence}"), file=sys.stderr)
 
 
 def _sentence(error: BaseException) -> str:

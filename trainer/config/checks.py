@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trainer.config.data_paths import SPLITS, Source
+from trainer.config.data_paths import RELATIVE, SPLITS, Source
 from trainer.config.mixture_file import ANSWER_PATTERN
 from trainer.config.schema import (
     OVERALL,
@@ -86,7 +86,7 @@ def _check_source(at: str, source: Source) -> None:
         if source.part is not None and source.category is None:
             raise ConfigError(f"{at}: 'part' goes with 'category'")
         if not Path(source.file).is_file():
-            raise ConfigError(f"{at}: there is no file {source.file}")
+            raise ConfigError(f"{at}: there is no file {source.file}; {RELATIVE}")
     elif source.category is not None or source.part is not None:
         raise ConfigError(f"{at}: category and part go with 'file', not with 'hub'")
     elif not Path(source.hub or "").is_dir() and not HUB_ID.fullmatch(source.hub or ""):

@@ -19,6 +19,8 @@ from trainer.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 _TRAIN = ".train.jsonl"
+RELATIVE = "relative paths are taken from the folder of the configuration file"
+"""The end of messages about a file or directory that is missing."""
 
 Source = str | SourceConfig
 S = TypeVar("S", str, SourceConfig, Source, Source | None)
@@ -75,7 +77,7 @@ def _make_absolute(source: S, folder: Path, split: str) -> S:
 def _scan_directory(directory: Path, *, always_validation: bool) -> dict[str, SubDatasetConfig]:
     """Return the sub-datasets of a directory by their file names, sorted."""
     if not directory.is_dir():
-        raise ConfigError(f"data.directory: there is no directory {directory}")
+        raise ConfigError(f"data.directory: there is no directory {directory}; {RELATIVE}")
     found = {}
     for train in sorted(directory.glob(f"*{_TRAIN}")):
         name = train.name[: -len(_TRAIN)]
@@ -107,7 +109,8 @@ def _expand_mixture(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatase
         try:
             found = name_categories(read_mixture(file, source.part or split), file)
         except DataError as error:
-            raise ConfigError(f"{at}: {error}") from None
+            advice = "" if file.exists() else f"; {RELATIVE}"
+            raise ConfigError(f"{at}: {error}{advice}") from None
         if split == "train":
             categories = found
         if missing := sorted(set(categories.values()) - set(found.values())):

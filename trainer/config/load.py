@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trainer.config.checks import HUB_ID, check_settings
-from trainer.config.data_paths import resolve_data
+from trainer.config.data_paths import RELATIVE, resolve_data
 from trainer.config.schema import Config
 from trainer.config.yaml import override, read_yaml, write_yaml
 from trainer.errors import ConfigError
@@ -121,8 +121,11 @@ def _describe_unknown(key: str, siblings: list[str], at: str) -> str:
     """Return the message for an unknown key, with the nearest valid one."""
     message = f"unknown key {_join(at, key)!r}"
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed([*_list_keys(Config)])}
-    if key in elsewhere:
-        return f"{message}; did you mean {elsewhere[key]!r}?"
+    # Other trainers write "learning_rate" for "lr".
+    initials = "".join(word[:1] for word in key.split("_"))
+    for same in (key, initials * (len(initials) > 1)):
+        if same in elsewhere:
+            return f"{message}; did you mean {elsewhere[same]!r}?"
     if near := difflib.get_close_matches(key, siblings, n=1):
         return f"{message}; did you mean {_join(at, near[0])!r}?"
     if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
@@ -214,5 +217,5 @@ def _resolve_model(path: str, folder: Path) -> str:
     if (folder / path).exists():
         return str(folder / path)
     if not HUB_ID.fullmatch(path):
-        raise ConfigError(f"model.path: there is no directory {folder / path}")
+        raise ConfigError(f"model.path: there is no directory {folder / path}; {RELATIVE}")
     return path

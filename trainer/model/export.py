@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from msft_store.integrations.model_files import model_files
 from trainer.files import enough_space, make_readable, sync
 from trainer.model.load import LoadedModel
-from trainer.model.lora import write_adapter
+from trainer.model.lora import adapter_files, write_adapter
 from trainer.model.weights import Snapshots
 
 
@@ -52,6 +53,11 @@ def save_model(
     partial.rename(directory)
     sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def result_files(loaded: LoadedModel) -> dict[str, bytes]:
+    """Return the files of a result besides its weights, to be kept with every checkpoint."""
+    return {**model_files(loaded.model, loaded.tokenizer), **adapter_files(loaded)}
 
 
 def _write(loaded: LoadedModel, snapshots: Snapshots, directory: Path) -> None:

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from trainer.config.checks import HUB_ID
 from trainer.config.schema import ModelConfig
@@ -49,7 +51,7 @@ class LoadedModel:
     full_bytes: int
     """Bytes of a full checkpoint: the same weights in the dtype of checkpoints."""
     base_bytes: int
-    """Bytes of the safetensors files in ``directory``."""
+    """Bytes of the safetensors files in ``directory`` that the model was read from."""
     adapter: Any = None
     """PEFT's configuration of the adapter; ``None`` if all parameters are trained."""
 
@@ -67,8 +69,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     weights of the architecture, or if the tokenizer has no EOS token.
     """
     directory = _locate(config.path)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not any(directory.glob("*.safetensors")):
         raise ConfigError(
             f"model.path {directory} has no .safetensors file; convert the model once, for example "
             "with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
@@ -111,7 +112,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         hidden=int(text_config.hidden_size),
         trained_bytes=weight_bytes,
         full_bytes=weight_bytes,
-        base_bytes=sum(file.stat().st_size for file in files),
+        base_bytes=sum(file.stat().st_size for file in _weight_files(directory)),
     )
 
 
@@ -119,6 +120,18 @@ def max_positions(model: Any) -> int | None:
     """Return the number of the model's positions, or ``None`` if its configuration has none."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the files that ``from_pretrained`` reads weights from; variants beside them stay out.
+
+    The model was loaded from them before, so an index is sound.
+    """
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [directory / name for name in sorted(set(names))]
 
 
 def _locate(path: str) -> Path:

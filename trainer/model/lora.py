@@ -57,16 +57,23 @@ def write_adapter(
     loaded: LoadedModel, weights: Mapping[str, torch.Tensor], directory: Path
 ) -> None:
     """Write an adapter's weights, and its configuration with the base's path, as PEFT does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    for name, data in adapter_files(loaded).items():
+        write_atomic(directory / name, data)
+
+
+def adapter_files(loaded: LoadedModel) -> dict[str, bytes]:
+    """Return the configuration of an adapter as PEFT writes it; empty without an adapter."""
+    if loaded.adapter is None:
+        return {}
     settings = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in loaded.adapter.to_dict().items()
     }
     settings["inference_mode"] = True
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    write_atomic(directory / _CONFIG, f"{text}\n".encode())
+    return {_CONFIG: f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()}
 
 
 def _add_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> LoadedModel:

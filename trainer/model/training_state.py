@@ -128,6 +128,7 @@ def save_weights_only(store: Store, checkpoint: str, *, name: str) -> str:
         step=source.step,
         metrics=source.metrics,
         metadata={**metadata, "weights_of": source.id},
+        files=store.files(source),
     )
     store.pin(saved, name)
     return saved.id

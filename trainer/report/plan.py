@@ -234,9 +234,9 @@ def _evaluation_tokens(config: Config, counts: Mapping[str, Counts]) -> tuple[in
 def _max_rollback_points(config: Config, sub_datasets: int) -> int:
     """Return the largest number of rollback points that exist at once.
 
-    These are the newest and the best overall, and for MSFT also the champions and the root. With a
-    peak window W all champions are among the last W evaluations. If a divergence is rolled back,
-    the second newest is kept, too.
+    These are the newest checkpoint and the best overall, and for MSFT also the champions and the
+    root. With a peak window W all champions are among the last W evaluations. If a divergence is
+    rolled back, the second newest checkpoint is kept, too.
     """
     newest = 2 if config.train.on_divergence == "rollback" else 1
     if config.method != "msft":

@@ -15,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.model.evaluate import check_answers
 from trainer.model.load import LoadedModel, max_positions
 from trainer.model.training_state import is_weight
+from trainer.model.weights import memory_key, weights_of
 
 
 def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
@@ -34,6 +35,12 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
             f"the model's {kept[0]!r} is not the memory of a plain parameter or buffer, so that a "
             "roll-back could not restore it in place: use a model that is neither quantised nor "
             "keeps extra state, or lora on top of it"
+        )
+    lost = _find_unkept(loaded.model)
+    if lost:
+        raise ConfigError(
+            f"the model's {lost[0]!r} is trained, but no checkpoint would hold it, because the "
+            "model's state_dict() leaves it out: freeze it, or keep it in the state"
         )
     reserved = next((name for name in loaded.model.state_dict() if not is_weight(name)), None)
     if config.restores_optimizer and reserved is not None:
@@ -71,4 +78,14 @@ def _find_copies(model: torch.nn.Module) -> list[str]:
         if type(value) is not torch.Tensor
         or name not in own
         or value.data_ptr() != own[name].data_ptr()
+    ]
+
+
+def _find_unkept(model: torch.nn.Module) -> list[str]:
+    """Return the parameters that are trained and not among the run's weights."""
+    kept = {memory_key(tensor) for tensor in weights_of(model).values()}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and memory_key(parameter) not in kept
     ]

@@ -47,6 +47,7 @@ from trainer.training.workspace import Workspace
 
 _VERSION = 1
 _NAME = "resume"
+_PARTIAL = f".{RESUME}.partial"
 _WEIGHTS, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
@@ -79,15 +80,19 @@ def save(work: Workspace, point: ResumePoint) -> int:
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = work.directory / RESUME
-    temporary = path.with_name(f".{path.name}.tmp")
+    # safetensors writes to a temporary file of its own beside this one. After a kill nobody knows
+    # its name, so both are in a folder, which the next save deletes.
+    temporary = work.directory / _PARTIAL / path.name
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with enough_space("the resume point", path, needed_bytes=needed):
         try:
+            shutil.rmtree(temporary.parent, ignore_errors=True)
+            temporary.parent.mkdir()
             save_file(tensors, temporary, metadata={"msft": json.dumps(_make_content(point))})
             sync(temporary)
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary.parent, ignore_errors=True)
         sync(path.parent)
     return path.stat().st_size
 
@@ -114,7 +119,8 @@ def load(work: Workspace) -> None:
 def delete(work: Workspace) -> None:
     """Delete the resume point, in the main process."""
     (work.directory / RESUME).unlink(missing_ok=True)
-    shutil.rmtree(work.directory / RESUME_STORE, ignore_errors=True)
+    for folder in (RESUME_STORE, _PARTIAL):
+        shutil.rmtree(work.directory / folder, ignore_errors=True)
     sync(work.directory)
 
 

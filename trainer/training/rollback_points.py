@@ -62,7 +62,7 @@ class RollbackPoint:
     metrics: Mapping[str, float]
 
     def as_arguments(self) -> tuple[int, Mapping[str, float], Mapping[str, Any]]:
-        """Return the arguments of ``Timeline.commit`` after the tensors."""
+        """Return the arguments of ``Timeline.commit`` between tensors and files."""
         return self.step, self.metrics, {"stage": self.stage, "epoch": self.epoch}
 
 
@@ -123,9 +123,9 @@ def _save_model(work: Workspace, point: RollbackPoint) -> Future[Checkpoint] | N
     if with_state:
         tensors = add_training_state(tensors, work.optimizer, rng)
     if work.config.async_save:
-        return work.timeline.commit_async(tensors, *point.as_arguments())
+        return work.timeline.commit_async(tensors, *point.as_arguments(), work.files)
     future: Future[Checkpoint] = Future()
-    future.set_result(work.timeline.commit(tensors, *point.as_arguments()))
+    future.set_result(work.timeline.commit(tensors, *point.as_arguments(), work.files))
     return future
 
 
@@ -135,7 +135,7 @@ def _save_parts(work: Workspace, shards: Shards, point: RollbackPoint) -> Future
     with shards.encode_parts(work.timeline, shards.make_boxes(work.snapshots.take())) as parts:
         if work.timeline is None:
             return None
-        future.set_result(work.timeline.commit(parts, *point.as_arguments()))
+        future.set_result(work.timeline.commit(parts, *point.as_arguments(), work.files))
     return future
 
 

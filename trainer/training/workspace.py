@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,6 +46,7 @@ from trainer.data.sampling import shares
 from trainer.data.schedule import stage_schedule
 from trainer.errors import RunError
 from trainer.journal import Journal, JournalQueue, Record, read
+from trainer.model.export import result_files
 from trainer.model.forward import compute_in
 from trainer.model.load import LoadedModel
 from trainer.model.lora import load_for_training
@@ -81,6 +82,8 @@ class Workspace:
     store: Store | None
     base: Base | None
     timeline: Timeline | None
+    files: Mapping[str, bytes]
+    """Configuration and tokenizer, which checkpoints keep; empty in all but the main process."""
     shards: Shards | None
     """The parts of the model that processes hold; ``None`` if each process has the whole model."""
 
@@ -162,11 +165,13 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             store=None,
             base=None,
             timeline=None,
+            files={},
             shards=shards,
         )
         if not accelerator.is_main_process:
             yield work
             return
+        work.files = result_files(loaded)
         with Journal.open(directory / JOURNAL) as work.journal:
             _open_store(work)
             earlier = read(directory / JOURNAL)

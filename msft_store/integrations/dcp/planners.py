@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import (
 from msft_store.errors import InvalidInputError, MismatchError
 from msft_store.format.layout import canonical_json
 from msft_store.integrations.dcp.boxes import check_not_partial
+from msft_store.tensors.names import plain_name
 from msft_store.tensors.nested import flatten, unflatten
 
 OBJECTS = "dcp.json"
@@ -131,11 +132,12 @@ def _find_key(place: Any, key: Any) -> Any:
 def group_paths(paths: object) -> list[Any]:
     """Group the paths that DCP gives the names of a nested state by their containers, for JSON.
 
-    Paths of one key are left out.
+    Paths of one key are left out. Names and paths become plain.
     """
     groups: dict[tuple[Any, ...], list[Any]] = {}
-    for name, path in paths.items() if isinstance(paths, Mapping) else ():
-        if len(path) > 1 and name == _name_of(path):
+    for name, given in paths.items() if isinstance(paths, Mapping) else ():
+        path = [plain_name(key) if isinstance(key, str) else key for key in given]
+        if len(path) > 1 and plain_name(name) == _name_of(path):
             groups.setdefault(tuple(path[:-1]), []).append(path[-1])
     return [[list(container), keys] for container, keys in groups.items()]
 

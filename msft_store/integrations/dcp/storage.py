@@ -86,6 +86,8 @@ from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.boxes import Box, Part, Parts, whole_box
 from msft_store.tensors.bytes import torch_dtype
+from msft_store.tensors.files import check_files
+from msft_store.tensors.names import AnyNames, plain_name
 from msft_store.tensors.nested import unflatten
 
 
@@ -127,6 +129,7 @@ class StorageWriter(dcp.StorageWriter):
         metrics: Metric values in their natural units, by name.
         tags: Tags of the checkpoint.
         metadata: JSON values to keep with the checkpoint.
+        files: The model's configuration and tokenizer, as for :meth:`Store.save`.
         level: The compression level, as in :meth:`Store.save`.
 
     Attributes:
@@ -135,8 +138,8 @@ class StorageWriter(dcp.StorageWriter):
         checkpoint: The checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
 
     Raises:
-        InvalidInputError: If the name cannot be that of a ref. During a save, errors of all
-            ranks are raised as DCP's ``CheckpointException``.
+        InvalidInputError: If the name cannot be that of a ref, or a file cannot be kept. During a
+            save, errors of all ranks are raised as DCP's ``CheckpointException``.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class StorageWriter(dcp.StorageWriter):
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
         level: Level | None = None,
     ) -> None:
         self._gc_hold = contextlib.ExitStack()
@@ -164,6 +168,7 @@ class StorageWriter(dcp.StorageWriter):
             "metrics": metrics,
             "tags": tags,
             "metadata": metadata,
+            "files": check_files(files),
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -187,6 +192,11 @@ class StorageWriter(dcp.StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Send the parent's id to every rank, and block gc until the checkpoint exists."""
+        names = {item.index.fqn for plan in plans for item in plan.items}
+        if len(set(map(plain_name, names))) < len(names):
+            raise InvalidInputError(
+                "two names differ only in '_orig_mod', which torch.compile adds: rename one of them"
+            )
         store = Store.open(self.path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(store.awaiting_parts())
@@ -222,7 +232,8 @@ class StorageWriter(dcp.StorageWriter):
         boxes: list[Box] = []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                values[item.index.fqn] = check_can_write(item.index.fqn, planner).json_of(item)
+                name = item.index.fqn
+                values[plain_name(name)] = check_can_write(name, planner).json_of(item)
             else:
                 boxes.append(make_box(item, planner.resolve_data(item)))
         try:
@@ -232,10 +243,13 @@ class StorageWriter(dcp.StorageWriter):
                 f"rank {task.rank} finds no store at {self.path}, but the coordinator does: "
                 "use a path on a file system that all ranks share"
             ) from error
-        part = store.encode(
-            [*boxes, *find_tied_boxes(boxes, planner)], parent=task.parent, level=self._level
-        )
-        own = {box.name: part.tensors[box.name] for box in boxes if box.name in part.tensors}
+        named = [
+            replace(box, name=plain_name(box.name))
+            for box in (*boxes, *find_tied_boxes(boxes, planner))
+        ]
+        part = store.encode(named, parent=task.parent, level=self._level)
+        names = [box.name for box in named[: len(boxes)] if box.name in part.tensors]
+        own = {name: part.tensors[name] for name in names}
         return _Written(part=replace(part, tensors=own), json=values)
 
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
@@ -341,13 +355,13 @@ class StorageReader(dcp.StorageReader):
             raise InvalidInputError("StorageReader needs a name: a ref, or the id of a checkpoint")
         store = self._opened = Store.open(self.path)
         found = self._checkpoint = store.get(self.name)
-        self._tensors = store.tensors(found)
+        self._tensors = AnyNames(store.tensors(found))
         self._values = {}
         if self._tensors.pop(OBJECTS, None) is not None:
             text = store.load(found, [OBJECTS])[OBJECTS]
-            self._values = json.loads(text.numpy().tobytes())
+            self._values = AnyNames(json.loads(text.numpy().tobytes()))
         paths = paths_by_name(self._values.pop(PATHS, []))
-        described: dict[str, Any] = {name: BytesStorageMetadata() for name in self._values}
+        described: AnyNames[Any] = AnyNames({name: BytesStorageMetadata() for name in self._values})
         for name, entry in self._tensors.items():
             described[name] = TensorStorageMetadata(
                 properties=TensorProperties(dtype=torch_dtype(entry.dtype)),

@@ -1,9 +1,10 @@
 """Keep the checkpoints of a Hugging Face Trainer or a trainer of TRL in a store.
 
-The callback commits the weights, with the metrics of the evaluation, whenever the Trainer evaluates
-or would save. A retention policy decides which checkpoints stay: a best one per dataset costs a few
-percent of a full checkpoint. The callback also keeps one resume point, the latest, with optimizer,
-schedule, generators and the Trainer's own state. No ``checkpoint-*`` directories are written.
+The callback commits the weights, with the metrics of the evaluation and the model's configuration
+and tokenizer, whenever the Trainer evaluates or would save. A retention policy decides which
+checkpoints stay: a best one per dataset costs a few percent of a full checkpoint. The callback also
+keeps one resume point, the latest, with optimizer, schedule, generators and the Trainer's own
+state. No ``checkpoint-*`` directories are written.
 
 The Trainer evaluates a dictionary of evaluation sets one by one. The callback makes one commit of
 all of them, under the Trainer's names: ``eval_NAME_loss``. A metric that a trainer gives the same
@@ -44,21 +45,19 @@ from transformers.trainer_callback import ExportableState
 
 from msft_store._util import PathLike
 from msft_store.errors import InvalidInputError, NotAStoreError, UnknownCheckpointError
-from msft_store.integrations.hf.peft import (
-    adapter_config,
-    find_local_model,
-    restore_weights,
-    select_weights,
-)
+from msft_store.integrations.hf.peft import KeptModel, find_local_model
 from msft_store.integrations.hf.resume_directory import write_resume_directory
 from msft_store.integrations.hf.run_timelines import RunTimelines, SaveLimit
 from msft_store.integrations.hf.trainer_checks import (
     check_trainer,
     extract_metrics,
     find_ignored_options,
+    find_outside,
     find_trainer,
     find_unknown_metrics,
 )
+from msft_store.integrations.model_files import model_files
+from msft_store.integrations.trained import outside_state, restore_outside
 from msft_store.integrations.training_state import (
     free_prefix,
     from_tensors,
@@ -76,7 +75,7 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import KeepBest, KeepLast, Mode, Policy, default_mode
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors
-from msft_store.tensors.names import plain_names
+from msft_store.tensors.files import check_files
 from msft_store.timeline.timeline import Timeline
 
 STATE = "trainer"
@@ -146,6 +145,12 @@ class StoreCallback(TrainerCallback):
         """True if this training keeps a resume point."""
         self._trainer: Any = None
         self._model: Any = None
+        self._kept: KeptModel | None = None
+        """The model of this training, as its checkpoints hold it."""
+        self._outside: dict[str, torch.Tensor] = {}
+        """The parameters that the optimizer trains and that are not the model's."""
+        self._processor_files: dict[str, bytes] = {}
+        """The files of the Trainer's tokenizer or processor, in the main process."""
         self._parts: dict[str, Any] = {}
         self._parts_checked = True
         self._wanted: dict[str, Mode] = {}
@@ -257,15 +262,20 @@ class StoreCallback(TrainerCallback):
         """Restore a model's weights from a checkpoint, in place and bit for bit.
 
         Args:
-            model: The model; with a PEFT adapter, its active adapter is restored.
+            model: The model. With PEFT adapters, its active adapters are restored, and everything
+                else that was trained.
             checkpoint: A checkpoint, its id or a ref.
 
         Raises:
             UnknownCheckpointError: If there is no such checkpoint.
-            MismatchError: If a tensor is missing or has another shape or dtype.
+            MismatchError: If a tensor or an active adapter is missing, or a tensor has another
+                shape or dtype.
             CorruptedError: If a file of the store is damaged.
         """
-        restore_weights(model, self.store, checkpoint)
+        kept = self._kept
+        if kept is None or kept.model is not model:
+            kept = KeptModel(model)
+        kept.restore(self.store, checkpoint)
 
     def close(self) -> None:
         """Stop protecting the checkpoints of this callback's runs, so that a gc with a policy may
@@ -300,7 +310,10 @@ class StoreCallback(TrainerCallback):
                 warnings.warn(line, stacklevel=1)
         self._model = model
         # Refuse weights that cannot be saved now, and not at the first save.
-        select_weights(model)
+        if self._kept is None or self._kept.model is not model:
+            self._kept = KeptModel(model)
+        self._kept.tensors()
+        self._outside = find_outside(kwargs.get("optimizer"), model, resumable=self._keeps_state)
         self._parts_checked = not self._keeps_state
         self._parts = {"optimizer": kwargs.get("optimizer"), "schedule": kwargs.get("lr_scheduler")}
         if self._trainer is not None and getattr(self._trainer.accelerator, "scaler", None):
@@ -312,7 +325,7 @@ class StoreCallback(TrainerCallback):
             self._wanted = {metric: "max" if args.greater_is_better else "min"}
         if point is None and not is_retry:
             self._begin_run(run_in_main_process(lambda: self._choose_name(state)))
-        is_used = run_in_main_process(lambda: self._open_timelines(args))
+        is_used = run_in_main_process(lambda: self._open_run(args, kwargs.get("processing_class")))
         at = self._state["trainer"]["global_step"] if self._state is not None else None
         if point is not None and state.global_step == at:
             self._restore_state(point, state)
@@ -365,7 +378,7 @@ class StoreCallback(TrainerCallback):
             self._undo_step(state, control)
         if not self._parts_checked:
             # The optimizer has a state from the first step on.
-            check_tensors(to_tensors(self._states(), STATE))
+            check_tensors(to_tensors([self._states(), outside_state(self._outside)], STATE))
             self._parts_checked = True
         self._take_over_save(control)
 
@@ -480,8 +493,12 @@ class StoreCallback(TrainerCallback):
         state: dict[str, Any] = from_tensors(self.store.load(point, training), prefix)
         return state
 
-    def _open_timelines(self, args: TrainingArguments) -> bool:
-        """Open the timelines with the run's policy; return True if they hold checkpoints."""
+    def _open_run(self, args: TrainingArguments, processing_class: Any) -> bool:
+        """Collect the processor's files and open the timelines; return True if they were used."""
+        if processing_class is None and self._trainer is not None:
+            # The Trainer saves this one, too.
+            processing_class = getattr(self._trainer.data_collator, "tokenizer", None)
+        self._processor_files = check_files(model_files(None, processing_class))
         return self._timelines.open(
             self.base,
             self._policy(args),
@@ -545,9 +562,10 @@ class StoreCallback(TrainerCallback):
     def _commit(
         self, state: TrainerState, metrics: dict[str, float], rng_states: list[Any]
     ) -> None:
-        adapter = adapter_config(self._model)
-        export = {EXPORT: {"adapter": adapter}} if adapter else {}
-        weights, training = plain_names(select_weights(self._model)), {}
+        kept = self._kept or KeptModel(self._model)
+        settings = kept.export_settings()
+        export = {EXPORT: settings} if settings else {}
+        weights, training = kept.tensors(), {}
         prefix = free_prefix(STATE, weights)
         if self._keeps_state:
             snapshot = {
@@ -556,7 +574,8 @@ class StoreCallback(TrainerCallback):
                 "epochs": [began for _, began in rng_states],
                 "trainer": self._trainer_state(state),
                 "commits": self._commits,
-                "adapter": adapter,
+                "adapter": settings.get("adapter"),
+                "outside": outside_state(self._outside),
             }
             training = to_tensors(snapshot, prefix)
         self._timelines.commit(
@@ -565,7 +584,8 @@ class StoreCallback(TrainerCallback):
             step=int(state.global_step),
             metrics=metrics,
             metadata={"epoch": state.epoch, **export},
-            resume_metadata={EXPORT: {**export.get(EXPORT, {}), "without": f"{prefix}."}},
+            resume_metadata={EXPORT: {**settings, "without": f"{prefix}."}},
+            files={**model_files(self._model), **self._processor_files},
         )
 
     def _states(self) -> dict[str, Any]:
@@ -587,6 +607,7 @@ class StoreCallback(TrainerCallback):
         """Restore the state that the Trainer does not restore itself."""
         resumed = self._state or {}
         self.restore(self._model, point)
+        restore_outside(self._outside, resumed.get("outside", {}))
         for name, part in resumed["parts"].items():
             if self._parts.get(name) is not None:
                 self._parts[name].load_state_dict(part)

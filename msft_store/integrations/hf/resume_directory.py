@@ -1,7 +1,8 @@
 """Write the directory that the Trainer resumes from. It exists only while the Trainer reads it.
 
-The directory holds a resume point's weights and the Trainer's state, and names the process that
-wrote it. A directory that a killed process left behind is deleted by the next process that resumes.
+The directory holds a resume point's weights and the Trainer's state. Its name contains the process
+that wrote it, because a name exists completely or not at all. A directory that a killed process
+left behind is deleted by the next process that resumes.
 
 Example::
 
@@ -11,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from msft_store._util import PathLike
+from msft_store.maintenance.export_names import PROMPTS
 from msft_store.storage.lock_files import Process, process_status
 
 _PREFIX = ".resume-"
-_OWNER = "owner.json"
 
 
 def write_resume_directory(
@@ -42,22 +42,38 @@ def write_resume_directory(
     for old in Path(parent).glob(f"{_PREFIX}*"):
         if _is_abandoned(old, here):
             shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    _write_json(folder / _OWNER, dataclasses.asdict(here))
+    owner = f"{here.pid}-{here.start}-{here.boot}-{here.namespace}-{here.machine}-"
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX + owner, dir=parent))
     _write_json(folder / "trainer_state.json", state)
     if adapter:
         _write_json(folder / "adapter_config.json", adapter)
     file = "adapter_model.safetensors" if adapter else "model.safetensors"
-    save_file(dict(weights), folder / file)
+    save_file(_for_peft(weights) if adapter else dict(weights), folder / file)
     return folder
+
+
+def _for_peft(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of the first adapter as PEFT restores them into a model that trains.
+
+    PEFT puts the learned prompts into the embedding, from which a prompt encoder computes them.
+    """
+    found = {n: t for n, t in weights.items() if "/" not in n and not n.startswith(PROMPTS)}
+    for name, tensor in weights.items():
+        if name.startswith(PROMPTS) and name.endswith(".embedding.weight"):
+            found["prompt_embeddings"] = tensor
+    return found
 
 
 def _is_abandoned(folder: Path, here: Process) -> bool:
     try:
-        fields = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
-        return process_status(Process(**fields), here) == "dead"
-    except (OSError, ValueError, TypeError):
+        pid, start, *others, _ = folder.name.removeprefix(_PREFIX).split("-")
+        boot, namespace, machine = others
+        owner = Process(
+            pid=int(pid), start=int(start), boot=boot, namespace=namespace, machine=machine
+        )
+    except ValueError:
         return False
+    return process_status(owner, here) == "dead"
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

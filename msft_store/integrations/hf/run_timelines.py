@@ -10,7 +10,7 @@ Example::
     timelines = RunTimelines(store, "main", background=False)
     timelines.open(base, KeepLast(1), resumable=True)   # in the main process; the others only read
     timelines.commit(weights, training, step=10, metrics={"loss": 0.4}, metadata={},
-                     resume_metadata={})
+                     resume_metadata={}, files={})
     timelines.find_resume_point()
 """
 
@@ -143,20 +143,22 @@ class RunTimelines:
         metrics: Mapping[str, float],
         metadata: Mapping[str, Any],
         resume_metadata: Mapping[str, Any],
+        files: Mapping[str, bytes],
     ) -> None:
         """Commit the weights and, together with the training's state, the resume point.
 
-        ``resume_metadata`` is the resume point's metadata. In the background this returns after
-        everything is copied; an error of the previous commit is raised here or by :meth:`wait`.
+        ``resume_metadata`` is the resume point's metadata; ``files`` describe the model. In the
+        background this returns after everything is copied; an error of the previous commit is
+        raised here or by :meth:`wait`.
         """
         names = list(weights)
 
         def commit(tensors: Tensors) -> None:
             if self._weights is not None:
                 kept = {name: tensors[name] for name in names}
-                self._weights.commit(kept, step, metrics, metadata)
+                self._weights.commit(kept, step, metrics, metadata, files)
             if self._resume is not None:
-                self._resume.commit(tensors, step, metrics, resume_metadata)
+                self._resume.commit(tensors, step, metrics, resume_metadata, files)
 
         tensors = {**weights, **training}
         if self._commits_in_background:

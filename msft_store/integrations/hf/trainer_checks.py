@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import HubStrategy
 
 from msft_store.errors import InvalidInputError
+from msft_store.integrations.trained import describe_outside, outside_parameters
 from msft_store.retention import suggest_metric
 
 _COUNTERS = (
@@ -74,6 +75,28 @@ def check_trainer(
         )
 
 
+def find_outside(
+    optimizer: Any, model: torch.nn.Module, *, resumable: bool
+) -> dict[str, torch.Tensor]:
+    """Return the parameters that an optimizer trains and that are not the model's.
+
+    Warn that only a resume point holds them. Raise an error if there will be none.
+    """
+    found = outside_parameters([optimizer], [model])
+    if found and not resumable:
+        raise InvalidInputError(
+            f"{describe_outside(found)}, would be in no checkpoint: make it a part of the model, "
+            "or keep a resume point (resumable=True, save_only_model=False)"
+        )
+    if found:
+        warnings.warn(
+            f"{describe_outside(found)}, is kept in the resume point alone: StoreCallback.restore "
+            "and load_best_model_at_end do not restore it",
+            stacklevel=1,
+        )
+    return found
+
+
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
     """Return the Trainer that is calling this callback now; ``None`` if another loop calls it.
 
@@ -96,6 +119,12 @@ def find_ignored_options(args: TrainingArguments) -> list[str]:
         found.append(
             f"push_to_hub with hub_strategy={strategy.value!r} pushes nothing while training, "
             "because there are no checkpoint directories: call trainer.push_to_hub() after it"
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer.endswith("_layerwise") and not args.save_only_model:
+        found.append(
+            f"optim={optimizer!r} hides its state from the Trainer, so that a resume begins with a "
+            "new one and is not exact: use it without layerwise"
         )
     if args.save_on_each_node:
         found.append("save_on_each_node has no effect: only the main process writes to the store")

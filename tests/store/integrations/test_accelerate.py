@@ -220,3 +220,43 @@ def test_an_offloaded_model_is_refused_at_the_start(store: Store, timeline: Time
     accelerator.prepare_model(model, device_placement=False)
     with pytest.raises(InvalidInputError, match=r"'weight' has no plain memory.*offloaded"):
         register(accelerator, timeline, store)
+
+
+class Forgetful(torch.nn.Module):
+    """A model whose state dict drops a parameter that is trained."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), value))
+        self.gain = torch.nn.Parameter(torch.full((2,), value))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}gain"]
+
+
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_trained_parameters_that_no_state_dict_has_come_back(
+    tmp_path: Path, store: Store, timeline: Timeline, by_folder: bool
+) -> None:
+    def prepare(value: float) -> tuple[Accelerator, torch.nn.Module, torch.Tensor]:
+        accelerator = Accelerator(cpu=True)
+        model, outside = Forgetful(value), torch.nn.Parameter(torch.full((3,), value))
+        optimizer = torch.optim.SGD([*model.parameters(), outside], lr=0.1)
+        accelerator.prepare(model, optimizer)
+        if by_folder:
+            register(accelerator, timeline, store)
+        return accelerator, model, outside
+
+    first, _, _ = prepare(1.0)
+    second, model, outside = prepare(2.0)
+    if by_folder:
+        first.save_state(str(tmp_path / "state"))
+        second.load_state(str(tmp_path / "state"))
+        (saved,) = timeline.checkpoints()
+    else:
+        saved = store.get(save_state(first, timeline))
+        load_state(second, store, saved)
+    assert all((tensor == 1).all() for tensor in (*model.parameters(), outside))
+    (file,) = store.export(saved, tmp_path / "out")
+    assert load_file(file).keys() == {"gain", "weight"}

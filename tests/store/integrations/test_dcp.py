@@ -653,3 +653,50 @@ def test_boxes_of_a_sharded_tensor_are_its_local_shards(tmp_path: Path) -> None:
 
     assert in_ranks(2, act, tmp_path) == [0, 0]
     assert store.load("a")["w"].tolist() == [[1, 1], [1, 1], [0, 0], [0, 0], [1, 1]]
+
+
+def test_a_save_does_not_rely_on_a_base_that_changed(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(64, 64), "b": torch.randn(64, 64)}
+    file = tmp_path / "base.safetensors"
+    safetensors.torch.save_file(weights, file)
+    store = Store.create(tmp_path / "store")
+    base = store.add_base(file)
+    safetensors.torch.save_file({**weights, "b": weights["b"] + 1}, file)
+
+    def save(_: int) -> None:
+        for name, state in (("same", weights), ("moved", {n: t * 2 for n, t in weights.items()})):
+            writer = StorageWriter(store.path, name=name, parent=base)
+            dcp.save(state, storage_writer=writer, planner=SavePlanner())
+            found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            reader = StorageReader(store.path, name=name)
+            dcp.load(found, storage_reader=reader, planner=LoadPlanner())
+            assert same_bits(found, state)
+
+    assert in_ranks(2, save, tmp_path) == [0, 0]
+    assert store.get("same").stored_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_compiled_module_has_the_checkpoints_of_the_original(
+    tmp_path: Path, *, own: bool
+) -> None:
+    writer, reader = one_process(tmp_path / "store")
+    plain, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    options = [{"planner": SavePlanner()}, {"planner": LoadPlanner()}] if own else [{}, {}]
+    state: dict[str, Any] = {"model": torch.compile(plain, backend="eager").state_dict()}
+    state |= {"lr": 0.5} if own else {}
+    dcp.save(state, storage_writer=writer, **options[0])
+
+    found = Store.open(tmp_path / "store").tensors("a").keys() - {"dcp.json"}
+    assert found == {"model.weight", "model.bias"}
+    assert reader.read_metadata().planner_data["model.bias"] == ("model", "bias")
+    for module in (other, torch.compile(other, backend="eager")):
+        torch.nn.init.zeros_(other.weight)
+        target = {**state, "model": module.state_dict(), **({"lr": 0.0} if own else {})}
+        dcp.load(target, storage_reader=reader, **options[1])
+        assert same_bits(other.state_dict(), plain.state_dict())
+        assert target.get("lr") == state.get("lr")
+    both = {"w": torch.ones(2), "_orig_mod.w": torch.zeros(2)}
+    with pytest.raises(dcp.CheckpointException, match="differ only in '_orig_mod'"):
+        dcp.save(both, storage_writer=writer)

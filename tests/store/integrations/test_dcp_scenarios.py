@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import (
     _load_state_dict,
     _load_state_dict_from_keys,
 )
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -40,6 +41,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.testing._internal.two_tensor import TwoTensor
 
 from msft_store import flatten
 from msft_store.integrations.dcp import LoadPlanner, SavePlanner, StorageReader, StorageWriter
@@ -333,6 +335,21 @@ def a_save_in_the_background(storage: Storage) -> None:
     same(storage.load({"a": torch.zeros(2), "k": 0}), {"a": torch.ones(2), "k": 1})
 
 
+@one
+def a_save_in_another_process(storage: Storage) -> None:
+    planner = SavePlanner() if storage.is_store else dcp.DefaultSavePlanner()
+    state, process = {"a": torch.ones(2), "k": 1}, AsyncCheckpointerType.PROCESS
+    done: Any = dcp.async_save(
+        state,
+        storage_writer=storage.writer(),
+        planner=planner,
+        async_checkpointer_type=process,
+    )
+    state["a"] += 1
+    done.result()
+    same(storage.load({"a": torch.zeros(2), "k": 0}), {"a": torch.ones(2), "k": 1})
+
+
 NESTED = {"m": {"a": torch.ones(3), "n": 2}, "k": 5, "l": [torch.ones(1), 4]}
 
 
@@ -426,6 +443,14 @@ def an_object_that_only_pickle_can_keep(storage: Storage) -> None:
 @one
 def a_tensor_in_a_tuple(storage: Storage) -> None:
     storage.save({"a": (torch.ones(2), 1)})
+
+
+@one
+def a_tensor_subclass(storage: Storage) -> None:
+    pair = TwoTensor(torch.ones(2), torch.zeros(2))
+    storage.save({"a": pair})
+    found = storage.load({"a": TwoTensor(torch.zeros(2), torch.zeros(2))})["a"]
+    same((found.a, found.b), (pair.a, pair.b))
 
 
 # ShardedTensor, in one process and in four.
@@ -582,9 +607,10 @@ def models(storage: Storage, before: Any, after: Any) -> None:
     same(gathered(after.state_dict()), expected)
 
 
-def fsdp1(seed: int, **options: Any) -> torch.nn.Module:
+def fsdp1(seed: int, inner: Any = None, **options: Any) -> torch.nn.Module:
     kind = torch.distributed.fsdp.StateDictType.SHARDED_STATE_DICT
-    module = FullyShardedDataParallel(model(seed), device_id=torch.device("cpu"), **options)
+    inner = inner or model(seed)
+    module = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), **options)
     FullyShardedDataParallel.set_state_dict_type(module, kind)
     return module
 
@@ -601,6 +627,27 @@ def parallel(seed: int) -> torch.nn.Module:
 @four
 def fsdp1_with_sharded_tensors(storage: Storage) -> None:
     models(storage, fsdp1(0), fsdp1(1))
+
+
+@four
+def fsdp1_with_its_optimizer(storage: Storage) -> None:
+    def make(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        # DCP cannot load the state of an optimizer into a rank that has no rows of a parameter.
+        module = fsdp1(seed, torch.nn.Linear(6, 8))
+        updates = torch.optim.AdamW(module.parameters())
+        module(torch.randn(3, 6)).square().sum().backward()
+        updates.step()
+        return module, updates
+
+    before, after = make(0), make(1)
+    state = FullyShardedDataParallel.optim_state_dict(*before)
+    assert hasattr(state["state"]["weight"]["exp_avg"], "local_shards")
+    storage.save({"optimizer": state})
+    found = FullyShardedDataParallel.optim_state_dict(*after)
+    storage.load({"optimizer": found})
+    after[1].load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(*after, found))
+    same(flatten(after[1].state_dict())[0], flatten(before[1].state_dict())[0])
 
 
 @four
@@ -624,6 +671,21 @@ def fsdp2_in_other_meshes(storage: Storage) -> None:
 def tensor_parallel_becomes_fsdp2(storage: Storage) -> None:
     models(storage, parallel(0), parallel(1))
     models(storage, parallel(0), fsdp2(1, 4))
+
+
+def in_two_dimensions(seed: int) -> torch.nn.Module:
+    """Return a model under tensor parallelism and FSDP2."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    module = parallelize_module(model(seed), both["tensor"], plan)
+    return fully_shard(module, mesh=both["data"])  # type: ignore[return-value]
+
+
+@four
+def fsdp2_with_tensor_parallel(storage: Storage) -> None:
+    models(storage, in_two_dimensions(0), in_two_dimensions(1))
+    models(storage, in_two_dimensions(0), fsdp2(1, 4))
+    models(storage, fsdp2(0, 4), in_two_dimensions(1))
 
 
 @four
@@ -661,11 +723,13 @@ REFUSED = {
     "a_save_without_collectives": "use_collectives=True",
     "an_object_that_only_pickle_can_keep": "a is a PosixPath",
     "a_tensor_in_a_tuple": "use a list",
+    "a_tensor_subclass": "'a' is a TwoTensor",
 }
 """The reason why a store refuses a scenario: the first one at the load, the others at the save."""
 
-FAILED_BY_DCP = {"a_state_that_is_not_flattened"}
-"""Scenarios that fail with DCP's own storage: its planner drops the values."""
+FAILED_BY_DCP = {"a_state_that_is_not_flattened", "a_tensor_subclass"}
+"""Scenarios that fail with DCP's own storage: its planner drops the values, or does not unpickle
+them."""
 
 
 def outcomes(folder: Path, ranks: int, *, is_store: bool) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.hf.peft import adapter_config, select_weights
+from msft_store.integrations.hf.peft import KeptModel, select_weights
 from tests.support.ranks import in_ranks
 from tests.support.states import same_bits
 from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
@@ -258,7 +258,7 @@ def test_an_exported_adapter_is_configured_as_peft_does_it(
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type=task)
     model = get_peft_model(loaded, config)
     store = Store.create(tmp_path / "store")
-    said = {"export": {"adapter": adapter_config(model)}}
+    said = {"export": KeptModel(model).export_settings()}
     store.export(store.save(select_weights(model), metadata=said), tmp_path / "out")
 
     model.save_pretrained(tmp_path / "peft")

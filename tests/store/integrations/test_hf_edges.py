@@ -121,11 +121,17 @@ def test_a_kill_at_any_moment_of_a_commit_changes_nothing(tmp_path: Path, base: 
         assert callback.store.check() == []
 
 
-def test_resume_directories_of_killed_processes_are_deleted(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_resume_directories_of_killed_processes_are_deleted(
+    tmp_path: Path, base: Path, is_complete: bool
+) -> None:
     callback = StoreCallback(tmp_path / "store", base=base)
     make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2, save_steps=1).train()
 
     def work() -> int:
+        if not is_complete:
+            # This process ends before it writes the first file into the directory.
+            Path.write_text = lambda *arguments, **keywords: os._exit(0)
         StoreCallback(tmp_path / "store", base=base).resume(tmp_path / "run")
         return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,58 @@ def test_each_trial_of_a_search_is_a_run(
     for name in ("main-run-0", "main-run-1", "main"):
         reader = StoreCallback(tmp_path / "store", name=name)
         assert reader.best("eval_one_loss").step == 2
+
+
+def test_each_trial_of_a_search_with_optuna_is_a_run(tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("optuna")
+    callback = StoreCallback(tmp_path / "store", base=base)
+    trainer = make_trainer(tmp_path / "run", make_model(), [callback], max_steps=2, **EACH_STEP)
+    trainer.model_init = lambda _=None: make_model()
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)},
+        compute_objective=lambda metrics: metrics["eval_one_loss"],
+        backend="optuna",
+        n_trials=2,
+    )
+    for name in ("main-run-0", "main-run-1"):
+        point = StoreCallback(tmp_path / "store", name=name).best("eval_one_loss")
+        assert point.step in {1, 2}
+    assert callback.name == "main-run-1"
+    assert best.run_id in {"0", "1"}
+
+
+def test_a_stream_that_ends_early_gives_the_batches_of_the_trainers_checkpoints(
+    tmp_path: Path, base: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    ended = []
+    for name in ("ours", "theirs"):
+        callback = StoreCallback(tmp_path / name, base=base)
+        for fail_after in (7, None):
+            callbacks = [*([callback] if name == "ours" else []), Watch(fail_after)]
+            trainer = make_trainer(
+                tmp_path / f"{name}-run",
+                make_model(),
+                callbacks,
+                max_steps=8,
+                save_steps=4,
+                eval_strategy="no",
+            )
+            trainer.train_dataset = datasets.IterableDataset.from_generator(_five_batches)
+            if fail_after:
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.train()
+                last = tmp_path / f"{name}-run" / "checkpoint-4"
+                point = callback.resume(tmp_path / "again") if name == "ours" else last
+            else:
+                trainer.train(resume_from_checkpoint=str(point))
+        ended.append((losses(trainer), state_of(trainer.model)))
+    assert ended[0][0] == ended[1][0]
+    assert [step for step, _ in ended[0][0]] == list(range(1, 9))
+    assert same_bits(ended[0][1], ended[1][1])
+
+
+def _five_batches() -> Iterator[dict[str, list[int]]]:
+    for row in range(10):
+        tokens = list(range(row, row + 8))
+        yield {"input_ids": tokens, "labels": tokens}

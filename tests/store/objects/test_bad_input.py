@@ -25,6 +25,7 @@ from msft_store import (
     VersionError,
 )
 from msft_store.format.layout import canonical_json, digest, seal
+from msft_store.integrations.remote import clone, pull, push
 from msft_store.objects.manifest import CheckpointFacts, checkpoint_content
 from msft_store.storage.backend import LocalBackend
 from msft_store.testing import FaultyBackend
@@ -188,6 +189,26 @@ def test_an_export_into_the_store_is_refused(
             store.export(ckpt, tmp_path / path)
     assert sorted(Path(store.path).rglob("*")) == before
     store.export(ckpt, tmp_path / "store-beside")
+
+
+def test_no_other_store_is_made_inside_of_one(tmp_path: Path, store: Store) -> None:
+    before = sorted(Path(store.path).rglob("*"))
+    push(store, tmp_path / "remote")
+    (tmp_path / "link").symlink_to(Path(store.path))
+    for place in ("store/inner", "store/packs/inner", "link/inner"):
+        for act in (
+            Store.create,
+            lambda path: push(store, path),
+            lambda path: push(store, f"file://{path}"),
+            lambda path: clone(tmp_path / "remote", path),
+            lambda path: pull(store, tmp_path / "remote", with_base=True, base_directory=path),
+        ):
+            with pytest.raises(InvalidInputError, match="is inside the store"):
+                act(tmp_path / place)
+    for itself in ("store", "link"):
+        with pytest.raises(InvalidInputError, match="is the store itself"):
+            push(store, tmp_path / itself)
+    assert sorted(Path(store.path).rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,22 @@ def test_one_save_of_the_same_weights_restores_older_checkpoints(
     assert store.plan_repair().lost == ()
 
 
+@pytest.mark.parametrize("truncated", [True, False])
+def test_a_changed_base_and_a_damaged_copy_are_both_named(
+    store: Store, base: Base, state: State, *, truncated: bool
+) -> None:
+    rewrite(base, other(state))
+    ckpt = store.save(state, parent=base)
+    (pack,) = Path(store.path).rglob("*.pack")
+    data = pack.read_bytes()
+    pack.chmod(0o644)
+    pack.write_bytes(data[: len(data) // 2] if truncated else data[:99] + b"damage" + data[105:])
+    with pytest.raises(BaseError) as caught:
+        Store.open(store.path).load(ckpt)
+    assert base.path in str(caught.value)
+    assert str(pack) in str(caught.value)
+
+
 def test_gc_keeps_the_copies_and_they_cost_nothing_once_the_checkpoints_go(
     store: Store, base: Base, state: State
 ) -> None:

@@ -382,6 +382,21 @@ def test_a_ref_moves_if_the_source_has_its_checkpoint(
     assert open_remote(url).refs() == store.refs()
 
 
+def test_a_ref_that_is_named_like_the_id_of_another_object_is_not_pulled(
+    tmp_path: Path, store: Store, states: dict[str, State], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = store.get("first").id[:8]
+    store.pin("first", name)
+    store.pin("alone", name)
+    url = f"file://{tmp_path / 'remote'}"
+    push(store, url)
+    clone(url, tmp_path / "clone")
+    copy = Store.open(tmp_path / "clone")
+    assert_holds(copy, states)
+    assert copy.refs().keys() == states.keys()
+    assert f"refs/{name}.json is left out: the id {store.get('first').id[:12]}" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["s3", "memory", "directory"])
 @pytest.mark.parametrize("new", [True, False])
 def test_of_two_pushers_at_the_same_moment_one_fails(  # noqa: PLR0917

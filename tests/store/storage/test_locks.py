@@ -35,9 +35,6 @@ def lock_files(store: Store) -> list[Path]:
     return sorted(Path(store.path, LOCKS).iterdir())
 
 
-# The protocol
-
-
 class Request(NamedTuple):
     """A request in the model: what it does next, and what it knows.
 
@@ -270,9 +267,6 @@ def test_a_disk_without_room_for_a_byte_has_room_for_a_lock(
     assert [c.id for c in store.log()] == [ckpt.id]
 
 
-# Dead owners
-
-
 @pytest.mark.parametrize("reaped", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_lock_of_a_killed_process_blocks_no_other(
@@ -390,9 +384,6 @@ def test_a_lock_of_an_unknown_form_is_respected(store: Store, ckpt: Checkpoint) 
     assert [p.name for p in lock_files(store)] == [".hidden"]
 
 
-# An owner whose lock was removed
-
-
 def test_an_owner_without_its_lock_finalizes_nothing(
     store: Store, base: Base, state: State
 ) -> None:
@@ -408,9 +399,6 @@ def test_an_owner_without_its_lock_finalizes_nothing(
     assert store.check() == []
     assert store.plan_gc().freed_bytes == 0
     store.save(train_step(state, 0.1, 1), parent=base)
-
-
-# Timeouts, and directories without write permission
 
 
 def test_the_environment_sets_the_lock_timeout(

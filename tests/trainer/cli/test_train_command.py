@@ -251,6 +251,8 @@ def test_quiet_and_verbose_set_the_log_level(capsys):
             logger.info("step")
             logger.warning("problem")
         shown[quiet, verbosity] = capsys.readouterr().err.split("\n")[:-1]
+    logging.getLogger("trainer.x").warning("a name \x1b]0;title\x07\nand a second line")
+    assert "a name \\x1b]0;title\\x07\nand a second line\n" in capsys.readouterr().err
     assert shown[True, 0] == ["problem", "problem"]
     assert shown[False, 0] == ["step", "problem", "problem"]
     assert shown[False, 1][0] == "INFO trainer.x: step"

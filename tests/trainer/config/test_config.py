@@ -70,7 +70,7 @@ def test_a_model_directory_beside_the_file_becomes_an_absolute_path(folder: Path
 
 def test_a_model_path_that_is_no_directory_and_no_hub_id_is_refused(folder: Path) -> None:
     message = refusal(folder, MINIMAL, "model.path=./missing")
-    assert message == f"model.path: there is no directory {folder / 'missing'}"
+    assert message.startswith(f"model.path: there is no directory {folder / 'missing'}; relative")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,11 @@ def test_a_directory_without_sub_datasets_is_refused(folder: Path) -> None:
 
 def test_a_directory_that_is_missing_is_refused(folder: Path) -> None:
     message = refusal(folder, "output_dir: a\nmodel: {path: m}\ndata: {directory: nope}\n")
-    assert message == f"data.directory: there is no directory {folder / 'nope'}"
+    place = "relative paths are taken from the folder of the configuration file"
+    assert message == f"data.directory: there is no directory {folder / 'nope'}; {place}"
+    for source in ("mixture: {train: nope.json}", "sub_datasets: {a: {train: nope}}"):
+        data = f"data: {{{source}, validation_share: 0.1}}"
+        assert refusal(folder, f"output_dir: a\nmodel: {{path: m}}\n{data}\n").endswith(place)
 
 
 def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
@@ -173,6 +177,8 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
     ("assignment", "message"),
     [
         ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        ("train.learning_rate=1", "unknown key 'train.learning_rate'; did you mean 'train.lr'?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'train.lr'?"),
         ("sede=1", "unknown key 'sede'; did you mean 'seed'?"),
         ("eval_every=1", "unknown key 'eval_every'; did you mean 'evaluation.eval_every'?"),
         (
@@ -304,8 +310,8 @@ def test_the_name_of_the_whole_mixture_is_refused(folder: Path) -> None:
 
 def test_a_missing_data_file_is_named_with_its_key(folder: Path) -> None:
     (folder / "dates.test.jsonl").unlink()
-    assert refusal(folder) == (
-        f"data.sub_datasets.dates.test: there is no file {folder / 'dates.test.jsonl'}"
+    assert refusal(folder).startswith(
+        f"data.sub_datasets.dates.test: there is no file {folder / 'dates.test.jsonl'}; relative"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def loaded(tmp_path_factory):
 def evaluate(loaded, examples=EXAMPLES, **config):
     evaluator = Evaluator(EvalConfig(**{"max_new_tokens": 12, **config}), loaded, Accelerator())
     return evaluator(loaded.model, {"all": examples})
+
+
+def test_the_bytes_of_the_base_are_those_of_the_files_that_are_read(tmp_path):
+    directory = write_model(tmp_path / "model")
+    size = (directory / "model.safetensors").stat().st_size
+    for variant in ("model.fp32.safetensors", "consolidated.safetensors"):
+        shutil.copy(directory / "model.safetensors", directory / variant)
+    assert load_model(ModelConfig(path=str(directory))).base_bytes == size
+    model = load_model(ModelConfig(path=str(directory))).model
+    model.save_pretrained(directory / "shards", max_shard_size="20KB")
+    shutil.copy(directory / "model.safetensors", directory / "shards" / "other.safetensors")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, directory / "shards")
+    shards = list((directory / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    found = load_model(ModelConfig(path=str(directory / "shards"))).base_bytes
+    assert found == sum(file.stat().st_size for file in shards)
 
 
 def generate(loaded, example, max_new_tokens):

@@ -23,6 +23,12 @@ class Packed(torch.nn.Linear):
         destination[prefix + "weight"] = self.weight.detach().clone()
 
 
+class Forgetful(torch.nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}bias"]
+
+
 def check(model: torch.nn.Module) -> None:
     config: Any = SimpleNamespace(
         evaluation=SimpleNamespace(metric="loss"), restores_optimizer=False
@@ -38,13 +44,19 @@ def test_weights_that_are_copies_are_named(kind: Any, name: str) -> None:
         check(kind(2, 2))
 
 
+def test_what_is_trained_and_not_kept_is_named() -> None:
+    with pytest.raises(ConfigError, match="the model's 'bias' is trained, but no checkpoint"):
+        check(Forgetful(2, 2))
+    check(Forgetful(2, 2).requires_grad_(False))
+
+
 def test_plain_weights_and_an_adapter_on_others_pass() -> None:
     tied = torch.nn.Sequential(
         torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)
     )
     tied[1].weight = tied[0].weight
     check(tied)
-    adapted = Packed(2, 2)
+    adapted = Packed(2, 2).requires_grad_(False)
     adapted.add_module("lora_A", torch.nn.Linear(2, 2))
     part = torch.nn.Module()
     part.add_module("layer", adapted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,18 @@ def test_the_result_is_an_ordinary_model_directory(msft):
     assert tokenizer("a")["input_ids"]
     best = min(records(msft, "evaluated"), key=lambda r: r["metrics"]["overall"])
     assert finished["checkpoint"] == best["checkpoint"]
+
+
+def test_an_export_of_a_checkpoint_has_the_files_of_the_result(msft, tmp_path):
+    Store.open(msft / "store").export("result", tmp_path / "out")
+    for path in (msft / "model").iterdir():
+        if path.suffix == ".json":
+            assert json.loads((tmp_path / "out" / path.name).read_text()) == json.loads(
+                path.read_text()
+            )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in (msft / "model").iterdir()
+    }
 
 
 def test_test_data_is_touched_once_for_base_and_result(msft):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -103,6 +104,24 @@ def test_a_kill_inside_an_action_changes_nothing(config, reference, owner, name,
     resume(directory)
     assert outcome(directory) == reference
     assert Store.open(directory / "store").check(read_data=True) == []
+
+
+def test_a_kill_while_a_resume_point_is_written_leaves_nothing(config, reference):
+    directory = Path(f"{config.output_dir}-killed")
+    shutil.rmtree(directory, ignore_errors=True)
+    config = replace(config, output_dir=str(directory), resume_every=2)
+    child = os.fork()
+    if child == 0:
+        # The resume point is the only file that is as large. Its write ends the process.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        start(config)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert list(directory.glob(".*"))
+    resume(directory)
+    assert outcome(directory) == reference
+    assert not list(directory.glob(".*"))
 
 
 def test_kills_one_after_the_other_change_nothing(config, reference):
