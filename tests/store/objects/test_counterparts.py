@@ -30,6 +30,7 @@ UPS = [weights(10 + at, 48, WIDTH) for at in range(3)]
 GATES = [weights(20 + at, 48, WIDTH) for at in range(3)]
 DOWNS = [weights(30 + at, WIDTH, 48) for at in range(3)]
 Q, K, V = weights(40, 64, WIDTH), weights(41, 16, WIDTH), weights(42, 16, WIDTH)
+PAIR = [UPS[0], GATES[0]]
 BIASES = [weights(50 + at, 48) for at in range(3)]
 
 
@@ -62,6 +63,18 @@ PAIRS: dict[str, tuple[Arrays, Arrays]] = {
     "turned": ({"w": Q.T}, {"v": Q}),
     "reshaped": ({"w": Q.reshape(64, 2, 4, 4)}, {"v": Q}),
     "resized": ({"w": np.concatenate([Q, V[:3]])}, {"w": Q}),
+    "interleaved": (
+        {"g": np.concatenate(PAIR[:1]), "x": np.stack(PAIR, axis=1).reshape(96, WIDTH)},
+        {"g": PAIR[0], "layers.x": np.concatenate(PAIR)},
+    ),
+    "halves of heads permuted": (
+        {
+            "layers.0.q": Q.reshape(HEADS, 8, 2, WIDTH).swapaxes(1, 2).reshape(64, WIDTH),
+            "layers.0.k": K,
+            "layers.0.v": V,
+        },
+        {"layers.0.qkv": np.concatenate([Q, K, V])},
+    ),
     "renamed": ({"w": Q, "x": K}, {"a": K, "b": Q}),
 }
 
