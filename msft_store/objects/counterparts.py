@@ -45,6 +45,11 @@ _MAX_BLOCKS = 1024
 """Largest number of equal blocks that a tensor is cut into."""
 _MAX_VOTES = 8
 """Largest number of votes of one name."""
+_SHORTEST_ROW = 16
+_MAX_ROWS = 1 << 15
+"""Least number of elements of rows, and most rows, that are looked for one by one."""
+_MAX_ROW_RUNS = 4096
+_ROWS_AT_ONCE = 1024
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _NATURAL = re.compile(r"(\d+)")
 
@@ -214,6 +219,7 @@ class _Probed:
     def __init__(self, side: Side) -> None:
         self.side = side
         self._probes: dict[_Range, Values] = {}
+        self._rows: dict[_Seen, Values] = {}
 
     def probe(self, part: _Range) -> Values:
         """Return the elements in the middle of a range."""
@@ -225,6 +231,16 @@ class _Probed:
         """Return elements of a range by their indices in it."""
         found = self.side.sample(part.seen.name, part.seen.flat(part.start + index))
         return np.nan_to_num(found, nan=np.nan, posinf=1e38, neginf=-1e38)
+
+    def rows(self, seen: _Seen) -> Values | None:
+        """Return a sample of each row of a matrix, or ``None`` if it has too many or too short."""
+        if seen not in self._rows and seen.shape[-1:] >= (_SHORTEST_ROW,):
+            count, width = seen.size // seen.shape[-1], seen.shape[-1]
+            if len(seen.shape) > 1 and count <= _MAX_ROWS:
+                index = np.arange(count)[:, None] * width + _middle(width)
+                found = self.at(_Range(seen, 0, seen.size), index.reshape(-1))
+                self._rows[seen] = np.nan_to_num(found).reshape(index.shape)
+        return self._rows.get(seen)
 
     def seen(self, name: str) -> _Seen:
         return _Seen(name, self.side.shapes[name], False)
@@ -289,13 +305,66 @@ class _Finder:
         for name in sorted(mine, key=lambda n: len(self._mine.side.shapes[n]) < 2):
             self._add(views, name, self._assemble(name, pool))
         left = [n for n in mine if n not in views]
-        used = {part.tensor for view in views.values() for part in view.parts}
-        self._locate(left, [n for n in pool.names if n not in used], views)
-        everything = _Pool(_ordered(self._base.side.shapes, self._base))
+        self._locate(left, [n for n in pool.names if n not in self._shown(views)], views)
+        shown = self._shown(views)
+        rest = _Pool([n for n in pool.names if shown[n] < self._size(self._base, n)])
         for name in left:
-            if name not in views and len(self._mine.side.shapes[name]) > 1:
-                self._add(views, name, self._assemble(name, everything))
+            if name not in views:
+                self._add(views, name, self._by_rows(name, rest))
+        for name in left:
+            if name not in views:
+                self._add(views, name, self._tied(name))
         return views
+
+    @staticmethod
+    def _shown(views: Mapping[str, View]) -> Counter[str]:
+        """Return the number of elements of each tensor of the base that views show."""
+        found: Counter[str] = Counter()
+        for part in (part for view in views.values() for part in view.parts):
+            found[part.tensor] += math.prod(part.shape)
+        return found
+
+    def _tied(self, name: str) -> list[ViewPart]:
+        """Return a part that shows a whole tensor of the base, which others may show, too."""
+        seen = self._mine.seen(name)
+        equal = [n for n, shape in self._base.side.shapes.items() if shape == seen.shape]
+        if len(seen.shape) < 2:
+            return []
+        ranges = [
+            _Range(self._base.seen(n), 0, seen.size)
+            for n in sorted(equal, key=_natural)
+            if self._fits(name, n)
+        ]
+        hits = self._fill(self._mine, seen, self._base, ranges)
+        return [p for hit in hits if (p := _part(seen, hit.at, hit.small))]
+
+    def _by_rows(self, name: str, pool: _Pool) -> list[ViewPart]:
+        """Return the parts of a tensor whose rows are in another order, such as interleaved."""
+        seen = self._mine.seen(name)
+        others = [
+            other
+            for other in pool.of_layer(name)
+            if self._base.side.shapes[other][-1:] == seen.shape[-1:] and self._fits(name, other)
+        ]
+        rows = self._mine.rows(seen)
+        if not others or rows is None:
+            return []
+        least, found = np.full(len(rows), _NEAR), np.full((len(rows), 2), -1)
+        for number, other in enumerate(others):
+            theirs = self._base.rows(self._base.seen(other))
+            if theirs is not None:
+                nearest, apart = _nearest(rows, theirs)
+                better = apart < least
+                least[better] = apart[better]
+                found[better] = np.stack([np.full(len(rows), number), nearest], axis=1)[better]
+        if (found[:, 0] < 0).mean() > 0.5:
+            return []
+        runs = _row_runs(found, math.prod(seen.shape[-2:-1]))
+        seens = [self._base.seen(other) for other in others]
+        parts = [
+            part for run in runs[:_MAX_ROW_RUNS] if (part := _row_part(seen, run, seens[run.other]))
+        ]
+        return parts if len(runs) <= _MAX_ROW_RUNS else []
 
     def _add(self, views: dict[str, View], name: str, parts: list[ViewPart]) -> None:
         if parts:
@@ -315,7 +384,7 @@ class _Finder:
                 for big, smalls in self._pairs(self._mine, name, self._base, fitting):
                     ranges = [r for small in smalls for r in _ranges(small, big, cut=cut)]
                     hits = self._fill(self._mine, big, self._base, ranges)
-                    parts = [p for hit in hits if (p := _part(big, hit.at, hit.small, self._base))]
+                    parts = [p for hit in hits if (p := _part(big, hit.at, hit.small))]
                     count = sum(math.prod(part.shape) for part in parts)
                     if count > covered:
                         best, covered = parts, count
@@ -335,7 +404,7 @@ class _Finder:
                     for hit in self._fill(self._base, big, self._mine, ranges):
                         small = hit.small.seen
                         whole = _Range(big, hit.at, hit.small.count)
-                        part = _part(small, 0, whole, self._base, self._mine)
+                        part = _part(small, 0, whole)
                         if part is not None and small.name not in views:
                             views[small.name] = View(self._mine.side.shapes[small.name], (part,))
 
@@ -424,9 +493,13 @@ class _Pool:
             found.setdefault(layer_of(name), []).append(name)
         return found
 
+    def of_layer(self, name: str) -> list[str]:
+        """Return the names with the first number of a name."""
+        return self._by_number.get(layer_of(name), [])
+
     def near(self, name: str) -> Iterator[list[str]]:
         """Yield the names with the first number of a name, then all names."""
-        layer = self._by_number.get(layer_of(name), [])
+        layer = self.of_layer(name)
         if layer:
             yield layer
         if len(layer) < len(self.names):
@@ -491,9 +564,70 @@ def _box(shape: Shape, start: int, count: int) -> tuple[Shape, Shape] | None:
     return tuple(offset), tuple(size)
 
 
-def _part(
-    big: _Seen, at: int, small: _Range, base: _Probed, mine: _Probed | None = None
-) -> ViewPart | None:
+def _nearest(rows: Values, others: Values) -> tuple[Indices, Values]:
+    """Return the nearest other row of each row, and its distance."""
+    lengths = (others**2).sum(axis=1)
+    nearest = np.empty(len(rows), np.int64)
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[at : at + _ROWS_AT_ONCE]
+        nearest[at : at + len(some)] = (lengths - 2 * some @ others.T).argmin(axis=1)
+    return nearest, _distance(rows, others[nearest])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows whose counterparts are in one tensor, a constant step apart."""
+
+    at: int
+    count: int
+    other: int
+    """Number of the tensor."""
+    first: int
+    """First row there."""
+    step: int
+
+
+def _row_runs(found: Indices, height: int) -> list[_Run]:
+    """Return the runs of rows, none of which exceeds a matrix of ``height`` rows.
+
+    ``found`` has the number of the tensor, or -1, and the row there of each row.
+    """
+    runs: list[_Run] = []
+    at = 0
+    while at < len(found):
+        number, first = found[at].tolist()
+        end, step = at + 1, 1
+        while number >= 0 and end % height and end < len(found) and found[end, 0] == number:
+            if end == at + 1:
+                step = int(found[end, 1]) - first
+            if step < 1 or found[end, 1] - found[end - 1, 1] != step:
+                break
+            end += 1
+        if number >= 0:
+            runs.append(_Run(at, end - at, number, first, step if end - at > 1 else 1))
+        at = end
+    return runs
+
+
+def _row_part(big: _Seen, run: _Run, seen: _Seen) -> ViewPart | None:
+    """Return the part that shows the rows of a run."""
+    width, step = seen.shape[-1], run.step
+    if step == 1:
+        return _part(big, run.at * width, _Range(seen, run.first * width, run.count * width))
+    box = _box(big.shape, run.at * width, run.count * width)
+    if box is None or (seen.size // width) % step:
+        return None
+    return ViewPart(
+        tensor=seen.name,
+        offset=box[0],
+        shape=box[1],
+        start=(run.first // step, run.first % step, 0),
+        axes=(1, 0, 2),
+        view=(seen.size // width // step, step, width),
+    )
+
+
+def _part(big: _Seen, at: int, small: _Range) -> ViewPart | None:
     """Return the part of a view that shows a range of the base; ``None`` if no box is one."""
     box = _box(big.shape, at, small.count)
     if box is None:
