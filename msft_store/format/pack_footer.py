@@ -297,8 +297,13 @@ def _references(table: bytes, rows: Rows, file: str) -> tuple[References, ...]:
     except (ValueError, KeyError, TypeError) as error:
         raise _footer_error(file, error) from None
     named = rows["reference"]
-    if (named[named != NO_INDEX] >= len(found)).any():
+    explicit = named != NO_INDEX
+    if (named[explicit] >= len(found)).any():
         raise _footer_error(file, "a record names a reference that is not listed")
+    several = np.array([isinstance(one, tuple) and len(one) > 1 for one in found], bool)
+    # The number of chunks that one takes to read must not grow with every level.
+    if (several[named[explicit]] & (rows["depth"][explicit] > MAX_DEPTH[1])).any():
+        raise _footer_error(file, "a record that refers to several parts is too deep")
     return found
 
 

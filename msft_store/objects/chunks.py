@@ -218,14 +218,22 @@ class ChunkStore:
                     return False
         return True
 
-    def read(self, key: bytes, size: int, dtype: DType, base: str | None) -> Bytes:
+    def read(
+        self, key: bytes, size: int, dtype: DType, base: str | None, *, again: bool = True
+    ) -> Bytes:
         """Return the ``size`` verified bytes of a chunk; :class:`CorruptedError` on damage."""
         out: Bytes = np.empty(size, np.uint8)
-        self.read_into(out, key, dtype, base)
+        self.read_into(out, key, dtype, base, again=again)
         return out
 
-    def read_into(self, out: Bytes, key: bytes, dtype: DType, base: str | None) -> None:
-        """Fill ``out`` with the verified bytes of a chunk; undefined after an error."""
+    def read_into(
+        self, out: Bytes, key: bytes, dtype: DType, base: str | None, *, again: bool = True
+    ) -> None:
+        """Fill ``out`` with the verified bytes of a chunk; undefined after an error.
+
+        With ``again`` a failure makes it read the index and the chunk a second time. References
+        are read without, or else each level of a damaged chain would double the time.
+        """
         span, changed = self.find_in_base(key, base), None
         if span is not None and base is not None:
             try:
@@ -237,13 +245,14 @@ class ChunkStore:
                     raise
                 changed = error
         stored = self.find(key, base)
-        if stored is not None:
-            with contextlib.suppress(StoreError):
-                self._decode(stored, out, dtype)
-                return
-        # A gc may have moved the chunk or its references since the index was read.
-        self.refresh()
-        stored = self.find(key, base)
+        if again:
+            if stored is not None:
+                with contextlib.suppress(StoreError):
+                    self._decode(stored, out, dtype)
+                    return
+            # A gc may have moved the chunk or its references since the index was read.
+            self.refresh()
+            stored = self.find(key, base)
         if stored is None:
             hint = "".join(f"; {error}" for error in self.damaged.values())
             raise changed or CorruptedError(
@@ -326,19 +335,26 @@ class ChunkStore:
                 raise CorruptedError(
                     f"chunk {record.key.hex()} refers to a chunk of the same or a greater depth"
                 )
-        self.read_parts_into(spans, out, dtype, base)
+        self.read_parts_into(spans, out, dtype, base, again=False)
 
     def read_parts_into(
-        self, spans: tuple[ChunkSpan, ...], out: Bytes, dtype: DType, base: str | None
+        self,
+        spans: tuple[ChunkSpan, ...],
+        out: Bytes,
+        dtype: DType,
+        base: str | None,
+        *,
+        again: bool = True,
     ) -> None:
         """Fill ``out`` with consecutive parts of verified chunks."""
         at = 0
         for span in spans:
             size, part = self._chunk_size(span, base), out[at : at + span.length]
             if span.start == 0 and span.length == size == part.size:
-                self.read_into(part, span.key, dtype, base)
+                self.read_into(part, span.key, dtype, base, again=again)
             else:
-                data = self.read(span.key, size, dtype, base)[span.start :][: span.length]
+                data = self.read(span.key, size, dtype, base, again=again)
+                data = data[span.start :][: span.length]
                 if data.size != part.size:
                     raise CorruptedError(f"a reference goes beyond chunk {span.key.hex()}")
                 part[:] = data

@@ -128,7 +128,8 @@ class ReferencePlanner:
                     base, depth = base or found.base, max(depth, found.depth)
                     spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
                 at += size
-        return Reference(base=base, depth=depth, span=tuple(spans)) if spans else None
+        fits = spans and depth <= MAX_DEPTH[1]
+        return Reference(base=base, depth=depth, span=tuple(spans)) if fits else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
         located, stored = (

@@ -48,7 +48,7 @@ from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend
 _MAX_EXTRA = 1 << 20
 _MAX_RATIO = 1 << 10
 """Decoded bytes that each byte of a frame adds to the limit, besides those of the dictionary."""
-_MAX_PREDICTIONS = 16
+_MAX_PREDICTIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)

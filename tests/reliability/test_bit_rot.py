@@ -135,7 +135,7 @@ def test_damage_to_a_base_is_found_or_has_no_effect(
     tmp_path: Path, faults: Ledger, soak: bool, seed: int
 ) -> None:
     rng = random.Random(seed)  # noqa: S311
-    for name in ("fast", "small"):
+    for name in ("v2/fast", "v2/small"):
         kept = copy_of(name, tmp_path)
         for path in {file for place in kept.bases.values() for file in tensors_in(place)}:
             whole = path.read_bytes()

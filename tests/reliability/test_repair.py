@@ -90,7 +90,7 @@ def all_bytes(root: Path) -> dict[Path, bytes]:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     """A store with damage of every kind that repair treats differently."""
-    kept = copy_of("fast", tmp_path_factory.mktemp("broken"))
+    kept = copy_of("v2/fast", tmp_path_factory.mktemp("broken"))
     packs = sorted((kept.root / "packs").iterdir(), key=lambda path: path.stat().st_size)
     assert len(packs) >= 5
     changed_at(packs[-1], 20)

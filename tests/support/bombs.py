@@ -172,6 +172,18 @@ def many_parts(path: Path) -> None:
     forge_checkpoint(store, {"w": entry(BF16, (1 << 9,), made)})
 
 
+def deep_parts(path: Path) -> None:
+    """Let each chunk consist of parts of the one before it, sixteen times over."""
+    store, dtype = Store.open(path), BF16
+    (key,) = forge_pack(store, [(chunk(bytes(64), dtype), bytes(64))])
+    for depth in range(1, 17):
+        spans = tuple(ChunkSpan(key=key, start=4 * at, length=4) for at in range(16))
+        data = bytes([depth]) * 64
+        record = chunk(data, dtype, codec=4, depth=depth, ref_key=key, reference=spans)
+        (key,) = forge_pack(store, [(record, b"")])
+    forge_checkpoint(store, {"w": entry(dtype, (32,), key)})
+
+
 def with_box(*box: tuple[int, ...], start: int = 0) -> Spoil:
     """Refer to a box of the base."""
 
@@ -295,6 +307,7 @@ BOMBS: dict[str, Spoil] = {
     "footer with keys that stand twice": with_footer(b'{"bases":[],"bases":[],"references":[]}'),
     "chunks that are changes of each other": circle,
     "chunk of many parts": many_parts,
+    "chunks of many parts, one on top of the other": deep_parts,
     "box with huge sides": with_box((0, 0), (2**62, 2**62)),
     "box that begins beyond": with_box((2**62, 0), (1, 64)),
     "box of no side": with_box((0, 0), (0, 64)),

@@ -2,7 +2,7 @@
 
 Example::
 
-    kept = copy_of("fast", tmp_path)
+    kept = copy_of("v2/fast", tmp_path)
     damage(random.Random(0), kept.files())
     kept.loadable()                           # ids that are still there, to the last bit
 """
@@ -19,8 +19,11 @@ from msft_store import Store, StoreError
 from tests.fixtures.stores.write import PLACE
 from tests.support.states import State, same_bits
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "stores" / "v1"
-STORES = ("dtypes", "fast", "pieces", "small")
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "stores"
+STORES = (
+    *("v1/fast", "v1/pieces"),
+    *("v2/deep", "v2/dtypes", "v2/fast", "v2/pieces", "v2/small", "v2/views"),
+)
 """Together they have every codec, dtype, depth and kind of file."""
 
 
@@ -57,11 +60,11 @@ class Kept:
 
 def copy_of(name: str, folder: Path) -> Kept:
     """Return an undamaged copy of a store below ``folder``."""
-    place = folder / name
+    place, kind = folder / name, Path(name).name
     shutil.copytree(FIXTURES / name, place)
     store = Store.open(place / "store")
     for base in store.bases():
-        store.relocate(base, place / Path(base.path).relative_to(PLACE / name))
+        store.relocate(base, place / Path(base.path).relative_to(PLACE / kind))
     return Kept(
         root=place / "store",
         states={ckpt.id: store.load(ckpt) for ckpt in store.log()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 
 from msft_store import Store, VersionError
 from msft_store.cli.main import main
-from msft_store.errors import InvalidInputError
+from msft_store.errors import InvalidInputError, StorageError
 from msft_store.integrations.remote import clone, open_remote, pull, push
+from msft_store.storage.backend import LocalBackend
+from msft_store.testing import FaultyBackend, SimulatedKill
 from tests.support.plain_store import PlainStore
 from tests.support.states import make_state, same_bits, train_step
 
@@ -131,6 +135,25 @@ def test_a_remote_is_upgraded_by_its_url(
     push(old, url)
     assert len(open_remote(url).log()) == 2
     assert open_remote(url).check() == []
+
+
+@pytest.mark.parametrize("error", [StorageError, SimulatedKill])
+def test_an_upgrade_that_fails_leaves_a_whole_store(old: Store, error: type[BaseException]) -> None:
+    place, state = LocalBackend(Path(old.path)), make_state()
+    config = Path(old.path, "store.json").read_bytes()
+    for fail_at in itertools.count():
+        faulty = FaultyBackend(place, error=error)
+        store = Store(faulty)
+        faulty.arm(fail_at)
+        with contextlib.suppress(error):
+            store.upgrade()
+        assert Store.open(old.path).version in (1, 2)
+        assert same_bits(Store.open(old.path).load(old.log()[0]), state)
+        if not faulty.failed:
+            break
+        Path(old.path, "store.json").write_bytes(config)
+    assert fail_at > 3
+    assert Store.open(old.path).version == 2
 
 
 @pytest.mark.parametrize("version", [1, 2])
