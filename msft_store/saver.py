@@ -33,7 +33,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -182,6 +182,7 @@ class AsyncSaver:
         tensors: State | torch.nn.Module,
         *,
         parent: Base | Checkpoint | str | None = None,
+        references: Iterable[Checkpoint | str] | None = None,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
@@ -197,6 +198,7 @@ class AsyncSaver:
         Args:
             tensors: Tensors by name, or a module. They may change as soon as this returns.
             parent: Base or checkpoint that these tensors descend from.
+            references: As for :meth:`Store.save`.
             step: Training step.
             metrics: Numbers by metric name, in their natural units.
             tags: Labels of the checkpoint.
@@ -222,6 +224,7 @@ class AsyncSaver:
         save = partial(
             self._store.save,
             parent=parent,
+            references=None if references is None else list(references),
             level=level,
             compared=compared,
             files=check_files(files),

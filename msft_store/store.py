@@ -308,6 +308,7 @@ class Store:
         tensors: Mapping[str, torch.Tensor] | torch.nn.Module | Parts,
         *,
         parent: Base | Checkpoint | str | None = None,
+        references: Iterable[Checkpoint | str] | None = None,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
@@ -324,6 +325,10 @@ class Store:
             tensors: Tensors by name, a module, or the :class:`Parts` that several processes
                 encoded.
             parent: Base or checkpoint that these tensors descend from.
+            references: Checkpoints with similar tensors. The tensors are encoded against one of
+                these, the parent or the base, whichever takes the fewest bytes for a sample of the
+                chunks. By default the nearest ancestor that keeps chains of references short, or
+                the base.
             step: Training step.
             metrics: Numbers by metric name, in their natural units.
             tags: Labels of the checkpoint.
@@ -350,18 +355,23 @@ class Store:
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
         kept = file_tensors(check_files(files))
         with self.session("save"):
+            near = self._resolve(references)
             if not isinstance(state, Parts):
                 state = {**state, **kept}
             elif kept:
                 boxes = [whole_box(name, tensor) for name, tensor in kept.items()]
-                state = Parts([*state, self._writer.encode(boxes, parent=parent, level=level)])
-            return self._writer.save(state, facts, parent=parent, level=level, compared=compared)
+                part = self._writer.encode(boxes, parent=parent, references=near, level=level)
+                state = Parts([*state, part])
+            return self._writer.save(
+                state, facts, parent=parent, references=near, level=level, compared=compared
+            )
 
     def encode(
         self,
         boxes: Iterable[Box],
         *,
         parent: Base | Checkpoint | str | None = None,
+        references: Iterable[Checkpoint | str] | None = None,
         level: Level | None = None,
     ) -> Part:
         """Write this process's share of a checkpoint that several processes save together.
@@ -373,6 +383,7 @@ class Store:
         Args:
             boxes: Parts of tensors that this process holds.
             parent: Base or checkpoint that these tensors descend from; the same in all processes.
+            references: As for :meth:`save`.
             level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
 
         Returns:
@@ -387,7 +398,30 @@ class Store:
         check_plain({box.name: box.tensor for box in checked})
         level = self.level if level is None else check_level(level)
         with self.session("encode"):
-            return self._writer.encode(checked, parent=parent, level=level)
+            return self._writer.encode(
+                checked, parent=parent, references=self._resolve(references), level=level
+            )
+
+    def _resolve(self, names: Iterable[Checkpoint | str] | None) -> list[Checkpoint] | None:
+        return None if names is None else [self._catalog.resolve(name) for name in names]
+
+    def nearest(
+        self, checkpoints: Sequence[Checkpoint], *, position: int | None = None
+    ) -> Checkpoint | None:
+        """Return the checkpoint of a history that the next one is best encoded against.
+
+        Most checkpoints are encoded against one of the last few. The position in the history
+        decides which of them it is, so that at most four references lead to the base.
+
+        Args:
+            checkpoints: Checkpoints of the history that are still there, oldest first.
+            position: Number of checkpoints that the history had; by default as many as are there.
+
+        Returns:
+            One for ``references`` of :meth:`save`; ``None`` if the position asks for the base.
+        """
+        position = len(checkpoints) if position is None else position
+        return self._writer.nearest(checkpoints[::-1], position=position)
 
     def load(
         self,
@@ -901,6 +935,35 @@ class Store:
         """
         with self.session("gc", exclusive=True):
             return evict_locked(self._catalog, list(checkpoints))
+
+    def release(self, checkpoints: Iterable[Checkpoint | str]) -> GcResult:
+        """Free bytes of forgotten checkpoints that others are differences of.
+
+        Those others are encoded again, against the base or the nearest of the given checkpoints, if
+        that takes fewer bytes than it frees. No id changes.
+
+        Args:
+            checkpoints: Checkpoints of one history that stay.
+
+        Returns:
+            The freed bytes and the size of the store.
+
+        Raises:
+            OverBudgetError: The new encodings exceed the limit of :meth:`within`.
+            OutOfSpaceError: The disk is full.
+            BusyError: Another process holds the lock for too long.
+        """
+        with self.session("release", exclusive=True):
+            found = [self._catalog.resolve(checkpoint) for checkpoint in checkpoints]
+            results = [evict_locked(self._catalog, [])]
+            # What one of them leaves behind makes room for the next.
+            for _ in self._writer.release(found):
+                results.append(evict_locked(self._catalog, []))
+        return replace(
+            results[-1],
+            freed_bytes=sum(result.freed_bytes for result in results),
+            peak_bytes=max(result.peak_bytes for result in results),
+        )
 
     def check(self, read_data: bool = True) -> list[Finding]:
         """Check the store for damage.

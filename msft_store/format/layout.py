@@ -120,6 +120,14 @@ class Record:
             return self.ref_key != bytes(KEY_BYTES)
         return isinstance(self.reference, tuple)
 
+    @property
+    def chunk_keys(self) -> tuple[bytes, ...]:
+        """Keys of the chunks that decoding needs directly."""
+        if not self.refers_to_chunk:
+            return ()
+        spans = self.reference if isinstance(self.reference, tuple) else None
+        return (self.ref_key,) if spans is None else tuple(span.key for span in spans)
+
 
 def canonical_json(value: Any) -> bytes:
     """Return the canonical JSON of a value: sorted keys, no spaces, ASCII, no NaN.

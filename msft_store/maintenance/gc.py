@@ -79,6 +79,7 @@ class GcResult:
         bytes: Size of the store afterwards.
         peak_bytes: Largest size of the store during the execution.
         left_bytes: Dead bytes in packs that there was no space to rewrite. A later gc frees them.
+        held_bytes: Bytes of chunks that no checkpoint names but that others refer to.
         hindrance: The error that postponed the rewriting; ``None`` if there was none.
     """
 
@@ -86,6 +87,7 @@ class GcResult:
     bytes: int
     peak_bytes: int
     left_bytes: int = 0
+    held_bytes: int = 0
     hindrance: str | None = None
 
     def __str__(self) -> str:
@@ -234,7 +236,7 @@ def evict_locked(
     dropped = [i for i in drop if i not in protected and catalog.get(i) is not None]
     # Deciding comes first, because it reads everything and so finds any damage.
     keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in dropped]
-    delete, rewrite, _ = find_waste(catalog, keep, share=rewrite_from)
+    delete, rewrite, held = find_waste(catalog, keep, share=rewrite_from)
     if dropped:
         # After a power loss, a ref whose deletion was not durable would point to no checkpoint.
         backend.sync(REFS)
@@ -271,6 +273,7 @@ def evict_locked(
         bytes=after,
         peak_bytes=peak,
         left_bytes=left,
+        held_bytes=held,
         hindrance=hindrance,
     )
 

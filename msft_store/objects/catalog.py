@@ -19,10 +19,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import (
@@ -308,8 +310,8 @@ class Catalog:
 
     def resolve_parent(
         self, parent: Base | Checkpoint | str | None
-    ) -> tuple[str | None, str | None, dict[str, TensorEntry] | None]:
-        """Return a parent's id, its base's id, and its tensor table if it is a checkpoint."""
+    ) -> tuple[str | None, str | None, Checkpoint | None]:
+        """Return a parent's id, its base's id, and the parent if it is a checkpoint."""
         if parent is None:
             return None, None, None
         base = None if isinstance(parent, Checkpoint) else self.resolve_base(parent)
@@ -323,7 +325,7 @@ class Catalog:
         if not isinstance(parent, Checkpoint | str):
             raise InvalidInputError(f"a parent is a base or a checkpoint, not {parent!r}")
         found = self.resolve(parent)
-        return found.id, found.base, self.tensors(found)
+        return found.id, found.base, found
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
         """Return a checkpoint's tensor table."""
@@ -363,6 +365,24 @@ class Catalog:
         keys, index = unique_keys(self.keys(checkpoint)), self.objects.index
         rows, _ = self.objects.find_needed(index, keys, checkpoint.base)
         return int(index.lengths[rows].sum())
+
+    def depth(self, checkpoint: Checkpoint) -> int:
+        """Return the depth that at least half of a checkpoint's encoded bytes do not exceed."""
+        index = self.objects.index
+        keys = unique_keys(self.keys(checkpoint))
+        rows, _ = self.objects.find_needed(index, keys, checkpoint.base)
+        if not rows.size:
+            return 0
+        order = rows[np.argsort(index.depths[rows], kind="stable")]
+        bytes_up_to = np.cumsum(index.lengths[order], dtype=np.int64)
+        return int(index.depths[order[np.searchsorted(bytes_up_to, bytes_up_to[-1] / 2)]])
+
+    def lineage(self, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+        """Yield a checkpoint, its parent and so on, as far as they are there."""
+        found: Checkpoint | None = checkpoint
+        while found is not None:
+            yield found
+            found = self._checkpoints.get(found.parent or "")
 
     def refs(self) -> dict[str, Ref]:
         """Return all refs by name."""

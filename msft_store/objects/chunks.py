@@ -205,11 +205,7 @@ class ChunkStore:
         This always holds for records that a checkpoint needs. A gc may delete the references of
         other records.
         """
-        keys: tuple[bytes, ...] = ()
-        if record.refers_to_chunk:
-            spans = record.reference if isinstance(record.reference, tuple) else None
-            keys = (record.ref_key,) if spans is None else tuple(span.key for span in spans)
-        for key in keys:
+        for key in record.chunk_keys:
             if self.find_in_base(key, record.base) is None:
                 found = self.find(key, record.base)
                 if found is None or found.record.depth >= record.depth:

@@ -8,13 +8,21 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.format.key_table import Keys, KeyTable, concatenate_keys, unique_keys, view_keys
+from msft_store.format.key_table import (
+    Keys,
+    KeyTable,
+    concatenate_keys,
+    is_among,
+    key_at,
+    unique_keys,
+    view_keys,
+)
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint
@@ -86,6 +94,53 @@ def _referred(index: PackIndex, rows: NDArray[np.int64]) -> list[tuple[str | Non
         keys = concatenate_keys([index.ref_keys[here[implicit]], view_keys(b"".join(named))])
         found.append((index.base_of(number), keys))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dependents:
+    """Checkpoints that refer to chunks that no checkpoint names.
+
+    Attributes:
+        checkpoints: Those that refer to them directly, in the order in which they were given.
+        held: Keys of these chunks.
+        held_bytes: Encoded bytes of these chunks.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    held: frozenset[bytes]
+    held_bytes: int
+
+
+def find_dependents(catalog: Catalog, checkpoints: Sequence[Checkpoint]) -> list[Dependents]:
+    """Group checkpoints by the chunks that they hold and that no other checkpoint needs."""
+    objects, index = catalog.objects, catalog.objects.index
+    given = {checkpoint.id for checkpoint in checkpoints}
+    everything = catalog.keys_by_base(catalog.checkpoints())
+    free = find_reachable(objects, index, everything).only_referenced
+    if not free.any():
+        return []
+    others = [other for other in catalog.checkpoints() if other.id not in given]
+    free = free & ~find_reachable(objects, index, catalog.keys_by_base(others)).live
+    groups: list[tuple[list[Checkpoint], NDArray[np.bool_]]] = []
+    for checkpoint in checkpoints:
+        needs = find_reachable(objects, index, catalog.keys_by_base([checkpoint])).live & free
+        rows, _ = objects.find_needed(index, catalog.keys(checkpoint), checkpoint.base)
+        referring = _referred(index, rows[index.refers_to_chunk[rows]])
+        keys = concatenate_keys([keys for _, keys in referring])
+        if not is_among(keys, index.keys[needs]).any():
+            continue
+        touching = [group for group in groups if (group[1] & needs).any()]
+        groups = [group for group in groups if not (group[1] & needs).any()]
+        members = [one for group in touching for one in group[0]]
+        groups.append(([*members, checkpoint], np.any([needs, *(g[1] for g in touching)], axis=0)))
+    return [
+        Dependents(
+            checkpoints=tuple(members),
+            held=frozenset(key_at(index.keys, row) for row in np.flatnonzero(mask).tolist()),
+            held_bytes=int(index.lengths[mask].sum()),
+        )
+        for members, mask in groups
+    ]
 
 
 def own_bytes(catalog: Catalog, checkpoint: Checkpoint) -> int:

@@ -1,20 +1,21 @@
 """Choose the reference of each chunk that is encoded as a difference.
 
-Invariant: a record that uses a chosen reference is at most ``MAX_DEPTH`` deep.
+Invariant: a record that uses a chosen reference is at most ``max_depth`` deep.
 
 Example::
 
-    planner = ReferencePlanner(objects, base.id, parent_tensors, mapping)
+    tables = [nearest_tensors, root_tensors]
+    planner = ReferencePlanner(objects, base.id, tables, mapping, max_depth=16)
     planner.reference("lm_head.weight", entry, piece=0, chunk=0)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan, ViewSpan
+from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, ViewSpan
 from msft_store.format.mapping import BaseMapping, View
 from msft_store.objects.base_reader import can_convert
 from msft_store.objects.bases import BaseTensor
@@ -38,32 +39,43 @@ class Reference:
     span: BaseSpan | ViewSpan | ChunkSpan | tuple[ChunkSpan, ...]
 
 
-class ReferencePlanner:
-    """Chooses the parent's chunk at the same position, or else the base's elements.
+Table = Mapping[str, TensorEntry] | None
+"""The tensor table of a checkpoint, or ``None`` for the base."""
 
-    If the parent's chunk is already at the maximum depth, its own reference is used instead. If
-    parent and checkpoint are cut into different pieces, but both along the first dimension only,
-    the reference consists of the parts of the parent's chunks that hold the same elements.
+
+class ReferencePlanner:
+    """Chooses the chunk at the same position of a checkpoint, or the base's elements.
+
+    The first of several tables that has the tensor serves, and the base if none has. If the chunk
+    of a checkpoint is already at the maximum depth, its own reference is used instead. If the two
+    checkpoints are cut into different pieces, but both along the first dimension only, the
+    reference consists of the parts of the chunks that hold the same elements.
     """
 
     def __init__(
         self,
         objects: ChunkStore,
         base: str | None,
-        parent: Mapping[str, TensorEntry] | None,
+        tables: Sequence[Table],
         mapping: BaseMapping,
+        *,
+        max_depth: int,
     ) -> None:
+        """Plan with the tensor tables of checkpoints and the base, the preferred one first."""
         self._objects = objects
         self._base = base
-        self._parent = parent or {}
+        self.tables = tables
         self._mapping = mapping
+        self._max_depth = max_depth
         self._base_tensors: Mapping[str, BaseTensor] = {}
         if base is not None:
             self._base_tensors = objects.base(base).base.tensors
 
     def knows(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return True if a tensor may have references."""
-        return name in self._parent or self._counterpart(name, shape) is not None
+        if any(table and name in table for table in self.tables):
+            return True
+        return self._counterpart(name, shape) is not None
 
     def _counterpart(self, name: str, shape: tuple[int, ...]) -> str | View | None:
         """Return the base's tensor or view that a tensor may refer to, or ``None``."""
@@ -76,12 +88,24 @@ class ReferencePlanner:
 
     def reference(self, name: str, entry: TensorEntry, piece: int, chunk: int) -> Reference | None:
         """Return the reference of one chunk, or ``None``."""
-        box = entry.pieces[piece]
-        parent = self._parent.get(name)
-        if parent is not None and (parent.dtype, parent.shape) == (entry.dtype, entry.shape):
-            found = self._in_parent(parent, box, chunk)
+        for table in (*self.tables, None):
+            found = self.reference_in(table, name, entry, piece, chunk)
             if found is not None:
                 return found
+        return None
+
+    def reference_in(
+        self, table: Table, name: str, entry: TensorEntry, piece: int, chunk: int
+    ) -> Reference | None:
+        """Return the reference of one chunk in one table, or ``None``."""
+        if table is None:
+            return self._in_base(name, entry, entry.pieces[piece], chunk)
+        other = table.get(name)
+        if other is None or (other.dtype, other.shape) != (entry.dtype, entry.shape):
+            return None
+        return self._in_checkpoint(other, entry.pieces[piece], chunk)
+
+    def _in_base(self, name: str, entry: TensorEntry, box: Piece, chunk: int) -> Reference | None:
         match = self._counterpart(name, entry.shape)
         if match is None:
             return None
@@ -97,28 +121,28 @@ class ReferencePlanner:
             span = ViewSpan(view=match, start=start, box=cut)
         return Reference(base=self._base, depth=1, span=span)
 
-    def _in_parent(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
-        for piece in parent.pieces:
+    def _in_checkpoint(self, other: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+        for piece in other.pieces:
             if (piece.offset, piece.shape) == (box.offset, box.shape):
-                rest = math.prod(box.shape) * parent.dtype.size - chunk * CHUNK_BYTES
+                rest = math.prod(box.shape) * other.dtype.size - chunk * CHUNK_BYTES
                 return self._chunk(piece.keys[chunk], min(rest, CHUNK_BYTES))
-        return self._spanning(parent, box, chunk)
+        return self._spanning(other, box, chunk)
 
-    def _spanning(self, parent: TensorEntry, box: Piece, chunk: int) -> Reference | None:
-        """Return the parts of the parent's chunks that hold the elements of a box's chunk."""
-        if not all(is_by_rows(piece, parent.shape) for piece in (box, *parent.pieces)):
+    def _spanning(self, other: TensorEntry, box: Piece, chunk: int) -> Reference | None:
+        """Return the parts of a checkpoint's chunks that hold the elements of a box's chunk."""
+        if not all(is_by_rows(piece, other.shape) for piece in (box, *other.pieces)):
             return None
-        row = math.prod(parent.shape[1:]) * parent.dtype.size
+        row = math.prod(other.shape[1:]) * other.dtype.size
         begin = (box.offset[0] if box.offset else 0) * row + chunk * CHUNK_BYTES
         end = begin + min(
-            math.prod(box.shape) * parent.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
+            math.prod(box.shape) * other.dtype.size - chunk * CHUNK_BYTES, CHUNK_BYTES
         )
         spans: list[ChunkSpan] = []
         base: str | None = None
         depth = 1
-        for piece in sorted(parent.pieces, key=lambda piece: piece.offset):
+        for piece in sorted(other.pieces, key=lambda piece: piece.offset):
             at = (piece.offset[0] if piece.offset else 0) * row
-            for key, size in chunks_of(piece, parent.dtype):
+            for key, size in chunks_of(piece, other.dtype):
                 first, last = max(begin, at), min(end, at + size)
                 if first < last:
                     found = self._chunk(key, size)
@@ -141,7 +165,7 @@ class ReferencePlanner:
         if stored is None:
             return None
         record = stored.record
-        if record.depth < MAX_DEPTH[1]:
+        if record.depth < self._max_depth:
             span = ChunkSpan(key=key, start=0, length=size)
             return Reference(base=record.base, depth=record.depth + 1, span=span)
         if record.reference is None and record.refers_to_chunk:

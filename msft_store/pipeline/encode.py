@@ -6,13 +6,13 @@ device and layout of the tensors. Every encoded chunk is decoded and compared be
 
 Example::
 
-    options = EncodeOptions(base=base.id, level="fast")
-    table, totals = encode_state(objects, tensors, begin_pack, options=options, parent=None)
+    options = EncodeOptions(base=base.id, level="fast", max_depth=16)
+    table, totals = encode_state(objects, tensors, begin_pack, options=options, tables=[parent])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,11 +45,32 @@ from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import TensorEntry, chunks_of
 from msft_store.objects.packs import PackWriter, StoredChunk
-from msft_store.objects.reference_planner import Reference, ReferencePlanner
+from msft_store.objects.reference_planner import Reference, ReferencePlanner, Table
 from msft_store.pipeline.parallel import in_order
 from msft_store.tensors.boxes import Box, whole_box
 from msft_store.tensors.bytes import memory_key, read_elements
 from msft_store.tensors.resident import Change, Compared
+
+_FEWEST, _MOST = 3, 8
+"""Numbers of chunks in a sample, for small and for large checkpoints."""
+_SAMPLE_BYTES = 256 << 10
+"""Bytes in the middle of a chunk that stand for the chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A chunk by its place in a tensor."""
+
+    name: str
+    entry: TensorEntry
+    piece: int
+    number: int
+    size: int
+    """Bytes of the chunk."""
+    read: Callable[[], Bytes]
+    """Returns them."""
+    stored: int = 0
+    """Bytes of its record, if it is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +112,21 @@ class EncodeOptions:
     base: str | None
     """Id of the base that the checkpoint belongs to."""
     level: codecs.Level
+    max_depth: int
+    """Largest depth of a record."""
     mapping: BaseMapping = NOTHING
     """Counterparts of the tensors in the base."""
     compared: Compared | None = None
     """Changes that a :class:`msft_store.Resident` found on the device, by tensor and chunk."""
+
+
+def make_planner(
+    objects: ChunkStore, options: EncodeOptions, tables: Sequence[Table]
+) -> ReferencePlanner:
+    """Return a planner of references in these tables, for the settings of a save."""
+    return ReferencePlanner(
+        objects, options.base, tables, options.mapping, max_depth=options.max_depth
+    )
 
 
 class Encoder:
@@ -106,6 +138,16 @@ class Encoder:
         self._base = options.base
         self._level = options.level
         self._alone = alone
+        self._compared = options.compared or {}
+
+    def work(self, place: Place, planner: ReferencePlanner) -> Work:
+        """Return the work on a chunk against the reference that a planner chooses."""
+        return Work(
+            read=place.read,
+            dtype=place.entry.dtype,
+            reference=planner.reference(place.name, place.entry, place.piece, place.number),
+            change=self._compared.get((place.name, place.number)),
+        )
 
     def encode(self, work: Work) -> Encoded:
         """Return a chunk in its smallest representation, or the one that the store has."""
@@ -165,6 +207,23 @@ class Encoder:
         return Encoded(
             key=key, size=size, stored_bytes=len(payload), record=record, payload=payload
         )
+
+    def estimate(self, place: Place, references: Sequence[Reference | None]) -> list[float]:
+        """Return about how many bytes a chunk takes against each of several references."""
+        data, dtype, sizes = place.read(), place.entry.dtype, []
+        start = max(place.size - _SAMPLE_BYTES, 0) // 2 & ~63
+        part = slice(start, start + _SAMPLE_BYTES)
+        for reference in references:
+            old = None if reference is None else self._objects.scratch(place.size)
+            if reference is not None and old is not None:
+                try:
+                    self._read(reference, old, dtype)
+                except StoreError as error:
+                    self._allow(error)
+                    old = None
+            _, payload = codecs.encode(data[part], None if old is None else old[part], dtype)
+            sizes.append(len(payload) * place.size / data[part].size)
+        return sizes
 
     def _is_intact(self, stored: StoredChunk) -> bool:
         """Return True if a stored chunk is intact; read it once to find out."""
@@ -281,28 +340,64 @@ def encode_boxes(
 ) -> tuple[list[TensorEntry], Totals]:
     """Store the chunks of boxes; return their entries, of one piece each, and the sizes.
 
-    ``begin`` creates a pack; it is called only if there is a chunk to write.
+    ``begin`` creates a pack; it is called only if there is a chunk to write. The planner comes to
+    prefer the table that a sample of the chunks is smallest against.
     """
-    entries = [box.entry() for box in boxes]
-
-    def work() -> Iterator[Work]:
-        for box, entry in zip(boxes, entries, strict=True):
-            step, count = CHUNK_BYTES // entry.dtype.size, box.tensor.numel()
-            for number, start in enumerate(range(0, count, step)):
-                yield Work(
-                    read=partial(read_elements, box.tensor, start, min(start + step, count)),
-                    dtype=entry.dtype,
-                    reference=planner.reference(box.name, entry, 0, number),
-                    change=(options.compared or {}).get((box.name, number)),
-                )
-
-    writer = ChunkWriter(begin)
+    places = [
+        Place(
+            name=box.name,
+            entry=entry,
+            piece=0,
+            number=number,
+            size=(end - start) * entry.dtype.size,
+            read=partial(read_elements, box.tensor, start, end),
+        )
+        for box, entry in ((box, box.entry()) for box in boxes)
+        for number, start, end in _cut(box.tensor.numel(), entry.dtype)
+    ]
+    writer, results = ChunkWriter(begin), _encode(Encoder(objects, options), places, planner)
     found = []
-    with closing(in_order(Encoder(objects, options).encode, work())) as results:
+    with closing(results):
         for box in boxes:
             count = -(-box.tensor.nbytes // CHUNK_BYTES)
             found.append(box.entry(tuple(writer.put(next(results)) for _ in range(count))))
     return found, writer.totals
+
+
+def _encode(
+    encoder: Encoder, places: Sequence[Place], planner: ReferencePlanner
+) -> Generator[Encoded, None, None]:
+    """Encode chunks in order, against the table that a sample of them is smallest against."""
+    if len(planner.tables) > 1 and places:
+        sizes = estimate(encoder, sample(places), planner)
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        planner.tables = [planner.tables[number] for number in order]
+    return in_order(encoder.encode, (encoder.work(place, planner) for place in places))
+
+
+def estimate(encoder: Encoder, places: Sequence[Place], planner: ReferencePlanner) -> list[float]:
+    """Return about how many bytes chunks take against each of a planner's tables."""
+
+    def estimate_one(place: Place) -> list[float]:
+        at = (place.name, place.entry, place.piece, place.number)
+        return encoder.estimate(place, [planner.reference_in(t, *at) for t in planner.tables])
+
+    with closing(in_order(estimate_one, iter(places))) as estimates:
+        return [sum(column) for column in zip(*estimates, strict=True)]
+
+
+def sample(places: Sequence[Place]) -> list[Place]:
+    """Return a few chunks at equal distances, counted in bytes."""
+    ends = np.cumsum([place.size for place in places])
+    count = min(max(int(ends[-1]) // (_MOST * _SAMPLE_BYTES), _FEWEST), _MOST)
+    middles = (np.arange(count) + 0.5) * (ends[-1] / count)
+    return [places[number] for number in np.unique(np.searchsorted(ends, middles)).tolist()]
+
+
+def _cut(count: int, dtype: DType) -> Iterator[tuple[int, int, int]]:
+    step = CHUNK_BYTES // dtype.size
+    for number, start in enumerate(range(0, count, step)):
+        yield number, start, min(start + step, count)
 
 
 def encode_state(
@@ -311,13 +406,13 @@ def encode_state(
     begin: Callable[[], PackWriter],
     *,
     options: EncodeOptions,
-    parent: Mapping[str, TensorEntry] | None,
+    tables: Sequence[Table],
 ) -> tuple[dict[str, TensorEntry], Totals]:
     """Store the chunks of a state dict; return its tensor table and the sizes.
 
     ``begin`` creates a pack; it is called only if there is a chunk to write.
     """
-    planner = ReferencePlanner(objects, options.base, parent, options.mapping)
+    planner = make_planner(objects, options, tables)
     # The base may have only one of the names of a tied tensor, so names in the base come first.
     order = sorted(
         tensors, key=lambda name: (not planner.knows(name, tuple(tensors[name].shape)), name)
@@ -335,40 +430,55 @@ def encode_state(
     return {name: table[first[name]] for name in order}, totals
 
 
-def reencode(
-    objects: ChunkStore,
-    tensors: Mapping[str, TensorEntry],
-    begin: Callable[[], PackWriter],
-    *,
-    options: EncodeOptions,
-    onto: Mapping[str, TensorEntry] | None = None,
-) -> None:
-    """Encode stored chunks again, against only the base or the chunks of ``onto``.
+class Reencoding:
+    """The stored chunks of a checkpoint that are to be encoded again."""
 
-    Skip chunks that already refer to no chunk, or to one of ``onto``.
-    """
-    base, planner = options.base, ReferencePlanner(objects, options.base, onto, options.mapping)
-    onto_keys = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
-
-    def is_done(key: bytes) -> bool:
-        stored = objects.find(key, base)
-        return objects.find_in_base(key, base) is not None or (
-            stored is not None
-            and (not stored.record.refers_to_chunk or stored.record.ref_key in onto_keys)
-        )
-
-    def work() -> Iterator[Work]:
-        for name, entry in tensors.items():
-            for at, piece in enumerate(entry.pieces):
-                for number, (key, size) in enumerate(chunks_of(piece, entry.dtype)):
-                    if not is_done(key):
-                        yield Work(
-                            read=partial(objects.read, key, size, entry.dtype, base),
-                            dtype=entry.dtype,
-                            reference=planner.reference(name, entry, at, number),
+    def __init__(
+        self,
+        objects: ChunkStore,
+        tensors: Mapping[str, TensorEntry],
+        *,
+        options: EncodeOptions,
+        tables: Sequence[Table],
+        is_done: Callable[[Record], bool],
+    ) -> None:
+        """Find the chunks whose record is not done, to encode them against one of the tables."""
+        self._planner = planner = make_planner(objects, options, tables)
+        self._encoder = Encoder(objects, options, alone=True)
+        places: dict[bytes, Place] = {}
+        # As in a save, a name that has references decides how tied tensors are encoded.
+        for name in sorted(tensors, key=lambda name: not planner.knows(name, tensors[name].shape)):
+            entry = tensors[name]
+            for piece, box in enumerate(entry.pieces):
+                for number, (key, size) in enumerate(chunks_of(box, entry.dtype)):
+                    if key in places or objects.find_in_base(key, options.base) is not None:
+                        continue
+                    stored = objects.find(key, options.base)
+                    if stored is None or not is_done(stored.record):
+                        places[key] = Place(
+                            name=name,
+                            entry=entry,
+                            piece=piece,
+                            number=number,
+                            size=size,
+                            read=partial(objects.read, key, size, entry.dtype, options.base),
+                            stored=0 if stored is None else stored.record.length,
                         )
+        self._places = list(places.values())
 
-    writer = ChunkWriter(begin)
-    with closing(in_order(Encoder(objects, options, alone=True).encode, work())) as results:
-        for encoded in results:
-            writer.put(encoded)
+    def prefer_smallest(self) -> tuple[Table, float]:
+        """Choose among the tables; return the choice and about how many more bytes it takes."""
+        chosen = sample(self._places)
+        sizes = estimate(self._encoder, chosen, self._planner)
+        size, number = min((size, number) for number, size in enumerate(sizes))
+        self._planner.tables = [self._planner.tables[number]]
+        before = sum(place.stored for place in self._places)
+        growth = size / max(sum(place.stored for place in chosen), 1)
+        return self._planner.tables[0], before * (growth - 1)
+
+    def encode(self, begin: Callable[[], PackWriter]) -> None:
+        """Encode the chunks; ``begin`` creates a pack."""
+        writer = ChunkWriter(begin)
+        with closing(_encode(self._encoder, self._places, self._planner)) as results:
+            for encoded in results:
+                writer.put(encoded)

@@ -8,7 +8,9 @@ Example::
 
     writer = CheckpointWriter(catalog, backend)
     facts = CheckpointFacts.of(step=10, metrics={"arith": 0.41})
-    ckpt = writer.save(state, facts, parent=base, level="fast", compared=None)
+    ckpt = writer.save(
+        state, facts, parent=base, references=None, level="fast", compared=None
+    )
 """
 
 from __future__ import annotations
@@ -19,18 +21,26 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from msft_store._util import format_bytes
 from msft_store.codec.codecs import Level
-from msft_store.errors import InvalidInputError, OutOfSpaceError, OverBudgetError
-from msft_store.format.layout import canonical_json, digest
+from msft_store.errors import (
+    BaseError,
+    CorruptedError,
+    InvalidInputError,
+    OutOfSpaceError,
+    OverBudgetError,
+)
+from msft_store.format.layout import MAX_DEPTH, Record, canonical_json, digest
 from msft_store.format.mapping import NOTHING, BaseMapping, Shape
 from msft_store.format.strict_json import NUMBER_LIMIT
 from msft_store.objects.bases import BASES, Base
 from msft_store.objects.catalog import Catalog
+from msft_store.objects.chain import REACH, allowed_depth, newest_allowed
 from msft_store.objects.manifest import (
     MANIFESTS,
     Checkpoint,
@@ -44,8 +54,8 @@ from msft_store.objects.manifest import (
     write_manifest,
 )
 from msft_store.objects.packs import PACKS, PackWriter
-from msft_store.objects.reachability import own_bytes
-from msft_store.objects.reference_planner import ReferencePlanner
+from msft_store.objects.reachability import Dependents, find_dependents, own_bytes
+from msft_store.objects.reference_planner import Table
 from msft_store.pipeline.counterparts import (
     MOST_MISSING,
     find_missing,
@@ -54,10 +64,11 @@ from msft_store.pipeline.counterparts import (
 )
 from msft_store.pipeline.encode import (
     EncodeOptions,
+    Reencoding,
     Totals,
     encode_boxes,
     encode_state,
-    reencode,
+    make_planner,
 )
 from msft_store.pipeline.parallel import for_each
 from msft_store.storage.quota import QuotaBackend
@@ -68,6 +79,16 @@ from msft_store.tensors.resident import Compared
 _LOG = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 """Ids of the bases for which this process has warned of tensors without a counterpart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lineage:
+    parent: str | None
+    base: str | None
+    tables: Sequence[Table]
+    """What may be referred to."""
+    max_depth: int
+    """Largest depth of a record."""
 
 
 class CheckpointWriter:
@@ -85,22 +106,30 @@ class CheckpointWriter:
         facts: CheckpointFacts,
         *,
         parent: Base | Checkpoint | str | None,
+        references: Sequence[Checkpoint] | None,
         level: Level,
         compared: Compared | None,
     ) -> Checkpoint:
         """Write tensors as a checkpoint; return the existing one if its content is equal."""
-        parent_id, base, parent_tensors = self._lineage(parent)
+        lineage = self._lineage(parent, references)
+        parent_id, base = lineage.parent, lineage.base
         if isinstance(state, Parts):
             table, totals = self._join(state, base)
             mapping = functools.reduce(operator.or_, (part.mapping for part in state), NOTHING)
         else:
             boxes = [whole_box(name, tensor) for name, tensor in state.items()]
-            mapping = self._map(boxes, base, parent_id, parent_tensors)
-            options = EncodeOptions(base=base, level=level, mapping=mapping, compared=compared)
+            mapping = self._map(boxes, base, parent_id)
+            options = EncodeOptions(
+                base=base,
+                level=level,
+                max_depth=lineage.max_depth,
+                mapping=mapping,
+                compared=compared,
+            )
             whole = sum(tensor.nbytes for tensor in state.values())
             with self._encoding(whole) as begin:
                 table, totals = encode_state(
-                    self._catalog.objects, state, begin, options=options, parent=parent_tensors
+                    self._catalog.objects, state, begin, options=options, tables=lineage.tables
                 )
         line = tensor_table(table)
         content = checkpoint_content(
@@ -138,19 +167,22 @@ class CheckpointWriter:
         boxes: Sequence[Box],
         *,
         parent: Base | Checkpoint | str | None,
+        references: Sequence[Checkpoint] | None,
         level: Level,
     ) -> Part:
         """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
-        parent_id, base, parent_tensors = self._lineage(parent)
-        mapping = self._map(boxes, base, parent_id, parent_tensors)
-        planner = ReferencePlanner(self._catalog.objects, base, parent_tensors, mapping)
+        lineage = self._lineage(parent, references)
+        base, mapping = lineage.base, self._map(boxes, lineage.base, lineage.parent)
+        options = EncodeOptions(
+            base=base, level=level, max_depth=lineage.max_depth, mapping=mapping
+        )
+        planner = make_planner(self._catalog.objects, options, lineage.tables)
         # Tied tensors are encoded once, under a name that has a reference if there is one.
         order = sorted(boxes, key=lambda box: not planner.knows(box.name, box.shape))
         firsts: dict[tuple[object, ...], Box] = {}
         for box in order:
             firsts.setdefault(_place(box), box)
         distinct = list(firsts.values())
-        options = EncodeOptions(base=base, level=level)
         with self._encoding(sum(box.tensor.nbytes for box in distinct)) as begin:
             found, totals = encode_boxes(
                 self._catalog.objects, distinct, begin, options=options, planner=planner
@@ -174,7 +206,6 @@ class CheckpointWriter:
         boxes: Sequence[Box],
         base: str | None,
         parent: str | None,
-        parent_tensors: Mapping[str, TensorEntry] | None,
     ) -> BaseMapping:
         """Return the counterparts of tensors in a base: those of the parent, or else search."""
         if base is None:
@@ -182,8 +213,10 @@ class CheckpointWriter:
         reader, table = self._catalog.objects.base(base), {box.name: box.entry() for box in boxes}
         shapes = {name: entry.shape for name, entry in table.items()}
         known = self._mappings.get(base, ({}, NOTHING))
-        if parent is not None and parent_tensors is not None:
-            known = {n: entry.shape for n, entry in parent_tensors.items()}, self._recorded(parent)
+        checkpoint = self._catalog.get(parent or "")
+        if checkpoint is not None:
+            tensors = self._catalog.tensors(checkpoint)
+            known = {n: e.shape for n, e in tensors.items()}, self._recorded(checkpoint.id)
         if shapes.items() <= known[0].items():
             names = {name: old for name, old in known[1].names.items() if name in shapes}
             views = {name: view for name, view in known[1].views.items() if name in shapes}
@@ -208,14 +241,46 @@ class CheckpointWriter:
         return map_by_names(self._catalog.objects.base(found.base).base, shapes)
 
     def _lineage(
-        self, parent: Base | Checkpoint | str | None
-    ) -> tuple[str | None, str | None, Mapping[str, TensorEntry] | None]:
-        """Return the ids of the parent and of its base, and its tensors; the base is durable."""
-        parent_id, base, tensors = self._catalog.resolve_parent(parent)
+        self, parent: Base | Checkpoint | str | None, references: Sequence[Checkpoint] | None
+    ) -> _Lineage:
+        """Return the parent, its base and what may be referred to; the base is durable.
+
+        Without ``references``, the nearest of the ancestors that the position allows is one.
+        """
+        parent_id, base, checkpoint = self._catalog.resolve_parent(parent)
         if base is not None and base not in self._durable_bases:
             self._backend.sync(BASES)
             self._durable_bases.add(base)
-        return parent_id, base, tensors
+        if references is not None:
+            found = list(references) if checkpoint is None else [*references, checkpoint]
+        else:
+            found = [] if checkpoint is None else self._nearest_ancestor(checkpoint)
+        found = list({one.id: one for one in found}.values())
+        tables: list[Table] = [self._catalog.tensors(one) for one in found]
+        deepest = max(map(self._catalog.depth, found), default=0)
+        return _Lineage(
+            parent=parent_id,
+            base=base,
+            tables=tables if base is None else [*tables, None],
+            max_depth=min(deepest + 1, MAX_DEPTH[self._catalog.config.version]),
+        )
+
+    def _nearest_ancestor(self, parent: Checkpoint) -> list[Checkpoint]:
+        ancestors = list(self._catalog.lineage(parent))
+        near = self.nearest(ancestors, position=len(ancestors))
+        # Without a base, the oldest ancestor is what the others are differences of.
+        return [near] if near else ancestors[-1:] if parent.base is None else []
+
+    def nearest(self, checkpoints: Sequence[Checkpoint], *, position: int) -> Checkpoint | None:
+        """Return the first checkpoint that one at a position of their history may refer to.
+
+        ``checkpoints`` are those that are still there, the newest first.
+        """
+        limit = MAX_DEPTH[self._catalog.config.version]
+        allowed = min(allowed_depth(position, len(checkpoints)), limit)
+        near = checkpoints[:REACH]
+        place = newest_allowed(allowed, map(self._catalog.depth, near))
+        return None if place is None else near[place]
 
     def _join(self, parts: Parts, base: str | None) -> tuple[dict[str, TensorEntry], Totals]:
         """Return the tensor table of parts after a check that all their chunks are durable."""
@@ -299,13 +364,73 @@ class CheckpointWriter:
         begin: Callable[[], PackWriter],
         onto: Mapping[str, TensorEntry] | None = None,
     ) -> None:
-        options = EncodeOptions(
-            base=checkpoint.base,
-            level=self._catalog.config.level,
-            mapping=self._recorded(checkpoint.id),
+        keys = {key for entry in (onto or {}).values() for key, _ in entry.chunks()}
+        tables = [] if onto is None else [onto]
+        self._reencoding(
+            checkpoint,
+            tables,
+            lambda record: not record.refers_to_chunk or record.ref_key in keys,
+        ).encode(begin)
+
+    def release(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+        """Re-encode checkpoints that refer to forgotten ones, where that frees more than it takes.
+
+        Each is encoded against the base or one of the others that is near to it, and then yielded.
+        """
+        ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.created)
+        depths = {checkpoint.id: self._catalog.depth(checkpoint) for checkpoint in ordered}
+        for group in find_dependents(self._catalog, ordered):
+            try:
+                works = self._plan_release(group, ordered, depths)
+                for work, checkpoint in zip(works, group.checkpoints, strict=False):
+                    with self._packing([]) as begin:
+                        work.encode(begin)
+                    yield self._record_size(checkpoint)
+            except (CorruptedError, BaseError) as error:
+                # A save does without what is damaged, and so may go on with a damaged history.
+                _LOG.warning("%d bytes are not freed: %s", group.held_bytes, error)
+
+    def _plan_release(
+        self, group: Dependents, ordered: Sequence[Checkpoint], depths: dict[str, int]
+    ) -> list[Reencoding]:
+        """Choose new references for checkpoints; return nothing if that would free no bytes.
+
+        ``depths`` become those after the work.
+        """
+        works, more, after = [], 0.0, dict(depths)
+        for checkpoint in group.checkpoints:
+            near = _neighbours(checkpoint, ordered, after)
+            tables: list[Table] = [self._catalog.tensors(one) for one in near]
+            if checkpoint.base is not None:
+                tables.append(None)
+            if not tables:
+                return []
+            work = self._reencoding(checkpoint, tables, partial(_is_free_of, group.held))
+            table, growth = work.prefer_smallest()
+            number = next(at for at, one in enumerate(tables) if one is table)
+            after[checkpoint.id] = 1 + (after[near[number].id] if table is not None else 0)
+            works.append(work)
+            more += growth
+        if more >= group.held_bytes:
+            return []
+        depths |= after
+        return works
+
+    def _reencoding(
+        self, checkpoint: Checkpoint, tables: Sequence[Table], is_done: Callable[[Record], bool]
+    ) -> Reencoding:
+        return Reencoding(
+            self._catalog.objects,
+            self._catalog.tensors(checkpoint),
+            options=EncodeOptions(
+                base=checkpoint.base,
+                level=self._catalog.config.level,
+                max_depth=MAX_DEPTH[self._catalog.config.version],
+                mapping=self._recorded(checkpoint.id),
+            ),
+            tables=tables,
+            is_done=is_done,
         )
-        tensors = self._catalog.tensors(checkpoint)
-        reencode(self._catalog.objects, tensors, begin, options=options, onto=onto)
 
     def _record_size(self, checkpoint: Checkpoint) -> Checkpoint:
         """Write the bytes that a checkpoint takes now into its manifest, if they changed."""
@@ -370,6 +495,20 @@ class CheckpointWriter:
         known = self._catalog.checkpoints()
         later = max(time.time_ns(), known[-1].created + 1 if known else 0)
         return min(later, NUMBER_LIMIT - 1)
+
+
+def _neighbours(
+    checkpoint: Checkpoint, ordered: Sequence[Checkpoint], depths: Mapping[str, int]
+) -> list[Checkpoint]:
+    """Return the nearest checkpoints before and after one that are less deep."""
+    at = ordered.index(checkpoint)
+    sides = (reversed(ordered[:at]), ordered[at + 1 :])
+    less = [[c for c in side if depths[c.id] < depths[checkpoint.id]] for side in sides]
+    return [side[0] for side in less if side and side[0].base == checkpoint.base]
+
+
+def _is_free_of(keys: frozenset[bytes], record: Record) -> bool:
+    return keys.isdisjoint(record.chunk_keys)
 
 
 def _place(box: Box) -> tuple[object, ...]:

@@ -30,6 +30,7 @@ class Commit:
         peak_bytes: Bytes of the whole store at the worst moment, temporary files included.
         bytes: Bytes of the whole store after eviction.
         left_bytes: Dead bytes in packs that could not be rewritten because there was no room.
+        held_bytes: Bytes of evicted checkpoints that stay because others are differences of them.
         postponed: The reason why a roll-back's re-encoding is not done yet: there was no room. The
             next commit, roll-back or timeline of that name tries again. ``None`` if it is done.
     """
@@ -40,6 +41,7 @@ class Commit:
     peak_bytes: int
     bytes: int
     left_bytes: int = 0
+    held_bytes: int = 0
     postponed: str | None = None
 
 

@@ -117,6 +117,8 @@ class Timeline:
         self._next_is_exact = False
         """False while the next index is only inferred from the checkpoints that are left."""
         self._postponed: str | None = None
+        self._held = 0
+        """Bytes that re-encoding could not free at the last commit or roll-back."""
         try:
             self._recover(base)
         except BaseException:
@@ -265,7 +267,8 @@ class Timeline:
                 self._next, self._next_is_exact = 1, True
                 done = self._evict_unkept(target, self._protect(policy), before)
             # Re-encoding takes room, so it comes after the eviction.
-            self._last_commit = self._reencode_and_evict(done)
+            done = self._reencode_and_evict(done)
+            self._last_commit, self._held = done, done.held_bytes
         _LOG.info(
             "timeline %s: rolled back to %s, branch %d", self.name, target.id[:12], self.branch
         )
@@ -425,7 +428,11 @@ class Timeline:
                         ) from error
             with self._store.session("gc", exclusive=True):
                 done = self._evict_unkept(checkpoint, kept, [*before, checkpoint])
-            self._last_commit = self._reencode_and_evict(done) if self._postponed else done
+                if done.held_bytes > self._held and not self._postponed:
+                    done = self._release(done)
+            if self._postponed:
+                done = self._reencode_and_evict(done)
+            self._last_commit, self._held = done, done.held_bytes
         # The counter moves last, so that a failed commit gives the same id when it is repeated.
         self._next, self._next_is_exact = self._next + 1, True
         return checkpoint
@@ -445,6 +452,7 @@ class Timeline:
                 checkpoint = self._store.save(
                     tensors,
                     parent=self.root,
+                    references=self._references(policy, facts),
                     step=facts.step,
                     metrics=facts.metrics,
                     metadata={**facts.metadata, KEY: place},
@@ -456,6 +464,13 @@ class Timeline:
         except NoRoom:
             self._evict([c for c in self._state.checkpoints() if c.id not in before])
             raise
+
+    def _references(self, policy: Policy, facts: CheckpointFacts) -> list[Checkpoint]:
+        """Return the nearest checkpoint of the branch that stays after a commit, if any."""
+        stays = policy.rules([*self._state.candidates(), self._candidate(facts)])
+        there = [checkpoint for checkpoint in self._state.on_branch() if checkpoint.id in stays]
+        near = self._store.nearest(there, position=self._next)
+        return [] if near is None else [near]
 
     def _make_room(self, policy: Policy, used: int | None) -> int | None:
         """Evict checkpoints that no rule keeps; if that does not help, the least valuable one.
@@ -514,14 +529,29 @@ class Timeline:
     def _reencode_and_evict(self, done: Commit) -> Commit:
         """Re-encode after a roll-back, free what is dead then, and return the updated result."""
         self._reencode()
-        after = self._evict([])
+        with self._store.session("gc", exclusive=True):
+            done = replace(self._updated(done, self._evict([])), postponed=self._postponed)
+            return self._release(done) if done.held_bytes else done
+
+    def _release(self, done: Commit) -> Commit:
+        """Free the bytes of evicted checkpoints that others are differences of."""
+        try:
+            result = self._store.release(self._state.checkpoints())
+        except NoRoom as error:
+            _LOG.info("timeline %s: %d bytes stay: %s", self.name, done.held_bytes, error)
+            result = self._evict([])
+        return self._updated(done, result)
+
+    def _updated(self, done: Commit, after: GcResult) -> Commit:
+        """Return the result of a commit or roll-back with that of what was done after it."""
+        self._state.update(self._store.log())
         return replace(
             done,
             checkpoint=self._state.get(done.checkpoint.id) or done.checkpoint,
             peak_bytes=max(done.peak_bytes, after.peak_bytes),
             bytes=after.bytes,
             left_bytes=after.left_bytes,
-            postponed=self._postponed,
+            held_bytes=after.held_bytes,
         )
 
     def _candidate(self, facts: CheckpointFacts) -> Candidate:
@@ -562,6 +592,7 @@ class Timeline:
             peak_bytes=result.peak_bytes,
             bytes=result.bytes,
             left_bytes=result.left_bytes,
+            held_bytes=result.held_bytes,
         )
 
     def _evict(self, checkpoints: Sequence[Checkpoint]) -> GcResult:
