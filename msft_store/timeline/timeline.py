@@ -452,7 +452,7 @@ class Timeline:
                 checkpoint = self._store.save(
                     tensors,
                     parent=self.root,
-                    references=self._references(policy, facts),
+                    references=self._references(request.policy, facts),
                     step=facts.step,
                     metrics=facts.metrics,
                     metadata={**facts.metadata, KEY: place},
