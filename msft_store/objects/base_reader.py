@@ -50,6 +50,8 @@ from msft_store.storage.backend import Backend, read_file_into, read_small_file
 
 _READ_COST = 1 << 14
 """Bytes that take as long to read as the start of one more read."""
+_MAX_SAMPLE = 1 << 18
+"""Largest number of elements that are read for a sample besides its own."""
 _MAX_GAPS = 1 << 24
 """Largest number of bytes that are read at once with gaps."""
 _LOG = logging.getLogger(__name__)
@@ -282,12 +284,14 @@ class BaseReader:
         if tensor.dtype.torch is None or tensor.dtype.torch.is_complex or not len(index):
             return found
         try:
-            data: Bytes = np.empty(len(index) * tensor.dtype.size, np.uint8)
-            at = 0
-            for run in np.split(index, np.flatnonzero(np.diff(index) != 1) + 1):
-                size = len(run) * tensor.dtype.size
-                self._fill(name, int(run[0]), data[at : at + size])
-                at += size
+            parts = []
+            far = np.flatnonzero(np.abs(np.diff(index)) > _MAX_SAMPLE // len(index)) + 1
+            for run in np.split(index, far):
+                first = int(run.min())
+                covering = np.empty(int(run.max()) + 1 - first, _words(tensor.dtype))
+                self._fill(name, first, covering.view(np.uint8))
+                parts.append(covering[run - first])
+            data: Bytes = np.concatenate(parts).view(np.uint8)
         except StoreError as error:
             self.warn_of(error)
             return found

@@ -39,17 +39,21 @@ _RUNS, _RUN = 8, 32
 """Number and length of the runs of elements that confirm a candidate."""
 _NEAR = 0.25
 """Largest distance of counterparts; that of unrelated weights is about 1."""
-_MAX_STEPS = 512
-"""Largest number of positions without a counterpart in one tensor."""
+_FIRST_STEPS, _MAX_STEPS = 8, 512
+"""Most positions without a counterpart in one tensor, before the first one and in all."""
 _MAX_BLOCKS = 1024
 """Largest number of equal blocks that a tensor is cut into."""
 _MAX_VOTES = 8
 """Largest number of votes of one name."""
+_MAX_SAMPLES, _MAX_SAMPLES_OF_TENSOR = 4096, 16
+"""Most samples of a search, and the samples that each tensor of either side adds to them.
+
+They are many times those of a successful search; one without any success would take minutes."""
 _SHORTEST_ROW = 16
 _MAX_ROWS = 1 << 15
 """Least number of elements of rows, and most rows, that are looked for one by one."""
 _MAX_ROW_RUNS = 4096
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE, _ROWS_TRIED = 1024, 16
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _NATURAL = re.compile(r"(\d+)")
 
@@ -220,6 +224,7 @@ class _Probed:
         self.side = side
         self._probes: dict[_Range, Values] = {}
         self._rows: dict[_Seen, Values] = {}
+        self.taken = 0
 
     def probe(self, part: _Range) -> Values:
         """Return the elements in the middle of a range."""
@@ -229,6 +234,7 @@ class _Probed:
 
     def at(self, part: _Range, index: Indices) -> Values:
         """Return elements of a range by their indices in it."""
+        self.taken += 1
         found = self.side.sample(part.seen.name, part.seen.flat(part.start + index))
         return np.nan_to_num(found, nan=np.nan, posinf=1e38, neginf=-1e38)
 
@@ -276,6 +282,10 @@ def _distance(one: Values, other: Values) -> Values:
     return np.where(known.any(axis=-1), found, 2.0)
 
 
+def _elements(parts: Sequence[ViewPart]) -> int:
+    return sum(math.prod(part.shape) for part in parts)
+
+
 def _is_constant(values: Values) -> bool:
     known = values[~np.isnan(values)]
     return known.size == 0 or bool((known == known[0]).all())
@@ -297,32 +307,49 @@ class _Finder:
         self._mine, self._base = _Probed(mine), _Probed(base)
         self._can_convert = can_convert
         self._used: set[_Range] = set()
+        self._found: dict[str, list[ViewPart]] = {}
+        count = len(mine.shapes) + len(base.shapes)
+        self._most = _MAX_SAMPLES + _MAX_SAMPLES_OF_TENSOR * count
 
     def find(self, names: Sequence[str], others: Sequence[str]) -> dict[str, View]:
-        views: dict[str, View] = {}
-        pool, mine = _Pool(_ordered(others, self._base)), _ordered(names, self._mine)
-        # Large tensors consist of others; vectors may be equal by chance and come last.
-        for name in sorted(mine, key=lambda n: len(self._mine.side.shapes[n]) < 2):
-            self._add(views, name, self._assemble(name, pool))
-        left = [n for n in mine if n not in views]
-        self._locate(left, [n for n in pool.names if n not in self._shown(views)], views)
-        shown = self._shown(views)
-        rest = _Pool([n for n in pool.names if shown[n] < self._size(self._base, n)])
-        for name in left:
-            if name not in views:
-                self._add(views, name, self._by_rows(name, rest))
-        for name in left:
-            if name not in views:
-                self._add(views, name, self._tied(name))
-        return views
+        """Return views of the base for tensors without a counterpart.
 
-    @staticmethod
-    def _shown(views: Mapping[str, View]) -> Counter[str]:
-        """Return the number of elements of each tensor of the base that views show."""
-        found: Counter[str] = Counter()
-        for part in (part for view in views.values() for part in view.parts):
-            found[part.tensor] += math.prod(part.shape)
-        return found
+        ``others`` are the tensors of the base that are no counterpart yet. Those of the same layer
+        are tried first, and whole tensors before blocks of them, so that few are left for the rest.
+        """
+        mine = _ordered(names, self._mine)
+        # Large tensors consist of others; vectors may be equal by chance and come last.
+        mine.sort(key=lambda name: len(self._mine.side.shapes[name]) < 2)
+        left = _ordered(others, self._base)
+        for everywhere, cut in ((False, False), (True, False), (False, True), (True, True)):
+            pool = _Pool(self._left(left))
+            for name in self._incomplete(mine):
+                near = pool.names if everywhere else pool.of_layer(name)
+                self._keep(name, self._assemble(name, near, cut=cut))
+        self._locate([n for n in mine if n not in self._found], self._left(left))
+        pool = _Pool(self._left(left))
+        for name in self._incomplete(mine):
+            self._keep(name, self._by_rows(name, pool))
+        for name in self._incomplete(mine):
+            self._keep(name, self._tied(name))
+        shapes = self._mine.side.shapes
+        return {name: View(shapes[name], tuple(parts)) for name, parts in self._found.items()}
+
+    def _keep(self, name: str, parts: list[ViewPart]) -> None:
+        """Keep parts if they have more elements than those known before."""
+        if _elements(parts) > _elements(self._found.get(name, [])):
+            self._found[name] = parts
+
+    def _incomplete(self, names: Sequence[str]) -> list[str]:
+        return [n for n in names if _elements(self._found.get(n, [])) < self._size(self._mine, n)]
+
+    def _left(self, names: Sequence[str]) -> list[str]:
+        """Return the tensors of the base that complete tensors do not show as a whole."""
+        shown: Counter[str] = Counter()
+        incomplete = set(self._incomplete(list(self._found)))
+        for part in (p for n, parts in self._found.items() if n not in incomplete for p in parts):
+            shown[part.tensor] += math.prod(part.shape)
+        return [name for name in names if shown[name] < self._size(self._base, name)]
 
     def _tied(self, name: str) -> list[ViewPart]:
         """Return a part that shows a whole tensor of the base, which others may show, too."""
@@ -346,9 +373,10 @@ class _Finder:
             for other in pool.of_layer(name)
             if self._base.side.shapes[other][-1:] == seen.shape[-1:] and self._fits(name, other)
         ]
-        rows = self._mine.rows(seen)
-        if not others or rows is None:
+        rows = self._mine.rows(seen) if others else None
+        if rows is None:
             return []
+        others = [other for other in others if self._shares_rows(rows, other)]
         least, found = np.full(len(rows), _NEAR), np.full((len(rows), 2), -1)
         for number, other in enumerate(others):
             theirs = self._base.rows(self._base.seen(other))
@@ -366,47 +394,47 @@ class _Finder:
         ]
         return parts if len(runs) <= _MAX_ROW_RUNS else []
 
-    def _add(self, views: dict[str, View], name: str, parts: list[ViewPart]) -> None:
-        if parts:
-            views[name] = View(self._mine.side.shapes[name], tuple(parts))
-
     @staticmethod
     def _size(side: _Probed, name: str) -> int:
         return math.prod(side.side.shapes[name])
 
-    def _assemble(self, name: str, pool: _Pool) -> list[ViewPart]:
+    def _shares_rows(self, rows: Values, other: str) -> bool:
+        """Return True if some rows of the base's tensor are among rows."""
+        seen = self._base.seen(other)
+        count, width = seen.size // seen.shape[-1], seen.shape[-1]
+        some = np.unique(np.linspace(0, count - 1, _ROWS_TRIED).astype(np.int64))
+        index = (some[:, None] * width + _middle(width)).reshape(-1)
+        theirs = np.nan_to_num(self._base.at(_Range(seen, 0, seen.size), index))
+        _, apart = _nearest(theirs.reshape(len(some), -1), rows)
+        return bool((apart < _NEAR).any())
+
+    def _assemble(self, name: str, others: Sequence[str], *, cut: bool) -> list[ViewPart]:
         """Return the parts of the base that a tensor consists of."""
         best: list[ViewPart] = []
-        covered, size = 0, self._size(self._mine, name)
-        for others in pool.near(name):
-            fitting = [o for o in others if self._fits(name, o)]
-            for cut in (False, True):
-                for big, smalls in self._pairs(self._mine, name, self._base, fitting):
-                    ranges = [r for small in smalls for r in _ranges(small, big, cut=cut)]
-                    hits = self._fill(self._mine, big, self._base, ranges)
-                    parts = [p for hit in hits if (p := _part(big, hit.at, hit.small))]
-                    count = sum(math.prod(part.shape) for part in parts)
-                    if count > covered:
-                        best, covered = parts, count
-                    if covered == size:
-                        self._used.update(hit.small for hit in hits)
-                        return best
+        fitting = [other for other in others if self._fits(name, other)]
+        for big, smalls in self._pairs(self._mine, name, self._base, fitting):
+            ranges = [r for small in smalls for r in _ranges(small, big, cut=cut)]
+            hits = self._fill(self._mine, big, self._base, ranges)
+            parts = [p for hit in _joined(hits, big) if (p := _part(big, hit.at, hit.small))]
+            best = max(best, parts, key=_elements)
+            if _elements(best) == big.size:
+                break
         return best
 
-    def _locate(self, names: Sequence[str], others: Sequence[str], views: dict[str, View]) -> None:
-        """Add views of tensors that are parts of one tensor of the base."""
+    def _locate(self, names: Sequence[str], others: Sequence[str]) -> None:
+        """Find tensors that are parts of one tensor of the base."""
         pool = _Pool(list(names))
         for other in others:
             for group in pool.near(other):
-                smalls = [n for n in group if n not in views and self._fits(n, other)]
+                smalls = [n for n in group if n not in self._found and self._fits(n, other)]
                 for big, seen in self._pairs(self._base, other, self._mine, smalls):
                     ranges = [_Range(small, 0, small.size) for small in seen]
                     for hit in self._fill(self._base, big, self._mine, ranges):
                         small = hit.small.seen
                         whole = _Range(big, hit.at, hit.small.count)
                         part = _part(small, 0, whole)
-                        if part is not None and small.name not in views:
-                            views[small.name] = View(self._mine.side.shapes[small.name], (part,))
+                        if part is not None:
+                            self._keep(small.name, [part])
 
     def _fits(self, name: str, other: str) -> bool:
         return self._can_convert(self._base.side.dtypes[other], self._mine.side.dtypes[name])
@@ -434,7 +462,9 @@ class _Finder:
         sizes = sorted(groups, reverse=True)
         hits: list[_Hit] = []
         at, misses, total = 0, 0, big.size
-        while sizes and at < total and misses < _MAX_STEPS:
+        while sizes and at < total and misses < (_MAX_STEPS if hits else _FIRST_STEPS):
+            if self._mine.taken + self._base.taken > self._most:
+                break
             hit = None
             for count in sizes:
                 if at + count <= total and _box(big.shape, at, count) is not None:
@@ -625,6 +655,26 @@ def _row_part(big: _Seen, run: _Run, seen: _Seen) -> ViewPart | None:
         axes=(1, 0, 2),
         view=(seen.size // width // step, step, width),
     )
+
+
+def _joined(hits: Sequence[_Hit], big: _Seen) -> list[_Hit]:
+    """Return hits, with those that continue each other as one."""
+    found: list[_Hit] = []
+    for hit in hits:
+        if found:
+            at, before = found[-1].at, found[-1].small
+            count = before.count + hit.small.count
+            follows = (hit.at, hit.small.seen, hit.small.start) == (
+                at + before.count,
+                before.seen,
+                before.start + before.count,
+            )
+            joined = _Hit(at, _Range(before.seen, before.start, count))
+            if follows and _part(big, at, joined.small) is not None:
+                found[-1] = joined
+                continue
+        found.append(hit)
+    return found
 
 
 def _part(big: _Seen, at: int, small: _Range) -> ViewPart | None:
