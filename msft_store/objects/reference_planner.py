@@ -152,7 +152,7 @@ class ReferencePlanner:
                     base, depth = base or found.base, max(depth, found.depth)
                     spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
                 at += size
-        fits = spans and depth <= MAX_DEPTH[1]
+        fits = spans and depth <= self._max_depth
         return Reference(base=base, depth=depth, span=tuple(spans)) if fits else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
