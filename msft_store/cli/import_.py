@@ -10,6 +10,7 @@ Example::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ def import_checkpoint(
 def find_matching_base(store: Store, path: PathLike) -> Base | None:
     """Return the store's only base if it is the same model as some safetensors files.
 
-    It is the same model if one side has all tensors of the other by name and shape; a prefix such
-    as ``model.`` may differ. Returns ``None`` otherwise, or if the store has several bases.
+    It is the same model if one side has all tensors of the other by name and shape, or if some
+    names agree and all tensors together have as many elements, as those of a model in memory and in
+    files do. A prefix such as ``model.`` may differ. Returns ``None`` otherwise, or if the store
+    has several bases.
     """
     bases = store.bases()
     if len(bases) != 1:
@@ -58,9 +61,10 @@ def find_matching_base(store: Store, path: PathLike) -> Base | None:
     theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
     headers = read_headers(check_path(path))
     shapes = {name: place.shape for _, header in headers for name, place in header.items()}
-    found = match_names(shapes, theirs)
-    same = bool(found) and (found.keys() == shapes.keys() or set(found.values()) == theirs.keys())
-    return bases[0] if same else None
+    found = match_names(shapes, theirs, exchanged=True)
+    here, there = (sum(map(math.prod, side.values())) for side in (shapes, theirs))
+    same = found.keys() == shapes.keys() or set(found.values()) == theirs.keys() or here == there
+    return bases[0] if found and same else None
 
 
 def _groups(path: Path) -> Iterator[list[Box]]:
