@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from msft_store.format.layout import CHUNK_BYTES, BaseSpan, ChunkSpan, ViewSpan
+from msft_store.format.layout import CHUNK_BYTES, MAX_DEPTH, BaseSpan, ChunkSpan, ViewSpan
 from msft_store.format.mapping import BaseMapping, View
 from msft_store.objects.base_reader import can_convert
 from msft_store.objects.bases import BaseTensor
@@ -152,7 +152,9 @@ class ReferencePlanner:
                     base, depth = base or found.base, max(depth, found.depth)
                     spans.append(ChunkSpan(key=chunk_key, start=first - at, length=last - first))
                 at += size
-        fits = spans and depth <= self._max_depth
+        # A reader refuses several parts at a greater depth, for they would multiply at each level.
+        most = self._max_depth if len(spans) == 1 else min(self._max_depth, MAX_DEPTH[1])
+        fits = spans and depth <= most
         return Reference(base=base, depth=depth, span=tuple(spans)) if fits else None
 
     def _chunk(self, key: bytes, size: int) -> Reference | None:
