@@ -7,7 +7,7 @@ TRAINER_STAMP := $(VENV)/.installed-trainer
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 CODE   := msft_store trainer tests bench examples docs
 
-.PHONY: help demo test test-crash test-soak chaos check format lint types docs wheel bench clean
+.PHONY: help demo test test-crash test-soak chaos check format lint types docs wheel bench families clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -70,6 +70,9 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.huggingface
 	$(BIN)/python -m bench.imports
 	$(BIN)/python -m bench.headline --write
+
+families: $(STAMP) ## measure a checkpoint of every model family of transformers, half an hour; renew their table in docs/BENCHMARKS.md
+	$(BIN)/python -m bench.families --write
 
 clean:           ## remove the environment and what runs have written
 	rm -rf $(VENV) runs site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+from bench.codec import RESULTS
 from msft_store import Store
 from trainer.text import Table
 
@@ -228,22 +229,48 @@ def measure(name: str) -> Family:
         )
 
 
-def table(families: list[Family]) -> str:
+def page(families: list[Family]) -> str:
     """Return the measured families as text for ``docs/BENCHMARKS.md``."""
     done = [family for family in families if not family.reason]
     short = [family for family in done if family.short]
-    rows = Table(("family", "class", "M", "files", "memory", "ratio", "unchanged"))
-    for one in done:
-        millions = f"{one.parameters / 1e6:.1f}"
-        shares = [f"{100 * share:.2f} %" for share in (one.files, one.memory)]
-        rows.add(one.name, one.model, millions, *shares, f"{one.ratio:.2f}", f"{one.unchanged:.2%}")
+    inexact = [family for family in done if family.exact is False]
+    exact = {True: "exact", False: "differs", None: "–"}
+    rows = [
+        (
+            one.name,
+            one.model,
+            f"{one.parameters / 1e6:.1f}",
+            f"{one.files:.2%}",
+            f"{one.memory:.2%}",
+            f"{one.ratio:.2f}",
+            f"{one.unchanged:.2%}",
+            exact[one.exact],
+        )
+        for one in done
+    ]
+    header = ("type", "class", "M", "files", "memory", "ratio", "unchanged", "export")
+    names = ", ".join(f"`{one.name}`" for one in short) or "none"
     return (
-        f"transformers {transformers.__version__}, torch {torch.__version__}: {len(done)} families "
-        f"of {len(families)} ran, {len(short)} of them fall short.\n\n{rows}"
+        f"transformers {transformers.__version__}, torch {torch.__version__}: {len(done)} of "
+        f"{len(families)} model types ran. {len(short)} cost more than they should ({names}), and "
+        f"{len(inexact)} exports differ. The others are parts of these without a class of their "
+        "own, need a package that is not installed, or have no valid configuration of this size; "
+        "`bench/results/families.json` has the reason of each.\n\n"
+        f"{Table(header, rows).to_markdown()}"
     )
 
 
+def write(families: list[Family]) -> None:
+    """Renew the table of the page and the results."""
+    text = json.dumps([asdict(family) for family in families], indent=1) + "\n"
+    (RESULTS / "families.json").write_text(text, encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{page(families)}\n\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
+    """Measure model types and print each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help="model types; all without any")
     parser.add_argument("--write", action="store_true", help="renew the table of the page")
@@ -257,6 +284,8 @@ def main() -> None:
     for name in options.names or sorted(CONFIG_MAPPING_NAMES):
         families.append(measure(name))
         print(json.dumps(asdict(families[-1])), flush=True)
+    if options.write:
+        write(families)
 
 
 if __name__ == "__main__":
