@@ -234,7 +234,7 @@ def page(families: list[Family]) -> str:
     done = [family for family in families if not family.reason]
     short = [family for family in done if family.short]
     inexact = [family for family in done if family.exact is False]
-    exact = {True: "exact", False: "differs", None: "–"}
+    exact = {True: "exact", False: "differs", None: "-"}
     rows = [
         (
             one.name,
