@@ -11,6 +11,7 @@ Example::
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,20 +59,24 @@ def find_missing(base: Base, mapping: BaseMapping, tensors: Mapping[str, TensorE
     base then has no tensors left over.
     """
     missing: dict[str, int] = {}
-    used: set[str] = set()
+    shown: Counter[str] = Counter()
     for name, entry in tensors.items():
         view, other = mapping.views.get(name), mapping.names.get(name, name)
         if view is not None:
-            used.update(part.tensor for part in view.parts)
+            for part in view.parts:
+                shown[part.tensor] += math.prod(part.shape)
             rest = math.prod(view.shape) - view.covered
         elif other in base.tensors and base.tensors[other].shape == entry.shape:
-            used.add(other)
+            shown[other] += math.prod(entry.shape)
             rest = 0
         else:
             rest = math.prod(entry.shape)
         if rest:
             missing[name] = rest * entry.dtype.size
-    left = sum(tensor.nbytes for name, tensor in base.tensors.items() if name not in used)
+    left = sum(
+        max(math.prod(tensor.shape) - shown[name], 0) * tensor.dtype.size
+        for name, tensor in base.tensors.items()
+    )
     whole = sum(entry.nbytes for entry in tensors.values())
     here, there = sum(missing.values()) / max(whole, 1), left / max(base.logical_bytes, 1)
     return Missing(tensors=missing, share=min(here, there))

@@ -36,7 +36,7 @@ from msft_store.errors import (
     OverBudgetError,
 )
 from msft_store.format.layout import MAX_DEPTH, Record, canonical_json, digest
-from msft_store.format.mapping import NOTHING, BaseMapping, Shape
+from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.format.strict_json import NUMBER_LIMIT
 from msft_store.objects.bases import BASES, Base
 from msft_store.objects.catalog import Catalog
@@ -76,6 +76,8 @@ from msft_store.tensors.boxes import Box, Part, Parts, join_parts, whole_box
 from msft_store.tensors.bytes import memory_key
 from msft_store.tensors.resident import Compared
 
+_Place = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""A box: name and shape of its tensor, offset and shape."""
 _LOG = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 """Ids of the bases for which this process has warned of tensors without a counterpart."""
@@ -98,7 +100,7 @@ class CheckpointWriter:
         self._catalog = catalog
         self._backend = backend
         self._durable_bases: set[str] = set()
-        self._mappings: dict[str, tuple[Mapping[str, Shape], BaseMapping]] = {}
+        self._mappings: dict[str, tuple[set[_Place], BaseMapping]] = {}
 
     def save(
         self,
@@ -211,15 +213,16 @@ class CheckpointWriter:
         if base is None:
             return NOTHING
         reader, table = self._catalog.objects.base(base), {box.name: box.entry() for box in boxes}
-        shapes = {name: entry.shape for name, entry in table.items()}
-        known = self._mappings.get(base, ({}, NOTHING))
+        here = {(box.name, box.shape, box.offset, tuple(box.tensor.shape)) for box in boxes}
+        places, known = self._mappings.get(base, (set(), NOTHING))
         checkpoint = self._catalog.get(parent or "")
         if checkpoint is not None:
-            tensors = self._catalog.tensors(checkpoint)
-            known = {n: e.shape for n, e in tensors.items()}, self._recorded(checkpoint.id)
-        if shapes.items() <= known[0].items():
-            names = {name: old for name, old in known[1].names.items() if name in shapes}
-            views = {name: view for name, view in known[1].views.items() if name in shapes}
+            tensors, known = self._catalog.tensors(checkpoint), self._recorded(checkpoint.id)
+            shapes = {name: entry.shape for name, entry in tensors.items()}
+            places = {place for place in here if shapes.get(place[0]) == place[1]}
+        if here <= places:
+            names = {name: old for name, old in known.names.items() if name in table}
+            views = {name: view for name, view in known.views.items() if name in table}
             mapping = BaseMapping(names=names, views=views)
             # A search while the base was out of reach found less than there is.
             if find_missing(reader.base, mapping, table).share <= MOST_MISSING:
@@ -228,7 +231,7 @@ class CheckpointWriter:
         if self._catalog.config.version == 1:
             # Packs of version 1 have no references into views.
             found = replace(found, views={})
-        self._mappings[base] = shapes, found
+        self._mappings[base] = here, found
         return found
 
     def _recorded(self, checkpoint: str) -> BaseMapping:
