@@ -286,7 +286,7 @@ def _metric_to_json(number: float) -> float | str:
 
 
 def tensor_table(tensors: Mapping[str, TensorEntry]) -> bytes:
-    """Encode a tensor table, the second line of a manifest."""
+    """Encode a tensor table as canonical JSON, of which a manifest has the digest."""
     return canonical_json(
         {
             name: {
