@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from msft_store import Candidate, KeepLast, Store, Timeline
 from msft_store.integrations.dcp import StorageWriter
@@ -105,6 +106,7 @@ def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "state": {"model": weights},
         "store": store,
         "timeline": timeline,
+        "tokenizer": AutoTokenizer.from_pretrained(ROOT / "examples/stdlib_tasks/base"),
         "weights": weights,
         "writer": StorageWriter("run/store", name="other"),
     }

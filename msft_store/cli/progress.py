@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -59,6 +59,9 @@ def run_interruptibly(operation: Callable[[], _T]) -> _T:
 
     try:
         threading.Thread(target=run, daemon=True).start()
+        # Wake up now and then: a signal just before the wait does not end the wait.
+        while not future.done():
+            wait([future], timeout=0.5)
         return future.result()
     except KeyboardInterrupt:
         print(f"\n{MESSAGE}", file=sys.stderr, flush=True)
