@@ -199,6 +199,14 @@ class BaseMapping:
     def __bool__(self) -> bool:
         return bool(self.names or self.views)
 
+    def counterparts(self, name: str) -> set[str]:
+        """Return the base's tensors that make up a tensor of another name or shape, if they do."""
+        view = self.views.get(name)
+        if view is not None:
+            whole = view.covered == math.prod(view.shape)
+            return {part.tensor for part in view.parts} if whole else set()
+        return {self.names[name]} if name in self.names else set()
+
     def __or__(self, other: BaseMapping) -> BaseMapping:
         """Return the union of the mappings of two processes that hold other boxes of tensors."""
         views = dict(self.views)

@@ -196,7 +196,13 @@ def _content(
     if mended is not None:
         config = mended
         written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
-    doubts = () if is_adapter else find_doubts(config, chosen.tensors, base, names, is_recorded)
+    doubts = (
+        ()
+        if is_adapter
+        else find_doubts(
+            config, chosen.tensors, base, names, is_recorded, counterparts=chosen.counterparts
+        )
+    )
     return _Content(
         chosen=chosen,
         is_adapter=is_adapter,

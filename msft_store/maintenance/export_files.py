@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from msft_store._util import format_count
@@ -149,6 +149,8 @@ def find_doubts(
     base: Base | None,
     files: Iterable[str],
     is_recorded: bool,
+    *,
+    counterparts: Mapping[str, Collection[str]],
 ) -> Iterator[str]:
     """Yield reasons why ``from_pretrained`` of an export may not give the model.
 
@@ -158,6 +160,7 @@ def find_doubts(
         base: The base of the checkpoint.
         files: The names of the other files of the export.
         is_recorded: True if the configuration was recorded with the checkpoint.
+        counterparts: Names in the base by names of exported tensors of another name or shape.
     """
     parts = [name for name in tensors if _is_kept_in_parts(name, tensors)]
     if parts:
@@ -180,13 +183,20 @@ def find_doubts(
         yield f"config.json names code that the base does not have ({', '.join(code)}): copy it"
     if is_recorded or base is None:
         return
-    ours, theirs = set(tensors), set(base.tensors)
+    # What has a counterpart in another form is loaded in either form.
+    ours = set(tensors) - counterparts.keys()
+    used = {other for found in counterparts.values() for other in found}
+    theirs = set(base.tensors) - (used - tensors.keys())
     named = {content_of(tensors[name]) for name in ours & theirs}
     # A tensor that is tied to one of the base is none of its own.
     added = {
         n: tensors[n].shape for n in sorted(ours - theirs) if content_of(tensors[n]) not in named
     }
-    missing = {n: base.tensors[n].shape for n in sorted(theirs - ours)}
+    # Untrained scales and biases are equal, and any of them may be the counterpart of another.
+    equal = {base.tensors[n].keys for n in used}
+    missing = {
+        n: base.tensors[n].shape for n in sorted(theirs - ours) if base.tensors[n].keys not in equal
+    }
     differing = {
         "of another shape": {n for n in ours & theirs if tensors[n].shape != base.tensors[n].shape},
         "not in the base": _without_counterparts(added, missing),

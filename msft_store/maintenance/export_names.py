@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -61,6 +61,8 @@ class Exported:
     """The settings of an adapter; ``None`` for a model."""
     assembled: Mapping[str, Assembled] = field(default_factory=dict)
     """Those of ``tensors``, by their names in the files, that consist of parts of others."""
+    counterparts: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Names in the base of those of ``tensors`` that have another name or shape there."""
     further: Mapping[str, Exported] = field(default_factory=dict)
     """Further adapters by name."""
 
@@ -137,6 +139,11 @@ def exported(
         ),
         adapter=adapter,
         assembled=original.assembled,
+        counterparts={
+            new: others
+            for name, new in names.items()
+            if name not in left and (others := mapping.counterparts(name))
+        },
         further=further,
     )
 

@@ -150,23 +150,35 @@ def _uncertain(
 ) -> Iterator[str]:
     """Yield the tensors whose counterpart may be another one of equal content.
 
-    Untrained scales and biases are equal. Names, or an equal content in the checkpoint, too, decide
-    between them; else a trained scale could be written in the place of another.
+    Untrained scales and biases are equal. An equal content in the checkpoint, too, makes their
+    order meaningless, or the module as a whole has another name; else a trained scale could be
+    written in the place of another.
     """
     twins: dict[tuple[object, ...], set[str]] = {}
     for other, tensor in base.tensors.items():
         same = (layer_of(other), tensor.dtype, tensor.shape, tensor.keys)
         twins.setdefault(same, set()).add(other)
     alike = {other: found for found in twins.values() if len(found) > 1 for other in found}
-    rules = {exchanged_prefixes(n, o) for n, o in mapping.names.items() if o not in alike}
     back = {other: name for name, other in mapping.names.items()}
+    mine = {name: entry.shape for name, entry in tensors.items()}
+    theirs = {name: tensor.shape for name, tensor in base.tensors.items()}
     for name, entry in tensors.items():
         match = mapping.names.get(name, name)
-        if match in alike and exchanged_prefixes(name, match) not in rules:
+        if match != name and match in alike:
             users = [tensors.get(back.get(one, one)) for one in alike[match]]
-            equal = all(user is not None and user.pieces == entry.pieces for user in users)
-            if not equal and name.split(".")[-2:] != match.split(".")[-2:]:
+            new, old = exchanged_prefixes(name, match)
+            if any(user is None or user.pieces != entry.pieces for user in users) and (
+                _ends(mine, new, entry.shape) != _ends(theirs, old, entry.shape)
+                or not all(one.startswith(old) for one in alike[match])
+            ):
                 yield name
         view = mapping.views.get(name)
         if view is not None and any(part.tensor in alike for part in view.parts):
             yield name
+
+
+def _ends(shapes: Mapping[str, Shape], prefix: str, shape: Shape) -> set[str]:
+    """Return the rest of the names of a shape that begin with a prefix."""
+    return {
+        n[len(prefix) :] for n, found in shapes.items() if found == shape and n.startswith(prefix)
+    }

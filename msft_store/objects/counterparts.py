@@ -145,10 +145,17 @@ def find_mapping(
     ``can_convert`` says whether elements of the base's dtype serve for a tensor's dtype.
     """
     names = match_names(mine.shapes, base.shapes, exchanged=True)
+    ours, theirs = _Probed(mine), _Probed(base)
+    rivals: dict[tuple[str | None, Shape], list[str]] = {}
+    for free in base.shapes.keys() - {n for n, o in names.items() if n == o}:
+        rivals.setdefault((layer_of(free), base.shapes[free]), []).append(free)
     renamed = {
         name: other
         for name, other in names.items()
-        if name != other and _is_near(_Probed(mine), name, _Probed(base), other)
+        if name != other
+        and _is_nearest(
+            ours, name, theirs, other, rivals.get((layer_of(other), base.shapes[other]), [])
+        )
     }
     rest = [n for n in mine.shapes if n not in renamed and names.get(n) != n]
     views: dict[str, View] = {}
@@ -291,13 +298,21 @@ def _is_constant(values: Values) -> bool:
     return known.size == 0 or bool((known == known[0]).all())
 
 
-def _is_near(mine: _Probed, name: str, base: _Probed, other: str) -> bool:
-    one, two = mine.seen(name), base.seen(other)
+def _is_nearest(mine: _Probed, name: str, base: _Probed, other: str, rivals: Sequence[str]) -> bool:
+    """Return True if the counterpart that names tell is near, and no rival is nearer.
+
+    All vectors of scales are near each other, so the rivals of vectors count.
+    """
+    one = mine.seen(name)
     if one.size == 0:
         return True
-    left, right = mine.probe(_Range(one, 0, one.size)), base.probe(_Range(two, 0, two.size))
+    own = mine.probe(_Range(one, 0, one.size))
+    apart = [
+        float(_distance(own, base.probe(_Range(base.seen(rival), 0, one.size))))
+        for rival in (other, *(rivals if len(one.shape) < 2 else ()))
+    ]
     # What another process holds cannot be compared; then the names decide alone.
-    return bool(np.isnan(left).all()) or float(_distance(left, right)) < 2 * _NEAR
+    return bool(np.isnan(own).all()) or (apart[0] < 2 * _NEAR and apart[0] <= min(apart) + 1e-12)
 
 
 class _Finder:
