@@ -145,7 +145,12 @@ def test_a_strangers_store_writes_no_file_outside(tmp_path: Path, store: Store, 
     facts = CheckpointFacts.of()
     with store.session("save"):
         ckpt = store._writer.save(
-            {PREFIX + name: tensor}, facts, parent=None, level="fast", compared=None
+            {PREFIX + name: tensor},
+            facts,
+            parent=None,
+            references=None,
+            level="fast",
+            compared=None,
         )
     for act in (lambda: store.export(ckpt, tmp_path / "in" / "x"), lambda: store.files(ckpt)):
         with pytest.raises(CorruptedError, match=r"file"):
