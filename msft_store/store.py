@@ -616,6 +616,17 @@ class Store:
             self._catalog.refresh()
             return self._catalog.resolve(checkpoint)
 
+    def depth(self, checkpoint: Checkpoint | str) -> int:
+        """Count the references between a checkpoint and plain bytes.
+
+        Args:
+            checkpoint: Checkpoint to describe.
+
+        Returns:
+            The depth that at least half of its encoded bytes do not exceed.
+        """
+        return self._catalog.depth(self.get(checkpoint))
+
     def log(self) -> list[Checkpoint]:
         """Return all checkpoints.
 

@@ -7,14 +7,14 @@ Pure. Invariant: no depth that a history gives to its checkpoints is above 5.
 
 Example::
 
-    newest_allowed(allowed_depth(5, 5), [2, 3, 4])   # 1: depth 3, because 5 may have depth 4
+    newest_allowed(allowed_depth(4, 4), [2, 3, 2, 1])    # 0: position 4 may have depth 3
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-_RHYTHM = (1, 2, 3, 2, 3, 4, 2, 3, 4, 3, 4, 2, 3, 4, 3, 4, 2, 3, 4, 3)
+_RHYTHM = (1, 2, 3, 2, 3, 4, 5, 2, 3, 4, 3, 4, 5, 2, 3, 4, 3, 4, 4, 5)
 """Depth of each of 20 consecutive positions; then it begins again."""
 _FEW, _DEPTH_OF_FEW = 8, 5
 REACH = 2 * len(_RHYTHM)
