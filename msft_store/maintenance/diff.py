@@ -90,7 +90,7 @@ def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> 
     the base, without their prefix.
     """
     first, second = _side(catalog, one), _side(catalog, other)
-    first, second = _renamed(first, one, other), _renamed(second, other, one)
+    first, second = _renamed(catalog, first, one, other), _renamed(catalog, second, other, one)
     stored = {}
     if isinstance(other, Checkpoint):
         stored = {
@@ -123,12 +123,17 @@ def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
     return _Side(tensors=tensors, source=Source.of(catalog, one))
 
 
-def _renamed(side: _Side, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
+def _renamed(
+    catalog: Catalog, side: _Side, one: Base | Checkpoint, other: Base | Checkpoint
+) -> _Side:
     """Return the side of a checkpoint, renamed to the names of the base on the other side."""
     if isinstance(one, Base) or not isinstance(other, Base):
         return side
     shapes = {name: entry.shape for name, entry in side.tensors.items()}
     found = match_names(shapes, {name: tensor.shape for name, tensor in other.tensors.items()})
+    if one.base == other.id:
+        known = catalog.tables.mapping(one).names
+        found |= {name: old for name, old in known.items() if name in shapes}
     names: dict[str, str] = {}
     taken = set(side.tensors)
     for name, theirs in found.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from msft_store import BaseError, Box, KeepLast, Parts, Store
 from msft_store.format.dtypes import dtype_by_name
@@ -151,3 +151,19 @@ def test_boxes_by_rows_and_columns_are_differences(
         ckpt = store.save(Parts([store.encode(one, parent=base) for one in boxes]), parent=base)
         assert same_bits(store.load(ckpt), {"w": new})
         assert ckpt.stored_bytes < 0.02 * ckpt.logical_bytes, axis
+
+
+def test_descendants_keep_the_counterparts_when_their_weights_have_moved_far(
+    tmp_path: Path, store: Store
+) -> None:
+    base = big_base()
+    save_file(base, tmp_path / "base.safetensors")
+    names = {f"x.{at}.experts": tensor for at, tensor in enumerate(base.values())}
+    first = store.save(names, parent=store.add_base(tmp_path / "base.safetensors"))
+    far = {name: -tensor for name, tensor in names.items()}
+    last = Store.open(store.path).save(far, parent=first)
+    store.export(last.id, tmp_path / "out", layout="files")
+    assert same_bits(
+        load_file(tmp_path / "out" / "model.safetensors"), {n: -t for n, t in base.items()}
+    )
+    assert {one.name for one in store.diff(store.bases()[0], last.id)} == base.keys()
