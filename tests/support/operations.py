@@ -120,6 +120,11 @@ def rebase(store: Store, prepared: Prepared) -> None:
     store.plan_gc().execute()
 
 
+def release(store: Store, prepared: Prepared) -> None:
+    forget(store, prepared)
+    store.release(store.log())
+
+
 def gc(store: Store, prepared: Prepared) -> None:
     # A pack stays if there is no space to rewrite it; this is no error.
     left = store.plan_gc().execute().left_bytes
@@ -197,6 +202,7 @@ OPERATIONS = [
     forget,
     anchor,
     rebase,
+    release,
     gc,
     repack,
     gc_with_policy,

@@ -45,6 +45,7 @@ class StoreHistories(Histories):
         metrics=METRICS,
         level=LEVELS,
         background=st.booleans(),
+        near=PICKS | st.none(),
     )
     def save(
         self,
@@ -58,6 +59,7 @@ class StoreHistories(Histories):
         metrics: dict[str, float],
         level: str | None,
         background: bool,
+        near: int | None,
     ) -> None:
         opened, above = self._any(at), self._parent(parent)
         state = changed(self._source(above, seed), kind, share, seed)
@@ -78,6 +80,7 @@ class StoreHistories(Histories):
             "metadata": {"seed": seed % 4},
             "parent": above,
             "level": level,
+            "references": [self._pick(near)] if near is not None and self.model.points else None,
         }
 
         def work() -> Checkpoint:
@@ -177,6 +180,14 @@ class StoreHistories(Histories):
         )
         if ckpt is not None:
             self._stored_as_said(opened.store, ckpt)
+
+    @precondition(lambda self: self.model.points)
+    @rule(at=PICKS, which=PICKS, other=PICKS)
+    def release(self, at: int, which: int, other: int) -> None:
+        opened, some = self._any(at), {self._pick(which), self._pick(other)}
+        if self._do(opened, self.model, lambda: opened.store.release(some)) is not None:
+            for identity in some:
+                self._same(opened.store, identity)
 
     def _stored_as_said(self, store: Store, ckpt: Checkpoint) -> None:
         assert ckpt.id in self.model.points
