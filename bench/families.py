@@ -263,7 +263,7 @@ def page(families: list[Family]) -> str:
         f"{len(inexact)} exports differ. The others are parts of these without a class of their "
         "own, need a package that is not installed, or have no valid configuration of this size; "
         "`bench/results/families.json` has the reason of each.\n\n"
-        f"{Table(header, rows).to_markdown()}"
+        f"{Table(header=header, rows=rows).to_markdown()}"
     )
 
 
