@@ -81,7 +81,7 @@ def test_small_changes_cost_a_few_percent(store: Store, base: Base, state: State
     assert store.stats().stored_bytes == ckpt.stored_bytes
 
 
-def test_a_long_chain_never_goes_deeper_than_four(store: Store, base: Base, state: State) -> None:
+def test_a_long_chain_never_goes_deeper_than_five(store: Store, base: Base, state: State) -> None:
     chain: list[tuple[Checkpoint, State]] = []
     parent: Base | Checkpoint = base
     for step in range(30):
@@ -90,8 +90,8 @@ def test_a_long_chain_never_goes_deeper_than_four(store: Store, base: Base, stat
         chain.append((ckpt, state))
         parent = ckpt
     depths = [max(depths_of(store, ckpt)) for ckpt, _ in chain]
-    assert depths[:6] == [1, 2, 3, 2, 3, 4]
-    assert max(depths) == 4
+    assert depths[:7] == [1, 2, 3, 2, 3, 4, 5]
+    assert max(depths) == 5
     for ckpt, expected in chain[::5]:
         assert same_bits(store.load(ckpt), expected)
     store.plan_gc(KeepLast(1)).execute()
@@ -99,13 +99,13 @@ def test_a_long_chain_never_goes_deeper_than_four(store: Store, base: Base, stat
     assert store.check() == []
 
 
-def test_a_chain_without_a_base_never_goes_deeper_than_four(store: Store, state: State) -> None:
+def test_a_chain_without_a_base_never_goes_deeper_than_five(store: Store, state: State) -> None:
     parent = None
     for step in range(8):
         state = train_step(state, 0.02, step)
         parent = store.save(state, parent=parent, step=step)
     assert parent is not None
-    assert max(record.depth for record in records(store)) == 4
+    assert max(record.depth for record in records(store)) == 5
     assert parent.stored_bytes < 0.3 * parent.logical_bytes
     assert same_bits(store.load(parent), state)
 
