@@ -256,12 +256,18 @@ def page(families: list[Family]) -> str:
         for one in done
     ]
     header = ("type", "class", "M", "files", "memory", "ratio", "unchanged", "export")
-    names = ", ".join(f"`{one.name}`" for one in short) or "none"
+    names = ", ".join(f"`{one.name}`" for one in short)
+    costly = (
+        f"{len(short)} cost more than they should ({names})"
+        if short
+        else "None costs more than it should"
+    )
+    differ = f"{len(inexact)} exports differ" if inexact else "no export differs"
     return (
         f"transformers {transformers.__version__}, torch {torch.__version__}: {len(done)} of "
-        f"{len(families)} model types ran. {len(short)} cost more than they should ({names}), and "
-        f"{len(inexact)} exports differ. The others are parts of these without a class of their "
-        "own, need a package that is not installed, or have no valid configuration of this size; "
+        f"{len(families)} model types ran. {costly}, and {differ}. The others are parts of these "
+        "without a class of their own, need a package that is not installed, or have no valid "
+        "configuration of this size; "
         "`bench/results/families.json` has the reason of each.\n\n"
         f"{Table(header=header, rows=rows).to_markdown()}"
     )
