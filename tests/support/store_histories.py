@@ -227,7 +227,15 @@ class StoreHistories(Histories):
     def export(self, at: int, which: int) -> None:
         opened, identity = self._any(at), self._pick(which)
         target = self.folder / f"export {self.steps}"
-        if self._do(opened, self.model, lambda: opened.store.export(identity, target)) is None:
+        if (
+            self._do(
+                opened,
+                self.model,
+                # The other layout gives swapped and renamed tensors the names in the base again.
+                lambda: opened.store.export(identity, target, layout="memory"),
+            )
+            is None
+        ):
             assert not target.exists()
             return
         found = safetensors.torch.load_file(target / "model.safetensors")
