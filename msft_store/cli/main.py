@@ -167,7 +167,9 @@ def _pin(store: Store, options: argparse.Namespace) -> Output:
 
 def _unpin(store: Store, options: argparse.Namespace) -> Output:
     store.unpin(options.ref)
-    text = f"{options.ref} was removed; its checkpoint stays until a gc drops it"
+    text = (
+        f"{options.ref} was removed; its checkpoint stays until forget or a gc with rules drops it"
+    )
     return {"ref": options.ref}, text
 
 

@@ -43,6 +43,7 @@ from msft_store.maintenance.export_files import (
     CONFIG,
     TEMPLATES,
     belongs_to_recorded,
+    find_adapter_doubts,
     find_doubts,
     mend_dtype,
     parse_config,
@@ -197,7 +198,7 @@ def _content(
         config = mended
         written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
     doubts = (
-        ()
+        find_adapter_doubts(chosen.adapter or {}, chosen.tensors)
         if is_adapter
         else find_doubts(
             config, chosen.tensors, base, names, is_recorded, counterparts=chosen.counterparts

@@ -143,6 +143,29 @@ def mend_dtype(
     return None if mended == config else mended
 
 
+def find_adapter_doubts(
+    settings: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
+) -> Iterator[str]:
+    """Yield reasons why PEFT may not give an exported adapter.
+
+    PEFT keeps the dtype of an adapter's own tensors, but rounds the others to that of its base.
+    """
+    own = f".{str(settings.get('peft_type')).lower()}_"
+    wide = sorted(
+        name
+        for name, entry in tensors.items()
+        if own not in name
+        and name.endswith((".weight", ".bias", ".trainable_tokens_delta"))
+        and entry.dtype.name in _WIDER["bfloat16"]
+    )
+    if wide:
+        yield (
+            f"{format_count(len(wide), 'tensor')} besides the adapter ({format_names(wide)}) of "
+            f"{tensors[wide[0]].dtype.name}: PEFT rounds these if the base is loaded in another "
+            f"dtype, so load with dtype={tensors[wide[0]].dtype.name}"
+        )
+
+
 def find_doubts(
     config: Mapping[str, Any] | None,
     tensors: Mapping[str, TensorEntry],

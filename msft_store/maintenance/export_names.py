@@ -156,8 +156,8 @@ def _require_original(original: OriginalLayout, base: Base | None) -> None:
     if original.impossible:
         raise InvalidInputError(
             "these tensors cannot be written in the form that they have in the files of the base: "
-            f"{', '.join(map(repr, original.impossible[:5]))}; export them as they are in memory "
-            "(--layout memory)"
+            f"{', '.join(map(repr, original.impossible[:5]))}; leave the layout out, so "
+            "that all others are written in that form"
         )
 
 

@@ -173,7 +173,9 @@ def test_all_that_is_trained_beside_an_adapter_resumes(
         }
 
 
-def test_norms_and_embeddings_are_exported_with_the_adapter(tmp_path: Path) -> None:
+def test_norms_and_embeddings_are_exported_with_the_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make_model().float().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM"))
@@ -185,6 +187,12 @@ def test_norms_and_embeddings_are_exported_with_the_adapter(tmp_path: Path) -> N
     store.export(saved, tmp_path / "out")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same_bits(all_of(loaded), all_of(model))
+    # With a base of bfloat16 it would not be exact.
+    assert "so load with dtype=float32" in caplog.text
+    alone = {name: t for name, t in kept.tensors().items() if "lora_" in name}
+    caplog.clear()
+    store.export(store.save(alone, metadata={"export": kept.export_settings()}), tmp_path / "alone")
+    assert caplog.text == ""
 
     # A model that only infers is restored completely, too.
     other = get_peft_model(
