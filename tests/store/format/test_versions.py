@@ -73,7 +73,7 @@ def test_an_upgrade_changes_what_is_written_later(old: Store) -> None:
     old.upgrade()
     assert {path: path.read_bytes() for path in Path(old.path).glob("*s/*")} == shown
     assert versions(old) == {"store": {2}, "manifests": {1}, "packs": {1}}
-    # A store that was opened before writes the newest version from its next session on.
+    # A store that was opened before the upgrade writes the newest version, too.
     for store in (old, other):
         state = train_step(make_state(), 0.5, len(store.log()))
         saved = store.save(state, parent=store.log()[0])

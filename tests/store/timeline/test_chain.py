@@ -9,22 +9,7 @@ import pytest
 from msft_store import Base, KeepLast, Store, Timeline
 from msft_store.objects.chain import REACH, allowed_depth, newest_allowed
 from msft_store.pipeline.encode import Encoded, Encoder, Work
-from tests.support.states import State, make_state, same_bits, train_step, write_base
-
-
-@pytest.fixture
-def state() -> State:
-    return make_state()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "store")
-
-
-@pytest.fixture
-def base(tmp_path: Path, store: Store, state: State) -> Base:
-    return store.add_base(write_base(tmp_path / "base.safetensors", state))
+from tests.support.states import State, same_bits, train_step
 
 
 @pytest.fixture
