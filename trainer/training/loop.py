@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -29,27 +28,23 @@ import numpy as np
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from msft_store import Policy
 from trainer.algorithms.base import (
-    Continue,
     Decision,
     Divergence,
-    Evaluation,
     RollBack,
     Skip,
     Stop,
     Strategy,
 )
-from trainer.algorithms.divergence import NonFiniteNumber, all_non_finite, non_finite_metrics
+from trainer.algorithms.divergence import NonFiniteNumber, all_non_finite
 from trainer.algorithms.peaks import margin_warnings
-from trainer.config.schema import OVERALL
 from trainer.distributed import RunProcesses
 from trainer.errors import RunError
-from trainer.journal import Line
 from trainer.model.evaluate import EvaluationResult, Evaluator
 from trainer.model.optim import reset_optimizer
 from trainer.signals import Interrupted, Interrupts
 from trainer.training import resume_point
+from trainer.training.decisions import Decisions, Place
 from trainer.training.observe import StageObserver
 from trainer.training.replay import (
     KnownEvaluation,
@@ -58,13 +53,11 @@ from trainer.training.replay import (
     ResumePoint,
     RunState,
     StageStart,
-    describe_decision,
 )
 from trainer.training.rollback_points import (
     PendingSave,
     RollbackPoint,
     begin_stage,
-    make_policy,
     restore_point,
     save_rollback_point,
 )
@@ -99,9 +92,8 @@ class Loop:
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
-        self._known = dict(state.known)
+        self._decisions = Decisions(strategy, work.journal_queue, state)
         self._starts = dict(state.starts)
-        self._names = state.names
         self._observations = state.observations
         self._observer = StageObserver(work, strategy, self._processes)
         self._sizes = work.train_sizes
@@ -123,7 +115,7 @@ class Loop:
                 self._position = position = None
                 start = StageStart(stage=decision.stage, root=decision.checkpoint)
                 self._starts[start.stage.number] = start
-                begin_stage(self._work, start, self._make_policy())
+                begin_stage(self._work, start, self._decisions.make_policy())
         except Interrupted:
             if self._position is not None:
                 self._save_resume_point(self._position)
@@ -136,7 +128,7 @@ class Loop:
         plan = None
         if self._work.accelerator.is_main_process:  # only the main process knows all evaluations
             plan = plan_stage(
-                self._work.config, self._sizes, stage.number, self._starts, self._known
+                self._work.config, self._sizes, stage.number, self._starts, self._decisions.known
             )
         plan = cast(StagePlan, self._processes.share(plan))
         steps = StageSteps(
@@ -254,8 +246,6 @@ class Loop:
         """Ask the strategy what to do after a divergence; on a skip, restore the checkpoint."""
         work, stage, answer = self._work, steps.stage, None
         if work.accelerator.is_main_process:
-            # A checkpoint can only be restored once it is durable and its id is known.
-            work.journal_queue.flush()
             divergence = Divergence(
                 stage=stage.number,
                 epoch=steps.schedule.epoch(position.step),
@@ -263,13 +253,7 @@ class Loop:
                 what=finding.what,
                 value=finding.value,
             )
-            work.record("diverged", **vars(divergence))
-            answer = self._names.resolve(self._strategy.on_divergence(divergence))
-            place = {"step": position.global_step, "stage": stage.number}
-            index = position.evaluations - 1
-            decided = describe_decision(answer)
-            work.record("decided", **place, index=index, **decided, reason=answer.reason)
-            _log.info("stage %d, epoch %.2f: %s", stage.number, divergence.epoch, answer.reason)
+            answer = self._decisions.on_divergence(divergence, index=position.evaluations - 1)
         decision: Skip | Stop = self._processes.share(answer)
         if isinstance(decision, Skip):
             restore_point(work, decision.checkpoint)
@@ -293,7 +277,7 @@ class Loop:
         """Commit the weights with their metrics, in the main process."""
         work = self._work
         if work.timeline is not None:
-            work.timeline.retention = work.limit_policy(self._make_policy())
+            work.timeline.retention = work.limit_policy(self._decisions.make_policy())
         point = RollbackPoint(
             stage=steps.stage.number,
             step=self._global_step,
@@ -301,9 +285,6 @@ class Loop:
             metrics=result.metrics,
         )
         return save_rollback_point(work, point)
-
-    def _make_policy(self) -> Policy:
-        return make_policy(self._strategy.needs(), self._strategy.mode, self._names)
 
     def _decide(
         self,
@@ -317,63 +298,29 @@ class Loop:
         ``checkpoint`` is the pending rollback point, or the id of a durable one. Without a
         ``result``, the metrics are known from an earlier evaluation.
         """
-        if not self._work.accelerator.is_main_process or checkpoint is None:
-            shared: Decision = self._processes.share(None)
-            return shared
-        save = checkpoint if isinstance(checkpoint, PendingSave) else None
-        durable = checkpoint if isinstance(checkpoint, str) else ""
-        stage = steps.stage.number
-        if result is None:
-            known = self._known[durable]
-        else:
-            known = KnownEvaluation(
-                metrics=result.metrics,
-                losses=result.losses,
-                errors=result.errors,
-                stage=stage,
-                step=0 if self._position is None else self._position.step,
+        answer: Decision | None = None
+        if self._work.accelerator.is_main_process and checkpoint is not None:
+            place = Place(
+                stage=steps.stage.number,
+                index=index,
+                epoch=steps.epoch_at(index),
+                step=self._global_step,
+                last=index == len(steps.schedule.evaluations),
             )
-        evaluation = Evaluation(
-            stage=stage,
-            index=index,
-            epoch=steps.epoch_at(index),
-            step=self._global_step,
-            checkpoint=self._names.name(durable, stage=stage, index=index),
-            metrics=known.metrics,
-            errors=known.errors,
-            last=index == len(steps.schedule.evaluations),
-        )
-        decision = self._strategy.on_evaluation(evaluation)
-
-        def make_lines() -> list[Line]:
-            committed = save.wait() if save else {}
-            identity = committed.get("checkpoint", durable)
-            self._names.add(evaluation.checkpoint, identity)
-            self._known[identity] = known
-            evaluated = {
-                **vars(evaluation),
-                "checkpoint": identity,
-                "split": "validation",
-                "losses": known.losses,
-                "reused": result is None,
-                **(result.cost_fields() if result else {}),
-            }
-            decided = {
-                "step": evaluation.step,
-                "stage": stage,
-                "index": index,
-                **describe_decision(self._names.resolve(decision)),
-                "reason": decision.reason,
-            }
-            lines = [("evaluated", evaluated), ("decided", decided)]
-            return [("committed", committed), *lines] if committed else lines
-
-        self._work.journal_queue.add_later(save.future if save else None, make_lines)
-        if not isinstance(decision, Continue):
-            self._work.journal_queue.flush()
-        _log_decision(evaluation, known.metrics, decision)
-        decided: Decision = self._processes.share(self._names.resolve(decision))
-        return decided
+            if result is None:
+                known = self._decisions.known[cast(str, checkpoint)]
+            else:
+                known = KnownEvaluation(
+                    metrics=result.metrics,
+                    losses=result.losses,
+                    errors=result.errors,
+                    stage=place.stage,
+                    step=0 if self._position is None else self._position.step,
+                )
+            cost = result.cost_fields() if result else None
+            answer = self._decisions.decide(place, known, checkpoint=checkpoint, cost=cost)
+        decision: Decision = self._processes.share(answer)
+        return decision
 
     def _finish_step(self, steps: StageSteps, position: Position, *, is_last: bool) -> None:
         """Journal the totals that are due; on a signal, raise unless this step ``is_last``."""
@@ -404,12 +351,3 @@ class Loop:
         size = resume_point.save(work, ResumePoint(position=position, seq=seq))
         place = {"step": position.global_step, "stage": position.stage}
         work.record("resume_point", **place, bytes=size)
-
-
-def _log_decision(evaluation: Evaluation, metrics: Mapping[str, float], decision: Decision) -> None:
-    text = (
-        f"stage {evaluation.stage}, epoch {evaluation.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
-    )
-    if not_finite := non_finite_metrics(metrics):
-        text += f"; not finite: {', '.join(not_finite)}"
-    _log.info("%s", text if isinstance(decision, Continue) else f"{text}; {decision.reason}")

@@ -1,0 +1,141 @@
+"""Ask the strategy about an evaluation, and journal both.
+
+The records of an evaluation wait in the journal's queue until its checkpoint is durable. The
+strategy decides at once, on a name of the checkpoint whose id is not known yet.
+
+Invariant: every decision but *continue* is journaled before this returns it.
+
+Example::
+
+    decisions = Decisions(strategy, work.journal_queue, state)
+    decision = decisions.decide(facts, known, save=pending, cost=result.cost_fields())
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from msft_store import Policy
+from trainer.algorithms.base import Continue, Decision, Divergence, Evaluation, Skip, Stop, Strategy
+from trainer.algorithms.divergence import non_finite_metrics
+from trainer.config.schema import OVERALL
+from trainer.journal import JournalQueue, Line
+from trainer.training.replay import KnownEvaluation, RunState, describe_decision
+from trainer.training.rollback_points import PendingSave, make_policy
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The place of an evaluation in a run."""
+
+    stage: int
+    index: int
+    """0 for the root of the stage."""
+    epoch: float
+    """Epochs of the active mixture since the stage began."""
+    step: int
+    """Optimizer steps since the run began."""
+    last: bool
+    """True if the compute budget of the stage is used up."""
+
+
+class Decisions:
+    """The decisions of a run, in the main process."""
+
+    def __init__(self, strategy: Strategy, queue: JournalQueue, state: RunState) -> None:
+        """Continue at the state of a run, whose evaluations the strategy has seen."""
+        self._strategy = strategy
+        self._queue = queue
+        self.names = state.names
+        """The names under which the strategy knows checkpoints."""
+        self.known = dict(state.known)
+        """Checkpoint id → its evaluation."""
+
+    def make_policy(self) -> Policy:
+        """Return the retention policy that keeps all that the strategy may still use."""
+        return make_policy(self._strategy.needs(), self._strategy.mode, self.names)
+
+    def decide(
+        self,
+        place: Place,
+        known: KnownEvaluation,
+        *,
+        checkpoint: PendingSave | str,
+        cost: Mapping[str, Any] | None,
+    ) -> Decision:
+        """Return the strategy's decision, with the id of its checkpoint.
+
+        Args:
+            place: The place of the evaluation.
+            known: The results of the evaluation.
+            checkpoint: The pending rollback point, or the id of a durable one.
+            cost: The fields of the ``evaluated`` record that count tokens; ``None`` if the results
+                were known from an earlier evaluation.
+        """
+        save = checkpoint if isinstance(checkpoint, PendingSave) else None
+        durable = checkpoint if isinstance(checkpoint, str) else ""
+        evaluation = Evaluation(
+            **vars(place),
+            checkpoint=self.names.name(durable, stage=place.stage, index=place.index),
+            metrics=known.metrics,
+            errors=known.errors,
+        )
+        decision = self._strategy.on_evaluation(evaluation)
+
+        def make_lines() -> list[Line]:
+            committed = save.wait() if save else {}
+            identity = committed.get("checkpoint", durable)
+            self.names.add(evaluation.checkpoint, identity)
+            self.known[identity] = known
+            evaluated = {
+                **vars(evaluation),
+                "checkpoint": identity,
+                "split": "validation",
+                "losses": known.losses,
+                "reused": cost is None,
+                **(cost or {}),
+            }
+            decided = {
+                "step": place.step,
+                "stage": place.stage,
+                "index": place.index,
+                **describe_decision(self.names.resolve(decision)),
+                "reason": decision.reason,
+            }
+            lines = [("evaluated", evaluated), ("decided", decided)]
+            return [("committed", committed), *lines] if committed else lines
+
+        self._queue.add_later(save.future if save else None, make_lines)
+        if not isinstance(decision, Continue):
+            self._queue.flush()
+        _log_decision(place, known.metrics, decision)
+        return self.names.resolve(decision)
+
+    def on_divergence(self, divergence: Divergence, *, index: int) -> Skip | Stop:
+        """Return the strategy's decision after a divergence; ``index`` is the last evaluation's."""
+        # A checkpoint can only be restored once it is durable and its id is known.
+        self._queue.flush()
+        self._queue.add("diverged", **vars(divergence))
+        answer = self.names.resolve(self._strategy.on_divergence(divergence))
+        self._queue.add(
+            "decided",
+            step=divergence.step,
+            stage=divergence.stage,
+            index=index,
+            **describe_decision(answer),
+            reason=answer.reason,
+        )
+        _log.info("stage %d, epoch %.2f: %s", divergence.stage, divergence.epoch, answer.reason)
+        return answer
+
+
+def _log_decision(place: Place, metrics: Mapping[str, float], decision: Decision) -> None:
+    text = f"stage {place.stage}, epoch {place.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
+    if not_finite := non_finite_metrics(metrics):
+        text += f"; not finite: {', '.join(not_finite)}"
+    _log.info("%s", text if isinstance(decision, Continue) else f"{text}; {decision.reason}")
