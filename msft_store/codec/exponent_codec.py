@@ -126,7 +126,7 @@ def encode(found: ChunkChanges, compiled: Any) -> bytes:
     parts = [list_runs_and_gaps(found), (found.symbols, found.distances)]
     words = write_low_bits(parts, EXTRA_BITS, histogram, compiled)
     coder = rans if compiled is None else compiled
-    levels = coder.compute_levels(histogram)
+    levels = rans.compute_levels(histogram)
     packed = coder.compute_frequencies(levels)
     coded = [coder.encode(part, packed, rans.count_coders(part.size)) for part, _ in parts]
     rest = b"".join(part.tobytes() for part in coded)

@@ -47,8 +47,6 @@ def _rebind_globals(function: Callable[..., Any], **names: Any) -> Callable[...,
 
 
 plan_listing = _compile(rans.plan_listing)
-compute_levels = _compile(rans.compute_levels)
-compute_frequencies = _compile(rans.compute_frequencies)
 build_slots = _compile(rans.build_slots)
 
 code_decision = njit(inline="always", error_model="numpy")(arithmetic_coder.code_decision)
@@ -63,9 +61,8 @@ def survey_blocks(
     blocks = -(-new.size // BLOCK)
     whole = new.size // BLOCK
     changed = np.zeros(blocks, np.bool_)
-    same = np.zeros(rans.EXPONENTS, np.int64)
-    seen = np.zeros(rans.EXPONENTS, np.int64)
-    moved = np.zeros(rans.EXPONENTS, np.int64)
+    counts = np.zeros((3, rans.EXPONENTS), np.int64)
+    same, seen, moved = counts[0], counts[1], counts[2]
     bits, by = uint64(mask), uint64(shift)
     width = new_words.size // whole if whole > 0 else 0
     for block in range(whole):
@@ -90,7 +87,7 @@ def survey_blocks(
     for block in range(blocks):
         runs += changed[block] != before
         before = changed[block]
-    return changed, np.stack((same, seen, moved)), runs
+    return changed, counts, runs
 
 
 @_compile
@@ -223,6 +220,37 @@ def write_low_bits(
     for i in range(other.size):
         histogram[i] += other[i]
     return 32 * int64(used) + int64(filled)
+
+
+@_compile
+def compute_frequencies(levels: Any) -> Any:
+    """See :func:`msft_store.codec.rans.compute_frequencies`."""
+    packed = np.zeros(levels.size, np.uint32)
+    used, shares = np.empty(rans.SYMBOLS, np.int64), np.empty(rans.SYMBOLS, np.int64)
+    for first in range(0, levels.size, rans.SYMBOLS):
+        count, total = 0, 0
+        for i in range(first, first + rans.SYMBOLS):
+            if levels[i] > 0:
+                used[count], shares[count] = i, rans.WEIGHTS[levels[i]]
+                total += shares[count]
+                count += 1
+        rest = 1 << PROBABILITY_BITS if count > 0 else 0
+        for k in range(count):
+            shares[k] = max((shares[k] << PROBABILITY_BITS) // total, 1)
+            rest -= shares[k]
+        while rest != 0:
+            most = 0
+            for k in range(1, count):
+                if shares[k] > shares[most]:
+                    most = k
+            change = max(rest, -(shares[most] // 2))
+            shares[most] += change
+            rest -= change
+        before = 0
+        for k in range(count):
+            packed[used[k]] = shares[k] << 16 | before
+            before += shares[k]
+    return packed
 
 
 @_compile

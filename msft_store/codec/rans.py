@@ -3,9 +3,8 @@
 The method is J. Duda's (arXiv 1311.2540); ``docs/FORMAT.md``, section 5, has the formulas. Many
 coders take turns, so that one step over all coders is a few array operations, and compiled code
 (:mod:`msft_store.codec.numba_kernels`) keeps several multiplications in flight. Both give the same
-words. Plan and tables use integers and plain loops only: the same source runs compiled and
-interpreted, with the same bytes on every machine. The plan is the encoder's choice, and the payload
-states it.
+words. Plan and tables use integers only, so every machine gives the same bytes; the source of the
+plan runs compiled and interpreted. The plan is the encoder's choice, and the payload states it.
 
 Example::
 
@@ -36,7 +35,7 @@ LEVELS = np.array([(64, 76, 91, 108)[j % 4] << j // 4 for j in range(49)], np.in
 """Weights a quarter of an octave apart; tables store a symbol's frequency as one of them."""
 _BOUNDS = LEVELS[:-1] + LEVELS[1:]
 """A share of 2^19 gets the first level whose bound is above it, or else the last level."""
-_WEIGHTS = np.append(0, LEVELS)
+WEIGHTS = np.append(0, LEVELS)
 """The weight of each level plus 1; 0 means that a symbol does not occur."""
 MIN_CHANGES_PER_RUN = 4
 """Expected changes that skipping must save for each run of blocks that it costs."""
@@ -106,7 +105,7 @@ def compute_levels(histogram: Array) -> Array:
 def compute_frequencies(levels: Array) -> Array:
     """Return ``frequency << 16 | sum of those before`` (uint32); each context sums up to 4096."""
     packed = np.zeros(levels.size, np.uint32)
-    weights = _WEIGHTS[levels].reshape(-1, SYMBOLS)
+    weights = WEIGHTS[levels].reshape(-1, SYMBOLS)
     totals = weights.sum(axis=1)
     for context in np.flatnonzero(totals):
         used = np.flatnonzero(weights[context])
