@@ -79,6 +79,8 @@ arena: $(STAMP)  ## measure every rival of the codec on a pretrained language mo
 	-for rival in $(RIVALS); do $(BIN)/python -m pip install --quiet --disable-pip-version-check $$rival; done
 	$(BIN)/python -m bench.arena.model
 	$(BIN)/python -m bench.arena.trajectories
+	$(BIN)/python -m bench.arena.changes
+	$(BIN)/python -m bench.arena.msft
 	$(BIN)/python -m bench.trajectories
 	$(BIN)/python -m bench.arena
 	$(BIN)/python -m bench.headline --write

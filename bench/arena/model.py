@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +157,12 @@ def convert(source: Path, target: Path) -> None:
     """Write the model of a GGUF file as a Hugging Face directory, all of it or nothing."""
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model_of(reader, config_of(fields)).save_pretrained(scratch)
-        tokenizer_of(fields).save_pretrained(scratch)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model_of(reader, config_of(fields)).save_pretrained(scratch)
+    tokenizer_of(fields).save_pretrained(scratch)
+    os.replace(scratch, target)
 
 
 def ensure(home: Path = HOME) -> Path:

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench.arena.model import HOME, ensure
-from bench.arena.texts import Row, characters, read
+from bench.arena.texts import characters, read
 from bench.codec import RESULTS, machine
+from bench.disk import mean
 from bench.trajectories import ROOT
 from trainer.config.load import load_config
-from trainer.report.summary import Summary, summarize
-from trainer.training.directory import JOURNAL
+from trainer.journal import effective
+from trainer.journal import read as read_journal
+from trainer.report.summary import summarize
+from trainer.text import Table
+from trainer.training.directory import CONFIG, JOURNAL
 from trainer.training.run import is_finished, resume, start
 from trainer.training.workspace import quiet_libraries
 
@@ -47,3 +50,126 @@ def write(directory: Path) -> None:
         for split, size in SIZES.items():
             lines = [json.dumps(next(short)) + "\n" for _ in range(size)]
             (directory / f"{kind}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The measurements of the run; disk in full checkpoints."""
+
+    parameters: int
+    sub_datasets: int
+    stages: int
+    steps: int
+    evaluations: int
+    minutes: float
+    checkpoint_bytes: int
+    """One full checkpoint."""
+    peak: float
+    mean: float
+    paper_peak: int
+    paper_mean: float
+    alive_peak: int
+    """Checkpoints in the store after eviction, at most."""
+    new_mean: float
+    """The bytes that a commit added, on average."""
+    new_peak: float
+    loss_base: float
+    """Loss of the base on the test splits."""
+    loss: float
+    """Loss of the result on the test splits."""
+
+
+def measure(directory: Path) -> Run:
+    """Return the measurements of a finished run, from its journal and its result."""
+    records = read_journal(directory / JOURNAL)
+    summary = summarize(records)
+    disk, overall = summary.disk, summary.overall
+    assert disk is not None, "a finished run has committed"
+    assert overall.base_test is not None, "a finished run has tested the base"
+    assert overall.test is not None, "a finished run has tested its result"
+    committed = [record for record in effective(records) if record["event"] == "committed"]
+    new = [record["stored_bytes"] / disk.checkpoint_bytes for record in committed]
+    return Run(
+        parameters=disk.checkpoint_bytes // torch.bfloat16.itemsize,
+        sub_datasets=len(summary.peaks),
+        stages=summary.stages,
+        steps=summary.steps,
+        evaluations=summary.evaluations,
+        minutes=summary.seconds / 60,
+        checkpoint_bytes=disk.checkpoint_bytes,
+        peak=disk.peak,
+        mean=disk.mean,
+        paper_peak=disk.paper_peak_copies,
+        paper_mean=disk.paper_mean_copies,
+        alive_peak=max(len(record["kept"]) for record in committed),
+        new_mean=mean(new),
+        new_peak=max(new),
+        loss_base=overall.base_test,
+        loss=overall.test,
+    )
+
+
+def report(run: Run, about: dict[str, str]) -> str:
+    """Return the result as Markdown."""
+    rows = [
+        ("all rollback points: peak", f"{run.peak:.2f}", str(run.paper_peak)),
+        ("all rollback points: mean", f"{run.mean:.2f}", f"{run.paper_mean:.2f}"),
+    ]
+    header = ("in full checkpoints", "ours", "the paper's policy")
+    return "\n".join(
+        [
+            f"One shared core of {about['cpu']}, {about['date']}, commit {about['commit']}.",
+            "",
+            f"One MSFT run of SmolLM2-135M ({run.parameters:,} weights, all trained, bf16, Adam, "
+            f"constant lr 1e-5, C = 1, no peak window) on {run.sub_datasets} sub-datasets of real "
+            f"text with {SIZES['train']} training, {SIZES['validation']} validation and "
+            f"{SIZES['test']} test examples each: {run.stages} stages, {run.steps} steps, "
+            f"{run.evaluations} evaluations, {run.minutes:.0f} minutes beside other work. The base "
+            "was dequantised from Q4_1, so its weights are large and change rarely.",
+            "",
+            Table(header=header, rows=rows).to_markdown(),
+            "",
+            "Disk is everything under the store: the peak with temporary files and before "
+            "eviction, the mean over evaluations. The paper's policy, a full copy per distinct "
+            "champion and best overall, is counted on the same run. At most "
+            f"{run.alive_peak} checkpoints were kept at once; a commit added {run.new_mean:.4f} "
+            f"full checkpoints on average and {run.new_peak:.4f} at most. The loss on the test "
+            f"splits went from {run.loss_base:.3f} to {run.loss:.3f}.",
+            "",
+        ]
+    )
+
+
+def save(run: Run, about: dict[str, str]) -> None:
+    """Write ``bench/results/arena_msft.{json,md}``."""
+    document = {**about, "sizes": SIZES, "run": asdict(run)}
+    text = json.dumps(document, indent=2) + "\n"
+    (RESULTS / "arena_msft.json").write_text(text, encoding="utf-8")
+    (RESULTS / "arena_msft.md").write_text(report(run, about), encoding="utf-8")
+
+
+def main() -> None:
+    """Complete the run, measure it and write the result."""
+    parser = argparse.ArgumentParser(description=SUMMARY)
+    parser.add_argument("--data", type=Path, default=HOME, help="default: %(default)s")
+    home = parser.parse_args().data.absolute()
+    torch.set_num_threads(1)
+    quiet_libraries()
+    if not (OUTPUT / CONFIG).is_file():
+        mixture = home / "mixture"
+        write(mixture)
+        overrides = [
+            f"output_dir={OUTPUT}",
+            f"model.path={ensure(home)}",
+            f"data.directory={mixture}",
+        ]
+        start(load_config(RECIPE, overrides=overrides))
+    elif not is_finished(OUTPUT):
+        resume(OUTPUT)
+    run, about = measure(OUTPUT), machine()
+    save(run, about)
+    print(report(run, about))
+
+
+if __name__ == "__main__":
+    main()
