@@ -39,6 +39,7 @@ import torch
 from bench.arena import rivals
 from bench.trajectories import DATA, ROOT
 from msft_store.codec import adaptive_codec, changes, codecs, exponent_codec
+from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.codec.kernels import Bytes, encode_lane_changes, view_lanes
 from msft_store.format.dtypes import DType, dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
@@ -107,11 +108,8 @@ def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
 
     def without(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            with patch.dict(os.environ, {codecs.NUMBA_VARIABLE: "0"}):
-                codecs.compiled_kernels.cache_clear()
-                found = call(*arguments)
-            codecs.compiled_kernels.cache_clear()
-            return found
+            with patch.dict(os.environ, {NUMBA_VARIABLE: "0"}):
+                return call(*arguments)
 
         return called
 

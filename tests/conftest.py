@@ -1,6 +1,7 @@
 """Settings of every test: one thread for torch, and safe use of threads in forked processes.
 
-Tests run beside each other, one on each core; more threads would only wait for each other.
+Tests run beside each other, one on each core; more threads would only wait for each other. Compiled
+loops run where a test expects them, not as soon as another process has compiled them.
 
 A forked child must create a new thread pool at its first use. Two threads that do this at once, as
 those that load a model do, can fail with "Invalid thread pool!", so each child does it once while
@@ -14,6 +15,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+os.environ.setdefault("MSFT_STORE_NUMBA", "1")
 
 import pytest
 import torch

@@ -13,11 +13,7 @@ Example::
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 import struct
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +23,7 @@ import zstandard
 
 from msft_store.codec import adaptive_codec, changes, exponent_codec, kernels
 from msft_store.codec.changes import ChunkChanges, FloatLayout
+from msft_store.codec.compilation import compiled_kernels
 from msft_store.codec.kernels import (
     Bytes,
     Lanes,
@@ -41,26 +38,6 @@ from msft_store.codec.kernels import (
 from msft_store.errors import VersionError
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import decompress, get_compressor
-
-NUMBA_VARIABLE = "MSFT_STORE_NUMBA"
-
-
-@functools.cache
-def compiled_kernels() -> Any:
-    """Return :mod:`msft_store.codec.numba_kernels`, imported at first use, or ``None``."""
-    if os.environ.get(NUMBA_VARIABLE) == "0":
-        return None
-    try:
-        return importlib.import_module("msft_store.codec.numba_kernels")
-    except Exception as error:  # Numba raises many kinds of errors on unsupported machines
-        warnings.warn(
-            f"Numba cannot be used ({error}): saves and loads are slower, above all at level "
-            "small; install a Numba that supports this machine, or set MSFT_STORE_NUMBA=0",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-
 
 _DELTA_LEVEL = 1
 _PLAIN_LEVEL = 3
@@ -197,7 +174,7 @@ class ExponentClasses(Codec):
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
-        compiled, layout = compiled_kernels(), _require_layout(dtype)
+        compiled, layout = self._kernels(), _require_layout(dtype)
         found = found or exponent_codec.find_changes(new, old, layout, compiled)
         return self._encode_changes(old, layout, found, compiled)
 
@@ -208,7 +185,10 @@ class ExponentClasses(Codec):
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
-        exponent_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
+        exponent_codec.decode_in_place(payload, lanes, layout, self._kernels())
+
+    def _kernels(self) -> Any:
+        return compiled_kernels()
 
 
 class Adaptive(ExponentClasses):
@@ -221,7 +201,11 @@ class Adaptive(ExponentClasses):
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
-        adaptive_codec.decode_in_place(payload, lanes, layout, compiled_kernels())
+        adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels())
+
+    def _kernels(self) -> Any:
+        # To wait until the loops are compiled takes less time than to work without them.
+        return compiled_kernels(wait=True)
 
 
 class Turned(Codec):

@@ -13,10 +13,13 @@ Example::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
+import llvmlite.binding
+import numba
 import numpy as np
 from numba import int64, njit, uint16, uint32, uint64
 
@@ -29,6 +32,8 @@ _INVERSE_SLACK = 1 + 2.0**-50
 """Keeps the product with an inverse from falling below the quotient of an exact multiple."""
 _BATCH = 1024
 """Elements at a time, so that the buffers stay in the first-level cache."""
+_TARGET_VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
+"""Variables of the environment that select the processor to compile for."""
 
 
 def _compile(function: _F) -> _F:
@@ -38,6 +43,19 @@ def _compile(function: _F) -> _F:
         # Without a directory for the cache, each process compiles the kernels again.
         compiled = njit(nogil=True, error_model="numpy")(function)
     return cast("_F", compiled)
+
+
+def cache_folder() -> str | None:
+    """Return the folder in which Numba keeps these kernels; ``None`` if it keeps nothing."""
+    stats = getattr(encode, "stats", None)
+    return None if stats is None else stats.cache_path
+
+
+def describe_target() -> str:
+    """Return what Numba's cache depends on besides the sources: the processor and versions."""
+    processor = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features()
+    chosen = [os.environ.get(name) for name in _TARGET_VARIABLES]
+    return f"{numba.__version__} {processor[0]} {processor[1].flatten()} {chosen}"
 
 
 def _rebind_globals(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from msft_store import Store
-from msft_store.codec import adaptive_codec, codecs
+from msft_store.codec import adaptive_codec
+from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from tests.support.pairs import (
@@ -175,7 +176,7 @@ def test_a_process_without_numba_reads_checkpoints_of_level_small(tmp_path: Path
         text=True,
         check=False,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": root, codecs.NUMBA_VARIABLE: "0"},
+        env={**os.environ, "PYTHONPATH": root, NUMBA_VARIABLE: "0"},
     )
     assert done.returncode == 0, done.stderr
     assert same_bits(load_file(out), after)
@@ -190,7 +191,7 @@ def test_packs_of_the_level_small_are_equal_with_and_without_numba(
     packs = []
     for name, compiled in zip("ab", PATHS, strict=True):
         monkeypatch.setattr(
-            "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled: compiled
+            "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled, **_: compiled
         )
         store = Store.create(tmp_path / name, level="small")
         store.save(after, parent=store.add_base(source))

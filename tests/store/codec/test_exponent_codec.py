@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from msft_store import Store
 from msft_store.codec import changes, codecs, exponent_codec
 from msft_store.codec.changes import ChunkChanges
+from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
 from tests.support.pairs import (
@@ -143,37 +144,23 @@ def test_threads_change_no_byte(compiled: Any) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.fixture
-def numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return a function that sets the variable that disables Numba."""
-
-    def switch(value: str) -> None:
-        monkeypatch.setenv(codecs.NUMBA_VARIABLE, value)
-        codecs.compiled_kernels.cache_clear()
-        assert value != "0" or codecs.compiled_kernels() is None
-
-    yield switch
-    monkeypatch.undo()
-    codecs.compiled_kernels.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_stores_with_and_without_numba_are_equal_and_read_each_other(
-    tmp_path: Path, numba: Callable[[str], None], dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     state = make_state(dtype=dtype)
     after = train_step(state, 0.05, 1)
     source = write_base(tmp_path / "base.safetensors", state)
     packs, saved = [], []
     for value in ("0", "1"):
-        numba(value)
+        monkeypatch.setenv(NUMBA_VARIABLE, value)
         store = Store.create(tmp_path / value)
         saved.append(store.save(after, parent=store.add_base(source)).id)
         packs.append({path.name: path.read_bytes() for path in (tmp_path / value).glob("packs/*")})
     assert packs[0] == packs[1] != {}
     assert saved[0] == saved[1]
     for value in ("0", "1"):
-        numba(value)
+        monkeypatch.setenv(NUMBA_VARIABLE, value)
         for written in ("0", "1"):
             assert same_bits(Store.open(tmp_path / written).load(saved[0]), after)
 

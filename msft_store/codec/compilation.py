@@ -1,0 +1,156 @@
+"""Decides when the loops that Numba compiles may serve, and has them compiled in the background.
+
+Numba keeps what it compiled in a folder of its own. While this cache lacks the loops, a separate
+process compiles them, and NumPy serves. Both give the same bytes, so the loops can take over
+between any two chunks.
+
+Invariants: one process at a time compiles for a folder. It inherits the lock on ``msft_store.lock``
+from the process that starts it, and the system frees the lock when it ends for any reason. A
+marker exists only if all loops are in the cache, for these sources, this version of Numba and this
+processor. If nothing can be kept, or if the process cannot be started or dies, the loops are
+compiled where they are called.
+
+Example::
+
+    compiled = compiled_kernels()             # a module; None without Numba or until it is compiled
+    compiled = compiled_kernels(wait=True)    # a module, or None without Numba
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+NUMBA_VARIABLE = "MSFT_STORE_NUMBA"
+"""The variable of the environment that says where loops are compiled, if it is set."""
+NEVER, HERE = "0", "1"
+"""Its values: NumPy alone serves, or a process compiles the loops that it calls."""
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from msft_store.codec import rehearsal; rehearsal.main()"
+)
+_logger = logging.getLogger(__name__)
+
+
+def compiled_kernels(*, wait: bool = False) -> Any:
+    """Return :mod:`msft_store.codec.numba_kernels`, imported at first use, or ``None``.
+
+    It is ``None`` without Numba, and while another process compiles the loops. With ``wait``, the
+    call returns when that process has ended.
+    """
+    chosen = os.environ.get(NUMBA_VARIABLE, HERE)
+    kernels = None if chosen == NEVER else _import_kernels()
+    if kernels is None or chosen == HERE:
+        return kernels
+    compilation = _compilation()
+    return kernels if compilation is None or compilation.is_over(wait=wait) else None
+
+
+def mark_compiled() -> None:
+    """Record that the cache has all loops."""
+    compilation = _compilation()
+    if compilation is not None:
+        compilation.marker.touch()
+
+
+class _Compilation:
+    """The compilation of all loops into a folder, by whatever process."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.marker = folder / f"msft_store-{digest}.compiled"
+        self._lock = folder / "msft_store.lock"
+        self._has_started = False
+        self._is_over = False
+
+    def is_over(self, *, wait: bool) -> bool:
+        """Return True if the loops are compiled or nobody else will do it; start it if need be."""
+        if not self._is_over:
+            try:
+                self._is_over = self._advance(wait=wait)
+            except (OSError, subprocess.SubprocessError) as error:
+                _logger.info("this process compiles the loops of the codec itself: %s", error)
+                self._is_over = True
+        return self._is_over
+
+    def _advance(self, *, wait: bool) -> bool:
+        if self.marker.exists():
+            return True
+        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Without a marker, the process that was started from here has failed or was killed.
+            if self._has_started or self.marker.exists():
+                return True
+            self._has_started = True
+            _start_compiling(lock)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(lock)
+        _logger.info(
+            "another process compiles the loops of the codec into %s; until it has ended, saves "
+            "and loads are slower",
+            self._lock.parent,
+        )
+        return wait and self._advance(wait=True)
+
+
+@functools.cache
+def _import_kernels() -> Any:
+    try:
+        return importlib.import_module("msft_store.codec.numba_kernels")
+    except Exception as error:  # Numba raises many kinds of errors on unsupported machines
+        warnings.warn(
+            f"Numba cannot be used ({error}): saves and loads are slower, above all at level "
+            "small; install a Numba that supports this machine, or set MSFT_STORE_NUMBA=0",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+@functools.cache
+def _compilation() -> _Compilation | None:
+    """Return the compilation into Numba's folder; ``None`` if Numba can keep nothing."""
+    kernels = _import_kernels()
+    folder = kernels.cache_folder()
+    return None if folder is None else _Compilation(Path(folder), _digest(kernels))
+
+
+def _digest(kernels: Any) -> str:
+    """Return a digest of all that Numba's cache depends on."""
+    target = f"{sys.implementation.cache_tag} {kernels.describe_target()}"
+    digest = xxhash.xxh3_128(target.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _start_compiling(lock: int) -> None:
+    """Start a process that compiles all loops and holds the lock until it ends.
+
+    It is no child of this process, which need not wait for it and gets no signal when it ends. It
+    belongs to no terminal, either.
+    """
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise OSError("there is no Python interpreter to start")
+    subprocess.run(
+        ["/bin/sh", "-c", '"$@" &', "sh", sys.executable, "-c", _PROGRAM, *map(str, sys.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[lock],
+        start_new_session=True,
+        env={**os.environ, NUMBA_VARIABLE: HERE, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )

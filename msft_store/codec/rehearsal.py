@@ -1,0 +1,57 @@
+"""Codes small chunks in every way that calls a compiled loop, so that Numba compiles all of them.
+
+:mod:`msft_store.codec.compilation` runs :func:`main` in a process of its own.
+
+Example::
+
+    rehearse()            # afterwards no chunk of any kind makes Numba compile anything
+"""
+
+from __future__ import annotations
+
+import signal
+
+import numpy as np
+
+from msft_store.codec import codecs, compilation
+from msft_store.codec.kernels import Bytes
+from msft_store.format.dtypes import DType, dtype_by_name
+
+_SECONDS = 600
+"""Time after which the process ends, whatever it waits for."""
+_ELEMENTS = 1 << 14
+
+
+def rehearse() -> None:
+    """Encode and decode chunks of floats of two and of four bytes, at each level."""
+    for name in ("bfloat16", "float32"):
+        dtype = dtype_by_name(name)
+        new, old = _make_pair(dtype)
+        for level in codecs.LEVELS:
+            _round_trip(new, old, dtype, level)
+            _round_trip(new, None, dtype, level)
+
+
+def main() -> None:
+    """Compile all loops into Numba's cache, and record that it has them."""
+    signal.alarm(_SECONDS)
+    rehearse()
+    compilation.mark_compiled()
+
+
+def _make_pair(dtype: DType) -> tuple[Bytes, Bytes]:
+    """Return weights of several exponents of which some have moved, and the weights before."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.02, _ELEMENTS).astype("<f4").view("<u4")
+    old = (weights >> (32 - 8 * dtype.lane)).astype(f"<u{dtype.lane}")
+    moved = rng.random(_ELEMENTS) < 0.1
+    new = old + moved * rng.integers(1, 9, _ELEMENTS).astype(old.dtype)
+    return new.view(np.uint8), old.view(np.uint8)
+
+
+def _round_trip(new: Bytes, old: Bytes | None, dtype: DType, level: codecs.Level) -> None:
+    codec, payload = codecs.encode(new, old, dtype, level=level)
+    out = np.empty_like(new) if old is None else old.copy()
+    codec.decode_into(payload, out, dtype)
+    if out.tobytes() != new.tobytes():
+        raise ValueError(f"the {codec.name} codec did not restore a chunk of {dtype.name}")
