@@ -85,8 +85,9 @@ def plan_listing(counts: Array, runs: int, step: int) -> tuple[bool, int, int, i
         if above >= MIN_CLASS_ELEMENTS:
             high = e
             break
-    high = max(low, min(high, low + MAX_CLASSES - 1))
-    return blocks, busy, low, high
+    # References of zero may be far below all others, which matter more.
+    low = max(low, high - MAX_CLASSES + 1)
+    return blocks, busy, low, max(low, high)
 
 
 def compute_levels(histogram: Array) -> Array:

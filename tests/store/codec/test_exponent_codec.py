@@ -172,3 +172,12 @@ def test_a_chunk_near_its_reference_costs_less_than_as_gaps_and_changes() -> Non
         for codec in (codecs.EXPONENT_CLASSES, codecs.SPARSE)
     )
     assert len(mine) < len(theirs)
+
+
+@pytest.mark.parametrize("compiled", PATHS, ids=["compiled", "reference"])
+def test_references_of_zero_leave_the_others_their_classes(compiled: Any) -> None:
+    new, old = pair_of(BF16, 1 << 16, "trained", 1)
+    old[:2000] = 0
+    found = exponent_codec.find_changes(new, old, layout(BF16), compiled)
+    # The exponents of the other references are about 120.
+    assert 64 < found.low <= found.high
