@@ -180,4 +180,4 @@ def test_references_of_zero_leave_the_others_their_classes(compiled: Any) -> Non
     old[:2000] = 0
     found = exponent_codec.find_changes(new, old, layout(BF16), compiled)
     # The exponents of the other references are about 120.
-    assert 64 < found.low <= found.high
+    assert found.high > 100
