@@ -42,7 +42,7 @@ files distributed config
 journal data algorithms
 report model
 training
-comparison simulate
+comparison simulate hf
 api
 cli
 __init__ __main__
@@ -68,6 +68,7 @@ CALLS = {"torch.load", "torch.save", "eval", "exec", "__import__"}
 DOORS = {
     "msft_store",
     "msft_store.integrations.dcp",
+    "msft_store.integrations.hf",
     "msft_store.integrations.model_files",
 }
 """The modules of the store that the trainer may import from."""

@@ -60,24 +60,27 @@ def metric_mode(config: Config) -> Mode:
     return "min" if config.evaluation.metric == "loss" else "max"
 
 
-def make_strategy(config: Config, sizes: Mapping[str, float]) -> Strategy:
+def make_strategy(
+    config: Config, sizes: Mapping[str, float], *, mode: Mode | None = None
+) -> Strategy:
     """Create the strategy for ``config.method`` and ``train.on_divergence``.
 
     Args:
         config: The run's configuration.
         sizes: Sub-dataset → number of training examples, in any unit common to all.
+        mode: The direction in which the metric improves; ``None``: that of ``evaluation.metric``.
 
     Returns:
         A strategy that has seen no evaluation.
     """
     max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
-    return DivergenceHandler(make_method(config, sizes), max_skips=max_skips)
+    return DivergenceHandler(make_method(config, sizes, mode=mode), max_skips=max_skips)
 
 
-def make_method(config: Config, sizes: Mapping[str, float]) -> Method:
+def make_method(config: Config, sizes: Mapping[str, float], *, mode: Mode | None = None) -> Method:
     """Create the strategy for ``config.method``, without divergence handling."""
     names = tuple(config.data.sub_datasets)
-    mode = metric_mode(config)
+    mode = mode or metric_mode(config)
     budget = config.msft.compute_budget
     match config.method:
         case "sft":

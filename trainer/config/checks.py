@@ -54,7 +54,8 @@ def check_data(config: Config) -> None:
             )
 
 
-def _check_sub_dataset(at: str, name: str, files: SubDatasetConfig, data: DataConfig) -> None:
+def check_name(at: str, name: str) -> None:
+    """Raise :class:`ConfigError` if a sub-dataset cannot have a name; ``at`` says where it is."""
     if name == OVERALL:
         raise ConfigError(f"{at}: {OVERALL!r} names the metric of the whole mixture; rename it")
     if not _NAME.fullmatch(name):
@@ -62,6 +63,10 @@ def _check_sub_dataset(at: str, name: str, files: SubDatasetConfig, data: DataCo
             f"{at}: a name begins with a letter or digit, and consists of letters, digits, "
             "'_' and '-', at most 64 of them; rename it"
         )
+
+
+def _check_sub_dataset(at: str, name: str, files: SubDatasetConfig, data: DataConfig) -> None:
+    check_name(at, name)
     if files.validation is None and data.validation_share is None:
         raise ConfigError(
             f"{at}.validation is missing: peaks are found on validation data; name a source, or "

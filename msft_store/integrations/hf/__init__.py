@@ -6,5 +6,6 @@ Example::
 """
 
 from msft_store.integrations.hf.callback import StoreCallback
+from msft_store.integrations.hf.peft import KeptModel, find_local_model
 
-__all__ = ["StoreCallback"]
+__all__ = ["KeptModel", "StoreCallback", "find_local_model"]

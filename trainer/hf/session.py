@@ -1,0 +1,363 @@
+"""The open directory of a Trainer's run: its journal, store, timeline and decisions.
+
+Only the main process has a journal and a timeline; the others read restored weights from the store.
+Records, policies and the result are those of ``msft-train``, so that its commands read the run.
+
+Invariants: a decision is journaled before it is acted on. The weights that a run began from are
+kept until it ends, because an adapter's cannot be made again.
+
+Example::
+
+    with open_session(config, base_path, mode="min", is_main=True) as session:
+        session.attach(trainer, KeptModel(trainer.model), mixture)
+        session.restore_root()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from msft_store import Base, Checkpoint, KeepBest, NotAStoreError, Store, Timeline
+from msft_store.integrations.hf import KeptModel
+from msft_store.integrations.model_files import model_files
+from trainer.algorithms import make_strategy
+from trainer.algorithms.base import Decision, Divergence, Mode, RollBack, Stop
+from trainer.algorithms.divergence import all_non_finite
+from trainer.algorithms.peaks import overall
+from trainer.config.load import to_dict
+from trainer.config.schema import OVERALL, Config
+from trainer.data.schedule import Schedule
+from trainer.distributed import this_process
+from trainer.errors import RunError
+from trainer.files import make_directory
+from trainer.hf.metrics import Measured
+from trainer.hf.mixture import Mixture
+from trainer.journal import Journal, JournalQueue, Record, effective, read, run_started
+from trainer.training.decisions import Decisions, Place
+from trainer.training.directory import JOURNAL, STORE, hold_lock
+from trainer.training.replay import KnownEvaluation, StageStart, replay, where_to_resume
+from trainer.training.rollback_points import PendingSave, RollbackPoint
+
+START, RESULT = "start", "result"
+"""The refs of the weights that a run begins from, and of its result."""
+
+_FIXED = ("method", "seed", "msft", "evaluation")
+"""The settings of a run that a resume must not change."""
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_session(
+    config: Config, base_path: Path | None, metric: str, mode: Mode
+) -> Iterator[RunSession]:
+    """Open or begin the run of a configuration, and lock its directory; in all processes.
+
+    Raises :class:`RunError` if the directory has a run with other settings.
+    """
+    process, directory = this_process(), Path(config.output_dir)
+    is_main = process.is_main_process
+    if is_main:
+        make_directory(directory)
+    process.wait_for_everyone()
+    with ExitStack() as stack:
+        stack.enter_context(hold_lock(directory, writes=is_main))
+        journal = stack.enter_context(Journal.open(directory / JOURNAL)) if is_main else None
+        store = _open_store(directory / STORE) if is_main else None
+        process.wait_for_everyone()
+        store = store or Store.open(directory / STORE)
+        session = RunSession(config, metric, mode, journal, store)
+        session.open_timeline(base_path)
+        try:
+            yield session
+        finally:
+            session.wait()
+
+
+def _open_store(path: Path) -> Store:
+    try:
+        return Store.open(path)
+    except NotAStoreError:
+        return Store.create(path)
+
+
+class RunSession:
+    """A run that is open, in one process."""
+
+    def __init__(
+        self, config: Config, metric: str, mode: Mode, journal: Journal | None, store: Store
+    ) -> None:
+        """Use :func:`open_session`."""
+        self._config = config
+        self._metric = metric
+        self._mode = mode
+        self._journal = journal
+        self._queue = JournalQueue(journal)
+        self._store = store
+        self._base: Base | None = None
+        self._timeline: Timeline | None = None
+        self._trainer: Any = None
+        self._kept: KeptModel | None = None
+        self._mixture: Mixture | None = None
+        self._schedule: Schedule | None = None
+        path = Path(config.output_dir) / JOURNAL
+        counted = effective(read(path)) if path.exists() else []
+        self._has_begun = bool(counted)
+        self.is_finished = any(record["event"] == "finished" for record in counted)
+        """True if the run has its result."""
+        if counted:
+            self._check_same(run_started(counted))
+            after, origin = where_to_resume(counted, None)
+            counted = [record for record in counted if record["seq"] <= after]
+            if not self.is_finished:
+                self._queue.add("resumed", after=after, **{"from": origin})
+        sizes = dict.fromkeys(config.data.sub_datasets, 1.0)
+        strategy = make_strategy(config, sizes, mode=mode)
+        state = replay(counted, strategy)
+        self._decisions = Decisions(strategy, self._queue, state)
+        self.stop = state.stop
+        """The decision that ended training, if it has ended."""
+        self.start = state.current
+        """The start of the current stage."""
+        self.global_step = state.global_step
+        """Optimizer steps since the run began."""
+        self._stage_step = state.global_step
+
+    def open_timeline(self, base_path: Path | None) -> None:
+        """Open the timeline of a run that is not finished, in the main process."""
+        if self._journal is None or self.is_finished:
+            return
+        self._base = None if base_path is None else self._store.add_base(base_path)
+        policy = KeepBest(OVERALL, mode=self._mode)
+        name = self._config.method
+        self._timeline = Timeline(self._store, self._base, retention=policy, name=name)
+
+    def attach(self, trainer: Any, kept: KeptModel, mixture: Mixture) -> None:
+        """Take the Trainer of the current stage, and record a run that begins."""
+        self._trainer, self._kept, self._mixture = trainer, kept, mixture
+        if not self._has_begun:
+            self._queue.add("run_started", **self._start_record(trainer.args))
+            self._has_begun = True
+
+    def restore_root(self) -> None:
+        """Give the model the weights of the stage's root, and the timeline its branch."""
+        root, timeline, kept = self.start.root, self._timeline, self._attached()
+        if timeline is not None:
+            timeline.retention = self._decisions.make_policy()
+            if root is None:
+                timeline.rewind(0)
+                self._keep_start(kept)
+            elif timeline.branch < self.start.stage.number - 1:
+                self._roll_back(timeline, root, kept)
+            else:
+                timeline.rewind(1)
+        self._trainer.accelerator.wait_for_everyone()
+        kept.restore(self._store, root or START)
+
+    def begin_stage(self, schedule: Schedule) -> None:
+        """Take the plan of a stage; it is recorded once the stage's root is durable."""
+        self._stage_step, self._schedule = self.global_step, schedule
+        if self.start.root is not None:
+            self._record_stage(self.start.root)
+
+    def record_steps(self, place: Place, totals: Mapping[str, Any]) -> None:
+        """Record the steps since the last record."""
+        self._queue.add("trained", step=place.step, stage=place.stage, epoch=place.epoch, **totals)
+
+    def decide_root(self, place: Place) -> Decision | None:
+        """Decide on the known evaluation of the stage's root; ``None`` but in the main process."""
+        root = self.start.root
+        if self._timeline is None or root is None:
+            return None
+        known = self._decisions.known[root]
+        return self._decisions.decide(place, known, checkpoint=root, cost=None)
+
+    def decide(self, place: Place, values: Measured, cost: Mapping[str, Any]) -> Decision | None:
+        """Commit the weights with their metrics and decide; ``None`` but in the main process."""
+        timeline, kept, mixture = self._timeline, self._attached(), self._mixture
+        if timeline is None or mixture is None:
+            return None
+        finding = all_non_finite(values.metrics)
+        if finding is not None:
+            return self._on_divergence(place, finding.value)
+        metrics = dict(values.metrics)
+        how = self._config.evaluation.overall
+        metrics[OVERALL] = overall(metrics, mixture.validation_sizes, how)
+        self._queue.flush()
+        timeline.retention = self._decisions.make_policy()
+        point = RollbackPoint(
+            stage=place.stage, step=place.step, epoch=place.epoch, metrics=metrics
+        )
+        began = time.monotonic()
+        tensors, files = kept.tensors(), self._model_files()
+        future = timeline.commit_async(tensors, *point.as_arguments(), files)
+        seconds = time.monotonic() - began
+        save = PendingSave(future=future, timeline=timeline, point=point, seconds=seconds)
+        if self.start.root is None and place.index == 0:
+            self._record_stage(future.result().id)
+        known = KnownEvaluation(
+            metrics=metrics,
+            losses=values.losses,
+            stage=place.stage,
+            step=place.step - self._stage_step,
+        )
+        return self._decisions.decide(place, known, checkpoint=save, cost=cost)
+
+    def end_stage(self, decision: RollBack | Stop) -> None:
+        """Go on to the next stage, or end the training."""
+        if isinstance(decision, Stop):
+            self.stop = decision
+        else:
+            self.start = StageStart(stage=decision.stage, root=decision.checkpoint)
+
+    def finish(self, stop: Stop) -> Checkpoint:
+        """Give the model the result's weights, keep nothing else in the store, and end the run."""
+        timeline, kept = self._timeline, self._attached()
+        if timeline is not None:
+            self._store.pin(stop.checkpoint, RESULT)
+            timeline.retention = self._decisions.make_policy()
+            self._roll_back(timeline, stop.checkpoint, kept)
+            self._drop_start()
+            timeline.close()
+        self._trainer.accelerator.wait_for_everyone()
+        kept.restore(self._store, stop.checkpoint)
+        if self._journal is not None and not self.is_finished:
+            seconds = time.time() - read(self._journal.path)[0]["time"]
+            self._queue.add("finished", checkpoint=stop.checkpoint, model_dir=None, seconds=seconds)
+        return self._store.get(stop.checkpoint)
+
+    def wait(self) -> None:
+        """Wait for the pending commit and write the records behind it, also after an error."""
+        try:
+            self._queue.flush()
+        finally:
+            if self._timeline is not None and self.stop is None:
+                self._timeline.wait()
+
+    def _attached(self) -> KeptModel:
+        if self._kept is None:
+            raise RunError("a stage has no model before its Trainer is made")
+        return self._kept
+
+    def _model_files(self) -> dict[str, bytes]:
+        trainer = self._trainer
+        return model_files(trainer.model, getattr(trainer, "processing_class", None))
+
+    def _roll_back(self, timeline: Timeline, checkpoint: str, kept: KeptModel) -> None:
+        timeline.rollback(checkpoint, into=kept.tensors())
+        report = timeline.last_commit
+        if report is not None:
+            sizes = {"disk_peak_bytes": report.peak_bytes, "disk_bytes": report.bytes}
+            self._queue.add("rolled_back", checkpoint=checkpoint, **sizes)
+
+    def _keep_start(self, kept: KeptModel) -> None:
+        """Save the weights that the run begins from, once."""
+        if START not in self._store.refs():
+            self._store.pin(self._store.save(kept.tensors(), parent=self._base), START)
+
+    def _drop_start(self) -> None:
+        if START in self._store.refs():
+            start = self._store.get(START).id
+            self._store.unpin(START)
+            self._store.evict([start])
+
+    def _on_divergence(self, place: Place, value: str) -> Decision:
+        what = f"{self._metric} of every sub-dataset"
+        if place.index == 0:
+            raise RunError(f"the {what} is {value} before any training: is the model sound?")
+        divergence = Divergence(
+            stage=place.stage, epoch=place.epoch, step=place.step, what=what, value=value
+        )
+        return self._decisions.on_divergence(divergence, index=place.index - 1)
+
+    def _record_stage(self, root: str) -> None:
+        stage, schedule, mixture = self.start.stage, self._schedule, self._mixture
+        if schedule is None or mixture is None:
+            raise RunError("a stage is recorded after its Trainer has planned it")
+        self._queue.add(
+            "stage_started",
+            step=self._stage_step,
+            stage=stage.number,
+            root=root,
+            active=list(stage.active),
+            shares=dict(stage.shares),
+            limits=dict(stage.limits),
+            epochs=stage.epochs,
+            steps=schedule.steps,
+            examples=sum(mixture.train_sizes[name] for name in stage.active),
+        )
+        _log.info("stage %d trains %s", stage.number, ", ".join(stage.trained))
+
+    def _check_same(self, started: Record) -> None:
+        """Raise :class:`RunError` if a run has other settings than this one."""
+        before, now = started["config"], to_dict(self._config)
+        pairs = [(key, before.get(key), now.get(key)) for key in _FIXED]
+        pairs.append(("metric", started["metric"], self._metric))
+        pairs.append(("mode", started["mode"], self._mode))
+        pairs.append(
+            ("mixture", sorted(started["sub_datasets"]), sorted(now["data"]["sub_datasets"]))
+        )
+        for key, old, new in pairs:
+            if old != new:
+                raise RunError(
+                    f"the run in {self._config.output_dir} was begun with {key} {old!r}, and now "
+                    f"it is {new!r}: give what it was begun with, or choose another output_dir"
+                )
+
+    def _start_record(self, args: TrainingArguments) -> Record:
+        """Return the fields of the ``run_started`` record."""
+        model, mixture, kept = self._trainer.model, self._mixture, self._attached()
+        if mixture is None:
+            raise RunError("a run has a mixture")
+        config = to_dict(self._config)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        config["train"] |= {"lr": args.learning_rate, "batch_size": batch * args.world_size}
+        parameters = list(model.parameters())
+        files = [] if self._base is None else [path for path, _ in self._base.files]
+        return {
+            "version": version("msft-store"),
+            "method": self._config.method,
+            "config": config,
+            "model": {
+                "path": self._config.model.path,
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "dtype": str(parameters[0].dtype).removeprefix("torch."),
+                **_width(model),
+            },
+            "mode": self._mode,
+            "metric": self._metric,
+            "sub_datasets": {
+                name: {
+                    "train": mixture.train_sizes[name],
+                    "validation": mixture.validation_sizes[name],
+                    "test": 0,
+                    "too_long": 0,
+                    "set_aside": 0,
+                }
+                for name in mixture.training_sets
+            },
+            "steps_per_epoch": None,
+            "full_checkpoint_bytes": sum(tensor.nbytes for tensor in kept.tensors().values()),
+            "base_bytes": sum(os.path.getsize(path) for path in files),
+            "base_id": None if self._base is None else self._base.id,
+        }
+
+
+def _width(model: Any) -> dict[str, int]:
+    """Return layers and width of a model, 0 if its configuration has none."""
+    config = getattr(model, "config", None)
+    text: Any = config
+    if config is not None and hasattr(config, "get_text_config"):
+        text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None) or getattr(text, "num_layers", None)
+    return {"layers": int(layers or 0), "hidden": int(getattr(text, "hidden_size", None) or 0)}
