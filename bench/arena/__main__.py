@@ -1,9 +1,10 @@
 """Measure every rival on pairs of checkpoints from real training, on one core.
 
 A rival writes the newer state of a pair, given the older one. Its processor time is that of the
-whole process, without reading the two states; the faster of two runs counts. What it reads back is
-compared bit for bit. A row is kept while the states, the rival's version and, for ours, the last
-commit of the package are the same, so a run that is stopped continues.
+whole process, without reading the two states; of a rival that takes less than half a second, the
+faster of two runs counts. What is read back is compared bit for bit. A row is kept while the
+states, the rival's version and, for ours, the last commit of the package are the same, so a run
+that was stopped continues.
 
 Example::
 
@@ -33,10 +34,8 @@ from bench.arena.rivals import RIVALS, Rival, State, lanes
 from bench.codec import RESULTS, machine
 from bench.trajectories import DATA
 
-PAIRS = ((0, 1), (1, 2), (199, 200), (0, 16), (0, 100), (0, 200))
-"""The steps of an older and a newer snapshot; of a trajectory without any, its first and last."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MOONCLIP_THREADS": "1"}
-LONG = 5.0
+LONG = 0.5
 """Seconds of processor from which on one run has to do."""
 WARM = 1 << 20
 """The most bytes of a tensor on which a rival is tried first."""
@@ -88,14 +87,20 @@ class Row(Measured):
     """Why the rival was not measured."""
 
 
+def wanted(steps: list[int]) -> list[tuple[int, int]]:
+    """Return the pairs of sorted steps to measure: a step to the next, and ever longer ones."""
+    first, last = steps[0], steps[-1]
+    found = [(0, 1), (1, 2), (last - 1, last), (0, 16), (0, 100), (first, last)]
+    return [pair for pair in dict.fromkeys(found) if {*pair} <= {*steps}]
+
+
 def pairs(data: Path) -> Iterator[Pair]:
     """Yield all pairs: of the language model, and of the small models of ``bench.trajectories``."""
     homes = {table.MODEL: data, **{name: DATA / name for name in table.SMALL_MODELS}}
     for model, home in homes.items():
         for folder in sorted(path for path in home.glob("*") if any(path.glob("step*"))):
             steps = sorted(int(path.stem[4:]) for path in folder.glob("step*.safetensors"))
-            wanted = [pair for pair in PAIRS if {*pair} <= {*steps}]
-            for pair in wanted or [(steps[0], steps[-1])]:
+            for pair in wanted(steps):
                 old, new = (folder / f"step{step}.safetensors" for step in pair)
                 yield Pair(model=model, regime=folder.name, old=old, new=new)
 
@@ -128,23 +133,21 @@ def warm_up(rival: type[Rival], old: State, new: State) -> None:
         measure(rival, {n: old[n] for n in few}, file, {n: new[n] for n in few})
 
 
-def row_of(pair: Pair, states: str, name: str, old: State, new: State) -> Row:
-    """Measure one rival on one pair; a rival that fails gets a row that says why."""
-    rival = RIVALS[name]
-    row = Row(
-        model=pair.model,
-        regime=pair.regime,
-        pair=pair.name,
-        states=states,
-        rival=name,
-        version=version_of(rival),
-        full=sum(tensor.nbytes for tensor in new.values()),
-    )
+def fill(row: Row, file: Path, old: State, new: State) -> Row:
+    """Measure the rival of a row; if it fails, the row says why.
+
+    Args:
+        row: The row without results.
+        file: The older state.
+        old: The same, loaded.
+        new: The newer state.
+    """
+    rival = RIVALS[row.rival]
     try:
         warm_up(rival, old, new)
-        one = measure(rival, old, pair.old, new)
+        one = measure(rival, old, file, new)
         if one.encode + one.decode < LONG:
-            again = measure(rival, old, pair.old, new)
+            again = measure(rival, old, file, new)
             encode, decode = min(one.encode, again.encode), min(one.decode, again.decode)
             one = replace(one, encode=encode, decode=decode)
     except Exception as error:
@@ -179,7 +182,7 @@ def digest(*paths: Path) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, and renew results, table and plot after each pair."""
+    """Measure what is missing, write each result at once, and renew tables and plot at the end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=DATA / "smollm2", help="the trajectories")
     parser.add_argument("--only", default="", help="a part of the names of the rivals to measure")
@@ -196,16 +199,30 @@ def main() -> None:
     file = RESULTS / "arena.json"
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     rows = {(row["model"], row["regime"], row["pair"], row["rival"]): Row(**row) for row in before}
-    for pair in pairs(options.data):
+    versions = {name: version_of(rival) for name, rival in RIVALS.items()}
+    measured = list(pairs(options.data))
+    names = {(pair.model, pair.regime, pair.name) for pair in measured}
+    rows = {key: row for key, row in rows.items() if key[:3] in names}
+    for pair in measured:
         states, old, new = digest(pair.old, pair.new), load(pair.old), load(pair.new)
-        for name, rival in RIVALS.items():
+        for name, version in versions.items():
             key = (pair.model, pair.regime, pair.name, name)
             found = rows.get(key)
-            same = found and (found.states, found.version) == (states, version_of(rival))
+            same = found and (found.states, found.version) == (states, version)
             if options.only in name and (options.again or not same):
-                rows[key] = row_of(pair, states, name, old, new)
+                row = Row(
+                    model=pair.model,
+                    regime=pair.regime,
+                    pair=pair.name,
+                    states=states,
+                    rival=name,
+                    version=version,
+                    full=sum(tensor.nbytes for tensor in new.values()),
+                )
+                rows[key] = fill(row, pair.old, old, new)
                 print(line_of(rows[key]), flush=True)
-        table.write({**machine(), "cores": cores}, [asdict(row) for row in rows.values()])
+                table.write({**machine(), "cores": cores}, [asdict(row) for row in rows.values()])
+    table.render()
 
 
 if __name__ == "__main__":

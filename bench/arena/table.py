@@ -31,10 +31,10 @@ MODEL = "SmolLM2-135M"
 SMALL_MODELS = ("encoder-22.7M", "causal-lm-2.5M")
 SHARE = 0.2
 """The most of ARC v3's processor time that the store shall take."""
-WHOLE = {"safetensors", "blocks of 64 KiB", "blocks cut by content (Xet)"}
-"""Rivals that find nothing to leave out, or do not try; they are not drawn."""
-GREY = "#808080"
-"""A colour that is read on white and on black."""
+NOT_DRAWN = {CODEC, "safetensors", "blocks of 64 KiB", "blocks cut by content (Xet)"}
+"""Rows that would lie on those of the store, and those that find nothing to leave out."""
+GREY, RED = "#808080", "#d62728"
+"""Colours that are read on white and on black: of text, and of ours."""
 
 Row = dict[str, Any]
 
@@ -114,9 +114,14 @@ def table_of(found: dict[tuple[str, str], Row]) -> str:
 
 def verdicts(rows: list[Row]) -> list[str]:
     """Return where the store is not the smallest, and where it is slow, in sentences."""
-    larger, slower, gains, shares = [], [], [], []
+    larger: list[str] = []
+    slower: list[str] = []
+    gains: list[float] = []
+    shares: list[float] = []
     for model, regime, found in regimes(rows):
         for pair in pairs(found):
+            if not {(name, pair) for name in (STORE, CODEC, ARC)} <= found.keys():
+                continue
             ours, peer = found[STORE, pair], best_peer(found, pair)
             where = f"{model}, {words(regime)}, {pair}"
             gains.append(peer["size"] / ours["size"])
@@ -130,18 +135,20 @@ def verdicts(rows: list[Row]) -> list[str]:
                 continue
             shares.append(seconds(ours) / seconds(found[ARC, pair]))
             if shares[-1] > SHARE:
-                slower.append(f"{where}: {shares[-1]:.2f}")
-    smallest = (
+                slower.append(where)
+    sentences = [
         f"The store with all its files is the smallest on {len(gains) - len(larger)} of "
         f"{len(gains)} rows, by a factor of {min(gains):.2f} to {max(gains):.2f} to the next."
-    )
-    fast = (
+    ]
+    if larger:
+        sentences.append(f"It is larger on {'; on '.join(larger)}.")
+    sentences.append(
         f"It takes {min(shares):.2f} to {max(shares):.2f} of ARC v3's processor time, and more than"
         f" the {SHARE} that it shall take on {len(slower)} of {len(shares)} rows."
     )
-    found_larger = [f"It is larger on {'; on '.join(larger)}."] if larger else []
-    found_slower = [f"It is slower on {'; on '.join(slower)}."] if slower else []
-    return [smallest, *found_larger, fast, *found_slower]
+    if slower:
+        sentences.append(f"It is slower on {'; on '.join(slower)}.")
+    return sentences
 
 
 def page(document: dict[str, Any]) -> str:
@@ -183,7 +190,11 @@ def plot(rows: list[Row], path: Path) -> None:
         down = -(-len(found) // across)
         figure = Figure(figsize=(4 * across, 3 * down + 1), layout="constrained")
         grid = figure.subplots(down, across, squeeze=False)
-        drawn = [name for name in RIVALS if name not in WHOLE]
+        others = [
+            colour for colour in mpl.color_sequences["tab10"] if mpl.colors.to_hex(colour) != RED
+        ]
+        colours = [RED, *others]
+        drawn = [name for name in RIVALS if name not in NOT_DRAWN]
         for axis in list(grid.flat)[len(found) :]:
             axis.remove()
         for (regime, rows_of), axis in zip(found, grid.flat, strict=False):
@@ -196,11 +207,12 @@ def plot(rows: list[Row], path: Path) -> None:
                     marker="o",
                     markersize=6 if name == STORE else 3,
                     linewidth=2.5 if name == STORE else 0.8,
-                    color="#d62728" if name == STORE else mpl.colormaps["tab20"](at),
+                    color=colours[at],
                     label=name,
                 )
             axis.set_xticks(range(len(columns)), columns)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.set_title(words(regime), fontsize=9)
             axis.set_ylabel("% of full")
             axis.patch.set_alpha(0)
@@ -212,13 +224,13 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def write(document: dict[str, Any], rows: list[Row]) -> None:
-    """Write results, tables and plot."""
+    """Write the results, a row a line."""
     head = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}")
     body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = f'{head},\n "rows": [\n{body}\n]}}\n'
-    (RESULTS / "arena.json").write_text(text, encoding="utf-8")
-    render()
+    scratch = RESULTS / "arena.tmp"
+    scratch.write_text(f'{head},\n "rows": [\n{body}\n]}}\n', encoding="utf-8")
+    scratch.replace(RESULTS / "arena.json")
 
 
 def render() -> None:
