@@ -537,7 +537,7 @@ class Store:
     ) -> dict[str, torch.Tensor]:
         wanted = {name: tensors[name] for name in names}
         state = {name: empty_like(entry, device) for name, entry in wanted.items()}
-        self._decode(checkpoint, wanted, state)
+        self._decode(checkpoint, wanted, state, fresh=True)
         return state
 
     def load_boxes(self, checkpoint: Checkpoint | str, boxes: Iterable[Box]) -> None:
@@ -1127,9 +1127,11 @@ class Store:
         checkpoint: Checkpoint,
         tensors: Mapping[str, TensorEntry],
         outs: Mapping[str, torch.Tensor],
+        *,
+        fresh: bool = False,
     ) -> None:
         def decode() -> None:
             self._catalog.require_exists(checkpoint)
-            decode_state(Source.of(self._catalog, checkpoint), tensors, outs)
+            decode_state(Source.of(self._catalog, checkpoint), tensors, outs, fresh=fresh)
 
         read_consistently(self._backend, decode)

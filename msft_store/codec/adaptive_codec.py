@@ -50,7 +50,8 @@ def encode(old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any) 
     parts = [(plain_symbols, plain), (symbols, found.distances)]
     unused = np.zeros(arithmetic_coder.PLACES, np.int64)
     words = exponent_codec.write_low_bits(parts, FINE_BITS, unused, compiled)
-    positions = exponent_codec.locate_listed(old, layout, found, found.gaps, compiled)
+    count = found.symbols.size
+    positions = exponent_codec.locate_listed(old, layout, found, found.gaps, compiled, count=count)
     exponents = exponent_codec.compute_exponents(old, positions, layout, compiled)
     first = _encode_symbols(plain_symbols, contexts, RUN_CONTEXT, GAP_CONTEXT, compiled)
     rest = _encode_symbols(symbols, exponents, found.low, found.high, compiled)

@@ -155,7 +155,8 @@ def decode_in_place(
         raise ValueError("an exponent-coded chunk has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("an exponent-coded chunk has impossible exponents")
-    words = np.append(np.frombuffer(payload, "<u4", word_count, at), np.zeros(2, np.uint32))
+    # The loops read two words beyond the last one.
+    words = np.frombuffer(payload[at:rest] + bytes(8), "<u4")
     end, loops = 32 * word_count, kernels if compiled is None else compiled
     symbols = (reader or _RangeReader)(
         payload[_HEADER.size : at], payload[rest:], low, high, compiled
@@ -166,9 +167,7 @@ def decode_in_place(
     if bits > end:
         raise ValueError("an exponent-coded chunk ends too early")
     listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs])
-    positions = locate_listed(old, layout, listing, values[runs:], compiled)
-    if positions.size != listed:
-        raise ValueError("an exponent-coded chunk lists another number of elements")
+    positions = locate_listed(old, layout, listing, values[runs:], compiled, count=listed)
     coded = symbols.read_changes(compute_exponents(old, positions, layout, compiled))
     lanes = old.view(f"<u{old.itemsize}")
     low_bits = (words, bits, end, layout.sign, *symbols.tokens)
@@ -193,9 +192,13 @@ class _RangeReader:
         # Decoding takes at most this many words, even from a damaged payload.
         longest = 2 * coders + contexts.size + 1
         words = self._words[:longest]
-        padded = np.append(words, np.zeros(longest - words.size, np.uint16))
+        if words.size < longest:
+            words = np.zeros(longest, np.uint16)
+            words[: self._words.size] = self._words
         symbols: Array
-        symbols, used = self._coder.decode(padded, contexts, self._packed, self._slots, coders)
+        symbols, used = self._coder.decode(
+            _as_read_only(words), contexts, self._packed, self._slots, coders
+        )
         if used > self._words.size:
             raise ValueError("an exponent-coded chunk ends too early")
         self._words = self._words[used:]
@@ -210,25 +213,26 @@ class _RangeReader:
 
 
 def locate_listed(
-    old: Lanes, layout: FloatLayout, listing: Listing, gaps: Array, compiled: Any
+    old: Lanes, layout: FloatLayout, listing: Listing, gaps: Array, compiled: Any, *, count: int
 ) -> Array:
-    """Return the positions of all listed elements; :class:`ValueError` if one is beyond the end."""
+    """Return the ``count`` positions of all listed elements; :class:`ValueError` if it differs."""
     blocks = -(-old.size // BLOCK)
     coded = (
         np.ones(blocks, bool) if listing.runs is None else changes.decode_runs(listing.runs, blocks)
     )
-    quiet, limit = kernels.decode_gaps(gaps), listing.busy << layout.shift
+    limit = listing.busy << layout.shift
     positions: Array
     if compiled is None:
-        marked, at = torch.from_numpy(coded), torch.from_numpy(quiet)
-        positions = changes.locate_listed(_as_tensor(old), layout, marked, limit, at).numpy()
-        return positions
-    if quiet.size and quiet[-1] >= blocks * BLOCK:
-        raise ValueError("a chunk changes elements beyond its end")
-    was = _as_read_only(old.view(f"<u{old.itemsize}"))
-    positions = compiled.locate_listed(was, coded, limit, layout.mask, quiet.astype(np.uint32))
-    if positions.size < quiet.size:
-        raise ValueError("a chunk changes elements beyond its end")
+        marked, quiet = torch.from_numpy(coded), torch.from_numpy(kernels.decode_gaps(gaps))
+        positions = changes.locate_listed(_as_tensor(old), layout, marked, limit, quiet).numpy()
+    else:
+        was = _as_read_only(old.view(f"<u{old.itemsize}"))
+        word = was.dtype.type
+        most, mask = word(max(min(limit - 1, layout.mask), 0)), word(layout.mask)
+        distances = gaps.astype(np.uint32, copy=False)
+        positions = compiled.locate_listed(was, coded, limit > 0, most, mask, distances, count)
+    if positions.size != count:
+        raise ValueError("a chunk lists another number of elements than it has")
     return positions
 
 

@@ -149,36 +149,56 @@ def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any
 
 
 @_compile
-def locate_listed(old: Any, blocks: Any, limit: Any, mask: Any, quiet: Any) -> Any:
-    """Return the positions of busy elements and of the ``quiet`` ones in the marked blocks.
+def locate_listed(
+    old: Any, blocks: Any, busy: Any, most: Any, mask: Any, gaps: Any, count: Any
+) -> Any:
+    """Return the positions of busy elements and of quiet ones in the marked blocks.
 
-    ``quiet`` ascends and counts elements of these blocks only; the result is empty if it exceeds
-    them.
+    Elements of at most the magnitude ``most`` are busy if ``busy`` is True. ``gaps`` counts
+    elements of these blocks only. The result has another length than ``count`` if they do not fit.
     """
-    positions = np.empty(old.size + 1, np.uint32)
+    positions = np.empty(count + BLOCK, np.uint32)
     marks = np.zeros(BLOCK, np.uint8)
     words = marks.view(np.uint64)
-    count = uint64(0)
-    reached = uint64(0)
-    start = uint64(0)
-    for block in range(blocks.size):
+    one, width = uint64(1), uint64(BLOCK)
+    whole, found, start = uint64(old.size // BLOCK), uint64(0), uint64(0)
+    reached, quiet = uint64(0), uint64(0)
+    if gaps.size > 0:
+        quiet = uint64(gaps[0])
+    for block in range(uint64(blocks.size)):
         if not blocks[block]:
             continue
-        first = block * BLOCK
-        length = min(BLOCK, old.size - first)
-        for i in range(length):
-            marks[i] = (old[first + i] & mask) < limit
-        marks[length:] = 0
-        while reached < quiet.size and quiet[reached] < start + uint64(length):
-            marks[quiet[reached] - start] = 1
-            reached += uint64(1)
-        start += uint64(BLOCK)
-        for word in range(words.size):
-            if words[word] != 0:
-                for i in range(8 * word, 8 * word + 8):
-                    positions[count] = first + i
-                    count += uint64(marks[i])
-    return positions[: count if reached == quiet.size else 0]
+        if found > uint64(count):
+            break
+        first = uint64(block) * width
+        length = width if block < whole else uint64(old.size) - first
+        some = busy and block >= whole
+        if busy and block < whole:
+            # The loop has a constant length and no exit, so that the compiler vectorises it.
+            for i in range(BLOCK):
+                some |= (old[first + uint64(i)] & mask) <= most
+        if some:
+            for i in range(length):
+                marks[i] = (old[first + uint64(i)] & mask) <= most
+            marks[length:] = 0
+        while reached < uint64(gaps.size) and quiet < start + length:
+            if some:
+                marks[quiet - start] = 1
+            else:
+                positions[found] = first + (quiet - start)
+                found += one
+            reached += one
+            if reached < uint64(gaps.size):
+                quiet += uint64(gaps[reached]) + one
+        if some:
+            for word in range(uint64(words.size)):
+                if words[word] != 0:
+                    for i in range(uint64(8) * word, uint64(8) * (word + one)):
+                        positions[found] = first + i
+                        found += uint64(marks[i])
+        start += width
+    fits = reached == uint64(gaps.size) and found == uint64(count)
+    return positions[: count if fits else count + 1]
 
 
 @_compile

@@ -72,13 +72,13 @@ def is_exactly_covered(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bo
     the summed weights equal those of the shape itself. :class:`ValueError` if the shape is cut
     along more than :data:`MAX_CUT` dimensions.
     """
-    if math.prod(shape) == 0:
+    whole = ((0,) * len(shape), shape)
+    if math.prod(shape) == 0 or list(boxes) == [whole]:
         return True
     cut = [axis for axis, count in enumerate(shape) if any(box[axis] != count for _, box in boxes)]
     if len(cut) > MAX_CUT:
         raise ValueError(f"a tensor is cut along more than {MAX_CUT} dimensions")
     corners: Counter[Shape] = Counter()
-    whole = ((0,) * len(shape), shape)
     for (offset, box), weight in [(whole, -1), *((one, 1) for one in boxes)]:
         for ends in product((0, 1), repeat=len(cut)):
             corner = tuple(

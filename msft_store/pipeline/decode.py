@@ -1,7 +1,9 @@
 """Decode chunks to tensors in parallel, in bounded memory, in place if possible.
 
-Invariants: every chunk is verified. Besides the tensors, at most a few chunks per thread are in
-memory, for any size, device and layout. Tensors that share memory are not decoded in place.
+Memory that holds a chunk already, as its hash proves, is not written to, so that a roll-back
+rewrites only what differs. Invariants: every chunk is verified. Besides the tensors, at most a few
+chunks per thread are in memory, for any size, device and layout. Tensors that share memory are not
+decoded in place.
 
 Example::
 
@@ -20,7 +22,7 @@ import torch
 from msft_store.codec.kernels import Bytes
 from msft_store.errors import BaseError, InvalidInputError, MismatchError, StorageError, StoreError
 from msft_store.format.dtypes import DType
-from msft_store.format.layout import chunk_key
+from msft_store.format.layout import CHUNK_BYTES, chunk_key
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunks_of
@@ -94,11 +96,47 @@ class Source:
             raise type(error)(text, file=error.file) from error
 
 
+_FREE_LOOKS = 2 * CHUNK_BYTES
+"""Bytes of memory that are hashed in vain before the share of those that were counts."""
+_LOOKS_IN_VAIN = 16
+"""One in this many bytes may be hashed in vain, which costs a hundredth of a load."""
+
+
+class _HeldChunks:
+    """Tells which chunks the memory of their targets holds already.
+
+    Hashing memory takes a fraction of the time of reading a chunk, but is in vain if they differ.
+    Whether chunks before were held decides whether it is worth it. Threads share the counts; a
+    count that gets lost costs nothing but time.
+    """
+
+    def __init__(self) -> None:
+        self._seen = self._held = self._in_vain = 0
+
+    def holds(self, read: ChunkRead) -> bool:
+        """Return True if the target of a read is known to hold the chunk."""
+        self._seen += read.size
+        allowed = _FREE_LOOKS + self._held + self._seen // _LOOKS_IN_VAIN
+        if read.target is None or self._in_vain > allowed:
+            return False
+        found = chunk_key(read.target.data, read.dtype) == read.key
+        if found:
+            self._held += read.size
+        else:
+            self._in_vain += read.size
+        return found
+
+
 def decode_state(
-    source: Source, tensors: Mapping[str, TensorEntry], outs: Mapping[str, torch.Tensor]
+    source: Source,
+    tensors: Mapping[str, TensorEntry],
+    outs: Mapping[str, torch.Tensor],
+    *,
+    fresh: bool = False,
 ) -> None:
     """Decode tensors into existing ones of the same shape and dtype, on any device.
 
+    ``fresh`` says that ``outs`` are uninitialised, so that there is no use in looking at them.
     Raise :class:`StoreError` at the first damaged chunk, and :class:`MismatchError` if some of
     ``outs`` share memory but have different content. In both cases ``outs`` are partly overwritten.
     """
@@ -108,7 +146,13 @@ def decode_state(
         for name, entry in tensors.items()
         for read in _list_reads(name, entry, outs[name].detach(), in_place=name in plain)
     )
-    for_each(source.restore, reads)
+    held = _HeldChunks()
+
+    def restore(read: ChunkRead) -> None:
+        if fresh or not held.holds(read):
+            source.restore(read)
+
+    for_each(restore, reads)
     for name in tensors.keys() - plain:
         for read in _list_reads(name, tensors[name], outs[name].detach(), in_place=False):
             restored = read_elements(
