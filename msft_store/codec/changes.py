@@ -84,6 +84,8 @@ class ChunkChanges(Listing):
     """``context << 8 | token << 2 | towards zero << 1 | sign flipped`` of listed ones; uint16."""
     distances: Array
     """Differences of the magnitudes of listed elements, in steps; uint32."""
+    positions: Array | None = None
+    """Positions of listed elements, uint32; ``None`` if they were not brought to the host."""
 
 
 def float_layout(dtype: DType) -> FloatLayout | None:

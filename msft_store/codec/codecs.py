@@ -84,6 +84,20 @@ class Codec(ABC):
         :class:`ValueError` if the payload is damaged; ``out`` is then undefined.
         """
 
+    def restores(
+        self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
+    ) -> bool:
+        """Return True if a payload decodes to the chunk; ``out`` is as for :meth:`decode_into`.
+
+        ``found`` holds the changes of the chunk if they are known. A codec may take from them
+        which elements are equal to the reference's.
+        """
+        try:
+            self.decode_into(payload, out, dtype)
+        except ValueError:
+            return False
+        return _are_equal(out, chunk)
+
 
 class Raw(Codec):
     """The plain bytes of the chunk."""
@@ -184,8 +198,26 @@ class ExponentClasses(Codec):
         return exponent_codec.encode(found, compiled)
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
-        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
-        exponent_codec.decode_in_place(payload, lanes, layout, self._kernels())
+        self._decode(payload, view_lanes(out, dtype.lane), dtype)
+
+    def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
+        """Decode in place; return the positions of the listed elements."""
+        layout = _require_layout(dtype)
+        return exponent_codec.decode_in_place(payload, lanes, layout, self._kernels())
+
+    def restores(
+        self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
+    ) -> bool:
+        if found is None or found.positions is None:
+            return super().restores(payload, chunk, out, dtype, found)
+        new, decoded = _view_pair(chunk, out, dtype)
+        try:
+            positions = self._decode(payload, decoded, dtype)
+        except ValueError:
+            return False
+        # All other elements are the reference's, which the search for changes has compared.
+        same = np.array_equal(positions, found.positions)
+        return same and np.array_equal(decoded[positions], new[positions])
 
     def _kernels(self) -> Any:
         return compiled_kernels()
@@ -199,9 +231,9 @@ class Adaptive(ExponentClasses):
     ) -> bytes:
         return adaptive_codec.encode(old, layout, found, compiled)
 
-    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
-        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
-        adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels())
+    def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
+        layout = _require_layout(dtype)
+        return adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels())
 
     def _kernels(self) -> Any:
         # To wait until the loops are compiled takes less time than to work without them.
@@ -255,6 +287,15 @@ def codec_by_code(code: int) -> Codec:
         raise VersionError(f"unknown codec {code}; a newer msft-store may read it") from None
 
 
+def find_changes(chunk: Bytes, reference: Bytes, dtype: DType) -> ChunkChanges | None:
+    """Return the changes of a chunk; ``None`` if the codecs of its type have no use for them."""
+    layout = changes.float_layout(dtype)
+    if layout is None or chunk.size < _TABLES_FROM:
+        return None
+    new, old = _view_pair(chunk, reference, dtype)
+    return exponent_codec.find_changes(new, old, layout, compiled_kernels())
+
+
 def encode(
     chunk: Bytes,
     reference: Bytes | None,
@@ -269,7 +310,7 @@ def encode(
     """
     tried: list[tuple[Codec, bytes]] = []
     if reference is not None:
-        if np.array_equal(chunk, reference):
+        if found is None and _are_equal(chunk, reference):
             return SAME, b""
         tried.append(_encode_against(chunk, reference, dtype, level, found))
         if len(tried[0][1]) < _PLAIN_FROM * chunk.size:
@@ -317,6 +358,16 @@ def _encode_smallest(
 
 def _smallest(*tried: tuple[Codec, bytes]) -> tuple[Codec, bytes]:
     return min(tried, key=lambda pair: len(pair[1]))
+
+
+def _are_equal(one: Bytes, other: Bytes) -> bool:
+    # Comparing words of eight bytes is faster; the remaining bytes are compared separately.
+    words = one.size & ~7
+    return (
+        one.size == other.size
+        and np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))
+        and np.array_equal(one[words:], other[words:])
+    )
 
 
 def _require_layout(dtype: DType) -> FloatLayout:

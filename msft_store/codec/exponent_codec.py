@@ -73,22 +73,18 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
     whole = new.size // BLOCK * BLOCK
     step = rans.sampling_step(-(-new.size // BLOCK))
     words = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
-    blocks, counts, runs = compiled.survey_blocks(now, was, *words, layout.shift, layout.mask, step)
-    skip, busy, low, high = compiled.plan_listing(counts, runs, step)
-    coded = blocks if skip else np.ones_like(blocks)
-    limit = busy << layout.shift
-    positions, gaps = compiled.list_elements(now, was, coded, limit, layout.mask)
-    symbols, distances = compiled.compute_symbols(
-        now, was, positions, layout.shift, layout.mask, low, high
+    busy, low, high, skip, runs, gaps, positions, symbols, distances = compiled.find_changes(
+        now, was, *words, layout.shift, layout.mask, step
     )
     return ChunkChanges(
         busy=busy,
         low=low,
         high=high,
-        runs=changes.encode_runs(blocks) if skip else None,
+        runs=runs if skip else None,
         gaps=gaps,
         symbols=symbols,
         distances=distances,
+        positions=positions,
     )
 
 
@@ -139,10 +135,10 @@ def decode_in_place(
     layout: FloatLayout,
     compiled: Any,
     reader: type[SymbolReader] | None = None,
-) -> None:
-    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined.
+) -> Array:
+    """Replace the reference in ``old`` by the decoded lanes; return the listed positions.
 
-    ``reader`` is that of codec 6 by default.
+    An error leaves ``old`` undefined. ``reader`` is that of codec 6 by default.
     """
     if len(payload) < _HEADER.size:
         raise ValueError("an exponent-coded chunk has no header")
@@ -174,6 +170,7 @@ def decode_in_place(
     bits = loops.apply_changes(lanes, positions, coded, *low_bits)
     if not 0 <= end - bits < 32:
         raise ValueError("an exponent-coded chunk has the wrong number of low bits")
+    return positions
 
 
 class _RangeReader:

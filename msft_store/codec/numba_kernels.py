@@ -72,80 +72,113 @@ code_symbols = _compile(_rebind_globals(arithmetic_coder.code_symbols, code_deci
 
 
 @_compile
+def count_block(
+    new: Any, old: Any, exponents: Any, kind: Any, shift: Any, mask: Any, counts: Any
+) -> Any:
+    """Count the exponents of a block's elements, as of a kind of block, and of the changed ones.
+
+    ``exponents`` is memory for one block.
+    """
+    bits, by, one = uint64(mask), uint64(shift), uint32(1)
+    for i in range(old.size):
+        exponents[i] = (old[i] & bits) >> by
+    # Four tables avoid that equal neighbours wait for each other's increment.
+    table = uint64(counts.size >> 2)
+    for i in range(0, old.size - 3, 4):
+        counts[kind + exponents[i]] += one
+        counts[kind + table + exponents[i + 1]] += one
+        counts[kind + table + table + exponents[i + 2]] += one
+        counts[kind + table + table + table + exponents[i + 3]] += one
+    for i in range(old.size & ~3, old.size):
+        counts[kind + exponents[i]] += one
+    if kind > 0:
+        for i in range(old.size):
+            counts[uint64(2 * rans.EXPONENTS) + exponents[i]] += uint32(new[i] != old[i])
+
+
+@_compile
 def survey_blocks(
     new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
 ) -> Any:
     """See :func:`msft_store.codec.changes.survey_blocks`; words view the full blocks as uint64."""
-    blocks = -(-new.size // BLOCK)
-    whole = new.size // BLOCK
+    blocks, whole = -(-new.size // BLOCK), new.size // BLOCK
     changed = np.zeros(blocks, np.bool_)
-    counts = np.zeros((3, rans.EXPONENTS), np.int64)
-    same, seen, moved = counts[0], counts[1], counts[2]
-    bits, by = uint64(mask), uint64(shift)
+    counts = np.zeros(4 * 3 * rans.EXPONENTS, np.uint32)
     width = new_words.size // whole if whole > 0 else 0
-    for block in range(whole):
-        differs, start = uint64(0), block * width
-        for i in range(width):
-            differs |= new_words[start + i] ^ old_words[start + i]
-        changed[block] = differs != 0
-    for i in range(whole * BLOCK, new.size):
-        changed[blocks - 1] |= new[i] != old[i]
-    for block in range(0, blocks, step):
-        first, end = block * BLOCK, min(block * BLOCK + BLOCK, new.size)
-        if changed[block]:
-            for i in range(first, end):
-                e = (uint64(old[i]) & bits) >> by
-                seen[e] += 1
-                moved[e] += int64(new[i] != old[i])
-        else:
-            for i in range(first, end):
-                same[(uint64(old[i]) & bits) >> by] += 1
-    runs = 0
-    before = False
+    exponents = np.empty(BLOCK, np.uint8)
+    runs, before = 0, False
     for block in range(blocks):
+        first, differs = block * BLOCK, uint64(0)
+        if block < whole:
+            start = block * width
+            for i in range(width):
+                differs |= new_words[start + i] ^ old_words[start + i]
+        else:
+            for i in range(first, new.size):
+                differs |= uint64(new[i] ^ old[i])
+        changed[block] = differs != 0
         runs += changed[block] != before
         before = changed[block]
-    return changed, counts, runs
+        if block % step == 0:
+            now, was = new[first : first + BLOCK], old[first : first + BLOCK]
+            kind = uint64(rans.EXPONENTS) if changed[block] else uint64(0)
+            count_block(now, was, exponents, kind, shift, mask, counts)
+    sums = counts.reshape(4, 3, rans.EXPONENTS).astype(np.int64).sum(axis=0)
+    return changed, sums, runs
 
 
 @_compile
 def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
-    """Return the positions (uint32) of changed and busy elements in the marked blocks, and gaps.
-
-    The gaps (int64) are those between changed quiet elements, counted in the marked blocks only.
-    """
+    """Return the positions (uint32) of changed and busy elements in the marked blocks."""
     positions = np.empty(new.size + 1, np.uint32)
-    gaps = np.empty(new.size + 1, np.int64)
     marks = np.zeros(BLOCK, np.uint8)
     words = marks.view(np.uint64)
-    count, quiet = uint64(0), uint64(0)
-    start, before = 0, -1
+    count = uint64(0)
     for block in range(blocks.size):
         if not blocks[block]:
             continue
         first = block * BLOCK
         length = min(BLOCK, new.size - first)
-        any_quiet = False
         for i in range(length):
             reference = old[first + i]
-            changed, busy = new[first + i] != reference, (reference & mask) < limit
-            marks[i] = changed | busy
-            any_quiet |= changed & (not busy)
-        if any_quiet:
-            for i in range(length):
-                reference = old[first + i]
-                if new[first + i] != reference and (reference & mask) >= limit:
-                    gaps[quiet] = start + i - before - 1
-                    quiet += uint64(1)
-                    before = start + i
-        start += BLOCK
+            marks[i] = (new[first + i] != reference) | ((reference & mask) < limit)
         marks[length:] = 0
         for word in range(words.size):
             if words[word] != 0:
                 for i in range(8 * word, 8 * word + 8):
                     positions[count] = first + i
                     count += uint64(marks[i])
-    return positions[:count], gaps[:quiet].copy()
+    return positions[:count].copy()
+
+
+@_compile
+def compute_gaps(old: Any, positions: Any, blocks: Any, limit: Any, mask: Any) -> Any:
+    """Return the gaps (int64) between quiet elements of a list, in the marked blocks only."""
+    skipped, start = 0, 0
+    gaps = np.empty(positions.size, np.int64)
+    count, before = 0, -1
+    for k in range(positions.size):
+        position = int64(positions[k])
+        if (old[position] & mask) >= limit:
+            while start < position // BLOCK:
+                skipped += not blocks[start]
+                start += 1
+            place = position - BLOCK * skipped
+            gaps[count] = place - before - 1
+            count, before = count + 1, place
+    return gaps[:count]
+
+
+@_compile
+def encode_runs(blocks: Any, runs: Any) -> Any:
+    """See :func:`msft_store.codec.changes.encode_runs`; ``runs`` is their number."""
+    lengths = np.empty(runs, np.int64)
+    count, begin, before = 0, 0, False
+    for block in range(blocks.size):
+        if blocks[block] != before:
+            lengths[count] = block - begin
+            count, begin, before = count + 1, block, blocks[block]
+    return lengths
 
 
 @_compile
@@ -228,6 +261,27 @@ def compute_symbols(
             some[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
             steps[k] = uint32(distance)
     return symbols, distances
+
+
+@_compile
+def find_changes(
+    new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
+) -> Any:
+    """See :func:`msft_store.codec.changes.find_changes`; words view the full blocks as uint64.
+
+    Returns ``busy``, ``low``, ``high``, whether blocks are skipped, the lengths of their runs, and
+    the gaps, positions, symbols and distances.
+    """
+    changed, counts, runs = survey_blocks(new, old, new_words, old_words, shift, mask, step)
+    skip, busy, low, high = plan_listing(counts, runs, step)
+    lengths = encode_runs(changed, runs) if skip else np.empty(0, np.int64)
+    blocks = changed if skip else np.ones(changed.size, np.bool_)
+    limit = busy << shift
+    # Without busy elements, only changed blocks have anything to list.
+    positions = list_elements(new, old, blocks if busy > 0 else changed, limit, mask)
+    gaps = compute_gaps(old, positions, blocks, limit, mask)
+    symbols, distances = compute_symbols(new, old, positions, shift, mask, low, high)
+    return busy, low, high, skip, lengths, gaps, positions, symbols, distances
 
 
 @_compile

@@ -90,7 +90,7 @@ class BaseReader:
         span = self.chunks[key]
         tensor, size = self._tensor(span.tensor), self.chunk_bytes(span)
         path = self.base.files[tensor.file][0]
-        place = (tensor.offset + span.start * tensor.dtype.size, key)
+        place = _place(tensor, span.start * tensor.dtype.size // CHUNK_BYTES)
         stamp = file_stamp(path)
         known = None if stamp is None else seen_chunks(path, stamp).get(place)
         if known is None:
@@ -179,7 +179,8 @@ class BaseReader:
         """Fill ``out`` from verified chunks; return the key of the result.
 
         :class:`BaseError` if the base changed. Encoders must use this method: a difference from
-        unnoticed changed bytes could never be decoded again.
+        unnoticed changed bytes could never be decoded again. A chunk is hashed once in a process,
+        and again when the file has changed since.
         """
         tensor, count = self._tensor(span.tensor), out.size // dtype.size
         runs = list(self._runs(span, count))
@@ -191,19 +192,44 @@ class BaseReader:
         numbers = range(start // step, -(-(start + length) // step))
         begin = numbers.start * step
         end = min(numbers.stop * step, tensor.nbytes // tensor.dtype.size)
-        # Read straight into the result if it consists of whole chunks of the same dtype.
-        direct = tensor.dtype == dtype and (begin, end) == (start, start + length)
-        raw = out if direct else np.empty((end - begin) * tensor.dtype.size, np.uint8)
-        self._fill(span.tensor, begin, raw)
+        whole = tensor.dtype == dtype and (begin, end) == (start, start + length)
+        if not self._read_seen(span, numbers, out, dtype):
+            # Read straight into the result if it consists of whole chunks of the same dtype.
+            raw = out if whole else np.empty((end - begin) * tensor.dtype.size, np.uint8)
+            self._read_chunks(span.tensor, numbers, raw)
+            if not whole:
+                at = (start - begin) * tensor.dtype.size
+                out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
+        return (
+            tensor.keys[begin // step]
+            if whole and len(numbers) == 1
+            else chunk_key(out.data, dtype)
+        )
+
+    def _read_seen(self, span: BaseSpan, numbers: range, out: Bytes, dtype: DType) -> bool:
+        """Fill ``out``; return True if all the chunks that it is in are proven to be as recorded.
+
+        They were hashed before, and the file is the same before and after the bytes are read.
+        """
+        tensor = self._tensor(span.tensor)
+        path = self.base.files[tensor.file][0]
+        stamp = file_stamp(path)
+        seen = {} if stamp is None else seen_chunks(path, stamp)
+        if not all(seen.get(_place(tensor, number)) for number in numbers):
+            return False
+        self.read_span_into(span, out, dtype)
+        return file_stamp(path) == stamp
+
+    def _read_chunks(self, name: str, numbers: range, out: Bytes) -> None:
+        """Fill ``out`` with consecutive chunks of a tensor; :class:`BaseError` if one changed."""
+        tensor = self._tensor(name)
+        path = self.base.files[tensor.file][0]
+        stamp = file_stamp(path)
+        self._fill(name, numbers.start * CHUNK_BYTES // tensor.dtype.size, out)
         for at, number in enumerate(numbers):
-            data = raw[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]
-            self.verify(span.tensor, data, tensor.keys[number])
-        if direct and len(numbers) == 1:
-            return tensor.keys[numbers.start]
-        if not direct:
-            at = (start - begin) * tensor.dtype.size
-            out[:] = _convert(raw[at : at + length * tensor.dtype.size], tensor.dtype, dtype)
-        return chunk_key(out.data, dtype)
+            self.verify(name, out[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES], tensor.keys[number])
+        if stamp is not None and file_stamp(path) == stamp:
+            seen_chunks(path, stamp).update((_place(tensor, number), True) for number in numbers)
 
     def read_view_into(
         self, span: ViewSpan, out: Bytes, dtype: DType, *, verified: bool = False
@@ -342,6 +368,11 @@ class BaseReader:
             return self.base.tensors[name]
         except KeyError:
             raise CorruptedError(f"{self._record} has no tensor {name!r}") from None
+
+
+def _place(tensor: BaseTensor, number: int) -> tuple[int, bytes]:
+    """Return the offset and the key of a chunk, by which :func:`seen_chunks` knows it."""
+    return tensor.offset + number * CHUNK_BYTES, tensor.keys[number]
 
 
 def box_runs(

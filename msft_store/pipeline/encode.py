@@ -176,14 +176,15 @@ class Encoder:
                 # A difference against a damaged reference could never be restored.
                 old = reference = None
         change = work.change if work.change and work.change.reference == ref_key else None
-        codec, payload = codecs.encode(
-            data, old, dtype, level=self._level, found=change.found if change else None
-        )
+        found = change.found if change else None
+        if old is not None and found is None and key != ref_key:
+            found = codecs.find_changes(data, old, dtype)
+        codec, payload = codecs.encode(data, old, dtype, level=self._level, found=found)
         if not codec.needs_reference:
             reference, ref_key = None, bytes(KEY_BYTES)
         # The reference is no longer needed, so its memory is reused.
         decoded = self._objects.scratch(size) if old is None else old
-        if not _restores(codec, payload, data, decoded, dtype):
+        if not codec.restores(payload, data, decoded, dtype, found):
             if change is not None:
                 # The weights changed after the comparison, so encode their present content.
                 return self.encode(replace(work, change=None))
@@ -270,26 +271,6 @@ def _would_replace(reference: Reference | None, stored: Record) -> bool:
         return False
     # At equal depth a later generation is preferred, unless the generation is at its limit.
     return (reference.depth, stored.generation == MAX_GENERATION) <= (stored.depth, False)
-
-
-def _restores(
-    codec: codecs.Codec, payload: bytes, data: Bytes, decoded: Bytes, dtype: DType
-) -> bool:
-    try:
-        codec.decode_into(payload, decoded, dtype)
-    except ValueError:
-        return False
-    return _equal(decoded, data)
-
-
-def _equal(one: Bytes, other: Bytes) -> bool:
-    # Comparing words of eight bytes is faster; the remaining bytes are compared separately.
-    words = one.size & ~7
-    return (
-        one.size == other.size
-        and np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64))
-        and np.array_equal(one[words:], other[words:])
-    )
 
 
 def _explicit_span(reference: Reference | None) -> References | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ def test_pytorch_and_compiled_kernels_find_the_same_changes(dtype: DType, kind: 
         new, old = pair_of(dtype, count, kind, 3)
         one = exponent_codec.find_changes(new, old, layout(dtype), COMPILED)
         other = changes.find_changes(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
+        listed = exponent_codec.locate_listed(old, layout(dtype), one, one.gaps, COMPILED)
+        assert np.array_equal(one.positions, listed)
+        one = replace(one, positions=None)
         for field in fields(ChunkChanges):
             first, second = getattr(one, field.name), getattr(other, field.name)
             assert (first is None) == (second is None), field.name
