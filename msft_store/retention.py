@@ -79,13 +79,9 @@ class Policy(ABC):
 
     @abstractmethod
     def keep(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Reason]]:
-        """Yield the candidates that this rule keeps.
+        """Yield the candidates that this rule keeps, given oldest first, with the reasons.
 
-        Args:
-            candidates: All checkpoints, oldest first.
-
-        Yields:
-            A candidate and the reason to keep it; a candidate may come more than once.
+        A candidate may come more than once.
         """
 
     @property
@@ -102,13 +98,7 @@ class Policy(ABC):
         return Union(parts=(*_split_parts(self), *_split_parts(other)))
 
     def decide(self, candidates: Sequence[Candidate]) -> Kept:
-        """Return the reasons to keep each kept checkpoint; the others may be evicted.
-
-        Args:
-            candidates: All checkpoints, oldest first.
-
-        Returns:
-            Reasons by id of the checkpoint, only for those that are kept.
+        """Return the reasons to keep each kept checkpoint by id; the others may be evicted.
 
         Raises:
             OverBudgetError: The protected checkpoints exceed the budget.
@@ -119,14 +109,7 @@ class Policy(ABC):
         return kept
 
     def rules(self, candidates: Sequence[Candidate]) -> Kept:
-        """Return the reasons to keep each kept checkpoint, without regard to a budget.
-
-        Args:
-            candidates: All checkpoints, oldest first.
-
-        Returns:
-            Reasons by id of the checkpoint, only for those that are kept.
-        """
+        """Return the reasons to keep each kept checkpoint by id, without regard to a budget."""
         kept: dict[str, list[Reason]] = {}
         for candidate in candidates:
             if candidate.pinned is not None:
@@ -165,9 +148,6 @@ class KeepLast(Policy):
 
     Args:
         n: Number of checkpoints, at least 1.
-
-    Raises:
-        InvalidInputError: ``n`` is not a whole number from 1 up.
     """
 
     n: int
@@ -182,14 +162,7 @@ class KeepLast(Policy):
 
 @dataclass(frozen=True)
 class KeepThese(Policy):
-    """Keep the checkpoints that an algorithm names.
-
-    Args:
-        ids: Ids of checkpoints; ids without a checkpoint are ignored.
-
-    Raises:
-        InvalidInputError: ``ids`` is a single string.
-    """
+    """Keep the checkpoints that an algorithm names; ids without a checkpoint are ignored."""
 
     ids: frozenset[str]
 
@@ -211,9 +184,6 @@ class KeepBest(Policy):
         metric: Name of the metric; checkpoints without a finite value are not ranked.
         k: Number of checkpoints, at least 1; the very best one is protected.
         mode: ``"max"`` or ``"min"``; by default ``"min"`` for a name that ends in ``loss``.
-
-    Raises:
-        InvalidInputError: ``k`` or ``mode`` is invalid.
     """
 
     metric: str
@@ -247,9 +217,6 @@ class Champions(Policy):
 
     Args:
         metrics: Direction of each metric, ``"max"`` or ``"min"``.
-
-    Raises:
-        InvalidInputError: ``metrics`` is not a mapping, or a direction is invalid.
     """
 
     metrics: Mapping[str, Mode]
@@ -278,9 +245,6 @@ class PeakWindow(Policy):
     Args:
         metrics: Direction of each metric, ``"max"`` or ``"min"``.
         w: Length of the window in evaluations, at least 1.
-
-    Raises:
-        InvalidInputError: ``metrics`` or ``w`` is invalid.
     """
 
     metrics: Mapping[str, Mode]
@@ -323,9 +287,6 @@ class DiskBudget(Policy):
 
     Args:
         max_bytes: The budget in bytes, at least 1.
-
-    Raises:
-        InvalidInputError: ``max_bytes`` is not a whole number from 1 up.
     """
 
     max_bytes: int

@@ -167,9 +167,6 @@ class AsyncSaver:
 
     Until it is closed, it holds one copy of the tensors in host memory. The copies of CUDA tensors
     are in pinned memory.
-
-    Args:
-        store: Store to save to.
     """
 
     def __init__(self, store: Store) -> None:
@@ -193,19 +190,8 @@ class AsyncSaver:
     ) -> Future[Checkpoint]:
         """Copy the tensors and save the copy in the background.
 
-        If the previous save still runs, this waits for it first.
-
-        Args:
-            tensors: Tensors by name, or a module. They may change as soon as this returns.
-            parent: Base or checkpoint that these tensors descend from.
-            references: As for :meth:`Store.save`.
-            step: Training step.
-            metrics: Numbers by metric name, in their natural units.
-            tags: Labels of the checkpoint.
-            metadata: JSON object to keep with the checkpoint.
-            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
-            compared: Result of :meth:`Resident.compare` for these tensors.
-            files: As for :meth:`Store.save`.
+        If the previous save still runs, this waits for it first. The arguments are those of
+        :meth:`Store.save`; the tensors may change as soon as this returns.
 
         Returns:
             A future of the durable checkpoint. It cannot be cancelled.
@@ -233,19 +219,11 @@ class AsyncSaver:
         return self._background.submit(tensors, save)
 
     def wait(self) -> None:
-        """Wait until the last save is durable.
-
-        Raises:
-            StoreError: The last save failed and its future was not asked for the error.
-        """
+        """Wait until the last save is durable, and raise its error if no caller has received it."""
         self._background.wait()
 
     def close(self) -> None:
-        """Wait for the last save, free the memory of the copy, and refuse later saves.
-
-        Raises:
-            StoreError: The last save failed and its future was not asked for the error.
-        """
+        """Wait for the last save as :meth:`wait` does, free the copy, and refuse later saves."""
         self._closed = True
         try:
             self._background.wait()

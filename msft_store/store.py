@@ -154,9 +154,6 @@ class Store:
             version: Version of the byte format. Version 1 is for older releases of this package;
                 it takes more space.
 
-        Returns:
-            The open store.
-
         Raises:
             NotAStoreError: The directory holds a store or other files.
             InvalidInputError: There is no such level or version, or the directory is inside a
@@ -183,12 +180,6 @@ class Store:
     @classmethod
     def open(cls, path: PathLike) -> Store:
         """Open an existing store.
-
-        Args:
-            path: Directory of the store.
-
-        Returns:
-            The open store.
 
         Raises:
             NotAStoreError: The directory holds no store.
@@ -271,22 +262,12 @@ class Store:
         return moved
 
     def bases(self) -> list[Base]:
-        """Return all bases.
-
-        Returns:
-            The bases whose records can be read.
-        """
+        """Return all bases whose records can be read."""
         self._refresh()
         return list(self._catalog.objects.bases().values())
 
     def base(self, base: Base | str) -> Base:
-        """Return a base by its id.
-
-        Args:
-            base: The base, its id, or a unique prefix of at least 4 characters.
-
-        Returns:
-            The base.
+        """Return a base by its id or a unique prefix of at least 4 characters.
 
         Raises:
             UnknownCheckpointError: The store has no such base.
@@ -560,14 +541,7 @@ class Store:
         read_consistently(self._backend, decode)
 
     def files(self, checkpoint: Checkpoint | str) -> dict[str, bytes]:
-        """Return the files that were saved with a checkpoint, such as the model's configuration.
-
-        Args:
-            checkpoint: Checkpoint to read.
-
-        Returns:
-            The bytes of each file, by its path in the directory of an export.
-        """
+        """Return the files that were saved with a checkpoint, by their paths in an export."""
         found = self.get(checkpoint)
         return read_consistently(self._backend, lambda: read_files(self._catalog, found))
 
@@ -600,12 +574,6 @@ class Store:
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref.
 
-        Args:
-            checkpoint: The checkpoint, its id, a prefix of at least 4 characters, or a ref's name.
-
-        Returns:
-            The checkpoint.
-
         Raises:
             UnknownCheckpointError: Nothing has this name; the message suggests the closest one.
         """
@@ -619,43 +587,21 @@ class Store:
     def depth(self, checkpoint: Checkpoint | str) -> int:
         """Count the references between a checkpoint and plain bytes.
 
-        Args:
-            checkpoint: Checkpoint to describe.
-
-        Returns:
-            The depth that at least half of its encoded bytes do not exceed.
+        The result is the depth that at least half of its encoded bytes do not exceed.
         """
         return self._catalog.depth(self.get(checkpoint))
 
     def log(self) -> list[Checkpoint]:
-        """Return all checkpoints.
-
-        Returns:
-            The checkpoints, oldest first.
-        """
+        """Return all checkpoints, oldest first."""
         self._refresh()
         return self._catalog.checkpoints()
 
     def tensors(self, checkpoint: Checkpoint | str) -> dict[str, TensorEntry]:
-        """Return the tensor table of a checkpoint, without its files.
-
-        Args:
-            checkpoint: Checkpoint to describe.
-
-        Returns:
-            Dtype, shape and chunk keys of each tensor, by name.
-        """
+        """Return the dtype, shape and chunk keys of a checkpoint's tensors by name."""
         return self._entries(checkpoint)[1]
 
     def sources(self, checkpoint: Checkpoint | str) -> list[TensorSources]:
-        """Return how each tensor of a checkpoint is stored.
-
-        Args:
-            checkpoint: Checkpoint to describe.
-
-        Returns:
-            For each tensor its decoded and encoded bytes and the ways in which its chunks are kept.
-        """
+        """Return for each tensor of a checkpoint how its chunks are kept, and its bytes."""
         return list(sources(self._catalog, self.get(checkpoint)))
 
     def pin(
@@ -692,7 +638,7 @@ class Store:
         these. Files that other processes write meanwhile become visible after it ends.
 
         Args:
-            purpose: Name of the operation, as ``msft-store inspect --locks`` and errors show it.
+            purpose: Name of the operation, as listings of locks and errors show it.
             exclusive: True to exclude all other writers, as deleting requires; False to share the
                 lock with other writers that do not delete.
 
@@ -733,11 +679,7 @@ class Store:
     def protecting(self, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Block every gc and ``forget`` of any process while the context is open.
 
-        Args:
-            purpose: Name of the operation, as ``msft-store inspect --locks`` shows it.
-
-        Returns:
-            A context that holds the store's lock as shared.
+        ``purpose`` names the operation in listings of locks.
         """
         return self._backend.lock(shared=True, purpose=purpose)
 
@@ -751,9 +693,6 @@ class Store:
             kind: Kind of the named thing, such as ``"timeline"``.
             name: Name to reserve.
 
-        Returns:
-            The claim.
-
         Raises:
             BusyError: Another process holds the claim; the message names it.
         """
@@ -764,16 +703,13 @@ class Store:
 
         Use it in the process that saves. If the same thread asks for the exclusive lock meanwhile,
         the save must have failed in another process, and the block ends early.
-
-        Returns:
-            A context that holds the store's lock as shared.
         """
         return self._backend.lock(shared=True, purpose=YIELDING)
 
     def within(
         self, max_bytes: int | None, *, reserve: int = 0
     ) -> contextlib.AbstractContextManager[None]:
-        """Limit the size of the store's directory for this thread's writes.
+        """Limit the size of the store's directory for this thread's writes, within the context.
 
         A write that would exceed the limit raises :class:`OverBudgetError` before it begins.
         Temporary files count; the files of bases do not.
@@ -781,22 +717,15 @@ class Store:
         Args:
             max_bytes: Limit in bytes, or ``None`` for no limit.
             reserve: Bytes of the limit that writes must leave free.
-
-        Returns:
-            A context in which the limit holds.
         """
         return self._backend.limit(max_bytes, reserve=reserve)
 
     def locks(self) -> list[Lock]:
-        """Return the locks on the store.
-
-        Returns:
-            The locks of all processes that write, and those of some that wait; oldest first.
-        """
+        """Return the locks of all processes that write, and of some that wait; oldest first."""
         return list(self._backend.locks())
 
     def unlock(self, *, force: bool = False) -> list[Lock]:
-        """Remove the locks of dead processes.
+        """Remove the locks of dead processes, and return them.
 
         Waiting operations take over the locks of dead processes by themselves, so this is needed
         only if the owner of a lock hangs.
@@ -804,17 +733,11 @@ class Store:
         Args:
             force: True to remove the locks of living processes too. Such a process then fails
                 before it changes anything.
-
-        Returns:
-            The removed locks.
         """
         return list(self._backend.unlock(force=force))
 
     def unpin(self, name: str) -> None:
         """Delete a ref; the checkpoint stays until it is forgotten.
-
-        Args:
-            name: Name of the ref.
 
         Raises:
             UnknownCheckpointError: There is no such ref.
@@ -826,26 +749,15 @@ class Store:
         del refs[name]
 
     def refs(self) -> dict[str, str]:
-        """Return all refs.
-
-        Returns:
-            Checkpoint ids by name of the ref.
-        """
+        """Return the checkpoint ids of all refs by name."""
         return {name: ref.checkpoint for name, ref in self._refs().items()}
 
     def notes(self) -> dict[str, Mapping[str, Any]]:
-        """Return the notes of all refs.
-
-        Returns:
-            JSON objects by name of the ref.
-        """
+        """Return the notes of all refs, JSON objects, by name."""
         return {name: ref.note for name, ref in self._refs().items()}
 
     def forget(self, checkpoint: Checkpoint | str) -> None:
         """Delete the manifest of a checkpoint; the next gc frees its space.
-
-        Args:
-            checkpoint: Checkpoint to forget.
 
         Raises:
             PinnedError: A ref points to the checkpoint.
@@ -864,13 +776,7 @@ class Store:
         """Re-encode a checkpoint so that restoring it needs nothing but the base.
 
         Other checkpoints can then be stored as differences from it. The next gc may free the chunks
-        that it needed before.
-
-        Args:
-            checkpoint: Checkpoint to re-encode.
-
-        Returns:
-            The checkpoint with the same id and its new ``stored_bytes``.
+        that it needed before. The result has the same id and the new ``stored_bytes``.
         """
         with self.session("anchor"):
             return self._writer.anchor(self._catalog.resolve(checkpoint))
@@ -879,14 +785,8 @@ class Store:
         """Re-encode a checkpoint as a difference from another one, if that frees space.
 
         Use it for a checkpoint that stays when the checkpoint that it is a difference from is
-        forgotten. Nothing happens unless gc can then free more bytes than re-encoding takes.
-
-        Args:
-            checkpoint: Checkpoint to re-encode.
-            onto: Checkpoint to take the difference from.
-
-        Returns:
-            The checkpoint with the same id and its new ``stored_bytes``.
+        forgotten. Nothing happens unless gc can then free more bytes than re-encoding takes. The
+        result has the same id and the new ``stored_bytes``.
 
         Raises:
             InvalidInputError: The two checkpoints have different bases.
@@ -898,11 +798,8 @@ class Store:
     def reencode(self, root: Checkpoint | str, others: Iterable[Checkpoint | str]) -> None:
         """Re-encode ``root`` against its base alone, then each other checkpoint against ``root``.
 
-        This is :meth:`anchor` and :meth:`rebase` in one session.
-
-        Args:
-            root: Checkpoint to encode against its base alone.
-            others: Checkpoints to encode against ``root``; those of another base are not changed.
+        This is :meth:`anchor` and :meth:`rebase` in one session. Checkpoints of another base than
+        ``root`` are not changed.
         """
         with self.session("reencode"):
             anchored = self._writer.anchor(self._catalog.resolve(root))
@@ -925,21 +822,11 @@ class Store:
         return read_consistently(self._backend, lambda: plan_gc(self._catalog, policy))
 
     def plan_repack(self) -> RepackPlan:
-        """Plan how to merge packs into fewer ones without dead bytes; change nothing.
-
-        Returns:
-            A plan to ``print`` and then ``execute()``.
-        """
+        """Plan how to merge packs into fewer ones without dead bytes; change nothing."""
         return read_consistently(self._backend, lambda: plan_repack(self._catalog))
 
     def evict(self, checkpoints: Iterable[str]) -> GcResult:
-        """Forget checkpoints and free their space at once.
-
-        Args:
-            checkpoints: Ids of checkpoints. Those that a ref protects are kept.
-
-        Returns:
-            The freed bytes and the size of the store.
+        """Forget checkpoints by id and free their space at once; those with a ref are kept.
 
         Raises:
             BusyError: Another process holds the lock for too long.
@@ -955,9 +842,6 @@ class Store:
 
         Args:
             checkpoints: Checkpoints of one history that stay.
-
-        Returns:
-            The freed bytes and the size of the store.
 
         Raises:
             OverBudgetError: The new encodings exceed the limit of :meth:`within`.
@@ -977,15 +861,7 @@ class Store:
         )
 
     def check(self, read_data: bool = True) -> list[Finding]:
-        """Check the store for damage.
-
-        Args:
-            read_data: True to decode and verify every chunk; False to check only that all files
-                and references exist.
-
-        Returns:
-            The problems found; an empty list if there are none.
-        """
+        """Return the problems of the store; see :meth:`examine`."""
         return list(self.examine(read_data).findings)
 
     def examine(self, read_data: bool = True) -> Report:
@@ -994,9 +870,6 @@ class Store:
         Args:
             read_data: True to decode and verify every chunk; False to check only that all files
                 and references exist.
-
-        Returns:
-            A report with the problems found and the checkpoints that can be restored.
         """
         # A new catalog has no cached files, so that damage since the last read is found.
         return read_consistently(
@@ -1009,9 +882,6 @@ class Store:
         """Read the whole store and plan how to repair damage; change nothing.
 
         A store whose ``store.json`` is damaged cannot be opened; run ``msft-store repair`` for it.
-
-        Returns:
-            A plan to ``print`` and then ``execute()``.
         """
         return plan_repair(self._backend)
 
@@ -1019,10 +889,6 @@ class Store:
         self, one: Base | Checkpoint | str, other: Base | Checkpoint | str
     ) -> list[TensorDiff]:
         """Compare two checkpoints or bases bit by bit.
-
-        Args:
-            one: First checkpoint or base.
-            other: Second checkpoint or base.
 
         Returns:
             One entry for each tensor of either side, equal ones included, by name.
@@ -1038,7 +904,7 @@ class Store:
         like: PathLike | None = None,
         layout: Literal["files", "memory"] | None = None,
     ) -> list[Path]:
-        """Write a checkpoint as an ordinary directory of safetensors files.
+        """Write a checkpoint as an ordinary directory of safetensors files; return their paths.
 
         Args:
             checkpoint: Checkpoint to export.
@@ -1048,9 +914,6 @@ class Store:
             layout: ``"files"`` gives the tensors the names and shapes that they have in the files
                 of the base, ``"memory"`` those that they were saved with. The default is that of
                 the files for all tensors for which the checkpoint records it.
-
-        Returns:
-            Paths of the written files.
 
         Raises:
             InvalidInputError: The directory is not empty, or inside the store, or ``layout`` is
@@ -1064,47 +927,26 @@ class Store:
         )
 
     def encoded_bytes(self, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
-        """Count the encoded bytes of the chunks that checkpoints name now.
+        """Count the encoded bytes of the chunks that checkpoints name now, by id.
 
         The count can differ from ``Checkpoint.stored_bytes``, because chunks can be re-encoded
-        after a save.
-
-        Args:
-            checkpoints: Checkpoints to count; forgotten ones are left out.
-
-        Returns:
-            Bytes by checkpoint id.
+        after a save. Forgotten checkpoints are left out.
         """
         found = list(checkpoints)
         return read_consistently(self._backend, lambda: encoded_bytes(self._catalog, found))
 
     def held_bytes(self) -> int:
-        """Count the bytes of forgotten checkpoints that others are differences from.
-
-        Returns:
-            Encoded bytes that gc cannot free yet.
-        """
+        """Count the encoded bytes of forgotten checkpoints that others are differences from."""
         return read_consistently(self._backend, lambda: held_bytes(self._catalog))
 
     def manifest_bytes(self, checkpoint: Checkpoint | str | None = None) -> int:
-        """Count the bytes of a checkpoint's manifest, which ``stored_bytes`` does not count.
-
-        Args:
-            checkpoint: Checkpoint to count; all by default.
-
-        Returns:
-            Bytes on disk.
-        """
+        """Count the bytes of a checkpoint's manifest, or of all, which ``stored_bytes`` lacks."""
         if checkpoint is not None:
             return self._backend.size(manifest_path(self.get(checkpoint).id))
         return sum(file_sizes(self._backend, MANIFESTS).values())
 
     def stats(self) -> Stats:
-        """Count the contents of the store.
-
-        Returns:
-            Numbers of checkpoints and chunks, and their sizes in bytes.
-        """
+        """Count the checkpoints and chunks of the store, and their sizes in bytes."""
         return read_consistently(self._backend, lambda: stats(self._catalog))
 
     def _either(self, name: Base | Checkpoint | str) -> Base | Checkpoint:

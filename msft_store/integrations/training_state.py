@@ -24,12 +24,24 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from msft_store.errors import MismatchError, StorageError
+from msft_store.errors import StorageError
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
-from msft_store.tensors import nested
+from msft_store.tensors.nested import from_tensors, to_tensors
 
+__all__ = [
+    "free_prefix",
+    "from_tensors",
+    "gather_objects",
+    "generators",
+    "generators_of_all",
+    "names_of",
+    "prefix_of",
+    "run_in_main_process",
+    "set_generators",
+    "to_tensors",
+]
 _T = TypeVar("_T")
 
 
@@ -71,41 +83,6 @@ def _size() -> int:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1
     return torch.distributed.get_world_size()
-
-
-def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """Convert nested state to tensors.
-
-    Args:
-        state: Nested dictionaries, lists and tuples of tensors and plain values, as
-            :func:`msft_store.flatten` takes them.
-        prefix: The first part of all names; a point follows it.
-
-    Returns:
-        The tensors of the state by name, and ``<prefix>.json``, uint8, with the plain values.
-
-    Raises:
-        InvalidInputError: If a value is neither a tensor nor plain. The message names it.
-    """
-    return nested.to_tensors(state, prefix)
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
-    """Convert tensors back to the state that :func:`to_tensors` was given.
-
-    Args:
-        tensors: The tensors of a checkpoint by name; other tensors are ignored.
-        prefix: As in :func:`to_tensors`.
-
-    Returns:
-        The nested state.
-
-    Raises:
-        MismatchError: If there is no state with this prefix.
-    """
-    if nested.json_name(prefix) not in tensors:
-        raise MismatchError(f"the checkpoint has no state named {prefix!r}, only weights")
-    return nested.from_tensors(tensors, prefix)
 
 
 def free_prefix(prefix: str, weights: Iterable[str]) -> str:

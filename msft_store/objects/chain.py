@@ -24,9 +24,8 @@ REACH = 2 * len(_RHYTHM)
 def allowed_depth(position: int, there: int) -> int:
     """Return the largest depth that a checkpoint may have.
 
-    Args:
-        position: Number of checkpoints that its history had before it.
-        there: Number of those that are still there.
+    ``position`` is the number of checkpoints that its history had before it, ``there`` the number
+    of those that are still there.
     """
     # Few checkpoints of a longer history hardly form a chain, so nearness counts.
     return _DEPTH_OF_FEW if there < min(position, _FEW) else _RHYTHM[position % len(_RHYTHM)]
@@ -35,11 +34,7 @@ def allowed_depth(position: int, there: int) -> int:
 def newest_allowed(allowed: int, depths: Iterable[int]) -> int | None:
     """Return the place of the first depth that a checkpoint of an allowed depth may refer to.
 
-    Args:
-        allowed: Largest depth of the checkpoint.
-        depths: Depths of the earlier checkpoints, the newest first.
-
-    Returns:
-        A place in ``depths``, or ``None`` if the checkpoint may refer to none of them.
+    ``depths`` are those of the earlier checkpoints, the newest first. The result is ``None`` if the
+    checkpoint may refer to none of them.
     """
     return next((place for place, depth in enumerate(depths) if depth < allowed), None)

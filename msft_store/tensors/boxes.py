@@ -41,14 +41,7 @@ class Box:
     tensor: torch.Tensor
 
     def entry(self, keys: tuple[bytes, ...] = ()) -> TensorEntry:
-        """Describe the whole tensor with this box as its only piece.
-
-        Args:
-            keys: Chunk keys of the box; none if it is not encoded yet.
-
-        Returns:
-            The entry for a tensor table.
-        """
+        """Return the whole tensor with this box as its only piece, of chunks with these keys."""
         piece = Piece(offset=self.offset, shape=tuple(self.tensor.shape), keys=keys)
         return TensorEntry(
             dtype=dtype_by_torch(self.tensor.dtype), shape=self.shape, pieces=(piece,)
@@ -76,14 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of all processes that together make one checkpoint.
-
-    Args:
-        parts: Results of :meth:`Store.encode`, in any order.
-
-    Attributes:
-        parts: The same parts as a tuple.
-    """
+    """The parts of all processes, in any order, that together make one checkpoint."""
 
     parts: tuple[Part, ...]
 

@@ -66,12 +66,7 @@ def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
 def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
     """Rebuild a nested value from the results of :func:`flatten`.
 
-    Args:
-        tensors: Tensors by name; those that ``tree`` does not name are ignored.
-        tree: JSON value that :func:`flatten` returned.
-
-    Returns:
-        The nested value, with the given tensors in it.
+    Tensors that ``tree`` does not name are ignored.
 
     Raises:
         MismatchError: A tensor is missing.
@@ -86,7 +81,13 @@ def unflatten(tensors: Mapping[str, torch.Tensor], tree: Any) -> Any:
 
 
 def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """Convert nested state to tensors: those of :func:`flatten`, and its JSON as bytes."""
+    """Convert nested state to tensors: those of :func:`flatten`, and its JSON as bytes.
+
+    All names begin with ``prefix`` and a point; ``<prefix>.json`` is that of the JSON.
+
+    Raises:
+        InvalidInputError: A value is neither a tensor nor plain; the message names it.
+    """
     tensors, tree = flatten(state, prefix)
     tensors[json_name(prefix)] = torch.frombuffer(
         bytearray(canonical_json(tree)), dtype=torch.uint8
@@ -95,7 +96,13 @@ def to_tensors(state: Any, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
-    """Return the nested state that :func:`to_tensors` was given."""
+    """Return the nested state that :func:`to_tensors` was given; ignore other tensors.
+
+    Raises:
+        MismatchError: There is no state with this prefix.
+    """
+    if json_name(prefix) not in tensors:
+        raise MismatchError(f"the checkpoint has no state named {prefix!r}, only weights")
     return unflatten(tensors, parse_json(tensors[json_name(prefix)]))
 
 

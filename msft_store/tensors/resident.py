@@ -32,12 +32,7 @@ _LANES = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """The changes of one chunk against a reference.
-
-    Attributes:
-        reference: Key of the reference chunk.
-        found: Changed elements.
-    """
+    """The changes of one chunk against a reference, whose key it has."""
 
     reference: bytes
     found: ChunkChanges
@@ -71,9 +66,6 @@ class Resident:
 
     Args:
         tensors: Tensors by name, or a module. Only dense floats of 2 and 4 bytes are copied.
-
-    Raises:
-        InvalidInputError: A checkpoint cannot hold one of the tensors.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
@@ -90,15 +82,9 @@ class Resident:
     def compare(self, tensors: Mapping[str, torch.Tensor] | torch.nn.Module) -> Compared:
         """Find the changes of tensors since the copy was made, on the device of the copy.
 
-        Args:
-            tensors: Tensors by name, or a module, with the current values.
-
         Returns:
             Changes by tensor name and chunk number, for :meth:`Store.save`. Tensors of another
             name, shape or device than the copy's have none.
-
-        Raises:
-            InvalidInputError: A checkpoint cannot hold one of the tensors.
         """
         state = check_tensors(tensors)
         compared: dict[tuple[str, int], Change] = {}

@@ -84,11 +84,6 @@ class Timeline:
         retention: The policy that says which checkpoints stay.
         name: Name of the timeline in the store, without ``/``.
 
-    Raises:
-        BusyError: Another process has the timeline open.
-        InvalidInputError: The name or the policy is not valid.
-        UnknownCheckpointError: The store has no such base or checkpoint.
-
     Attributes:
         resident: Set it to a :class:`Resident` of the weights that training starts from, to find
             changes on their device. A roll-back renews it.
@@ -190,17 +185,10 @@ class Timeline:
         metadata: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Future[Checkpoint]:
-        """Commit the tensors as they are now, in the background.
+        """Commit the tensors as they are now, in the background; the arguments are as for a commit.
 
         The caller waits for the previous commit, if that still runs, and for one copy of the
         tensors to host memory. The timeline holds that memory until it is closed.
-
-        Args:
-            tensors: As for :meth:`commit`, without parts.
-            step: As for :meth:`commit`.
-            metrics: As for :meth:`commit`.
-            metadata: As for :meth:`commit`.
-            files: As for :meth:`commit`.
 
         Returns:
             A future of the checkpoint. It has its result once everything that :meth:`commit` does
@@ -214,11 +202,7 @@ class Timeline:
         return self._background.submit(tensors, lambda state: self._commit(state, request))
 
     def wait(self) -> None:
-        """Wait until no commit is running.
-
-        Raises:
-            StoreError: The error of a commit in the background whose future was not asked for it.
-        """
+        """Wait until no commit is running, and raise its error if no caller has received it."""
         self._background.wait()
 
     def rollback(

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from msft_store.integrations.hf.peft import select_weights
+from msft_store.integrations.hf.peft import KeptModel
 from tests.support.states import State
 
 
@@ -75,7 +75,7 @@ def make_trainer(
 
 
 def state_of(model: torch.nn.Module) -> State:
-    return {name: tensor.detach().clone() for name, tensor in select_weights(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in KeptModel(model).tensors().items()}
 
 
 class Watch(TrainerCallback):

@@ -245,11 +245,6 @@ class KeptModel:
         return self.model.load_state_dict(rest, strict=False)
 
 
-def select_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights of a model as :meth:`KeptModel.tensors` does."""
-    return KeptModel(model).tensors()
-
-
 def adapter_config(model: Any, adapter: str) -> dict[str, Any]:
     """Return the configuration of a model's adapter as PEFT saves it.
 

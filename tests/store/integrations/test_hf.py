@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from msft_store import InvalidInputError, KeepLast, Store, UnknownCheckpointError
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.hf.peft import KeptModel, select_weights
+from msft_store.integrations.hf.peft import KeptModel
 from tests.support.ranks import in_ranks
 from tests.support.states import same_bits
 from tests.support.trainers import Watch, losses, make_model, make_trainer, state_of
@@ -259,7 +259,7 @@ def test_an_exported_adapter_is_configured_as_peft_does_it(
     model = get_peft_model(loaded, config)
     store = Store.create(tmp_path / "store")
     said = {"export": KeptModel(model).export_settings()}
-    store.export(store.save(select_weights(model), metadata=said), tmp_path / "out")
+    store.export(store.save(KeptModel(model).tensors(), metadata=said), tmp_path / "out")
 
     model.save_pretrained(tmp_path / "peft")
     for folder in ("out", "peft"):

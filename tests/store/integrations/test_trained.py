@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from msft_store import InvalidInputError, KeepLast, MismatchError, Store
 from msft_store.integrations.hf import StoreCallback
-from msft_store.integrations.hf.peft import KeptModel, select_weights
+from msft_store.integrations.hf.peft import KeptModel
 from msft_store.integrations.hf.trainer_checks import find_ignored_options
 from tests.support.states import State, same_bits
 from tests.support.trainers import Watch, examples, losses, make_model, make_trainer
@@ -236,7 +236,7 @@ def test_an_adapter_that_is_trained_and_not_active_is_kept(tmp_path: Path) -> No
     model = two_adapters()
     model.base_model.set_adapter(["one"])
     store = Store.create(tmp_path / "store")
-    assert not [name for name in select_weights(model) if "two" in name]
+    assert not [name for name in KeptModel(model).tensors() if "two" in name]
     for name, parameter in model.named_parameters():
         parameter.requires_grad |= ".two." in name
     spoil(model)
@@ -366,7 +366,7 @@ def test_new_rows_of_a_base_without_configuration_are_kept(
         return get_peft_model(base, LoraConfig(**LORA))
 
     with pytest.warns(UserWarning, match="configuration of some/model is neither"):
-        kept = select_weights(make())
+        kept = KeptModel(make()).tensors()
     embedding = "base_model.model.model.embed_tokens.weight"
     assert kept[embedding].shape[0] == 70
 
@@ -377,7 +377,7 @@ def test_new_rows_of_a_base_without_configuration_are_kept(
         base = make_model()
         base.config.vocab_size = size
         base.config.save_pretrained(folder / "snapshots" / ("0" * 40))
-        assert (embedding in select_weights(make())) == is_kept
+        assert (embedding in KeptModel(make()).tensors()) == is_kept
 
 
 class Head(torch.nn.Module):
