@@ -148,8 +148,7 @@ def save_state(
     Args:
         accelerator: The accelerator whose models, optimizers, schedulers, scaler and registered
             objects are saved.
-        timeline: The timeline that commits. Only the main process needs it; others may pass
-            ``None``.
+        timeline: As for :func:`register`.
         step: The optimizer step.
         metrics: Metric values in their natural units, by name.
         metadata: JSON values to keep with the checkpoint, for example the position in the data.
@@ -185,12 +184,7 @@ def save_state(
 def load_state(accelerator: Accelerator, store: Store, checkpoint: Checkpoint | str) -> None:
     """Restore the state that :func:`save_state` committed, in place and bit for bit.
 
-    All processes must call this.
-
-    Args:
-        accelerator: An accelerator that prepared the same objects as the one that was saved.
-        store: The store that holds the checkpoint.
-        checkpoint: The checkpoint, its id or a ref.
+    All processes must call this, with an accelerator that prepared the same objects.
 
     Raises:
         InvalidInputError: If the checkpoint has the state of other objects than the accelerator.

@@ -24,15 +24,14 @@ _UNSAVED = ("transformers_weights", "compile_config")
 
 
 def model_files(model: Any, processing_class: Any = None) -> dict[str, bytes]:
-    """Return the files of a model for ``files=`` of a save or a commit.
+    """Return the files of a model by name, for ``files=`` of a save or a commit.
+
+    Weights and code are left out.
 
     Args:
         model: A model of transformers. A model with a PEFT adapter has no files of its own, because
             its export is the directory of an adapter. ``None`` and other modules have none, either.
         processing_class: A tokenizer or processor, or another object with ``save_pretrained``.
-
-    Returns:
-        The bytes of each file by name. Weights and code are left out.
     """
     return {**_configurations(model), **_saved(processing_class)}
 

@@ -28,12 +28,9 @@ from msft_store.tensors.nested import inner_tensors, json_name
 
 
 class Entries(torch.nn.Module):
-    """A module whose state dict is a selection of another module's tensors.
+    """A module whose state dict is what ``read`` returns: a selection of another module's tensors.
 
-    Args:
-        module: The other module, whose memory the entries are.
-        read: Returns the entries by name.
-        write: Restores entries that are copies, as ``load_state_dict`` does.
+    ``write`` restores the entries that are copies, as ``load_state_dict`` does.
     """
 
     def __init__(

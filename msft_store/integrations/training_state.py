@@ -119,10 +119,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Restore the states of this process's random generators.
-
-    CUDA states are restored only if the number of devices is the same.
-    """
+    """Restore this process's random generators; CUDA's only for an equal number of devices."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())

@@ -177,13 +177,9 @@ def find_doubts(
 ) -> Iterator[str]:
     """Yield reasons why ``from_pretrained`` of an export may not give the model.
 
-    Args:
-        config: The configuration that the export has, after :func:`mend_dtype`.
-        tensors: The exported tensors.
-        base: The base of the checkpoint.
-        files: The names of the other files of the export.
-        is_recorded: True if the configuration was recorded with the checkpoint.
-        counterparts: Names in the base by names of exported tensors of another name or shape.
+    ``config`` is the configuration that the export has, after :func:`mend_dtype`, and was recorded
+    with the checkpoint if ``is_recorded``. ``files`` are the names of the export's other files.
+    ``counterparts`` has the names in the base of exported tensors of another name or shape.
     """
     parts = [name for name in tensors if _is_kept_in_parts(name, tensors)]
     if parts:

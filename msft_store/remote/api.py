@@ -142,21 +142,16 @@ def pull(
 ) -> Transfer:
     """Fetch the checkpoints, bases and refs of a remote that a store is missing.
 
-    Everything is verified before it is moved to its place in the store. A gc waits meanwhile.
+    Everything is verified before it is moved to its place in the store. A gc waits meanwhile. The
+    other arguments and the result are as in :func:`push`.
 
     Args:
-        store: The store or its directory.
-        url: As in :func:`push`.
         with_base: Also fetch the files of base models that are not where the store expects them.
         base_directory: The directory for these files; a base goes to ``base_directory/<base id>``.
             The default is ``<store>-bases``, beside the store.
         force: Also move refs that were moved in this store.
         timelines: Also fetch the refs of timelines, to move a run to this machine.
         progress: As in :func:`push`; the step is ``"fetch"`` or ``"verify"``.
-        **options: As in :func:`push`.
-
-    Returns:
-        The checkpoints, packs, bases and refs that were transferred.
 
     Raises:
         ConflictError: If a ref was moved in this store.
@@ -194,17 +189,11 @@ def clone(
 ) -> Transfer:
     """Make a store from a remote's content. Call it again to resume an interrupted clone.
 
+    The other arguments and the result are those of :func:`pull`.
+
     Args:
         url: As in :func:`push`.
         directory: A new or empty directory, or an interrupted clone of the same remote.
-        with_base: As in :func:`pull`.
-        base_directory: As in :func:`pull`.
-        timelines: As in :func:`pull`.
-        progress: As in :func:`pull`.
-        **options: As in :func:`push`.
-
-    Returns:
-        The checkpoints, packs, bases and refs that were transferred.
 
     Raises:
         NotAStoreError: If the directory holds a store or other files, or there is no store at the
@@ -249,10 +238,6 @@ def clone(
 def upgrade(url: Any, **options: Any) -> None:
     """Let a remote get the files of stores of the newest version; see :meth:`Store.upgrade`.
 
-    Args:
-        url: As in :func:`push`.
-        **options: As in :func:`push`.
-
     Raises:
         ConflictError: If another process replaced ``store.json`` meanwhile.
         NotAStoreError: If there is no store at the URL.
@@ -269,14 +254,13 @@ def upgrade(url: Any, **options: Any) -> None:
 def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Store:
     """Open a remote store for reading: ``log``, ``load``, ``chunks``, ``export``, ``check``.
 
+    Its writing methods raise :class:`StorageError`.
+
     Args:
         url: As in :func:`push`.
         bases: Paths of models on this machine that are bases of the store. They are read once, and
             only the returned store knows their places.
         **options: As in :func:`push`.
-
-    Returns:
-        A store whose writing methods raise :class:`StorageError`.
 
     Raises:
         NotAStoreError: If there is no store at the URL.

@@ -65,10 +65,7 @@ class Writer(Protocol):
         """Return the number of bytes written so far."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes.
-
-        Args:
-            data: The bytes. The caller may reuse the buffer afterwards.
+        """Append bytes, whose buffer the caller may reuse afterwards.
 
         Raises:
             OutOfSpaceError: The medium is full.
@@ -76,10 +73,7 @@ class Writer(Protocol):
         """
 
     def finalize(self, path: str) -> None:
-        """Make the file durable and visible, replacing any file of that path.
-
-        Args:
-            path: Relative path, with ``/`` between the parts.
+        """Make the file durable and visible at a relative path, replacing any file there.
 
         Raises:
             BusyError: The lock that the thread held was taken away.
@@ -91,29 +85,19 @@ class Backend(Protocol):
     """Access to the files of one store by relative path, with ``/`` between the parts.
 
     Implement it to keep a store on another medium. All methods may be called from several threads
-    at once. Every failure must be a :class:`StoreError`.
+    at once. Every failure must be a :class:`StoreError`. The empty path is the store itself.
     """
 
     def describe(self, path: str) -> str:
-        """Return a path as it should appear in error messages.
-
-        Args:
-            path: Relative path; empty for the store itself.
-        """
+        """Return a path as it should appear in error messages."""
 
     def exists(self, path: str) -> bool:
         """Return True if there is a file at ``path``; a folder does not count."""
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Return bytes of a file.
+        """Return ``length`` bytes of a file from ``offset`` on; ``None`` reads to its end.
 
-        Args:
-            path: Relative path of the file.
-            offset: First byte to read.
-            length: Number of bytes; ``None`` reads to the end of the file.
-
-        Returns:
-            The bytes; fewer than ``length`` only at the end of the file.
+        There are fewer bytes than ``length`` only at the end of the file.
 
         Raises:
             StorageError: There is no such file, or it cannot be read.
@@ -127,19 +111,12 @@ class Backend(Protocol):
         """
 
     def list(self, folder: str) -> list[str]:
-        """Return the paths of all files below a folder, sorted; an absent folder has none.
-
-        Args:
-            folder: Relative path of the folder; empty for the whole store.
-        """
+        """Return the paths of all files below a folder, sorted; an absent folder has none."""
 
     def scan(self, folder: str) -> dict[str, FileStat]:
         """Return sizes and versions of all files below a folder by path, sorted by path.
 
         A file that another process deletes during the scan is left out.
-
-        Args:
-            folder: Relative path of the folder; empty for the whole store.
         """
 
     def writer(self) -> contextlib.AbstractContextManager[Writer]:
@@ -153,11 +130,7 @@ class Backend(Protocol):
         """
 
     def move(self, path: str, target: str) -> None:
-        """Move a file to another path durably, without reading its bytes.
-
-        Args:
-            path: Present path.
-            target: New path; a file there is replaced.
+        """Move a file to another path durably, without reading its bytes; replace a file there.
 
         Raises:
             BusyError: The lock that the thread held was taken away; nothing was moved.
@@ -169,9 +142,6 @@ class Backend(Protocol):
         A process that is killed before its fsync may leave a file that a power loss takes away, or
         a deleted file that a power loss brings back. Operations that rely on files of other
         processes call this first.
-
-        Args:
-            folder: Relative path of the folder.
         """
 
     def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
@@ -179,22 +149,15 @@ class Backend(Protocol):
 
         A thread may take the lock again while it holds it. If it asks for a shared lock then, it
         keeps the mode that it has. After the lock was taken away, writes and deletions raise
-        :class:`BusyError` and do nothing.
-
-        Args:
-            shared: True for a lock that other shared owners may hold at the same time.
-            purpose: The operation, such as ``save``; error messages and lock listings show it.
+        :class:`BusyError` and do nothing. Error messages and lock listings show ``purpose``, the
+        operation, such as ``save``.
 
         Raises:
             BusyError: Other owners held the lock for longer than the timeout.
         """
 
     def claim(self, kind: str, name: str) -> Claim:
-        """Claim a named resource, such as a timeline, for this process.
-
-        Args:
-            kind: Kind of the resource, such as ``timeline``.
-            name: Name of the resource.
+        """Claim a named resource of a kind, such as ``timeline``, for this process.
 
         Raises:
             BusyError: Another process has the claim.
@@ -204,14 +167,7 @@ class Backend(Protocol):
         """Return all lock files, oldest first, including those of processes that still wait."""
 
     def unlock(self, *, force: bool) -> Sequence[Lock]:
-        """Remove the locks of owners that are dead or count as dead.
-
-        Args:
-            force: True removes all locks.
-
-        Returns:
-            The removed locks.
-        """
+        """Remove the locks of owners that are dead or count as dead, or all; return them."""
 
 
 def write_atomic(backend: Backend, path: str, data: bytes) -> None:

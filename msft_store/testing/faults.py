@@ -70,12 +70,7 @@ class FaultyBackend:
         self._left_behind: list[object] = []
 
     def arm(self, fail_at: int, error: type[BaseException] | None = None) -> None:
-        """Count from 0 again and fail at one operation.
-
-        Args:
-            fail_at: Number of the operation, from 0.
-            error: Type of the failure from now on; ``None`` keeps the present one.
-        """
+        """Count from 0 again and fail at one operation, by this type of error if one is given."""
         self.count, self.fail_at, self.failed = 0, fail_at, False
         self._error = error or self._error
 

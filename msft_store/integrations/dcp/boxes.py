@@ -24,17 +24,12 @@ from msft_store.tensors.bytes import memory_key
 
 
 def boxes_of(state: Mapping[str, torch.Tensor]) -> list[Box]:
-    """List the tensors that this process holds of a flat state dict, as boxes for a store.
+    """Return the tensors that this process holds of a flat state dict, as boxes for a store.
 
     Use it with :meth:`Store.encode` and :meth:`Store.load_boxes` to save and restore without DCP.
-
-    Args:
-        state: Tensors by name. Of a DTensor or a ShardedTensor, each local shard becomes a box
-            with its offset and the full shape; of a replicated DTensor and of a plain tensor,
-            every process has the whole.
-
-    Returns:
-        Boxes that share memory with the state.
+    The boxes share memory with the state. Of a DTensor or a ShardedTensor, each local shard becomes
+    a box with its offset and the full shape; of a replicated DTensor and of a plain tensor, every
+    process has the whole.
 
     Raises:
         InvalidInputError: If a DTensor has partial placements, so that each rank holds a term

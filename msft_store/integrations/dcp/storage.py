@@ -119,6 +119,8 @@ class _Failed:
 class StorageWriter(dcp.StorageWriter):
     """The storage writer of ``dcp.save`` and ``dcp.async_save`` for a store.
 
+    ``checkpoint`` is the checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
+
     Args:
         path: The store's directory, on a file system that all ranks share. The coordinator
             makes a store if there is none.
@@ -131,11 +133,6 @@ class StorageWriter(dcp.StorageWriter):
         metadata: JSON values to keep with the checkpoint.
         files: The model's configuration and tokenizer, as for :meth:`Store.save`.
         level: The compression level, as in :meth:`Store.save`.
-
-    Attributes:
-        path: The store's directory.
-        name: The ref, or ``None``.
-        checkpoint: The checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
 
     Raises:
         InvalidInputError: If the name cannot be that of a ref, or a file cannot be kept. During a
@@ -324,10 +321,6 @@ class StorageReader(dcp.StorageReader):
     Args:
         path: The store's directory.
         name: A ref, an id or a unique prefix of an id; the same as ``dcp.load(checkpoint_id=…)``.
-
-    Attributes:
-        path: The store's directory.
-        name: The name, or ``None``.
 
     Raises:
         InvalidInputError: During a load, if there is no name. Errors of all ranks are raised as

@@ -89,7 +89,7 @@ class StoreCallback(TrainerCallback):
 
     Every further ``train()`` of the same Trainer that does not resume begins a run of its own:
     ``NAME-2``, ``NAME-3`` and so on. Each trial of ``hyperparameter_search`` is a run, too:
-    ``NAME-run-0`` and so on.
+    ``NAME-run-0`` and so on. ``store``, ``base`` and ``name`` are attributes, too.
 
     Args:
         store: A store or its directory, which is made if it does not exist.
@@ -102,11 +102,6 @@ class StoreCallback(TrainerCallback):
         resumable: True to keep a resume point; without it, only weights are kept.
         background: True to commit in the background. Training then waits only for a copy of the
             tensors in host memory.
-
-    Attributes:
-        store: The store.
-        base: The base, or ``None``.
-        name: The name of the current run.
 
     Raises:
         BaseError: If the base is not a model on this machine.
@@ -177,14 +172,7 @@ class StoreCallback(TrainerCallback):
         """True if :meth:`resume` was called."""
 
     def attach(self, trainer: Any) -> StoreCallback:
-        """Add this callback to a Trainer; ``callbacks=[…]`` of the Trainer does the same.
-
-        Args:
-            trainer: A ``transformers.Trainer``.
-
-        Returns:
-            This callback.
-        """
+        """Add this callback to a Trainer and return it; ``callbacks=[…]`` does the same."""
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -228,15 +216,12 @@ class StoreCallback(TrainerCallback):
         return str(self._folder)
 
     def best(self, metric: str, mode: Mode | None = None) -> Checkpoint:
-        """Find the best kept checkpoint by a metric. NaN and infinite values are ignored.
+        """Return the best kept checkpoint by a metric; the oldest one if several are equal.
 
         Args:
-            metric: The metric's name, as ``"eval_loss"``.
+            metric: The metric's name, as ``"eval_loss"``. NaN and infinite values are ignored.
             mode: ``"min"`` or ``"max"``. The default is the direction in ``best`` or
                 ``metric_for_best_model``, and ``"min"`` for a loss.
-
-        Returns:
-            The checkpoint; the oldest one if several are equal.
 
         Raises:
             UnknownCheckpointError: If no kept checkpoint has the metric.
@@ -261,10 +246,8 @@ class StoreCallback(TrainerCallback):
     def restore(self, model: torch.nn.Module, checkpoint: Checkpoint | str) -> None:
         """Restore a model's weights from a checkpoint, in place and bit for bit.
 
-        Args:
-            model: The model. With PEFT adapters, its active adapters are restored, and everything
-                else that was trained.
-            checkpoint: A checkpoint, its id or a ref.
+        Of a model with PEFT adapters, its active adapters are restored, and everything else that
+        was trained.
 
         Raises:
             UnknownCheckpointError: If there is no such checkpoint.

@@ -37,13 +37,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SaveLimit(Policy):
-    """Keep ``n`` checkpoints as the Trainer counts them: the best is one of the ``n``.
+    """Keep ``n`` checkpoints as the Trainer counts them: the best by a metric is one of the ``n``.
 
-    Args:
-        n: Number of checkpoints, at least 1.
-        best: Metric and direction of the best checkpoint, if there are any.
-        final: False to keep the newest checkpoint besides the best if ``n`` is 1, as the Trainer
-            does until training ends.
+    Unless it is ``final``, the newest is kept besides the best if ``n`` is 1, as the Trainer does
+    until training ends.
     """
 
     n: int
@@ -89,10 +86,9 @@ class RunTimelines:
     ) -> bool:
         """Open or begin the timelines; return True if they hold checkpoints already.
 
-        If ``resumable`` is false, there is no resume point.
-
-        If ``restart`` is true, a run that was killed between its first commit and its first resume
-        point begins again, because it cannot be resumed.
+        If ``resumable`` is false, there is no resume point. If ``restart`` is true, a run that was
+        killed between its first commit and its first resume point begins again, because it cannot
+        be resumed.
         """
         self.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)

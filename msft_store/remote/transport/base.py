@@ -54,24 +54,16 @@ class Remote(Protocol):
         """Return the full address of a path, for messages. It must not contain passwords."""
 
     def session(self, purpose: str) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes from deleting files while the context is entered.
+        """Keep other processes from deleting files while the returned context is entered.
 
-        Args:
-            purpose: ``"push"`` or ``"pull"``, to be shown to processes that wait.
-
-        Returns:
-            A context manager. It does nothing on media from which nothing is ever deleted.
+        It does nothing on media from which nothing is ever deleted. ``purpose`` is ``"push"`` or
+        ``"pull"``, to be shown to processes that wait.
         """
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """List all files below a folder.
+        """Return the size in bytes of each file below a folder, by path relative to the remote.
 
-        Args:
-            folder: A relative path without a trailing slash; ``""`` is the whole remote.
-
-        Returns:
-            The size in bytes of each file, by path relative to the remote. It is empty if the
-            folder does not exist.
+        ``""`` is the whole remote; a folder that does not exist has no files.
         """
 
     def size(self, path: str) -> int | None:
@@ -85,15 +77,9 @@ class Remote(Protocol):
         """
 
     def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
-        """Read a whole small file together with its version.
+        """Return the bytes of a small file and an opaque version for :meth:`replace`.
 
-        Args:
-            path: The file's path.
-            most: The maximal size in bytes.
-
-        Returns:
-            The bytes and an opaque version for :meth:`replace`, or ``None`` if the file does not
-            exist.
+        ``None`` means that the file does not exist.
 
         Raises:
             StorageError: If the file has more than ``most`` bytes.
@@ -113,12 +99,9 @@ class Remote(Protocol):
         """Write a small file unless it exists; return True if it was written."""
 
     def replace(self, path: str, data: bytes, version: Any) -> bool:
-        """Write a small file if its version is unchanged; return True if it was written.
+        """Write a small file if it still has the version that :meth:`read_versioned` returned.
 
-        Args:
-            path: The file's path.
-            data: The new content.
-            version: The version that :meth:`read_versioned` returned.
+        Return True if it was written.
         """
 
     def sync(self, folder: str) -> None:

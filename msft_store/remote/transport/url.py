@@ -27,11 +27,10 @@ def is_url(address: object) -> bool:
 
 
 def connect_remote(address: Any, **options: Any) -> Remote:
-    """Return the remote at an address, with retries if the connection breaks.
+    """Return the remote at a URL or path, with retries if the connection breaks.
 
-    Args:
-        address: A URL, a path, an obstore store or a :class:`Remote`, which is returned as it is.
-        **options: Passed on to ``obstore.store.from_url`` or to the fsspec file system.
+    An obstore store may take the place of the address. A :class:`Remote` is returned as it is.
+    ``options`` are passed on to ``obstore.store.from_url`` or to the fsspec file system.
 
     Raises:
         InvalidInputError: If the address is malformed.
