@@ -45,7 +45,6 @@ from msft_store.maintenance.stats import (
     Stats,
     TensorSources,
     encoded_bytes,
-    held_bytes,
     sources,
     stats,
 )
@@ -937,7 +936,7 @@ class Store:
 
     def held_bytes(self) -> int:
         """Count the encoded bytes of forgotten checkpoints that others are differences from."""
-        return read_consistently(self._backend, lambda: held_bytes(self._catalog))
+        return self.stats().held_bytes
 
     def manifest_bytes(self, checkpoint: Checkpoint | str | None = None) -> int:
         """Count the bytes of a checkpoint's manifest, or of all, which ``stored_bytes`` lacks."""

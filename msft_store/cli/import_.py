@@ -58,7 +58,7 @@ def find_matching_base(store: Store, path: PathLike) -> Base | None:
     bases = store.bases()
     if len(bases) != 1:
         return None
-    theirs = {name: tensor.shape for name, tensor in bases[0].tensors.items()}
+    theirs = bases[0].shapes
     headers = read_headers(check_path(path))
     shapes = {name: place.shape for _, header in headers for name, place in header.items()}
     found = match_names(shapes, theirs, exchanged=True)

@@ -22,6 +22,7 @@ from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.diff import TensorDiff
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
+from msft_store.timeline.persistence import place_of
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _MORE_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -240,11 +241,8 @@ def _lanes(
 
 def _branch(checkpoint: Checkpoint) -> tuple[str, int] | None:
     """Return the timeline and branch of a checkpoint; ``None`` if it is not on a timeline."""
-    place = checkpoint.metadata.get("timeline")
-    branch = place.get("branch") if isinstance(place, Mapping) else None
-    if not isinstance(place, Mapping) or not isinstance(branch, int):
-        return None
-    return str(place.get("name", "")), branch
+    place = place_of(checkpoint)
+    return (place["name"], place["branch"]) if place else None
 
 
 def _legend(

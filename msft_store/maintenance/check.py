@@ -196,44 +196,28 @@ def _check_checkpoint(
     *,
     read_data: bool,
 ) -> Iterator[Finding]:
-    label = f"checkpoint {checkpoint.id[:12]}"
+    label, base = f"checkpoint {checkpoint.id[:12]}", checkpoint.base
+    finding = partial(Finding, checkpoint=checkpoint.id)
     try:
-        if checkpoint.base is not None:
-            catalog.objects.base(checkpoint.base)
+        if base is not None:
+            catalog.objects.base(base)
     except StoreError as error:
-        yield Finding(
-            where=label,
-            what=str(error),
-            kind="base",
-            checkpoint=checkpoint.id,
-            base=checkpoint.base,
-            file=catalog.backend.describe(base_path(checkpoint.base or "")),
-        )
+        file = catalog.backend.describe(base_path(base or ""))
+        yield finding(where=label, what=str(error), kind="base", base=base, file=file)
         return
     try:
         tensors = catalog.tensors(checkpoint)
     except StoreError as error:
-        yield Finding(
-            where=label,
-            what=str(error),
-            kind="manifest",
-            checkpoint=checkpoint.id,
-            file=catalog.backend.describe(manifest_path(checkpoint.id)),
-        )
+        file = catalog.backend.describe(manifest_path(checkpoint.id))
+        yield finding(where=label, what=str(error), kind="manifest", file=file)
         return
     keys = catalog.keys_by_base([checkpoint])
     if not read_data and _is_whole(catalog, keys, tensors.values()):
         return
     find = partial(_find_problem, catalog, read_data=read_data)
-    for name, problem in list_problems(tensors, checkpoint.base, known, find):
-        yield Finding(
-            where=f"{label}, tensor {name}",
-            what=str(problem),
-            kind="chunk",
-            checkpoint=checkpoint.id,
-            tensor=name,
-            file=problem.file,
-        )
+    for name, problem in list_problems(tensors, base, known, find):
+        where = f"{label}, tensor {name}"
+        yield finding(where=where, what=str(problem), kind="chunk", tensor=name, file=problem.file)
 
 
 def list_problems(

@@ -27,7 +27,7 @@ from msft_store.maintenance.stats import sources
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.counterparts import match_names
-from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry
+from msft_store.objects.manifest import Checkpoint, TensorEntry, whole_entry
 from msft_store.pipeline.decode import Source
 from msft_store.pipeline.parallel import in_order
 from msft_store.pipeline.reshard import decode_boxes
@@ -105,14 +105,7 @@ def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> 
 
 def table_of(base: Base) -> dict[str, TensorEntry]:
     """Return the tensors of a base as entries of one piece each, as in a checkpoint."""
-    return {
-        name: TensorEntry(
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            pieces=(Piece(offset=(0,) * len(tensor.shape), shape=tensor.shape, keys=tensor.keys),),
-        )
-        for name, tensor in base.tensors.items()
-    }
+    return {name: whole_entry(t.dtype, t.shape, t.keys) for name, t in base.tensors.items()}
 
 
 def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
@@ -130,7 +123,7 @@ def _renamed(
     if isinstance(one, Base) or not isinstance(other, Base):
         return side
     shapes = {name: entry.shape for name, entry in side.tensors.items()}
-    found = match_names(shapes, {name: tensor.shape for name, tensor in other.tensors.items()})
+    found = match_names(shapes, other.shapes)
     if one.base == other.id:
         known = catalog.tables.mapping(one).names
         found |= {name: old for name, old in known.items() if name in shapes}

@@ -277,7 +277,7 @@ class _Contents:
         for name, part in tensor.parts:
             first, size = part.in_base((0,) * len(part.shape), part.shape)
             place = tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))
-            box = out.view(part.check(tensor.shape))[place]
+            box = out.view(part.check(tensor.entry.shape))[place]
             box = box if part.axes is None else box.permute(part.axes)
             shape = self.stored[name].shape
             boxes.append(

@@ -184,7 +184,7 @@ def root_of_model(
     Choose the root with the most counterparts in the base, then the longest one. Return ``None`` if
     no tensor has a counterpart.
     """
-    found = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
+    found = match_names(shapes, base.shapes)
     counts = {root: sum(name.startswith(root) for name in found) for root in sorted(roots)}
     best = max(counts, key=lambda root: (counts[root], len(root)), default=None)
     return best if best is not None and counts[best] else None
@@ -211,7 +211,7 @@ def content_of(entry: TensorEntry) -> tuple[object, ...]:
 
 def common_prefix(shapes: Mapping[str, tuple[int, ...]], base: Base) -> str:
     """Return the prefix that all names have over those of the base, such as ``module.``."""
-    found = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
+    found = match_names(shapes, base.shapes)
     prefixes = {
         name.removesuffix(other) if name.endswith(other) else "" for name, other in found.items()
     }

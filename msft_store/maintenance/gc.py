@@ -54,6 +54,9 @@ class Verdict:
     checkpoint: Checkpoint
     reasons: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{_label(self.checkpoint)}: {', '.join(self.reasons)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackWaste:
@@ -132,10 +135,7 @@ class GcPlan:
 
     def steps(self) -> list[str]:
         """Return one line for each deletion, in order, then one for each kept checkpoint."""
-        lines = [
-            f"  forget   {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}"
-            for verdict in self.dropped
-        ]
+        lines = [f"  forget   {verdict}" for verdict in self.dropped]
         lines += [f"  delete   {waste.path} ({format_bytes(waste.size)})" for waste in self.delete]
         lines += [
             f"  rewrite  {waste.path} ({format_bytes(waste.dead_bytes)} of "
@@ -145,10 +145,7 @@ class GcPlan:
         ]
         lines += [f"  leftover {path} ({format_bytes(size)})" for path, size in self.leftovers]
         if self.kept:
-            lines.append("keeps")
-        lines += [
-            f"  {_label(verdict.checkpoint)}: {', '.join(verdict.reasons)}" for verdict in self.kept
-        ]
+            lines += ["keeps", *(f"  {verdict}" for verdict in self.kept)]
         if self.held_bytes:
             lines.append(
                 f"  {format_bytes(self.held_bytes)} of forgotten checkpoints, "

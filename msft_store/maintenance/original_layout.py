@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from msft_store.format.dtypes import DType
 from msft_store.format.mapping import BaseMapping, Shape, ViewPart, exchanged_prefixes
 from msft_store.objects.bases import Base
 from msft_store.objects.counterparts import layer_of
@@ -27,22 +26,12 @@ from msft_store.objects.manifest import TensorEntry, is_exactly_covered
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
-    """A tensor that is written from parts of a checkpoint's tensors.
+    """A tensor that is written from parts of a checkpoint's tensors."""
 
-    Attributes:
-        dtype: Element type.
-        shape: Shape.
-        parts: Names of the checkpoint's tensors, each with one of their parts.
-    """
-
-    dtype: DType
-    shape: Shape
+    entry: TensorEntry
+    """The tensor without its content."""
     parts: tuple[tuple[str, ViewPart], ...]
-
-    @property
-    def entry(self) -> TensorEntry:
-        """The tensor without its content."""
-        return TensorEntry(dtype=self.dtype, shape=self.shape, pieces=())
+    """Names of the checkpoint's tensors, each with one of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +89,7 @@ def original_layout(
                 names[name] = other
             continue
         assembled[other] = Assembled(
-            dtype=tensors[name].dtype,
-            shape=base.tensors[other].shape,
+            entry=replace(tensors[name], shape=base.tensors[other].shape, pieces=()),
             parts=tuple((n, part) for n, part in users if part is not None),
         )
     impossible = tuple(sorted(set(mapped) - usable.keys()))
@@ -161,7 +149,7 @@ def _uncertain(
     alike = {other: found for found in twins.values() if len(found) > 1 for other in found}
     back = {other: name for name, other in mapping.names.items()}
     mine = {name: entry.shape for name, entry in tensors.items()}
-    theirs = {name: tensor.shape for name, tensor in base.tensors.items()}
+    theirs = base.shapes
     for name, entry in tensors.items():
         match = mapping.names.get(name, name)
         if match != name and match in alike:

@@ -99,14 +99,6 @@ class Stats:
     shared_chunks: int
 
 
-def held_bytes(catalog: Catalog) -> int:
-    """Return the encoded bytes of chunks that no checkpoint names but that others refer to."""
-    catalog.refresh()
-    index = catalog.objects.index
-    needs = find_reachable(catalog.objects, index, catalog.keys_by_base(catalog.checkpoints()))
-    return int(index.lengths[needs.only_referenced].sum())
-
-
 def encoded_bytes(catalog: Catalog, checkpoints: Iterable[Checkpoint]) -> dict[str, int]:
     """Return the encoded bytes of the chunks of each existing checkpoint, by checkpoint id."""
     catalog.refresh()

@@ -139,6 +139,11 @@ class Base:
     changed: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
     def logical_bytes(self) -> int:
         """Total size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -136,6 +136,12 @@ class TensorEntry:
             yield from chunks_of(piece, self.dtype)
 
 
+def whole_entry(dtype: DType, shape: Shape, keys: tuple[bytes, ...]) -> TensorEntry:
+    """Return the description of a tensor of one piece."""
+    piece = Piece(offset=(0,) * len(shape), shape=shape, keys=keys)
+    return TensorEntry(dtype=dtype, shape=shape, pieces=(piece,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedTable:
     """A tensor table in the form that it has in a manifest of version 2."""

@@ -30,18 +30,18 @@ from msft_store.errors import (
 )
 from msft_store.format.key_table import Keys, KeyScanner, view_keys
 from msft_store.format.layout import canonical_json, compress_against, decompress, digest
-from msft_store.format.mapping import NOTHING, BaseMapping, Shape
+from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.format.strict_json import parse
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import (
     Checkpoint,
     EncodedTable,
-    Piece,
     TensorEntry,
     parse_table,
     read_checkpoint,
     read_parts,
     tensor_table,
+    whole_entry,
 )
 from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, Backend
 
@@ -76,7 +76,7 @@ class TensorTables:
         """
         text = b""
         if base is not None and mapping:
-            text = canonical_json(mapping.to_json(_shapes(self._base(base))))
+            text = canonical_json(mapping.to_json(self._base(base).shapes))
         first = _deflate(text, self._predict(base, b"").table if text else b"")
         second = _deflate(table, self._predict(base, text).table)
         lengths = (len(first), len(text)), (len(second), len(table))
@@ -162,7 +162,7 @@ class TensorTables:
                     f"record that can be read ({strip_hint(error)}): msft-store add-base PATH with "
                     "the same model writes the record again"
                 ) from None
-            mapping = BaseMapping.from_json(parse(text), _shapes(known)) if text else NOTHING
+            mapping = BaseMapping.from_json(parse(text), known.shapes) if text else NOTHING
             found = _Prediction(mapping=mapping, table=_predicted_table(known, mapping.names))
             if len(self._predictions) >= _MAX_PREDICTIONS:
                 self._predictions = {}
@@ -173,16 +173,10 @@ class TensorTables:
 def _predicted_table(base: Base, names: Mapping[str, str]) -> bytes:
     renamed = set(names.values())
     places = {name: name for name in base.tensors if name not in renamed} | dict(names)
-    entries = {}
-    for name, of in places.items():
-        tensor = base.tensors[of]
-        piece = Piece(offset=(0,) * len(tensor.shape), shape=tensor.shape, keys=tensor.keys)
-        entries[name] = TensorEntry(dtype=tensor.dtype, shape=tensor.shape, pieces=(piece,))
-    return tensor_table(entries)
-
-
-def _shapes(base: Base) -> dict[str, Shape]:
-    return {name: tensor.shape for name, tensor in base.tensors.items()}
+    tensors = {name: base.tensors[of] for name, of in places.items()}
+    return tensor_table(
+        {name: whole_entry(t.dtype, t.shape, t.keys) for name, t in tensors.items()}
+    )
 
 
 def _most_bytes(frame: int, dictionary: bytes) -> int:

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from msft_store._util import format_bytes
 from msft_store.errors import OutOfSpaceError, OverBudgetError
-from msft_store.storage.backend import Backend, FileStat, Writer, disk_bytes
-from msft_store.storage.claims import Claim
-from msft_store.storage.lock_files import Lock
+from msft_store.storage.backend import Backend, Writer, disk_bytes
 
 
 @runtime_checkable
@@ -61,6 +59,19 @@ class QuotaBackend:
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
+        self.describe = inner.describe
+        self.exists = inner.exists
+        self.read = inner.read
+        self.size = inner.size
+        self.list = inner.list
+        self.scan = inner.scan
+        self.delete = inner.delete
+        self.move = inner.move
+        self.sync = inner.sync
+        self.lock = inner.lock
+        self.claim = inner.claim
+        self.locks = inner.locks
+        self.unlock = inner.unlock
         self._local = _Local()
         self._counting = threading.Lock()
         self._open: list[_QuotaWriter] = []
@@ -124,45 +135,6 @@ class QuotaBackend:
             if limit is not None and self._used + count > limit.max_bytes - limit.reserve:
                 raise limit.refusal(self._used, count)
             self._used += count
-
-    def describe(self, path: str) -> str:
-        return self.inner.describe(path)
-
-    def exists(self, path: str) -> bool:
-        return self.inner.exists(path)
-
-    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        return self.inner.read(path, offset, length)
-
-    def size(self, path: str) -> int:
-        return self.inner.size(path)
-
-    def list(self, folder: str) -> list[str]:
-        return self.inner.list(folder)
-
-    def scan(self, folder: str) -> dict[str, FileStat]:
-        return self.inner.scan(folder)
-
-    def delete(self, path: str) -> None:
-        self.inner.delete(path)
-
-    def move(self, path: str, target: str) -> None:
-        self.inner.move(path, target)
-
-    def sync(self, folder: str) -> None:
-        self.inner.sync(folder)
-
-    def lock(self, *, shared: bool, purpose: str) -> contextlib.AbstractContextManager[None]:
-        return self.inner.lock(shared=shared, purpose=purpose)
-
-    def claim(self, kind: str, name: str) -> Claim:
-        return self.inner.claim(kind, name)
-
-    def locks(self) -> Sequence[Lock]:
-        return self.inner.locks()
-
-    def unlock(self, *, force: bool) -> Sequence[Lock]:
-        return self.inner.unlock(force=force)
 
 
 class _QuotaWriter:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,13 +117,11 @@ def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
     table: dict[str, TensorEntry] = {}
     for part in parts:
         for name, entry in part.tensors.items():
-            known = table.setdefault(
-                name, TensorEntry(dtype=entry.dtype, shape=entry.shape, pieces=())
-            )
+            known = table.setdefault(name, replace(entry, pieces=()))
             if (known.dtype, known.shape) != (entry.dtype, entry.shape):
                 raise InvalidInputError(f"{name!r} has another dtype or shape in another process")
             pieces = (*known.pieces, *(p for p in entry.pieces if p not in known.pieces))
-            table[name] = TensorEntry(dtype=known.dtype, shape=known.shape, pieces=pieces)
+            table[name] = replace(known, pieces=pieces)
     for name, entry in table.items():
         pieces = tuple(sorted(entry.pieces, key=lambda piece: piece.offset))
         if not _cover_exactly(pieces, entry.shape):
@@ -131,7 +129,7 @@ def join_parts(parts: Iterable[Part]) -> dict[str, TensorEntry]:
                 f"the pieces of {name!r} do not cover its shape {entry.shape}, or overlap: "
                 "the processes together must pass each element exactly once"
             )
-        table[name] = TensorEntry(dtype=entry.dtype, shape=entry.shape, pieces=pieces)
+        table[name] = replace(entry, pieces=pieces)
     return table
 
 
