@@ -2,7 +2,7 @@
 
 Example::
 
-    document, text = forget(store, options)
+    document, text = forget(store, ["3fa9"], policy_of(store, options), dry_run=True)
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def gc(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {**document, **dataclasses.asdict(result)}, "\n".join([str(result), *plan.steps()])
 
 
-def forget(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def forget(
+    store: Store, names: Sequence[str], policy: Policy | None, *, dry_run: bool
+) -> tuple[dict[str, Any], str]:
     """Forget the named checkpoints, or those that a policy drops."""
-    names, policy = options.checkpoints, policy_of(store, options)
     if bool(names) == (policy is not None):
         raise InvalidInputError(
             "forget needs either names of checkpoints or rules such as --keep-last 3, one of them"
@@ -95,19 +96,19 @@ def forget(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], s
     else:
         plan = store.plan_gc(policy)
         kept, dropped = plan.kept, plan.dropped
-    if not options.dry_run and policy is None:
+    if not dry_run and policy is None:
         for verdict in dropped:
             store.forget(verdict.checkpoint)
-    elif not options.dry_run:
+    elif not dry_run:
         dropped, pinned_later = _forget_unpinned(store, dropped)
         kept += pinned_later
-    verb = "would forget" if options.dry_run else "forgot"
+    verb = "would forget" if dry_run else "forgot"
     count = format_count(len(dropped), "checkpoint")
     lines = [f"{verb} {count}" if dropped else "nothing to forget"]
     lines += [f"  forget {verdict}" for verdict in dropped]
     lines += [f"  keep   {verdict}" for verdict in kept]
     if dropped:
-        lines.append(UNCHANGED if options.dry_run else "msft-store gc frees their space")
+        lines.append(UNCHANGED if dry_run else "msft-store gc frees their space")
     return {"forget": _verdicts(dropped), "keep": _verdicts(kept)}, "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from importlib.metadata import version
 
 from msft_store._util import format_bytes, format_table
 from msft_store.cli.check import check, repair
-from msft_store.cli.gc import add_keep_options, forget, gc, repack
+from msft_store.cli.gc import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli.inspect import inspect, summary
 from msft_store.cli.lineage import format_metrics, kept_by
 from msft_store.cli.output import (
@@ -173,6 +173,11 @@ def _unpin(store: Store, options: argparse.Namespace) -> Output:
     return {"ref": options.ref}, text
 
 
+def _forget(store: Store, options: argparse.Namespace) -> Output:
+    policy = policy_of(store, options)
+    return forget(store, options.checkpoints, policy, dry_run=options.dry_run)
+
+
 def _completion(options: argparse.Namespace) -> Output:
     try:
         shtab = importlib.import_module("shtab")
@@ -322,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "forget",
-        forget,
+        _forget,
         "forget named checkpoints, or all that rules drop; gc then frees their space",
         "forget --keep-last 3 --keep-best loss:min --dry-run",
     )
