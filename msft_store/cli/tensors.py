@@ -15,7 +15,7 @@ from msft_store._util import format_bytes, format_percent, format_shape, format_
 from msft_store.cli.import_ import find_matching_base, import_checkpoint
 from msft_store.cli.plots import check_picture, draw_changes, heat_text
 from msft_store.errors import InvalidInputError
-from msft_store.maintenance.export import is_configured
+from msft_store.maintenance.export_files import is_configured
 from msft_store.maintenance.export_names import exported
 from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store

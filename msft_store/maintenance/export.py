@@ -30,53 +30,36 @@ import re
 import shutil
 import struct
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msft_store.codec.kernels import Bytes
-from msft_store.errors import InvalidInputError, StoreError
-from msft_store.format.layout import BaseSpan, canonical_json
-from msft_store.maintenance.export_files import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    TEMPLATES,
-    belongs_to_recorded,
-    find_adapter_doubts,
-    find_doubts,
-    mend_dtype,
-    parse_config,
-    read_files,
-    ties_tensors,
-)
-from msft_store.maintenance.export_names import Exported, Layout, exported
+from msft_store.errors import InvalidInputError
+from msft_store.format.layout import canonical_json
+from msft_store.maintenance.export_files import read_place, select_content
+from msft_store.maintenance.export_names import Layout
 from msft_store.maintenance.original_layout import Assembled
-from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.catalog import Catalog, refuse_inside_store
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.safetensors_header import INDEX
 from msft_store.pipeline.decode import Source, decode_chunks, empty_like
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.storage.backend import (
-    TEMPORARY,
     LocalBackend,
     make_folder,
     move_folder,
-    read_file,
     translate_os_errors,
     write_atomic,
 )
 from msft_store.storage.quota import QuotaBackend
 from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import view_bytes
-from msft_store.tensors.files import WEIGHTS, split_files
+from msft_store.tensors.files import split_files
 
 _LOG = logging.getLogger(__name__)
 _SINGLE, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
-_CONFIGS = (CONFIG, ADAPTER_CONFIG)
-"""Configuration files of a model and of a LoRA adapter, whose weights are in one other file."""
-_LARGEST_COPIED_FILE = 1 << 30
 _METADATA = "__metadata__"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -103,7 +86,7 @@ def export(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidInputError(f"{folder} is not empty; export to a new directory")
     stored = split_files(catalog.tensors(checkpoint))[0]
-    content = _content(catalog, checkpoint, stored, like, layout)
+    content = select_content(catalog, checkpoint, stored, like, layout)
     chosen = content.chosen
     written = [chosen.tensors, *(part.tensors for part in chosen.further.values())]
     for name, entry in (pair for part in written for pair in part.items()):
@@ -133,7 +116,7 @@ def export(
         for name, part in chosen.further.items():
             _write_file(source, part.tensors, backend, f"{name}/{_ADAPTER}")
         for name, place in content.copied.items():
-            write_atomic(backend, name, _read(place))
+            write_atomic(backend, name, read_place(place))
         for name, data in content.written.items():
             write_atomic(backend, name, data)
         backend.clear_temporary()
@@ -146,75 +129,6 @@ def export(
             ", ".join(chosen.further),
         )
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """The content of an export."""
-
-    chosen: Exported
-    is_adapter: bool
-    written: Mapping[str, bytes]
-    """The other files by name."""
-    copied: Mapping[str, tuple[Path, int]]
-    """Files by name that are copied, and their sizes in bytes."""
-    doubts: tuple[str, ...]
-    """Reasons why ``from_pretrained`` may not give the model."""
-
-
-def _content(
-    catalog: Catalog,
-    checkpoint: Checkpoint,
-    stored: Mapping[str, TensorEntry],
-    like: Path | None,
-    layout: Layout | None,
-) -> _Content:
-    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
-    written = read_files(catalog, checkpoint) if like is None else {}
-    copied = {
-        name: place
-        for name, place in _files_to_copy(catalog, checkpoint, like).items()
-        if not belongs_to_recorded(name, written)
-    }
-    is_recorded = CONFIG in written
-    config = parse_config(written[CONFIG] if is_recorded else _read(copied.get(CONFIG)))
-    mapping = catalog.tables.mapping(checkpoint)
-    chosen = exported(
-        checkpoint, stored, base, ties=ties_tensors(config), mapping=mapping, layout=layout
-    )
-    names = {*written, *copied}
-    is_adapter = chosen.adapter is not None or (ADAPTER_CONFIG in names and CONFIG not in names)
-    adapters = {} if chosen.adapter is None else {ADAPTER_CONFIG: dict(chosen.adapter)}
-    adapters |= {
-        f"{name}/{ADAPTER_CONFIG}": dict(part.adapter or {})
-        for name, part in chosen.further.items()
-    }
-    for name, settings in adapters.items():
-        written[name] = json.dumps(settings, indent=2, sort_keys=True).encode()
-    mended = None
-    if config is not None and not is_adapter:
-        mended = mend_dtype(config, chosen.tensors)
-    if mended is not None:
-        config = mended
-        written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
-    doubts = (
-        find_adapter_doubts(chosen.adapter or {}, chosen.tensors)
-        if is_adapter
-        else find_doubts(
-            config, chosen.tensors, base, names, is_recorded, counterparts=chosen.counterparts
-        )
-    )
-    return _Content(
-        chosen=chosen,
-        is_adapter=is_adapter,
-        written=written,
-        copied={name: place for name, place in copied.items() if name not in written},
-        doubts=tuple(doubts),
-    )
-
-
-def _read(place: tuple[Path, int] | None) -> bytes:
-    return b"" if place is None else read_file(place[0], 0, place[1])
 
 
 @contextlib.contextmanager
@@ -341,59 +255,3 @@ def _shards(tensors: Mapping[str, TensorEntry], shard_bytes: int) -> Iterator[li
         names.append(name)
         size += entry.nbytes
     yield names
-
-
-def _files_to_copy(
-    catalog: Catalog, checkpoint: Checkpoint, like: Path | None
-) -> dict[str, tuple[Path, int]]:
-    """Return the files to copy by name, and their sizes in bytes."""
-    folder = like
-    if folder is None and checkpoint.base is not None:
-        reader = catalog.objects.base(checkpoint.base)
-        path = Path(reader.base.path)
-        folder = path if path.is_dir() and _contains_base(reader, path) else None
-    if folder is None:
-        return {}
-    with translate_os_errors("read", folder):
-        files = companions(folder)
-        if (folder / TEMPLATES).is_dir():
-            files += companions(folder / TEMPLATES)
-        sizes = {file.relative_to(folder).as_posix(): (file, file.stat().st_size) for file in files}
-    if like is not None and not sizes.keys() & {*_CONFIGS}:
-        raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to copy")
-    return sizes
-
-
-def is_configured(files: Iterable[Path]) -> bool:
-    """Return True if a configuration for ``from_pretrained`` is among files."""
-    return any(file.name in _CONFIGS for file in files)
-
-
-def companions(folder: Path) -> list[Path]:
-    """Return the files of a model directory that are not weights; may raise ``OSError``."""
-    files = sorted(file for file in folder.iterdir() if _is_companion(file))
-    return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
-
-
-def _is_companion(file: Path) -> bool:
-    # The backend creates its folder of temporary files while it writes an export.
-    other = file.name.endswith(WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
-    return not other and file.is_file()
-
-
-def _contains_base(reader: BaseReader, folder: Path) -> bool:
-    """Return True if a folder contains the weights of the base, by a sample of each file.
-
-    The store of a stranger may name any folder, and its files must not leak into an export.
-    """
-    smallest: dict[int, tuple[int, str]] = {}
-    for name, tensor in reader.base.tensors.items():
-        if tensor.nbytes and Path(reader.base.files[tensor.file][0]).parent == folder:
-            candidate = tensor.nbytes, name
-            smallest[tensor.file] = min(candidate, smallest.get(tensor.file, candidate))
-    try:
-        for _, name in smallest.values():
-            reader.verify_span(BaseSpan(tensor=name, start=0), 1)
-    except StoreError:
-        return False
-    return bool(smallest)

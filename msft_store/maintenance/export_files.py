@@ -1,4 +1,4 @@
-"""Select the files of an export besides the weights, and make them say what the weights are.
+"""Select the content of an export: its tensors, and files that say what these are.
 
 The files that were recorded with a checkpoint describe its model. Files of the base, or of a
 directory that the caller names, fill in what the record lacks, but no file that belongs to a
@@ -8,8 +8,8 @@ Invariant: ``from_pretrained`` of an export rounds no weight, or :func:`find_dou
 
 Example::
 
-    files = read_files(catalog, checkpoint)
-    config = mend_dtype(parse_config(files["config.json"]), tensors)
+    content = select_content(catalog, checkpoint, tensors, like=None, layout=None)
+    content.written["config.json"]
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from msft_store._util import format_count
-from msft_store.errors import CorruptedError, InvalidInputError
-from msft_store.maintenance.export_names import content_of
+from msft_store.errors import CorruptedError, InvalidInputError, StoreError
+from msft_store.format.layout import BaseSpan
+from msft_store.maintenance.export_names import Exported, Layout, content_of, exported
+from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.bases import Base
 from msft_store.objects.catalog import Catalog
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.pipeline.decode import Source, decode_state, empty_like
-from msft_store.tensors.files import PREFIX, check_sizes, split_files
+from msft_store.storage.backend import TEMPORARY, read_file, translate_os_errors
+from msft_store.tensors.files import PREFIX, WEIGHTS, check_sizes, split_files
 from msft_store.tensors.matching import format_names
 from msft_store.tensors.nested import json_name
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-"""Configuration files of a model and of an adapter."""
+CONFIG, ADAPTER_CONFIG = _CONFIGS = ("config.json", "adapter_config.json")
+"""Configuration files of a model and of a LoRA adapter, whose weights are in one other file."""
+_LARGEST_COPIED_FILE = 1 << 30
 TEMPLATES = "additional_chat_templates"
 """Folder of further chat templates, beside a tokenizer or processor."""
 _TIED = "tie_word_embeddings"
@@ -82,6 +88,130 @@ _BELONGING = {
 """Files that one writer writes together. If the first is recorded, the others of the base do not
 belong to it.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """The content of an export."""
+
+    chosen: Exported
+    is_adapter: bool
+    written: Mapping[str, bytes]
+    """The other files by name."""
+    copied: Mapping[str, tuple[Path, int]]
+    """Files by name that are copied, and their sizes in bytes."""
+    doubts: tuple[str, ...]
+    """Reasons why ``from_pretrained`` may not give the model."""
+
+
+def select_content(
+    catalog: Catalog,
+    checkpoint: Checkpoint,
+    stored: Mapping[str, TensorEntry],
+    like: Path | None,
+    layout: Layout | None,
+) -> Content:
+    """Return the content of the export of a checkpoint with these stored tensors."""
+    base = None if checkpoint.base is None else catalog.objects.base(checkpoint.base).base
+    written = read_files(catalog, checkpoint) if like is None else {}
+    copied = {
+        name: place
+        for name, place in _files_to_copy(catalog, checkpoint, like).items()
+        if not belongs_to_recorded(name, written)
+    }
+    is_recorded = CONFIG in written
+    config = parse_config(written[CONFIG] if is_recorded else read_place(copied.get(CONFIG)))
+    mapping = catalog.tables.mapping(checkpoint)
+    chosen = exported(
+        checkpoint, stored, base, ties=ties_tensors(config), mapping=mapping, layout=layout
+    )
+    names = {*written, *copied}
+    is_adapter = chosen.adapter is not None or (ADAPTER_CONFIG in names and CONFIG not in names)
+    adapters = {} if chosen.adapter is None else {ADAPTER_CONFIG: dict(chosen.adapter)}
+    adapters |= {
+        f"{name}/{ADAPTER_CONFIG}": dict(part.adapter or {})
+        for name, part in chosen.further.items()
+    }
+    for name, settings in adapters.items():
+        written[name] = json.dumps(settings, indent=2, sort_keys=True).encode()
+    if config is not None and not is_adapter and (mended := mend_dtype(config, chosen.tensors)):
+        config = mended
+        written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
+    doubts = (
+        find_adapter_doubts(chosen.adapter or {}, chosen.tensors)
+        if is_adapter
+        else find_doubts(
+            config, chosen.tensors, base, names, is_recorded, counterparts=chosen.counterparts
+        )
+    )
+    return Content(
+        chosen=chosen,
+        is_adapter=is_adapter,
+        written=written,
+        copied={name: place for name, place in copied.items() if name not in written},
+        doubts=tuple(doubts),
+    )
+
+
+def read_place(place: tuple[Path, int] | None) -> bytes:
+    """Return the bytes of a file to copy; none for ``None``."""
+    return b"" if place is None else read_file(place[0], 0, place[1])
+
+
+def _files_to_copy(
+    catalog: Catalog, checkpoint: Checkpoint, like: Path | None
+) -> dict[str, tuple[Path, int]]:
+    """Return the files to copy by name, and their sizes in bytes."""
+    folder = like
+    if folder is None and checkpoint.base is not None:
+        reader = catalog.objects.base(checkpoint.base)
+        path = Path(reader.base.path)
+        folder = path if path.is_dir() and _contains_base(reader, path) else None
+    if folder is None:
+        return {}
+    with translate_os_errors("read", folder):
+        files = companions(folder)
+        if (folder / TEMPLATES).is_dir():
+            files += companions(folder / TEMPLATES)
+        sizes = {file.relative_to(folder).as_posix(): (file, file.stat().st_size) for file in files}
+    if like is not None and not sizes.keys() & {*_CONFIGS}:
+        raise InvalidInputError(f"{like} has no {' or '.join(_CONFIGS)} to copy")
+    return sizes
+
+
+def is_configured(files: Iterable[Path]) -> bool:
+    """Return True if a configuration for ``from_pretrained`` is among files."""
+    return any(file.name in _CONFIGS for file in files)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files of a model directory that are not weights; may raise ``OSError``."""
+    files = sorted(file for file in folder.iterdir() if _is_companion(file))
+    return [file for file in files if file.stat().st_size <= _LARGEST_COPIED_FILE]
+
+
+def _is_companion(file: Path) -> bool:
+    # The backend creates its folder of temporary files while it writes an export.
+    other = file.name.endswith(WEIGHTS) or file.name.startswith(".") or file.name == TEMPORARY
+    return not other and file.is_file()
+
+
+def _contains_base(reader: BaseReader, folder: Path) -> bool:
+    """Return True if a folder contains the weights of the base, by a sample of each file.
+
+    The store of a stranger may name any folder, and its files must not leak into an export.
+    """
+    smallest: dict[int, tuple[int, str]] = {}
+    for name, tensor in reader.base.tensors.items():
+        if tensor.nbytes and Path(reader.base.files[tensor.file][0]).parent == folder:
+            candidate = tensor.nbytes, name
+            smallest[tensor.file] = min(candidate, smallest.get(tensor.file, candidate))
+    try:
+        for _, name in smallest.values():
+            reader.verify_span(BaseSpan(tensor=name, start=0), 1)
+    except StoreError:
+        return False
+    return bool(smallest)
 
 
 def read_files(catalog: Catalog, checkpoint: Checkpoint) -> dict[str, bytes]:

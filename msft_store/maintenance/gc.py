@@ -16,7 +16,7 @@ Example::
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -39,7 +39,7 @@ from msft_store.objects.packs import PACKS, PackWriter, raise_generation
 from msft_store.objects.reachability import find_reachable
 from msft_store.objects.refs import REFS
 from msft_store.retention import Candidate, Policy, check_policy, check_ranked_metrics
-from msft_store.storage.backend import TEMPORARY, disk_bytes, file_sizes
+from msft_store.storage.backend import TEMPORARY, Backend, disk_bytes, file_sizes
 from msft_store.storage.quota import require_space
 
 _LOG = logging.getLogger(__name__)
@@ -155,9 +155,6 @@ class GcPlan:
 
     def execute(self) -> GcResult:
         """Free the space, but keep all that was pinned or became needed since the plan was made.
-
-        Returns:
-            The freed bytes and the new size of the store.
 
         Raises:
             StoreError: The store is damaged or locked. Nothing of a damaged store is deleted.
@@ -278,15 +275,20 @@ def evict_locked(
 def rewrite_packs(catalog: Catalog, wastes: Sequence[PackWaste]) -> None:
     """Copy the live chunks of packs to one new durable pack; the old packs stay."""
     require_space(catalog.backend, sum(waste.live_bytes for waste in wastes))
-    with catalog.backend.writer() as writer:
-        pack = PackWriter(writer, catalog.config.version)
-        for waste in wastes:
-            for record in waste.live:
-                payload = catalog.backend.read(waste.path, record.offset, record.length)
-                if len(payload) != record.length:
-                    raise _damaged(f"{catalog.backend.describe(waste.path)} is truncated")
-                pack.append(replace(record, offset=pack.position), payload)
-        pack.finalize()
+    records = [(waste.path, record) for waste in wastes for record in waste.live]
+    copy_records(catalog.backend, records, catalog.config.version)
+
+
+def copy_records(backend: Backend, records: Iterable[tuple[str, Record]], version: int) -> str:
+    """Copy records, given with the paths of their packs, to a new pack; return its path."""
+    with backend.writer() as writer:
+        pack = PackWriter(writer, version)
+        for path, record in records:
+            payload = backend.read(path, record.offset, record.length)
+            if len(payload) != record.length:
+                raise _damaged(f"{backend.describe(path)} is truncated")
+            pack.append(replace(record, offset=pack.position), payload)
+        return pack.finalize()
 
 
 def find_waste(

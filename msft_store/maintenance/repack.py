@@ -75,9 +75,6 @@ class RepackPlan:
     def execute(self) -> GcResult:
         """Plan again under the exclusive lock, then merge and delete packs.
 
-        Returns:
-            The freed bytes and the new size of the store.
-
         Raises:
             StoreError: The store is damaged or locked, or there is no space for a merged pack.
         """

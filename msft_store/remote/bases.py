@@ -24,7 +24,7 @@ import xxhash
 from msft_store.errors import BaseError, CorruptedError, StorageError
 from msft_store.format.layout import VERSION, seal, unseal
 from msft_store.format.strict_json import check_id, check_natural, check_string
-from msft_store.maintenance.export import companions
+from msft_store.maintenance.export_files import companions
 from msft_store.objects.bases import Base, encode_base, scan_base
 from msft_store.objects.safetensors_header import INDEX, find_files
 from msft_store.pipeline.parallel import in_order

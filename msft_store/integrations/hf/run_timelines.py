@@ -90,7 +90,7 @@ class RunTimelines:
         killed between its first commit and its first resume point begins again, because it cannot
         be resumed.
         """
-        self.join()
+        self._background.join()
         self._weights = Timeline(self._store, base, retention=policy, name=self._name)
         self._resume = None
         if resumable:
@@ -169,17 +169,13 @@ class RunTimelines:
 
     def find_resume_point(self) -> Checkpoint | None:
         """Return the newest resume point, or ``None``."""
-        self.join()
+        self._background.join()
         return next(reversed(self._protected(f"{self._name}{_RESUME}")), None)
 
     def leave(self) -> None:
         """Wait for commits in the background and free their memory. The checkpoints stay."""
         self._background.join()
         self._background.release()
-
-    def join(self) -> None:
-        """Wait for commits in the background and ignore their errors."""
-        self._background.join()
 
     def wait(self) -> None:
         """Wait for commits in the background and raise an error that was not raised yet."""

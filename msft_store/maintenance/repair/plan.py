@@ -22,6 +22,7 @@ from itertools import chain, count
 
 from msft_store.errors import StorageError, StoreError, is_damage, require_damage, strip_hint
 from msft_store.format.layout import VERSION, seal
+from msft_store.maintenance.gc import copy_records
 from msft_store.maintenance.repair.assess import (
     Condition,
     Conditions,
@@ -32,7 +33,7 @@ from msft_store.maintenance.repair.assess import (
 from msft_store.maintenance.repair.recover import recover_files
 from msft_store.objects.catalog import CONFIG, Catalog
 from msft_store.objects.manifest import list_manifests, manifest_path
-from msft_store.objects.packs import PackWriter, list_packs
+from msft_store.objects.packs import list_packs
 from msft_store.objects.refs import RefReader, ref_path
 from msft_store.storage.backend import QUARANTINE, Backend, file_sizes, write_atomic
 
@@ -96,9 +97,6 @@ class RepairPlan:
 
     def execute(self) -> RepairResult:
         """Plan again under the exclusive lock, then move damaged files and write corrected ones.
-
-        Returns:
-            The quarantine folder, and the number and size of the files in it.
 
         Raises:
             StoreError: The store is locked, or the file system refuses a write.
@@ -239,11 +237,5 @@ def _rewrite_pack(backend: Backend, pack: PackCondition, version: int) -> str | 
 
     The path is the old one if only the header or trailer was damaged.
     """
-    if not pack.usable:
-        return None
-    with backend.writer() as writer:
-        new = PackWriter(writer, version)
-        for record in pack.usable:
-            payload = backend.read(pack.path, record.offset, record.length)
-            new.append(replace(record, offset=new.position), payload)
-        return new.finalize()
+    records = [(pack.path, record) for record in pack.usable]
+    return copy_records(backend, records, version) if records else None
