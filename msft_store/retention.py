@@ -144,11 +144,7 @@ class Union(Policy):
 
 @dataclass(frozen=True)
 class KeepLast(Policy):
-    """Keep the newest checkpoints.
-
-    Args:
-        n: Number of checkpoints, at least 1.
-    """
+    """Keep the ``n`` newest checkpoints, at least 1."""
 
     n: int
 

@@ -97,15 +97,7 @@ def seen_chunks(path: str, stamp: Stamp) -> dict[tuple[int, bytes], bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTensor:
-    """A tensor of a base.
-
-    Attributes:
-        dtype: Element type in the file.
-        shape: Shape of the tensor.
-        file: Index of the file in ``Base.files``.
-        offset: Position of the tensor's first byte in the file.
-        keys: Keys of its chunks, in order.
-    """
+    """A tensor of a base: its place in ``Base.files``, and the keys of its chunks in order."""
 
     dtype: DType
     shape: tuple[int, ...]

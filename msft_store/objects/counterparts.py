@@ -60,14 +60,10 @@ _NATURAL = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The tensors of a checkpoint, or those of a base.
+    """The tensors of a checkpoint, or those of a base, by name.
 
-    Attributes:
-        shapes: Shapes by name.
-        dtypes: Element types by name.
-        sample: Returns elements.
-        boxes: Offset and shape of the boxes that this process holds, by name. A tensor that it
-            holds as a whole needs no entry.
+    ``boxes`` has the offset and shape of the boxes that this process holds. A tensor that it holds
+    as a whole needs no entry.
     """
 
     shapes: Mapping[str, Shape]

@@ -97,13 +97,7 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The box of a tensor that one process held.
-
-    Attributes:
-        offset: Index of the box's first element in the tensor, for each dimension.
-        shape: Shape of the box.
-        keys: Keys of the chunks of the box's row-major little-endian bytes, in order.
-    """
+    """The box of a tensor that one process held, and the keys of its chunks in order."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -114,11 +108,7 @@ class Piece:
 class TensorEntry:
     """The description of one tensor of a checkpoint.
 
-    Attributes:
-        dtype: Element type.
-        shape: Shape of the whole tensor.
-        pieces: Boxes with their chunk keys; they cover each element once. A tensor that one process
-            saved has one piece.
+    The pieces cover each element once. A tensor that one process saved has one piece.
     """
 
     dtype: DType

@@ -25,13 +25,10 @@ from msft_store.objects.manifest import Piece, TensorEntry, chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The data that a chunk is encoded against.
+    """The data that a chunk is encoded against, and the base that is needed to read it.
 
-    Attributes:
-        base: Id of the base that is needed to read it, or ``None``.
-        depth: Depth of a record that uses it.
-        span: Elements of the base or of a view of it, a whole chunk, or consecutive parts of
-            several chunks.
+    ``depth`` is that of a record that uses it. The span is elements of the base or of a view of it,
+    a whole chunk, or consecutive parts of several chunks.
     """
 
     base: str | None

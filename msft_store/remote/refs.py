@@ -24,13 +24,7 @@ RefPair = tuple[Ref, Ref | None]
 
 @dataclass(frozen=True, kw_only=True)
 class RefMove:
-    """A ref that was created or moved in the target.
-
-    Attributes:
-        name: The ref's name.
-        before: Id of the checkpoint to which it pointed, ``None`` if it is new.
-        after: Id of the checkpoint to which it points now.
-    """
+    """A ref that was created or moved in the target; ``before`` is ``None`` for a new one."""
 
     name: str
     before: str | None
@@ -50,12 +44,8 @@ def split_names(names: Iterable[str], *, timelines: bool) -> tuple[list[str], in
 class RefRule:
     """The rule of one transfer by which refs are moved.
 
-    Attributes:
-        known: Ids of the source's checkpoints.
-        force: True to move refs that another writer moved in the target, too.
-        source: Address of the source, for messages.
-        target: Address of the target, for messages.
-        advice: The end of the message about a conflict: the next step for the user.
+    ``known`` are the ids of the source's checkpoints. ``source`` and ``target`` are addresses for
+    messages; ``advice`` is the next step for the user after a conflict.
     """
 
     known: Collection[str]

@@ -56,11 +56,7 @@ class ReadOnlyBackend:
 
 
 class Overlay(ReadOnlyBackend):
-    """Reads some files from memory and the others from another backend.
-
-    Attributes:
-        replaced: New contents of files, by path.
-    """
+    """Reads some files from memory, those in ``replaced``, and the others from another backend."""
 
     def __init__(self, inner: Backend, replaced: Mapping[str, bytes] | None = None) -> None:
         self.replaced = dict(replaced or {})

@@ -120,6 +120,7 @@ class StorageWriter(dcp.StorageWriter):
     """The storage writer of ``dcp.save`` and ``dcp.async_save`` for a store.
 
     ``checkpoint`` is the checkpoint that was saved last, in the coordinator; ``None`` elsewhere.
+    The arguments that are not listed are those of :meth:`Store.save`.
 
     Args:
         path: The store's directory, on a file system that all ranks share. The coordinator
@@ -127,12 +128,6 @@ class StorageWriter(dcp.StorageWriter):
         name: The ref that is moved to the new checkpoint; the same as
             ``dcp.save(checkpoint_id=…)``.
         parent: The base, checkpoint, id or ref from which the new checkpoint was trained.
-        step: The optimizer step.
-        metrics: Metric values in their natural units, by name.
-        tags: Tags of the checkpoint.
-        metadata: JSON values to keep with the checkpoint.
-        files: The model's configuration and tokenizer, as for :meth:`Store.save`.
-        level: The compression level, as in :meth:`Store.save`.
 
     Raises:
         InvalidInputError: If the name cannot be that of a ref, or a file cannot be kept. During a
