@@ -22,7 +22,6 @@ from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.diff import TensorDiff
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
-from msft_store.timeline.persistence import place_of
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _MORE_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -241,8 +240,11 @@ def _lanes(
 
 def _branch(checkpoint: Checkpoint) -> tuple[str, int] | None:
     """Return the timeline and branch of a checkpoint; ``None`` if it is not on a timeline."""
-    place = place_of(checkpoint)
-    return (place["name"], place["branch"]) if place else None
+    place = checkpoint.metadata.get("timeline")
+    branch = place.get("branch") if isinstance(place, Mapping) else None
+    if not isinstance(place, Mapping) or not isinstance(branch, int):
+        return None
+    return str(place.get("name", "")), branch
 
 
 def _legend(
