@@ -6,8 +6,8 @@ its chunk is then read instead, if there is one.
 
 Example::
 
-    for condition in Conditions(Survey(catalog, Verdicts())).lost:
-        print(condition.checkpoint, condition.reasons)
+    sound, waiting, lost = Survey(catalog, Verdicts()).conditions()
+    print(lost[0].checkpoint, lost[0].reasons)
 """
 
 from __future__ import annotations
@@ -45,6 +45,37 @@ from msft_store.storage.backend import Backend
 
 Row = tuple[str, int]
 """A record: the path of its pack, and its number there."""
+
+
+_MAX_REASONS = 3
+"""Largest number of reasons for a checkpoint; one damaged pack can cause a thousand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """A checkpoint that cannot be restored, and the reasons."""
+
+    checkpoint: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint[:12]}: {'; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCondition:
+    """A pack that is damaged or has the wrong name."""
+
+    path: str
+    why: str
+    records: int
+    """Number of its records; 0 if the footer cannot be read."""
+    usable: tuple[Record, ...]
+    """Records that are sound or cannot be verified until their base is back."""
+    right_path: str
+    """The path that its footer implies; its own path if the footer cannot be read."""
+    damaged: bool = True
+    """False if only its name is wrong."""
 
 
 class Verdicts:
@@ -97,12 +128,12 @@ class Survey:
             except StoreError as error:
                 self.unreadable[checkpoint.id] = strip_frames(error)
         require_damage(self.unreadable.values())
+        self._known: Known = {}
         while not self._verify_needed():
             pass
 
     @cached_property
-    def needed(self) -> set[Row]:
-        """The records that checkpoints need."""
+    def _needed(self) -> set[Row]:
         return {self.places[row] for row in np.flatnonzero(self.live).tolist()}
 
     def numbers(self, path: str) -> Numbers:
@@ -119,10 +150,6 @@ class Survey:
         here = [number for pack, number in self.dangling if pack == path]
         keys = self.verdicts.footer(self.catalog.backend, path).rows["key"][here]
         return bool(is_among(keys, self.catalog.objects.index.keys[self.live]).any())
-
-    def can_serve(self, stored: StoredChunk, place: Row) -> bool:
-        """Return True if a record is sound or cannot be verified until its base is back."""
-        return place in self.verdicts.sound or self._judge(place, stored) is None
 
     def _verify_needed(self) -> bool:
         """Verify the needed records; return True if no new one turned out to be unusable."""
@@ -191,90 +218,51 @@ class Survey:
         self.waiting[place] = strip_hint(error)
         return None
 
-
-_MAX_REASONS = 3
-"""Largest number of reasons for a checkpoint; one damaged pack can cause a thousand."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Condition:
-    """A checkpoint that cannot be restored, and the reasons."""
-
-    checkpoint: str
-    reasons: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.checkpoint[:12]}: {'; '.join(self.reasons)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackCondition:
-    """A pack that is damaged or has the wrong name."""
-
-    path: str
-    why: str
-    records: int
-    """Number of its records; 0 if the footer cannot be read."""
-    usable: tuple[Record, ...]
-    """Records that are sound or cannot be verified until their base is back."""
-    right_path: str
-    """The path that its footer implies; its own path if the footer cannot be read."""
-    damaged: bool = True
-    """False if only its name is wrong."""
-
-
-class Conditions:
-    """The condition of all checkpoints and packs, derived from a survey."""
-
-    def __init__(self, survey: Survey) -> None:
-        self._survey = survey
-        self._catalog = survey.catalog
-        self._known: Known = {}
-        self._reasons = self._unusable()
-        self.sound: list[str] = []
-        """Ids of the checkpoints that can be restored, oldest first."""
-        self.waiting: list[Condition] = []
-        """Checkpoints that need a missing or changed base, which may come back."""
-        self.lost = [
+    def conditions(self) -> tuple[list[str], list[Condition], list[Condition]]:
+        """Return the ids of the sound checkpoints, and those that wait for a base or are lost."""
+        sound: list[str] = []
+        waiting: list[Condition] = []
+        lost = [
             Condition(checkpoint=identity, reasons=(strip_hint(error),))
-            for identity, error in survey.unreadable.items()
+            for identity, error in self.unreadable.items()
         ]
-        for checkpoint in self._catalog.checkpoints():
-            if checkpoint.id in survey.unreadable:
+        for checkpoint in self.catalog.checkpoints():
+            if checkpoint.id in self.unreadable:
                 continue
             problems = self._problems(checkpoint)
             fatal = [error for error in problems if not isinstance(error, BaseError)]
             if problems:
                 texts = tuple(dict.fromkeys(map(str, fatal or problems)))[:_MAX_REASONS]
                 condition = Condition(checkpoint=checkpoint.id, reasons=texts)
-                (self.lost if fatal else self.waiting).append(condition)
+                (lost if fatal else waiting).append(condition)
             else:
-                self.sound.append(checkpoint.id)
-        self.packs = tuple(self._packs())
+                sound.append(checkpoint.id)
+        return sound, waiting, lost
 
-    def _unusable(self) -> dict[bytes, str]:
-        """Return the reasons why records are unusable, by the key of their chunk."""
-        backend, verdicts = self._catalog.backend, self._survey.verdicts
+    @cached_property
+    def _reasons(self) -> dict[bytes, str]:
+        """The reasons why records are unusable, by the key of their chunk."""
+        backend, verdicts = self.catalog.backend, self.verdicts
         return {
             verdicts.footer(backend, path).rows["key"][number].tobytes(): why
-            for places in (self._survey.dangling, verdicts.damaged)
+            for places in (self.dangling, verdicts.damaged)
             for (path, number), why in places.items()
         }
 
     def _problems(self, checkpoint: Checkpoint) -> list[StoreError]:
         base = checkpoint.base
-        if base is not None and base not in self._catalog.objects.bases():
+        if base is not None and base not in self.catalog.objects.bases():
             # The checkpoint is not lost: adding the same model again restores the same base.
             text = f"base {base[:12]} has no record that can be read; msft-store add-base PATH"
             return [BaseError(f"{text} with the same model brings it back")]
-        tensors = self._catalog.tensors(checkpoint)
+        tensors = self.catalog.tensors(checkpoint)
         found = list_problems(tensors, base, self._known, self._assess_chunk)
         return [type(problem)(f"tensor {name}: {problem}") for name, problem in found]
 
     def _assess_chunk(
         self, key: bytes, size: int, dtype: DType, base: str | None
     ) -> StoreError | None:
-        objects = self._catalog.objects
+        objects = self.catalog.objects
         if objects.find_in_base(key, base) is not None:
             try:
                 objects.read(key, size, dtype, base)
@@ -287,12 +275,13 @@ class Conditions:
         record = objects.index.stored(row).record
         if (record.size, record.dtype) != (size, dtype.code):
             return CorruptedError(f"chunk {key.hex()} has another size or dtype")
-        waiting = self._survey.waiting.get(self._survey.places[row])
+        waiting = self.waiting.get(self.places[row])
         return None if waiting is None else BaseError(waiting)
 
-    def _packs(self) -> Iterator[PackCondition]:
-        backend, verdicts = self._catalog.backend, self._survey.verdicts
-        unreadable = self._catalog.objects.damaged
+    def packs(self) -> Iterator[PackCondition]:
+        """Yield the packs that are damaged or have the wrong name."""
+        backend, verdicts = self.catalog.backend, self.verdicts
+        unreadable = self.catalog.objects.damaged
         for path in list_packs(backend):
             if path in unreadable:
                 why = strip_hint(unreadable[path])
@@ -302,7 +291,7 @@ class Conditions:
             reasons = [why for (at, _), why in verdicts.damaged.items() if at == path]
             if path in verdicts.damaged_packs:
                 reasons.append(verdicts.damaged_packs[path])
-            if self._survey.has_needed_dangling_record(path):
+            if self.has_needed_dangling_record(path):
                 reasons.append("it has chunks whose references are lost")
             right = pack_path(footer.check)
             if reasons or path != right:
@@ -312,20 +301,22 @@ class Conditions:
                     if reasons
                     else "its name is not the one that its content implies",
                     records=len(footer),
-                    usable=tuple(self._usable(path, footer)) if reasons else (),
+                    usable=tuple(self._usable_records(path, footer)) if reasons else (),
                     right_path=right,
                     damaged=bool(reasons),
                 )
 
-    def _usable(self, path: str, footer: Footer) -> list[Record]:
-        found = [(number, footer.record(number)) for number in self._survey.numbers(path).tolist()]
+    def _usable_records(self, path: str, footer: Footer) -> list[Record]:
+        """Return the records that are sound or cannot be verified until their base is back."""
+        found = [(number, footer.record(number)) for number in self.numbers(path).tolist()]
         usable = [
             (number, record)
             for number, record in found
-            if self._survey.can_serve(StoredChunk(pack=path, record=record), (path, number))
+            if (path, number) in self.verdicts.sound
+            or self._judge((path, number), StoredChunk(pack=path, record=record)) is None
         ]
         if len(usable) == len(footer):
             # Unchanged records give a new pack with the same content and name.
             return [record for _, record in usable]
-        needed = self._survey.needed
+        needed = self._needed
         return [raise_generation(record) if (path, n) in needed else record for n, record in usable]

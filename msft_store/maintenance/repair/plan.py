@@ -25,7 +25,6 @@ from msft_store.format.layout import VERSION, seal
 from msft_store.maintenance.gc import copy_records
 from msft_store.maintenance.repair.assess import (
     Condition,
-    Conditions,
     PackCondition,
     Survey,
     Verdicts,
@@ -128,25 +127,27 @@ def _plan(backend: Backend, verdicts: Verdicts) -> RepairPlan:
     overlay, recovered = recover_files(backend)
     catalog = Catalog(overlay)
     catalog.refresh()
-    found = Conditions(Survey(catalog, verdicts))
+    survey = Survey(catalog, verdicts)
+    sound, waiting, lost = survey.conditions()
+    rewritten = tuple(survey.packs())
     refs, damaged = RefReader(overlay).scan()
     require_damage(damaged.values())
-    kept = {*found.sound, *(condition.checkpoint for condition in found.waiting)}
-    packs = {pack.path for pack in found.packs}
+    kept = {*sound, *(condition.checkpoint for condition in waiting)}
+    packs = {pack.path for pack in rewritten}
     errors = {**damaged, **catalog.objects.damaged}
     quarantined = {path: strip_hint(error) for path, error in errors.items() if path not in packs}
     for ref in refs.values():
         if ref.checkpoint not in kept:
             reason = f"it points to checkpoint {ref.checkpoint[:12]}, which is lost"
             quarantined[ref_path(ref.name)] = reason
-    for condition in found.lost:
+    for condition in lost:
         quarantined[manifest_path(condition.checkpoint)] = "; ".join(condition.reasons)
     return RepairPlan(
-        sound=tuple(found.sound),
-        waiting=tuple(found.waiting),
-        lost=tuple(found.lost),
+        sound=tuple(sound),
+        waiting=tuple(waiting),
+        lost=tuple(lost),
         recovered={path: why for path, why in recovered.items() if path not in quarantined},
-        packs=found.packs,
+        packs=rewritten,
         quarantined=quarantined,
         _contents=overlay.replaced,
         _backend=backend,
