@@ -141,6 +141,7 @@ class _QuotaWriter:
     def __init__(self, backend: QuotaBackend, inner: Writer, limit: _Limit | None) -> None:
         self.limit = limit
         self._backend = backend
+        self.finalize = inner.finalize
         self._inner = inner
 
     @property
@@ -150,9 +151,6 @@ class _QuotaWriter:
     def write(self, data: bytes | memoryview) -> None:
         self._backend.count(self.limit, len(data))
         self._inner.write(data)
-
-    def finalize(self, path: str) -> None:
-        self._inner.finalize(path)
 
 
 def require_space(backend: Backend, count: int) -> None:

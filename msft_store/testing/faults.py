@@ -15,15 +15,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from msft_store.errors import OutOfSpaceError, StorageError
 from msft_store.objects.catalog import CONFIG, Config, encode_config
 from msft_store.storage.backend import Backend, FileStat, Writer, write_atomic
-from msft_store.storage.claims import Claim
-from msft_store.storage.lock_files import Lock
 from msft_store.store import Store
 from msft_store.testing.expect import require
 
@@ -63,6 +61,10 @@ class FaultyBackend:
         self.fail_at: int | None = None
         self.count = 0
         self.failed = False
+        self.describe = inner.describe
+        self.claim = inner.claim
+        self.locks = inner.locks
+        self.unlock = inner.unlock
         self._inner = inner
         self._error = error
         self._kinds = kinds
@@ -77,9 +79,6 @@ class FaultyBackend:
     def disarm(self) -> None:
         """Let all further operations succeed, unless the process counts as killed."""
         self.fail_at = None
-
-    def describe(self, path: str) -> str:
-        return self._inner.describe(path)
 
     def exists(self, path: str) -> bool:
         self._operate("exists")
@@ -118,15 +117,6 @@ class FaultyBackend:
         self._operate("lock")
         with self._inner.lock(shared=shared, purpose=purpose):
             yield
-
-    def claim(self, kind: str, name: str) -> Claim:
-        return self._inner.claim(kind, name)
-
-    def locks(self) -> Sequence[Lock]:
-        return self._inner.locks()
-
-    def unlock(self, *, force: bool) -> Sequence[Lock]:
-        return self._inner.unlock(force=force)
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:

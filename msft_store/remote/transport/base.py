@@ -17,7 +17,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from msft_store.errors import StorageError
@@ -28,6 +28,7 @@ PART_BYTES = 8 << 20
 """Bytes of a large file that are read or sent in one request."""
 PartReader = Callable[[], Iterator[bytes]]
 """Yields the bytes of a file in parts, from its beginning, each time it is called."""
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -115,48 +116,34 @@ class RetryingRemote:
     """
 
     def __init__(self, inner: Remote, *, attempts: int = 4, delay: float = 0.5) -> None:
+        self._attempts = attempts
+        self._delay = delay
         self.workers = inner.workers
         self.describe = inner.describe
         self.session = inner.session
-        self._inner = inner
-        self._attempts = attempts
-        self._delay = delay
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        return self._retry(lambda: self._inner.sizes(folder))
-
-    def size(self, path: str) -> int | None:
-        return self._retry(lambda: self._inner.size(path))
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        return self._retry(lambda: self._inner.read(path, offset, length))
-
-    def read_versioned(self, path: str, most: int) -> tuple[bytes, Any] | None:
-        return self._retry(lambda: self._inner.read_versioned(path, most))
-
-    def put(self, path: str, parts: PartReader, size: int) -> None:
-        self._retry(lambda: self._inner.put(path, parts, size))
-
-    def create(self, path: str, data: bytes) -> bool:
+        self.sizes = self._retrying(inner.sizes)
+        self.size = self._retrying(inner.size)
+        self.read = self._retrying(inner.read)
+        self.read_versioned = self._retrying(inner.read_versioned)
+        self.put = self._retrying(inner.put)
         # If the reply to an attempt was lost, the retry finds the file that this call wrote and
         # returns False. The caller compares the content.
-        return self._retry(lambda: self._inner.create(path, data))
+        self.create = self._retrying(inner.create)
+        self.replace = self._retrying(inner.replace)
+        self.sync = self._retrying(inner.sync)
 
-    def replace(self, path: str, data: bytes, version: Any) -> bool:
-        return self._retry(lambda: self._inner.replace(path, data, version))
+    def _retrying(self, call: Callable[_P, _T]) -> Callable[_P, _T]:
+        def retry(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            for attempt in range(self._attempts - 1):
+                try:
+                    return call(*args, **kwargs)
+                except ConnectionLostError as error:
+                    wait = self._delay * 2**attempt * random.uniform(1, 1.5)  # noqa: S311
+                    _log.info("%s; attempt %d follows in %.1f s", error, attempt + 2, wait)
+                    time.sleep(wait)
+            return call(*args, **kwargs)
 
-    def sync(self, folder: str) -> None:
-        self._retry(lambda: self._inner.sync(folder))
-
-    def _retry(self, operation: Callable[[], _T]) -> _T:
-        for attempt in range(self._attempts - 1):
-            try:
-                return operation()
-            except ConnectionLostError as error:
-                wait = self._delay * 2**attempt * random.uniform(1, 1.5)  # noqa: S311
-                _log.info("%s; attempt %d follows in %.1f s", error, attempt + 2, wait)
-                time.sleep(wait)
-        return operation()
+        return retry
 
 
 def as_parts(data: bytes) -> tuple[PartReader, int]:

@@ -35,8 +35,6 @@ from msft_store.remote.transport.base import (
     redact_url,
 )
 
-_SINGLE_REQUEST_BYTES = PART_BYTES
-"""Maximal bytes of a file that is sent in one request."""
 _MAX_PARTS = 9000
 """Maximal number of parts of one file. S3 takes up to 10,000."""
 _PARALLEL_PARTS = 2
@@ -81,7 +79,6 @@ _KEYS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account's key",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
-_ENDPOINTS = {"s3": "AWS_ENDPOINT_URL"}
 
 
 def find_status(error: Exception) -> str:
@@ -131,8 +128,7 @@ def suggest_fix(scheme: str, error: Exception) -> str:
     if "Account must be specified" in text:
         return "set AZURE_STORAGE_ACCOUNT_NAME"
     if not code and any(sign in text for sign, _ in _CAUSES):
-        name = _ENDPOINTS.get(kind)
-        return f"check the network{f' and {name}' if name else ''}"
+        return f"check the network{' and AWS_ENDPOINT_URL' if kind == 's3' else ''}"
     return ""
 
 
@@ -284,7 +280,7 @@ class ObjectRemote:
 
     def put(self, path: str, parts: PartReader, size: int) -> None:
         with self._translate_errors("write", path):
-            if size <= _SINGLE_REQUEST_BYTES:
+            if size <= PART_BYTES:
                 self._obstore.put(self._store, path, b"".join(parts()), use_multipart=False)
                 return
             self._obstore.put(
