@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from msft_store._util import format_bytes, format_percent, format_table, shorten_path
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.refs import TIMELINES
 
 _HEADER = ("checkpoint", "step", "metrics", "logical", "stored", "ratio", "kept by")
 _METRICS_SHOWN = 4
@@ -104,7 +105,7 @@ def reasons_of(note: Mapping[str, object]) -> list[str]:
 def _format_reasons(names: Sequence[str], notes: Mapping[str, Mapping[str, object]]) -> str:
     # Another process may have unpinned a ref since its name was read.
     reasons = [reason for name in names for reason in reasons_of(notes.get(name, {}))]
-    own = [name for name in names if not name.startswith("timelines/")]
+    own = [name for name in names if not name.startswith(TIMELINES)]
     parts = list(dict.fromkeys([*own, *(reasons or ([] if own else map(_strip_id, names)))]))
     shown = 1
     while shown < len(parts) and len(", ".join(parts[: shown + 1])) <= _REASONS_WIDTH:

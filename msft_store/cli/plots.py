@@ -22,6 +22,7 @@ from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.diff import TensorDiff
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.refs import TIMELINES
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _MORE_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -261,7 +262,7 @@ def _legend(
     ]
     names: dict[str, list[str]] = {}
     for name, identity in sorted(refs.items()):
-        if not name.startswith("timelines/"):
+        if not name.startswith(TIMELINES):
             names.setdefault(identity, []).append(name)
     for number, checkpoint in enumerate(checkpoints, 1):
         own = ", ".join(names.get(checkpoint.id, ()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -89,8 +89,7 @@ def diff(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> 
     If one side is a base, the tensors of the checkpoint get the names of the matching tensors of
     the base, without their prefix.
     """
-    first, second = _side(catalog, one), _side(catalog, other)
-    first, second = _renamed(catalog, first, one, other), _renamed(catalog, second, other, one)
+    first, second = _side(catalog, one, other), _side(catalog, other, one)
     stored = {}
     if isinstance(other, Checkpoint):
         stored = {
@@ -108,33 +107,27 @@ def table_of(base: Base) -> dict[str, TensorEntry]:
     return {name: whole_entry(t.dtype, t.shape, t.keys) for name, t in base.tensors.items()}
 
 
-def _side(catalog: Catalog, one: Base | Checkpoint) -> _Side:
+def _side(catalog: Catalog, one: Base | Checkpoint, other: Base | Checkpoint) -> _Side:
+    """Return one side; a checkpoint beside a base gets the names of that base."""
     if isinstance(one, Base):
         source = Source(objects=catalog.objects, base=one.id, name=f"base {one.id[:12]}")
         return _Side(tensors=table_of(one), source=source)
-    tensors = split_files(catalog.tensors(one))[0]
-    return _Side(tensors=tensors, source=Source.of(catalog, one))
-
-
-def _renamed(
-    catalog: Catalog, side: _Side, one: Base | Checkpoint, other: Base | Checkpoint
-) -> _Side:
-    """Return the side of a checkpoint, renamed to the names of the base on the other side."""
-    if isinstance(one, Base) or not isinstance(other, Base):
-        return side
-    shapes = {name: entry.shape for name, entry in side.tensors.items()}
+    tensors, source = split_files(catalog.tensors(one))[0], Source.of(catalog, one)
+    if not isinstance(other, Base):
+        return _Side(tensors=tensors, source=source)
+    shapes = {name: entry.shape for name, entry in tensors.items()}
     found = match_names(shapes, other.shapes)
     if one.base == other.id:
         known = catalog.tables.mapping(one).names
         found |= {name: old for name, old in known.items() if name in shapes}
     names: dict[str, str] = {}
-    taken = set(side.tensors)
+    taken = set(tensors)
     for name, theirs in found.items():
         if theirs not in taken:
             names[name] = theirs
             taken.add(theirs)
-    tensors = {names.get(name, name): entry for name, entry in side.tensors.items()}
-    return replace(side, tensors=tensors, names=names)
+    tensors = {names.get(name, name): entry for name, entry in tensors.items()}
+    return _Side(tensors=tensors, source=source, names=names)
 
 
 def _compare(name: str, first: _Side, second: _Side, stored_bytes: int) -> TensorDiff:

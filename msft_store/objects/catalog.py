@@ -42,6 +42,7 @@ from msft_store.errors import (
 )
 from msft_store.format.key_table import (
     Keys,
+    Numbers,
     concatenate_keys,
     select_changed_keys,
     unique_keys,
@@ -362,20 +363,21 @@ class Catalog:
 
     def stored_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the current encoded bytes of the chunks that a checkpoint names."""
-        keys, index = unique_keys(self.keys(checkpoint)), self.objects.index
-        rows, _ = self.objects.find_needed(index, keys, checkpoint.base)
-        return int(index.lengths[rows].sum())
+        return int(self.objects.index.lengths[self._rows(checkpoint)].sum())
 
     def depth(self, checkpoint: Checkpoint) -> int:
         """Return the depth that at least half of a checkpoint's encoded bytes do not exceed."""
-        index = self.objects.index
-        keys = unique_keys(self.keys(checkpoint))
-        rows, _ = self.objects.find_needed(index, keys, checkpoint.base)
+        index, rows = self.objects.index, self._rows(checkpoint)
         if not rows.size:
             return 0
         order = rows[np.argsort(index.depths[rows], kind="stable")]
         bytes_up_to = np.cumsum(index.lengths[order], dtype=np.int64)
         return int(index.depths[order[np.searchsorted(bytes_up_to, bytes_up_to[-1] / 2)]])
+
+    def _rows(self, checkpoint: Checkpoint) -> Numbers:
+        """Return the rows of the index that hold the chunks that a checkpoint names."""
+        keys = unique_keys(self.keys(checkpoint))
+        return self.objects.find_needed(self.objects.index, keys, checkpoint.base)[0]
 
     def lineage(self, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         """Yield a checkpoint, its parent and so on, as far as they are there."""

@@ -27,6 +27,8 @@ from msft_store.format.strict_json import check_id, check_shallow_object
 from msft_store.storage.backend import Backend, list_names, read_small_file, write_atomic
 
 REFS = "refs"
+TIMELINES = "timelines/"
+"""Beginning of the names of the refs of timelines."""
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 _MAX_NAME = 200

@@ -15,9 +15,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from msft_store.errors import ConflictError
-from msft_store.objects.refs import Ref
+from msft_store.objects.refs import TIMELINES, Ref
 
-TIMELINES = "timelines/"
 RefPair = tuple[Ref, Ref | None]
 """A ref of the source, and the ref of the same name in the target."""
 

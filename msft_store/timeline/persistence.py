@@ -20,6 +20,7 @@ from typing import Any
 
 from msft_store.errors import InvalidInputError
 from msft_store.objects.manifest import Checkpoint
+from msft_store.objects.refs import TIMELINES
 from msft_store.store import Store
 from msft_store.timeline.room import NoRoom
 
@@ -47,7 +48,7 @@ class PersistedTimeline:
 
 def ref_of(timeline: str, part: str) -> str:
     """Return the name of a timeline's ref to its root, or to the checkpoint of an id."""
-    return f"timelines/{timeline}/{part}"
+    return f"{TIMELINES}{timeline}/{part}"
 
 
 def place_of(checkpoint: Checkpoint) -> Mapping[str, Any]:

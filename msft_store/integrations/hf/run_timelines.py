@@ -28,7 +28,7 @@ from msft_store.objects.manifest import Checkpoint
 from msft_store.retention import Candidate, KeepBest, KeepLast, Mode, Policy, Reason
 from msft_store.saver import Background
 from msft_store.store import Store
-from msft_store.timeline.persistence import KEY
+from msft_store.timeline.persistence import KEY, ref_of
 from msft_store.timeline.timeline import Timeline
 
 _RESUME = "-resume"
@@ -190,6 +190,6 @@ class RunTimelines:
                 timeline.close()
 
     def _protected(self, timeline: str) -> list[Checkpoint]:
-        prefix = f"timelines/{timeline}/"
+        prefix = ref_of(timeline, "")
         named = {target for ref, target in self._store.refs().items() if ref.startswith(prefix)}
         return [checkpoint for checkpoint in self._store.log() if checkpoint.id in named]

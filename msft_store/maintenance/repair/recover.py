@@ -30,7 +30,7 @@ from msft_store.objects.catalog import CONFIG, Config, encode_config, read_confi
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import list_manifests, manifest_path, read_version
 from msft_store.objects.packs import list_packs
-from msft_store.objects.refs import Ref, encode_ref, list_refs, read_ref, ref_path
+from msft_store.objects.refs import TIMELINES, Ref, encode_ref, list_refs, read_ref, ref_path
 from msft_store.objects.tables import TensorTables
 from msft_store.storage.backend import Backend, read_small_file
 from msft_store.storage.overlay import Overlay
@@ -38,7 +38,6 @@ from msft_store.storage.overlay import Overlay
 _EXTRACTED = "damaged; its content was recovered"
 _PATH = re.compile(rb'"path":("(?:[^"\\]|\\.)*")')
 _TARGET = re.compile(rb'"checkpoint":"([0-9a-f]{32})"')
-_TIMELINES = "timelines/"
 
 Recovery = Callable[[bytes], bytes | None]
 """Returns the right content of a file, given its damaged content, or ``None`` if it cannot."""
@@ -178,7 +177,7 @@ def _rebuild_ref(backend: Backend, name: str) -> Recovery:
     def rebuild(data: bytes) -> bytes | None:
         found = _TARGET.search(data)
         # The ref of a timeline is useless without its note.
-        if found is None or name.startswith(_TIMELINES):
+        if found is None or name.startswith(TIMELINES):
             return None
         target = found[1].decode()
         exists = backend.exists(manifest_path(target))
