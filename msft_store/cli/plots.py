@@ -163,27 +163,12 @@ def draw_lineage(
         edgecolor="tab:blue",
         zorder=3,
     )
-    for row, (identity, mark, text) in enumerate(legend):
-        axes.annotate(
-            mark,
-            at[identity],
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            zorder=4,
-        )
-        for edge, part, side in ((0.03, mark, "right"), (0.04, text, "left")):
-            below.text(
-                edge,
-                1 - (row + 0.5) / len(legend),
-                part,
-                ha=side,
-                va="center",
-                fontsize=8,
-                parse_math=False,
-                transform=below.transAxes,
-            )
+    above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+    for identity, mark, _ in legend:
+        axes.annotate(mark, at[identity], fontsize=8, zorder=4, **above)
+    listed = "\n".join(f"{mark:>4} {text}" for _, mark, text in legend)
+    style: dict[str, Any] = {"fontsize": 8, "family": "monospace", "linespacing": 1.4}
+    below.text(0, 1, listed, va="top", parse_math=False, transform=below.transAxes, **style)
     below.set_axis_off()
     axes.set_xlabel("order" if in_order else "step")
     axes.set_ylabel("branch")
