@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from msft_store.errors import StorageError
-from msft_store.maintenance.export_names import KEY as EXPORT
+from msft_store.maintenance.export_names import export_settings
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.nested import from_tensors, to_tensors
@@ -95,8 +95,7 @@ def free_prefix(prefix: str, weights: Iterable[str]) -> str:
 
 def prefix_of(checkpoint: Checkpoint, prefix: str) -> str:
     """Return the prefix that :func:`free_prefix` chose, from the settings of the export."""
-    settings = checkpoint.metadata.get(EXPORT)
-    without = settings.get("without") if isinstance(settings, Mapping) else None
+    without = export_settings(checkpoint).get("without")
     chosen = isinstance(without, str) and without.rstrip("_.") == prefix
     return str(without).removesuffix(".") if chosen else prefix
 

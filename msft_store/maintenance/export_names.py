@@ -73,6 +73,12 @@ class Exported:
         return own + sum(part.nbytes for part in self.further.values())
 
 
+def export_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the settings of an export that a checkpoint's metadata has."""
+    stored = checkpoint.metadata.get(KEY)
+    return stored if isinstance(stored, Mapping) else {}
+
+
 def exported(
     checkpoint: Checkpoint,
     tensors: Mapping[str, TensorEntry],
@@ -89,8 +95,7 @@ def exported(
     files of the base, as far as ``mapping`` tells them, and those in the checkpoint.
     :class:`InvalidInputError` if ``"files"`` is selected and not possible for all tensors.
     """
-    stored = checkpoint.metadata.get(KEY)
-    settings = stored if isinstance(stored, Mapping) else {}
+    settings = export_settings(checkpoint)
     without, within = settings.get("without"), settings.get("within")
     adapter = settings.get("adapter")
     if not isinstance(adapter, Mapping):

@@ -23,7 +23,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -40,8 +40,7 @@ from msft_store.integrations.trained import (
     restore_complete,
     trained_beside,
 )
-from msft_store.maintenance.export_names import KEY as EXPORT
-from msft_store.maintenance.export_names import PROMPTS
+from msft_store.maintenance.export_names import PROMPTS, export_settings
 from msft_store.objects.manifest import Checkpoint
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_plain, flatten_entries
@@ -154,8 +153,7 @@ class KeptModel:
 
     def _order(self, checkpoint: Checkpoint) -> list[str]:
         """Return the active adapters in the order of a checkpoint."""
-        settings = checkpoint.metadata.get(EXPORT)
-        known = settings.get("adapters") if isinstance(settings, Mapping) else None
+        known = export_settings(checkpoint).get("adapters")
         others = list(known) if isinstance(known, Mapping) else []
         lacking = [name for name in others if name not in self.model.peft_config]
         active = self._active()
@@ -171,28 +169,27 @@ class KeptModel:
 
     def _adapters(self, active: list[str]) -> dict[str, Any]:
         """Return the entries of adapters under the names of PEFT's files."""
-        from peft import get_peft_model_state_dict  # noqa: PLC0415
-
         first, *others = active
-        rows: Any = True if _may_have_new_rows(self.model, first) else "auto"
-        found: dict[str, Any] = get_peft_model_state_dict(
-            self.model, adapter_name=first, save_embedding_layers=rows
-        )
+        found = self._entries(first, _may_have_new_rows(self.model, first) or "auto")
         for name in others:
-            state = get_peft_model_state_dict(
-                self.model, adapter_name=name, save_embedding_layers=False
-            )
-            found |= {f"{name}/{key}": value for key, value in state.items()}
+            entries = self._entries(name, rows=False)
+            found |= {f"{name}/{key}": value for key, value in entries.items()}
         return found
 
     def _required(self, adapter: str) -> set[str]:
         """Return the names that every checkpoint of an adapter has."""
+        return set(
+            self._entries(adapter, False if _may_have_new_rows(self.model, adapter) else "auto")
+        )
+
+    def _entries(self, adapter: str, rows: bool | Literal["auto"]) -> dict[str, Any]:
+        """Return the entries of an adapter; ``rows`` says if the embeddings are among them."""
         from peft import get_peft_model_state_dict  # noqa: PLC0415
 
-        rows: Any = False if _may_have_new_rows(self.model, adapter) else "auto"
-        return set(
-            get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=rows)
+        found: dict[str, Any] = get_peft_model_state_dict(
+            self.model, adapter_name=adapter, save_embedding_layers=rows
         )
+        return found
 
     def _beside(self, adapters: Mapping[str, Any]) -> dict[str, Any]:
         """Return what training changes besides adapters, under the model's own names."""
