@@ -37,9 +37,7 @@ REPAIR_HINT = "msft-store check names what is still sound, msft-store repair kee
 class StoreError(Exception):
     """The base class of every error that this package raises on purpose.
 
-    Args:
-        message: What happened, where, and what to do next.
-        file: Path of the damaged file.
+    The message says what happened, where, and what to do next.
 
     Attributes:
         file: Path of the damaged file, or ``None`` if the error concerns no single file.

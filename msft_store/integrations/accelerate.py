@@ -145,14 +145,9 @@ def save_state(
 ) -> str:
     """Commit the state of everything that the accelerator prepared. All processes must call this.
 
-    Args:
-        accelerator: The accelerator whose models, optimizers, schedulers, scaler and registered
-            objects are saved.
-        timeline: As for :func:`register`.
-        step: The optimizer step.
-        metrics: Metric values in their natural units, by name.
-        metadata: JSON values to keep with the checkpoint, for example the position in the data.
-        files: As for :func:`register`.
+    Models, optimizers, schedulers, scaler and registered objects are saved. The arguments are as
+    for :func:`register` and :meth:`Timeline.commit`; ``metadata`` may hold the position in the
+    data.
 
     Returns:
         The checkpoint's id, in every process.

@@ -36,14 +36,9 @@ class SimulatedKill(BaseException):
 
 
 class FaultyBackend:
-    """Another backend that fails at one operation.
+    """Another backend that fails at one operation, of the kinds that are counted, with an error.
 
     A write fails after half of its bytes. After a :class:`SimulatedKill` the temporary files stay.
-
-    Args:
-        inner: The backend that does the operations.
-        error: Type of the failure.
-        kinds: Kinds of the operations that are counted and can fail.
 
     Attributes:
         fail_at: Number of the operation that fails, from 0; ``None`` lets all succeed.
@@ -188,9 +183,6 @@ def check_faults(backend: Backend, *, every: int = 1) -> int:
 
     Returns:
         The number of injected failures.
-
-    Raises:
-        AssertionError: The store lost something.
     """
     write_atomic(backend, CONFIG, encode_config(Config()))
     store = Store(backend)

@@ -259,13 +259,10 @@ class Timeline:
         return tensors
 
     def rewind(self, index: int) -> None:
-        """Make the next commit number ``index`` of its branch, and evict the later ones.
+        """Make the next commit number ``index``, from 0 up, of its branch; evict the later ones.
 
         A run that goes on from an earlier position after a kill calls this: commits that are
         repeated with equal content get their earlier ids.
-
-        Args:
-            index: Number of the next commit on the current branch, from 0 up.
 
         Raises:
             InvalidInputError: The number is beyond the next one. A recovered timeline accepts any
