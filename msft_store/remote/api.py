@@ -111,7 +111,7 @@ def push(
         StorageError: If the remote cannot be reached or refuses a request.
     """
     backend, remote = LocalBackend(_directory(store)), connect_remote(url, **options)
-    counter = TransferCounter(progress=progress)
+    counter = TransferCounter(progress)
     target = getattr(remote, "backend", None)
     if isinstance(target, LocalBackend):
         refuse_inside_store(target.root, "push to")
@@ -126,7 +126,7 @@ def push(
         lambda: read_consistently(backend, push_once, times=_ATTEMPTS),
         target,
     )
-    return counter.to_transfer()
+    return counter.done
 
 
 def pull(
@@ -167,14 +167,14 @@ def pull(
         default = root.parent / f"{root.name}-bases"
         bases = default if base_directory is None else check_path(base_directory)
         refuse_inside_store(bases, "fetch base models to", itself=True)
-    counter = TransferCounter(progress=progress)
+    counter = TransferCounter(progress)
 
     def pull_once() -> None:
         with backend.lock(shared=True, purpose="pull"):
             pull_store(remote, backend, counter, bases=bases, force=force, timelines=timelines)
 
     _retry_after_gc(pull_once, backend)
-    return counter.to_transfer()
+    return counter.done
 
 
 def clone(

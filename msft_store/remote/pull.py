@@ -82,7 +82,8 @@ def pull_store(
     catalog.refresh()
     require_version(read_config(source), source, catalog.config, backend)
     ids = _check_ids(source, MANIFESTS, list_manifests(source))
-    names, counter.timelines_left = split_names(list_refs(source), timelines=timelines)
+    names, left = split_names(list_refs(source), timelines=timelines)
+    counter.set_left(timelines_left=left)
     rule = RefRule(
         known=set(ids),
         force=force,
@@ -132,14 +133,14 @@ class _Pull:
             path = base_path(identity)
             if folder is not None and (identity not in known or has_missing_files(known[identity])):
                 record, size = pull_base(self.remote, identity, folder, self.counter)
-                self.counter.base_bytes += size
+                self.counter.add(base_bytes=size)
             elif identity not in known:
                 record = read_small_file(source, path)
                 read_base(Overlay(source, {path: record}), identity)
             else:
                 continue
             write_atomic(self.backend, path, record)
-            self.counter.add_file(len(record), base=True)
+            self.counter.add(bytes=len(record), bases=1)
         self.backend.sync(BASES)
         self.catalog.objects.refresh()
 
@@ -168,10 +169,10 @@ class _Pull:
             _log.info("%s: fetching %d staged packs again", error, len(reused))
             self._stage_packs(reused, reuse=False)
             unverified = self._verify(view, packs)
-        self.counter.unverified += unverified
+        self.counter.add(unverified=unverified)
         self._move_into_place([pack.path for pack in packs], PACKS)
         self._move_into_place([manifest_path(c.id) for c in checkpoints], MANIFESTS)
-        self.counter.checkpoints += [checkpoint.id for checkpoint in checkpoints]
+        self.counter.add(checkpoints=tuple(checkpoint.id for checkpoint in checkpoints))
 
     def _has_key_table(self, checkpoint: Checkpoint) -> bool:
         try:
@@ -206,7 +207,7 @@ class _Pull:
         with contextlib.closing(in_order(fetch, iter(missing), self.remote.workers)) as fetched:
             for path, data in fetched:
                 write_atomic(self.backend, self._staged[path], data)
-                self.counter.add_file(len(data))
+                self.counter.add(bytes=len(data))
         checkpoints = [verify(view, identity) for identity in identities]
         return sorted(checkpoints, key=lambda c: (c.created, c.id))
 
@@ -236,7 +237,7 @@ class _Pull:
                         writer.write(part)
                         self.counter.advance(len(part))
                     writer.finalize(self._staged[pack.path])
-                self.counter.add_file(pack.size, pack=True)
+                self.counter.add(bytes=pack.size, packs=1)
 
     def _move_into_place(self, paths: Sequence[str], folder: str) -> None:
         for path in paths:

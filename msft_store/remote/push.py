@@ -70,15 +70,16 @@ def push_store(
     )
     push = _Push(catalog, remote, counter, rule)
     push.ensure_store()
-    names, counter.timelines_left = split_names(list_refs(catalog.backend), timelines=timelines)
+    names, left = split_names(list_refs(catalog.backend), timelines=timelines)
+    counter.set_left(timelines_left=left)
     refs = push.select_refs(names)
     with remote.session("push"):
         push.send_bases()
         if with_base:
             for base in catalog.objects.bases().values():
-                counter.base_bytes += push_base(remote, base, counter)
+                counter.add(base_bytes=push_base(remote, base, counter))
         push.send_checkpoints()
-        counter.bases_left = push.find_bases_left()
+        counter.set_left(bases_left=push.find_bases_left())
     for ref in refs:
         push.send_ref(ref)
 
@@ -104,7 +105,7 @@ class _Push:
                 )
             config = read_small_file(self.catalog.backend, CONFIG)
             if not others and remote.create(CONFIG, config):
-                self.counter.add_file(len(config))
+                self.counter.add(bytes=len(config))
         require_version(self.catalog.config, self.catalog.backend, read_config(target), target)
 
     def send_bases(self) -> None:
@@ -119,7 +120,7 @@ class _Push:
                 continue
             read_base(Overlay(backend, {path: record}), identity)
             self.remote.put(path, *as_parts(record))
-            self.counter.add_file(len(record), base=True)
+            self.counter.add(bytes=len(record), bases=1)
         self.remote.sync(BASES)
 
     def send_checkpoints(self) -> None:
@@ -140,7 +141,8 @@ class _Push:
         incomplete = is_missing_chunks(catalog.objects, objects, catalog.keys_by_base(old))
         keys = catalog.keys_by_base([*(old if incomplete else ()), *new])
         packs = select_packs(catalog.objects, catalog.backend, objects, keys)
-        counter.unverified += verify_packs(catalog.objects, packs, counter, at_target=False)
+        unverified = verify_packs(catalog.objects, packs, counter, at_target=False)
+        counter.add(unverified=unverified)
         counter.start_step("send", sum(pack.size for pack in packs))
         map_parallel(self._send_pack, packs, remote.workers)
         remote.sync(PACKS)
@@ -149,7 +151,7 @@ class _Push:
 
     def find_bases_left(self) -> tuple[str, ...]:
         """Return the paths of the bases that sent checkpoints need and the remote does not have."""
-        sent = [self.catalog.get(identity) for identity in self.counter.checkpoints]
+        sent = [self.catalog.get(identity) for identity in self.counter.done.checkpoints]
         known = self.catalog.objects.bases()
         needed = {c.base for c in sent if c is not None and c.base is not None}
         return tuple(known[i].path for i in sorted(needed) if not has_base(self.remote, i))
@@ -157,15 +159,14 @@ class _Push:
     def _send_pack(self, pack: PackTransfer) -> None:
         parts = self.counter.count_parts(lambda: pack.read_parts(self.catalog.backend))
         self.remote.put(pack.path, parts, pack.size)
-        self.counter.add_file(pack.size, pack=True)
+        self.counter.add(bytes=pack.size, packs=1)
 
     def _send_manifest(self, checkpoint: Checkpoint) -> None:
         backend, path = self.catalog.backend, manifest_path(checkpoint.id)
         data = read_small_file(backend, path)
         self.catalog.tables.verify(Overlay(backend, {path: data}), checkpoint.id)
         self.remote.put(path, *as_parts(data))
-        self.counter.add_file(len(data))
-        self.counter.checkpoints.append(checkpoint.id)
+        self.counter.add(bytes=len(data), checkpoints=(checkpoint.id,))
 
     def select_refs(self, names: list[str]) -> list[Ref]:
         """Return the refs to be written; raise ConflictError before anything is sent."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 from msft_store._util import format_bytes, format_count
 from msft_store.objects.refs import Ref
@@ -41,13 +42,13 @@ class Transfer:
             target. They must stay as they are.
     """
 
-    checkpoints: tuple[str, ...]
-    packs: int
-    bases: int
-    refs: tuple[RefMove, ...]
-    bytes: int
-    base_bytes: int
-    unverified: int
+    checkpoints: tuple[str, ...] = ()
+    packs: int = 0
+    bases: int = 0
+    refs: tuple[RefMove, ...] = ()
+    bytes: int = 0
+    base_bytes: int = 0
+    unverified: int = 0
     timelines_left: int = 0
     bases_left: tuple[str, ...] = ()
 
@@ -81,49 +82,43 @@ class Transfer:
         return "\n".join(parts)
 
 
-@dataclass(kw_only=True)
 class TransferCounter:
     """Counts what a transfer has moved so far. Methods may be called from several threads."""
 
-    checkpoints: list[str] = field(default_factory=list)
-    packs: int = 0
-    bases: int = 0
-    refs: list[RefMove] = field(default_factory=list)
-    bytes: int = 0
-    base_bytes: int = 0
-    unverified: int = 0
-    timelines_left: int = 0
-    bases_left: tuple[str, ...] = ()
-    progress: Progress | None = None
-    _step: str = ""
-    _done: int = 0
-    _total: int = 0
-    _mutex: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.done = Transfer()
+        self._progress = progress
+        self._step, self._so_far, self._total = "", 0, 0
+        self._mutex = threading.Lock()
 
-    def add_file(self, size: int, *, pack: bool = False, base: bool = False) -> None:
-        """Count a transferred file."""
+    def add(self, **counts: Any) -> None:
+        """Add numbers, or tuples of ids and refs, to the fields of these names."""
         with self._mutex:
-            self.bytes += size
-            self.packs += pack
-            self.bases += base
+            more = {name: getattr(self.done, name) + count for name, count in counts.items()}
+            self.done = replace(self.done, **more)
+
+    def set_left(self, **left: Any) -> None:
+        """State what is not transferred, in the fields of these names."""
+        with self._mutex:
+            self.done = replace(self.done, **left)
 
     def add_ref(self, before: Ref | None, after: Ref, size: int, place: str) -> None:
         """Count a ref that was written to a place, as a file of ``size`` bytes."""
-        self.add_file(size)
         old = None if before is None else before.checkpoint
-        self.refs.append(RefMove(name=after.name, before=old, after=after.checkpoint))
+        move = RefMove(name=after.name, before=old, after=after.checkpoint)
+        self.add(bytes=size, refs=(move,))
         _log.info("moved ref %s at %s to %s", after.name, place, after.checkpoint)
 
     def start_step(self, step: str, total: int) -> None:
         """Start the progress of a step of ``total`` bytes, 0 if unknown."""
         with self._mutex:
-            self._step, self._done, self._total = step, 0, total
+            self._step, self._so_far, self._total = step, 0, total
             self._report()
 
     def advance(self, size: int) -> None:
         """Count bytes of the current step; negative if they are transferred again."""
         with self._mutex:
-            self._done += size
+            self._so_far += size
             self._report()
 
     def count_parts(self, parts: PartReader) -> PartReader:
@@ -142,19 +137,5 @@ class TransferCounter:
         return read
 
     def _report(self) -> None:
-        if self.progress is not None:
-            self.progress(self._step, self._done, self._total)
-
-    def to_transfer(self) -> Transfer:
-        """Return the counts."""
-        return Transfer(
-            checkpoints=tuple(self.checkpoints),
-            packs=self.packs,
-            bases=self.bases,
-            refs=tuple(self.refs),
-            bytes=self.bytes,
-            base_bytes=self.base_bytes,
-            unverified=self.unverified,
-            timelines_left=self.timelines_left,
-            bases_left=self.bases_left,
-        )
+        if self._progress is not None:
+            self._progress(self._step, self._so_far, self._total)
