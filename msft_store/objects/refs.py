@@ -104,8 +104,12 @@ def ref_path(name: str) -> str:
 
 def read_ref(backend: Backend, path: str) -> Ref:
     """Return the ref at a path."""
-    what = backend.describe(path)
-    content = unseal(read_small_file(backend, path), what, "msft-ref")
+    return parse_ref(read_small_file(backend, path), path, backend.describe(path))
+
+
+def parse_ref(data: bytes, path: str, what: str) -> Ref:
+    """Return the ref that is or will be at a path, from its bytes; ``what`` is for messages."""
+    content = unseal(data, what, "msft-ref")
     name = path[len(REFS) + 1 : -len(_SUFFIX)]
     try:
         target = check_id(content.get("checkpoint"))

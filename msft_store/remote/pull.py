@@ -35,7 +35,7 @@ from msft_store.objects.manifest import (
     manifest_path,
 )
 from msft_store.objects.packs import PACKS
-from msft_store.objects.refs import Ref, list_refs, read_ref, ref_path
+from msft_store.objects.refs import Ref, list_refs, parse_ref, read_ref, ref_path
 from msft_store.pipeline.parallel import in_order
 from msft_store.remote.backend import (
     RemoteBackend,
@@ -270,7 +270,7 @@ class _Pull:
             _log.warning("%s is left out: %s at the remote", self.source.describe(path), error)
             return
         data = read_small_file(self.source, path)
-        if read_ref(Overlay(self.source, {path: data}), path) != ref:
+        if parse_ref(data, path, self.source.describe(path)) != ref:
             # The ref was moved since it was listed. The next pull fetches its checkpoint too.
             return
         write_atomic(self.backend, path, data)

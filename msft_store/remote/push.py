@@ -21,7 +21,7 @@ from msft_store.objects.catalog import CONFIG, Catalog, read_config
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
-from msft_store.objects.refs import REFS, Ref, list_refs, read_ref, ref_path
+from msft_store.objects.refs import REFS, Ref, list_refs, parse_ref, read_ref, ref_path
 from msft_store.remote.backend import (
     RemoteBackend,
     is_sound,
@@ -196,7 +196,7 @@ class _Push:
             return None, None
         data, version = found
         try:
-            return read_ref(Overlay(RemoteBackend(self.remote), {path: data}), path), version
+            return parse_ref(data, path, self.remote.describe(path)), version
         except CorruptedError:
             if self.rule.force:
                 return None, version
@@ -207,7 +207,7 @@ class _Push:
         data = read_small_file(backend, path)
         # If the ref was moved since it was listed, its checkpoint may not have been sent. The next
         # push sends both.
-        if read_ref(Overlay(backend, {path: data}), path).checkpoint != ref.checkpoint:
+        if parse_ref(data, path, backend.describe(path)).checkpoint != ref.checkpoint:
             return
         for _ in range(_REF_ATTEMPTS):
             now, version = self._read_remote_ref(ref.name)

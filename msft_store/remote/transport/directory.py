@@ -14,10 +14,9 @@ from typing import Any
 
 from msft_store.errors import StorageError
 from msft_store.objects.manifest import manifest_path
-from msft_store.objects.refs import REFS, read_ref
+from msft_store.objects.refs import REFS, parse_ref
 from msft_store.remote.transport.base import PartReader, check_length
 from msft_store.storage.backend import LocalBackend, file_sizes, write_atomic
-from msft_store.storage.overlay import Overlay
 
 
 class DirectoryRemote:
@@ -73,7 +72,7 @@ class DirectoryRemote:
             if (self.backend.read(path) if self.backend.exists(path) else None) != version:
                 return False
             if path.startswith(f"{REFS}/"):
-                target = read_ref(Overlay(self.backend, {path: data}), path).checkpoint
+                target = parse_ref(data, path, self.describe(path)).checkpoint
                 if not self.backend.exists(manifest_path(target)):
                     raise StorageError(
                         f"checkpoint {target[:12]} was deleted at {self.describe('')} "
