@@ -38,17 +38,13 @@ def check_path(path: PathLike) -> Path:
     return Path(text).absolute()
 
 
-_UNITS = ("B", "kB", "MB", "GB")
-_STEP = 1000
-
-
 def format_bytes(size: int) -> str:
     """Return a number of bytes with a decimal unit (powers of 1000)."""
     value = float(size)
-    for unit in _UNITS:
-        if abs(value) < _STEP:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= _STEP
+        value /= 1000
     return f"{value:.1f} TB"
 
 

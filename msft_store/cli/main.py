@@ -57,7 +57,6 @@ from msft_store.remote.api import open_remote, upgrade
 from msft_store.remote.transport.url import is_url
 from msft_store.store import Store
 
-SHELLS = ("bash", "zsh", "tcsh")
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Shell functions that complete names of files, for shtab."""
 _PATHS = ("store", "path", "plot", "directory", "base_directory", "like", "url")
@@ -340,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add("completion", _completion, "print a shell's completion script", "completion bash")
-    command.add_argument("shell", choices=SHELLS)
+    command.add_argument("shell", choices=tuple(_FILES))
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     add_transfer_commands(add)

@@ -45,9 +45,6 @@ PROMPTS = "prompt_encoder."
 _FOLDER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """Names of adapters that are names of directories, too."""
 
-_MATRIX = 2
-"""Number of dimensions of a matrix."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -205,7 +202,7 @@ def _without_tied(tensors: Mapping[str, TensorEntry], base: Base) -> dict[str, T
     return {
         name: entry
         for name, entry in tensors.items()
-        if name in base.tensors or len(entry.shape) < _MATRIX or twins[content_of(entry)] != 1
+        if name in base.tensors or len(entry.shape) < 2 or twins[content_of(entry)] != 1
     }
 
 

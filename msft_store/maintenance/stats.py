@@ -21,9 +21,6 @@ from msft_store.objects.reachability import find_reachable
 from msft_store.storage.backend import QUARANTINE, disk_bytes, file_sizes
 from msft_store.tensors.files import split_files
 
-IN_BASE = "equal to base"
-MISSING = "missing"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSources:
@@ -60,7 +57,8 @@ def sources(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[TensorSources]
 def _describe_storage(catalog: Catalog, key: bytes, base: str | None) -> tuple[str, int]:
     stored = catalog.objects.find(key, base)
     if stored is None:
-        return (MISSING if catalog.objects.find_in_base(key, base) is None else IN_BASE), 0
+        in_base = catalog.objects.find_in_base(key, base) is not None
+        return "equal to base" if in_base else "missing", 0
     record = stored.record
     codec = codecs.codec_by_code(record.codec)
     if not codec.needs_reference:
