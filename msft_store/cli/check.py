@@ -2,7 +2,7 @@
 
 Example::
 
-    document, text = repair("run/store", dry_run=True)
+    document, text = repair(options)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from msft_store._util import check_path, format_bytes, format_count
 from msft_store.cli.output import UNCHANGED, format_missing_base
+from msft_store.cli.remote import store_path
 from msft_store.maintenance.check import Finding, Report
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
 from msft_store.objects.bases import Base, has_missing_files
@@ -75,11 +76,11 @@ def _format_verdict(report: Report, waiting: list[str]) -> str:
     return text + (f"; damaged: {', '.join(damaged)}" if damaged else "")
 
 
-def repair(path: str, *, dry_run: bool) -> tuple[dict[str, Any], str]:
-    """Repair the store at a path, even one that a damaged ``store.json`` prevents from opening."""
-    plan = plan_repair(LocalBackend(check_path(path)))
+def repair(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Repair a store, even one that a damaged ``store.json`` prevents from opening."""
+    plan = plan_repair(LocalBackend(check_path(store_path(options))))
     document = _document(plan)
-    if dry_run:
+    if options.dry_run:
         return document, f"{plan}\n{UNCHANGED}"
     result = plan.execute()
     text = str(plan)

@@ -122,10 +122,6 @@ def _upgrade(options: argparse.Namespace) -> Output:
     return {"store": store.path, "before": before, "version": NEWEST}, text
 
 
-def _repair(options: argparse.Namespace) -> Output:
-    return repair(store_path(options), dry_run=options.dry_run)
-
-
 def _add_base(store: Store, options: argparse.Namespace) -> Output:
     base = store.add_base(options.path)
     text = f"base {base.id[:12]}: {len(base.tensors)} tensors, {format_bytes(base.logical_bytes)}"
@@ -297,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "repair",
-        _repair,
+        repair,
         "keep the sound parts of a damaged store and move the others to its directory quarantine",
         "repair --dry-run",
     )

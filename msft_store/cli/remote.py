@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from msft_store.cli.progress import progress_bar
@@ -47,7 +48,7 @@ def add_transfer_commands(add: Add) -> None:
     """Add ``push``, ``pull`` and ``clone`` to the command."""
     command = add(
         "push",
-        _push,
+        partial(_push_or_pull, push),
         "send new files of the store to an object store or another place",
         "push run/store s3://bucket/run --with-base",
     )
@@ -57,7 +58,7 @@ def add_transfer_commands(add: Add) -> None:
 
     command = add(
         "pull",
-        _pull,
+        partial(_push_or_pull, pull),
         "fetch new files of another place into the store",
         "pull run/store s3://bucket/run",
     )
@@ -78,12 +79,8 @@ def add_transfer_commands(add: Add) -> None:
     _add_base_directory(command)
 
 
-def _push(options: argparse.Namespace) -> Output:
-    return _transfer(push, options, _local_store(options), options.url)
-
-
-def _pull(options: argparse.Namespace) -> Output:
-    return _transfer(pull, options, _local_store(options), options.url)
+def _push_or_pull(operation: Callable[..., Transfer], options: argparse.Namespace) -> Output:
+    return _transfer(operation, options, _local_store(options), options.url)
 
 
 def _clone(options: argparse.Namespace) -> Output:

@@ -263,7 +263,7 @@ def mend_dtype(
 
     The dtype of a quantised model is that of its computation, and stays.
     """
-    found = _float_dtypes(tensors)
+    found = sorted({entry.dtype.name for entry in tensors.values() if entry.dtype.floating})
     (dtype, *others) = found or ("",)
     if others or dtype not in _WIDER or _QUANTIZATION in config:
         return None
@@ -382,10 +382,6 @@ def _parts(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict) and key != _QUANTIZATION:
             yield from _parts(value)
-
-
-def _float_dtypes(tensors: Mapping[str, TensorEntry]) -> list[str]:
-    return sorted({entry.dtype.name for entry in tensors.values() if entry.dtype.floating})
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str | None:
