@@ -11,7 +11,9 @@ returns NaN for it.
 event              fields
 ================== ==============================================================================
 ``run_started``    version, method, config, model {path, parameters, trainable, layers, hidden,
-                   dtype}, mode, metric,
+                   dtype}, mode (of the overall metric), modes {name: mode} of the others that
+                   differ, metric, metrics {name: metric} and overall (in a run around a
+                   Trainer),
                    sub_datasets {name: {train, validation, test, too_long, set_aside}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
@@ -193,6 +195,14 @@ def run_started(records: Iterable[Record]) -> Record:
         if record["event"] == "run_started":
             return record
     raise RunError("the journal has no run_started record: the run ended before it began")
+
+
+def mode_of(start: Record, name: str) -> Any:
+    """Return the direction of a sub-dataset's metric, or of the overall one, ``max`` or ``min``.
+
+    ``start`` is the run's ``run_started`` record.
+    """
+    return (start.get("modes") or {}).get(name, start["mode"])
 
 
 def replace_non_finite(value: Any) -> Any:

@@ -61,23 +61,37 @@ def metric_mode(config: Config) -> Mode:
 
 
 def make_strategy(
-    config: Config, sizes: Mapping[str, float], *, mode: Mode | None = None
+    config: Config,
+    sizes: Mapping[str, float],
+    *,
+    mode: Mode | None = None,
+    modes: Mapping[str, Mode] | None = None,
 ) -> Strategy:
     """Create the strategy for ``config.method`` and ``train.on_divergence``.
 
     Args:
         config: The run's configuration.
         sizes: Sub-dataset → number of training examples, in any unit common to all.
-        mode: The direction in which the metric improves; ``None``: that of ``evaluation.metric``.
+        mode: The direction in which the overall metric improves; ``None``: that of
+            ``evaluation.metric``.
+        modes: The directions of sub-datasets' metrics that differ from it.
 
     Returns:
         A strategy that has seen no evaluation.
     """
     max_skips = config.train.max_skips if config.train.on_divergence == "rollback" else 0
-    return DivergenceHandler(make_method(config, sizes, mode=mode), max_skips=max_skips)
+    return DivergenceHandler(
+        make_method(config, sizes, mode=mode, modes=modes), max_skips=max_skips
+    )
 
 
-def make_method(config: Config, sizes: Mapping[str, float], *, mode: Mode | None = None) -> Method:
+def make_method(
+    config: Config,
+    sizes: Mapping[str, float],
+    *,
+    mode: Mode | None = None,
+    modes: Mapping[str, Mode] | None = None,
+) -> Method:
     """Create the strategy for ``config.method``, without divergence handling."""
     names = tuple(config.data.sub_datasets)
     mode = mode or metric_mode(config)
@@ -88,7 +102,7 @@ def make_method(config: Config, sizes: Mapping[str, float], *, mode: Mode | None
         case "continual":
             return Continual(sub_datasets=names, mode=mode, compute_budget=budget)
         case "single_rollout":
-            return SingleRollout(sub_datasets=names, mode=mode, compute_budget=budget)
+            return SingleRollout(sub_datasets=names, mode=mode, modes=modes, compute_budget=budget)
         case "ies":
             return Ies(sub_datasets=names, mode=mode, compute_budget=budget, **asdict(config.ies))
         case "dynamix":
@@ -98,6 +112,7 @@ def make_method(config: Config, sizes: Mapping[str, float], *, mode: Mode | None
     return Msft(
         sub_datasets=names,
         mode=mode,
+        modes=modes,
         compute_budget=budget,
         peak_window=config.msft.peak_window,
         max_stages=config.msft.max_stages,

@@ -238,6 +238,8 @@ class Needs:
 
     champions: tuple[str, ...] = ()
     """Sub-datasets whose first best checkpoint of the current stage must be kept."""
+    modes: Mapping[str, Mode] = field(default_factory=dict)
+    """The directions of their metrics that differ from the overall metric's."""
     peak_window: int | None = None
     """Evaluations after which an unbeaten champion's peak has passed; ``None``: never."""
     best: tuple[str, ...] = (OVERALL,)
@@ -255,7 +257,7 @@ class Strategy(Protocol):
     the same decisions.
 
     Attributes:
-        mode: The direction in which the metric improves.
+        mode: The direction in which the overall metric improves.
     """
 
     mode: Mode

@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from trainer.algorithms.base import (
     Adjustment,
@@ -36,10 +37,12 @@ class Method(ABC):
 
     Args:
         first_stage: The first stage of the run.
-        mode: The direction in which the metric improves.
+        mode: The direction in which the overall metric improves.
+        modes: The directions of sub-datasets' metrics that differ from it.
 
     Attributes:
-        mode: The direction in which the metric improves.
+        mode: The direction in which the overall metric improves.
+        modes: The directions of sub-datasets' metrics that differ from it.
         stage: The current stage.
         evaluations: The evaluations of the current stage so far.
         best: The first evaluation of the run with the best overall metric, if any was finite.
@@ -49,11 +52,14 @@ class Method(ABC):
         ValueError: If the first stage has no sub-dataset.
     """
 
-    def __init__(self, first_stage: Stage, mode: Mode) -> None:
+    def __init__(
+        self, first_stage: Stage, mode: Mode, modes: Mapping[str, Mode] | None = None
+    ) -> None:
         """Start a run; see the class."""
         if not first_stage.active:
             raise ValueError("no sub-dataset to train on")
         self.mode: Mode = mode
+        self.modes: Mapping[str, Mode] = modes or {}
         self.stage = self._first_stage = first_stage
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None

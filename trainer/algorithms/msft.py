@@ -26,7 +26,7 @@ Example::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
 from trainer.algorithms.method import Method
@@ -38,7 +38,8 @@ class Msft(Method):
 
     Args:
         sub_datasets: The sub-datasets of the mixture.
-        mode: The direction in which the metric improves.
+        mode: The direction in which the overall metric improves.
+        modes: The directions of sub-datasets' metrics that differ from it.
         compute_budget: C, epochs of the active mixture in one stage.
         peak_window: W, evaluations after which an unbeaten champion ends the stage, if any.
         max_stages: Stages at most; ``None``: twice the number of sub-datasets.
@@ -55,6 +56,7 @@ class Msft(Method):
         *,
         sub_datasets: Iterable[str],
         mode: Mode,
+        modes: Mapping[str, Mode] | None = None,
         compute_budget: float,
         peak_window: int | None = None,
         max_stages: int | None = None,
@@ -64,7 +66,7 @@ class Msft(Method):
     ) -> None:
         """Start a run; see the class."""
         names = tuple(sorted(sub_datasets))
-        super().__init__(Stage(number=1, active=names, epochs=compute_budget), mode)
+        super().__init__(Stage(number=1, active=names, epochs=compute_budget), mode, modes)
         if peak_window is not None and peak_window < 1:
             raise ValueError(f"peak_window is {peak_window}, it must be at least 1")
         self.max_stages = 2 * len(names) if max_stages is None else max_stages
@@ -80,6 +82,7 @@ class Msft(Method):
         if self._rule == PeakRule():
             return Needs(
                 champions=self.stage.active,
+                modes=self.modes,
                 peak_window=self._peak_window,
                 newest=self.best is None,
             )
@@ -107,11 +110,12 @@ class Msft(Method):
         )
 
     def _champions(self) -> list[Champion]:
-        curves, errors = {}, {}
+        curves, errors, modes = {}, {}, {}
         for name in self.stage.active:
             curves[name] = [one.metrics[name] for one in self.evaluations]
             errors[name] = [one.errors.get(name, math.nan) for one in self.evaluations]
-        return champions(curves, errors, self.mode, self._rule)
+            modes[name] = self.modes.get(name, self.mode)
+        return champions(curves, errors, modes, self._rule)
 
     def _end_stage(self, end: Evaluation, found: list[Champion]) -> Decision:
         """Stop if no metric is finite; else roll back to the first peak, or to the end."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from trainer.algorithms.base import Mode
 from trainer.config.schema import Config
@@ -58,26 +57,6 @@ class Champion:
     name: str
     index: int
     """Position in the curve, from 0."""
-
-
-def overall(
-    metrics: Mapping[str, float],
-    counts: Mapping[str, int],
-    how: Literal["examples", "sub_datasets"],
-) -> float:
-    """Return the metric of the whole mixture.
-
-    ``counts`` maps sub-datasets to their numbers of evaluated examples. ``"examples"`` weights each
-    sub-dataset by its count, as the MSFT paper's code does; ``"sub_datasets"`` weights all equally.
-    The result does not depend on the order of the names. One NaN makes it NaN, because means over
-    different sub-datasets cannot be compared.
-    """
-    if not counts:
-        raise ValueError("no sub-dataset to take the mean over")
-    if how == "sub_datasets":
-        return math.fsum(metrics[name] for name in counts) / len(counts)
-    total = sum(counts.values())
-    return math.fsum(metrics[name] * count for name, count in counts.items()) / total
 
 
 def is_better(candidate: float, best: float | None, mode: Mode) -> bool:
@@ -144,16 +123,16 @@ class PeakRule:
 def champions(
     curves: Mapping[str, Sequence[float]],
     errors: Mapping[str, Sequence[float]],
-    mode: Mode,
+    modes: Mapping[str, Mode],
     rule: PeakRule,
 ) -> list[Champion]:
     """Return the champions of the curves, by index and then by name.
 
-    A curve without a finite value has no champion.
+    ``modes`` are the directions of the curves. A curve without a finite value has no champion.
     """
     found = [
         Champion(name=name, index=index)
         for name, values in curves.items()
-        if (index := rule.peak(values, errors[name], mode)) is not None
+        if (index := rule.peak(values, errors[name], modes[name])) is not None
     ]
     return sorted(found, key=lambda champion: (champion.index, champion.name))

@@ -13,7 +13,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
 from trainer.algorithms.method import Method
@@ -25,17 +25,25 @@ class SingleRollout(Method):
 
     Args:
         sub_datasets: The sub-datasets.
-        mode: The direction in which the metric improves.
+        mode: The direction in which the overall metric improves.
+        modes: The directions of sub-datasets' metrics that differ from it.
         compute_budget: Epochs of the mixture in the roll-out.
 
     Raises:
         ValueError: If there is no sub-dataset.
     """
 
-    def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
+    def __init__(
+        self,
+        *,
+        sub_datasets: Iterable[str],
+        mode: Mode,
+        modes: Mapping[str, Mode] | None = None,
+        compute_budget: float,
+    ) -> None:
         """Start a run; see the class."""
         active = tuple(sorted(sub_datasets))
-        super().__init__(Stage(number=1, active=active, epochs=compute_budget), mode)
+        super().__init__(Stage(number=1, active=active, epochs=compute_budget), mode, modes)
 
     def needs(self) -> Needs:
         """Return the best overall, and the base until the second stage has begun."""
@@ -68,7 +76,8 @@ class SingleRollout(Method):
         """Return the epochs of the peaks before the last evaluation, by sub-dataset."""
         limits = {}
         for name in self.stage.active:
-            index = first_best_index([one.metrics[name] for one in self.evaluations], self.mode)
+            values = [one.metrics[name] for one in self.evaluations]
+            index = first_best_index(values, self.modes.get(name, self.mode))
             if index is not None and index < len(self.evaluations) - 1:
                 limits[name] = self.evaluations[index].epoch
         return limits

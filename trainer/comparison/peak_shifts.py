@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL
-from trainer.journal import Record, run_started, select
+from trainer.journal import Record, mode_of, run_started, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ def find_stage_peaks(records: Sequence[Record], stage: int) -> dict[str, StagePe
 
     ``records`` are effective records. A curve without a finite value has no peak.
     """
-    mode = run_started(records)["mode"]
+    start = run_started(records)
     curve = [r for r in select(records, "evaluated") if r["stage"] == stage]
     active = {r["stage"]: r["active"] for r in select(records, "stage_started")}
     peaks = {}
     for name in [*sorted(active.get(stage, [])), OVERALL]:
-        index = first_best_index((r["metrics"][name] for r in curve), mode)
+        index = first_best_index((r["metrics"][name] for r in curve), mode_of(start, name))
         if index is not None:
             peaks[name] = StagePeak(epoch=curve[index]["epoch"], has_passed=index + 1 < len(curve))
     return peaks

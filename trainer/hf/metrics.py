@@ -6,18 +6,20 @@ TRL does with ``eval_entropy``, belongs to the sub-dataset whose report it is in
 
 Example::
 
-    metrics = MetricReader(key="loss", names=("chat", "maths"))
-    metrics.name_of(report), metrics.value(report, "maths")
+    reader = MetricReader(keys={"chat": "loss", "maths": "accuracy"})
+    reader.name_of(report), reader.read({"chat": report, "maths": other})
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
+from trainer.algorithms.base import Mode
+from trainer.algorithms.overall import mean_improvement, mean_metric
 from trainer.errors import ConfigError
 from trainer.text import did_you_mean
 
@@ -39,10 +41,13 @@ class Measured:
 class MetricReader:
     """Finds the metric of a sub-dataset in a report."""
 
-    key: str
-    """The metric's name without ``eval_`` and the sub-dataset's name."""
-    names: tuple[str, ...]
-    """The sub-datasets."""
+    keys: Mapping[str, str]
+    """Sub-dataset → its metric's name, without ``eval_`` and the sub-dataset's name."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sub-datasets."""
+        return tuple(self.keys)
 
     def name_of(self, report: Mapping[str, Any]) -> str | None:
         """Return the sub-dataset that a report is of, or ``None``."""
@@ -59,16 +64,96 @@ class MetricReader:
 
     def _find_metric(self, report: Mapping[str, Any], name: str) -> float:
         """Return the metric of a sub-dataset; raise :class:`ConfigError` if it is not reported."""
-        for key in (f"{_PREFIX}{name}_{self.key}", f"{_PREFIX}{self.key}", self.key):
+        wanted = self.keys[name]
+        for key in (f"{_PREFIX}{name}_{wanted}", f"{_PREFIX}{wanted}", wanted):
             value = report.get(key)
             if isinstance(value, Real):
                 return float(value)
         start = f"{_PREFIX}{name}_"
         known = [key.removeprefix(start) for key in report if key.startswith(start)]
         raise ConfigError(
-            f"the evaluation of {name!r} reports no metric {self.key!r}; it has "
-            f"{', '.join(sorted(known))}{did_you_mean(self.key, known)}"
+            f"the evaluation of {name!r} reports no metric {wanted!r}; it has "
+            f"{', '.join(sorted(known))}{did_you_mean(wanted, known)}"
         )
+
+
+Overall = Literal["examples", "sub_datasets", "relative"]
+"""How the metric of the mixture is computed; ``relative``: the mean improvement over the base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMetrics:
+    """The metrics that decide in a run."""
+
+    reader: MetricReader
+    name: str
+    """The metric's name, or ``several``."""
+    overall: Overall
+    overall_mode: Mode
+    """The direction of the metric of the mixture."""
+    modes: Mapping[str, Mode]
+    """Sub-dataset → direction of its metric."""
+
+    @property
+    def other_modes(self) -> dict[str, Mode]:
+        """The directions that differ from that of the mixture's metric."""
+        return {name: mode for name, mode in self.modes.items() if mode != self.overall_mode}
+
+    def compute_overall(
+        self,
+        metrics: Mapping[str, float],
+        sizes: Mapping[str, int],
+        base: Mapping[str, float] | None,
+    ) -> float:
+        """Return the metric of the mixture; ``base`` are the metrics of the base, if known."""
+        if self.overall == "relative":
+            return mean_improvement(metrics, metrics if base is None else base, self.modes)
+        return mean_metric(metrics, sizes, self.overall)
+
+
+def check_metrics(
+    names: Iterable[str],
+    metric: str | Mapping[str, str],
+    mode: Mode | Mapping[str, Mode] | None,
+    overall: Overall | None,
+) -> RunMetrics:
+    """Return the metrics of a run; raise :class:`ConfigError` if they do not fit together."""
+    names = tuple(names)
+    keys = _by_name("metric", names, metric)
+    given = {} if mode is None else _by_name("mode", names, mode)
+    modes: dict[str, Mode] = {}
+    for name, key in keys.items():
+        found = given.get(name, "min" if key == "loss" else None)
+        if found not in ("max", "min"):
+            raise ConfigError(f"the direction of {key!r} is unknown: give mode='max' or 'min'")
+        modes[name] = found
+    is_one_unit = len(set(keys.values())) == 1 and len(set(modes.values())) == 1
+    if overall is None:
+        overall = "examples" if is_one_unit else "relative"
+    if overall != "relative" and not is_one_unit:
+        raise ConfigError(
+            f"overall={overall!r} would add up different metrics: use overall='relative'"
+        )
+    kinds = sorted(set(keys.values()))
+    return RunMetrics(
+        reader=MetricReader(keys=keys),
+        name=kinds[0] if len(kinds) == 1 else "several",
+        overall=overall,
+        overall_mode="max" if overall == "relative" else next(iter(modes.values())),
+        modes=modes,
+    )
+
+
+def _by_name(what: str, names: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Return one value for each sub-dataset, from one for all or from a mapping."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    if value.keys() != set(names):
+        raise ConfigError(
+            f"{what} has the sub-datasets {', '.join(sorted(value))}, and the mixture has "
+            f"{', '.join(names)}: give one for each, or one for all"
+        )
+    return {name: value[name] for name in names}
 
 
 def _number(report: Mapping[str, Any], name: str, key: str) -> float:

@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +45,9 @@ from trainer.config.schema import (
 )
 from trainer.distributed import this_process
 from trainer.errors import ConfigError, RunError
-from trainer.hf.metrics import MetricReader
+from trainer.hf.metrics import Overall, check_metrics
 from trainer.hf.mixture import check_mixture
+from trainer.hf.plan import LimitedOrder, PlacesSampler
 from trainer.hf.session import RunSession, open_session
 from trainer.hf.stage import StageCallback
 from trainer.journal import Record, effective, read, select
@@ -95,10 +96,13 @@ class MsftRun:
         compute_budget: C, epochs of the active mixture in one stage.
         eval_every: Epochs of the active mixture between evaluations.
         metric: The metric that decides, by the name that the Trainer reports, without ``eval_``
-            and the sub-dataset's name.
-        mode: The direction in which it improves; ``None``: ``min`` for ``loss``.
+            and the sub-dataset's name; or sub-dataset → metric.
+        mode: The direction in which it improves, or sub-dataset → direction; ``None``: ``min``
+            for ``loss``.
         seed: Seed of the order and of all random numbers of the stages.
-        overall: Mean over validation rows or over sub-datasets.
+        overall: The metric of the mixture. ``examples``: the mean over validation rows, the
+            default; ``sub_datasets``: the mean over sub-datasets; ``relative``: the mean relative
+            improvement over the base, the default for different metrics.
         **msft: Further settings of ``msft:``, as ``peak_window=4``.
 
     Raises:
@@ -117,10 +121,10 @@ class MsftRun:
         method: str = "msft",
         compute_budget: float = 1.0,
         eval_every: float = 0.25,
-        metric: str = "loss",
-        mode: Mode | None = None,
+        metric: str | Mapping[str, str] = "loss",
+        mode: Mode | Mapping[str, Mode] | None = None,
         seed: int = 0,
-        overall: Literal["examples", "sub_datasets"] = "examples",
+        overall: Overall | None = None,
         **msft: Any,
     ) -> None:
         """Check the settings; nothing is written before :meth:`train`."""
@@ -129,15 +133,12 @@ class MsftRun:
                 f"method {method!r} does not work around a Trainer, which gives no losses of "
                 f"single examples: choose one of {', '.join(METHODS)}, or use msft-train"
             )
-        if mode is None and metric != "loss":
-            raise ConfigError(f"the direction of {metric!r} is unknown: give mode='max' or 'min'")
         self._make_trainer = make_trainer
         self._given = self.model = model
         self._mixture = check_mixture(mixture)
         self._directory = Path(output_dir).absolute()
         self._base_path = None if base is None else find_local_model(base)
-        self._reader = MetricReader(key=metric, names=tuple(self._mixture.training_sets))
-        self._mode: Mode = mode or "min"
+        self._metrics = check_metrics(self._mixture.training_sets, metric, mode, overall)
         settings = build(MsftConfig, {**msft, "compute_budget": compute_budget}, at="msft")
         if settings.optimizer_on_rollback != "reset":
             raise ConfigError("msft.optimizer_on_rollback: a Trainer's stage always begins afresh")
@@ -149,9 +150,11 @@ class MsftRun:
             seed=seed,
             model=ModelConfig(path=str(base or getattr(model, "name_or_path", "") or "model")),
             data=DataConfig(
-                sub_datasets={name: SubDatasetConfig(train="") for name in self._reader.names}
+                sub_datasets={
+                    name: SubDatasetConfig(train="") for name in self._mixture.training_sets
+                }
             ),
-            evaluation=EvalConfig(eval_every=eval_every, overall=overall),
+            evaluation=EvalConfig(eval_every=eval_every),
             msft=settings,
         )
 
@@ -165,7 +168,7 @@ class MsftRun:
             ConfigError: The Trainer does not fit a stage.
             RunError: The directory has another run, or another process uses it.
         """
-        with open_session(self._config, self._base_path, self._reader.key, self._mode) as session:
+        with open_session(self._config, self._base_path, self._metrics) as session:
             trainer = None
             while session.stop is None:
                 trainer = self._train_stage(session)
@@ -187,10 +190,19 @@ class MsftRun:
     def _train_stage(self, session: RunSession) -> Any:
         """Train the current stage, and return its Trainer."""
         seed = self._seed_of(session.start.stage)
+        stage = session.start.stage
+        sizes = {name: self._mixture.train_sizes[name] for name in stage.active}
+        order = LimitedOrder.of(stage, sizes, seed=self._config.seed) if stage.limits else None
         callback = StageCallback(
-            session, self._reader, eval_every=self._config.evaluation.eval_every, seed=seed
+            session,
+            self._metrics.reader,
+            eval_every=self._config.evaluation.eval_every,
+            seed=seed,
+            order=order,
         )
         trainer = self._make_stage(session, callbacks=[callback])
+        if order is not None:
+            _set_order(trainer, order, rows=sum(sizes.values()))
         callback.attach(trainer)
         session.restore_root()
         trainer.train()
@@ -228,7 +240,7 @@ class MsftRun:
         """Return the training arguments that make a ``train()`` a stage."""
         return {
             "output_dir": str(self._directory / "trainer"),
-            "num_train_epochs": start.stage.epochs,
+            "num_train_epochs": 1.0 if start.stage.limits else start.stage.epochs,
             "max_steps": -1,
             "eval_on_start": start.root is None,
             "eval_strategy": "no",
@@ -237,6 +249,16 @@ class MsftRun:
             "seed": self._seed_of(start.stage),
             "data_seed": None,
         }
+
+
+def _set_order(trainer: Any, order: LimitedOrder, *, rows: int) -> None:
+    """Let a Trainer take its rows in an order, if it has the ``rows`` that the order is of."""
+    if len(trainer.train_dataset) != rows:
+        raise ConfigError(
+            f"single_rollout leaves sub-datasets out within a stage, but the Trainer made "
+            f"{len(trainer.train_dataset)} rows of {rows}: turn packing off, or use another method"
+        )
+    trainer._get_train_sampler = lambda *_: PlacesSampler(order)
 
 
 def _find_base(model: Any) -> Any:

@@ -8,7 +8,7 @@ kept until it ends, because an adapter's cannot be made again.
 
 Example::
 
-    with open_session(config, base_path, mode="min", is_main=True) as session:
+    with open_session(config, base_path, metrics) as session:
         session.attach(trainer, KeptModel(trainer.model), mixture)
         session.restore_root()
 """
@@ -30,18 +30,17 @@ from msft_store import Base, Checkpoint, KeepBest, NotAStoreError, Store, Timeli
 from msft_store.integrations.hf import KeptModel
 from msft_store.integrations.model_files import model_files
 from trainer.algorithms import make_strategy
-from trainer.algorithms.base import Decision, Divergence, Mode, RollBack, Stop
+from trainer.algorithms.base import Decision, Divergence, RollBack, Stop
 from trainer.algorithms.divergence import all_non_finite
-from trainer.algorithms.peaks import overall
 from trainer.config.load import to_dict
 from trainer.config.schema import OVERALL, Config
 from trainer.data.schedule import Schedule
 from trainer.distributed import this_process
 from trainer.errors import RunError
 from trainer.files import make_directory
-from trainer.hf.metrics import Measured
+from trainer.hf.metrics import Measured, RunMetrics
 from trainer.hf.mixture import Mixture
-from trainer.journal import Journal, JournalQueue, Record, effective, read, run_started
+from trainer.journal import Journal, JournalQueue, Record, effective, mode_of, read, run_started
 from trainer.training.decisions import Decisions, Place
 from trainer.training.directory import JOURNAL, STORE, hold_lock
 from trainer.training.replay import KnownEvaluation, StageStart, replay, where_to_resume
@@ -58,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def open_session(
-    config: Config, base_path: Path | None, metric: str, mode: Mode
+    config: Config, base_path: Path | None, metrics: RunMetrics
 ) -> Iterator[RunSession]:
     """Open or begin the run of a configuration, and lock its directory; in all processes.
 
@@ -75,7 +74,7 @@ def open_session(
         store = _open_store(directory / STORE) if is_main else None
         process.wait_for_everyone()
         store = store or Store.open(directory / STORE)
-        session = RunSession(config, metric, mode, journal, store)
+        session = RunSession(config, metrics, journal, store)
         session.open_timeline(base_path)
         try:
             yield session
@@ -94,12 +93,11 @@ class RunSession:
     """A run that is open, in one process."""
 
     def __init__(
-        self, config: Config, metric: str, mode: Mode, journal: Journal | None, store: Store
+        self, config: Config, metrics: RunMetrics, journal: Journal | None, store: Store
     ) -> None:
         """Use :func:`open_session`."""
         self._config = config
-        self._metric = metric
-        self._mode = mode
+        self._metrics = metrics
         self._journal = journal
         self._queue = JournalQueue(journal)
         self._store = store
@@ -121,9 +119,13 @@ class RunSession:
             if not self.is_finished:
                 self._queue.add("resumed", after=after, **{"from": origin})
         sizes = dict.fromkeys(config.data.sub_datasets, 1.0)
-        strategy = make_strategy(config, sizes, mode=mode)
+        strategy = make_strategy(
+            config, sizes, mode=metrics.overall_mode, modes=metrics.other_modes
+        )
         state = replay(counted, strategy)
         self._decisions = Decisions(strategy, self._queue, state)
+        first = next(iter(state.known.values()), None)
+        self._base_metrics = None if first is None else first.metrics
         self.stop = state.stop
         """The decision that ended training, if it has ended."""
         self.start = state.current
@@ -137,7 +139,7 @@ class RunSession:
         if self._journal is None or self.is_finished:
             return
         self._base = None if base_path is None else self._store.add_base(base_path)
-        policy = KeepBest(OVERALL, mode=self._mode)
+        policy = KeepBest(OVERALL, mode=self._metrics.overall_mode)
         name = self._config.method
         self._timeline = Timeline(self._store, self._base, retention=policy, name=name)
 
@@ -190,8 +192,9 @@ class RunSession:
         if finding is not None:
             return self._on_divergence(place, finding.value)
         metrics = dict(values.metrics)
-        how = self._config.evaluation.overall
-        metrics[OVERALL] = overall(metrics, mixture.validation_sizes, how)
+        sizes = mixture.validation_sizes
+        metrics[OVERALL] = self._metrics.compute_overall(values.metrics, sizes, self._base_metrics)
+        self._base_metrics = self._base_metrics or metrics
         self._queue.flush()
         timeline.retention = self._decisions.make_policy()
         point = RollbackPoint(
@@ -271,7 +274,7 @@ class RunSession:
             self._store.evict([start])
 
     def _on_divergence(self, place: Place, value: str) -> Decision:
-        what = f"{self._metric} of every sub-dataset"
+        what = f"{self._metrics.name} of every sub-dataset"
         if place.index == 0:
             raise RunError(f"the {what} is {value} before any training: is the model sound?")
         divergence = Divergence(
@@ -301,8 +304,10 @@ class RunSession:
         """Raise :class:`RunError` if a run has other settings than this one."""
         before, now = started["config"], to_dict(self._config)
         pairs = [(key, before.get(key), now.get(key)) for key in _FIXED]
-        pairs.append(("metric", started["metric"], self._metric))
-        pairs.append(("mode", started["mode"], self._mode))
+        pairs.append(("metric", started["metrics"], dict(self._metrics.reader.keys)))
+        modes = {name: mode_of(started, name) for name in started["sub_datasets"]}
+        pairs.append(("mode", modes, dict(self._metrics.modes)))
+        pairs.append(("overall", started["overall"], self._metrics.overall))
         pairs.append(
             ("mixture", sorted(started["sub_datasets"]), sorted(now["data"]["sub_datasets"]))
         )
@@ -334,8 +339,11 @@ class RunSession:
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 **_width(model),
             },
-            "mode": self._mode,
-            "metric": self._metric,
+            "mode": self._metrics.overall_mode,
+            "modes": self._metrics.other_modes,
+            "metric": self._metrics.name,
+            "metrics": dict(self._metrics.reader.keys),
+            "overall": self._metrics.overall,
             "sub_datasets": {
                 name: {
                     "train": mixture.train_sizes[name],

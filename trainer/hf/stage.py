@@ -17,7 +17,6 @@ Example::
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,9 +25,10 @@ from accelerate.utils import broadcast_object_list, set_seed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.algorithms.base import Continue, Decision, RollBack, Stop
-from trainer.data.schedule import Schedule, stage_schedule
+from trainer.data.schedule import Schedule
 from trainer.errors import ConfigError, RunError
 from trainer.hf.metrics import MetricReader
+from trainer.hf.plan import LimitedOrder, plan_steps
 from trainer.hf.session import RunSession
 from trainer.hf.token_counter import TokenCounter
 from trainer.training.decisions import Place
@@ -44,8 +44,18 @@ class StageCallback(TrainerCallback):
         *,
         eval_every: float,
         seed: int,
+        order: LimitedOrder | None = None,
     ) -> None:
-        """Prepare a stage; ``seed`` is the seed of its order and of all random numbers."""
+        """Prepare a stage.
+
+        Args:
+            session: The run.
+            reader: Finds the metrics in the Trainer's reports.
+            eval_every: Epochs between evaluations.
+            seed: Seed of the stage's order and of all its random numbers.
+            order: The order of a stage that leaves sub-datasets out from an epoch on.
+        """
+        self._order = order
         self._session = session
         self._stage = session.start.stage
         self._reader = reader
@@ -79,13 +89,20 @@ class StageCallback(TrainerCallback):
         self._check_arguments(args)
         # What happened in this process before must not change the stage.
         set_seed(self._seed, device_specific=args.world_size > 1)
-        batches = len(kwargs["train_dataloader"])
-        self._schedule = stage_schedule(
-            examples=math.ceil(batches / args.gradient_accumulation_steps),
-            batch_size=1,
-            eval_every=self._eval_every,
-            epochs=self._stage.epochs,
-        )
+        epochs, batches = self._stage.epochs, len(kwargs["train_dataloader"])
+        accumulation = args.gradient_accumulation_steps
+        if self._order is None:
+            self._schedule = plan_steps(
+                batches=batches,
+                accumulation=accumulation,
+                epochs=epochs,
+                eval_every=self._eval_every,
+            )
+        else:
+            batch_size = args.train_batch_size * accumulation * args.world_size
+            self._schedule = self._order.plan(
+                batch_size=batch_size, epochs=epochs, eval_every=self._eval_every
+            )
         self._session.begin_stage(self._schedule)
         self._clock = time.monotonic()
         if self._session.start.root is None:

@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
-from trainer.algorithms.peaks import overall
+from trainer.algorithms.overall import mean_metric
 from trainer.config.schema import OVERALL, EvalConfig
 from trainer.data.examples import Example
 from trainer.distributed import split_among_processes
@@ -130,7 +130,7 @@ class Evaluator:
                 errors[name] = ratio_error(verdicts[own], [1] * len(examples))
             start += len(examples)
         sizes = {name: len(examples) for name, examples in sub_datasets.items()}
-        metrics[OVERALL] = overall(metrics, sizes, self._config.overall)
+        metrics[OVERALL] = mean_metric(metrics, sizes, self._config.overall)
         return EvaluationResult(
             metrics=metrics, losses=mean_losses, errors=errors, cost=cost, seconds=seconds
         )

@@ -26,7 +26,7 @@ from typing import Any
 from trainer.algorithms.base import Mode
 from trainer.algorithms.peaks import first_best_index, is_better
 from trainer.config.schema import OVERALL
-from trainer.journal import Record, effective, replace_non_finite, run_started, select
+from trainer.journal import Record, effective, mode_of, replace_non_finite, run_started, select
 from trainer.report.flops import Account, find_stop
 from trainer.report.plan import rule_text
 
@@ -211,13 +211,13 @@ def find_result_evaluation(counted: Sequence[Record]) -> Record | None:
 
 def find_sub_dataset_peaks(counted: Sequence[Record]) -> dict[str, Peak]:
     """Return each sub-dataset's first best evaluation in the last stage that trained on it."""
-    mode: Mode = run_started(counted)["mode"]
+    start = run_started(counted)
     last_stage = {n: r["stage"] for r in select(counted, "stage_started") for n in r["active"]}
     excluded = {name for record in select(counted, "decided") for name in record["exclude"]}
     peaks = {}
     for name, stage in sorted(last_stage.items()):
         curve = [r for r in select(counted, "evaluated") if r["stage"] == stage]
-        index = first_best_index((r["metrics"][name] for r in curve), mode)
+        index = first_best_index((r["metrics"][name] for r in curve), mode_of(start, name))
         if index is not None:
             peaks[name] = Peak(stage=stage, epoch=curve[index]["epoch"], excluded=name in excluded)
     return peaks
@@ -269,7 +269,7 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
                 if is_better(value, best_value, start["mode"]):
                     best, best_value = record["checkpoint"], value
                 if committed is not None and committed["checkpoint"] == record["checkpoint"]:
-                    copies = {best, *_champions(curve, active, start["mode"])} - {base, None}
+                    copies = {best, *_champions(curve, active, start)} - {base, None}
                     usages.append(
                         DiskUsage(
                             step=committed["step"],
@@ -282,9 +282,12 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
     return usages
 
 
-def _champions(curve: Sequence[Record], active: Sequence[str], mode: Mode) -> set[str]:
+def _champions(curve: Sequence[Record], active: Sequence[str], start: Record) -> set[str]:
     """Return the distinct checkpoints of the active sub-datasets' first best evaluations."""
-    indices = {first_best_index((r["metrics"][name] for r in curve), mode) for name in active}
+    indices = {
+        first_best_index((r["metrics"][name] for r in curve), mode_of(start, name))
+        for name in active
+    }
     return {curve[index]["checkpoint"] for index in indices if index is not None}
 
 

@@ -139,7 +139,9 @@ class _Replay:
     def __init__(self, counted: Sequence[Record], start: Record, config: Config) -> None:
         self._stages = _by_stage(counted)
         sizes = {name: float(row["train"]) for name, row in start["sub_datasets"].items()}
-        self._strategy: Strategy = make_strategy(config, sizes)
+        self._strategy: Strategy = make_strategy(
+            config, sizes, mode=start["mode"], modes=start.get("modes")
+        )
         self._budget = config.msft.compute_budget
         self._is_same_budget = self._budget == start["config"]["msft"]["compute_budget"]
         self._first = first_evaluations(counted)

@@ -145,7 +145,7 @@ def make_policy(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
     ``names`` maps the strategy's names of checkpoints to ids.
     """
     policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
-    champions = dict.fromkeys(needs.champions, mode)
+    champions = {name: needs.modes.get(name, mode) for name in needs.champions}
     if champions and needs.peak_window is not None:
         policies.append(PeakWindow(champions, needs.peak_window))
     elif champions:

@@ -15,7 +15,6 @@ from trainer.algorithms.peaks import (
     champions,
     first_best_index,
     is_better,
-    overall,
 )
 
 
@@ -46,12 +45,12 @@ def test_equal_is_not_better_and_anything_finite_beats_nothing(mode: Mode) -> No
 def test_champions_come_by_index_and_of_equals_by_name() -> None:
     curves = {"b": [1, 2, 1], "a": [1, 2, 1], "c": [1, 1, 2], "d": [math.nan] * 3}
     errors = dict.fromkeys(curves, [math.nan] * 3)
-    assert champions(curves, errors, "max", PeakRule()) == [
+    assert champions(curves, errors, dict.fromkeys(curves, "max"), PeakRule()) == [
         Champion(name="a", index=1),
         Champion(name="b", index=1),
         Champion(name="c", index=2),
     ]
-    assert champions({"a": [math.nan]}, {"a": [0.1]}, "max", PeakRule()) == []
+    assert champions({"a": [math.nan]}, {"a": [0.1]}, {"a": "max"}, PeakRule()) == []
 
 
 CURVES = st.lists(
@@ -97,22 +96,3 @@ def test_noise_is_smoothed_and_an_improvement_within_the_margin_is_none() -> Non
 def test_a_peak_has_passed_after_some_evaluations() -> None:
     assert [PeakRule().has_passed(3, last) for last in (3, 4)] == [False, True]
     assert [PeakRule(patience=3).has_passed(3, last) for last in (5, 6)] == [False, True]
-
-
-def test_overall_weights_by_examples_or_not() -> None:
-    metrics = {"a": 0.5, "b": 1.0, "ignored": 9.0}
-    assert overall(metrics, {"a": 300, "b": 100}, "examples") == 0.625
-    assert overall(metrics, {"a": 300, "b": 100}, "sub_datasets") == 0.75
-
-
-def test_overall_does_not_depend_on_the_order_and_is_nan_if_one_is() -> None:
-    metrics = {"a": 0.1, "b": 0.2, "c": 0.3}
-    counts = {"a": 3, "b": 7, "c": 11}
-    backwards = dict(reversed(counts.items()))
-    assert overall(metrics, counts, "examples") == overall(metrics, backwards, "examples")
-    assert math.isnan(overall(metrics | {"b": math.nan}, counts, "sub_datasets"))
-
-
-def test_overall_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no sub-dataset"):
-        overall({}, {}, "examples")

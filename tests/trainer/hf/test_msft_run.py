@@ -302,3 +302,78 @@ def test_a_run_with_other_settings_is_not_continued(config, mixture, reference, 
     shutil.copytree(reference[1], tmp_path / "run")
     with pytest.raises(RunError, match="begun with"):
         run_in(tmp_path / "run", config, mixture, seed=5)
+
+
+def test_single_rollout_leaves_sub_datasets_out_within_its_second_stage(config, mixture, tmp_path):
+    result = run_in(tmp_path, config, mixture, method="single_rollout")
+    started = [r for r in read(tmp_path / "journal.jsonl") if r["event"] == "stage_started"]
+    assert [bool(record["limits"]) for record in started] == [False, True]
+    trained = [r for r in read(tmp_path / "journal.jsonl") if r["event"] == "trained"]
+    assert sum(r["target_tokens"] for r in trained if r["stage"] == 2) < sum(
+        r["target_tokens"] for r in trained if r["stage"] == 1
+    )
+    assert result.decisions[-1]["decision"] == "stop"
+
+
+def shortened(train_dataset, **arguments):
+    return make_trainer(train_dataset=train_dataset[:-1], **arguments)
+
+
+def test_single_rollout_needs_a_row_for_each_row(config, mixture, tmp_path):
+    with pytest.raises(ConfigError, match="turn packing off"):
+        run_in(tmp_path, config, mixture, make=shortened, method="single_rollout")
+
+
+def test_sub_datasets_may_have_metrics_of_their_own(config, mixture, tmp_path):
+    metric = {"copy": "loss", "same": "loss", "sum": "model_score"}
+    mode = {"copy": "min", "same": "min", "sum": "max"}
+
+    class Scored(Trainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs["metric_key_prefix"]
+            output.metrics[f"{prefix}_model_score"] = 1 / output.metrics[f"{prefix}_loss"]
+            return output
+
+    def make(**arguments):
+        return make_trainer(cls=Scored, **arguments)
+
+    run_in(tmp_path, config, mixture, make=make, metric=metric, mode=mode)
+    counted = effective(read(tmp_path / "journal.jsonl"))
+    assert counted[0]["mode"] == "max"
+    assert counted[0]["modes"] == {"copy": "min", "same": "min"}
+    evaluated = [r for r in counted if r["event"] == "evaluated"]
+    base = evaluated[0]["metrics"]
+    assert base["overall"] == 0.0
+    for record in evaluated:
+        values = record["metrics"]
+        assert values["sum"] == pytest.approx(1 / record["losses"]["sum"])
+        better = [1 - values[name] / base[name] for name in ("copy", "same")]
+        better.append(values["sum"] / base["sum"] - 1)
+        assert values["overall"] == pytest.approx(sum(better) / 3)
+    ends = [r for r in counted if r["event"] == "decided" and r["exclude"]]
+    for record in ends:
+        curve = [r["metrics"] for r in evaluated if r["stage"] == record["stage"]]
+        best = {
+            name: (max if way == "max" else min)(
+                range(len(curve)), key=lambda i, name=name: curve[i][name]
+            )
+            for name, way in mode.items()
+        }
+        active = next(
+            r["active"] for r in counted
+            if r["event"] == "stage_started" and r["stage"] == record["stage"]
+        )  # fmt: skip
+        assert record["exclude"] == [min(active, key=lambda name, best=best: (best[name], name))]
+
+
+def test_metrics_in_several_units_have_no_mean(config, mixture, tmp_path):
+    with pytest.raises(ConfigError, match="would add up different metrics"):
+        run_in(
+            tmp_path, config, mixture,
+            metric={"copy": "loss", "same": "loss", "sum": "loss"},
+            mode={"copy": "min", "same": "max", "sum": "min"},
+            overall="examples",
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="give one for each"):
+        run_in(tmp_path, config, mixture, metric={"copy": "loss"})
