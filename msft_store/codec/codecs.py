@@ -188,7 +188,7 @@ class ExponentClasses(Codec):
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
-        compiled, layout = self._kernels(), _require_layout(dtype)
+        compiled, layout = self._kernels(dtype), _require_layout(dtype)
         found = found or exponent_codec.find_changes(new, old, layout, compiled)
         return self._encode_changes(old, layout, found, compiled)
 
@@ -203,7 +203,7 @@ class ExponentClasses(Codec):
     def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
         """Decode in place; return the positions of the listed elements."""
         layout = _require_layout(dtype)
-        return exponent_codec.decode_in_place(payload, lanes, layout, self._kernels())
+        return exponent_codec.decode_in_place(payload, lanes, layout, self._kernels(dtype))
 
     def restores(
         self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
@@ -219,8 +219,8 @@ class ExponentClasses(Codec):
         same = np.array_equal(positions, found.positions)
         return same and np.array_equal(decoded[positions], new[positions])
 
-    def _kernels(self) -> Any:
-        return compiled_kernels()
+    def _kernels(self, dtype: DType) -> Any:
+        return compiled_kernels(dtype.lane)
 
 
 class Adaptive(ExponentClasses):
@@ -233,9 +233,9 @@ class Adaptive(ExponentClasses):
 
     def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
         layout = _require_layout(dtype)
-        return adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels())
+        return adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels(dtype))
 
-    def _kernels(self) -> Any:
+    def _kernels(self, dtype: DType) -> Any:
         # To wait until the loops are compiled takes less time than to work without them.
         return compiled_kernels(wait=True)
 
@@ -293,7 +293,7 @@ def find_changes(chunk: Bytes, reference: Bytes, dtype: DType) -> ChunkChanges |
     if layout is None or chunk.size < _TABLES_FROM:
         return None
     new, old = _view_pair(chunk, reference, dtype)
-    return exponent_codec.find_changes(new, old, layout, compiled_kernels())
+    return exponent_codec.find_changes(new, old, layout, compiled_kernels(dtype.lane))
 
 
 def encode(
@@ -378,7 +378,7 @@ def _require_layout(dtype: DType) -> FloatLayout:
 
 
 def _rotation_kernels(dtype: DType) -> Any:
-    compiled = compiled_kernels() if dtype.lane in _COMPILED_LANES else None
+    compiled = compiled_kernels(dtype.lane) if dtype.lane in _COMPILED_LANES else None
     return kernels if compiled is None else compiled
 
 

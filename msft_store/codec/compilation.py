@@ -6,7 +6,7 @@ between any two chunks.
 
 Invariants: one process at a time compiles for a folder. It inherits the lock on ``msft_store.lock``
 from the process that starts it, and the system frees the lock when it ends for any reason. A
-marker exists only if all loops are in the cache, for these sources, this version of Numba and this
+marker exists only if the loops are in the cache, for these sources, this version of Numba and this
 processor. If nothing can be kept, or if the process cannot be started or dies, the loops are
 compiled where they are called.
 
@@ -42,55 +42,67 @@ _PROGRAM = (
 _logger = logging.getLogger(__name__)
 
 
-def compiled_kernels(*, wait: bool = False) -> Any:
+def compiled_kernels(lane: int | None = None, *, wait: bool = False) -> Any:
     """Return :mod:`msft_store.codec.numba_kernels`, imported at first use, or ``None``.
 
     It is ``None`` without Numba, and while another process compiles the loops. With ``wait``, the
-    call returns when that process has ended.
+    call returns when that process has ended. ``lane`` is the number of bytes of the lanes that the
+    loops are called with: those of level ``fast`` are ready before all others.
     """
     chosen = os.environ.get(NUMBA_VARIABLE, HERE)
     kernels = None if chosen == NEVER else _import_kernels()
     if kernels is None or chosen == HERE:
         return kernels
     compilation = _compilation()
-    return kernels if compilation is None or compilation.is_over(wait=wait) else None
+    return kernels if compilation is None or compilation.is_over(lane, wait=wait) else None
 
 
-def mark_compiled() -> None:
-    """Record that the cache has all loops."""
+def mark_compiled(lane: int | None) -> None:
+    """Record that the cache has the loops of level ``fast`` for these lanes, or all loops."""
     compilation = _compilation()
     if compilation is not None:
-        compilation.marker.touch()
+        compilation.marker(lane).touch()
 
 
 class _Compilation:
     """The compilation of all loops into a folder, by whatever process."""
 
     def __init__(self, folder: Path, digest: str) -> None:
-        self.marker = folder / f"msft_store-{digest}.compiled"
-        self._lock = folder / "msft_store.lock"
+        self._folder = folder
+        self._digest = digest
+        self._over: set[int | None] = set()
         self._has_started = False
-        self._is_over = False
+        self._has_failed = False
 
-    def is_over(self, *, wait: bool) -> bool:
-        """Return True if the loops are compiled or nobody else will do it; start it if need be."""
-        if not self._is_over:
+    def marker(self, lane: int | None) -> Path:
+        """Return the file that exists if the loops are compiled."""
+        return self._folder / f"msft_store-{self._digest}.{lane or 'all'}"
+
+    def is_over(self, lane: int | None, *, wait: bool) -> bool:
+        """Return True if the loops are compiled, or if no other process does it.
+
+        Otherwise a process that compiles them has been started.
+        """
+        if not self._has_failed and lane not in self._over:
             try:
-                self._is_over = self._advance(wait=wait)
+                if self._advance(lane, wait=wait):
+                    self._over.add(lane)
             except (OSError, subprocess.SubprocessError) as error:
                 _logger.info("this process compiles the loops of the codec itself: %s", error)
-                self._is_over = True
-        return self._is_over
+                self._has_failed = True
+        return self._has_failed or lane in self._over
 
-    def _advance(self, *, wait: bool) -> bool:
-        if self.marker.exists():
+    def _advance(self, lane: int | None, *, wait: bool) -> bool:
+        if self.marker(lane).exists():
             return True
-        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = self._folder / "msft_store.lock"
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Without a marker, the process that was started from here has failed or was killed.
-            if self._has_started or self.marker.exists():
+            if self.marker(lane).exists():
                 return True
+            if self._has_started:
+                raise ChildProcessError("the process that should compile them has ended")
             self._has_started = True
             _start_compiling(lock)
         except BlockingIOError:
@@ -100,9 +112,9 @@ class _Compilation:
         _logger.info(
             "another process compiles the loops of the codec into %s; until it has ended, saves "
             "and loads are slower",
-            self._lock.parent,
+            self._folder,
         )
-        return wait and self._advance(wait=True)
+        return wait and self._advance(lane, wait=True)
 
 
 @functools.cache

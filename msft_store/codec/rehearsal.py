@@ -4,12 +4,13 @@
 
 Example::
 
-    rehearse()            # afterwards no chunk of any kind makes Numba compile anything
+    list(rehearse_all())      # afterwards no chunk of any kind makes Numba compile anything
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,26 +18,36 @@ from msft_store.codec import codecs, compilation
 from msft_store.codec.kernels import Bytes
 from msft_store.format.dtypes import DType, dtype_by_name
 
+NAMES = ("bfloat16", "float32")
+"""A type for each width of lanes, the more usual first."""
 _SECONDS = 600
 """Time after which the process ends, whatever it waits for."""
 _ELEMENTS = 1 << 14
 
 
-def rehearse() -> None:
-    """Encode and decode chunks of floats of two and of four bytes, at each level."""
-    for name in ("bfloat16", "float32"):
-        dtype = dtype_by_name(name)
-        new, old = _make_pair(dtype)
-        for level in codecs.LEVELS:
-            _round_trip(new, old, dtype, level)
-            _round_trip(new, None, dtype, level)
+def rehearse(name: str, level: codecs.Level) -> None:
+    """Encode and decode chunks of a type, at a level."""
+    dtype = dtype_by_name(name)
+    new, old = _make_pair(dtype)
+    _round_trip(new, old, dtype, level)
+    _round_trip(new, None, dtype, level)
+
+
+def rehearse_all() -> Iterator[int | None]:
+    """Rehearse all; yield the bytes of the lanes that ``fast`` has, and ``None`` after the last."""
+    for name in NAMES:
+        rehearse(name, "fast")
+        yield dtype_by_name(name).lane
+    for name in NAMES:
+        rehearse(name, "small")
+    yield None
 
 
 def main() -> None:
-    """Compile all loops into Numba's cache, and record that it has them."""
+    """Compile all loops into Numba's cache, and record which it has."""
     signal.alarm(_SECONDS)
-    rehearse()
-    compilation.mark_compiled()
+    for lane in rehearse_all():
+        compilation.mark_compiled(lane)
 
 
 def _make_pair(dtype: DType) -> tuple[Bytes, Bytes]:

@@ -7,10 +7,13 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from msft_store.codec import changes, codecs, exponent_codec, rehearsal
 from msft_store.codec.changes import ChunkChanges
+from msft_store.codec.kernels import Bytes
 from msft_store.format.dtypes import DTYPES, DType
 from tests.support.pairs import COMPILED, KINDS, layout, pair_of
 
@@ -24,34 +27,48 @@ def signatures() -> set[str]:
     }
 
 
-def code(new: np.ndarray, old: np.ndarray, dtype: DType, found: ChunkChanges | None = None) -> None:
-    """Encode and decode a chunk at each level, with its reference and without one."""
-    for level in codecs.LEVELS:
-        for reference in (old, None):
-            codec, payload = codecs.encode(new, reference, dtype, level=level, found=found)
-            codec.decode_into(payload, old.copy(), dtype)
+def code(dtype: DType, levels: Sequence[codecs.Level]) -> None:
+    """Encode and decode chunks of a type that differ in size, content and access."""
+    by_exponent = changes.float_layout(dtype) is not None
+    for kind in KINDS if by_exponent else ("noise",):
+        for count in (1, 129, 5000, 40_000):
+            if by_exponent:
+                new, old = pair_of(dtype, count, kind, 1)
+                found = exponent_codec.find_changes(new, old, layout(dtype), None)
+            else:
+                old = np.random.default_rng(0).integers(0, 256, count * dtype.size, np.uint8)
+                new, found = old ^ (old < 9), None
+            chunk, old = new.view(np.uint8).copy(), old.view(np.uint8)
+            for level in levels:
+                round_trip(chunk, old, dtype, level, found)
+                for writeable in (True, False):
+                    chunk.flags.writeable = writeable
+                    for reference in (old, None):
+                        round_trip(chunk, reference, dtype, level)
+
+
+def round_trip(
+    chunk: Bytes,
+    reference: Bytes | None,
+    dtype: DType,
+    level: codecs.Level,
+    found: ChunkChanges | None = None,
+) -> None:
+    """Encode and decode a chunk."""
+    codec, payload = codecs.encode(chunk, reference, dtype, level=level, found=found)
+    codec.decode_into(payload, chunk.copy() if reference is None else reference.copy(), dtype)
 
 
 def main() -> None:
-    """Code chunks that differ in type, size, content and access."""
-    rehearsal.rehearse()
-    before = signatures()
-    for dtype in DTYPES:
-        by_exponent = changes.float_layout(dtype) is not None
-        for kind in KINDS if by_exponent else ("noise",):
-            for count in (1, 129, 5000, 40_000):
-                if by_exponent:
-                    new, old = pair_of(dtype, count, kind, 1)
-                    found = exponent_codec.find_changes(new, old, layout(dtype), None)
-                    code(new.view(np.uint8), old.view(np.uint8), dtype, found)
-                else:
-                    old = np.random.default_rng(0).integers(0, 256, count * dtype.size, np.uint8)
-                    new = old ^ (old < 9)
-                chunk, reference = new.view(np.uint8).copy(), old.view(np.uint8)
-                code(chunk, reference, dtype)
-                chunk.flags.writeable = False
-                code(chunk, reference, dtype)
-    print("\n".join(sorted(signatures() - before)) or "nothing is compiled")
+    """Code chunks after each part of a rehearsal, as far as they may be coded then."""
+    compiled = set()
+    for lane in rehearsal.rehearse_all():
+        before = signatures()
+        for dtype in DTYPES:
+            if lane in (None, dtype.lane):
+                code(dtype, codecs.LEVELS if lane is None else ("fast",))
+        compiled |= signatures() - before
+    print("\n".join(sorted(compiled)) or "nothing is compiled")
 
 
 if __name__ == "__main__":

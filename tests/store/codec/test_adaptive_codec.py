@@ -191,7 +191,7 @@ def test_packs_of_the_level_small_are_equal_with_and_without_numba(
     packs = []
     for name, compiled in zip("ab", PATHS, strict=True):
         monkeypatch.setattr(
-            "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled, **_: compiled
+            "msft_store.codec.codecs.compiled_kernels", lambda *_, compiled=compiled, **__: compiled
         )
         store = Store.create(tmp_path / name, level="small")
         store.save(after, parent=store.add_base(source))

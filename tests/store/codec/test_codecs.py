@@ -231,7 +231,7 @@ def test_turned_lanes_are_the_same_in_every_implementation_and_by_the_format_pag
         payloads = []
         for compiled in PATHS:
             monkeypatch.setattr(
-                "msft_store.codec.codecs.compiled_kernels", lambda compiled=compiled, **_: compiled
+                "msft_store.codec.codecs.compiled_kernels", lambda _, compiled=compiled: compiled
             )
             payloads.append(TURNED.encode(chunk, None, dtype))
             for payload in payloads:
@@ -246,7 +246,7 @@ def test_turned_lanes_are_the_same_in_every_implementation_and_by_the_format_pag
 def test_a_damaged_turned_payload_is_refused_or_gives_bytes_of_the_right_size(
     monkeypatch: pytest.MonkeyPatch, name: str, compiled: object
 ) -> None:
-    monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda **_: compiled)
+    monkeypatch.setattr("msft_store.codec.codecs.compiled_kernels", lambda _: compiled)
     dtype = dtypes.dtype_by_name(name)
     chunk = chunk_of(dtype, 40, 3)
     payload = TURNED.encode(chunk, None, dtype)

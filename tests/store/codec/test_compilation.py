@@ -159,7 +159,7 @@ def test_after_a_rehearsal_no_chunk_makes_numba_compile_anything() -> None:
 
 def fill_cache(machine: Machine) -> None:
     """Copy the loops of this checkout into the cache, except the mark that they are complete."""
-    rehearsal.rehearse()
+    list(rehearsal.rehearse_all())
     (folder,) = machine.cache.iterdir()
     for pattern in ("*.nbi", "*.nbc"):
         for file in Path(COMPILED.cache_folder()).glob(pattern):
