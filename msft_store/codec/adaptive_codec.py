@@ -58,9 +58,17 @@ def encode(old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any) 
     return exponent_codec.join_payload(found, first, words, rest)
 
 
-def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> Array:
-    """See :func:`msft_store.codec.exponent_codec.decode_in_place`."""
-    return exponent_codec.decode_in_place(payload, old, layout, compiled, _ArithmeticReader)
+def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
+    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined."""
+    exponent_codec.decode_in_place(payload, old, layout, compiled, _ArithmeticReader)
+
+
+def restores(
+    payload: bytes, size: int, found: ChunkChanges, layout: FloatLayout, compiled: Any
+) -> bool:
+    """See :func:`msft_store.codec.exponent_codec.restores`."""
+    reader = _ArithmeticReader
+    return exponent_codec.restores(payload, size, found, layout, compiled, reader=reader)
 
 
 class _ArithmeticReader:

@@ -75,6 +75,17 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Listed:
+    """The listed elements as the search in all elements met them. All others are unchanged."""
+
+    positions: Array
+    """Ascending; uint32."""
+    references: Array
+    values: Array
+    """The words of the reference and of the chunk, unsigned."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkChanges(Listing):
     """The changes of one chunk, on the host."""
 
@@ -84,8 +95,8 @@ class ChunkChanges(Listing):
     """``context << 8 | token << 2 | towards zero << 1 | sign flipped`` of listed ones; uint16."""
     distances: Array
     """Differences of the magnitudes of listed elements, in steps; uint32."""
-    positions: Array | None = None
-    """Positions of listed elements, uint32; ``None`` if they were not brought to the host."""
+    listed: Listed | None = None
+    """The listed elements; ``None`` if they were not brought to the host."""
 
 
 def float_layout(dtype: DType) -> FloatLayout | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import zstandard
@@ -89,8 +89,8 @@ class Codec(ABC):
     ) -> bool:
         """Return True if a payload decodes to the chunk; ``out`` is as for :meth:`decode_into`.
 
-        ``found`` holds the changes of the chunk if they are known. A codec may take from them
-        which elements are equal to the reference's.
+        ``found`` holds the changes of the chunk if they are known. As they come from a comparison
+        of all elements, a codec may compare what a payload changes with them.
         """
         try:
             self.decode_into(payload, out, dtype)
@@ -184,6 +184,9 @@ class Sparse(Codec):
 class ExponentClasses(Codec):
     """Changes range-coded by the exponent of the reference, for floats of 2 or 4 bytes."""
 
+    _coder: ClassVar[Any] = exponent_codec
+    """The module that decodes payloads."""
+
     def encode(
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
@@ -198,26 +201,18 @@ class ExponentClasses(Codec):
         return exponent_codec.encode(found, compiled)
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
-        self._decode(payload, view_lanes(out, dtype.lane), dtype)
-
-    def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
-        """Decode in place; return the positions of the listed elements."""
-        layout = _require_layout(dtype)
-        return exponent_codec.decode_in_place(payload, lanes, layout, self._kernels(dtype))
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
+        self._coder.decode_in_place(payload, lanes, layout, self._kernels(dtype))
 
     def restores(
         self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
     ) -> bool:
-        if found is None or found.positions is None:
+        compiled = self._kernels(dtype)
+        if found is None or found.listed is None or compiled is None:
             return super().restores(payload, chunk, out, dtype, found)
-        new, decoded = _view_pair(chunk, out, dtype)
-        try:
-            positions = self._decode(payload, decoded, dtype)
-        except ValueError:
-            return False
-        # All other elements are the reference's, which the search for changes has compared.
-        same = np.array_equal(positions, found.positions)
-        return same and np.array_equal(decoded[positions], new[positions])
+        size, layout = chunk.size // dtype.lane, _require_layout(dtype)
+        proven: bool = self._coder.restores(payload, size, found, layout, compiled)
+        return proven
 
     def _kernels(self, dtype: DType) -> Any:
         return compiled_kernels(dtype.lane)
@@ -226,14 +221,12 @@ class ExponentClasses(Codec):
 class Adaptive(ExponentClasses):
     """The changes of codec 6, coded with adaptive probabilities: smaller and slower."""
 
+    _coder: ClassVar[Any] = adaptive_codec
+
     def _encode_changes(
         self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
     ) -> bytes:
         return adaptive_codec.encode(old, layout, found, compiled)
-
-    def _decode(self, payload: bytes, lanes: Lanes, dtype: DType) -> changes.Array:
-        layout = _require_layout(dtype)
-        return adaptive_codec.decode_in_place(payload, lanes, layout, self._kernels(dtype))
 
     def _kernels(self, dtype: DType) -> Any:
         # To wait until the loops are compiled takes less time than to work without them.

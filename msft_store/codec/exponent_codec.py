@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from msft_store.codec.changes import (
     SMALLEST,
     ChunkChanges,
     FloatLayout,
+    Listed,
     Listing,
 )
 from msft_store.codec.kernels import Lanes
@@ -73,9 +75,10 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
     whole = new.size // BLOCK * BLOCK
     step = rans.sampling_step(-(-new.size // BLOCK))
     words = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
-    busy, low, high, skip, runs, gaps, positions, symbols, distances = compiled.find_changes(
+    busy, low, high, skip, (runs, gaps, symbols, distances), listed = compiled.find_changes(
         now, was, *words, layout.shift, layout.mask, step
     )
+    positions, references, values = listed
     return ChunkChanges(
         busy=busy,
         low=low,
@@ -84,7 +87,7 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
         gaps=gaps,
         symbols=symbols,
         distances=distances,
-        positions=positions,
+        listed=Listed(positions=positions, references=references, values=values),
     )
 
 
@@ -135,42 +138,100 @@ def decode_in_place(
     layout: FloatLayout,
     compiled: Any,
     reader: type[SymbolReader] | None = None,
-) -> Array:
-    """Replace the reference in ``old`` by the decoded lanes; return the listed positions.
+) -> None:
+    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined.
 
-    An error leaves ``old`` undefined. ``reader`` is that of codec 6 by default.
+    ``reader`` is that of codec 6 by default.
     """
+    streams = _open_streams(payload, old.size, compiled, reader or _RangeReader)
+    listing, count = streams.listing, streams.listed
+    positions = locate_listed(old, layout, listing, streams.gaps, compiled, count=count)
+    coded = streams.symbols.read_changes(compute_exponents(old, positions, layout, compiled))
+    lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
+    low_bits = (streams.words, streams.start, streams.end, layout.sign, *streams.symbols.tokens)
+    bits = loops.apply_changes(lanes, positions, coded, *low_bits)
+    if not 0 <= streams.end - bits < 32:
+        raise ValueError("an exponent-coded chunk has the wrong number of low bits")
+
+
+def restores(
+    payload: bytes,
+    size: int,
+    found: ChunkChanges,
+    layout: FloatLayout,
+    compiled: Any,
+    *,
+    reader: type[SymbolReader] | None = None,
+) -> bool:
+    """Return True if a payload decodes to the ``size`` lanes in which changes were found.
+
+    The search has compared all lanes, so a payload is proven by the elements that it lists and by
+    their values. ``found`` must hold those.
+    """
+    listed = found.listed
+    try:
+        streams = _open_streams(payload, size, compiled, reader or _RangeReader)
+        if listed is None or streams.listed != listed.positions.size:
+            return False
+        exponents = (listed.references & layout.mask) >> layout.shift
+        coded = streams.symbols.read_changes(exponents.astype(np.uint8))
+        blocks = _coded_blocks(streams.listing, size)
+    except ValueError:
+        return False
+    low_bits = (streams.words, streams.start, streams.end, layout.sign, *streams.symbols.tokens)
+    bounds = _busy_bounds(streams.listing, layout, listed.references.dtype.type)
+    elements = listed.values, listed.references, listed.positions
+    proven: bool = compiled.restores(*elements, blocks, *bounds, streams.gaps, coded, *low_bits)
+    return proven
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Streams:
+    """The opened streams of a payload."""
+
+    listing: Listing
+    listed: int
+    """Number of listed elements."""
+    gaps: Array
+    symbols: SymbolReader
+    words: Array
+    """Words of low bits, and two more."""
+    start: int
+    """First low bit of the changes."""
+    end: int
+
+
+def _open_streams(payload: bytes, size: int, compiled: Any, reader: type[SymbolReader]) -> _Streams:
+    """Read a payload for ``size`` lanes up to the symbols of changes; or :class:`ValueError`."""
     if len(payload) < _HEADER.size:
         raise ValueError("an exponent-coded chunk has no header")
     listed, gaps, runs, first_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
     all_coded, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
     at = _HEADER.size + first_bytes
     rest = at + 4 * word_count
-    blocks = 0 if all_coded else -(-old.size // BLOCK)
-    if max(listed, gaps) > old.size or runs > blocks or rest > len(payload):
+    blocks = 0 if all_coded else -(-size // BLOCK)
+    if max(listed, gaps) > size or runs > blocks or rest > len(payload):
         raise ValueError("an exponent-coded chunk has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("an exponent-coded chunk has impossible exponents")
     # The loops read two words beyond the last one.
     words = np.frombuffer(payload[at:rest] + bytes(8), "<u4")
     end, loops = 32 * word_count, kernels if compiled is None else compiled
-    symbols = (reader or _RangeReader)(
-        payload[_HEADER.size : at], payload[rest:], low, high, compiled
-    )
+    symbols = reader(payload[_HEADER.size : at], payload[rest:], low, high, compiled)
     contexts = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
     read = symbols.read_runs_and_gaps(contexts)
-    values, bits = loops.read_distances(read, words, 0, end, *symbols.tokens)
-    if bits > end:
+    values, start = loops.read_distances(read, words, 0, end, *symbols.tokens)
+    if start > end:
         raise ValueError("an exponent-coded chunk ends too early")
-    listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs])
-    positions = locate_listed(old, layout, listing, values[runs:], compiled, count=listed)
-    coded = symbols.read_changes(compute_exponents(old, positions, layout, compiled))
-    lanes = old.view(f"<u{old.itemsize}")
-    low_bits = (words, bits, end, layout.sign, *symbols.tokens)
-    bits = loops.apply_changes(lanes, positions, coded, *low_bits)
-    if not 0 <= end - bits < 32:
-        raise ValueError("an exponent-coded chunk has the wrong number of low bits")
-    return positions
+    return _Streams(
+        listing=Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs]),
+        listed=listed,
+        gaps=values[runs:],
+        symbols=symbols,
+        words=words,
+        start=start,
+        end=end,
+    )
 
 
 class _RangeReader:
@@ -213,24 +274,34 @@ def locate_listed(
     old: Lanes, layout: FloatLayout, listing: Listing, gaps: Array, compiled: Any, *, count: int
 ) -> Array:
     """Return the ``count`` positions of all listed elements; :class:`ValueError` if it differs."""
-    blocks = -(-old.size // BLOCK)
-    coded = (
-        np.ones(blocks, bool) if listing.runs is None else changes.decode_runs(listing.runs, blocks)
-    )
-    limit = listing.busy << layout.shift
+    coded = _coded_blocks(listing, old.size)
     positions: Array
     if compiled is None:
+        limit = listing.busy << layout.shift
         marked, quiet = torch.from_numpy(coded), torch.from_numpy(kernels.decode_gaps(gaps))
         positions = changes.locate_listed(_as_tensor(old), layout, marked, limit, quiet).numpy()
     else:
         was = _as_read_only(old.view(f"<u{old.itemsize}"))
-        word = was.dtype.type
-        most, mask = word(max(min(limit - 1, layout.mask), 0)), word(layout.mask)
+        bounds = _busy_bounds(listing, layout, was.dtype.type)
         distances = gaps.astype(np.uint32, copy=False)
-        positions = compiled.locate_listed(was, coded, limit > 0, most, mask, distances, count)
+        positions = compiled.locate_listed(was, coded, *bounds, distances, count)
     if positions.size != count:
         raise ValueError("a chunk lists another number of elements than it has")
     return positions
+
+
+def _coded_blocks(listing: Listing, size: int) -> Array:
+    """Return a mask of the blocks of ``size`` lanes in which elements are listed."""
+    blocks = -(-size // BLOCK)
+    if listing.runs is None:
+        return np.ones(blocks, bool)
+    return changes.decode_runs(listing.runs, blocks)
+
+
+def _busy_bounds(listing: Listing, layout: FloatLayout, word: Any) -> tuple[bool, Any, Any]:
+    """Return whether any element is busy, the largest magnitude of one, and the mask of these."""
+    limit = listing.busy << layout.shift
+    return limit > 0, word(max(min(limit - 1, layout.mask), 0)), word(layout.mask)
 
 
 def compute_exponents(old: Lanes, positions: Array, layout: FloatLayout, compiled: Any) -> Array:

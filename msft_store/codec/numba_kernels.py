@@ -30,6 +30,12 @@ from msft_store.codec.rans import BLOCK, MIN_STATE, PROBABILITY_BITS
 _F = TypeVar("_F", bound=Callable[..., Any])
 _INVERSE_SLACK = 1 + 2.0**-50
 """Keeps the product with an inverse from falling below the quotient of an exact multiple."""
+_GATHER = 0x0102040810204080
+_SEQUENCE = 0x03F79D71B4CB0A89
+"""A de Bruijn sequence: its products with powers of two differ in the highest six bits."""
+_BIT_NUMBERS = np.zeros(64, np.uint8)
+for _number in range(64):
+    _BIT_NUMBERS[(_SEQUENCE << _number) % 2**64 >> 58] = _number
 _BATCH = 1024
 """Elements at a time, so that the buffers stay in the first-level cache."""
 _TARGET_VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
@@ -128,38 +134,73 @@ def survey_blocks(
 
 
 @_compile
-def list_elements(new: Any, old: Any, blocks: Any, limit: Any, mask: Any) -> Any:
-    """Return the positions (uint32) of changed and busy elements in the marked blocks."""
-    positions = np.empty(new.size + 1, np.uint32)
-    marks = np.zeros(BLOCK, np.uint8)
-    words = marks.view(np.uint64)
-    count = uint64(0)
-    for block in range(blocks.size):
-        if not blocks[block]:
-            continue
-        first = block * BLOCK
-        length = min(BLOCK, new.size - first)
-        for i in range(length):
-            reference = old[first + i]
-            marks[i] = (new[first + i] != reference) | ((reference & mask) < limit)
-        marks[length:] = 0
-        for word in range(words.size):
-            if words[word] != 0:
-                for i in range(8 * word, 8 * word + 8):
-                    positions[count] = first + i
-                    count += uint64(marks[i])
-    return positions[:count].copy()
+def append_marked(words: Any, first: Any, positions: Any, count: Any) -> Any:
+    """Append the positions of a block's marks to ``count`` others; return how many there are.
+
+    ``words`` views one byte for each element as uint64: 1 if it is marked, else 0.
+    """
+    one, byte = uint64(1), uint64(8)
+    for half in range(0, words.size, 8):
+        bits = uint64(0)
+        for i in range(8):
+            # The product moves the lowest bit of each byte into the highest byte.
+            gathered = (words[half + i] * uint64(_GATHER)) >> uint64(56)
+            bits |= gathered << (byte * uint64(i))
+        start = uint64(first) + byte * uint64(half)
+        while bits != uint64(0):
+            lowest = bits & (uint64(0) - bits)
+            positions[count] = start + uint64(
+                _BIT_NUMBERS[(lowest * uint64(_SEQUENCE)) >> uint64(58)]
+            )
+            count += one
+            bits ^= lowest
+    return count
 
 
 @_compile
-def compute_gaps(old: Any, positions: Any, blocks: Any, limit: Any, mask: Any) -> Any:
+def list_elements(new: Any, old: Any, blocks: Any, busy: Any, most: Any, mask: Any) -> Any:
+    """List changed and busy elements in the marked blocks, while these are in the cache.
+
+    Returns their positions (uint32), references and values. Elements of at most the magnitude
+    ``most`` are busy if ``busy`` is True.
+    """
+    positions = np.empty(new.size + 1, np.uint32)
+    references, values = np.empty(new.size, old.dtype), np.empty(new.size, new.dtype)
+    marks = np.zeros(BLOCK, np.uint8)
+    words = marks.view(np.uint64)
+    count, whole = uint64(0), uint64(new.size // BLOCK)
+    for block in range(uint64(blocks.size)):
+        if not blocks[block]:
+            continue
+        first = uint64(block) * uint64(BLOCK)
+        # The loops of full blocks have a constant length, so that the compiler vectorises them.
+        if block >= whole:
+            marks[:] = 0
+            for i in range(uint64(new.size) - first):
+                was = old[first + uint64(i)]
+                marks[i] = (new[first + uint64(i)] != was) | (busy & ((was & mask) <= most))
+        elif busy:
+            for i in range(BLOCK):
+                was = old[first + uint64(i)]
+                marks[i] = (new[first + uint64(i)] != was) | ((was & mask) <= most)
+        else:
+            for i in range(BLOCK):
+                marks[i] = new[first + uint64(i)] != old[first + uint64(i)]
+        begin, count = count, append_marked(words, first, positions, count)
+        for k in range(begin, count):
+            references[k], values[k] = old[positions[k]], new[positions[k]]
+    return positions[:count].copy(), references[:count].copy(), values[:count].copy()
+
+
+@_compile
+def compute_gaps(references: Any, positions: Any, blocks: Any, limit: Any, mask: Any) -> Any:
     """Return the gaps (int64) between quiet elements of a list, in the marked blocks only."""
     skipped, start = 0, 0
     gaps = np.empty(positions.size, np.int64)
     count, before = 0, -1
     for k in range(positions.size):
         position = int64(positions[k])
-        if (old[position] & mask) >= limit:
+        if (references[k] & mask) >= limit:
             while start < position // BLOCK:
                 skipped += not blocks[start]
                 start += 1
@@ -224,11 +265,7 @@ def locate_listed(
             if reached < uint64(gaps.size):
                 quiet += uint64(gaps[reached]) + one
         if some:
-            for word in range(uint64(words.size)):
-                if words[word] != 0:
-                    for i in range(uint64(8) * word, uint64(8) * (word + one)):
-                        positions[found] = first + i
-                        found += uint64(marks[i])
+            found = append_marked(words, first, positions, found)
         start += width
     fits = reached == uint64(gaps.size) and found == uint64(count)
     return positions[: count if fits else count + 1]
@@ -236,30 +273,23 @@ def locate_listed(
 
 @_compile
 def compute_symbols(
-    new: Any, old: Any, positions: Any, shift: Any, mask: Any, low: Any, high: Any
+    values: Any, references: Any, shift: Any, mask: Any, low: Any, high: Any
 ) -> Any:
     """See :func:`msft_store.codec.changes.compute_symbols`."""
-    symbols = np.empty(positions.size, np.uint16)
-    distances = np.empty(positions.size, np.uint32)
-    # Elements are gathered first, so that the compiler can vectorise the loop that computes.
-    before, after = np.empty(_BATCH, np.int64), np.empty(_BATCH, np.int64)
-    for first in range(0, positions.size, _BATCH):
-        length = min(_BATCH, positions.size - first)
-        at = positions[first : first + length]
-        for k in range(length):
-            before[k], after[k] = old[at[k]], new[at[k]]
-        some, steps = symbols[first : first + length], distances[first : first + length]
-        for k in range(length):
-            was, now = before[k] & mask, after[k] & mask
-            change = now - was
-            negative = change >> 63
-            distance = (change ^ negative) - negative
-            halves = int64(np.float64(distance).view(np.int64) >> 51) - 2046
-            token = distance if distance < DIRECT_TOKENS else halves
-            context = min(max(was >> shift, low), high) - low + FIRST_CLASS
-            flipped = int64((before[k] ^ after[k]) & (mask + 1) != 0)
-            some[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
-            steps[k] = uint32(distance)
+    symbols = np.empty(values.size, np.uint16)
+    distances = np.empty(values.size, np.uint32)
+    for k in range(values.size):
+        before, after = int64(references[k]), int64(values[k])
+        was, now = before & mask, after & mask
+        change = now - was
+        negative = change >> 63
+        distance = (change ^ negative) - negative
+        halves = int64(np.float64(distance).view(np.int64) >> 51) - 2046
+        token = distance if distance < DIRECT_TOKENS else halves
+        context = min(max(was >> shift, low), high) - low + FIRST_CLASS
+        flipped = int64((before ^ after) & (mask + 1) != 0)
+        symbols[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
+        distances[k] = uint32(distance)
     return symbols, distances
 
 
@@ -269,19 +299,25 @@ def find_changes(
 ) -> Any:
     """See :func:`msft_store.codec.changes.find_changes`; words view the full blocks as uint64.
 
-    Returns ``busy``, ``low``, ``high``, whether blocks are skipped, the lengths of their runs, and
-    the gaps, positions, symbols and distances.
+    Returns ``busy``, ``low``, ``high``, whether blocks are skipped, the lengths of their runs, the
+    gaps, symbols and distances, and positions, references and values of the listed elements.
     """
     changed, counts, runs = survey_blocks(new, old, new_words, old_words, shift, mask, step)
     skip, busy, low, high = plan_listing(counts, runs, step)
     lengths = encode_runs(changed, runs) if skip else np.empty(0, np.int64)
     blocks = changed if skip else np.ones(changed.size, np.bool_)
     limit = busy << shift
+    bounds = np.empty(2, old.dtype)
+    bounds[0], bounds[1] = max(min(limit - 1, mask), 0), mask
     # Without busy elements, only changed blocks have anything to list.
-    positions = list_elements(new, old, blocks if busy > 0 else changed, limit, mask)
-    gaps = compute_gaps(old, positions, blocks, limit, mask)
-    symbols, distances = compute_symbols(new, old, positions, shift, mask, low, high)
-    return busy, low, high, skip, lengths, gaps, positions, symbols, distances
+    searched = blocks if busy > 0 else changed
+    positions, references, values = list_elements(
+        new, old, searched, busy > 0, bounds[0], bounds[1]
+    )
+    gaps = compute_gaps(references, positions, blocks, limit, mask)
+    symbols, distances = compute_symbols(values, references, shift, mask, low, high)
+    changes = (lengths, gaps, symbols, distances)
+    return busy, low, high, skip, changes, (positions, references, values)
 
 
 @_compile
@@ -464,6 +500,59 @@ def apply_changes(
         if at > uint64(end):
             break
     return int64(at)
+
+
+@_compile
+def restores(
+    values: Any,
+    references: Any,
+    positions: Any,
+    blocks: Any,
+    busy: Any,
+    most: Any,
+    mask: Any,
+    gaps: Any,
+    symbols: Any,
+    words: Any,
+    start: Any,
+    end: Any,
+    sign: Any,
+    bits: Any,
+    least: Any,
+) -> Any:
+    """Return True if decoded streams list the elements at ``positions`` and give them ``values``.
+
+    It tells what :func:`locate_listed` and :func:`apply_changes` would do.
+    """
+    at, one, all_bits = uint64(start), uint64(1), uint64(2 * sign - 1)
+    quiet, block, skipped, before = 0, 0, 0, -1
+    for k in range(positions.size):
+        was, position = references[k], int64(positions[k])
+        while block < position // BLOCK:
+            skipped += not blocks[block]
+            block += 1
+        if not blocks[block] or (k > 0 and positions[k] <= positions[k - 1]):
+            return False
+        if not (busy and (was & mask) <= most):
+            place = position - BLOCK * skipped
+            if quiet >= gaps.size or int64(gaps[quiet]) != place - before - 1:
+                return False
+            quiet, before = quiet + 1, place
+        symbol = uint64(symbols[k])
+        token = symbol >> uint64(2)
+        count = uint64(bits[token])
+        word = at >> uint64(5)
+        pair = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
+        low = (pair >> (at & uint64(31))) & ((one << count) - one)
+        distance = uint64(least[token]) + low
+        negative = uint64(0) - ((symbol >> one) & one)
+        change = (distance ^ negative) - negative
+        value = (uint64(was) ^ ((symbol & one) * uint64(sign))) + change
+        at += count
+        if at > uint64(end) or (value ^ uint64(values[k])) & all_bits != uint64(0):
+            return False
+    spare = int64(end) - int64(at)
+    return quiet == gaps.size and 0 <= spare < 32
 
 
 @_compile

@@ -48,7 +48,7 @@ from msft_store.objects.packs import PackWriter, StoredChunk
 from msft_store.objects.reference_planner import Reference, ReferencePlanner, Table
 from msft_store.pipeline.parallel import in_order
 from msft_store.tensors.boxes import Box, whole_box
-from msft_store.tensors.bytes import memory_key, read_elements
+from msft_store.tensors.bytes import has_plain_bytes, memory_key, read_elements, view_bytes
 from msft_store.tensors.resident import Change, Compared
 
 _FEWEST, _MOST = 3, 8
@@ -331,9 +331,9 @@ def encode_boxes(
             piece=0,
             number=number,
             size=(end - start) * entry.dtype.size,
-            read=partial(read_elements, box.tensor, start, end),
+            read=partial(read, start, end),
         )
-        for box, entry in ((box, box.entry()) for box in boxes)
+        for box, entry, read in ((box, box.entry(), _reader(box.tensor)) for box in boxes)
         for number, start, end in _cut(box.tensor.numel(), entry.dtype)
     ]
     writer, results = ChunkWriter(begin), _encode(Encoder(objects, options), places, planner)
@@ -345,6 +345,14 @@ def encode_boxes(
     return found, writer.totals
 
 
+def _reader(tensor: torch.Tensor) -> Callable[[int, int], Bytes]:
+    """Return a function that returns the bytes of a range of a tensor's elements."""
+    if not has_plain_bytes(tensor):
+        return partial(read_elements, tensor)
+    data, width = view_bytes(tensor), tensor.element_size()
+    return lambda start, stop: data[start * width : stop * width]
+
+
 def _encode(
     encoder: Encoder, places: Sequence[Place], planner: ReferencePlanner
 ) -> Generator[Encoded, None, None]:
@@ -353,7 +361,30 @@ def _encode(
         sizes = estimate(encoder, sample(places), planner)
         order = sorted(range(len(sizes)), key=sizes.__getitem__)
         planner.tables = [planner.tables[number] for number in order]
-    return in_order(encoder.encode, (encoder.work(place, planner) for place in places))
+
+    def encode(batch: Sequence[Place]) -> list[Encoded]:
+        return [encoder.encode(encoder.work(place, planner)) for place in batch]
+
+    with closing(in_order(encode, _batches(places))) as batches:
+        for batch in batches:
+            yield from batch
+
+
+def _batches(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """Yield neighbours that together are not larger than the largest chunk.
+
+    A thread takes a batch at a time, because handing over small chunks takes longer than encoding.
+    """
+    batch: list[Place] = []
+    size = 0
+    for place in places:
+        if batch and size + place.size > CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(place)
+        size += place.size
+    if batch:
+        yield batch
 
 
 def estimate(encoder: Encoder, places: Sequence[Place], planner: ReferencePlanner) -> list[float]:

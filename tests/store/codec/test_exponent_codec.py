@@ -77,9 +77,15 @@ def test_pytorch_and_compiled_kernels_find_the_same_changes(dtype: DType, kind: 
         new, old = pair_of(dtype, count, kind, 3)
         one = exponent_codec.find_changes(new, old, layout(dtype), COMPILED)
         other = changes.find_changes(torch.from_numpy(new), torch.from_numpy(old), layout(dtype))
-        listed = exponent_codec.locate_listed(old, layout(dtype), one, one.gaps, COMPILED)
-        assert np.array_equal(one.positions, listed)
-        one = replace(one, positions=None)
+        assert one.listed is not None
+        for compiled in PATHS:
+            listed = exponent_codec.locate_listed(
+                old, layout(dtype), one, one.gaps, compiled, count=one.symbols.size
+            )
+            assert np.array_equal(one.listed.positions, listed)
+        assert np.array_equal(one.listed.references, old[listed].view(one.listed.values.dtype))
+        assert np.array_equal(one.listed.values, new[listed].view(one.listed.values.dtype))
+        one = replace(one, listed=None)
         for field in fields(ChunkChanges):
             first, second = getattr(one, field.name), getattr(other, field.name)
             assert (first is None) == (second is None), field.name
