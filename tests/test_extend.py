@@ -11,7 +11,6 @@ import pytest
 
 from msft_store.codec.codecs import Codec
 from msft_store.format.dtypes import DTYPES
-from trainer.algorithms.divergence import DivergenceHandler
 
 FOLDER = Path(__file__).parent.parent / "examples" / "extend"
 
@@ -44,8 +43,8 @@ def test_the_policy_keeps_every_fourth_step_and_the_last(
 
 
 def test_the_strategy_stops_early_with_the_best(capsys: pytest.CaptureFixture[str]) -> None:
-    strategy = run("strategy")["EarlyStopping"](["arith"], compute_budget=1.0, patience=2)
+    kind = run("strategy")["EarlyStopping"]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("epoch 1.5: Stop(checkpoint='1.1'")
-    handler = DivergenceHandler(strategy, max_skips=0)
-    assert handler.first_stage().active == ("arith",)
+    strategy = kind(sub_datasets=["arith"], mode="max", compute_budget=1.0, patience=2)
+    assert strategy.first_stage().active == ("arith",)

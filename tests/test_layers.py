@@ -55,7 +55,7 @@ ORDERS = {
     for package, order in (("msft_store", STORE), ("trainer", TRAINER))
 }
 
-PURE = ("config", "data.schedule", "data.sampling", "journal", "algorithms", "report.plan")
+PURE = ("config", "data.schedule", "journal", "algorithms", "report.plan")
 """Modules that decide, with their groups: no tensors, no devices."""
 
 HEAVY = {"torch", "accelerate", "transformers", "safetensors", "msft_store"}
@@ -70,6 +70,7 @@ DOORS = {
     "msft_store.integrations.dcp",
     "msft_store.integrations.hf",
     "msft_store.integrations.model_files",
+    "msft_store.integrations.training_state",
 }
 """The modules of the store that the trainer may import from."""
 

@@ -8,9 +8,8 @@ Example::
 
     with watch_failures():
         train()
-    processes = RunProcesses(accelerator)
-    decision = processes.share(decision)            # the main process's value in all
-    if processes.any_of(signalled): ...
+    decision = share(decision)                      # the main process's value in all
+    if any_of(signalled, accelerator): ...
 """
 
 from __future__ import annotations
@@ -68,29 +67,27 @@ def split_among_processes(
         yield items[0], False
 
 
-class RunProcesses:
-    """The processes of a run."""
+def share(value: Any) -> Any:
+    """Return the main process's value in every process."""
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        """Create it; all processes must make the same calls in the same order."""
-        self._accelerator = accelerator
-        self.is_one = accelerator.num_processes == 1
 
-    def share(self, value: Any) -> Any:
-        """Return the main process's value in every process."""
-        shared = [value]
-        if not self.is_one:
-            broadcast_object_list(shared)
-        if shared[0] is None:
-            raise RunError("the main process made no decision")
-        return shared[0]
+def share_decision(decision: Any) -> Any:
+    """Return the main process's decision in every process; raise an error if it made none."""
+    shared = share(decision)
+    if shared is None:
+        raise RunError("the main process made no decision")
+    return shared
 
-    def any_of(self, flag: bool) -> bool:
-        """Return True in all processes if the flag is set in any of them."""
-        if self.is_one:
-            return flag
-        number = torch.tensor(float(flag), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(number, reduction="sum") > 0)
+
+def any_of(flag: bool, accelerator: Accelerator) -> bool:
+    """Return True in all processes if the flag is set in any of them."""
+    if accelerator.num_processes == 1:
+        return flag
+    number = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(number, reduction="sum") > 0)
 
 
 _FAILED, _ENDING = "failed", "ending"
@@ -136,13 +133,11 @@ def watch_failures() -> Iterator[None]:
 def _connect(state: PartialState) -> TCPStore:
     """Return a store that all processes share; the main process serves it."""
     host = os.environ.get("MASTER_ADDR", "localhost")
-    port = [0]
     store = None
     if state.is_main_process:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = [store.port]
-    broadcast_object_list(port)
-    return store or TCPStore(host, port[0], is_master=False)
+    port = share(None if store is None else store.port)
+    return store or TCPStore(host, port, is_master=False)
 
 
 def _report_failure(store: TCPStore, error: BaseException, *, count: int) -> None:
@@ -156,14 +151,14 @@ def _report_failure(store: TCPStore, error: BaseException, *, count: int) -> Non
 def _watch(store: TCPStore, over: threading.Event) -> None:
     """Poll for a failure of another process; print its message and end this process."""
     while not over.wait(_POLL_SECONDS):
-        end = None
         try:
-            if store.check([_FAILED]):
-                end = f"has failed: {store.get(_FAILED).decode()}"
+            if not store.check([_FAILED]):
+                continue
+            end = f"has failed: {store.get(_FAILED).decode()}"
         except RuntimeError:
             # The main process keeps the store, and does not answer any more.
             end = "has ended; see its last lines, then continue with `msft-train resume RUN`"
-        if end is not None and not over.is_set():
+        if not over.is_set():
             print(f"msft-train: another process of this run {end}", file=sys.stderr, flush=True)
             with suppress(RuntimeError):
                 store.add(_ENDING, 1)

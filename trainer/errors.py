@@ -1,11 +1,4 @@
-"""The trainer's exceptions.
-
-TrainerError
-├── ConfigError     the configuration is wrong: unknown key, value out of range, missing file
-├── DataError       a data file or a line in it is wrong
-└── RunError        a run directory is in use, incomplete, or of another version
-    └── PausedError     the disk or max_disk has no room; the run can be resumed
-"""
+"""The trainer's exceptions; :class:`TrainerError` is the base class of all."""
 
 
 class TrainerError(Exception):
@@ -13,7 +6,7 @@ class TrainerError(Exception):
 
 
 class ConfigError(TrainerError):
-    """The configuration is wrong."""
+    """The configuration is wrong: unknown key, value out of range, missing file."""
 
 
 class DataError(TrainerError):
@@ -21,7 +14,7 @@ class DataError(TrainerError):
 
 
 class RunError(TrainerError):
-    """A run directory cannot be used as asked."""
+    """A run directory is in use, incomplete, or of another version."""
 
 
 class PausedError(RunError):

@@ -90,14 +90,6 @@ def make_directory(path: Path) -> None:
         sync(path.parent)
 
 
-def make_readable(path: Path) -> None:
-    """Give a file the usual permissions; safetensors makes files that only their owner can read."""
-    if path.is_file():
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
-
-
 def sync(path: Path) -> None:
     """Make a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)

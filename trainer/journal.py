@@ -68,7 +68,7 @@ when a process dies are lost together with their steps, which a resume repeats.
 
 Example::
 
-    with Journal.open(run / "journal.jsonl") as journal:
+    with Journal(run / "journal.jsonl") as journal:
         journal.append("stage_started", stage=1, root=root, active=["arith"], epochs=3.0)
     records = effective(read(run / "journal.jsonl"))
     journal_queue = JournalQueue(journal)
@@ -87,7 +87,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -102,26 +101,18 @@ _NUMBERS = ("metrics", "losses", "errors")
 class Journal:
     """A journal that is open for appending."""
 
-    def __init__(self, file: FileIO, path: Path, *, next_seq: int, sound_bytes: int) -> None:
-        """Use :meth:`open`."""
-        self._file = file
-        self.path = path
-        self.next_seq = next_seq
-        self._sound_bytes = sound_bytes
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Journal:
-        """Open a journal for appending; create it if it does not exist.
+    def __init__(self, path: Path) -> None:
+        """Open a journal; create it if it does not exist.
 
         A torn last line is removed first. Raises :class:`RunError` if any other line is damaged.
         """
-        path = Path(path)
-        records, sound_bytes = _parse(path, path.read_bytes()) if path.exists() else ([], 0)
-        file = path.open("ab", buffering=0)
-        file.truncate(sound_bytes)
-        os.fsync(file.fileno())
+        records, self._sound_bytes = _parse(path, path.read_bytes()) if path.exists() else ([], 0)
+        self.path = path
+        self.next_seq = len(records)
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(self._sound_bytes)
+        os.fsync(self._file.fileno())
         sync(path.parent)
-        return cls(file, path, next_seq=len(records), sound_bytes=sound_bytes)
 
     def append(self, event: str, **fields: Any) -> Record:
         """Write one record and return it once it is on disk.
@@ -152,11 +143,9 @@ class Journal:
         self._file.close()
 
     def __enter__(self) -> Journal:
-        """Return the journal itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file."""
         self.close()
 
 
@@ -175,7 +164,10 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def effective(records: Iterable[Record]) -> list[Record]:
-    """Return the records that count: ``resumed`` voids those between its ``after`` and itself."""
+    """Return the records that count: ``resumed`` voids those between its ``after`` and itself.
+
+    An argument named ``counted`` takes such records.
+    """
     counted: list[Record] = []
     for record in records:
         if record["event"] == "resumed":

@@ -20,7 +20,6 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user or the sche
     """A run was ended by a signal."""
 
     def __init__(self, number: int) -> None:
-        """Create it for a signal's number."""
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
         self.directory = "RUN"
@@ -31,7 +30,6 @@ class Interrupts:
     """Records the first signal; a second one has its usual effect, which ends the process."""
 
     def __init__(self) -> None:
-        """Start without a signal."""
         self.number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -47,7 +45,6 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers that were there before."""
         self._restore()
 
     def _record(self, number: int, _: FrameType | None) -> None:

@@ -5,31 +5,34 @@ Run ``python examples/extend/strategy.py``; for a method of ``msft-train`` see `
 
 from __future__ import annotations
 
-from trainer.algorithms.base import Continue, Decision, Evaluation, Stage
+from dataclasses import dataclass
+
+from trainer.algorithms.base import Continue, Decision, Evaluation
 from trainer.algorithms.method import Method
 from trainer.config.schema import OVERALL
 
 
+@dataclass(kw_only=True, eq=False)
 class EarlyStopping(Method):
-    """Stop once the overall metric has not improved for ``patience`` evaluations."""
+    """Stop once the overall metric has not improved for ``patience`` evaluations.
 
-    def __init__(self, sub_datasets: list[str], *, compute_budget: float, patience: int) -> None:
-        """Take settings; a strategy has no access to a model, a device or a file."""
-        active = tuple(sorted(sub_datasets))
-        super().__init__(Stage(number=1, active=active, epochs=compute_budget), "max")
-        self._patience = patience
+    A strategy has settings, but no access to a model, a device or a file.
+    """
+
+    patience: int
 
     def decide(self, evaluation: Evaluation) -> Decision:
         """Return the decision, which depends on nothing but the evaluations so far."""
         waited = evaluation.index - (self.best.index if self.best else 0)
-        if evaluation.last or waited >= self._patience:
-            return self.end(why=f"no improvement for {waited} evaluations")
-        return Continue(reason=f"no improvement for {waited} of {self._patience} evaluations")
+        if evaluation.last or waited >= self.patience:
+            return self.stop(why=f"no improvement for {waited} evaluations")
+        return Continue(reason=f"no improvement for {waited} of {self.patience} evaluations")
 
 
 def main() -> None:
     """Decide on a recorded curve."""
-    strategy = EarlyStopping(["arith", "dates"], compute_budget=3.0, patience=2)
+    names = ["arith", "dates"]
+    strategy = EarlyStopping(sub_datasets=names, mode="max", compute_budget=3.0, patience=2)
     for index, overall in enumerate([0.10, 0.40, 0.35, 0.38]):
         point = {"stage": 1, "index": index, "epoch": index / 2, "step": index, "last": False}
         metrics, name = {OVERALL: overall}, f"1.{index}"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.algorithms import Msft
-from trainer.algorithms.base import Decision, Evaluation, RollBack, Stop, Strategy
-from trainer.config.schema import OVERALL
+from trainer.algorithms.base import Decision, Evaluation, RollBack, Stop
+from trainer.algorithms.method import Method
+from trainer.config.schema import OVERALL, MsftConfig
 
 CURVES = Path(__file__).parents[1] / "fixtures" / "curves"
 EVAL_EVERY = 0.25
@@ -44,17 +45,19 @@ def curve_names() -> list[str]:
     return sorted(path.stem for path in CURVES.glob("*.json"))
 
 
-def make_msft(curve: Mapping[str, Any]) -> Msft:
+def make_msft(curve: Mapping[str, Any], *, max_skips: int = 0) -> Msft:
     return Msft(
         sub_datasets=set(curve["stages"][0]) - {OVERALL},
         mode=curve["mode"],
         compute_budget=curve["compute_budget"],
-        peak_window=curve.get("peak_window"),
-        max_stages=curve.get("max_stages"),
+        settings=MsftConfig(
+            peak_window=curve.get("peak_window"), max_stages=curve.get("max_stages")
+        ),
+        max_skips=max_skips,
     )
 
 
-def play(strategy: Strategy, stages: Stages) -> list[Decided]:
+def play(strategy: Method, stages: Stages) -> list[Decided]:
     """Play recorded curves to a strategy until it stops; the recording must be long enough."""
     played: list[Decided] = []
     stage, root, step = strategy.first_stage(), "s1e0", 0

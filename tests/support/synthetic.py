@@ -28,7 +28,7 @@ def write_run(path: Path, curve: Mapping[str, Any], *, method: str = "msft") -> 
     plain = Sft(sub_datasets=names, mode=curve["mode"], compute_budget=curve["compute_budget"])
     player = strategy or plain
     played = play(player, curve["stages"])
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         _start(journal, curve, names, method)
         stage, root = player.first_stage(), "s1e0"
         _stage_started(journal, stage, root, step=0)

@@ -19,13 +19,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def write(path: Path, *events: str) -> None:
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         for event in events:
             journal.append(event)
 
 
 def test_records_come_back_numbered_and_in_order(path: Path) -> None:
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         returned = journal.append("stage_started", stage=1, active=("a", "ü"), epochs=0.1)
         journal.append("trained", step=3, loss=1 / 3)
     first, second = read(path)
@@ -37,7 +37,7 @@ def test_records_come_back_numbered_and_in_order(path: Path) -> None:
 
 
 def test_every_line_is_on_disk_when_append_returns(path: Path) -> None:
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         journal.append("a")
         assert len(read(path)) == 1
         journal.append("b")
@@ -51,7 +51,7 @@ def test_reopening_goes_on_counting(path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null_on_disk_and_nan_when_read(path: Path) -> None:
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         journal.append("evaluated", metrics={"a": math.nan, "b": -math.inf, "c": 0.5}, losses=None)
         journal.append("trained", loss=math.nan, grad_norm=math.inf)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -91,7 +91,7 @@ def test_a_damaged_line_before_the_last_is_named(path: Path) -> None:
     with pytest.raises(RunError, match=r"journal\.jsonl, line 2 is not a record"):
         read(path)
     with pytest.raises(RunError, match=r"line 2"):
-        Journal.open(path)
+        Journal(path)
 
 
 def test_a_missing_line_is_named(path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_missing_journal_is_reported(path: Path) -> None:
 
 
 def test_an_empty_journal_has_no_records(path: Path) -> None:
-    Journal.open(path).close()
+    Journal(path).close()
     assert read(path) == []
 
 
@@ -118,7 +118,7 @@ def test_a_record_that_cannot_be_written_leaves_the_ones_before(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         journal.append("a")
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", full)
@@ -130,7 +130,7 @@ def test_a_record_that_cannot_be_written_leaves_the_ones_before(
 
 
 def resumed(path: Path, after: int) -> None:
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         journal.append("resumed", after=after)
 
 

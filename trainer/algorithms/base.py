@@ -1,8 +1,6 @@
-"""The interface of a training method: its inputs, and the decisions that it returns.
+"""The inputs of a training method, and the decisions that it returns.
 
-A :class:`Strategy` receives evaluations and returns one decision from a closed set. It imports
-neither torch nor accelerate and does no I/O. So every method can be tested on recorded curves, and
-a run is resumed by passing the recorded evaluations to a new strategy.
+The methods are derived from :class:`~trainer.algorithms.method.Method`.
 
 Example::
 
@@ -17,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from trainer.config.schema import OVERALL
 
@@ -114,7 +112,7 @@ class Adjustment:
     """Replace the sampling weights or the mastered examples, after an observation.
 
     Attributes:
-        reason: The reason, for the journal.
+        reason: For the journal.
         weights: Sub-dataset → probability that an example is drawn from it; empty for the
             proportions of the data.
         mastered: Sub-dataset → indices of the training examples that are not trained on.
@@ -141,24 +139,16 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """Continue the stage.
-
-    Attributes:
-        reason: The reason, for the journal.
-    """
+    """Continue the stage; ``reason`` is for the journal, as in all decisions."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollBack:
-    """Restore a checkpoint, exclude sub-datasets and begin the next stage.
+    """Restore a checkpoint, exclude sub-datasets and begin the next stage from there.
 
-    Attributes:
-        checkpoint: Name of the checkpoint; the end of the roll-out if no sub-dataset peaked.
-        exclude: Sub-datasets to exclude; empty if none peaked.
-        stage: The stage that begins from the checkpoint.
-        reason: The reason, for the journal.
+    If no sub-dataset peaked, none is excluded, and the checkpoint is the end of the roll-out.
     """
 
     checkpoint: str
@@ -169,12 +159,7 @@ class RollBack:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """Restore the last evaluation's checkpoint and skip the batches since then.
-
-    Attributes:
-        checkpoint: Name of the checkpoint of the last evaluation.
-        reason: The reason, for the journal.
-    """
+    """Restore the last evaluation's checkpoint and skip the batches since then."""
 
     checkpoint: str
     reason: str
@@ -182,13 +167,7 @@ class Skip:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """End the run.
-
-    Attributes:
-        checkpoint: Name of the checkpoint that is the run's result.
-        exclude: Sub-datasets that the last stage excludes.
-        reason: The reason, for the journal.
-    """
+    """End the run with a checkpoint as its result; the last stage excludes sub-datasets, too."""
 
     checkpoint: str
     exclude: tuple[str, ...] = ()
@@ -208,7 +187,6 @@ class Names:
     """
 
     def __init__(self) -> None:
-        """Start without names."""
         self._ids: dict[str, str] = {}
 
     def name(self, checkpoint: str, *, stage: int, index: int) -> str:
@@ -248,55 +226,3 @@ class Needs:
     """True if the checkpoint of the last evaluation must be kept, too."""
     checkpoints: tuple[str, ...] = ()
     """Names of further checkpoints that must be kept."""
-
-
-class Strategy(Protocol):
-    """A training method.
-
-    Its state follows from the calls alone: a new instance that gets the same calls again returns
-    the same decisions.
-
-    Attributes:
-        mode: The direction in which the overall metric improves.
-    """
-
-    mode: Mode
-
-    def first_stage(self) -> Stage:
-        """Return the first stage of the run."""
-
-    def needs(self) -> Needs:
-        """Return the checkpoints to keep now; they may change with every decision."""
-
-    def on_evaluation(self, evaluation: Evaluation) -> Decision:
-        """Decide how the run continues after an evaluation.
-
-        Args:
-            evaluation: The evaluation; index 0 is the stage's root.
-
-        Returns:
-            A decision; never ``Continue`` if ``evaluation.last`` is true.
-
-        Raises:
-            ValueError: If the evaluation does not follow the one before.
-        """
-
-    def on_observation(self, observation: Observation) -> Adjustment:
-        """Adjust a stage with ``observe``.
-
-        Args:
-            observation: The observation that the stage requested.
-
-        Raises:
-            ValueError: If the method requests no observations.
-        """
-
-    def on_divergence(self, divergence: Divergence) -> Skip | Stop:
-        """Decide how the run continues after a divergence.
-
-        Args:
-            divergence: The number that is not finite.
-
-        Raises:
-            ValueError: If there was no evaluation before.
-        """

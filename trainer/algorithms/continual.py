@@ -12,30 +12,18 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
+from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
 from trainer.algorithms.method import Method
 
 
 class Continual(Method):
-    """Train on one sub-dataset after the other.
+    """Train on one sub-dataset after the other, in the order of ``sub_datasets``."""
 
-    Args:
-        sub_datasets: The sub-datasets in training order.
-        mode: The direction in which the metric improves.
-        compute_budget: Epochs of each sub-dataset.
+    def first_stage(self) -> Stage:
+        """Return the stage of the first sub-dataset."""
+        return self._stage(1)
 
-    Raises:
-        ValueError: If there is no sub-dataset.
-    """
-
-    def __init__(self, *, sub_datasets: Iterable[str], mode: Mode, compute_budget: float) -> None:
-        """Start a run; see the class."""
-        self._names = tuple(sub_datasets)
-        super().__init__(Stage(number=1, active=self._names[:1], epochs=compute_budget), mode)
-
-    def needs(self) -> Needs:
+    def own_needs(self) -> Needs:
         """Return the best overall and the newest checkpoint, which may be the next root."""
         return Needs(newest=True)
 
@@ -43,9 +31,13 @@ class Continual(Method):
         """Continue to the end of the stage, then begin that of the next sub-dataset."""
         if not evaluation.last:
             return Continue(reason="within the compute budget")
-        number, done = self.stage.number, self.stage.active
-        if number == len(self._names):
-            return self.stop(evaluation, exclude=done, why=f"{done[0]} was the last sub-dataset")
-        following = self._names[number]
-        stage = Stage(number=number + 1, active=(following,), epochs=self.stage.epochs)
-        return self.roll_back(evaluation, stage, reason=f"{done[0]} is done; {following} follows")
+        done = self.stage.active
+        if self.stage.number == len(self.sub_datasets):
+            return self.stop(exclude=done, why=f"{done[0]} was the last sub-dataset")
+        stage = self._stage(self.stage.number + 1)
+        reason = f"{done[0]} is done; {stage.active[0]} follows"
+        return self.roll_back(evaluation, stage, reason=reason)
+
+    def _stage(self, number: int) -> Stage:
+        name = [*self.sub_datasets][number - 1]
+        return Stage(number=number, active=(name,), epochs=self.compute_budget)

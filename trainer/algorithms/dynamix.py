@@ -1,13 +1,7 @@
 """DynamixSFT: a bandit that samples more from sub-datasets on which a step reduces the loss more.
 
-After Shin et al., 2025 (arXiv 2508.12116). Every T steps the loop tries one optimizer step on a
-mini-batch of each sub-dataset alone, and undoes it. The reward of sub-dataset k is the mean
-relative reduction of its loss, scaled over the sub-datasets to [0, 1]. Then
-Q_k ← alpha Q_k + (1 - alpha) r_k, and examples are drawn with probability
-
-    p_k = (1 - gamma) exp(beta Q_k) p0_k / Σ_j exp(beta Q_j) p0_j + gamma / K
-
-where p0 are the proportions of the mixture and K is the number of sub-datasets.
+After Shin et al., 2025 (arXiv 2508.12116). ``docs/ALGORITHMS.md`` has the formulas, with r_k for
+the reward of sub-dataset k, Q_k for its value, and p_k for the probability that it is drawn.
 
 Example::
 
@@ -18,55 +12,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from trainer.algorithms.base import Adjustment, LookAhead, Mode, Observation
+from trainer.algorithms.base import Adjustment, LookAhead, Observation, Stage
 from trainer.algorithms.sft import Sft
+from trainer.config.schema import DynamixConfig
 
 
+@dataclass(kw_only=True, eq=False)
 class Dynamix(Sft):
     """Sample by a bandit over sub-datasets (arXiv 2508.12116).
 
-    Args:
+    Attributes:
         sub_datasets: Sub-dataset → number of its examples, in any unit common to all.
-        mode: The direction in which the metric improves.
-        compute_budget: Epochs of the mixture.
-        gamma: Probability mass that is spread evenly over the sub-datasets.
-        alpha: Weight of the past in a sub-dataset's value.
-        beta: Inverse temperature of the softmax over values.
-        every: T, optimizer steps between two probes.
+        settings: The section ``dynamix`` of the configuration.
         examples: Examples of each sub-dataset in a probe.
     """
 
-    def __init__(
-        self,
-        *,
-        sub_datasets: Mapping[str, float],
-        mode: Mode,
-        compute_budget: float,
-        gamma: float = 0.3,
-        alpha: float = 0.95,
-        beta: float = 4.0,
-        every: int = 50,
-        examples: int = 16,
-    ) -> None:
-        """Start a run; see the class."""
-        super().__init__(
-            sub_datasets=sub_datasets,
-            mode=mode,
-            compute_budget=compute_budget,
-            observe=LookAhead(every=every, examples=examples),
-        )
-        total = math.fsum(sub_datasets.values())
-        self._prior = {name: size / total for name, size in sorted(sub_datasets.items())}
+    sub_datasets: Mapping[str, float]
+    settings: DynamixConfig = field(default_factory=DynamixConfig)
+    examples: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = math.fsum(self.sub_datasets.values())
+        self._prior = {name: size / total for name, size in sorted(self.sub_datasets.items())}
         self._values = dict.fromkeys(self._prior, 0.0)
-        self._gamma, self._alpha, self._beta = gamma, alpha, beta
+
+    def first_stage(self) -> Stage:
+        """Return a stage on the whole mixture that tries a step every T steps."""
+        probes = LookAhead(every=self.settings.every, examples=self.examples)
+        return replace(super().first_stage(), observe=probes)
 
     def on_observation(self, observation: Observation) -> Adjustment:
         """Update the values from the rewards and return the new probabilities."""
         rewards = rescale_rewards({name: observation.values[name][0] for name in self._prior})
+        alpha, beta, gamma = self.settings.alpha, self.settings.beta, self.settings.gamma
         for name, reward in rewards.items():
-            self._values[name] = self._alpha * self._values[name] + (1 - self._alpha) * reward
-        weights = probabilities(self._values, self._prior, beta=self._beta, gamma=self._gamma)
+            self._values[name] = alpha * self._values[name] + (1 - alpha) * reward
+        weights = probabilities(self._values, self._prior, beta=beta, gamma=gamma)
         most = max(weights, key=lambda name: (weights[name], name))
         return Adjustment(
             weights=weights,

@@ -1,27 +1,38 @@
 """The base class of the training methods: one place for stages, the result and the end of a run.
 
+A method gets evaluations and returns one decision from a closed set. It imports neither torch nor
+accelerate and does no I/O. So every method can be tested on recorded curves, and a run is resumed
+by passing the recorded evaluations to a new one.
+
+A deterministic run that rolls back and repeats its steps diverges again. So after a divergence it
+rolls back to the last evaluation and skips the batches since then (as PaLM did, arXiv 2204.02311,
+section 5.1). After ``max_skips`` skips the run stops with the best checkpoint so far.
+
 Example::
 
     class Once(Method):
         def decide(self, evaluation: Evaluation) -> Decision:
             if not evaluation.last:
                 return Continue(reason="within the compute budget")
-            return self.end(why="the compute budget is used up")
+            return self.stop(why="the compute budget is used up")
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from trainer.algorithms.base import (
     Adjustment,
     Decision,
+    Divergence,
     Evaluation,
     Mode,
     Needs,
     Observation,
     RollBack,
+    Skip,
     Stage,
     Stop,
 )
@@ -29,52 +40,67 @@ from trainer.algorithms.peaks import is_better
 from trainer.config.schema import OVERALL
 
 
+@dataclass(kw_only=True, eq=False)
 class Method(ABC):
-    """A training method without divergence handling.
+    """A training method; a derived class decides at each evaluation.
 
-    A derived class decides at each evaluation. The result of the run is the first best overall
-    checkpoint.
-
-    Args:
-        first_stage: The first stage of the run.
-        mode: The direction in which the overall metric improves.
-        modes: The directions of sub-datasets' metrics that differ from it.
+    The result of the run is the first best overall checkpoint. The state of a method follows from
+    the calls alone: a new instance that gets the same calls again returns the same decisions.
 
     Attributes:
+        sub_datasets: The sub-datasets; there must be one.
         mode: The direction in which the overall metric improves.
         modes: The directions of sub-datasets' metrics that differ from it.
+        compute_budget: C, epochs of the active mixture in one stage.
+        max_skips: Times that the whole run may skip batches after a divergence; 0 to stop at once.
         stage: The current stage.
         evaluations: The evaluations of the current stage so far.
         best: The first evaluation of the run with the best overall metric, if any was finite.
         is_over: True if the method has stopped the run.
-
-    Raises:
-        ValueError: If the first stage has no sub-dataset.
     """
 
-    def __init__(
-        self, first_stage: Stage, mode: Mode, modes: Mapping[str, Mode] | None = None
-    ) -> None:
-        """Start a run; see the class."""
-        if not first_stage.active:
+    sub_datasets: Collection[str]
+    mode: Mode
+    modes: Mapping[str, Mode] = field(default_factory=dict)
+    compute_budget: float
+    max_skips: int = 0
+    stage: Stage = field(init=False)
+    evaluations: list[Evaluation] = field(init=False, default_factory=list)
+    best: Evaluation | None = field(init=False, default=None)
+    is_over: bool = field(init=False, default=False)
+    _skips: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not self.sub_datasets:
             raise ValueError("no sub-dataset to train on")
-        self.mode: Mode = mode
-        self.modes: Mapping[str, Mode] = modes or {}
-        self.stage = self._first_stage = first_stage
-        self.evaluations: list[Evaluation] = []
-        self.best: Evaluation | None = None
-        self.is_over = False
+        self.stage = self.first_stage()
 
     def first_stage(self) -> Stage:
-        """Return the first stage of the run."""
-        return self._first_stage
+        """Return the first stage of the run, by default on the whole mixture."""
+        return Stage(number=1, active=tuple(sorted(self.sub_datasets)), epochs=self.compute_budget)
 
     def needs(self) -> Needs:
-        """Return the best overall, or the newest while no overall metric was finite."""
+        """Return the checkpoints to keep now; they may change with every decision."""
+        needs = self.own_needs()
+        # After a roll-back its target is the root, which is kept; nothing newer can be needed.
+        may_skip = self._skips < self.max_skips and self.evaluations and not self.is_over
+        return replace(needs, newest=True) if may_skip else needs
+
+    def own_needs(self) -> Needs:
+        """Return the checkpoints to keep if nothing diverges.
+
+        These are the best overall, or the newest while no overall metric was finite.
+        """
         return Needs(newest=self.best is None)
 
     def on_evaluation(self, evaluation: Evaluation) -> Decision:
         """Record the next evaluation and decide how the run continues.
+
+        Args:
+            evaluation: The evaluation; index 0 is the stage's root.
+
+        Returns:
+            A decision; never ``Continue`` if ``evaluation.last`` is true.
 
         Raises:
             ValueError: If the evaluation does not follow the one before.
@@ -101,16 +127,33 @@ class Method(ABC):
         """Adjust a stage with ``observe``; a method without one raises ``ValueError``."""
         raise ValueError(f"stage {observation.stage} is not observed")
 
-    def end(self, *, why: str) -> Stop:
-        """Stop after any evaluation of a stage, with the best overall so far."""
+    def on_divergence(self, divergence: Divergence) -> Skip | Stop:
+        """Skip the batches since the last evaluation, or stop if no skips are left."""
         if not self.evaluations:
-            raise ValueError("nothing of this stage was evaluated, so it cannot end")
-        return self.stop(self.evaluations[-1], why=why)
+            raise ValueError("nothing was evaluated, so there is nothing to go back to")
+        last = self.evaluations[-1]
+        why = f"training diverged: the {divergence.what} is {divergence.value}"
+        if self._skips < self.max_skips:
+            self._skips += 1
+            return Skip(
+                checkpoint=last.checkpoint,
+                reason=f"{why}; back to epoch {last.epoch:.4g} without the "
+                f"{divergence.step - last.step} batches since then, "
+                f"number {self._skips} of at most {self.max_skips}",
+            )
+        if self.max_skips:
+            why += f", after going back {self._skips} times already"
+        return self.stop(why=why)
 
-    def stop(self, otherwise: Evaluation, *, why: str, exclude: tuple[str, ...] = ()) -> Stop:
-        """End the run with the best overall, or with ``otherwise`` if no metric was finite."""
+    def stop(
+        self, *, why: str, exclude: tuple[str, ...] = (), otherwise: Evaluation | None = None
+    ) -> Stop:
+        """End the run with the best overall.
+
+        If no overall metric was finite, it is ``otherwise``, by default the last evaluation.
+        """
         self.is_over = True
-        result = self.best or otherwise
+        result = self.best or otherwise or self.evaluations[-1]
         if self.best is None:
             why += (
                 "; no evaluation of the run has a finite overall metric, so the result is where "

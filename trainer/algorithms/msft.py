@@ -7,15 +7,9 @@ the last one, no sub-dataset peaked: the next stage begins from the end and excl
 ends when every sub-dataset is excluded or after ``max_stages`` stages. Its result is the first best
 overall checkpoint of the whole run.
 
-Options that are not in the paper, off by default:
-
-- With a *peak window* W a stage also ends once the earliest champion is W evaluations old.
-- A :class:`PeakRule` with smoothing, margin or patience is robust to noise. A sub-dataset whose
-  peak has not passed under the rule has not peaked.
-- With a *drop count* k up to k sub-datasets whose peaks have passed are excluded at once, in the
-  order of their peaks. The next stage begins at the first of these peaks, so that none was
-  trained on beyond its own.
-- With a *floor* each epoch still has that share of an excluded sub-dataset's examples.
+``docs/ALGORITHMS.md`` describes the options that are not in the paper. A sub-dataset whose peak has
+not passed under a robust rule has not peaked. If several are excluded at once, the next stage
+begins at the first of their peaks, so that none was trained on beyond its own.
 
 Example::
 
@@ -26,116 +20,85 @@ Example::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
+from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
 from trainer.algorithms.method import Method
-from trainer.algorithms.peaks import Champion, PeakRule, champions
+from trainer.algorithms.peaks import PeakRule, champions, peak_rule
+from trainer.config.schema import MsftConfig
 
 
+@dataclass(kw_only=True, eq=False)
 class Msft(Method):
-    """Roll back to the earliest peak and exclude its sub-dataset (arXiv 2603.21606, section 3).
+    """Roll back to the earliest peak and exclude its sub-dataset (arXiv 2603.21606, section 3)."""
 
-    Args:
-        sub_datasets: The sub-datasets of the mixture.
-        mode: The direction in which the overall metric improves.
-        modes: The directions of sub-datasets' metrics that differ from it.
-        compute_budget: C, epochs of the active mixture in one stage.
-        peak_window: W, evaluations after which an unbeaten champion ends the stage, if any.
-        max_stages: Stages at most; ``None``: twice the number of sub-datasets.
-        rule: The rule that finds peaks; ``None``: the paper's, the first best value.
-        drop_count: Sub-datasets that one stage excludes at most.
-        floor: Share of an excluded sub-dataset's examples in an epoch; ``None``: no examples.
+    settings: MsftConfig = field(default_factory=MsftConfig)
+    """The section ``msft`` of the configuration; its compute budget has no effect here."""
 
-    Raises:
-        ValueError: If there is no sub-dataset, or ``peak_window`` is below 1.
-    """
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_stages = self.settings.max_stages or 2 * len(self.sub_datasets)
+        self.rule = peak_rule(self.settings)
 
-    def __init__(
-        self,
-        *,
-        sub_datasets: Iterable[str],
-        mode: Mode,
-        modes: Mapping[str, Mode] | None = None,
-        compute_budget: float,
-        peak_window: int | None = None,
-        max_stages: int | None = None,
-        rule: PeakRule | None = None,
-        drop_count: int = 1,
-        floor: float | None = None,
-    ) -> None:
-        """Start a run; see the class."""
-        names = tuple(sorted(sub_datasets))
-        super().__init__(Stage(number=1, active=names, epochs=compute_budget), mode, modes)
-        if peak_window is not None and peak_window < 1:
-            raise ValueError(f"peak_window is {peak_window}, it must be at least 1")
-        self.max_stages = 2 * len(names) if max_stages is None else max_stages
-        self._peak_window = peak_window
-        self._rule = rule or PeakRule()
-        self._drop_count = drop_count
-        self._floor = floor
-
-    def needs(self) -> Needs:
+    def own_needs(self) -> Needs:
         """Return the active sub-datasets' champions and the best overall."""
         if self.is_over:
             return Needs()
-        if self._rule == PeakRule():
+        if self.rule == PeakRule():
             return Needs(
                 champions=self.stage.active,
                 modes=self.modes,
-                peak_window=self._peak_window,
+                peak_window=self.settings.peak_window,
                 newest=self.best is None,
             )
         # The store only knows the paper's rule. Under another one the newest checkpoint may become
         # a champion.
-        found = (self.evaluations[champion.index].checkpoint for champion in self._champions())
+        found = (self.evaluations[index].checkpoint for index, _ in self._champions())
         return Needs(checkpoints=tuple(dict.fromkeys(found)), newest=True)
 
     def decide(self, evaluation: Evaluation) -> Decision:
         """Continue until the budget is used up or the peak window has passed, then roll back."""
         found = self._champions()
-        first = found[0] if found else None
-        passed = (
-            self._peak_window is not None
-            and first is not None
-            and evaluation.index - first.index >= self._peak_window
-        )
+        window = self.settings.peak_window
+        passed = window is not None and found and evaluation.index - found[0][0] >= window
         if evaluation.last or passed:
             return self._end_stage(evaluation, found)
-        if first is None:
+        if not found:
             return Continue(reason="no active sub-dataset has a finite metric yet")
-        at = self.evaluations[first.index].epoch
+        index, name = found[0]
+        at = self.evaluations[index].epoch
         return Continue(
-            reason=f"within the budget; the earliest champion is {first.name}, at epoch {at:.4g}"
+            reason=f"within the budget; the earliest champion is {name}, at epoch {at:.4g}"
         )
 
-    def _champions(self) -> list[Champion]:
+    def _champions(self) -> list[tuple[int, str]]:
         curves, errors, modes = {}, {}, {}
         for name in self.stage.active:
             curves[name] = [one.metrics[name] for one in self.evaluations]
             errors[name] = [one.errors.get(name, math.nan) for one in self.evaluations]
             modes[name] = self.modes.get(name, self.mode)
-        return champions(curves, errors, modes, self._rule)
+        return champions(curves, errors, modes, self.rule)
 
-    def _end_stage(self, end: Evaluation, found: list[Champion]) -> Decision:
+    def _end_stage(self, end: Evaluation, found: list[tuple[int, str]]) -> Decision:
         """Stop if no metric is finite; else roll back to the first peak, or to the end."""
         if not found:
             return self.stop(
-                end, why="no active sub-dataset has a finite metric in this stage, so nobody peaked"
+                why="no active sub-dataset has a finite metric in this stage, so nobody peaked"
             )
-        peaked = [one for one in found if self._rule.has_passed(one.index, end.index)]
+        peaked = [one for one in found if self.rule.has_passed(one[0], end.index)]
         if not peaked:
             why = f"nobody peaked before epoch {end.epoch:.4g}"
             return self._begin_next_stage(end, exclude=(), why=why)
-        first, *others = peaked[: self._drop_count]
-        target = self.evaluations[first.index]
-        why = f"{first.name} peaked first, at epoch {target.epoch:.4g} of stage {end.stage}"
+        dropped = peaked[: self.settings.drop_count]
+        index, first = dropped[0]
+        target = self.evaluations[index]
+        why = f"{first} peaked first, at epoch {target.epoch:.4g} of stage {end.stage}"
         if not end.last:
-            age = end.index - first.index
-            why += f", and was not beaten in {age} evaluations (peak window {self._peak_window})"
-        for other in others:
-            why += f"; then {other.name}, at epoch {self.evaluations[other.index].epoch:.4g}"
-        exclude = tuple(sorted(one.name for one in (first, *others)))
+            age, window = end.index - index, self.settings.peak_window
+            why += f", and was not beaten in {age} evaluations (peak window {window})"
+        for later, name in dropped[1:]:
+            why += f"; then {name}, at epoch {self.evaluations[later].epoch:.4g}"
+        exclude = tuple(sorted(name for _, name in dropped))
         return self._begin_next_stage(target, exclude=exclude, why=why)
 
     def _begin_next_stage(
@@ -145,12 +108,15 @@ class Msft(Method):
         number = self.stage.number
         active = tuple(name for name in self.stage.active if name not in exclude)
         if not active:
-            return self.stop(target, exclude=exclude, why=f"{why}; every sub-dataset is excluded")
+            why = f"{why}; every sub-dataset is excluded"
+            return self.stop(why=why, exclude=exclude, otherwise=target)
         if number >= self.max_stages:
             why = f"{why}; stage {number} of at most {self.max_stages} is over"
-            return self.stop(target, exclude=exclude, why=why)
-        excluded = [name for name in self.first_stage().active if name not in active]
-        shares = {} if self._floor is None else dict.fromkeys(excluded, self._floor)
-        epochs = self.stage.epochs
+            return self.stop(why=why, exclude=exclude, otherwise=target)
+        shares = {}
+        if self.settings.exclusion == "soft":
+            excluded = [name for name in self.first_stage().active if name not in active]
+            shares = dict.fromkeys(excluded, self.settings.floor)
+        epochs = self.compute_budget
         stage = Stage(number=number + 1, active=active, epochs=epochs, shares=shares)
         return self.roll_back(target, stage, reason=why)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.algorithms.base import Mode
-from trainer.config.schema import Config
+from trainer.config.schema import Config, MsftConfig
 
 _WIDEST = 0.1
 """Largest ratio of margin to metric that gives no warning."""
@@ -32,11 +32,7 @@ def margin_warnings(
 ) -> list[str]:
     """Return a warning for each sub-dataset whose margin is too wide for its metric.
 
-    Args:
-        config: The run's configuration.
-        metrics: Sub-dataset → metric of one evaluation.
-        errors: Sub-dataset → standard error of that metric.
-        examples: Sub-dataset → number of validation examples.
+    ``metrics`` and their standard ``errors`` are those of one evaluation, on so many ``examples``.
     """
     margin = config.msft.margin
     if config.method != "msft" or config.msft.peaks != "robust":
@@ -48,15 +44,6 @@ def margin_warnings(
         for name, error in errors.items()
         if margin * error > _WIDEST * abs(metrics[name])
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Champion:
-    """A sub-dataset's first best evaluation."""
-
-    name: str
-    index: int
-    """Position in the curve, from 0."""
 
 
 def is_better(candidate: float, best: float | None, mode: Mode) -> bool:
@@ -120,19 +107,22 @@ class PeakRule:
             yield math.fsum(near) / len(near)
 
 
+def peak_rule(config: MsftConfig) -> PeakRule:
+    """Return the rule that finds peaks."""
+    if config.peaks == "first_best":
+        return PeakRule()
+    return PeakRule(smoothing=config.smoothing, margin=config.margin, patience=config.patience)
+
+
 def champions(
     curves: Mapping[str, Sequence[float]],
     errors: Mapping[str, Sequence[float]],
     modes: Mapping[str, Mode],
     rule: PeakRule,
-) -> list[Champion]:
-    """Return the champions of the curves, by index and then by name.
+) -> list[tuple[int, str]]:
+    """Return the indices of the curves' best values with their names, sorted.
 
     ``modes`` are the directions of the curves. A curve without a finite value has no champion.
     """
-    found = [
-        Champion(name=name, index=index)
-        for name, values in curves.items()
-        if (index := rule.peak(values, errors[name], modes[name])) is not None
-    ]
-    return sorted(found, key=lambda champion: (champion.index, champion.name))
+    found = {name: rule.peak(curves[name], errors[name], modes[name]) for name in curves}
+    return sorted((index, name) for name, index in found.items() if index is not None)

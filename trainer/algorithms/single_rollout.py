@@ -13,39 +13,15 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from trainer.algorithms.base import Continue, Decision, Evaluation, Mode, Needs, Stage
+from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import first_best_index
 
 
 class SingleRollout(Method):
-    """Find all peaks in one roll-out, then train from the base with them.
+    """Find all peaks in one roll-out, then train from the base with them."""
 
-    Args:
-        sub_datasets: The sub-datasets.
-        mode: The direction in which the overall metric improves.
-        modes: The directions of sub-datasets' metrics that differ from it.
-        compute_budget: Epochs of the mixture in the roll-out.
-
-    Raises:
-        ValueError: If there is no sub-dataset.
-    """
-
-    def __init__(
-        self,
-        *,
-        sub_datasets: Iterable[str],
-        mode: Mode,
-        modes: Mapping[str, Mode] | None = None,
-        compute_budget: float,
-    ) -> None:
-        """Start a run; see the class."""
-        active = tuple(sorted(sub_datasets))
-        super().__init__(Stage(number=1, active=active, epochs=compute_budget), mode, modes)
-
-    def needs(self) -> Needs:
+    def own_needs(self) -> Needs:
         """Return the best overall, and the base until the second stage has begun."""
         base = () if self.stage.number > 1 or self.is_over else self.evaluations[:1]
         return Needs(checkpoints=tuple(e.checkpoint for e in base), newest=self.best is None)
@@ -55,13 +31,13 @@ class SingleRollout(Method):
         if not evaluation.last:
             return Continue(reason="within the compute budget")
         if self.stage.number > 1:
-            return self.end(why="the second run is over")
+            return self.stop(why="the second run is over")
         limits = self._limits()
         if not limits:
-            return self.end(why="nobody peaked before the end, so a second run would be the same")
+            return self.stop(why="nobody peaked before the end, so a second run would be the same")
         active = tuple(name for name in self.stage.active if limits.get(name) != 0)
         if not active:
-            return self.end(why="every sub-dataset was at its best before any training")
+            return self.stop(why="every sub-dataset was at its best before any training")
         peaks = ", ".join(f"{name} at epoch {epoch:.4g}" for name, epoch in sorted(limits.items()))
         stage = Stage(
             number=2,

@@ -1,8 +1,8 @@
 """Show the log of both packages on the terminal.
 
-The trainer logs its stages, decisions and resumes at INFO. They are the progress that a user
-expects, so they are shown as bare messages by default. ``--quiet`` shows warnings only. ``-v`` adds
-the store's log and the names of the loggers, ``-vv`` the details of both.
+By default the trainer's stages, decisions and resumes (INFO) are shown as bare messages.
+``--quiet`` shows warnings only. ``-v`` adds the store's log and the names of the loggers, ``-vv``
+details.
 
 Example::
 
@@ -34,9 +34,7 @@ class TerminalHandler(logging.Handler):
 def show_log(*, quiet: bool, verbosity: int) -> None:
     """Install one handler for the loggers ``trainer`` and ``msft_store``, and set their levels.
 
-    Args:
-        quiet: True to show warnings and errors only.
-        verbosity: How often ``-v`` was given: 0, 1 (the store's INFO too), 2 (DEBUG of both).
+    ``verbosity`` is how often ``-v`` was given.
     """
     trainer_level = logging.DEBUG if verbosity > 1 else logging.INFO
     store_level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from msft_store import StoreError
-from trainer.cli import compare as cli_compare
-from trainer.cli import simulate as cli_simulate
 from trainer.cli.logs import show_log
 from trainer.comparison.compare import compare
 from trainer.comparison.report import summaries_by_method
@@ -31,13 +30,17 @@ from trainer.data.examples import Example
 from trainer.data.load import load_mixture
 from trainer.distributed import is_peer_failure, this_process
 from trainer.errors import PausedError, TrainerError, first_line
+from trainer.journal import read
 from trainer.model.lora import load_for_training
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, Plan, plan
 from trainer.report.report import DIVERGED, compare_table, write_report
 from trainer.report.summary import Summary
 from trainer.signals import Interrupted
+from trainer.simulate.policies import OPTIONS, expand_sweeps
+from trainer.simulate.report import simulate_own_policy, simulate_policy, to_text
 from trainer.text import printable
+from trainer.training.directory import JOURNAL
 from trainer.training.preflight import check_compatibility
 from trainer.training.run import resume, start
 from trainer.training.workspace import quiet_libraries
@@ -100,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("msft-store"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (command, text, example) in _COMMANDS.items():
+    for name, (command, add_arguments, text, example) in _COMMANDS.items():
         one = commands.add_parser(
             name,
             help=text,
@@ -109,17 +112,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         one.set_defaults(command=command)
-        if name in ("resume", "report"):
-            one.add_argument("run", metavar="RUN", help="the directory of a run")
-        elif name != "simulate":
-            one.add_argument("config", metavar="CONFIG", help="a YAML file")
-            one.add_argument(
-                "overrides",
-                metavar="KEY=VALUE",
-                nargs="*",
-                default=[],
-                help="overrides, as in train.lr=2e-5",
-            )
+        add_arguments(one)
         one.add_argument("--json", action="store_true", help="print the result as JSON")
         one.add_argument("--quiet", action="store_true", help="no progress on stderr")
         one.add_argument(
@@ -129,11 +122,85 @@ def _parser() -> argparse.ArgumentParser:
             default=0,
             help="show the store's log too; twice: details",
         )
-        if name == "compare":
-            cli_compare.add_options(one)
-        if name == "simulate":
-            cli_simulate.add_options(one)
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the directory of a run")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="overrides, as in train.lr=2e-5",
+    )
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--methods",
+        default="sft,msft",
+        metavar="NAMES",
+        help="methods, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="N runs of each method: the seed, seed + 1, …"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=_numbers,
+        default=(),
+        metavar="C,…",
+        help="values of msft.compute_budget, separated by commas (default: the configured one)",
+    )
+    parser.add_argument(
+        "--equal-compute",
+        action="store_true",
+        help="run every other method also with the C that needs about as many FLOPs as MSFT",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="N runs at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-models",
+        action="store_true",
+        help="keep model/ of every run also with the options above; the stores have it anyway",
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _add_simulation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("journal", metavar="JOURNAL", help="the directory of a run, or its journal")
+    for key, text in OPTIONS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", dest=key, metavar="VALUE", help=text)
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="several values of an option above, as in peak-window=2,4,off; repeated: all pairs",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("msft", "sft"),
+        default="msft",
+        help="the method whose decisions are replayed; sft: the first stage only",
+    )
+    parser.add_argument(
+        "--retention",
+        default="needs",
+        metavar="RULE",
+        help="rollback points to keep: needs (those that the method may still use; the default), "
+        "last:K, best:K (by the overall metric), all",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -187,8 +254,16 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    tree, text = cli_simulate.simulations(options)
-    _print(tree if options.json else text)
+    path = Path(options.journal)
+    records = read(path / JOURNAL if path.is_dir() else path)
+    given = {key: value for key in OPTIONS if (value := getattr(options, key)) is not None}
+    run = simulate_own_policy(records)
+    outcomes = [
+        simulate_policy(records, policy, method=options.method, retention=options.retention)
+        for policy in expand_sweeps(given, options.sweep)
+    ]
+    tree = {"run": run.to_dict(), "policies": [one.to_dict() for one in outcomes]}
+    _print(tree if options.json else to_text(run, outcomes))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -197,27 +272,39 @@ def _plan(options: argparse.Namespace) -> None:
     _print(tree if options.json else found.to_text())
 
 
-_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, str]] = {
-    "run": (_run, "begin a run", "config.yaml train.lr=2e-5 seed=1"),
-    "resume": (_resume, "continue a run after a kill", "runs/demo"),
+_Command = tuple[
+    Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None], str, str
+]
+"""What runs it and what adds its arguments; its help text, and the arguments of an example."""
+
+_COMMANDS: dict[str, _Command] = {
+    "run": (_run, _add_config, "begin a run", "config.yaml train.lr=2e-5 seed=1"),
+    "resume": (_resume, _add_run, "continue a run after a kill", "runs/demo"),
     "plan": (
         _plan,
+        _add_config,
         "say what a run takes at most: steps, FLOPs, disk",
         "config.yaml msft.compute_budget=5",
     ),
-    "report": (_report, "write report, plots and result.json of a run again", "runs/demo"),
+    "report": (
+        _report,
+        _add_run,
+        "write report, plots and result.json of a run again",
+        "runs/demo",
+    ),
     "compare": (
         _compare,
+        _add_comparison,
         "run several methods and set them side by side",
         "config.yaml --methods sft,msft",
     ),
     "simulate": (
         _simulate,
+        _add_simulation,
         "replay other policies on the curves of a recorded run",
         "runs/demo --sweep peak-window=2,4,off",
     ),
 }
-"""Each command with its help text and the arguments of an example."""
 
 
 def make_plan(config: Config) -> Plan:

@@ -1,7 +1,6 @@
 """Train several methods on one configuration, over seeds and budgets, and compare them.
 
-Each run has a directory of its own (:mod:`trainer.comparison.grid`). A finished run is not
-repeated, and an interrupted one is continued. A run that fails does not stop the others.
+Each run has a directory of its own (:mod:`trainer.comparison.grid`).
 
 Example::
 
@@ -42,16 +41,8 @@ _DIVERGED, _PAUSED, _SIGNALLED = 3, 75, 128
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """A run to be trained."""
-
-    case: Case
-    config: Config
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.output_dir)
+_Tasks = Mapping[Case, Config]
+"""The configuration of each run to be trained."""
 
 
 def compare(
@@ -67,8 +58,8 @@ def compare(
 ) -> Comparison:
     """Train a configuration with several methods and compare the results.
 
-    A finished run is only read, and an interrupted one is continued. A run that fails does not
-    stop the others. The tables are written to ``config.output_dir``.
+    A finished run is only read, an interrupted one is continued, and one that fails does not stop
+    the others. The tables are written to ``config.output_dir``.
 
     Args:
         config: The configuration that all runs share, from :func:`load_config`.
@@ -96,7 +87,7 @@ def compare(
     if jobs > 1 and this_process().num_processes > 1:
         raise ConfigError("--jobs cannot be combined with several processes for each run: omit it")
     cases = list_cases(config, methods, seeds=seeds, budgets=budgets, equal_compute=equal_compute)
-    ordinary = [_make_task(config, case) for case in cases if not case.equal_compute]
+    ordinary = {case: _configure(config, case) for case in cases if not case.equal_compute}
     done = sum(is_finished(Path(config.output_dir) / case.path) for case in cases)
     keeps = "each keeps its model" if keep_models or cases[0].is_single else "none keeps its model"
     _log.info(
@@ -123,91 +114,93 @@ class _Runner:
     keep_models: bool
     progress: bool
 
-    def run(self, tasks: Sequence[_Task]) -> dict[Case, Outcome]:
+    def run(self, tasks: _Tasks) -> dict[Case, Outcome]:
         """Train the runs that are not finished, and return the outcomes of all."""
-        todo = [task for task in tasks if not is_finished(task.directory)]
-        for task in tasks:
-            if task not in todo:
-                _log.info("== %s in %s is finished", task.case.name, task.directory)
+        todo = {}
+        for case, config in tasks.items():
+            if is_finished(Path(config.output_dir)):
+                _log.info("== %s in %s is finished", case.name, config.output_dir)
+            else:
+                todo[case] = config
         failures = self._run_in_subprocesses(todo) if self.jobs > 1 else self._run_here(todo)
-        return {task.case: self._outcome(task, failures.get(task.case, "")) for task in tasks}
+        outcomes = {}
+        for case, config in tasks.items():
+            directory = Path(config.output_dir)
+            finished = is_finished(directory)
+            outcomes[case] = Outcome(
+                budget=config.msft.compute_budget,
+                summary=summarize(read(directory / JOURNAL)) if finished else None,
+                failure="" if finished else failures.get(case) or "it was not run",
+            )
+        return outcomes
 
-    def _run_here(self, tasks: Sequence[_Task]) -> dict[Case, str]:
+    def _run_here(self, tasks: _Tasks) -> dict[Case, str]:
         failures = {}
-        for task in tasks:
-            _log.info("== %s in %s", task.case.name, task.directory)
+        for case, config in tasks.items():
+            _log.info("== %s in %s", case.name, config.output_dir)
             try:
-                if (task.directory / CONFIG).exists():
-                    resume(task.directory, progress=self.progress)
+                if (Path(config.output_dir) / CONFIG).exists():
+                    resume(config.output_dir, progress=self.progress)
                 else:
-                    start(task.config, progress=self.progress)
+                    start(config, progress=self.progress)
             except PausedError:
                 raise
             except _FAILURES as error:
                 # The other processes of a distributed run may not have failed, so none may go on.
                 if this_process().num_processes > 1:
                     raise
-                failures[task.case] = first_line(error)
-                _log.warning("%s did not finish: %s", task.case.name, failures[task.case])
-            self._drop_model(task)
+                failures[case] = first_line(error)
+                _log.warning("%s did not finish: %s", case.name, failures[case])
+            self._drop_model(case, config)
         return failures
 
-    def _run_in_subprocesses(self, tasks: Sequence[_Task]) -> dict[Case, str]:
-        by_name = {task.case.name: task for task in tasks}
+    def _run_in_subprocesses(self, tasks: _Tasks) -> dict[Case, str]:
+        cases = {case.name: case for case in tasks}
         failures: dict[Case, str] = {}
         paused: list[str] = []
-        ended_count = 0
+        ended: list[str] = []
 
         def handle_exit(name: str, code: int, line: str) -> bool:
-            nonlocal ended_count
-            ended_count += 1
+            ended.append(name)
             if code in (0, _DIVERGED):
-                self._drop_model(by_name[name])
-                _log.info("%s is finished, %d of %d", name, ended_count, len(tasks))
+                self._drop_model(cases[name], tasks[cases[name]])
+                _log.info("%s is finished, %d of %d", name, len(ended), len(tasks))
                 return True
             why = line or f"its process ended with code {code}"
             if code < 0 or code > _SIGNALLED:
                 why = f"{why} (give the same command again to continue)"
-            failures[by_name[name].case] = why
+            failures[cases[name]] = why
             _log.warning("%s did not finish: %s", name, why)
             if code == _PAUSED:
                 paused.append(why)
             return not paused
 
+        def handle_start(name: str) -> None:
+            _log.info("== %s in %s", name, tasks[cases[name]].output_dir)
+
         with tempfile.TemporaryDirectory(prefix="msft-compare-") as folder:
-            run_subprocesses(
-                {name: _build_command(task, Path(folder)) for name, task in by_name.items()},
-                jobs=self.jobs,
-                on_exit=handle_exit,
-                on_start=lambda name: _log.info("== %s in %s", name, by_name[name].directory),
-            )
+            commands = {n: _build_command(c, tasks[c], Path(folder)) for n, c in cases.items()}
+            run_subprocesses(commands, jobs=self.jobs, on_exit=handle_exit, on_start=handle_start)
         if paused:
             raise PausedError(paused[0])
         return failures
 
-    def _drop_model(self, task: _Task) -> None:
-        keep = self.keep_models or task.case.is_single
-        if not keep and this_process().is_main_process and is_finished(task.directory):
-            shutil.rmtree(task.directory / MODEL, ignore_errors=True)
-
-    def _outcome(self, task: _Task, failure: str) -> Outcome:
-        finished = is_finished(task.directory)
-        return Outcome(
-            budget=task.config.msft.compute_budget,
-            summary=summarize(read(task.directory / JOURNAL)) if finished else None,
-            failure="" if finished else failure or "it was not run",
-        )
+    def _drop_model(self, case: Case, config: Config) -> None:
+        directory = Path(config.output_dir)
+        keep = self.keep_models or case.is_single
+        if not keep and this_process().is_main_process and is_finished(directory):
+            shutil.rmtree(directory / MODEL, ignore_errors=True)
 
 
 def _plan_equal_compute(
     config: Config, cases: Sequence[Case], ordinary: Mapping[Case, Outcome]
-) -> tuple[list[_Task], dict[Case, Outcome]]:
+) -> tuple[_Tasks, dict[Case, Outcome]]:
     """Return the runs at MSFT's FLOPs, and the outcomes of the cases that are not run.
 
     A case is not run if an ordinary run that sets its C did not finish, or if its C is the ordinary
     one.
     """
-    tasks, outcomes = [], {}
+    tasks, outcomes = {}, {}
     for case in cases:
         own_case = replace(case, equal_compute=False)
         own, reference = ordinary[own_case], ordinary[replace(own_case, method=REFERENCE)]
@@ -226,7 +219,7 @@ def _plan_equal_compute(
         if budget == case.budget:
             outcomes[case] = own
         else:
-            tasks.append(_make_task(config, case, budget))
+            tasks[case] = _configure(config, case, budget)
     return tasks, outcomes
 
 
@@ -236,28 +229,29 @@ def _count_test_flops(directory: Path) -> int:
     return total_work(Account.from_journal(records)).flops
 
 
-def _build_command(task: _Task, folder: Path) -> list[str]:
+def _build_command(case: Case, config: Config, folder: Path) -> list[str]:
     """Return the arguments with which ``msft-train`` runs or resumes a run."""
-    if (task.directory / CONFIG).exists():
-        return ["resume", str(task.directory), "--quiet"]
-    path = folder / f"{'-'.join(task.case.path.parts)}.yaml"
-    path.write_text(dump(task.config), encoding="utf-8")
-    make_directory(task.directory.parent)
+    directory = Path(config.output_dir)
+    if (directory / CONFIG).exists():
+        return ["resume", str(directory), "--quiet"]
+    path = folder / f"{'-'.join(case.path.parts)}.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    make_directory(directory.parent)
     return ["run", str(path), "--quiet"]
 
 
-def _make_task(config: Config, case: Case, budget: float | None = None) -> _Task:
-    """Return a run; raises :class:`RunError` if its directory has one of another configuration."""
-    task = _Task(case=case, config=build_config(config, case, budget))
-    path = task.directory / CONFIG
+def _configure(config: Config, case: Case, budget: float | None = None) -> Config:
+    """Configure a run; raise :class:`RunError` if its directory has another run."""
+    own = build_config(config, case, budget)
+    path = Path(own.output_dir) / CONFIG
     if not path.exists():
-        return task
-    stored = replace(load_config(path), output_dir=task.config.output_dir)
-    existing, wanted = flatten(to_dict(stored)), flatten(to_dict(task.config))
+        return own
+    stored = replace(load_config(path), output_dir=own.output_dir)
+    existing, wanted = flatten(to_dict(stored)), flatten(to_dict(own))
     differing = [key for key in {**existing, **wanted} if existing.get(key) != wanted.get(key)]
     if differing:
         raise RunError(
-            f"the run in {task.directory} has another {', '.join(differing[:3])}: choose another "
+            f"the run in {own.output_dir} has another {', '.join(differing[:3])}: choose another "
             "output_dir, or remove that directory to start again"
         )
-    return task
+    return own

@@ -28,7 +28,6 @@ LABELS = {
     "dynamix": "DynamixSFT",
     "msft": "MSFT",
 }
-"""Names of the methods in tables."""
 
 REFERENCE = "msft"
 """The method whose FLOPs set the budget of the others for equal compute."""

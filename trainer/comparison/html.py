@@ -47,7 +47,6 @@ class Plot:
     title: str
     caption: str
     svg: str
-    """An ``<svg>`` element."""
 
 
 def render_page(title: str, parts: Sequence[str | Section | Plot]) -> str:

@@ -50,14 +50,14 @@ class PeakShift:
         return self.actual - self.expected
 
 
-def find_stage_peaks(records: Sequence[Record], stage: int) -> dict[str, StagePeak]:
+def find_stage_peaks(counted: Sequence[Record], stage: int) -> dict[str, StagePeak]:
     """Return the peaks of the active sub-datasets and of the mixture within a stage.
 
-    ``records`` are effective records. A curve without a finite value has no peak.
+    A curve without a finite value has no peak.
     """
-    start = run_started(records)
-    curve = [r for r in select(records, "evaluated") if r["stage"] == stage]
-    active = {r["stage"]: r["active"] for r in select(records, "stage_started")}
+    start = run_started(counted)
+    curve = [r for r in select(counted, "evaluated") if r["stage"] == stage]
+    active = {r["stage"]: r["active"] for r in select(counted, "stage_started")}
     peaks = {}
     for name in [*sorted(active.get(stage, [])), OVERALL]:
         index = first_best_index((r["metrics"][name] for r in curve), mode_of(start, name))
@@ -78,22 +78,22 @@ def mean_peak_distance(peaks: Mapping[str, StagePeak]) -> float | None:
     return statistics.fmean(abs(epoch - peaks[OVERALL].epoch) for epoch in others)
 
 
-def find_peak_shifts(records: Sequence[Record]) -> list[PeakShift]:
+def find_peak_shifts(counted: Sequence[Record]) -> list[PeakShift]:
     """Return how each exclusion moved the peaks of the remaining sub-datasets.
 
-    ``records`` are effective records. Stages that excluded no sub-dataset are skipped.
+    Stages that excluded no sub-dataset are skipped.
     """
     found = []
-    for decided in records:
+    for decided in counted:
         if decided.get("decision") != "roll_back" or not decided["exclude"]:
             continue
         stage = decided["stage"]
         origin = next(
             r["epoch"]
-            for r in select(records, "evaluated")
+            for r in select(counted, "evaluated")
             if r["stage"] == stage and r["checkpoint"] == decided["checkpoint"]
         )
-        before, after = find_stage_peaks(records, stage), find_stage_peaks(records, stage + 1)
+        before, after = find_stage_peaks(counted, stage), find_stage_peaks(counted, stage + 1)
         found += [
             PeakShift(
                 name=name,

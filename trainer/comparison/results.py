@@ -34,7 +34,6 @@ class Estimate:
     error: float | None
     """Standard error of the mean, from the sample variance; ``None`` for a single value."""
     count: int
-    """Number of values, at least 1."""
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -89,7 +88,6 @@ class Row:
     method: str
     label: str
     outcomes: Mapping[int, Outcome]
-    """Outcomes by seed."""
     split: Literal["test", "validation"]
     """The examples that its scores are of."""
 
@@ -97,6 +95,11 @@ class Row:
     def runs(self) -> dict[int, Summary]:
         """The finished runs, by seed."""
         return {s: o.summary for s, o in self.outcomes.items() if o.summary is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """The sub-datasets, sorted."""
+        return sorted({name for summary in self.runs.values() for name in summary.scores})
 
     def values(self, name: str) -> dict[int, float]:
         """Return the metric of a sub-dataset, or of the mixture (``OVERALL``), by seed."""
@@ -114,9 +117,8 @@ class Row:
 
     def spread(self) -> Estimate | None:
         """Return the standard deviation across sub-datasets, over seeds."""
-        names = sorted({name for summary in self.runs.values() for name in summary.scores})
-        by_name = [self.values(name) for name in names]
-        shared = [seed for seed in self.runs if names and all(seed in v for v in by_name)]
+        by_name = [self.values(name) for name in self.names]
+        shared = [seed for seed in self.runs if by_name and all(seed in v for v in by_name)]
         return estimate(standard_deviation([values[seed] for values in by_name]) for seed in shared)
 
     def work(self) -> dict[str, Work]:
@@ -212,7 +214,14 @@ class Comparison:
             "metric": first.metric if first else None,
             "mode": first.mode if first else None,
             "seeds": self.seeds,
-            "groups": [_group_to_dict(group) for group in self.groups],
+            "groups": [
+                {
+                    "budget": group.budget,
+                    "equal": group.equal_compute,
+                    "methods": {row.label: _row_to_dict(group, row) for row in group.rows},
+                }
+                for group in self.groups
+            ],
             "runs": {
                 str(case.path): {
                     "method": case.method,
@@ -263,30 +272,20 @@ def total_work(account: Account) -> Work:
 _ROWS = tuple(field.name for field in fields(Account))
 
 
-def _group_to_dict(group: Group) -> dict[str, Any]:
-    return {
-        "budget": group.budget,
-        "equal": group.equal_compute,
-        "methods": {row.label: _row_to_dict(group, row) for row in group.rows},
-    }
-
-
 def _row_to_dict(group: Group, row: Row) -> dict[str, Any]:
-    names = sorted({name for summary in row.runs.values() for name in summary.scores})
+    def values_of(found: Estimate | None) -> dict[str, Any] | None:
+        return None if found is None else asdict(found)
+
     return {
         "method": row.method,
         "split": row.split,
         "seeds": sorted(row.runs),
         "compute_budget": row.budget(),
-        "scores": {name: _estimate_to_dict(row.score(name)) for name in [*names, OVERALL]},
+        "scores": {name: values_of(row.score(name)) for name in [*row.names, OVERALL]},
         "values": {str(seed): value for seed, value in sorted(row.values(OVERALL).items())},
-        "spread": _estimate_to_dict(row.spread()),
-        "difference_to_sft": _estimate_to_dict(group.difference(row)),
+        "spread": values_of(row.spread()),
+        "difference_to_sft": values_of(group.difference(row)),
         "work": {name: asdict(work) for name, work in row.work().items()},
         "seconds": row.seconds(),
         "disk_overhead": row.disk(),
     }
-
-
-def _estimate_to_dict(value: Estimate | None) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import IO
 
 from trainer.signals import Interrupted, Interrupts
@@ -30,10 +29,8 @@ OnExit = Callable[[str, int, str], bool]
 _PREFIX = "msft-train: "
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Child:
-    process: subprocess.Popen[bytes]
-    stderr: IO[bytes]
+_Child = tuple[subprocess.Popen[bytes], IO[bytes]]
+"""A process and the file with its stderr."""
 
 
 def run_subprocesses(
@@ -62,9 +59,9 @@ def run_subprocesses(
                     running[name] = _start(commands[name], jobs)
                     on_start(name)
                 time.sleep(0.05)
-                for name in [n for n, child in running.items() if child.process.poll() is not None]:
-                    child = running.pop(name)
-                    if not on_exit(name, child.process.returncode, _read_last_line(child.stderr)):
+                for name in [n for n, (one, _) in running.items() if one.poll() is not None]:
+                    process, stderr = running.pop(name)
+                    if not on_exit(name, process.returncode, _read_last_line(stderr)):
                         waiting.clear()
         finally:
             # After a second signal or an error nothing waits for the remaining subprocesses.
@@ -85,13 +82,13 @@ def _start(arguments: Sequence[str], jobs: int) -> _Child:
         # A terminal sends Ctrl-C to the whole process group, so each would get the signal twice.
         start_new_session=True,
     )
-    return _Child(process=process, stderr=stderr)
+    return process, stderr
 
 
 def _send_signal(running: Mapping[str, _Child], number: int) -> None:
-    for child in running.values():
+    for process, _ in running.values():
         with suppress(ProcessLookupError):
-            child.process.send_signal(number)
+            process.send_signal(number)
 
 
 def _read_last_line(stderr: IO[bytes]) -> str:

@@ -25,7 +25,6 @@ _WORK = {
     "generation": "generation",
     "repeated": "repeated",
 }
-"""Column headings for the rows of a FLOPs account."""
 
 NOTES = (
     "Selection on validation data, scores on test data used once per run. ± is the standard error "
@@ -34,7 +33,6 @@ NOTES = (
     "over seeds; the total leaves out what was repeated after a kill.",
     "Disk is the peak of all rollback points together, in full checkpoints.",
 )
-"""Explanations below the tables."""
 
 
 def build_sections(comparison: Comparison) -> list[Section]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from trainer.config.mixture_file import name_categories, read_mixture
 from trainer.config.schema import DataConfig, MixtureConfig, SourceConfig, SubDatasetConfig
@@ -23,7 +23,6 @@ RELATIVE = "relative paths are taken from the folder of the configuration file"
 """The end of messages about a file or directory that is missing."""
 
 Source = str | SourceConfig
-S = TypeVar("S", str, SourceConfig, Source, Source | None)
 
 
 def resolve_data(data: DataConfig, folder: Path) -> DataConfig:
@@ -48,19 +47,14 @@ def resolve_data(data: DataConfig, folder: Path) -> DataConfig:
         found = _expand_mixture(data.mixture, folder)
     else:
         found = data.sub_datasets
-    sub_datasets = {
-        name: replace(
-            files,
-            train=_make_absolute(files.train, folder, "train"),
-            validation=_make_absolute(files.validation, folder, "validation"),
-            test=_make_absolute(files.test, folder, "test"),
-        )
-        for name, files in found.items()
-    }
+    sub_datasets = {}
+    for name, files in found.items():
+        splits = {split: _make_absolute(getattr(files, split), folder, split) for split in SPLITS}
+        sub_datasets[name] = replace(files, **splits)
     return replace(data, sub_datasets=sub_datasets, directory=None, mixture=None)
 
 
-def _make_absolute(source: S, folder: Path, split: str) -> S:
+def _make_absolute(source: Source | None, folder: Path, split: str) -> Any:
     if source is None:
         return None
     if isinstance(source, str):
@@ -107,28 +101,23 @@ def _expand_mixture(mixture: MixtureConfig, folder: Path) -> dict[str, SubDatase
             raise ConfigError(f"{at} must be a mixture file, or have 'file' and at most 'part'")
         file = folder / source.file
         try:
-            found = name_categories(read_mixture(file, source.part or split), file)
+            named = name_categories(read_mixture(file, source.part or split), file)
         except DataError as error:
             advice = "" if file.exists() else f"; {RELATIVE}"
             raise ConfigError(f"{at}: {error}{advice}") from None
         if split == "train":
-            categories = found
-        if missing := sorted(set(categories.values()) - set(found.values())):
+            categories = named
+        if missing := sorted(set(categories.values()) - set(named.values())):
             raise ConfigError(
                 f"{at}: {file} has no row of category {missing[0]!r}, which the training data has"
             )
         sources[split] = replace(source, file=str(file), part=source.part or split)
     if not categories:
         raise ConfigError("data.mixture.train has no rows")
-    return {
-        name: SubDatasetConfig(
-            train=replace(sources["train"], category=category),
-            validation=_with_category(sources.get("validation"), category),
-            test=_with_category(sources.get("test"), category),
-        )
-        for name, category in categories.items()
-    }
-
-
-def _with_category(source: SourceConfig | None, category: str) -> SourceConfig | None:
-    return None if source is None else replace(source, category=category)
+    found = {}
+    for name, category in categories.items():
+        splits: dict[str, Any] = {
+            split: replace(source, category=category) for split, source in sources.items()
+        }
+        found[name] = SubDatasetConfig(**splits)
+    return found

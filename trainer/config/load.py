@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import types
@@ -42,14 +43,8 @@ _WORDS: dict[Any, str] = {
 def build(cls: type[T], raw: Any, *, at: str = "") -> T:
     """Return a dataclass of the configuration from nested mappings.
 
-    Args:
-        cls: The dataclass.
-        raw: A mapping of its fields.
-        at: The dotted key of ``raw`` in the configuration; empty for the whole configuration.
-
-    Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type. The message begins
-            with the dotted key.
+    Raises :class:`ConfigError` if a key is unknown or missing, or a value has the wrong type. The
+    message begins with the dotted key; ``at`` is that of ``raw``.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(
@@ -188,11 +183,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON values."""
-    tree: dict[str, Any] = asdict(config)
-    tree["train"]["betas"] = list(config.train.betas)
-    tree["log_with"] = list(config.log_with)
-    if config.lora is not None and config.lora.target_modules is not None:
-        tree["lora"]["target_modules"] = list(config.lora.target_modules)
+    tree: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return tree
 
 

@@ -23,7 +23,6 @@ from typing import Any
 from trainer.errors import DataError
 
 MARK = "####"
-"""The text before the answer."""
 ANSWER_PATTERN = r"####\s*([^\n]*?)\.?\s*(?:\n|$)"
 """The pattern for ``evaluation.answer_pattern`` by which the released code finds the answer."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")

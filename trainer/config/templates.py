@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.errors import DataError
@@ -37,13 +37,6 @@ def check(template: str) -> None:
             raise DataError(f"a single {piece[0]!r}; write it twice to have it in the text")
         if piece[1] is not None:
             _parse(piece[1])
-
-
-def columns(template: str) -> Iterator[str]:
-    """Yield the columns that a template names."""
-    for piece in _PIECE.finditer(template):
-        if piece[1] is not None:
-            yield from (path.partition(".")[0] for path in _parse(piece[1])[0])
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
@@ -112,11 +105,8 @@ def _text(value: Any) -> str:
 def _options(value: Any) -> str:
     if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(_LETTERS):
         raise DataError(f"not a list of 1 to {len(_LETTERS)} options")
-    texts = [
-        text[2:] if (text := _text(item))[:2] == f"{letter})" else text
-        for letter, item in zip(_LETTERS, value, strict=False)
-    ]
-    return ", ".join(f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False))
+    pairs = zip(_LETTERS, map(_text, value), strict=False)
+    return ", ".join(f"{letter}. {text.removeprefix(f'{letter})')}" for letter, text in pairs)
 
 
 def _letter(value: Any, *, first: int = 0) -> str:

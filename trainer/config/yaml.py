@@ -28,7 +28,6 @@ class _Loader(yaml.SafeLoader):
     """A safe loader that rejects equal keys in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Check the keys, then construct as usual."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":

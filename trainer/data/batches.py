@@ -1,9 +1,8 @@
 """The order of training examples: a pure function of the seed and the position.
 
-An epoch of the active mixture is one permutation of its examples, cut into optimizer steps;
-the last one may be smaller. The permutation depends only on the seed, the stage, the epoch and
-the numbers of examples. So the step within the stage is the whole data position, and all methods
-train on the same batches.
+An epoch of the active mixture is one permutation of its examples, which depends only on the seed,
+the stage, the epoch and the numbers of examples. It is cut into optimizer steps. So the step within
+the stage is the whole data position, and all methods train on the same batches.
 
 If a sub-dataset's share is not 1, an epoch takes its next ``counts`` examples from an endless
 sequence of permutations, so that each example is used equally often. A sub-dataset with a limit is
@@ -11,8 +10,7 @@ left out from that epoch on. A stage may continue an earlier one (``continued``)
 remaining examples of the epoch that are still active, in the same order, then the next epochs.
 
 Within an optimizer step, examples are sorted by length and cut into micro-batches, which saves
-padding. Examples are not sorted by length across steps, because a step would then have examples of
-one sub-dataset only.
+padding. Across steps they are not, because a step would then have one sub-dataset only.
 
 :class:`SampledOrder` draws the sub-dataset of each example by weights that may change during a
 stage. The example is the next one in an endless sequence of permutations of that sub-dataset. The
@@ -44,7 +42,11 @@ Reference = tuple[str, int]
 MicroBatch = tuple[int, ...]
 """Indices of examples in the mixture, longest first."""
 Step = tuple[MicroBatch, ...]
-"""The micro-batches of one optimizer step."""
+
+
+def generator(*words: int) -> np.random.Generator:
+    """Return a random generator that follows from the words alone."""
+    return np.random.Generator(np.random.PCG64(words))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,6 @@ class DataOrder:
     sizes: Mapping[str, int]
     """Examples of each sub-dataset, in a fixed order."""
     counts: Mapping[str, int]
-    """Examples of each sub-dataset in an epoch."""
     limits: Mapping[str, float]
     """Sub-dataset → epoch from which it is left out; without an entry it is never left out."""
     batch_size: int
@@ -125,7 +126,6 @@ class DataOrder:
         return epoch, left[step * self.batch_size :]
 
     def _examples(self, epoch: int) -> tuple[Reference, ...]:
-        """Return the examples of an epoch in their order."""
         takes = tuple((name, size, self.counts[name]) for name, size in self.sizes.items())
         examples = _epoch(self.seed, self.stage, epoch, takes)
         if not self.limits:
@@ -149,13 +149,11 @@ def _epoch(
             continue
         first = epoch * count
         for turn in range(first // size, -(-(first + count) // size)):
-            row = np.random.Generator(np.random.PCG64([seed, stage, turn, number])).permutation(
-                size
-            )
+            row = generator(seed, stage, turn, number).permutation(size)
             begin, end = max(first - turn * size, 0), min(first + count - turn * size, size)
             examples += [(name, int(i)) for i in row[begin:end]]
-    generator = np.random.Generator(np.random.PCG64([seed, stage, epoch]))
-    return tuple(examples[i] for i in generator.permutation(len(examples)).tolist())
+    order = generator(seed, stage, epoch).permutation(len(examples))
+    return tuple(examples[i] for i in order.tolist())
 
 
 def micro_batches(
@@ -224,14 +222,11 @@ class SampledOrder:
         chances = np.array([weights[name] for name in names])
         per_epoch = -(-self._examples // self._batch_size)
         left = self._examples - step % per_epoch * self._batch_size
-        generator = np.random.Generator(np.random.PCG64([self._seed, self._stage, step, 0, 1]))
         size = min(left, self._batch_size)
-        drawn = generator.choice(len(names), size=size, p=chances / chances.sum())
+        draws = generator(self._seed, self._stage, step, 0, 1)
+        drawn = draws.choice(len(names), size=size, p=chances / chances.sum())
         return tuple((names[i], next(self._rows[names[i]])) for i in drawn)
 
     def _row(self, number: int, size: int) -> Iterator[int]:
         for turn in itertools.count():
-            generator = np.random.Generator(
-                np.random.PCG64([self._seed, self._stage, turn, number])
-            )
-            yield from generator.permutation(size).tolist()
+            yield from generator(self._seed, self._stage, turn, number).permutation(size).tolist()

@@ -8,9 +8,8 @@ A row has one of three forms:
 - ``text``, if the row has no column of the other forms. The first token is the prompt, which is BOS
   if the tokenizer adds one.
 
-Other columns are ignored. The loss is computed on the completion only. Prompt and completion are
-tokenized separately, so that their boundary is the same in training and in generation. A prompt
-begins with BOS if the tokenizer adds one; a completion ends with EOS.
+The loss is computed on the completion only, which ends with EOS. Prompt and completion are
+tokenized separately, so that their boundary is the same in training and in generation.
 
 Example::
 
@@ -43,7 +42,6 @@ class Example:
     """True if the example has a reference; ``text`` has none."""
 
     def __len__(self) -> int:
-        """Return the number of tokens."""
         return len(self.prompt) + len(self.completion)
 
 
@@ -82,16 +80,11 @@ def encode(
     *,
     reference: str | None = None,
 ) -> Example:
-    """Tokenize one row.
+    """Tokenize one row, in which a column that is ``None`` counts as missing.
 
-    Args:
-        record: The row; a column that is ``None`` counts as missing.
-        tokenizer: The model's tokenizer.
-        prefix: The tokens that a prompt begins with, see :func:`bos_prefix`.
-        reference: The text that a correct generation matches; ``None``: the completion.
-
-    Raises:
-        DataError: The row has none of the three forms.
+    A prompt begins with ``prefix`` (see :func:`bos_prefix`). ``reference`` is the text that a
+    correct generation matches, by default the completion. Raises :class:`DataError` if the row has
+    none of the three forms.
     """
     columns = ("prompt", "completion", "messages", "text")
     given = {key for key in columns if record.get(key) is not None}

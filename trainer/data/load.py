@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config.mixture_file import to_completion_row
 from trainer.config.schema import DataConfig, FieldsConfig, SourceConfig, SubDatasetConfig
 from trainer.config.templates import render
+from trainer.data.batches import generator
 from trainer.data.examples import Example, Mixture, Split, SubDataset, bos_prefix, encode
 from trainer.data.sources import Row, Rows, Sources
 from trainer.errors import DataError
@@ -28,26 +28,15 @@ from trainer.errors import DataError
 def load_mixture(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_validation: int | None = None
 ) -> Mixture:
-    """Load all sub-datasets, sorted by name.
+    """Load all sub-datasets, sorted by name; of validation data the first ``max_validation``.
 
-    Args:
-        config: The configuration of the data.
-        tokenizer: The model's tokenizer.
-        max_validation: Validation examples to load of each sub-dataset, the first ones; ``None``
-            for all.
-
-    Returns:
-        Sub-dataset by name.
-
-    Raises:
-        DataError: A source is missing, damaged or has no usable example.
+    Raises :class:`DataError` if a source is missing, damaged or has no usable example.
     """
     loader = _Loader(config, tokenizer, max_validation)
     return {name: loader.load(name, files) for name, files in sorted(config.sub_datasets.items())}
 
 
 _Numbered = list[tuple[int, Example]]
-"""Examples with the numbers of their rows."""
 
 
 class _Loader:
@@ -89,14 +78,11 @@ class _Loader:
         """Load the training examples, and those of the same source that are set aside."""
         config, source = self._config, files.train
         share = None if files.validation is not None else config.validation_share
-        if files.validation is None and share is None:
-            raise DataError("there is no validation data, and data.validation_share is not set")
         wanted = config.max_examples
         if share is None and wanted is None:
             return self._load_split(source, files.fields, None), ()
         rows = self._sources.open(source)
-        generator = np.random.Generator(np.random.PCG64([config.seed, *name.encode()]))
-        order = generator.permutation(len(rows)).tolist()
+        order = generator(config.seed, *name.encode()).permutation(len(rows)).tolist()
         limit = None if wanted is None else wanted + _count_set_aside(share, wanted)
         taken, too_long = self._take(rows, order, source, files.fields, limit)
         found = len(taken)

@@ -50,7 +50,6 @@ class Rows:
         numbers: Sequence[int] | None = None,
         unit: str = "row",
     ) -> None:
-        """Describe the rows; see the class."""
         self.name = name
         self._items = items
         self._parse = parse
@@ -62,7 +61,6 @@ class Rows:
         return f"{self.name}, {self._unit} {self._numbers[index] + 1}"
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._items)
 
     def __getitem__(self, index: int) -> Row:
@@ -74,7 +72,6 @@ class Sources:
     """Opens sources; a mixture file is read once."""
 
     def __init__(self) -> None:
-        """Start with no mixture file."""
         self._mixtures: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
 
     def open(self, source: str | Path | SourceConfig) -> Rows:

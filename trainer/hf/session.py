@@ -44,7 +44,7 @@ from trainer.journal import Journal, JournalQueue, Record, effective, mode_of, r
 from trainer.training.decisions import Decisions, Place
 from trainer.training.directory import JOURNAL, STORE, hold_lock
 from trainer.training.replay import KnownEvaluation, StageStart, replay, where_to_resume
-from trainer.training.rollback_points import PendingSave, RollbackPoint
+from trainer.training.rollback_points import PendingSave
 
 START, RESULT = "start", "result"
 """The refs of the weights that a run begins from, and of its result."""
@@ -69,8 +69,9 @@ def open_session(
         make_directory(directory)
     process.wait_for_everyone()
     with ExitStack() as stack:
-        stack.enter_context(hold_lock(directory, writes=is_main))
-        journal = stack.enter_context(Journal.open(directory / JOURNAL)) if is_main else None
+        if is_main:
+            stack.enter_context(hold_lock(directory))
+        journal = stack.enter_context(Journal(directory / JOURNAL)) if is_main else None
         store = _open_store(directory / STORE) if is_main else None
         process.wait_for_everyone()
         store = store or Store.open(directory / STORE)
@@ -197,14 +198,17 @@ class RunSession:
         self._base_metrics = self._base_metrics or metrics
         self._queue.flush()
         timeline.retention = self._decisions.make_policy()
-        point = RollbackPoint(
-            stage=place.stage, step=place.step, epoch=place.epoch, metrics=metrics
-        )
         began = time.monotonic()
         tensors, files = kept.tensors(), self._model_files()
-        future = timeline.commit_async(tensors, *point.as_arguments(), files)
-        seconds = time.monotonic() - began
-        save = PendingSave(future=future, timeline=timeline, point=point, seconds=seconds)
+        metadata = {"stage": place.stage, "epoch": place.epoch}
+        future = timeline.commit_async(tensors, place.step, metrics, metadata, files)
+        save = PendingSave(
+            future=future,
+            timeline=timeline,
+            stage=place.stage,
+            step=place.step,
+            seconds=time.monotonic() - began,
+        )
         if self.start.root is None and place.index == 0:
             self._record_stage(future.result().id)
         known = KnownEvaluation(

@@ -1,10 +1,7 @@
 """Compute metrics on every sub-dataset: mean token loss, and exact match of greedy generation.
 
-``loss`` is the mean over a sub-dataset's completion tokens. ``exact_match`` is the share of
-examples whose greedy generation has the same answer as the reference. The answer is the last match
-of ``answer_pattern``, or the whole text if nothing matches, without surrounding whitespace. The
-loss is recorded for both metrics. If the loss of a sub-dataset is not finite, its exact match is
-NaN.
+The answer of a text is the last match of ``answer_pattern``, or the whole text if nothing matches.
+The loss is recorded for both metrics. If it is not finite, the exact match is NaN.
 
 Most examples are decided without generation. A forward pass over prompt and reference gives the
 token that greedy decoding would take after each prefix of the reference, and so the generated text
@@ -65,7 +62,6 @@ class EvaluationResult:
     metrics: dict[str, float]
     """Sub-dataset → metric, and the overall one."""
     losses: dict[str, float]
-    """Sub-dataset → mean token loss."""
     errors: dict[str, float]
     """Sub-dataset → standard error of its metric; NaN for a single example."""
     cost: EvaluationCost
@@ -153,9 +149,7 @@ class Evaluator:
             for i, row, row_loss, row_choices in results if is_own else ():
                 losses[i] = row_loss
                 verdicts[i] = self._verdict(row, row_choices)
-        cost = EvaluationCost()
-        for batch in batches:
-            cost += EvaluationCost.of_batch([len(examples[i]) for i in batch])
+        cost = EvaluationCost.of_batches([[len(examples[i]) for i in batch] for batch in batches])
         return self._all_reduce(losses), [int(v) for v in self._all_reduce(verdicts)], cost
 
     def _verdict(self, example: Example, choices: Sequence[int]) -> int:
@@ -188,11 +182,10 @@ class Evaluator:
                 found[i] = self._is_right(self._decode(tokens), examples[i].reference)
                 lengths[i] = len(tokens)
         found, lengths = self._all_reduce(found), self._all_reduce(lengths)
-        cost = EvaluationCost()
-        for batch in batches:
-            prompts = [len(examples[i].prompt) for i in batch]
-            cost += EvaluationCost.of_batch(prompts)
-            cost += _generation_cost(prompts, [int(lengths[i]) for i in batch])
+        prompts = [[len(examples[i].prompt) for i in batch] for batch in batches]
+        cost = EvaluationCost.of_batches(prompts)
+        for batch, prompt_lengths in zip(batches, prompts, strict=True):
+            cost += _generation_cost(prompt_lengths, [int(lengths[i]) for i in batch])
         for i in still_open:
             verdicts[i] = int(found[i])
         return cost

@@ -8,12 +8,12 @@ Example::
 
     batch = collate(examples, pad_token_id=0, device="cpu")
     losses, logits = target_losses(model, batch)                # one value a target token
-    cost = TokenCost.of_batch([len(example) for example in examples])
+    cost = TokenCost.of_batches([[len(example) for example in examples]])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,19 +49,21 @@ class TokenCost:
     padded_tokens: int = 0
 
     def __add__(self: _Cost, other: _Cost) -> _Cost:
-        """Return the sum, field by field."""
         added = {name: value + getattr(other, name) for name, value in vars(self).items()}
         return type(self)(**added)
 
     @classmethod
-    def of_batch(cls: type[_Cost], lengths: Sequence[int]) -> _Cost:
-        """Return the cost of one pass over sequences that are padded to the longest one."""
-        tokens = sum(lengths)
-        return cls(
-            tokens=tokens,
-            attention_tokens=sum(length * length for length in lengths),
-            padded_tokens=max(lengths) * len(lengths) - tokens,
-        )
+    def of_batches(cls: type[_Cost], batches: Iterable[Sequence[int]]) -> _Cost:
+        """Return the cost of batches of sequences that are padded to the longest of their batch."""
+        total = cls()
+        for lengths in batches:
+            tokens = sum(lengths)
+            total += cls(
+                tokens=tokens,
+                attention_tokens=sum(length * length for length in lengths),
+                padded_tokens=max(lengths) * len(lengths) - tokens,
+            )
+        return total
 
 
 def compute_in(dtype: str, model: Any, device: str) -> None:

@@ -11,7 +11,6 @@ Example::
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from trainer.config.checks import HUB_ID
 from trainer.config.schema import ModelConfig
@@ -34,14 +32,11 @@ class LoadedModel:
     """A model, its tokenizer and its sizes."""
 
     model: Any
-    """A transformers ``PreTrainedModel``."""
     tokenizer: PreTrainedTokenizerBase
     directory: Path
-    """The directory of the model's files."""
     parameters: int
     """N: the number of all parameters, with an adapter's; tied ones count once."""
     trainable: int
-    """The number of trained parameters."""
     layers: int
     """L: the number of layers."""
     hidden: int
@@ -50,8 +45,6 @@ class LoadedModel:
     """Bytes of the run's weights, parameters and saved buffers, in the dtype of training."""
     full_bytes: int
     """Bytes of a full checkpoint: the same weights in the dtype of checkpoints."""
-    base_bytes: int
-    """Bytes of the safetensors files in ``directory`` that the model was read from."""
     adapter: Any = None
     """PEFT's configuration of the adapter; ``None`` if all parameters are trained."""
 
@@ -112,7 +105,6 @@ def load_model(config: ModelConfig) -> LoadedModel:
         hidden=int(text_config.hidden_size),
         trained_bytes=weight_bytes,
         full_bytes=weight_bytes,
-        base_bytes=sum(file.stat().st_size for file in _weight_files(directory)),
     )
 
 
@@ -120,18 +112,6 @@ def max_positions(model: Any) -> int | None:
     """Return the number of the model's positions, or ``None`` if its configuration has none."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Return the files that ``from_pretrained`` reads weights from; variants beside them stay out.
-
-    The model was loaded from them before, so an index is sound.
-    """
-    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / name for name in sorted(set(names))]
 
 
 def _locate(path: str) -> Path:

@@ -8,29 +8,22 @@ Example::
 
     loaded = load_for_training(config)          # with an adapter if ``lora`` is configured
     zero_adapter(loaded.model)                  # computes what the base does
-    write_adapter(loaded, weights, directory)   # for PeftModel.from_pretrained
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.schema import Config, LoraConfig
 from trainer.errors import ConfigError
-from trainer.files import write_atomic
 from trainer.model.load import LoadedModel, load_model
 from trainer.model.weights import ADAPTER, Snapshots, drop_tied, weights_of
 from trainer.text import did_you_mean
-
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def load_for_training(config: Config) -> LoadedModel:
@@ -53,17 +46,6 @@ def zero_adapter(model: torch.nn.Module) -> None:
                 tensor.zero_()
 
 
-def write_adapter(
-    loaded: LoadedModel, weights: Mapping[str, torch.Tensor], directory: Path
-) -> None:
-    """Write an adapter's weights, and its configuration with the base's path, as PEFT does."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-    for name, data in adapter_files(loaded).items():
-        write_atomic(directory / name, data)
-
-
 def adapter_files(loaded: LoadedModel) -> dict[str, bytes]:
     """Return the configuration of an adapter as PEFT writes it; empty without an adapter."""
     if loaded.adapter is None:
@@ -73,7 +55,7 @@ def adapter_files(loaded: LoadedModel) -> dict[str, bytes]:
         for key, value in loaded.adapter.to_dict().items()
     }
     settings["inference_mode"] = True
-    return {_CONFIG: f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()}
+    return {"adapter_config.json": f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()}
 
 
 def _add_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str) -> LoadedModel:

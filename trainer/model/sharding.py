@@ -28,31 +28,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from msft_store import Box, NotAStoreError, Part, Parts, Store, StoreError, Timeline
 from msft_store.integrations.dcp import boxes_of
+from msft_store.integrations.training_state import gather_objects
 from trainer.config.schema import Config
+from trainer.distributed import share
 from trainer.errors import ConfigError, RunError, TrainerError
 from trainer.model.weights import weights_of
 
 _REQUESTED = "ACCELERATE_USE_FSDP"
 _LOAD_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """Lets transformers read the weights in one process of a machine, and give the others none."""
-
-
-def is_fsdp_requested() -> bool:
-    """Return whether the processes were launched with FSDP."""
-    requested: bool = parse_flag_from_env(_REQUESTED)
-    return requested
-
-
-def load_weights_once() -> None:
-    """With FSDP, let only the main process of each machine load the weights."""
-    if is_fsdp_requested():
-        os.environ[_LOAD_ONCE] = "true"
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -69,7 +59,7 @@ def shard_model(
     is an FSDP unit, and the rest of the model is one more. ``path`` is the run's store. Layers are
     gathered in ``compute_dtype`` if it is given.
     """
-    if not is_fsdp_requested() or accelerator.num_processes == 1:
+    if not parse_flag_from_env(_REQUESTED) or accelerator.num_processes == 1:
         return None
     weights = model.state_dict()
     _allocate_weights(model)
@@ -119,10 +109,14 @@ def _allocate_weights(model: torch.nn.Module) -> None:
             setattr(model.get_submodule(module), own, allocated.setdefault(tensor, fresh))
 
 
-def check_sharded(config: Config, accelerator: Accelerator) -> None:
-    """Raise :class:`ConfigError` for a setting that FSDP does not support, before loading."""
-    if not is_fsdp_requested():
+def prepare_sharding(config: Config, accelerator: Accelerator) -> None:
+    """If FSDP is requested, let only the main process of each machine load the weights.
+
+    Raises :class:`ConfigError` for a setting that FSDP does not support.
+    """
+    if not parse_flag_from_env(_REQUESTED):
         return
+    os.environ[_LOAD_ONCE] = "true"
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError(
@@ -159,9 +153,7 @@ class Shards:
         An error in one process is raised in all of them, because the others wait for its part. No
         gc deletes the parts while the main process is in this context.
         """
-        root = self.broadcast(
-            None if timeline is None or timeline.root is None else timeline.root.id
-        )
+        root = share(None if timeline is None or timeline.root is None else timeline.root.id)
         with nullcontext() if timeline is None else self._open_store().awaiting_parts():
             yield self._gather_parts(root, boxes)
 
@@ -194,18 +186,11 @@ class Shards:
             mine = self._open_store().encode(boxes, parent=root)
         except (StoreError, TrainerError, OSError) as error:
             mine = error
-        parts: list[Any] = [None] * self._accelerator.num_processes
-        torch.distributed.all_gather_object(parts, mine)
+        parts: list[Any] = gather_objects(mine)
         errors = [part for part in parts if isinstance(part, Exception)]
         if errors:
             raise mine if isinstance(mine, Exception) else errors[0]
         return Parts(parts)
-
-    def broadcast(self, value: str | None) -> str | None:
-        """Return the main process's value in every process."""
-        shared = [value]
-        broadcast_object_list(shared)
-        return shared[0]
 
     def _open_store(self) -> Store:
         if self._opened is None:

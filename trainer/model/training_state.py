@@ -1,35 +1,37 @@
 """Convert the states of optimizer and random generators to tensors, and back without loss.
 
-torch's generators are tensors with a row for each process; Python's and NumPy's are JSON. With
-``msft.optimizer_on_rollback=restore`` a rollback point holds all of this beside the weights, as
-tensors whose names begin with ``trainer.``. Schedule and data position are not stored: they follow
-from the step of the checkpoint. The result of a run is stored without its training state.
+With ``msft.optimizer_on_rollback=restore`` a rollback point holds all of this beside the weights,
+as tensors whose names begin with ``trainer.``. Schedule and data position are not stored: they
+follow from the step of the checkpoint. The result of a run is stored without its training state.
 
 Example::
 
-    rng = gather_rng(accelerator)                               # in all processes
-    tensors = add_training_state(weights, optimizer, rng)
+    tensors = {**weights, **gather_training_state(optimizer)}   # in all processes
     restore_training_state(tensors, optimizer, accelerator)     # in all processes
 """
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 
 from msft_store import Store
+from msft_store.integrations.training_state import (
+    from_tensors,
+    generators_of_all,
+    set_generators,
+    to_tensors,
+)
+from trainer.distributed import share
 from trainer.errors import RunError
 
 PREFIX = "trainer."
 """Prefix of all tensors that are not weights; no weight's name may begin with it."""
-_OPTIMIZER, _RNG, _PYTHON = f"{PREFIX}optimizer.", f"{PREFIX}rng.", f"{PREFIX}python_rng"
+_OPTIMIZER, _RNG = f"{PREFIX}optimizer.", f"{PREFIX}rng"
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
@@ -48,65 +50,30 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators, (processes, bytes), in every process."""
-    states = {"cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    rows = {name: state[None] for name, state in states.items()}
-    if accelerator.num_processes == 1:
-        return rows
-    device = accelerator.device
-    return {name: accelerator.gather(row.to(device)).cpu() for name, row in rows.items()}
+def gather_rng(prefix: str) -> dict[str, torch.Tensor]:
+    """Return the states of the random generators of all processes, in every process."""
+    return to_tensors(generators_of_all(), prefix)
 
 
-def set_rng(rows: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Set this process's generators to the states that :func:`gather_rng` returned.
+def set_rng(states: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> None:
+    """Set this process's generators to its own of the states of all processes.
 
     Raises :class:`RunError` if another number of processes saved them.
     """
-    for states in rows.values():
-        if len(states) != accelerator.num_processes:
-            raise RunError(
-                f"this state was saved by {len(states)} processes, but this run has "
-                f"{accelerator.num_processes}: resume with {len(states)}. Or remove "
-                "resume.safetensors and resume/ from the run's directory, to continue from the "
-                "root of the stage"
-            )
-    # torch reads a state from the start of its memory, so a row must not be a view of all rows.
-    mine = {name: states[accelerator.process_index].cpu().clone() for name, states in rows.items()}
-    torch.set_rng_state(mine["cpu"])
-    if accelerator.device.type == "cuda" and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
+    if len(states) != accelerator.num_processes:
+        raise RunError(
+            f"this state was saved by {len(states)} processes, but this run has "
+            f"{accelerator.num_processes}: resume with {len(states)}. Or remove "
+            "resume.safetensors and resume/ from the run's directory, to continue from the "
+            "root of the stage"
+        )
+    set_generators(states[accelerator.process_index])
 
 
-def python_rng() -> dict[str, Any]:
-    """Return the states of Python's and NumPy's generators as JSON values."""
-    kind, words, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "random": random.getstate(),
-        "numpy": [kind, np.asarray(words).tolist(), position, has_gauss, gauss],
-    }
-
-
-def set_python_rng(states: Mapping[str, Any]) -> None:
-    """Restore what :func:`python_rng` returned."""
-    version, words, gauss = states["random"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(states["numpy"])
-
-
-def add_training_state(
-    weights: Mapping[str, torch.Tensor], optimizer: Any, rows: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return weights, optimizer state and generators; ``rows`` are from :func:`gather_rng`."""
-    text = bytearray(json.dumps(python_rng()).encode())
-    return {
-        **weights,
-        **{f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()},
-        **{f"{_RNG}{name}": tensor for name, tensor in rows.items()},
-        _PYTHON: torch.frombuffer(text, dtype=torch.uint8),
-    }
+def gather_training_state(optimizer: Any) -> dict[str, torch.Tensor]:
+    """Return the states of optimizer and generators; all processes must call this."""
+    state = {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
+    return {**state, **gather_rng(_RNG)}
 
 
 def is_weight(name: str) -> bool:
@@ -138,11 +105,9 @@ def restore_training_state(
     tensors: Mapping[str, torch.Tensor], optimizer: Any, accelerator: Accelerator
 ) -> None:
     """Restore optimizer and generators in every process; the main process has ``tensors``."""
-    state = {name: tensor for name, tensor in tensors.items() if not is_weight(name)}
-    state = _broadcast_tensors(state, accelerator)
-    load_optimizer(optimizer, strip_prefix(_OPTIMIZER, state))
-    set_rng(strip_prefix(_RNG, state), accelerator)
-    set_python_rng(json.loads(bytes(state[_PYTHON].tolist())))
+    state = _broadcast_tensors(strip_prefix(_OPTIMIZER, tensors), accelerator)
+    load_optimizer(optimizer, state)
+    set_rng(share(from_tensors(tensors, _RNG) if tensors else None), accelerator)
 
 
 def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -156,10 +121,9 @@ def _broadcast_tensors(
     """Return the main process's tensors in every process."""
     if accelerator.num_processes == 1:
         return tensors
-    shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
-    broadcast_object_list(shapes)
+    shapes = share([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
     shared = {}
-    for name, shape, dtype in shapes[0]:
+    for name, shape, dtype in shapes:
         empty = torch.empty(shape, dtype=dtype, device=accelerator.device)
         shared[name] = tensors[name].to(accelerator.device) if name in tensors else empty
         broadcast(shared[name])

@@ -4,9 +4,8 @@ The weights are what a run trains, commits, restores and writes as its result: o
 adapter the adapter alone, under the names that PEFT uses in files; of any other model its whole
 state dict; of a sharded model this process's part of each tensor.
 
-Checkpoints hold the weights exactly, or rounded (``snapshot_dtype``), which halves their size and
-shrinks their differences further. Training continues with the exact weights, but evaluations,
-roll-backs and the result use the rounded ones.
+Checkpoints hold the weights exactly, or rounded (``snapshot_dtype``). Training continues with the
+exact weights, but evaluations, roll-backs and the result use the rounded ones.
 
 Invariant: every metric in the journal is of weights that the store holds.
 
@@ -122,22 +121,6 @@ class Snapshots:
             with torch.no_grad():
                 for tensor, before in exact:
                     tensor.copy_(before)
-
-    @contextmanager
-    def as_stored(self) -> Iterator[None]:
-        """Give the model's parameters the dtypes of a checkpoint, to be written to files.
-
-        Only for a model that was restored from a checkpoint, for which both conversions are exact.
-        """
-        wide = [p for p in self._model.parameters() if self._is_wider(p)]
-        before = [parameter.dtype for parameter in wide]
-        for parameter in wide:
-            parameter.data = self._round(parameter)
-        try:
-            yield
-        finally:
-            for parameter, dtype in zip(wide, before, strict=True):
-                parameter.data = parameter.data.to(dtype)
 
     def _round(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(self._dtype) if self._is_wider(tensor) else tensor

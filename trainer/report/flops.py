@@ -10,10 +10,8 @@ a token. Work that gradient checkpointing repeats is not counted.
 
 The kinds of work, which add up to all of it:
 
-- *kept*: training on the path from the base to the result. The path enters a stage at its root. It
-  leaves the stage at the evaluation from which the next stage on the path began, or, in the last
-  stage, at the evaluation whose checkpoint is the result. Without a result it ends at the last
-  step.
+- *kept*: training on the path from the base to the result, or without a result to the last step.
+  The path leaves a stage at the evaluation from which the next stage on it began.
 - *rolled back*: all other training, including that of plain SFT after its best checkpoint.
 - *selection*: forward passes of examples that a method leaves out, and steps that it only tries.
 - *padding*: padding in training and evaluation, without the attention term.
@@ -66,7 +64,6 @@ class Work:
     flops: int = 0
 
     def __add__(self, other: Work) -> Work:
-        """Add tokens and FLOPs."""
         return Work(tokens=self.tokens + other.tokens, flops=self.flops + other.flops)
 
 
@@ -114,8 +111,7 @@ def find_stop(counted: Sequence[Record]) -> Record | None:
 def seqs_on_path(counted: Sequence[Record]) -> set[int]:
     """Return the ``seq`` of the ``trained`` records whose steps led to the result.
 
-    Steps that were rolled back, to a peak or after a divergence, are excluded. ``counted`` are
-    effective records.
+    Steps that were rolled back, to a peak or after a divergence, are excluded.
     """
     ends = path_ends(counted)
     found: dict[int, int] = {}
@@ -129,10 +125,7 @@ def seqs_on_path(counted: Sequence[Record]) -> set[int]:
 
 
 def path_ends(counted: Sequence[Record]) -> dict[int, int]:
-    """Return the last kept step of each stage on the path to the result.
-
-    ``counted`` are effective records.
-    """
+    """Return the last kept step of each stage on the path to the result."""
     roots: dict[int, str] = {}
     first: dict[str, Record] = {}
     end = -1

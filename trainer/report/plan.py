@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from trainer.config.checks import to_bytes
 from trainer.config.schema import Config
-from trainer.data.sampling import shares
-from trainer.data.schedule import stage_schedule
+from trainer.data.schedule import shares, stage_schedule
 from trainer.report.flops import ModelSize
 from trainer.text import Table, bytes_text, count_text, flops_text, too_long_text
 
@@ -30,12 +29,10 @@ class Counts:
     """The numbers of examples and tokens of one sub-dataset."""
 
     train: int
-    """Training examples."""
     train_tokens: int
     train_attention_tokens: int
     """Sum of the squared lengths of the training examples."""
     validation: int
-    """Validation examples that are evaluated."""
     validation_tokens: int
     """Tokens in the forward passes of an evaluation: examples, and prompts of generations."""
     validation_attention_tokens: int
@@ -51,7 +48,6 @@ class Bound:
     steps: int
     evaluations: int
     trained_tokens: int
-    """Real tokens in training."""
     trained_flops: int
     evaluated_tokens: int
     """Real tokens in evaluations, with the longest possible generations."""
@@ -67,11 +63,9 @@ class Plan:
     """The stages of the method, or the rule that ends a roll-out."""
     at_most: Bound
     one_peak_a_stage: Bound | None
-    """``None`` for a method that excludes nothing."""
     checkpoints: int
     """Most rollback points at once, before eviction and without the base."""
     checkpoint_bytes: int
-    """One full checkpoint in the dtype of the run."""
     rollback_point_bytes: int
     """One rollback point as a full copy: the weights, or the weights and two optimizer moments."""
     resume_bytes: int
@@ -80,7 +74,6 @@ class Plan:
     """Sub-dataset → number of examples longer than ``max_length``, if there are any."""
     max_length: int
     max_disk: int | None = None
-    """Most bytes of the store; ``None``: no limit."""
 
     @property
     def rollback_bytes(self) -> int:
@@ -133,14 +126,9 @@ def plan(
     *,
     trained_bytes: int | None = None,
 ) -> Plan:
-    """Compute the upper bounds of a run of ``config``.
+    """Compute the upper bounds of a run.
 
-    Args:
-        config: The configuration.
-        counts: Examples and tokens by sub-dataset.
-        size: The size of the model.
-        checkpoint_bytes: Bytes of a full checkpoint.
-        trained_bytes: Bytes of the weights in training, if checkpoints are rounded.
+    ``trained_bytes`` are those of the weights in training, if checkpoints are rounded.
     """
     trained = checkpoint_bytes if trained_bytes is None else trained_bytes
     names = sorted(counts, key=lambda name: (counts[name].train_tokens, name))

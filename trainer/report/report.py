@@ -36,7 +36,6 @@ DIVERGED = (
     "again with a smaller train.lr or train.max_grad_norm, or with train.on_divergence=rollback if "
     "that was not set."
 )
-"""The explanation for a user whose run diverged."""
 
 
 def write_report(run: str | os.PathLike[str]) -> Summary:

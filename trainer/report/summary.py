@@ -3,9 +3,8 @@
 A run that is not finished can be summarized, too; unknown values are ``None``.
 
 The disk of the rollback points is compared with the paper's disk-managed variant, which keeps a
-full copy of each distinct champion of the active sub-datasets, and of the best overall. Its copies
-are counted at the same evaluations, from the same metrics. The base, which is on disk anyway,
-counts on neither side.
+full copy of each distinct champion of the active sub-datasets, and of the best overall. The base,
+which is on disk anyway, counts on neither side.
 
 Example::
 
@@ -40,9 +39,7 @@ class Peak:
 
     stage: int
     epoch: float
-    """Epoch in that stage."""
     excluded: bool
-    """True if the sub-dataset was excluded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,6 @@ class Disk:
     """The bytes of all rollback points together, over the evaluations of a run."""
 
     checkpoint_bytes: int
-    """One full checkpoint in the dtype of the run."""
     peak_bytes: int
     """The maximum, before eviction."""
     mean_bytes: float
@@ -80,7 +76,6 @@ class Disk:
     with_optimizer: bool
     """True if rollback points include the state of the optimizer; a full checkpoint never does."""
     max_disk: str | None
-    """The configured limit."""
     resume_bytes: int
     """The resume point; 0 without one."""
     base_bytes: int
@@ -115,7 +110,6 @@ class Summary:
     evaluations: int
     """Evaluations that were computed; those of known checkpoints are reused."""
     seconds: float
-    """Time spent in training, evaluation and commits."""
     result: Result | None
     divergences: int
     """Number of times that a training loss, a gradient norm or all validation losses were not
@@ -124,7 +118,6 @@ class Summary:
     """True if the last divergence ended the run."""
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
-    """By sub-dataset."""
     overall: Scores
     disk: Disk | None
     """``None`` before the first commit."""
@@ -238,16 +231,12 @@ class DiskUsage:
     peak_bytes: int
     """Bytes of the store before eviction, the new checkpoint included."""
     bytes: int
-    """Bytes of the store after eviction."""
     paper_copies: int
     """Full copies under the paper's policy; for plain SFT only the best overall."""
 
 
 def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
-    """Return the disk usage at each evaluation whose checkpoint was committed.
-
-    ``counted`` are effective records.
-    """
+    """Return the disk usage at each evaluation whose checkpoint was committed."""
     start = run_started(counted)
     usages: list[DiskUsage] = []
     base: str | None = None

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from msft_store import KeepBest, KeepLast, Policy
-from trainer.algorithms.base import Mode, Names, Needs
+from trainer.algorithms.base import Mode, Needs
 from trainer.config.checks import check_ranges
 from trainer.config.load import build
 from trainer.config.schema import OVERALL, Config, MsftConfig
@@ -123,7 +123,7 @@ def retention_named(text: str) -> Retention:
     number = int(count) if count.isascii() and count.isdigit() else 0
     match name:
         case "needs" if not count:
-            return _keep_needed
+            return make_policy
         case "all" if not count:
             return lambda needs, mode: KeepLast(2**62)
         case "last" if number:
@@ -131,13 +131,6 @@ def retention_named(text: str) -> Retention:
         case "best" if number:
             return lambda needs, mode: KeepBest(OVERALL, number, mode=mode)
     raise ConfigError(f"there is no retention {text!r}: use needs, last:K, best:K or all")
-
-
-def _keep_needed(needs: Needs, mode: Mode) -> Policy:
-    names = Names()
-    for checkpoint in needs.checkpoints:
-        names.add(checkpoint, checkpoint)
-    return make_policy(needs, mode, names)
 
 
 def _value(key: str, text: str) -> Any:

@@ -1,10 +1,9 @@
 """Simulate another policy on the curves of a recorded run, as far as these are known.
 
-A stage follows from the seed, its number, its root and its training data alone. So a new strategy
-with other options gets the recorded evaluations, stage by stage. As long as its decisions lead to
-the next stage of the run, it would have seen the same curves, even if it ends a stage earlier than
-the run did. The simulation ends at a decision that leads elsewhere, or where a curve ends before
-the decision: nothing is known from there on.
+A stage follows from the seed, its number, its root and its training data alone. So as long as the
+decisions of a new strategy lead to the next stage of the run, it would have seen the same curves,
+even if it ends a stage earlier. The simulation ends at a decision that leads elsewhere, or where a
+curve ends before the decision.
 
 A smaller compute budget can be simulated if the learning rate does not depend on it. A run of plain
 SFT has the first stage of MSFT. A run whose method chooses examples has no stage of another method.
@@ -19,8 +18,8 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from trainer.algorithms import make_strategy
 from trainer.algorithms.base import (
@@ -32,8 +31,8 @@ from trainer.algorithms.base import (
     RollBack,
     Stage,
     Stop,
-    Strategy,
 )
+from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.schema import OVERALL, Config
 from trainer.errors import RunError
@@ -49,6 +48,7 @@ from trainer.simulate.stage_ends import (
     get_decision,
     make_stage_end,
 )
+from trainer.training.replay import describe_decision, fields_of
 
 Ending = Literal["result", "left", "curve"]
 """How a simulation ends: with a result, by leaving the run's path, or where a curve ends."""
@@ -103,7 +103,6 @@ class Simulation:
     simulated: Spent
     """Their cost under the other policy, as far as they are known."""
     best: Best | None
-    """The best of the simulated evaluations."""
     mode: Mode
     changes: tuple[TimelineChange, ...]
     records: tuple[Record, ...]
@@ -139,7 +138,7 @@ class _Replay:
     def __init__(self, counted: Sequence[Record], start: Record, config: Config) -> None:
         self._stages = _by_stage(counted)
         sizes = {name: float(row["train"]) for name, row in start["sub_datasets"].items()}
-        self._strategy: Strategy = make_strategy(
+        self._strategy: Method = make_strategy(
             config, sizes, mode=start["mode"], modes=start.get("modes")
         )
         self._budget = config.msft.compute_budget
@@ -159,8 +158,7 @@ class _Replay:
             decision = self._replay_stage(group)
             end = None
             if decision is not None:
-                kind = "stop" if isinstance(decision, Stop) else "roll_back"
-                decided = {**vars(decision), "decision": kind}
+                decided = describe_decision(decision)
                 end = make_stage_end(self._records[-1]["epoch"], decided, self._first)
             replay = StageReplay(
                 number=stage.number,
@@ -190,10 +188,10 @@ class _Replay:
                     return None
                 if not record.get("reused"):
                     self._add_change(record, is_roll_back=False)
-                values = {**_fields_of(Evaluation, record), "last": last}
+                values = {**fields_of(Evaluation, record), "last": last}
                 decision = self._strategy.on_evaluation(Evaluation(**values))
             elif record["event"] == "diverged":
-                values = _fields_of(Divergence, record)
+                values = fields_of(Divergence, record)
                 decision = self._strategy.on_divergence(Divergence(**values))
             if decision is not None:
                 self._records += since
@@ -265,10 +263,6 @@ def _is_same(stage: Stage, root: str | None, start: Record) -> bool:
         and shares == stage.shares
         and (start.get("limits") or {}) == stage.limits
     )
-
-
-def _fields_of(kind: type[Evaluation | Divergence], record: Record) -> dict[str, Any]:
-    return {field.name: record[field.name] for field in fields(kind) if field.name in record}
 
 
 def _spent(records: Sequence[Record]) -> Spent:

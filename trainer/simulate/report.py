@@ -52,10 +52,8 @@ class PolicyOutcome:
     """Peak and mean bytes of the run's own rollback points in its store; ``None`` for any other
     policy."""
     checkpoint_bytes: int
-    """One full checkpoint."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
         simulation = self.simulation
         return {
             "label": self.label,
@@ -119,7 +117,7 @@ def _outcome(
         policy=policy,
         method=config.method,
         simulation=simulation,
-        retained=summarize_retention(usages, gone),
+        retained=summarize_retention(usages, gone, sizes),
         copies=Copies(peak=max(copies), mean=statistics.fmean(copies)) if copies else None,
         measured=None,
         checkpoint_bytes=run_started(counted)["full_checkpoint_bytes"],

@@ -9,13 +9,13 @@ keeps at a roll-back, so their true sizes differ a little.
 Example::
 
     usages, gone = replay_retention(simulation, retention_named("last:2"), stored_bytes)
-    summarize_retention(usages, gone).peak
+    summarize_retention(usages, gone, stored_bytes).peak
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from msft_store import Candidate
@@ -25,27 +25,21 @@ from trainer.simulate.replay import Simulation
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionUsage:
-    """The rollback points at one commit, with the base, which takes no bytes."""
+    """The ids of the rollback points at one commit, oldest first, with the base."""
 
+    before: tuple[str, ...]
+    """Those before eviction."""
     kept: tuple[str, ...]
-    """Ids after eviction, oldest first."""
-    bytes: int | None
-    """Size after eviction; ``None`` if the journal lacks the size of a checkpoint."""
-    peak_bytes: int | None
-    """Size before eviction."""
-    peak: int
-    """Number before eviction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionSummary:
-    """The rollback points over all commits."""
+    """The rollback points over all commits: peaks before eviction, means after it."""
 
     peak: int
-    """Largest number, before eviction."""
     mean: float
-    """Mean number, after eviction."""
     peak_bytes: int | None
+    """``None`` if the journal lacks the size of a checkpoint."""
     mean_bytes: float | None
     gone: tuple[str, ...]
     """Ids of roll-back targets that the policy had evicted."""
@@ -80,34 +74,24 @@ def replay_retention(
         keep = {*policy.rules(list(candidates.values())), root}
         kept = {name: one for name, one in candidates.items() if name in keep}
         if not change.is_roll_back:
-            usage = RetentionUsage(
-                kept=tuple(kept),
-                bytes=_total(kept, sizes),
-                peak_bytes=_total(candidates, sizes),
-                peak=len(candidates),
-            )
-            usages.append(usage)
+            usages.append(RetentionUsage(before=tuple(candidates), kept=tuple(kept)))
         candidates = kept
     return usages, gone
 
 
 def summarize_retention(
-    usages: Sequence[RetentionUsage], gone: Sequence[str]
+    usages: Sequence[RetentionUsage], gone: Sequence[str], sizes: Mapping[str, int]
 ) -> RetentionSummary | None:
     """Return peak and mean over the commits; ``None`` without a commit."""
     if not usages:
         return None
-    sizes = [usage.bytes for usage in usages if usage.bytes is not None]
-    peaks = [usage.peak_bytes for usage in usages if usage.peak_bytes is not None]
-    known = len(sizes) == len(peaks) == len(usages)
+    known = all(sizes.keys() >= set(usage.before) for usage in usages)
+    peaks = [sum(sizes.get(name, 0) for name in usage.before) for usage in usages]
+    kept = [sum(sizes.get(name, 0) for name in usage.kept) for usage in usages]
     return RetentionSummary(
-        peak=max(usage.peak for usage in usages),
+        peak=max(len(usage.before) for usage in usages),
         mean=statistics.fmean(len(usage.kept) for usage in usages),
         peak_bytes=max(peaks) if known else None,
-        mean_bytes=statistics.fmean(sizes) if known else None,
+        mean_bytes=statistics.fmean(kept) if known else None,
         gone=tuple(gone),
     )
-
-
-def _total(names: Collection[str], sizes: Mapping[str, int]) -> int | None:
-    return sum(sizes[name] for name in names) if sizes.keys() >= set(names) else None

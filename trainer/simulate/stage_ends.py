@@ -20,14 +20,10 @@ class StageEnd:
     """The decision that ends a stage."""
 
     epoch: float
-    """Epoch of the stage at the decision."""
     decision: Literal["roll_back", "stop"]
     checkpoint: str
-    """The checkpoint to roll back to, or the result."""
     to_stage: int
-    """Stage of that checkpoint."""
     to_epoch: float
-    """Epoch of that checkpoint in its stage."""
     exclude: tuple[str, ...]
     reason: str
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from msft_store import Policy
-from trainer.algorithms.base import Continue, Decision, Divergence, Evaluation, Skip, Stop, Strategy
+from trainer.algorithms.base import Continue, Decision, Divergence, Evaluation, Skip, Stop
 from trainer.algorithms.divergence import non_finite_metrics
+from trainer.algorithms.method import Method
 from trainer.config.schema import OVERALL
 from trainer.journal import JournalQueue, Line
 from trainer.training.replay import KnownEvaluation, RunState, describe_decision
@@ -47,7 +48,7 @@ class Place:
 class Decisions:
     """The decisions of a run, in the main process."""
 
-    def __init__(self, strategy: Strategy, queue: JournalQueue, state: RunState) -> None:
+    def __init__(self, strategy: Method, queue: JournalQueue, state: RunState) -> None:
         """Continue at the state of a run, whose evaluations the strategy has seen."""
         self._strategy = strategy
         self._queue = queue
@@ -68,14 +69,10 @@ class Decisions:
         checkpoint: PendingSave | str,
         cost: Mapping[str, Any] | None,
     ) -> Decision:
-        """Return the strategy's decision, with the id of its checkpoint.
+        """Return the strategy's decision on an evaluation, with the id of its checkpoint.
 
-        Args:
-            place: The place of the evaluation.
-            known: The results of the evaluation.
-            checkpoint: The pending rollback point, or the id of a durable one.
-            cost: The fields of the ``evaluated`` record that count tokens; ``None`` if the results
-                were known from an earlier evaluation.
+        ``checkpoint`` is the pending rollback point, or the id of a durable one. ``cost`` has the
+        fields of the ``evaluated`` record that count tokens; without it the results were known.
         """
         save = checkpoint if isinstance(checkpoint, PendingSave) else None
         durable = checkpoint if isinstance(checkpoint, str) else ""
@@ -105,7 +102,6 @@ class Decisions:
                 "stage": place.stage,
                 "index": place.index,
                 **describe_decision(self.names.resolve(decision)),
-                "reason": decision.reason,
             }
             lines = [("evaluated", evaluated), ("decided", decided)]
             return [("committed", committed), *lines] if committed else lines
@@ -128,7 +124,6 @@ class Decisions:
             stage=divergence.stage,
             index=index,
             **describe_decision(answer),
-            reason=answer.reason,
         )
         _log.info("stage %d, epoch %.2f: %s", divergence.stage, divergence.epoch, answer.reason)
         return answer

@@ -2,7 +2,7 @@
 
 Example::
 
-    with new_directory(config), hold_lock(Path(config.output_dir), writes=True):
+    with new_directory(config), hold_lock(Path(config.output_dir)):
         ...
 """
 
@@ -100,11 +100,8 @@ def _delete_unbegun(config: Config) -> None:
 
 
 @contextmanager
-def hold_lock(directory: Path, *, writes: bool) -> Iterator[None]:
+def hold_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of the run directory, so that no other run writes there; readers need none."""
-    if not writes:
-        yield
-        return
     with (directory / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,10 @@
 """Train stage after stage and act on the decisions of a strategy.
 
-A stage trains the active sub-datasets from its root with a fresh optimizer and schedule. At the
-root, every ``eval_every`` epochs and at the end of the stage, the loop evaluates all sub-datasets,
-saves a rollback point and asks the strategy. The decision is journaled before the loop acts on it.
-If the decision is to continue, training continues while the rollback point is saved. The evaluation
-and the decision are journaled once it is durable, at the latest before the next one is saved,
-before a resume point is written, or before the loop acts on another decision.
+At the root of a stage, every ``eval_every`` epochs and at its end, the loop evaluates all
+sub-datasets, saves a rollback point and asks the strategy. The decision is journaled before the
+loop acts on it. If it is to continue, training continues while the rollback point is saved.
+Evaluation and decision are journaled once that is durable, at the latest before the next one is
+saved, before a resume point is written, or before the loop acts on another decision.
 
 Invariant: everything between two decisions depends only on the seed and the position, so a run that
 is resumed from a position repeats the same steps.
@@ -34,11 +33,11 @@ from trainer.algorithms.base import (
     RollBack,
     Skip,
     Stop,
-    Strategy,
 )
 from trainer.algorithms.divergence import NonFiniteNumber, all_non_finite
+from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import margin_warnings
-from trainer.distributed import RunProcesses
+from trainer.distributed import any_of, share_decision
 from trainer.errors import RunError
 from trainer.model.evaluate import EvaluationResult, Evaluator
 from trainer.model.optim import reset_optimizer
@@ -56,7 +55,6 @@ from trainer.training.replay import (
 )
 from trainer.training.rollback_points import (
     PendingSave,
-    RollbackPoint,
     begin_stage,
     restore_point,
     save_rollback_point,
@@ -74,7 +72,7 @@ class Loop:
     def __init__(
         self,
         work: Workspace,
-        strategy: Strategy,
+        strategy: Method,
         interrupts: Interrupts,
         state: RunState,
         *,
@@ -82,20 +80,18 @@ class Loop:
     ) -> None:
         """Create it at the state of a run; ``progress`` shows a bar if stderr is a terminal."""
         self._work = work
-        self._strategy = strategy
         self._interrupts = interrupts
         self._progress = progress and work.accelerator.is_main_process and sys.stderr.isatty()
-        self._processes = RunProcesses(work.accelerator)
         # With several processes an evaluation cannot end early, because the other processes would
         # wait forever for the share of a process that ended.
-        check = interrupts.check if self._processes.is_one else None
+        check = interrupts.check if work.accelerator.num_processes == 1 else None
         self._evaluator = Evaluator(
             work.config.evaluation, work.loaded, work.accelerator, check=check
         )
         self._decisions = Decisions(strategy, work.journal_queue, state)
         self._starts = dict(state.starts)
         self._observations = state.observations
-        self._observer = StageObserver(work, strategy, self._processes)
+        self._observer = StageObserver(work, strategy)
         self._sizes = work.train_sizes
         self._global_step = state.global_step
         self._position: Position | None = None
@@ -130,7 +126,7 @@ class Loop:
             plan = plan_stage(
                 self._work.config, self._sizes, stage.number, self._starts, self._decisions.known
             )
-        plan = cast(StagePlan, self._processes.share(plan))
+        plan = cast(StagePlan, share_decision(plan))
         steps = StageSteps(
             self._work, stage, schedule, order=plan.order, steps_before=plan.steps_before
         )
@@ -144,8 +140,8 @@ class Loop:
             position = Position(
                 stage=stage.number, step=0, global_step=self._global_step, evaluations=1
             )
-        steps.restart_clock()
         self._position, first_step = position, position.step
+        every = self._work.config.resume_every
         with tqdm(
             desc=f"stage {stage.number}",
             initial=first_step,
@@ -164,11 +160,9 @@ class Loop:
                         continue
                     position = replace(position, evaluations=position.evaluations + 1)
                     self._position = position
-                    steps.restart_clock()
-                if self._is_resume_point_due(position) and position.step != first_step:
+                if every and position.step % every == 0 and position.step != first_step:
                     self._record_totals(steps, position)
                     self._save_resume_point(position)
-                    steps.restart_clock()
                 finding = steps.train(position.step)
                 self._global_step += 1
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
@@ -177,7 +171,6 @@ class Loop:
                 if finding is None and self._observer.is_due(step=position.step):
                     self._record_totals(steps, position)
                     self._observer.observe(position)
-                    steps.restart_clock()
                 self._finish_step(steps, position, is_last=finding is not None)
                 if finding is not None:
                     decision = self._handle_divergence(finding, steps, position)
@@ -250,11 +243,10 @@ class Loop:
                 stage=stage.number,
                 epoch=steps.schedule.epoch(position.step),
                 step=position.global_step,
-                what=finding.what,
-                value=finding.value,
+                **vars(finding),
             )
             answer = self._decisions.on_divergence(divergence, index=position.evaluations - 1)
-        decision: Skip | Stop = self._processes.share(answer)
+        decision: Skip | Stop = share_decision(answer)
         if isinstance(decision, Skip):
             restore_point(work, decision.checkpoint)
             if not work.config.restores_optimizer:
@@ -278,13 +270,13 @@ class Loop:
         work = self._work
         if work.timeline is not None:
             work.timeline.retention = work.limit_policy(self._decisions.make_policy())
-        point = RollbackPoint(
+        return save_rollback_point(
+            work,
             stage=steps.stage.number,
             step=self._global_step,
             epoch=steps.epoch_at(index),
             metrics=result.metrics,
         )
-        return save_rollback_point(work, point)
 
     def _decide(
         self,
@@ -319,17 +311,18 @@ class Loop:
                 )
             cost = result.cost_fields() if result else None
             answer = self._decisions.decide(place, known, checkpoint=checkpoint, cost=cost)
-        decision: Decision = self._processes.share(answer)
+        decision: Decision = share_decision(answer)
         return decision
 
     def _finish_step(self, steps: StageSteps, position: Position, *, is_last: bool) -> None:
         """Journal the totals that are due; on a signal, raise unless this step ``is_last``."""
         self._work.journal_queue.write_ready()
-        signalled = self._processes.any_of(self._interrupts.number is not None) and not is_last
+        number = self._interrupts.number
+        signalled = any_of(number is not None, self._work.accelerator) and not is_last
         if signalled or is_last or position.step % self._work.config.log_every == 0:
             self._record_totals(steps, position)
         if signalled:
-            raise Interrupted(self._interrupts.number or signal.SIGTERM)
+            raise Interrupted(number or signal.SIGTERM)
 
     def _record_totals(self, steps: StageSteps, position: Position) -> None:
         epoch = steps.schedule.epoch(position.step)
@@ -337,10 +330,6 @@ class Loop:
         if totals is not None:
             place = {"step": position.global_step, "stage": position.stage, "epoch": epoch}
             self._work.record("trained", **place, **totals)
-
-    def _is_resume_point_due(self, position: Position) -> bool:
-        every = self._work.config.resume_every
-        return every is not None and position.step % every == 0
 
     def _save_resume_point(self, position: Position) -> None:
         """Replace the resume point; every process adds its random number generators."""

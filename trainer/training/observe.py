@@ -10,7 +10,7 @@ applied, so that a resume gives the strategy the same observations and gets the 
 
 Example::
 
-    observer = StageObserver(work, strategy, processes)
+    observer = StageObserver(work, strategy)
     observer.begin_stage(steps, observations)
     if observer.is_due(step=position.step):
         observer.observe(position)
@@ -18,18 +18,19 @@ Example::
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
-from trainer.algorithms.base import Adjustment, ExampleLosses, LookAhead, Stage, Strategy
-from trainer.data.batches import micro_batches
+from trainer.algorithms.base import Adjustment, ExampleLosses, LookAhead, Stage
+from trainer.algorithms.method import Method
+from trainer.data.batches import generator, micro_batches
 from trainer.data.examples import Example
-from trainer.distributed import RunProcesses
+from trainer.distributed import share_decision
 from trainer.model.forward import TokenCost, mean_losses
 from trainer.model.optim import set_learning_rate
 from trainer.training.replay import ObservationLog, Position, describe_adjustment
@@ -40,11 +41,9 @@ from trainer.training.workspace import Workspace
 class StageObserver:
     """Observes a stage and applies the adjustments of its strategy."""
 
-    def __init__(self, work: Workspace, strategy: Strategy, processes: RunProcesses) -> None:
-        """Prepare; :meth:`begin_stage` follows for each stage."""
+    def __init__(self, work: Workspace, strategy: Method) -> None:
         self._work = work
         self._strategy = strategy
-        self._processes = processes
 
     def begin_stage(self, steps: StageSteps, observations: ObservationLog) -> None:
         """Begin a stage, or continue one with its earlier observations."""
@@ -82,9 +81,8 @@ class StageObserver:
                 stage_step=position.step,
                 epoch=observation.epoch,
                 **describe_adjustment(answer),
-                reason=answer.reason,
             )
-        adjustment: Adjustment = self._processes.share(answer)
+        adjustment: Adjustment = share_decision(answer)
         self._steps.adjust(position.step, adjustment)
 
     def write_losses(self, position: Position) -> None:
@@ -130,13 +128,12 @@ def probe_sub_datasets(
     train = work.split("train")
     rewards, cost = {}, TokenCost()
     for number, name in enumerate(stage.trained):
-        seed = [work.config.seed, stage.number, step, number, 2]
-        generator = np.random.Generator(np.random.PCG64(seed))
-        places = generator.permutation(len(train[name]))[:examples]
+        draws = generator(work.config.seed, stage.number, step, number, 2)
+        places = draws.permutation(len(train[name]))[:examples]
         drawn = [train[name][i] for i in places.tolist()]
         rewards[name] = _measure_reward(work, drawn, lr)
-        for micro in _split_examples(work, drawn):
-            cost += TokenCost.of_batch([len(drawn[i]) for i in micro])
+        micros = _split_examples(work, drawn)
+        cost += TokenCost.of_batches([[len(drawn[i]) for i in micro] for micro in micros])
     return rewards, cost
 
 
@@ -180,15 +177,7 @@ def _restore_state(optimizer: Any, device: torch.device) -> Iterator[None]:
     """Restore weights, optimizer state and torch's generators at the end."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     copies = [weight.detach().clone() for weight in weights]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    states = {
-        weight: {
-            key: value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in optimizer.state[weight].items()
-        }
-        for weight in weights
-        if weight in optimizer.state
-    }
+    state = copy.deepcopy(optimizer.state_dict())
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
@@ -196,9 +185,6 @@ def _restore_state(optimizer: Any, device: torch.device) -> Iterator[None]:
         finally:
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for weight, copy in zip(weights, copies, strict=True):
-                    weight.copy_(copy)
-            optimizer.state.clear()
-            optimizer.state.update(states)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                for weight, before in zip(weights, copies, strict=True):
+                    weight.copy_(before)
+            optimizer.load_state_dict(state)

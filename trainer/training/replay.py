@@ -34,12 +34,14 @@ from trainer.algorithms.base import (
     Skip,
     Stage,
     Stop,
-    Strategy,
 )
+from trainer.algorithms.method import Method
 from trainer.errors import RunError
 from trainer.journal import Record
 
 Origin = Literal["resume_point", "stage_root", "end"]
+
+_KINDS = {Continue: "continue", RollBack: "roll_back", Skip: "skip", Stop: "stop"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +146,8 @@ class RunState:
     known: Mapping[str, KnownEvaluation]
     """Checkpoint id → its evaluation."""
     names: Names
-    """The names under which the strategy knows these ids."""
     observations: ObservationLog
-    """The observations of the current stage."""
     stop: Stop | None
-    """The decision that ended training."""
 
     @property
     def current(self) -> StageStart:
@@ -157,10 +156,7 @@ class RunState:
 
 
 def where_to_resume(counted: Sequence[Record], point: ResumePoint | None) -> tuple[int, Origin]:
-    """Return the ``seq`` of the last record that still counts, and the origin of the resume.
-
-    ``counted`` are the journal's effective records, which begin with ``run_started``.
-    """
+    """Return the ``seq`` of the last record that still counts, and the origin of the resume."""
     for i in range(len(counted) - 1, 0, -1):
         record = counted[i]
         if record["event"] == "decided" and record["decision"] in ("roll_back", "stop"):
@@ -173,7 +169,7 @@ def where_to_resume(counted: Sequence[Record], point: ResumePoint | None) -> tup
     return counted[0]["seq"], "stage_root"
 
 
-def replay(counted: Sequence[Record], strategy: Strategy) -> RunState:
+def replay(counted: Sequence[Record], strategy: Method) -> RunState:
     """Feed the recorded events to a fresh strategy, and return the state of the run.
 
     Raises :class:`RunError` if a decision differs from the recorded one.
@@ -208,7 +204,7 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> RunState:
             known.setdefault(record["checkpoint"], evaluation)
             decision = _replay_evaluation(record, names, strategy)
         elif record["event"] == "diverged":
-            divergence = Divergence(**{f.name: record[f.name] for f in fields(Divergence)})
+            divergence = Divergence(**fields_of(Divergence, record))
             decision = names.resolve(strategy.on_divergence(divergence))
         elif record["event"] == "decided":
             _check_same(record, {} if decision is None else describe_decision(decision))
@@ -226,17 +222,22 @@ def replay(counted: Sequence[Record], strategy: Strategy) -> RunState:
     )
 
 
-def _replay_evaluation(record: Record, names: Names, strategy: Strategy) -> Decision:
-    facts = {key: record[key] for key in ("stage", "index", "epoch", "step", "metrics", "last")}
+def _replay_evaluation(record: Record, names: Names, strategy: Method) -> Decision:
     checkpoint = names.name(record["checkpoint"], stage=record["stage"], index=record["index"])
     names.add(checkpoint, record["checkpoint"])
-    evaluation = Evaluation(checkpoint=checkpoint, errors=record.get("errors") or {}, **facts)
-    return names.resolve(strategy.on_evaluation(evaluation))
+    facts = {**fields_of(Evaluation, record), "checkpoint": checkpoint}
+    return names.resolve(strategy.on_evaluation(Evaluation(**facts)))
+
+
+def fields_of(kind: type[Divergence | Evaluation], record: Record) -> dict[str, Any]:
+    """Return the fields of a record that are those of an event for the strategy."""
+    return {field.name: record[field.name] for field in fields(kind) if field.name in record}
 
 
 def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
-    """Raise :class:`RunError` if a decision differs from the recorded one."""
-    if not decided or any(record[key] != value for key, value in decided.items()):
+    """Raise :class:`RunError` if a decision differs from the recorded one, except in its reason."""
+    fields_that_count = decided.keys() - {"reason"}
+    if not decided or any(record[key] != decided[key] for key in fields_that_count):
         raise RunError(
             f"journal record {record['seq']} decided {record.get('decision', 'an adjustment')!r}, "
             "but the same evaluations now lead to another decision: the run was made by another "
@@ -246,13 +247,12 @@ def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
 
 def describe_decision(decision: Decision) -> dict[str, Any]:
     """Return the fields of a ``decided`` record that hold the decision."""
-    if isinstance(decision, Continue):
-        return {"decision": "continue", "checkpoint": None, "exclude": []}
-    if isinstance(decision, Skip):
-        return {"decision": "skip", "checkpoint": decision.checkpoint, "exclude": []}
-    kind = "roll_back" if isinstance(decision, RollBack) else "stop"
-    exclude = list(decision.exclude)
-    return {"decision": kind, "checkpoint": decision.checkpoint, "exclude": exclude}
+    return {
+        "decision": _KINDS[type(decision)],
+        "checkpoint": getattr(decision, "checkpoint", None),
+        "exclude": list(getattr(decision, "exclude", ())),
+        "reason": decision.reason,
+    }
 
 
 def describe_adjustment(adjustment: Adjustment) -> dict[str, Any]:
@@ -260,4 +260,5 @@ def describe_adjustment(adjustment: Adjustment) -> dict[str, Any]:
     return {
         "weights": dict(adjustment.weights),
         "mastered": {name: list(places) for name, places in adjustment.mastered.items()},
+        "reason": adjustment.reason,
     }

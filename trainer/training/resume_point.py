@@ -1,6 +1,6 @@
 """Write and read a run's resume point: the full state after an optimizer step.
 
-It holds weights, optimizer and random number generators as tensors, and the position as JSON. It
+It holds weights, optimizer and random generators as tensors, and the position as JSON. It
 belongs to the journal up to record ``seq``. An unsharded run keeps it in one safetensors file. A
 sharded run, in which no process has the whole model, keeps it in a store.
 
@@ -29,14 +29,14 @@ from safetensors.torch import save_file
 
 from msft_store import Box, Checkpoint, KeepLast, Store, Timeline
 from msft_store.integrations.dcp import boxes_of
+from msft_store.integrations.training_state import from_tensors
+from trainer.distributed import share
 from trainer.files import enough_space, sync
 from trainer.model.sharding import Shards
 from trainer.model.training_state import (
     gather_rng,
     load_optimizer,
     optimizer_tensors,
-    python_rng,
-    set_python_rng,
     set_rng,
     strip_prefix,
 )
@@ -45,10 +45,10 @@ from trainer.training.directory import RESUME, RESUME_STORE
 from trainer.training.replay import Position, ResumePoint
 from trainer.training.workspace import Workspace
 
-_VERSION = 1
+_VERSION = 2
 _NAME = "resume"
 _PARTIAL = f".{RESUME}.partial"
-_WEIGHTS, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
+_WEIGHTS, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
 
 
 def read(work: Workspace) -> ResumePoint | None:
@@ -67,7 +67,7 @@ def save(work: Workspace, point: ResumePoint) -> int:
 
     ``point`` is the main process's; the other processes write their parts of the state.
     """
-    rng = gather_rng(work.accelerator)
+    rng = gather_rng(_RNG)
     if work.shards is not None:
         return _save_parts(work, work.shards, point, rng)
     if work.journal is None:
@@ -76,7 +76,7 @@ def save(work: Workspace, point: ResumePoint) -> int:
     tensors = {
         **{_WEIGHTS + name: tensor for name, tensor in weights.items()},
         **{_OPTIMIZER + name: t for name, t in optimizer_tensors(work.optimizer).items()},
-        **{_RNG + name: tensor for name, tensor in rng.items()},
+        **rng,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = work.directory / RESUME
@@ -100,7 +100,7 @@ def save(work: Workspace, point: ResumePoint) -> int:
 def load(work: Workspace) -> None:
     """Restore weights, optimizer and generators from the resume point."""
     if work.shards is not None:
-        set_rng(_load_parts(work, work.shards), work.accelerator)
+        set_rng(from_tensors(_load_parts(work, work.shards), _RNG), work.accelerator)
         return
     path = work.directory / RESUME
     weights = weights_of(work.accelerator.unwrap_model(work.model))
@@ -112,8 +112,7 @@ def load(work: Workspace) -> None:
             else:
                 tensors[name] = file.get_tensor(name)
     load_optimizer(work.optimizer, strip_prefix(_OPTIMIZER, tensors))
-    set_python_rng(_read_content(path)["python"])
-    set_rng(strip_prefix(_RNG, tensors), work.accelerator)
+    set_rng(from_tensors(tensors, _RNG), work.accelerator)
 
 
 def delete(work: Workspace) -> None:
@@ -126,8 +125,7 @@ def delete(work: Workspace) -> None:
 
 def _make_content(point: ResumePoint) -> dict[str, Any]:
     """Return the part of a resume point that is not tensors, as JSON values."""
-    content = {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
-    return {**content, "python": python_rng()}
+    return {"version": _VERSION, "seq": point.seq, "position": asdict(point.position)}
 
 
 def _parse_content(content: Mapping[str, Any]) -> ResumePoint | None:
@@ -163,7 +161,7 @@ def _save_parts(work: Workspace, shards: Shards, point: ResumePoint, rng: dict[s
     boxes = _add_prefix(_WEIGHTS, shards.make_boxes(weights_of(work.loaded.model)))
     boxes += _add_prefix(_OPTIMIZER, boxes_of(optimizer_tensors(work.optimizer)))
     if timeline is not None:
-        boxes += _add_prefix(_RNG, boxes_of(rng))
+        boxes += boxes_of(rng)
     resume_shards = Shards(work.accelerator, work.loaded.model, work.directory / RESUME_STORE)
     with resume_shards.encode_parts(timeline, boxes) as parts:
         if timeline is None:
@@ -175,7 +173,7 @@ def _save_parts(work: Workspace, shards: Shards, point: ResumePoint, rng: dict[s
 
 def _load_parts(work: Workspace, shards: Shards) -> dict[str, torch.Tensor]:
     newest = None if work.journal is None else _newest_checkpoint(work)
-    identity = shards.broadcast(None if newest is None else newest.id)
+    identity = share(None if newest is None else newest.id)
     store = Store.open(work.directory / RESUME_STORE)
     checkpoint = store.get(str(identity))
     entries = store.tensors(checkpoint)
@@ -196,8 +194,7 @@ def _load_parts(work: Workspace, shards: Shards) -> dict[str, torch.Tensor]:
     store.load_boxes(checkpoint, boxes + _add_prefix(_OPTIMIZER, boxes_of(parts)))
     loaded = store.load(checkpoint, small)
     load_optimizer(work.optimizer, {**parts, **strip_prefix(_OPTIMIZER, loaded)})
-    set_python_rng(checkpoint.metadata["python"])
-    return strip_prefix(_RNG, loaded)
+    return loaded
 
 
 def _add_prefix(prefix: str, boxes: list[Box]) -> list[Box]:

@@ -9,14 +9,15 @@ and a timeline; the other processes receive restored weights from it, or load th
 
 Example::
 
-    point = RollbackPoint(stage=1, step=40, epoch=0.25, metrics=metrics)
-    pending = save_rollback_point(work, point)
+    pending = save_rollback_point(work, stage=1, step=40, epoch=0.25, metrics=metrics)
     work.journal_queue.add_later(pending.future, lambda: [("committed", pending.wait())])
     begin_stage(work, StageStart(stage=stage, root=checkpoint), policy)
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -39,10 +40,8 @@ from msft_store import (
 )
 from trainer.algorithms.base import Mode, Names, Needs
 from trainer.errors import RunError
-from trainer.model.sharding import Shards
 from trainer.model.training_state import (
-    add_training_state,
-    gather_rng,
+    gather_training_state,
     restore_training_state,
     save_weights_only,
 )
@@ -52,27 +51,13 @@ from trainer.training.workspace import RESULT, Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
-class RollbackPoint:
-    """The metadata of a rollback point."""
-
-    stage: int
-    step: int
-    """Optimizer steps since the run began."""
-    epoch: float
-    metrics: Mapping[str, float]
-
-    def as_arguments(self) -> tuple[int, Mapping[str, float], Mapping[str, Any]]:
-        """Return the arguments of ``Timeline.commit`` between tensors and files."""
-        return self.step, self.metrics, {"stage": self.stage, "epoch": self.epoch}
-
-
-@dataclass(frozen=True, kw_only=True)
 class PendingSave:
     """A rollback point that may not be durable yet."""
 
     future: Future[Checkpoint]
     timeline: Timeline
-    point: RollbackPoint
+    stage: int
+    step: int
     seconds: float
     """Seconds that training has waited for it so far."""
 
@@ -84,8 +69,8 @@ class PendingSave:
         if commit is None:
             raise RunError(f"the timeline has no report on its commit of {checkpoint.id}")
         return {
-            "step": self.point.step,
-            "stage": self.point.stage,
+            "step": self.step,
+            "stage": self.stage,
             "checkpoint": checkpoint.id,
             "logical_bytes": checkpoint.logical_bytes,
             "stored_bytes": checkpoint.stored_bytes,
@@ -97,52 +82,38 @@ class PendingSave:
         }
 
 
-def save_rollback_point(work: Workspace, point: RollbackPoint) -> PendingSave | None:
+def save_rollback_point(
+    work: Workspace, *, stage: int, step: int, epoch: float, metrics: Mapping[str, float]
+) -> PendingSave | None:
     """Commit the current state to the timeline; return ``None`` in all but the main process.
 
-    Without ``async_save`` the checkpoint is durable when this returns.
+    Without ``async_save``, and for a sharded model, the checkpoint is durable when this returns.
     """
-    began = time.monotonic()
-    if work.shards is None:
-        future = _save_model(work, point)
-    else:
-        future = _save_parts(work, work.shards, point)
-    if work.timeline is None or future is None:
+    began, timeline, shards = time.monotonic(), work.timeline, work.shards
+    with_state = work.config.restores_optimizer
+    state = gather_training_state(work.optimizer) if with_state else {}
+    facts = (step, metrics, {"stage": stage, "epoch": epoch}, work.files)
+    future: Future[Checkpoint] = Future()
+    if shards is not None:
+        with shards.encode_parts(timeline, shards.make_boxes(work.snapshots.take())) as parts:
+            if timeline is not None:
+                future.set_result(timeline.commit(parts, *facts))
+    elif timeline is not None:
+        tensors = {**work.snapshots.take(), **state}
+        if work.config.async_save:
+            future = timeline.commit_async(tensors, *facts)
+        else:
+            future.set_result(timeline.commit(tensors, *facts))
+    if timeline is None:
         return None
     seconds = time.monotonic() - began
-    return PendingSave(future=future, timeline=work.timeline, point=point, seconds=seconds)
-
-
-def _save_model(work: Workspace, point: RollbackPoint) -> Future[Checkpoint] | None:
-    """Commit the main process's weights, in the background if configured."""
-    with_state = work.config.restores_optimizer
-    rng = gather_rng(work.accelerator) if with_state else {}
-    if work.timeline is None:
-        return None
-    tensors = work.snapshots.take()
-    if with_state:
-        tensors = add_training_state(tensors, work.optimizer, rng)
-    if work.config.async_save:
-        return work.timeline.commit_async(tensors, *point.as_arguments(), work.files)
-    future: Future[Checkpoint] = Future()
-    future.set_result(work.timeline.commit(tensors, *point.as_arguments(), work.files))
-    return future
-
-
-def _save_parts(work: Workspace, shards: Shards, point: RollbackPoint) -> Future[Checkpoint] | None:
-    """Commit the parts of all processes; the checkpoint is durable when this returns."""
-    future: Future[Checkpoint] = Future()
-    with shards.encode_parts(work.timeline, shards.make_boxes(work.snapshots.take())) as parts:
-        if work.timeline is None:
-            return None
-        future.set_result(work.timeline.commit(parts, *point.as_arguments(), work.files))
-    return future
+    return PendingSave(future=future, timeline=timeline, stage=stage, step=step, seconds=seconds)
 
 
 def make_policy(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
     """Return the retention policy that keeps everything that a strategy may still use.
 
-    ``names`` maps the strategy's names of checkpoints to ids.
+    ``names`` maps the strategy's names of checkpoints to ids; without it they are ids.
     """
     policies: list[Policy] = [KeepBest(metric, 1, mode=mode) for metric in needs.best]
     champions = {name: needs.modes.get(name, mode) for name in needs.champions}
@@ -152,12 +123,10 @@ def make_policy(needs: Needs, mode: Mode, names: Names | None = None) -> Policy:
         policies.append(Champions(champions))
     if needs.newest:
         policies.append(KeepLast(1))
-    if names is not None and (ids := names.ids(needs.checkpoints)):
+    ids = frozenset(needs.checkpoints) if names is None else names.ids(needs.checkpoints)
+    if ids:
         policies.append(KeepThese(ids))
-    policy = policies[0]
-    for other in policies[1:]:
-        policy = policy | other
-    return policy
+    return functools.reduce(operator.or_, policies)
 
 
 def begin_stage(work: Workspace, start: StageStart, policy: Policy) -> None:

@@ -14,28 +14,27 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from msft_store import OutOfSpaceError, OverBudgetError
 from trainer.algorithms import make_strategy
-from trainer.algorithms.base import Stop, Strategy
+from trainer.algorithms.base import Stop
+from trainer.algorithms.method import Method
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.distributed import this_process, watch_failures
+from trainer.distributed import share, this_process, watch_failures
 from trainer.errors import PausedError, RunError
 from trainer.files import is_full
 from trainer.journal import effective, read
 from trainer.model.evaluate import Evaluator
-from trainer.model.export import save_model
 from trainer.model.load import load_model
 from trainer.model.lora import zero_adapter
 from trainer.model.optim import reset_optimizer
@@ -48,46 +47,18 @@ from trainer.training.directory import CONFIG, JOURNAL, MODEL, new_directory
 from trainer.training.loop import Loop
 from trainer.training.replay import Position, RunState, replay, where_to_resume
 from trainer.training.rollback_points import begin_stage, keep_only_result, make_policy
-from trainer.training.workspace import Workspace, open_workspace, start_record
+from trainer.training.workspace import RESULT, Workspace, open_workspace, start_record
 
 _log = logging.getLogger(__name__)
 
 
 def start(config: Config, *, progress: bool = False) -> Summary:
-    """Begin a run in ``config.output_dir``, train until it is finished, and return its summary.
-
-    Args:
-        config: The configuration, as :func:`trainer.config.load.load_config` returns it.
-        progress: Show a progress bar on stderr if that is a terminal.
-
-    Returns:
-        The summary of the finished run; ``report.md`` and ``model/`` are in its directory.
-
-    Raises:
-        ConfigError: The configuration, the model and the data do not fit together.
-        DataError: A data file is wrong.
-        RunError: There is already a run in the directory, or no room to begin one.
-        PausedError: There is no room to continue; :func:`resume` continues the run.
-        Interrupted: A signal came; :func:`resume` continues the run.
-    """
+    """Begin a run in ``config.output_dir`` and train it to its end; see :mod:`trainer.api`."""
     return _run(config, is_new=True, progress=progress)
 
 
 def resume(directory: str | os.PathLike[str], *, progress: bool = False) -> Summary:
-    """Continue the run in a directory to its end; a finished run only gets a new report.
-
-    Args:
-        directory: The ``output_dir`` of the run.
-        progress: Show a progress bar on stderr if that is a terminal.
-
-    Returns:
-        The summary of the finished run.
-
-    Raises:
-        RunError: There is no run, or it cannot be continued with this version or this model.
-        PausedError: There is no room to continue.
-        Interrupted: A signal came.
-    """
+    """Continue the run in a directory to its end; a finished run only gets a new report."""
     directory = Path(directory).absolute()
     if not (directory / CONFIG).is_file():
         raise RunError(f"there is no run in {directory}: it has no {CONFIG}")
@@ -172,15 +143,10 @@ def _last_step(work: Workspace) -> int:
     return steps[-1] if steps else 0
 
 
-def _restore_state(work: Workspace, strategy: Strategy) -> tuple[RunState, Position | None]:
+def _restore_state(work: Workspace, strategy: Method) -> tuple[RunState, Position | None]:
     """Restore model and timeline to where the run stands; return its state and position."""
-    shared: list[Any] = [None, None]
-    if work.journal is not None:
-        shared = [*_continue_journal(work, strategy)]
-    if work.accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    state: RunState = shared[0]
-    position: Position | None = shared[1]
+    found = None if work.journal is None else _continue_journal(work, strategy)
+    state, position = cast(tuple[RunState, Position | None], share(found))
     if position is not None:
         resume_point.load(work)
         if work.timeline is not None:
@@ -191,7 +157,7 @@ def _restore_state(work: Workspace, strategy: Strategy) -> tuple[RunState, Posit
     return state, position
 
 
-def _continue_journal(work: Workspace, strategy: Strategy) -> tuple[RunState, Position | None]:
+def _continue_journal(work: Workspace, strategy: Method) -> tuple[RunState, Position | None]:
     """Begin the journal, or replay it and record where it continues; in the main process."""
     records = effective(read(work.directory / JOURNAL))
     if not records:
@@ -225,8 +191,8 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts) -> None:
     _test(work, evaluator, "result", stop.checkpoint)
     model_dir = work.directory / MODEL
     if work.store is not None:
-        export = None if work.shards is None else partial(work.store.export, stop.checkpoint)
-        save_model(work.loaded, work.snapshots, model_dir, export)
+        shutil.rmtree(model_dir, ignore_errors=True)  # of a process that was killed after this
+        work.store.export(RESULT, model_dir)
     _load_base(work)
     _test(work, evaluator, "base", work.base.id if work.base else None)
     if work.timeline is not None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from trainer.algorithms.base import LookAhead, Stage
 from trainer.config.schema import Config
 from trainer.data.batches import DataOrder, SampledOrder
-from trainer.data.sampling import shares
-from trainer.data.schedule import Schedule, stage_schedule, uneven_schedule
+from trainer.data.schedule import Schedule, shares, stage_schedule, uneven_schedule
 from trainer.training.replay import KnownEvaluation, StageStart
 
 
@@ -38,27 +38,20 @@ def plan_stage(
     starts: Mapping[int, StageStart],
     known: Mapping[str, KnownEvaluation],
 ) -> StagePlan:
-    """Return the plan of a stage.
+    """Return the plan of stage ``number``.
 
     If rollback points hold the optimizer's state, the plan continues that of the stage in which the
-    root was saved, and so on back to the first stage.
-
-    Args:
-        config: The run's configuration.
-        sizes: Sub-dataset → number of its training examples.
-        number: The number of the stage.
-        starts: The starts of this stage and of those before it, by number.
-        known: Checkpoint id → its evaluation, for all roots.
+    root was saved, and so on back to the first stage. ``sizes`` are numbers of training examples,
+    ``starts`` those of the stages so far, and ``known`` has the evaluations of all their roots.
     """
     stage, root = starts[number].stage, starts[number].root
     if root is None or not config.restores_optimizer:
         return StagePlan(order=make_order(config, stage, sizes), steps_before=0)
     origin = known[root]
     earlier = plan_stage(config, sizes, origin.stage, starts, known)
-    if isinstance(earlier.order, SampledOrder):
-        raise ValueError("an order that is drawn by weights cannot continue in another stage")
+    order = cast(DataOrder, earlier.order)  # of MSFT, the only method that restores the optimizer
     return StagePlan(
-        order=earlier.order.continued(step=origin.step, active=stage.active),
+        order=order.continued(step=origin.step, active=stage.active),
         steps_before=earlier.steps_before + origin.step,
     )
 

@@ -80,6 +80,7 @@ class StageSteps:
         If the loss or the norm of the gradients is not finite, the weights stay as they were, and
         the finding is returned.
         """
+        began = time.monotonic()
         config, model, optimizer = self._work.config.train, self._work.model, self._work.optimizer
         references = self._order.step(step)
         batch, mastered = self._split_batch(references)
@@ -98,14 +99,13 @@ class StageSteps:
         self._lr = self.lr(step)
         set_learning_rate(optimizer, self._lr)
         self._targets += targets
-        for micro in batch:
-            self._cost += self._cost_of(micro)
-        for micro in mastered:
-            self._forward_cost += self._cost_of(micro)
+        self._cost += self._cost_of(batch)
+        self._forward_cost += self._cost_of(mastered)
         finding = first_non_finite({"training loss": loss, "gradient norm": self._grad_norm})
         if finding is None and batch:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self._seconds += time.monotonic() - began
         return finding
 
     def lr(self, step: int) -> float:
@@ -141,26 +141,19 @@ class StageSteps:
 
     def take_totals(self) -> dict[str, Any] | None:
         """Return the fields of a ``trained`` record since the last call; ``None`` for no step."""
-        cost, forward = self._cost, self._forward_cost
-        if not cost.tokens + forward.tokens:
+        if not self._cost.tokens + self._forward_cost.tokens:
             return None
         totals = {
             "loss": float(self._losses) / self._targets if self._targets else None,
             "lr": self._lr,
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
-            "tokens": cost.tokens,
-            "attention_tokens": cost.attention_tokens,
             "target_tokens": self._targets,
-            "padded_tokens": cost.padded_tokens,
-            **{f"forward_{name}": count for name, count in vars(forward).items()},
-            "seconds": time.monotonic() - self._began,
+            **vars(self._cost),
+            **{f"forward_{name}": count for name, count in vars(self._forward_cost).items()},
+            "seconds": self._seconds,
         }
         self._reset_totals()
         return totals
-
-    def restart_clock(self) -> None:
-        """Exclude the time since the last totals from the seconds of training."""
-        self._began = time.monotonic()
 
     def _backward(self, batch: Step, targets: int, losses: torch.Tensor) -> torch.Tensor:
         """Add the batch's gradients; return its summed loss over all processes, float32."""
@@ -233,11 +226,11 @@ class StageSteps:
             micro_batches(mastered, self._lengths, size),
         )
 
-    def _cost_of(self, micro: MicroBatch) -> TokenCost:
-        return TokenCost.of_batch([self._lengths[i] for i in micro])
+    def _cost_of(self, batch: Step) -> TokenCost:
+        return TokenCost.of_batches([[self._lengths[i] for i in micro] for micro in batch])
 
     def _reset_totals(self) -> None:
         self._losses = torch.zeros((), device=self._work.accelerator.device)
         self._lr, self._grad_norm, self._targets = 0.0, None, 0
         self._cost, self._forward_cost = TokenCost(), TokenCost()
-        self._began = time.monotonic()
+        self._seconds = 0.0

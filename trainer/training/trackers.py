@@ -8,8 +8,8 @@ A tracker that fails is dropped with one warning, and training continues without
 
 Example::
 
-    with open_trackers(config, records) as send:    # records: those of earlier processes
-        send(journal.append("trained", step=10, loss=0.5))
+    with Trackers(config, records) as trackers:     # records: those of earlier processes
+        trackers.send(journal.append("trained", step=10, loss=0.5))
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,11 @@ DIRECTORY = "trackers"
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def open_trackers(config: Config, records: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """Yield a function that sends a new record to the trackers; ``records`` were sent before."""
-    trackers = _Trackers(config)
-    for record in records:
-        trackers.mark_sent(record)
-    try:
-        yield trackers.send
-    finally:
-        trackers.finish()
-
-
-class _Trackers:
+class Trackers:
     """The trackers of a run; the first record that is sent starts them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, records: Iterable[Record]) -> None:
+        """Create them; ``records`` were sent before."""
         self._config = config
         self._trackers: dict[str, Any] = {}
         self._is_started = False
@@ -57,8 +46,13 @@ class _Trackers:
         self._active: Sequence[str] = ()
         self._step = 0
         self._sent: dict[str, int] = {}
+        for record in records:
+            self._mark_sent(record)
 
-    def mark_sent(self, record: Record) -> int | None:
+    def __enter__(self) -> Trackers:
+        return self
+
+    def _mark_sent(self, record: Record) -> int | None:
         """Mark a record as sent; return its step, or ``None`` if one of its kind was sent there."""
         if self._first is None:
             self._first = record
@@ -77,7 +71,7 @@ class _Trackers:
         """Send a record's values to all trackers."""
         if not self._config.log_with:
             return
-        step = self.mark_sent(record)
+        step = self._mark_sent(record)
         if not self._is_started:
             self._start(is_new_run=record is self._first)
         names = () if self._first is None else self._first["sub_datasets"]
@@ -87,8 +81,7 @@ class _Trackers:
                 with self._drop_on_error(name):
                     tracker.log(values, step=step)
 
-    def finish(self) -> None:
-        """Close all trackers."""
+    def __exit__(self, *_: object) -> None:
         for name, tracker in list(self._trackers.items()):
             with self._drop_on_error(name):
                 tracker.finish()
@@ -111,7 +104,9 @@ class _Trackers:
         """Return a tracker that continues what an earlier process of the run sent."""
         kind = LOGGER_TYPE_TO_CLASS[name]
         directory = Path(self._config.output_dir)
-        label = f"{directory.name}-{_hash_start(self._first or {})}"
+        # The time of its start tells a run from others of the same name.
+        start = str((self._first or {}).get("time")).encode()
+        label = f"{directory.name}-{hashlib.blake2b(start, digest_size=4).hexdigest()}"
         continued: dict[str, dict[str, Any]] = {
             "wandb": {"id": label, "name": directory.name, "resume": "allow", "dir": directory},
             "trackio": {"name": label, "resume": "allow"},
@@ -168,8 +163,3 @@ def select_values(
         part = "test" if record["what"] == "result" else f"test_of_{record['what']}"
         values = {f"{part}/{name}": value for name, value in record["metrics"].items()}
     return {tag: float(value) for tag, value in values.items() if value is not None}
-
-
-def _hash_start(first: Record) -> str:
-    """Return a short hash of the time of a run's start, to tell runs of the same name apart."""
-    return hashlib.blake2b(str(first.get("time")).encode(), digest_size=4).hexdigest()

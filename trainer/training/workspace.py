@@ -16,8 +16,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,25 @@ from msft_store import (
     Store,
     Timeline,
 )
+from msft_store.integrations.model_files import model_files
 from trainer.algorithms import metric_mode
 from trainer.config.checks import to_bytes
 from trainer.config.load import to_dict
 from trainer.config.schema import OVERALL, Config
 from trainer.data.examples import Example, Mixture
 from trainer.data.load import load_mixture
-from trainer.data.sampling import shares
-from trainer.data.schedule import stage_schedule
+from trainer.data.schedule import shares, stage_schedule
 from trainer.errors import RunError
 from trainer.journal import Journal, JournalQueue, Record, read
-from trainer.model.export import result_files
 from trainer.model.forward import compute_in
 from trainer.model.load import LoadedModel
-from trainer.model.lora import load_for_training
+from trainer.model.lora import adapter_files, load_for_training
 from trainer.model.optim import make_optimizer
-from trainer.model.sharding import Shards, check_sharded, load_weights_once, shard_model
+from trainer.model.sharding import Shards, prepare_sharding, shard_model
 from trainer.model.weights import Snapshots
 from trainer.training.directory import JOURNAL, STORE, hold_lock
 from trainer.training.preflight import check_compatibility
-from trainer.training.trackers import open_trackers
+from trainer.training.trackers import Trackers
 
 RESULT = "result"
 """The ref that points to a finished run's result."""
@@ -75,17 +74,16 @@ class Workspace:
     """The model's weights in the form that checkpoints hold."""
     optimizer: Any
     mixture: Mixture
-    journal: Journal | None
-    """``None`` in all but the main process, like ``store``, ``base`` and ``timeline``."""
-    journal_queue: JournalQueue
-    """Writes the journal's records in order."""
-    store: Store | None
-    base: Base | None
-    timeline: Timeline | None
-    files: Mapping[str, bytes]
-    """Configuration and tokenizer, which checkpoints keep; empty in all but the main process."""
     shards: Shards | None
     """The parts of the model that processes hold; ``None`` if each process has the whole model."""
+    journal: Journal | None = None
+    """``None`` in all but the main process, like ``store``, ``base`` and ``timeline``."""
+    journal_queue: JournalQueue = field(default_factory=lambda: JournalQueue(None))
+    store: Store | None = None
+    base: Base | None = None
+    timeline: Timeline | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Configuration and tokenizer, which checkpoints keep; empty in all but the main process."""
 
     def record(self, event: str, **fields: Any) -> None:
         """Add a record to the journal, in the main process, behind those that wait for a commit."""
@@ -133,9 +131,8 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
     directory = Path(config.output_dir)
     _prepare_process(config)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
-    check_sharded(config, accelerator)
-    load_weights_once()
-    with hold_lock(directory, writes=accelerator.is_main_process):
+    prepare_sharding(config, accelerator)
+    with hold_lock(directory) if accelerator.is_main_process else nullcontext():
         loaded = load_for_training(config)
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
@@ -160,23 +157,17 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             snapshots=Snapshots(loaded.model, config.snapshot_dtype),
             optimizer=getattr(optimizer, "optimizer", optimizer),
             mixture=mixture,
-            journal=None,
-            journal_queue=JournalQueue(None),
-            store=None,
-            base=None,
-            timeline=None,
-            files={},
             shards=shards,
         )
         if not accelerator.is_main_process:
             yield work
             return
-        work.files = result_files(loaded)
-        with Journal.open(directory / JOURNAL) as work.journal:
+        work.files = {**model_files(loaded.model, loaded.tokenizer), **adapter_files(loaded)}
+        with Journal(directory / JOURNAL) as work.journal:
             _open_store(work)
             earlier = read(directory / JOURNAL)
-            with open_trackers(config, earlier) as send, _finish_commits(work):
-                work.journal_queue = JournalQueue(work.journal, send)
+            with Trackers(config, earlier) as trackers, _finish_commits(work):
+                work.journal_queue = JournalQueue(work.journal, trackers.send)
                 yield work
 
 
@@ -235,7 +226,7 @@ def start_record(work: Workspace) -> Record:
         },
         "steps_per_epoch": schedule.steps_per_epoch,
         "full_checkpoint_bytes": loaded.full_bytes,
-        "base_bytes": loaded.base_bytes,
+        "base_bytes": sum(size for _, size in work.base.files) if work.base else 0,
         "base_id": work.base.id if work.base else None,
     }
 

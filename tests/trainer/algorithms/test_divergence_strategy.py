@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.support.recorded import load_curve, make_msft, play
-from trainer.algorithms import DivergenceHandler, Msft, Sft
+from trainer.algorithms import Msft, Sft
 from trainer.algorithms.base import Continue, Divergence, Evaluation, Needs, RollBack, Skip, Stop
 from trainer.config.schema import OVERALL
 
@@ -31,9 +31,8 @@ def divergence(step: int) -> Divergence:
     return Divergence(stage=1, epoch=epoch, step=step, what="training loss", value="nan")
 
 
-def guarded(kind: type[Msft] | type[Sft], max_skips: int) -> DivergenceHandler:
-    method = kind(sub_datasets=NAMES, mode="max", compute_budget=2.0)
-    return DivergenceHandler(method, max_skips=max_skips)
+def guarded(kind: type[Msft] | type[Sft], max_skips: int) -> Msft | Sft:
+    return kind(sub_datasets=NAMES, mode="max", compute_budget=2.0, max_skips=max_skips)
 
 
 @pytest.mark.parametrize("kind", [Sft, Msft])
@@ -74,7 +73,7 @@ def test_a_run_goes_back_to_its_last_evaluation_a_few_times(kind: type[Msft] | t
 
 def test_a_skip_changes_nothing_of_what_the_method_decides() -> None:
     curve = load_curve("ties")
-    plain, disturbed = make_msft(curve), DivergenceHandler(make_msft(curve), max_skips=99)
+    plain, disturbed = make_msft(curve), make_msft(curve, max_skips=99)
     for one in play(plain, curve["stages"]):
         assert disturbed.on_evaluation(one.evaluation) == one.decision
         assert disturbed.needs().newest == isinstance(one.decision, Continue)

@@ -24,8 +24,7 @@ from trainer.algorithms.base import (
 )
 from trainer.algorithms.dynamix import probabilities, rescale_rewards
 from trainer.algorithms.ies import is_mastered
-from trainer.algorithms.peaks import PeakRule
-from trainer.config.schema import OVERALL
+from trainer.config.schema import OVERALL, DynamixConfig, IesConfig, MsftConfig
 
 SIZES = {"a": 30.0, "b": 10.0, "c": 60.0}
 
@@ -124,7 +123,12 @@ def losses(epoch, **values):
 
 
 def test_ies_leaves_out_mastered_examples_and_takes_them_up_again():
-    strategy = Ies(sub_datasets=["a"], mode="min", compute_budget=8.0, delta=0.05, average=1)
+    strategy = Ies(
+        sub_datasets=["a"],
+        mode="min",
+        compute_budget=8.0,
+        settings=IesConfig(delta=0.05, average=1),
+    )
     assert strategy.first_stage().observe == ExampleLosses()
     rows = [[2.0, 1.0, 3.0], [1.0, 0.9, 3.0], [0.5, 0.8, math.nan], [0.0, 0.1, 3.0]]
     mastered = [
@@ -144,7 +148,9 @@ def test_second_differences_are_averaged_as_far_as_they_are_known():
 
 
 def test_dynamix_samples_more_from_sub_datasets_with_a_higher_reward():
-    strategy = Dynamix(sub_datasets=SIZES, mode="min", compute_budget=1.0, alpha=0.5)
+    strategy = Dynamix(
+        sub_datasets=SIZES, mode="min", compute_budget=1.0, settings=DynamixConfig(alpha=0.5)
+    )
     assert strategy.first_stage().observe == LookAhead(every=50, examples=16)
     weights = strategy.on_observation(losses(1, a=[0.1], b=[0.3], c=[0.2])).weights
     values = {"a": 0.0, "b": 0.5, "c": 0.25}
@@ -186,7 +192,9 @@ def test_a_strategy_refuses_observations_that_it_did_not_ask_for(kind):
 
 
 def test_msft_drops_several_at_the_first_of_their_peaks():
-    strategy = Msft(sub_datasets=SIZES, mode="max", compute_budget=1.0, drop_count=2)
+    strategy = Msft(
+        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_count=2)
+    )
     curves = flat("abc", 5, a=[0.1, 0.2, 0.9, 0.4, 0.3], b=[0.1, 0.5, 0.4, 0.4, 0.3])
     back = strategy_end(strategy, curves)
     assert (back.checkpoint, back.exclude, back.stage.active) == ("s1e1", ("a", "b"), ("c",))
@@ -195,29 +203,36 @@ def test_msft_drops_several_at_the_first_of_their_peaks():
 
 
 def test_msft_drops_only_sub_datasets_that_have_peaked():
-    strategy = Msft(sub_datasets=SIZES, mode="max", compute_budget=1.0, drop_count=3)
+    strategy = Msft(
+        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_count=3)
+    )
     back = strategy_end(strategy, flat("abc", 5, b=[0.1, 0.5, 0.4, 0.4, 0.3]))
     assert back.exclude == ("b",)
 
 
 def test_soft_exclusion_leaves_a_share():
-    strategy = Msft(sub_datasets=SIZES, mode="max", compute_budget=1.0, floor=0.2)
+    strategy = Msft(
+        sub_datasets=SIZES,
+        mode="max",
+        compute_budget=1.0,
+        settings=MsftConfig(exclusion="soft", floor=0.2),
+    )
     back = strategy_end(strategy, flat("abc", 5, b=[0.1, 0.5, 0.4, 0.4, 0.3]))
     assert back.stage == Stage(number=2, active=("a", "c"), epochs=1.0, shares={"b": 0.2})
     assert back.stage.trained == ("a", "b", "c")
 
 
 def test_a_robust_rule_waits_for_patience_and_names_what_it_needs():
-    rule = PeakRule(smoothing=1, margin=0.0, patience=3)
-    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, rule=rule)
+    settings = MsftConfig(peaks="robust", smoothing=1, margin=0.0, patience=3)
+    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, settings=settings)
     assert strategy.needs() == Needs(newest=True)
     curves = flat("ab", 5, a=[0.1, 0.2, 0.9, 0.4, 0.3], b=[0.1, 0.5, 0.4, 0.4, 0.3])
     back = strategy_end(strategy, curves)
     assert (back.checkpoint, back.exclude) == ("s1e1", ("b",))
-    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, rule=rule)
+    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, settings=settings)
     back = strategy_end(strategy, {**curves, "b": curves["a"]})
     assert (back.checkpoint, back.exclude) == ("s1e4", ())
-    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, rule=rule)
+    strategy = Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0, settings=settings)
     for index in range(4):
         strategy.on_evaluation(
             Evaluation(

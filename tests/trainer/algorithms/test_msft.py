@@ -94,12 +94,6 @@ def test_nothing_follows_the_end() -> None:
         strategy.on_evaluation(played[-1].evaluation)
 
 
-@pytest.mark.parametrize("window", [0, -1])
-def test_a_window_of_no_evaluations_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match="peak_window"):
-        Msft(sub_datasets="a", mode="max", compute_budget=1, peak_window=window)
-
-
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(ValueError, match="no sub-dataset"):
         Msft(sub_datasets=[], mode="max", compute_budget=1)

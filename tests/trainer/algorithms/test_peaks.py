@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from trainer.algorithms.base import Mode
 from trainer.algorithms.peaks import (
-    Champion,
     PeakRule,
     champions,
     first_best_index,
@@ -46,9 +45,9 @@ def test_champions_come_by_index_and_of_equals_by_name() -> None:
     curves = {"b": [1, 2, 1], "a": [1, 2, 1], "c": [1, 1, 2], "d": [math.nan] * 3}
     errors = dict.fromkeys(curves, [math.nan] * 3)
     assert champions(curves, errors, dict.fromkeys(curves, "max"), PeakRule()) == [
-        Champion(name="a", index=1),
-        Champion(name="b", index=1),
-        Champion(name="c", index=2),
+        (1, "a"),
+        (1, "b"),
+        (2, "c"),
     ]
     assert champions({"a": [math.nan]}, {"a": [0.1]}, {"a": "max"}, PeakRule()) == []
 

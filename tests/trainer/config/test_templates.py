@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.templates import check, columns, render
+from trainer.config.templates import check, render
 from trainer.errors import DataError
 
 ROW = {
@@ -86,10 +86,6 @@ def test_a_template_that_no_row_fits_is_refused_beforehand(template, message):
     with pytest.raises(DataError) as caught:
         check(template)
     assert str(caught.value).startswith(message)
-
-
-def test_the_columns_of_a_template():
-    assert list(columns("{a.b} {{c}} {d,e|options}")) == ["a", "d", "e"]
 
 
 @given(st.text())

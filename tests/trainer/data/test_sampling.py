@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.sampling import shares
+from trainer.data.schedule import shares
 
 SIZES = st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 10**9), min_size=1)
 TEMPERATURES = st.floats(0.01, 1e6)

@@ -106,18 +106,6 @@ def test_peft_loads_the_result_as_it_was_tested(config, finished):
     assert tested["base"] != tested["result"]
 
 
-def test_an_export_of_a_checkpoint_is_the_adapter(finished, tmp_path):
-    Store.open(finished / "store").export("result", tmp_path / "out")
-    ours, result = tmp_path / "out", finished / "model"
-    assert {p.name for p in ours.iterdir()} == {p.name for p in result.iterdir()}
-    for name in ("adapter_config.json", "tokenizer_config.json"):
-        assert (ours / name).read_text() == (result / name).read_text()
-    exported = load_file(ours / "adapter_model.safetensors")
-    written = load_file(result / "adapter_model.safetensors")
-    assert exported.keys() == written.keys()
-    assert all(torch.equal(exported[name], written[name]) for name in written)
-
-
 def test_a_fresh_adapter_follows_from_the_seed_alone(config):
     torch.manual_seed(1)
     first = weights_of(load_for_training(config).model)

@@ -183,7 +183,7 @@ def test_void_records_count_only_as_repeated_work(run: Path, tmp_path: Path) -> 
     whole = read(run / "journal.jsonl")
     cut = 17
     path = tmp_path / "resumed.jsonl"
-    with Journal.open(path) as journal:
+    with Journal(path) as journal:
         for record in [*whole[:cut], {"event": "resumed", "after": 1}, *whole[2:]]:
             journal.append(**{k: v for k, v in record.items() if k not in ("seq", "time")})
     resumed, uninterrupted = summarize(read(path)), summarize(whole)

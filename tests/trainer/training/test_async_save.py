@@ -185,7 +185,7 @@ def test_an_error_in_training_leaves_no_evaluation_out(config, monkeypatch):
 
 def test_records_wait_behind_a_commit_in_their_order(tmp_path):
     future = Future()
-    with Journal.open(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path / "journal.jsonl") as journal:
         journal_queue = JournalQueue(journal)
         journal_queue.add("trained", step=1, loss=1.0)
         journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
@@ -202,7 +202,7 @@ def test_records_wait_behind_a_commit_in_their_order(tmp_path):
 
 def test_nothing_is_written_after_a_commit_that_failed(tmp_path):
     future = Future()
-    with Journal.open(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path / "journal.jsonl") as journal:
         journal_queue = JournalQueue(journal)
         journal_queue.add_later(future, lambda: [("committed", {"checkpoint": future.result()})])
         journal_queue.add("trained", step=2, loss=1.0)

@@ -167,8 +167,11 @@ def test_the_result_is_an_ordinary_model_directory(msft):
     assert finished["checkpoint"] == best["checkpoint"]
 
 
-def test_an_export_of_a_checkpoint_has_the_files_of_the_result(msft, tmp_path):
-    Store.open(msft / "store").export("result", tmp_path / "out")
+def test_the_result_has_the_files_that_transformers_writes(msft, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(msft / "model", dtype="auto")
+    model.save_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(msft / "model", local_files_only=True)
+    tokenizer.save_pretrained(tmp_path / "out")
     for path in (msft / "model").iterdir():
         if path.suffix == ".json":
             assert json.loads((tmp_path / "out" / path.name).read_text()) == json.loads(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.runs import kill, outcome
 from tests.support.tiny_runs import make_config
 from trainer.journal import Journal, effective, read
-from trainer.model.training_state import optimizer_tensors, python_rng
+from trainer.model.training_state import optimizer_tensors
 from trainer.training import observe, run
 from trainer.training.run import resume, start
 
@@ -117,7 +119,13 @@ def state_of(work):
     }
     rates = [group["lr"] for group in work.optimizer.param_groups]
     gradients = [p.grad is None for p in work.loaded.model.parameters()]
-    return bits, rates, gradients, torch.get_rng_state().tolist(), repr(python_rng())
+    return (
+        bits,
+        rates,
+        gradients,
+        torch.get_rng_state().tolist(),
+        repr((random.getstate(), np.random.get_state())),
+    )
 
 
 @pytest.mark.parametrize("name", ["sft", "dynamix", "msft"])

@@ -10,22 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from msft_store import KeepLast, Store
+from msft_store.integrations.training_state import from_tensors
 from tests.support.states import bits_of
 from tests.support.tiny_runs import make_config
 from trainer.algorithms.base import Continue, Needs, RollBack, Stage, Stop
 from trainer.journal import effective, read
-from trainer.model.training_state import (
-    load_optimizer,
-    optimizer_tensors,
-    python_rng,
-    set_python_rng,
-)
+from trainer.model.training_state import gather_rng, load_optimizer, optimizer_tensors, set_rng
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, plan
-from trainer.training import loop, run
+from trainer.training import decisions, run
 from trainer.training.replay import KnownEvaluation, StageStart
 from trainer.training.run import start
 from trainer.training.stage import make_order, plan_stage
@@ -90,7 +87,7 @@ def state_of(work):
     """Everything that the next steps depend on, in bits."""
     tensors = {**work.loaded.model.state_dict(), **optimizer_tensors(work.optimizer)}
     bits = {name: bits_of(tensor) for name, tensor in tensors.items()}
-    return bits, bits_of(torch.get_rng_state()), json.dumps(python_rng())
+    return bits, bits_of(torch.get_rng_state()), repr((random.getstate(), np.random.get_state()))
 
 
 def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(config, monkeypatch):
@@ -105,7 +102,7 @@ def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(confi
     lrs = {}
     monkeypatch.setattr(StageSteps, "train", training)
     monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
-    monkeypatch.setattr(loop, "make_policy", lambda *_: KeepLast(99))
+    monkeypatch.setattr(decisions, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-again"
     start(replace(config, output_dir=at))
     stages = records(at, "stage_started")
@@ -136,7 +133,7 @@ def test_without_it_the_optimizer_begins_anew(config, monkeypatch):
 
     monkeypatch.setattr(StageSteps, "train", training)
     monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
-    monkeypatch.setattr(loop, "make_policy", lambda *_: KeepLast(99))
+    monkeypatch.setattr(decisions, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-fresh"
     msft = replace(config.msft, optimizer_on_rollback="reset")
     start(replace(config, output_dir=at, msft=msft))
@@ -153,16 +150,15 @@ def finished(config):
     return Path(at)
 
 
-def test_the_result_and_its_export_are_the_model_alone(finished, tmp_path):
+def test_the_result_is_the_model_alone(finished):
     store = Store.open(finished / "store")
     assert store.check(read_data=True) == []
     (result,) = store.log()
     assert store.refs() == {"result": result.id}
     assert result.metadata["weights_of"] == records(finished, "finished")[0]["checkpoint"]
-    store.export("result", tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(finished / "model", dtype="auto")
     assert set(store.tensors(result)) == set(model.state_dict())
-    kept = AutoModelForCausalLM.from_pretrained(finished / "model", dtype="auto").state_dict()
+    kept = store.load(result)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, kept[name])
 
@@ -193,12 +189,12 @@ def test_generators_and_optimizer_come_back_to_the_bit():
     weight.grad = torch.full_like(weight, 0.5)
     optimizer.step()
     held = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
-    states = json.loads(json.dumps(python_rng()))
-    drawn = random.getrandbits(60), np.random.rand()
+    states = gather_rng("rng")
+    drawn = random.getrandbits(60), np.random.rand(), torch.rand(1)
     optimizer.step()
     load_optimizer(optimizer, held)
-    set_python_rng(states)
-    assert (random.getrandbits(60), np.random.rand()) == drawn
+    set_rng(from_tensors(states, "rng"), Accelerator())
+    assert (random.getrandbits(60), np.random.rand(), torch.rand(1)) == drawn
     again = optimizer_tensors(optimizer)
     assert {n: bits_of(t) for n, t in again.items()} == {n: bits_of(t) for n, t in held.items()}
     load_optimizer(optimizer, {})

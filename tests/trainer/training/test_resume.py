@@ -92,7 +92,7 @@ def test_a_kill_between_journal_records_changes_nothing(config, reference, place
         (Store, "pin", 7),
         (Store, "reencode", 1),
         (Timeline, "rollback", 1),
-        (run, "save_model", 1),
+        (Store, "export", 1),
         (run, "_finish", 1),
     ],
 )

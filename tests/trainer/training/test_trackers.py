@@ -22,7 +22,7 @@ from trainer.config.checks import TRACKERS
 from trainer.errors import ConfigError
 from trainer.journal import effective, read
 from trainer.signals import Interrupted
-from trainer.training import loop, run
+from trainer.training import decisions, run
 from trainer.training.run import resume, start
 from trainer.training.trackers import select_values
 
@@ -118,7 +118,7 @@ def test_a_signal_and_a_resume_leave_no_step_twice(config, monkeypatch, caplog):
         return True
 
     config = replace(config, resume_every=3)
-    monkeypatch.setattr(loop._log, "filters", [interrupt])
+    monkeypatch.setattr(decisions._log, "filters", [interrupt])
     with caplog.at_level("INFO", logger="trainer"), pytest.raises(Interrupted):
         start(config)
     monkeypatch.undo()
