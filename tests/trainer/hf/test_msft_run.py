@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from msft_store import Store, Timeline
-from tests.support.runs import kill
+from tests.support.ranks import in_ranks
+from tests.support.runs import die_after, kill
 from tests.support.tiny_runs import make_config, make_tokenizer
 from trainer.data.batches import DataOrder
 from trainer.data.load import load_mixture
@@ -377,3 +380,31 @@ def test_metrics_in_several_units_have_no_mean(config, mixture, tmp_path):
         )  # fmt: skip
     with pytest.raises(ConfigError, match="give one for each"):
         run_in(tmp_path, config, mixture, metric={"copy": "loss"})
+
+
+def test_two_processes_end_with_the_same_weights_and_resume(config, mixture, tmp_path):
+    def train(rank, name):
+        os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+        def make(**arguments):
+            half = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo"}
+            return make_trainer(**{**half, **arguments})
+
+        result = run_in(tmp_path / name, config, mixture, make=make)
+        found = [{n: t.clone() for n, t in result.model.state_dict().items()}]
+        torch.distributed.broadcast_object_list(found)
+        assert_equal_weights(result.model.state_dict(), found[0])
+
+    def broken(rank):
+        if rank == 0:
+            die_after(Timeline, "commit_async", call=7)
+        train(rank, "broken")
+
+    assert in_ranks(2, lambda rank: train(rank, "whole"), tmp_path) == [0, 0]
+    assert in_ranks(2, broken, tmp_path)[0] == 9
+    assert in_ranks(2, lambda rank: train(rank, "broken"), tmp_path) == [0, 0]
+    assert decided(tmp_path / "broken") == decided(tmp_path / "whole")
+    ids = [Store.open(tmp_path / name / "store").log()[0].id for name in ("whole", "broken")]
+    assert ids[0] == ids[1]
