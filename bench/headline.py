@@ -35,17 +35,19 @@ BUDGETS = (1, 3, 10)
 
 def table(results: Path = RESULTS) -> str:
     """Return the table."""
-    codec, store, disk = (
+    codec, store, disk, arena_msft = (
         json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("codec", "store", "disk")
+        for name in ("codec", "store", "disk", "arena_msft")
     )
     lines = ["| | ours | beside it |", "|---|--:|--:|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in (*codecs(codec), *times(store), *runs(disk))]
+    rows = (*codecs(codec), *times(store), pretrained_run(arena_msft), *runs(disk))
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
     about = (
         f"{codec['date']}, {store['cores']} shared cores of {codec['cpu']}: codecs on one of them "
         f"(commit {codec['commit']}), saves on a disk that writes {store['disk']:.2f} GB/s "
-        f"(commit {store['machine']['commit']}), whole runs at commit {disk['commit']}. Sizes and "
-        "speeds are of an encoder of 22.7 M parameters, runs of a causal LM of 2.5 M. "
+        f"(commit {store['machine']['commit']}), whole runs at commit {disk['commit']}, that of "
+        f"SmolLM2-135M on {arena_msft['date']} at commit {arena_msft['commit']}. Sizes and speeds "
+        "are of an encoder of 22.7 M parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. "
         "`bench/results` and [the log](LOG.md) have more figures, and those that miss their target."
     )
     return "\n".join([*lines, "", about])
@@ -112,6 +114,17 @@ def times(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
     )
     return found
+
+
+def pretrained_run(document: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the row of the MSFT run of the pretrained language model."""
+    run = document["run"]
+    return (
+        f"disk of a whole MSFT run of SmolLM2-135M on {run['sub_datasets']} sub-datasets of real "
+        "text, bf16, lr 1e-5, C = 1, no peak window; peak (mean), in full checkpoints",
+        f"{run['peak']:.3f} ({run['mean']:.3f})",
+        f"{run['paper_peak']} ({run['paper_mean']:.2f}), a full copy per champion",
+    )
 
 
 def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,8 +1,8 @@
 """The share of weights that training changes, by learning rate, precision and steps.
 
 A weight has changed if any of its bits has. Each snapshot of :mod:`bench.arena.trajectories` is
-compared with the base and with the snapshot before; embeddings, of which a step only moves the
-rows of its own tokens, are counted apart from all other weights.
+compared with the base and with the snapshot before. The embeddings, which are the output layer,
+too, are counted apart from all other weights.
 
 Example::
 
@@ -43,7 +43,7 @@ SHOWN = (1, 2, 4, 8, 16, 32, 64, 100, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Changed weights in percent of all weights, of the embeddings, and of all others."""
+    """Changed weights in percent of all, of the embeddings, and of all others."""
 
     all: float
     embeddings: float | None
@@ -114,6 +114,14 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def late_loss(rows: Sequence[Row]) -> float:
+    """Return the mean loss of the second half of a regime's steps."""
+    late = [row for row in rows if row.before >= rows[-1].step // 2]
+    return sum((row.step - row.before) * row.loss for row in late) / sum(
+        row.step - row.before for row in late
+    )
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as Markdown: one line a regime, one column a number of steps."""
     found = {(row.regime, row.step): row for row in rows}
@@ -128,9 +136,8 @@ def table(rows: Sequence[Row]) -> str:
             percent(found[name, step].base.all) if (name, step) in found else "-" for step in steps
         ]
         split = f"{percent(last.base.embeddings)}, {percent(last.base.others)}"
-        one_step = f"{percent(last.previous.all)}" if last.before == last.step - 1 else "-"
-        losses = f"{of_regime[-3].loss:.2f}" if len(of_regime) > 2 else "-"
-        lines.append((name, *cells, split, one_step, losses))
+        one_step = percent(last.previous.all) if last.before == last.step - 1 else "-"
+        lines.append((name, *cells, split, one_step, f"{late_loss(of_regime):.2f}"))
     header = ("regime", *map(str, steps), "embeddings, others", "last step alone", "loss")
     return Table(header=header, rows=lines).to_markdown()
 
@@ -151,7 +158,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
                 axis.plot([row.step for row in own], shares, marker="o", markersize=3, label=name)
         axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="changed weights, %")
         axis.grid(alpha=0.3)
-        axis.legend(framealpha=0)
+        axis.legend(framealpha=0, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
@@ -168,7 +175,7 @@ def page(document: dict[str, Any]) -> str:
         "bf16 snapshots of fp32 masters; `lora`: an adapter of rank 16 in fp32 at 1e-4, whose "
         "share is of its own weights. Changed weights in % of all, against the base after so many "
         "steps; at the last step of the embeddings and of all others, and against the step before "
-        "it; mean loss of the last steps. "
+        "it; mean loss of the second half of the steps. "
         f"{document['date']}, one shared core of {document['cpu']}, commit {document['commit']}."
     )
     return f"{about}\n\n{table(rows)}\n\n![Changed weights by step and regime]({PLOT.name})"

@@ -36,6 +36,8 @@ from trainer.training.workspace import quiet_libraries
 SUMMARY = "Run MSFT on the real language model and measure its disk."
 RECIPE = Path(__file__).parent / "msft.yaml"
 OUTPUT = ROOT / "runs" / "arena-msft"
+ABOUT = ROOT / "runs" / "arena-msft.json"
+"""Date, processor and commit at the beginning of the run."""
 SIZES = {"train": 48, "validation": 16, "test": 16}
 """Examples of each sub-dataset."""
 LONGEST = 240
@@ -112,8 +114,8 @@ def measure(directory: Path) -> Run:
 def report(run: Run, about: dict[str, str]) -> str:
     """Return the result as Markdown."""
     rows = [
-        ("all rollback points: peak", f"{run.peak:.2f}", str(run.paper_peak)),
-        ("all rollback points: mean", f"{run.mean:.2f}", f"{run.paper_mean:.2f}"),
+        ("all rollback points: peak", f"{run.peak:.3f}", str(run.paper_peak)),
+        ("all rollback points: mean", f"{run.mean:.3f}", f"{run.paper_mean:.2f}"),
     ]
     header = ("in full checkpoints", "ours", "the paper's policy")
     return "\n".join(
@@ -163,10 +165,12 @@ def main() -> None:
             f"model.path={ensure(home)}",
             f"data.directory={mixture}",
         ]
+        ABOUT.parent.mkdir(exist_ok=True)
+        ABOUT.write_text(json.dumps(machine()), encoding="utf-8")
         start(load_config(RECIPE, overrides=overrides))
     elif not is_finished(OUTPUT):
         resume(OUTPUT)
-    run, about = measure(OUTPUT), machine()
+    run, about = measure(OUTPUT), json.loads(ABOUT.read_text(encoding="utf-8"))
     save(run, about)
     print(report(run, about))
 
