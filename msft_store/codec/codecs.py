@@ -159,9 +159,15 @@ class Delta(Codec):
 class Sparse(Codec):
     """The number of changed elements (u32), then a zstd frame of planes of gaps and of changes."""
 
-    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+    def encode(
+        self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
+    ) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
-        positions = np.flatnonzero(new != old)
+        listed = None if found is None else found.listed
+        if listed is None:
+            positions = np.flatnonzero(new != old)
+        else:
+            positions = listed.positions[listed.references != listed.values].astype(np.int64)
         change = encode_lane_changes(new[positions], old[positions], floating=dtype.floating)
         streams = np.concatenate([split_planes(encode_gaps(positions)), split_planes(change)])
         return struct.pack("<I", positions.size) + _compress(streams, _DELTA_LEVEL)
@@ -334,8 +340,10 @@ def _encode_against(
         payload = codec.encode(chunk, reference, dtype, found)
         if not is_small and len(payload) >= _TABLES_PAY_FROM:
             return codec, payload
-        plainer = (SPARSE, DELTA) if is_small else (SPARSE,)
-        return _smallest(_encode_smallest(plainer, chunk, reference, dtype), (codec, payload))
+        tried: list[tuple[Codec, bytes]] = [(SPARSE, SPARSE.encode(chunk, reference, dtype, found))]
+        if is_small:
+            tried.append((DELTA, DELTA.encode(chunk, reference, dtype)))
+        return _smallest(*tried, (codec, payload))
     new, old = _view_pair(chunk, reference, dtype)
     changed = np.count_nonzero(new != old) / new.size
     sparse = (SPARSE,) if changed < _SPARSE_BELOW else ()
