@@ -40,7 +40,7 @@ from msft_store import Base, Checkpoint, Store
 
 FIRST, LATER, ON_BASE, IN_CHAIN = "unchanged, first", "unchanged", "against the base", "in a chain"
 ROUNDS = 5
-MOST_STEPS = 6
+MOST_STEPS = 3
 """Snapshots of one trajectory that are saved, at equal distances in its list."""
 _SETTLE = 0.2
 """Seconds after which the time of a file's change is certain to differ from that of the next."""
@@ -88,8 +88,7 @@ class Turn:
 
 
 def take(function: Callable[[], object]) -> Taken:
-    """Measure a call, after the disk has become idle."""
-    os.sync()
+    """Measure a call. Both ways end with an fsync, and so leave nothing for the next to write."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _memory("VmRSS")
     cpu, began = time.process_time(), time.perf_counter()
@@ -121,6 +120,7 @@ def measure(folder: Path, source: Path, threads: int, rounds: int, scratch: Path
     peer = Safetensors(scratch, base)
     warm = Store.create(scratch / "warm")
     warm.save({name: t + 1 for name, t in states[0].items()}, parent=warm.add_base(base))
+    os.sync()
     turns: dict[tuple[str, int], list[Turn]] = {}
     for _ in range(rounds):
         with emptied(scratch / "run") as run:
