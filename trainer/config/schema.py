@@ -220,7 +220,10 @@ class EvalConfig:
         eval_every: Epochs of the active mixture between evaluations; the default is the MSFT
             paper's.
         answer_pattern: Regular expression whose first group is the answer, in generations and in
-            references; the last match counts. ``None``: the whole completion, stripped.
+            references; ``None``: the whole completion, stripped.
+        answer_match: The match of ``answer_pattern`` that counts.
+        answer: Answers are compared as texts, as numbers (the first of each, so that ``1,200.0``
+            is ``1200``), or as texts without regard to case.
         max_new_tokens: Tokens after which a generation ends.
         batch_size: Examples per forward pass in evaluation.
         max_examples: Validation examples to use of each sub-dataset, the first ones; ``None``: all.
@@ -230,6 +233,8 @@ class EvalConfig:
     metric: Literal["exact_match", "loss"] = "exact_match"
     eval_every: float = 0.25
     answer_pattern: str | None = None
+    answer_match: Literal["first", "last"] = "last"
+    answer: Literal["text", "number", "folded"] = "text"
     max_new_tokens: int = 64
     batch_size: int = 64
     max_examples: int | None = None

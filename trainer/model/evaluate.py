@@ -23,7 +23,6 @@ Example::
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from trainer.algorithms.overall import mean_metric
 from trainer.config.schema import OVERALL, EvalConfig
 from trainer.data.examples import Example
 from trainer.distributed import split_among_processes
-from trainer.errors import ConfigError
+from trainer.model.answers import AnswerRule
 from trainer.model.forward import TokenCost, collate, target_losses
 from trainer.model.load import LoadedModel
 from trainer.model.sharding import is_sharded
@@ -88,7 +87,7 @@ class Evaluator:
         self._pad = loaded.pad_token_id
         self._accelerator = accelerator
         self._check = check
-        self._pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
+        self._rule = AnswerRule.of(config)
 
     def __call__(
         self, model: Any, sub_datasets: Mapping[str, Sequence[Example]]
@@ -164,8 +163,8 @@ class Evaluator:
             return _OPEN
         text = self._decode(taken)
         if ended:
-            return int(self._is_right(text, example.reference))
-        if self._pattern is None and not _can_become(text, example.reference):
+            return int(self._rule.is_right(text, example.reference))
+        if self._rule.is_exact and not _can_become(text, example.reference):
             return _WRONG
         return _OPEN
 
@@ -179,7 +178,7 @@ class Evaluator:
         for batch, is_own in self._own_batches(model, batches):
             generated = zip(batch, self._greedy(model, examples, batch), strict=True)
             for i, tokens in generated if is_own else ():
-                found[i] = self._is_right(self._decode(tokens), examples[i].reference)
+                found[i] = self._rule.is_right(self._decode(tokens), examples[i].reference)
                 lengths[i] = len(tokens)
         found, lengths = self._all_reduce(found), self._all_reduce(lengths)
         prompts = [[len(examples[i].prompt) for i in batch] for batch in batches]
@@ -221,9 +220,6 @@ class Evaluator:
         )
         return str(text)
 
-    def _is_right(self, text: str, reference: str) -> bool:
-        return extract_answer(text, self._pattern) == extract_answer(reference, self._pattern)
-
     def _batches(self, order: Sequence[int]) -> list[Sequence[int]]:
         size = self._config.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -258,31 +254,6 @@ def ratio_error(parts: Sequence[float], counts: Sequence[int]) -> float:
     ratio = sum(parts) / total
     squares = math.fsum((a - ratio * b) ** 2 for a, b in zip(parts, counts, strict=True))
     return math.sqrt(n / (n - 1) * squares) / total
-
-
-def extract_answer(text: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the first group of the last match of ``pattern``, or the text; both stripped."""
-    matches = list(pattern.finditer(text)) if pattern else []
-    if not matches:
-        return text.strip()
-    found = matches[-1].group(1 if matches[-1].re.groups else 0)
-    return (found or "").strip()
-
-
-def check_answers(
-    sub_datasets: Mapping[str, Sequence[Example]], answer_pattern: str | None
-) -> None:
-    """Raise :class:`ConfigError` if the pattern matches no reference of some sub-dataset."""
-    if answer_pattern is None:
-        return
-    pattern = re.compile(answer_pattern)
-    for name, examples in sub_datasets.items():
-        if not any(pattern.search(example.reference) for example in examples):
-            raise ConfigError(
-                f"evaluation.answer_pattern {answer_pattern!r} matches none of the references of "
-                f"sub-dataset {name!r}, so its exact match cannot be computed; the first reference "
-                f"is {examples[0].reference[:80]!r}"
-            )
 
 
 def _can_become(text: str, reference: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from trainer.config.schema import Config
 from trainer.data.examples import Mixture
 from trainer.errors import ConfigError
-from trainer.model.evaluate import check_answers
+from trainer.model.answers import AnswerRule
 from trainer.model.load import LoadedModel, max_positions
 from trainer.model.training_state import is_weight
 from trainer.model.weights import memory_key, weights_of
@@ -28,7 +28,7 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
                 "it to loss, or give prompt and completion"
             )
         references = {name: sub.validation.examples for name, sub in mixture.items()}
-        check_answers(references, config.evaluation.answer_pattern)
+        AnswerRule.of(config.evaluation).check(references)
     kept = _find_copies(loaded.model)
     if kept:
         raise ConfigError(

@@ -12,7 +12,7 @@ from tests.support.tiny_runs import make_tokenizer
 from trainer.config.load import dump, load_config
 from trainer.config.schema import Config, SourceConfig
 from trainer.data.load import load_mixture
-from trainer.model.evaluate import check_answers
+from trainer.model.answers import AnswerRule
 
 PAPER = Path(__file__).parents[3] / "examples" / "paper.yaml"
 LABELLED = {"text": ["sand", "milk", "rock", "air"], "label": ["A", "B", "C", "D"]}
@@ -154,4 +154,4 @@ def test_rows_of_every_data_set_become_examples(config: Config) -> None:
             assert tokenizer.decode([*example.prompt, *example.completion]) == f"{text}<eos>"
             assert example.completion[0] == tokenizer.encode(" ")[0]
     references = {name: sub.validation.examples for name, sub in mixture.items()}
-    check_answers(references, config.evaluation.answer_pattern)
+    AnswerRule.of(config.evaluation).check(references)

@@ -14,8 +14,8 @@ from msft_store import Store
 from tests.support.tiny_runs import make_tokenizer, write_model
 from trainer.config.schema import EvalConfig, ModelConfig
 from trainer.data.examples import encode
-from trainer.errors import ConfigError
-from trainer.model.evaluate import Evaluator, check_answers, extract_answer
+from trainer.model.answers import AnswerRule
+from trainer.model.evaluate import Evaluator
 from trainer.model.forward import collate, target_losses
 from trainer.model.load import load_model
 
@@ -107,15 +107,19 @@ def test_results_do_not_depend_on_earlier_evaluations(loaded):
     assert (again.metrics, again.losses) == (first.metrics, first.losses)
 
 
-@pytest.mark.parametrize("pattern", [None, r"([a-z]+)$", r"(\d)"])
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [(None, "text"), (r"([a-z]+)$", "text"), (r"(\d)", "number"), (None, "folded")],
+)
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
-def test_verdicts_are_those_of_plain_generation(loaded, pattern, max_new_tokens):
-    compiled = re.compile(pattern) if pattern else None
+def test_verdicts_are_those_of_plain_generation(loaded, pattern, kind, max_new_tokens):
+    rule = AnswerRule(pattern=re.compile(pattern) if pattern else None, kind=kind)
     verdicts = []
     for example in EXAMPLES:
         text = generate(loaded, example, max_new_tokens)
-        expected = extract_answer(text, compiled) == extract_answer(example.reference, compiled)
-        found = evaluate(loaded, [example], answer_pattern=pattern, max_new_tokens=max_new_tokens)
+        expected = rule.is_right(text, example.reference)
+        settings = {"answer_pattern": pattern, "answer": kind, "max_new_tokens": max_new_tokens}
+        found = evaluate(loaded, [example], **settings)
         assert found.metrics["all"] == float(expected)
         verdicts.append(expected)
     assert any(verdicts)
@@ -152,17 +156,3 @@ def test_overall_weights_examples_or_sub_datasets(loaded):
         metrics[how] = evaluator(loaded.model, split).metrics
     assert metrics["examples"] == {"a": 1.0, "b": 0.0, "overall": pytest.approx(1 / 3)}
     assert metrics["sub_datasets"]["overall"] == 0.5
-
-
-def test_the_answer_is_the_first_group_of_the_last_match():
-    pattern = re.compile(r"#### *(-?\d+)")
-    assert extract_answer("#### 1 then #### -7 .", pattern) == "-7"
-    assert extract_answer(" nothing here\n", pattern) == "nothing here"
-    assert extract_answer(" all of it ", None) == "all of it"
-
-
-def test_a_pattern_that_no_reference_has_is_an_error():
-    with pytest.raises(ConfigError, match="none of the references of sub-dataset 'all'"):
-        check_answers({"all": EXAMPLES}, r"#### (\d+)")
-    check_answers({"all": EXAMPLES}, r"(\d+)")
-    check_answers({"all": EXAMPLES}, None)
