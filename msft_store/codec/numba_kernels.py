@@ -24,6 +24,7 @@ import numpy as np
 from numba import int64, njit, uint16, uint32, uint64
 
 from msft_store.codec import arithmetic_coder, rans
+from msft_store.codec.bit_masks import WORD, count_ones, count_trailing_zeros, mask_most
 from msft_store.codec.changes import DIRECT_TOKENS, FIRST_CLASS
 from msft_store.codec.rans import BLOCK, MIN_STATE, PROBABILITY_BITS
 
@@ -36,6 +37,8 @@ _SEQUENCE = 0x03F79D71B4CB0A89
 _BIT_NUMBERS = np.zeros(64, np.uint8)
 for _number in range(64):
     _BIT_NUMBERS[(_SEQUENCE << _number) % 2**64 >> 58] = _number
+_FEW = 4
+"""Listed elements of a word that are written without a branch."""
 _BATCH = 1024
 """Elements at a time, so that the buffers stay in the first-level cache."""
 _TARGET_VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
@@ -231,10 +234,8 @@ def locate_listed(
     Elements of at most the magnitude ``most`` are busy if ``busy`` is True. ``gaps`` counts
     elements of these blocks only. The result has another length than ``count`` if they do not fit.
     """
-    positions = np.empty(count + BLOCK, np.uint32)
-    marks = np.zeros(BLOCK, np.uint8)
-    words = marks.view(np.uint64)
-    one, width = uint64(1), uint64(BLOCK)
+    positions = np.empty(count + BLOCK + _FEW, np.uint32)
+    one, width, half = uint64(1), uint64(BLOCK), uint64(WORD)
     whole, found, start = uint64(old.size // BLOCK), uint64(0), uint64(0)
     reached, quiet = uint64(0), uint64(0)
     if gaps.size > 0:
@@ -246,26 +247,30 @@ def locate_listed(
             break
         first = uint64(block) * width
         length = width if block < whole else uint64(old.size) - first
-        some = busy and block >= whole
-        if busy and block < whole:
-            # The loop has a constant length and no exit, so that the compiler vectorises it.
-            for i in range(BLOCK):
-                some |= (old[first + uint64(i)] & mask) <= most
-        if some:
-            for i in range(length):
-                marks[i] = (old[first + uint64(i)] & mask) <= most
-            marks[length:] = 0
-        while reached < uint64(gaps.size) and quiet < start + length:
-            if some:
-                marks[quiet - start] = 1
-            else:
-                positions[found] = first + (quiet - start)
+        for at in range(uint64(0), length, half):
+            listed = uint64(0)
+            if busy and block < whole:
+                listed = mask_most(old, first + at, mask, most)
+            elif busy:
+                for i in range(min(half, length - at)):
+                    listed |= uint64((old[first + at + i] & mask) <= most) << uint64(i)
+            end = start + min(at + half, length)
+            while reached < uint64(gaps.size) and quiet < end:
+                listed |= one << (quiet - start - at)
+                reached += one
+                if reached < uint64(gaps.size):
+                    quiet += uint64(gaps[reached]) + one
+            # Few branches, because the processor cannot predict the number of bits.
+            more = found + count_ones(listed)
+            for _ in range(_FEW):
+                positions[found] = first + at + count_trailing_zeros(listed)
                 found += one
-            reached += one
-            if reached < uint64(gaps.size):
-                quiet += uint64(gaps[reached]) + one
-        if some:
-            found = append_marked(words, first, positions, found)
+                listed &= listed - one
+            while listed != 0:
+                positions[found] = first + at + count_trailing_zeros(listed)
+                found += one
+                listed &= listed - one
+            found = more
         start += width
     fits = reached == uint64(gaps.size) and found == uint64(count)
     return positions[: count if fits else count + 1]

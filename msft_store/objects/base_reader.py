@@ -54,6 +54,8 @@ _MAX_SAMPLE = 1 << 18
 """Largest number of elements that are read for a sample besides its own."""
 _MAX_GAPS = 1 << 24
 """Largest number of bytes that are read at once with gaps."""
+_ROUNDED = 1 << 18
+"""Largest number of elements that are read at once to be rounded."""
 _LOG = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 """Ids of the bases that this process has already warned of."""
@@ -163,17 +165,23 @@ class BaseReader:
     def read_span_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> None:
         """Fill ``out`` with the bytes of elements, converted to ``dtype``."""
         tensor = self._tensor(span.tensor)
-        same = tensor.dtype == dtype
-        raw = out if same else np.empty(out.size // dtype.size * tensor.dtype.size, np.uint8)
+        same, width = tensor.dtype == dtype, tensor.dtype.size
+        count = out.size // dtype.size
+        # Elements of another type are rounded while they are in the processor's cache.
+        step = count if same else min(count, _ROUNDED)
+        scratch = out if same else np.empty(step * width, np.uint8)
         filled = 0
-        for start, length in self._runs(span, out.size // dtype.size):
-            nbytes = length * tensor.dtype.size
-            self._fill(span.tensor, start, raw[filled : filled + nbytes])
-            filled += nbytes
-        if filled != raw.size:
+        for first, length in self._runs(span, count):
+            for start in range(first, first + length, step):
+                some = min(step, first + length - start)
+                part = out[filled * dtype.size : (filled + some) * dtype.size]
+                raw = part if same else scratch[: some * width]
+                self._fill(span.tensor, start, raw)
+                if not same:
+                    part[:] = _convert(raw, tensor.dtype, dtype)
+                filled += some
+        if filled != count:
             raise self._too_short(tensor)
-        if not same:
-            out[:] = _convert(raw, tensor.dtype, dtype)
 
     def read_verified_into(self, span: BaseSpan, out: Bytes, dtype: DType) -> bytes:
         """Fill ``out`` from verified chunks; return the key of the result.
@@ -327,9 +335,11 @@ class BaseReader:
         return values
 
     def _runs(self, span: BaseSpan, count: int) -> Iterator[tuple[int, int]]:
-        shape = self._tensor(span.tensor).shape
-        offset, box = span.box or ((0,) * len(shape), shape)
-        return box_runs(shape, offset, box, span.start, count)
+        tensor = self._tensor(span.tensor)
+        if span.box is None:
+            rest = tensor.nbytes // tensor.dtype.size - span.start
+            return iter([(span.start, min(count, rest))] if min(count, rest) > 0 else [])
+        return box_runs(tensor.shape, *span.box, span.start, count)
 
     def _fill(self, name: str, start: int, out: Bytes) -> None:
         base = self.base
@@ -470,9 +480,9 @@ def _convert(data: Bytes, have: DType, want: DType) -> Bytes:
         return data
     if have.torch is None or want.torch is None or not can_convert(have, want):
         raise MismatchError(f"{have.name} is not converted to {want.name}")
-    source = torch.from_numpy(data.copy()).view(have.torch)
-    converted: Bytes = source.to(want.torch).view(torch.uint8).numpy()
-    nan = source.isnan()
+    rounded = torch.from_numpy(data).view(have.torch).to(want.torch)
+    converted: Bytes = rounded.view(torch.uint8).numpy()
+    nan = rounded.isnan()
     if nan.any():
         # Replace NaN, because the bits of a converted NaN depend on the processor.
         converted.reshape(-1, want.size)[nan.numpy()] = 0

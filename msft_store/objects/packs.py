@@ -12,6 +12,8 @@ Example::
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -124,7 +126,7 @@ class PackIndex:
         self.packs = dict(sorted(packs.items()))
         self._paths = list(self.packs)
         footers = list(self.packs.values())
-        self._starts = np.cumsum([0, *(len(footer) for footer in footers)])
+        self._starts = [0, *itertools.accumulate(map(len, footers))]
         self.keys = concatenate_keys([keys_of(footer.rows) for footer in footers])
         self.ref_keys: Keys = concatenate_keys([footer.rows["ref_key"] for footer in footers])
         self.lengths = self._column("length", np.uint32)
@@ -175,14 +177,14 @@ class PackIndex:
 
     def stored(self, row: int) -> StoredChunk:
         """Return the record of a row."""
-        pack = int(np.searchsorted(self._starts, row, side="right")) - 1
+        pack = bisect.bisect_right(self._starts, row) - 1
         path = self._paths[pack]
-        return StoredChunk(pack=path, record=self.packs[path].record(row - int(self._starts[pack])))
+        return StoredChunk(pack=path, record=self.packs[path].record(row - self._starts[pack]))
 
     def slices(self) -> Iterator[tuple[str, slice]]:
         """Yield the path of each pack and the slice of its rows."""
-        ends = self._starts.tolist()
-        yield from zip(self._paths, map(slice, ends, ends[1:]), strict=True)
+        parts = map(slice, self._starts, self._starts[1:])
+        yield from zip(self._paths, parts, strict=True)
 
     def base_of(self, number: int) -> str | None:
         """Return the id of a base by its number in :attr:`bases`."""

@@ -244,9 +244,10 @@ def _list_reads(
     name: str, entry: TensorEntry, out: torch.Tensor, *, in_place: bool
 ) -> Iterator[ChunkRead]:
     for piece in entry.pieces:
-        ranges = zip(piece.offset, piece.shape, strict=True)
-        place = tuple(slice(first, first + count) for first, count in ranges)
-        box = out if piece.shape == entry.shape else out[place]
+        box = out
+        if piece.shape != entry.shape:
+            ranges = zip(piece.offset, piece.shape, strict=True)
+            box = out[tuple(slice(first, first + count) for first, count in ranges)]
         yield from list_reads(name, entry.dtype, piece, box, in_place=in_place)
 
 

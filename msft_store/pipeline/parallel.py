@@ -11,6 +11,7 @@ Example::
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +45,33 @@ def in_order(
                 future.cancel()
 
 
-def for_each(function: Callable[[_T], object], items: Iterator[_T]) -> None:
-    """Call a function on each item in threads, and wait for all calls."""
-    for _ in in_order(function, items):
-        pass
+def for_each(function: Callable[[_T], object], items: Iterator[_T], workers: int = WORKERS) -> None:
+    """Call a function on each item in threads; raise the error of the first item that has one.
+
+    Each thread takes the next item when it is ready, which costs less than a future for each.
+    """
+    numbered, taking, stopped = enumerate(items), threading.Lock(), threading.Event()
+    errors: dict[int, BaseException] = {}
+
+    def work(_: int) -> None:
+        while not stopped.is_set():
+            with taking:
+                taken = next(numbered, None)
+            if taken is None:
+                return
+            try:
+                function(taken[1])
+            except BaseException as error:
+                errors[taken[0]] = error
+                stopped.set()
+
+    if workers == 1:
+        work(0)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(work, range(workers)))
+            finally:
+                stopped.set()
+    if errors:
+        raise errors[min(errors)]
