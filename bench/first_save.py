@@ -8,7 +8,7 @@ work on the machine.
 
 Example::
 
-    python -m bench.first_save                 # ten minutes; writes results/first_save.md and .json
+    python -m bench.first_save                 # a few minutes; writes results/first_save.md and .json
     python -m bench.first_save --rounds 1      # prints only
 """
 
@@ -34,7 +34,7 @@ from msft_store import Store
 from msft_store.codec.compilation import HERE, NEVER, NUMBA_VARIABLE, compiled_kernels
 from trainer.text import Table
 
-ROUNDS = 3
+ROUNDS = 2
 LAYERS, WIDTH, INNER, KEYS, WORDS = 30, 576, 1536, 192, 49152
 SHARES = (0.005, 0.33)
 """Shares of the weights that move: about one step of training, and many with fp32 masters."""

@@ -15,7 +15,7 @@ from msft_store.codec import changes, codecs, exponent_codec, rehearsal
 from msft_store.codec.changes import ChunkChanges
 from msft_store.codec.kernels import Bytes
 from msft_store.format.dtypes import DTYPES, DType
-from tests.support.pairs import COMPILED, KINDS, layout, pair_of
+from tests.support.pairs import COMPILED, layout, pair_of
 
 
 def signatures() -> set[str]:
@@ -30,8 +30,8 @@ def signatures() -> set[str]:
 def code(dtype: DType, levels: Sequence[codecs.Level]) -> None:
     """Encode and decode chunks of a type that differ in size, content and access."""
     by_exponent = changes.float_layout(dtype) is not None
-    for kind in KINDS if by_exponent else ("noise",):
-        for count in (1, 129, 5000, 40_000):
+    for kind in ("hostile", "trained", "all"):
+        for count in (1, 40_000):
             if by_exponent:
                 new, old = pair_of(dtype, count, kind, 1)
                 found = exponent_codec.find_changes(new, old, layout(dtype), None)
