@@ -63,8 +63,8 @@ def _make_pair(dtype: DType) -> tuple[Bytes, Bytes]:
 def _round_trip(new: Bytes, old: Bytes | None, dtype: DType, level: codecs.Level) -> None:
     found = None if old is None else codecs.find_changes(new, old, dtype)
     codec, payload = codecs.encode(new, old, dtype, level=level, found=found)
-    out = np.empty_like(new) if old is None else old.copy()
-    proven = codec.restores(payload, new, out, dtype, found)
+    scratch, out = (np.empty_like(new) if old is None else old.copy() for _ in range(2))
+    proven = codec.restores(payload, new, scratch, dtype, found)
     codec.decode_into(payload, out, dtype)
     if not proven or out.tobytes() != new.tobytes():
         raise ValueError(f"the {codec.name} codec did not restore a chunk of {dtype.name}")

@@ -7,12 +7,14 @@ Example::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from msft_store.codec import changes, codecs, exponent_codec, rehearsal
 from msft_store.codec.changes import ChunkChanges
+from msft_store.codec.compilation import HERE, NUMBA_VARIABLE
 from msft_store.codec.kernels import Bytes
 from msft_store.format.dtypes import DTYPES, DType
 from tests.support.pairs import COMPILED, layout, pair_of
@@ -61,6 +63,7 @@ def round_trip(
 
 def main() -> None:
     """Code chunks after each part of a rehearsal, as far as they may be coded then."""
+    os.environ[NUMBA_VARIABLE] = HERE
     compiled = set()
     for lane in rehearsal.rehearse_all():
         before = signatures()
