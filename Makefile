@@ -72,6 +72,7 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.bookkeeping
 	$(BIN)/python -m bench.huggingface
 	$(BIN)/python -m bench.imports
+	$(BIN)/python -m bench.first_save
 	$(BIN)/python -m bench.headline --write
 
 arena: $(STAMP)  ## measure every rival of the codec on a pretrained language model, a few hours; renew docs/BENCHMARKS.md

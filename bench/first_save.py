@@ -8,8 +8,8 @@ work on the machine.
 
 Example::
 
-    python -m bench.first_save                 # a few minutes; writes results/first_save.md and .json
-    python -m bench.first_save --rounds 1      # prints only
+    python -m bench.first_save               # a few minutes; writes results/first_save.{md,json}
+    python -m bench.first_save --rounds 1    # prints only
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ cd "$work"
 PATH="$work/empty/bin:$PATH"
 python smoke.py
 msft-store --store store check --read-data
+# Meanwhile another process has compiled all loops of the codec into the installation.
+python -c 'from msft_store.codec.codecs import compiled_kernels; assert compiled_kernels(wait=True)'
+ls "$work"/empty/lib/python*/site-packages/msft_store/codec/__pycache__/msft_store-*.all > /dev/null
 
 # What an extra is needed for says so, without a traceback.
 wants() {

@@ -2,8 +2,9 @@
 
 Each codec is a small frozen dataclass with a stable code (``docs/FORMAT.md``, section 5). All are
 lossless and deterministic: equal input gives equal bytes, whatever the number of threads and with
-or without the kernels that Numba compiles. Without Numba, or with ``MSFT_STORE_NUMBA=0`` in the
-environment, everything works more slowly. :func:`encode` picks the smallest representation.
+or without the kernels that Numba compiles. Without Numba, with ``MSFT_STORE_NUMBA=0`` in the
+environment, and until the kernels are compiled, everything works more slowly. :func:`encode` picks
+the smallest representation.
 
 Example::
 
