@@ -49,7 +49,7 @@ from msft_store.tensors.bytes import to_bytes, view_bytes
 SUMMARY = "Measure loads into existing tensors beside safetensors."
 DEPTHS = (1, 5)
 """Lengths of the chains of references to the base."""
-ROUNDS = 5
+ROUNDS = 3
 CHANGED = 0.01
 """Share of the chunks that differ from memory in a roll-back."""
 OURS, PLAIN, VERIFIED = "ours", "safetensors", "safetensors, verified"
@@ -200,15 +200,16 @@ def limited(cores: int) -> Iterator[None]:
 def rows_of(folder: Path, rounds: int) -> Iterator[Row]:
     """Measure one regime at each depth that its snapshots allow."""
     files = snapshots(folder)
+    all_cores = len(os.sched_getaffinity(0))
     total = sum(tensor.nbytes for tensor in safetensors.torch.load_file(files[-1]).values())
     for depth in (depth for depth in DEPTHS if depth < len(files)):
         with tempfile.TemporaryDirectory(dir=DATA, prefix="loading-") as name:
             store, checkpoint = make_store(Path(name) / "store", files, depth)
             place = (Path(store.path), checkpoint.id, files[-1])
-            for cores in sorted({1, len(os.sched_getaffinity(0))}):
+            adds = {way: alone(memory, *place, way) for way in (OURS, PLAIN)}
+            for cores in (1, all_cores) if depth == DEPTHS[0] and all_cores > 1 else (1,):
                 with limited(cores):
                     found = alone(measure, *place, rounds)
-                    adds = {way: alone(memory, *place, way) for way in (OURS, PLAIN)}
                 yield Row(
                     regime=folder.name,
                     depth=store.depth(checkpoint),
