@@ -22,7 +22,7 @@ import torch
 from msft_store import StoreError
 from trainer.comparison.grid import REFERENCE, Case, build_config, compute_equal_budget, list_cases
 from trainer.comparison.report import write_comparison
-from trainer.comparison.results import Comparison, Outcome, group_outcomes, total_work
+from trainer.comparison.results import Comparison, Outcome, group_outcomes
 from trainer.comparison.subprocesses import run_subprocesses
 from trainer.config.load import dump, flatten, load_config, to_dict
 from trainer.config.schema import Config
@@ -212,8 +212,8 @@ def _plan_equal_compute(
         fixed = _count_test_flops(Path(config.output_dir) / own_case.path)
         budget = compute_equal_budget(
             case,
-            flops=total_work(own.summary.account).flops - fixed,
-            reference_flops=total_work(reference.summary.account).flops - fixed,
+            flops=own.summary.account.total.flops - fixed,
+            reference_flops=reference.summary.account.total.flops - fixed,
             eval_every=config.evaluation.eval_every,
         )
         if budget == case.budget:
@@ -226,7 +226,7 @@ def _plan_equal_compute(
 def _count_test_flops(directory: Path) -> int:
     """Return the FLOPs of a run's final tests, which do not depend on its C."""
     records = select(read(directory / JOURNAL), "run_started", "tested")
-    return total_work(Account.from_journal(records)).flops
+    return Account.from_journal(records).total.flops
 
 
 def _build_command(case: Case, config: Config, folder: Path) -> list[str]:

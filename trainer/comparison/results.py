@@ -127,7 +127,6 @@ class Row:
         if not accounts:
             return {}
         rows = {row: [getattr(account, row) for account in accounts] for row in _ROWS}
-        rows["total"] = [total_work(account) for account in accounts]
         return {
             name: Work(
                 tokens=round(statistics.mean(work.tokens for work in works)),
@@ -231,7 +230,7 @@ class Comparison:
                     "compute_budget": outcome.budget,
                     "failure": outcome.failure or None,
                     "diverged": case in self.diverged,
-                    "flops": total_work(outcome.summary.account).flops if outcome.summary else None,
+                    "flops": outcome.summary.account.total.flops if outcome.summary else None,
                 }
                 for case, outcome in self.outcomes.items()
             },
@@ -263,13 +262,7 @@ def group_outcomes(outcomes: Mapping[Case, Outcome]) -> Comparison:
     return Comparison(groups=groups, outcomes=dict(outcomes))
 
 
-def total_work(account: Account) -> Work:
-    """Return all work of a run except the work that a resume repeated."""
-    works = [getattr(account, row) for row in _ROWS if row != "repeated"]
-    return sum(works, start=Work())
-
-
-_ROWS = tuple(field.name for field in fields(Account))
+_ROWS = (*(field.name for field in fields(Account)), "total")
 
 
 def _row_to_dict(group: Group, row: Row) -> dict[str, Any]:

@@ -84,6 +84,12 @@ class Account:
         """All training that counts."""
         return self.kept + self.rolled_back
 
+    @property
+    def total(self) -> Work:
+        """All work except the work that a resume repeated."""
+        parts = (self.selection, self.padding, self.evaluation, self.generation)
+        return sum(parts, start=self.trained)
+
     @classmethod
     def from_journal(cls, records: Sequence[Record]) -> Account:
         """Sum up the work of all records of a journal, void ones too."""

@@ -70,16 +70,6 @@ class Spent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
-    """The first best overall evaluation."""
-
-    stage: int
-    epoch: float
-    overall: float
-    checkpoint: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class TimelineChange:
     """A commit or a roll-back of the simulated run."""
 
@@ -102,7 +92,8 @@ class Simulation:
     """The cost of these stages in the run."""
     simulated: Spent
     """Their cost under the other policy, as far as they are known."""
-    best: Best | None
+    best: Record | None
+    """The first evaluation with the best overall metric, if any was finite."""
     mode: Mode
     changes: tuple[TimelineChange, ...]
     records: tuple[Record, ...]
@@ -277,15 +268,7 @@ def _spent(records: Sequence[Record]) -> Spent:
     )
 
 
-def _best(records: Sequence[Record], mode: Mode) -> Best | None:
+def _best(records: Sequence[Record], mode: Mode) -> Record | None:
     evaluated = select(records, "evaluated")
     index = first_best_index((r["metrics"][OVERALL] for r in evaluated), mode)
-    if index is None:
-        return None
-    found = evaluated[index]
-    return Best(
-        stage=found["stage"],
-        epoch=found["epoch"],
-        overall=found["metrics"][OVERALL],
-        checkpoint=found["checkpoint"],
-    )
+    return None if index is None else evaluated[index]

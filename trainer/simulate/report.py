@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainer.config.schema import Config
+from trainer.config.schema import OVERALL, Config
 from trainer.journal import Record, effective, run_started, select
 from trainer.report.summary import measure_disk_usage
 from trainer.simulate.policies import (
@@ -55,6 +55,10 @@ class PolicyOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         simulation = self.simulation
+        best = simulation.best and {
+            **{key: simulation.best[key] for key in ("stage", "epoch", "checkpoint")},
+            "overall": simulation.best["metrics"][OVERALL],
+        }
         return {
             "label": self.label,
             "method": self.method,
@@ -64,7 +68,7 @@ class PolicyOutcome:
             "stages": [asdict(stage) for stage in simulation.stages],
             "recorded": asdict(simulation.recorded),
             "simulated": asdict(simulation.simulated),
-            "best": None if simulation.best is None else asdict(simulation.best),
+            "best": best,
             "rollback_points": None if self.retained is None else asdict(self.retained),
             "measured_bytes": self.measured,
             "full_copies": None if self.copies is None else asdict(self.copies),
@@ -154,7 +158,8 @@ def _table(outcomes: Sequence[PolicyOutcome]) -> Table:
             (count_text(mine.evaluations), count_text(its.evaluations)),
         ]
         spent = [a if one is run else f"{a} of {b}" for a, b in pairs]
-        best = metric_text(None if one.simulation.best is None else one.simulation.best.overall)
+        found = one.simulation.best
+        best = metric_text(None if found is None else found["metrics"][OVERALL])
         retained = one.retained
         points = "-" if retained is None else f"{retained.peak}, mean {retained.mean:.2f}"
         rows.append([one.label, _known_text(one.simulation), *spent, best, points])

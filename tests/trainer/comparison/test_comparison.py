@@ -24,7 +24,7 @@ from trainer.comparison.peak_shifts import (
     mean_peak_distance,
 )
 from trainer.comparison.report import write_comparison
-from trainer.comparison.results import Comparison, Outcome, group_outcomes, total_work
+from trainer.comparison.results import Comparison, Outcome, group_outcomes
 from trainer.comparison.tables import (
     build_score_table,
     build_sections,
@@ -136,8 +136,8 @@ def test_the_tables(recorded: dict[str, Summary]) -> None:
 def test_a_total_excludes_repeated_work(recorded: dict[str, Summary]) -> None:
     account = recorded["msft"].account
     again = replace(account, repeated=account.kept)
-    assert total_work(again) == total_work(account)
-    assert total_work(account).tokens == 4000 + 8000 + 600 + 750 + 300
+    assert again.total == account.total
+    assert account.total.tokens == 4000 + 8000 + 600 + 750 + 300
 
 
 def test_json_has_no_nan_and_names_failed_runs(recorded: dict[str, Summary]) -> None:
