@@ -93,7 +93,7 @@ def _files(backend: Backend) -> Iterator[_File]:
         recoveries=(
             (_EXTRACTED, extract_sealed),
             *(
-                (f"damaged; its level is {level}", _rebuild_config(backend, level))
+                (f"damaged; its level is {level}", partial(_rebuild_config, backend, level))
                 for level in LEVELS
             ),
             (default, lambda data: encode_config(Config(version=_latest_version(backend)))),
@@ -123,7 +123,7 @@ def _files(backend: Backend) -> Iterator[_File]:
             check=partial(read_ref, path=ref_path(name)),
             recoveries=(
                 (_EXTRACTED, extract_sealed),
-                ("damaged; its note is lost", _rebuild_ref(backend, name)),
+                ("damaged; its note is lost", partial(_rebuild_ref, backend, name)),
             ),
         )
 
@@ -143,13 +143,10 @@ def _read(backend: Backend, path: str) -> bytes:
         return b""
 
 
-def _rebuild_config(backend: Backend, level: Level) -> Recovery:
-    def rebuild(data: bytes) -> bytes | None:
-        if f'"level":"{level}"'.encode() not in data:
-            return None
-        return encode_config(Config(level=level, version=_latest_version(backend)))
-
-    return rebuild
+def _rebuild_config(backend: Backend, level: Level, data: bytes) -> bytes | None:
+    if f'"level":"{level}"'.encode() not in data:
+        return None
+    return encode_config(Config(level=level, version=_latest_version(backend)))
 
 
 def _latest_version(backend: Backend) -> int:
@@ -173,14 +170,11 @@ def _rebuild_base(data: bytes) -> bytes | None:
         return None
 
 
-def _rebuild_ref(backend: Backend, name: str) -> Recovery:
-    def rebuild(data: bytes) -> bytes | None:
-        found = _TARGET.search(data)
-        # The ref of a timeline is useless without its note.
-        if found is None or name.startswith(TIMELINES):
-            return None
-        target = found[1].decode()
-        exists = backend.exists(manifest_path(target))
-        return encode_ref(Ref(name=name, checkpoint=target)) if exists else None
-
-    return rebuild
+def _rebuild_ref(backend: Backend, name: str, data: bytes) -> bytes | None:
+    found = _TARGET.search(data)
+    # The ref of a timeline is useless without its note.
+    if found is None or name.startswith(TIMELINES):
+        return None
+    target = found[1].decode()
+    exists = backend.exists(manifest_path(target))
+    return encode_ref(Ref(name=name, checkpoint=target)) if exists else None
