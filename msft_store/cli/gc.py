@@ -17,7 +17,7 @@ from typing import Any
 from msft_store._util import format_count
 from msft_store.cli.output import UNCHANGED
 from msft_store.errors import InvalidInputError, PinnedError, UnknownCheckpointError
-from msft_store.maintenance.gc import GcPlan, Verdict
+from msft_store.maintenance.gc import GcPlan, PackWaste, Verdict
 from msft_store.maintenance.repack import RepackPlan
 from msft_store.retention import KeepBest, KeepLast, KeepThese, Mode, Policy
 from msft_store.store import Store
@@ -147,11 +147,8 @@ def repack(store: Store, options: argparse.Namespace) -> tuple[dict[str, Any], s
 
 def _repack_document(plan: RepackPlan) -> dict[str, Any]:
     return {
-        "delete": [{"pack": waste.path, "bytes": waste.size} for waste in plan.delete],
-        "merge": [
-            [{"pack": w.path, "bytes": w.size, "dead_bytes": w.dead_bytes} for w in group]
-            for group in plan.merge
-        ],
+        "delete": [_pack(waste) for waste in plan.delete],
+        "merge": [[_pack(waste) for waste in group] for group in plan.merge],
         "would_free_bytes": plan.freed_bytes,
     }
 
@@ -160,15 +157,17 @@ def _gc_document(plan: GcPlan) -> dict[str, Any]:
     return {
         "keep": _verdicts(plan.kept),
         "forget": _verdicts(plan.dropped),
-        "delete": [{"pack": w.path, "bytes": w.size} for w in plan.delete],
-        "rewrite": [
-            {"pack": w.path, "dead_bytes": w.dead_bytes, "live_bytes": w.live_bytes}
-            for w in plan.rewrite
-        ],
+        "delete": [_pack(waste) for waste in plan.delete],
+        "rewrite": [_pack(waste) for waste in plan.rewrite],
         "leftovers": [{"file": path, "bytes": size} for path, size in plan.leftovers],
         "held_bytes": plan.held_bytes,
         "would_free_bytes": plan.freed_bytes,
     }
+
+
+def _pack(waste: PackWaste) -> dict[str, Any]:
+    sizes = {"dead_bytes": waste.dead_bytes, "live_bytes": waste.live_bytes}
+    return {"pack": waste.path, "bytes": waste.size, **sizes}
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
