@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from msft_store.format.dtypes import DType
 from msft_store.format.mapping import BaseMapping, Shape, View, ViewPart, exchanged_prefixes
+from msft_store.objects.base_reader import can_convert
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -133,13 +134,8 @@ class _Hit:
     small: _Range
 
 
-def find_mapping(
-    mine: Side, base: Side, can_convert: Callable[[DType, DType], bool]
-) -> BaseMapping:
-    """Return the counterparts in a base of the tensors of a checkpoint.
-
-    ``can_convert`` says whether elements of the base's dtype serve for a tensor's dtype.
-    """
+def find_mapping(mine: Side, base: Side) -> BaseMapping:
+    """Return the counterparts in a base of the tensors of a checkpoint."""
     names = match_names(mine.shapes, base.shapes, exchanged=True)
     ours, theirs = _Probed(mine), _Probed(base)
     rivals: dict[tuple[str | None, Shape], list[str]] = {}
@@ -159,7 +155,7 @@ def find_mapping(
         pieces, places = mine.pieces(rest)
         taken = {other for name, other in names.items() if name == other or name in renamed}
         left = [name for name in base.shapes if name not in taken]
-        found = _Finder(pieces, base, can_convert).find(list(places), left)
+        found = _Finder(pieces, base).find(list(places), left)
         parts: dict[str, list[ViewPart]] = {}
         for key in sorted(found):
             name, offset = places[key]
@@ -251,6 +247,9 @@ class _Probed:
                 self._rows[seen] = np.nan_to_num(found).reshape(index.shape)
         return self._rows.get(seen)
 
+    def size(self, name: str) -> int:
+        return math.prod(self.side.shapes[name])
+
     def seen(self, name: str) -> _Seen:
         return _Seen(name, self.side.shapes[name], False)
 
@@ -314,9 +313,8 @@ def _is_nearest(mine: _Probed, name: str, base: _Probed, other: str, rivals: Seq
 class _Finder:
     """Searches the tensors without a counterpart for parts of each other."""
 
-    def __init__(self, mine: Side, base: Side, can_convert: Callable[[DType, DType], bool]) -> None:
+    def __init__(self, mine: Side, base: Side) -> None:
         self._mine, self._base = _Probed(mine), _Probed(base)
-        self._can_convert = can_convert
         self._used: set[_Range] = set()
         self._found: dict[str, list[ViewPart]] = {}
         count = len(mine.shapes) + len(base.shapes)
@@ -352,7 +350,7 @@ class _Finder:
             self._found[name] = parts
 
     def _incomplete(self, names: Sequence[str]) -> list[str]:
-        return [n for n in names if _elements(self._found.get(n, [])) < self._size(self._mine, n)]
+        return [n for n in names if _elements(self._found.get(n, [])) < self._mine.size(n)]
 
     def _left(self, names: Sequence[str]) -> list[str]:
         """Return the tensors of the base that complete tensors do not show as a whole."""
@@ -360,7 +358,7 @@ class _Finder:
         incomplete = set(self._incomplete(list(self._found)))
         for part in (p for n, parts in self._found.items() if n not in incomplete for p in parts):
             shown[part.tensor] += math.prod(part.shape)
-        return [name for name in names if shown[name] < self._size(self._base, name)]
+        return [name for name in names if shown[name] < self._base.size(name)]
 
     def _tied(self, name: str) -> list[ViewPart]:
         """Return a part that shows a whole tensor of the base, which others may show, too."""
@@ -405,10 +403,6 @@ class _Finder:
         ]
         return parts if len(runs) <= _MAX_ROW_RUNS else []
 
-    @staticmethod
-    def _size(side: _Probed, name: str) -> int:
-        return math.prod(side.side.shapes[name])
-
     def _shares_rows(self, rows: Values, other: str) -> bool:
         """Return True if some rows of the base's tensor are among rows."""
         seen = self._base.seen(other)
@@ -448,7 +442,7 @@ class _Finder:
                             self._keep(small.name, [part])
 
     def _fits(self, name: str, other: str) -> bool:
-        return self._can_convert(self._base.side.dtypes[other], self._mine.side.dtypes[name])
+        return can_convert(self._base.side.dtypes[other], self._mine.side.dtypes[name])
 
     @staticmethod
     def _pairs(
@@ -555,7 +549,7 @@ def layer_of(name: str) -> str | None:
 
 def _ordered(names: Iterable[str], side: _Probed) -> list[str]:
     """Return the names of the tensors that have elements, in natural order."""
-    return sorted((name for name in names if math.prod(side.side.shapes[name])), key=_natural)
+    return sorted((name for name in names if side.size(name)), key=_natural)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.mapping import BaseMapping, Shape
-from msft_store.objects.base_reader import BaseReader, can_convert
+from msft_store.objects.base_reader import BaseReader
 from msft_store.objects.bases import Base
 from msft_store.objects.counterparts import Side, find_mapping, match_names
 from msft_store.objects.manifest import TensorEntry
@@ -84,7 +84,7 @@ def find_missing(base: Base, mapping: BaseMapping, tensors: Mapping[str, TensorE
 
 def map_by_names(base: Base, shapes: Mapping[str, Shape]) -> BaseMapping:
     """Return the counterparts of tensors in a base as far as their names tell."""
-    names = match_names(shapes, {name: tensor.shape for name, tensor in base.tensors.items()})
+    names = match_names(shapes, base.shapes)
     return BaseMapping(names={new: old for new, old in names.items() if new != old}, views={})
 
 
@@ -107,7 +107,6 @@ def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:
             found[inside] = tensor[tuple(axis.to(tensor.device) for axis in at)].cpu().double()
         return found
 
-    tensors = reader.base.tensors
     return find_mapping(
         Side(
             shapes={name: found[0].shape for name, found in held.items()},
@@ -119,9 +118,8 @@ def map_to_base(reader: BaseReader, boxes: Sequence[Box]) -> BaseMapping:
             },
         ),
         Side(
-            shapes={name: tensor.shape for name, tensor in tensors.items()},
-            dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+            shapes=reader.base.shapes,
+            dtypes={name: tensor.dtype for name, tensor in reader.base.tensors.items()},
             sample=reader.sample,
         ),
-        can_convert,
     )

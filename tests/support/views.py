@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from msft_store.format.dtypes import DType, dtype_by_name
+from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.mapping import BaseMapping, View
 from msft_store.objects.counterparts import Side, find_mapping
 
@@ -23,14 +23,9 @@ def side(arrays: Arrays) -> Side:
     )
 
 
-def equal_dtypes(one: DType, other: DType) -> bool:
-    """Return True if a search may compare elements of both dtypes."""
-    return one == other
-
-
 def find(tensors: Arrays, base: Arrays) -> BaseMapping:
     """Return the counterparts of arrays in others."""
-    return find_mapping(side(tensors), side(base), equal_dtypes)
+    return find_mapping(side(tensors), side(base))
 
 
 def shown(view: View, base: Arrays) -> NDArray[np.float32]:
