@@ -53,7 +53,6 @@ from msft_store.storage.backend import (
 )
 
 BASES = "bases"
-_SUFFIX = ".json"
 _CLOCK_TICK = 10**8
 """Nanoseconds within which two changes of a file may get the same time."""
 
@@ -239,12 +238,12 @@ def _is_unchanged(path: str, size: int, changed: int) -> bool:
 
 def base_path(identity: str) -> str:
     """Return the path of a base's record."""
-    return f"{BASES}/{identity}{_SUFFIX}"
+    return f"{BASES}/{identity}.json"
 
 
 def list_bases(backend: Backend) -> list[str]:
     """Return the ids of all bases."""
-    return list_names(backend, BASES, _SUFFIX)
+    return list_names(backend, BASES)
 
 
 def _chunk_key(file: Path, place: TensorPlace, at: int) -> bytes:

@@ -89,7 +89,6 @@ def is_exactly_covered(boxes: Sequence[tuple[Shape, Shape]], shape: Shape) -> bo
 
 
 MANIFESTS = "manifests"
-_SUFFIX = ".json"
 _KIND = "msft-manifest"
 _FIRST_READ = 1 << 14
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -350,12 +349,12 @@ def rewrite_manifest(backend: Backend, checkpoint: Checkpoint, *, stored_bytes: 
 
 def manifest_path(identity: str) -> str:
     """Return the path of a checkpoint's manifest."""
-    return f"{MANIFESTS}/{identity}{_SUFFIX}"
+    return f"{MANIFESTS}/{identity}.json"
 
 
 def list_manifests(backend: Backend) -> list[str]:
     """Return the ids of all checkpoints."""
-    return list_names(backend, MANIFESTS, _SUFFIX)
+    return list_names(backend, MANIFESTS)
 
 
 def read_checkpoint(backend: Backend, identity: str) -> Checkpoint:

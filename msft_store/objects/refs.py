@@ -29,7 +29,6 @@ from msft_store.storage.backend import Backend, list_names, read_small_file, wri
 REFS = "refs"
 TIMELINES = "timelines/"
 """Beginning of the names of the refs of timelines."""
-_SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 _MAX_NAME = 200
 
@@ -76,7 +75,7 @@ class RefReader:
         known: dict[str, tuple[Hashable, Ref]] = {}
         damaged: dict[str, StoreError] = {}
         for path, found in self._backend.scan(REFS).items():
-            if not path.endswith(_SUFFIX):
+            if not path.endswith(".json"):
                 continue
             version, ref = self._known.get(path, (None, None))
             try:
@@ -94,12 +93,12 @@ class RefReader:
 
 def list_refs(backend: Backend) -> list[str]:
     """Return the names of all refs."""
-    return list_names(backend, REFS, _SUFFIX)
+    return list_names(backend, REFS)
 
 
 def ref_path(name: str) -> str:
     """Return the path of a ref's file."""
-    return f"{REFS}/{name}{_SUFFIX}"
+    return f"{REFS}/{name}.json"
 
 
 def read_ref(backend: Backend, path: str) -> Ref:
@@ -110,7 +109,7 @@ def read_ref(backend: Backend, path: str) -> Ref:
 def parse_ref(data: bytes, path: str, what: str) -> Ref:
     """Return the ref that is or will be at a path, from its bytes; ``what`` is for messages."""
     content = unseal(data, what, "msft-ref")
-    name = path[len(REFS) + 1 : -len(_SUFFIX)]
+    name = path.removeprefix(f"{REFS}/").removesuffix(".json")
     try:
         target = check_id(content.get("checkpoint"))
         note = check_shallow_object(content.get("note"))

@@ -198,10 +198,10 @@ def scan_by_size(backend: Backend, folder: str) -> dict[str, FileStat]:
     return found
 
 
-def list_names(backend: Backend, folder: str, suffix: str) -> list[str]:
-    """Return the names of the files below a folder that end with a suffix, without the suffix."""
-    paths = backend.list(folder)
-    return [path[len(folder) + 1 : -len(suffix)] for path in paths if path.endswith(suffix)]
+def list_names(backend: Backend, folder: str) -> list[str]:
+    """Return the names of the files ``NAME.json`` below a folder."""
+    names = (path.removeprefix(f"{folder}/") for path in backend.list(folder))
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def file_sizes(backend: Backend, folder: str) -> dict[str, int]:
