@@ -49,7 +49,7 @@ def compiled_kernels(lane: int | None = None, *, wait: bool = False) -> Any:
     call returns when that process has ended. ``lane`` is the number of bytes of the lanes that the
     loops are called with: those of level ``fast`` are ready before all others.
     """
-    chosen = os.environ.get(NUMBA_VARIABLE, HERE)
+    chosen = os.environ.get(NUMBA_VARIABLE)
     kernels = None if chosen == NEVER else _import_kernels()
     if kernels is None or chosen == HERE:
         return kernels

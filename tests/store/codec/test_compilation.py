@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     for program in found.programs:
         program.kill()
         program.communicate()
+    for compiler in found.started():
+        with suppress(ProcessLookupError):
+            os.kill(compiler, signal.SIGKILL)
 
 
 def said(program: subprocess.Popen[str], *, go_on: bool = False) -> str:
