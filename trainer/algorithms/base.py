@@ -91,6 +91,8 @@ class Evaluation:
     """True if the stage's compute budget is used up."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Sub-dataset → standard error of its metric over its examples, if known."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Sub-dataset → mean token loss, if known. It decides between equal metrics only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ Example::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,8 @@ from trainer.config.schema import OVERALL
 class Method(ABC):
     """A training method; a derived class decides at each evaluation.
 
-    The result of the run is the first best overall checkpoint. The state of a method follows from
+    The result of the run is the first best overall checkpoint. Of those that are equal to the base,
+    it is the one with the lowest mean loss. The state of a method follows from
     the calls alone: a new instance that gets the same calls again returns the same decisions.
 
     Attributes:
@@ -69,6 +71,7 @@ class Method(ABC):
     best: Evaluation | None = field(init=False, default=None)
     is_over: bool = field(init=False, default=False)
     _skips: int = field(init=False, default=0)
+    _base: Evaluation | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not self.sub_datasets:
@@ -82,6 +85,10 @@ class Method(ABC):
     def needs(self) -> Needs:
         """Return the checkpoints to keep now; they may change with every decision."""
         needs = self.own_needs()
+        if self.best is not None and self._ties_with_base:
+            # The store ranks by the metric, which does not tell these checkpoints apart.
+            tied = (*needs.checkpoints, self.best.checkpoint)
+            needs = replace(needs, newest=not self.is_over, checkpoints=tied)
         # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self.max_skips and self.evaluations and not self.is_over
         return replace(needs, newest=True) if may_skip else needs
@@ -114,10 +121,30 @@ class Method(ABC):
                 f"got evaluation {evaluation.index} of stage {evaluation.stage}"
             )
         self.evaluations.append(evaluation)
+        self._base = self._base or evaluation
         best = None if self.best is None else self.best.metrics[OVERALL]
-        if is_better(evaluation.metrics[OVERALL], best, self.mode):
+        if is_better(evaluation.metrics[OVERALL], best, self.mode) or self._is_lower(evaluation):
             self.best = evaluation
         return self.decide(evaluation)
+
+    @property
+    def _ties_with_base(self) -> bool:
+        """True if the best overall is no better than the base's, and losses can decide."""
+        base, best = self._base, self.best
+        if base is None or best is None or best.metrics[OVERALL] != base.metrics[OVERALL]:
+            return False
+        return any(base.metrics[name] != loss for name, loss in best.losses.items())
+
+    def _is_lower(self, evaluation: Evaluation) -> bool:
+        """Return True if an evaluation ties with the base and has the lowest loss so far.
+
+        Where a metric does not tell the base from what was trained, the loss decides.
+        """
+        best = self.best
+        if best is None or not self._ties_with_base or not evaluation.losses:
+            return False
+        is_tied = evaluation.metrics[OVERALL] == best.metrics[OVERALL]
+        return is_tied and math.fsum(evaluation.losses.values()) < math.fsum(best.losses.values())
 
     @abstractmethod
     def decide(self, evaluation: Evaluation) -> Decision:

@@ -34,7 +34,7 @@ from trainer.journal import read
 from trainer.model.lora import load_for_training
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, Plan, plan
-from trainer.report.report import DIVERGED, compare_table, write_report
+from trainer.report.report import DIVERGED, NEVER_RIGHT, compare_table, write_report
 from trainer.report.summary import Summary
 from trainer.signals import Interrupted
 from trainer.simulate.policies import OPTIONS, expand_sweeps
@@ -52,6 +52,7 @@ exit codes:
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
   3    training diverged; the run is over, its result is the best before that
+  4    no answer was ever right; the run is over, its result has the lowest loss
   75   paused: the disk or max_disk has no room; one sentence on stderr says what is needed; then
        continue with `msft-train resume RUN`
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
@@ -215,10 +216,11 @@ def _resume(options: argparse.Namespace) -> int:
 def _show_end(options: argparse.Namespace, summary: Summary) -> int:
     """Print the summary of a run and return the exit code."""
     _print_summary(options, summary)
-    if not summary.diverged:
-        return 0
-    _complain(f"{summary.method}: {DIVERGED}")
-    return 3
+    if summary.never_right:
+        _complain(f"{summary.method}: {NEVER_RIGHT}")
+    if summary.diverged:
+        _complain(f"{summary.method}: {DIVERGED}")
+    return 3 if summary.diverged else 4 if summary.never_right else 0
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -102,6 +102,13 @@ class Evaluator:
                 cost += self._decide_open(model, examples, verdicts)
         return self._summarize(sub_datasets, losses, verdicts, cost, time.monotonic() - began)
 
+    def generate(self, model: Any, example: Example) -> str:
+        """Return the greedy generation for one example."""
+        model = self._accelerator.unwrap_model(model)
+        with _evaluation_mode(model):
+            (tokens,) = self._greedy(model, [example], [0])
+        return self._decode(tokens)
+
     def _summarize(
         self,
         sub_datasets: Mapping[str, Sequence[Example]],

@@ -37,6 +37,12 @@ DIVERGED = (
     "that was not set."
 )
 
+NEVER_RIGHT = (
+    "No answer was right in any evaluation, so exact match says nothing about this run, and its "
+    "peaks mean nothing: the result is the checkpoint with the lowest loss. Look at "
+    "evaluation.answer_pattern, answer and max_new_tokens, or use evaluation.metric=loss."
+)
+
 
 def write_report(run: str | os.PathLike[str]) -> Summary:
     """Write the report of a run, which need not be finished, and return its summary."""
@@ -58,6 +64,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
     label = summary.method.upper()
     parts = [
         f"# {label} run",
+        *([NEVER_RIGHT] if summary.never_right else []),
         _facts(summary),
         "## Result",
         _result_text(summary),

@@ -116,6 +116,8 @@ class Summary:
     finite."""
     diverged: bool
     """True if the last divergence ended the run."""
+    never_right: bool
+    """True if the metric is exact match and no evaluation had a right answer."""
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
     overall: Scores
@@ -175,6 +177,9 @@ def summarize(records: Sequence[Record]) -> Summary:
         else Result(checkpoint=found["checkpoint"], stage=found["stage"], epoch=found["epoch"]),
         divergences=len(select(counted, "diverged")),
         diverged=_has_diverged(counted),
+        never_right=start["metric"] == "exact_match"
+        and bool(evaluated)
+        and all(not value > 0 for r in evaluated for value in r["metrics"].values()),
         peaks=find_sub_dataset_peaks(counted),
         scores={name: score for name, score in scores.items() if name != OVERALL},
         overall=scores[OVERALL],

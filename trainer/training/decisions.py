@@ -81,6 +81,7 @@ class Decisions:
             checkpoint=self.names.name(durable, stage=place.stage, index=place.index),
             metrics=known.metrics,
             errors=known.errors,
+            losses=known.losses or {},
         )
         decision = self._strategy.on_evaluation(evaluation)
 

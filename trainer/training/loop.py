@@ -39,6 +39,7 @@ from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import margin_warnings
 from trainer.distributed import any_of, share_decision
 from trainer.errors import RunError
+from trainer.model.answers import AnswerRule
 from trainer.model.evaluate import EvaluationResult, Evaluator
 from trainer.model.optim import reset_optimizer
 from trainer.signals import Interrupted, Interrupts
@@ -64,6 +65,11 @@ from trainer.training.steps import StageSteps
 from trainer.training.workspace import Workspace
 
 _log = logging.getLogger(__name__)
+
+_TELLING = 2
+"""Evaluations without a right answer after which a warning shows one."""
+_SHOWN = 200
+"""Characters of a text that a warning shows."""
 
 
 class Loop:
@@ -95,6 +101,10 @@ class Loop:
         self._sizes = work.train_sizes
         self._global_step = state.global_step
         self._position: Position | None = None
+        self._evaluations = len(state.known)
+        self._has_right_answer = work.config.evaluation.metric != "exact_match" or any(
+            value > 0 for known in state.known.values() for value in known.metrics.values()
+        )
 
     def run(self, position: Position | None = None) -> Stop:
         """Train the current stage, from a position in it or from its root, and those after it.
@@ -261,7 +271,33 @@ class Loop:
 
     def _run_evaluation(self) -> EvaluationResult:
         with self._work.snapshots.as_committed():
-            return self._evaluator(self._work.model, self._work.split("validation"))
+            result = self._evaluator(self._work.model, self._work.split("validation"))
+            self._evaluations += 1
+            self._has_right_answer |= any(value > 0 for value in result.metrics.values())
+            if self._evaluations == _TELLING and not self._has_right_answer:
+                self._warn_of_answers()
+        return result
+
+    def _warn_of_answers(self) -> None:
+        """Show a generation beside its reference, because no answer was right so far."""
+        settings = self._work.config.evaluation
+        name, examples = next(iter(self._work.split("validation").items()))
+        text = self._evaluator.generate(self._work.model, examples[0])
+        rule, reference = AnswerRule.of(settings), examples[0].reference
+        if self._work.accelerator.is_main_process:
+            _log.warning(
+                "warning: no answer was right in %d evaluations. For an example of %s the model "
+                "generates %r; the reference is %r. evaluation.answer_pattern %r finds %r in the "
+                "first and %r in the second. If these should be equal, change answer_pattern, "
+                "answer or max_new_tokens",
+                _TELLING,
+                name,
+                text[:_SHOWN],
+                reference[:_SHOWN],
+                settings.answer_pattern,
+                rule.find(text)[:_SHOWN],
+                rule.find(reference)[:_SHOWN],
+            )
 
     def _save_rollback_point(
         self, steps: StageSteps, index: int, result: EvaluationResult

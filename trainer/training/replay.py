@@ -231,7 +231,8 @@ def _replay_evaluation(record: Record, names: Names, strategy: Method) -> Decisi
 
 def fields_of(kind: type[Divergence | Evaluation], record: Record) -> dict[str, Any]:
     """Return the fields of a record that are those of an event for the strategy."""
-    return {field.name: record[field.name] for field in fields(kind) if field.name in record}
+    known = (field.name for field in fields(kind) if record.get(field.name) is not None)
+    return {name: record[name] for name in known}
 
 
 def _check_same(record: Record, decided: Mapping[str, Any]) -> None:

@@ -53,6 +53,22 @@ def test_run_prints_the_result_and_its_progress(capsys, directory):
     assert "is finished" in err
 
 
+def test_a_run_without_a_right_answer_says_so_and_does_not_end_with_the_base(capsys, directory):
+    settings = ("evaluation.metric=exact_match", "train.lr=0.0001", "msft.max_stages=1")
+    code, _, err = call(capsys, "run", directory / "config.yaml", *settings)
+    assert code == 4
+    assert err.count("no answer was right in 2 evaluations") == 1
+    assert "the reference is" in err
+    assert "No answer was right in any evaluation" in err
+    report = (directory / "run" / "report.md").read_text(encoding="utf-8")
+    assert report.splitlines()[2].startswith("No answer was right")
+    evaluated = [r for r in read(directory / "run/journal.jsonl") if r["event"] == "evaluated"]
+    losses = {r["checkpoint"]: sum(r["losses"].values()) for r in evaluated}
+    result = json.loads((directory / "run/result.json").read_text(encoding="utf-8"))["result"]
+    assert result["checkpoint"] == min(losses, key=losses.__getitem__)
+    assert result["checkpoint"] != evaluated[0]["checkpoint"]
+
+
 def test_compare_sets_methods_side_by_side_and_repeats_nothing(capsys, directory):
     arguments = ["compare", directory / "config.yaml", f"output_dir={directory / 'both'}"]
     code, out, _ = call(capsys, *arguments, "--quiet")
