@@ -103,16 +103,6 @@ def times(document: dict[str, Any]) -> list[tuple[str, str, str]]:
                 "safetensors and fsync",
             )
         )
-    base = document["base"]
-    first, later = (f"{base[name] / base['blind']:.2f}" for name in ("first", "later"))
-    found.append(
-        (
-            "a save of an unchanged model of 1 GB: the first of a process, which reads the base, "
-            "and later ones",
-            f"{first} and {later} of the time",
-            "a save that believes the record of the base",
-        )
-    )
     return found
 
 

@@ -11,7 +11,8 @@ and later. Memory is the largest growth of the resident set in a save.
 
 Example::
 
-    python -m bench.saving bench/data/smollm2-runs/bf16-1e-5 --base bench/data/smollm2
+    python -m bench.arena.trajectories && python -m bench.saving
+    python -m bench.saving FOLDER/bf16-1e-5 --base MODEL
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ import torch
 from bench.codec import RESULTS, machine
 from bench.store import alone, disk_speed, emptied, table
 from bench.trajectories import DATA
-from bench.ways import Safetensors, State
+from bench.ways import MODEL, Safetensors, State
 from msft_store import Base, Checkpoint, Store
 
 FIRST, LATER, ON_BASE, IN_CHAIN = "unchanged, first", "unchanged", "against the base", "in a chain"
-ROUNDS = 5
-MOST_STEPS = 3
+ROUNDS = 3
+MOST_STEPS = 2
 """Snapshots of one trajectory that are saved, at equal distances in its list."""
 _SETTLE = 0.2
 """Seconds after which the time of a file's change is certain to differ from that of the next."""
@@ -157,6 +158,12 @@ def _saves(
         parent = store.log()[-1]
 
 
+def _default_folders() -> list[Path]:
+    """Return the trajectories of the pretrained language model, or else of the encoder."""
+    starts = sorted((DATA / "smollm2").glob("*/step0.safetensors"))
+    return [file.parent for file in starts or sorted(MODEL.glob("*/step0.safetensors"))]
+
+
 def _load(file: Path) -> State:
     # A copy, because what is mapped would be read from the file during the first save.
     loaded = safetensors.torch.load_file(file)
@@ -216,7 +223,9 @@ def report(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def main() -> None:
     """Measure trajectories and write ``bench/results/saving.{md,json}``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="trajectories")
+    parser.add_argument(
+        "folders", nargs="*", type=Path, help="trajectories (default: the language model's, if any)"
+    )
     parser.add_argument("--base", type=Path, help="model before the training (default: step 0)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="write nothing")
@@ -231,7 +240,7 @@ def main() -> None:
     DATA.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DATA, prefix="saving-") as name:
         document["disk"] = disk_speed(Path(name))
-        for folder in options.folders:
+        for folder in options.folders or _default_folders():
             base = options.base or next(iter(steps_of(folder).values()))
             for threads in (2, 1):
                 os.sched_setaffinity(0, cores[-threads:])
@@ -240,12 +249,15 @@ def main() -> None:
                 os.sched_setaffinity(0, cores)
             here = [row for row in rows if row.trajectory == folder.name]
             print(report(document, here), flush=True)
-    if options.quick:
-        return
+            if not options.quick:
+                write(document, rows)
+
+
+def write(document: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write the results so far."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "saving.md").write_text(report(document, rows), encoding="utf-8")
-    document["rows"] = [asdict(row) for row in rows]
-    text = json.dumps(document, indent=2) + "\n"
+    text = json.dumps({**document, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
     (RESULTS / "saving.json").write_text(text, encoding="utf-8")
 
 

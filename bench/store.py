@@ -26,13 +26,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import safetensors.torch
 import torch
@@ -46,14 +45,11 @@ from msft_store.cli import main as cli
 from msft_store.codec import codecs
 from msft_store.format.dtypes import dtype_by_torch
 from msft_store.format.layout import CHUNK_BYTES
-from msft_store.objects.base_reader import BaseReader
 from msft_store.tensors.bytes import to_bytes
 
 SMALL_MODEL = DATA / "causal-lm-2.5M"
 LONG_RUN, BRANCH = 200, 11
 """Commits of the long run, and after how many there is a roll-back."""
-LOOKS = 31
-"""Saves of an unchanged model of each kind."""
 MANY = (1000, 1500)
 """Checkpoints, and chunks of each, of the store that is listed."""
 
@@ -165,44 +161,6 @@ def background(regime: str, gigabytes: float, folder: Path, base: Path) -> dict[
             for tensor in state.values():
                 tensor.add_(1)
     return found
-
-
-def looks_at_base(gigabytes: float, folder: Path) -> dict[str, Any]:
-    """Return seconds of saves of an unchanged model: the first of a process, later ones, and blind.
-
-    A blind save believes the record of the base. The three alternate, and the median of each is
-    returned.
-    """
-    torch.manual_seed(0)
-    count = max(1, round(gigabytes * 1e9 / 2**25))
-    state = {f"{at:02}": torch.randn(2**12, 2**12).bfloat16() for at in range(count)}
-    safetensors.torch.save_file(state, folder / "base.safetensors")
-    Store.create(folder / "store").add_base(folder / "base.safetensors")
-    os.sync()
-    found = alone(_save_unchanged, folder)
-    return {**found, "gigabytes": count * 2**25 / 1e9, "machine": machine()}
-
-
-def _save_unchanged(folder: Path) -> dict[str, float]:
-    loaded = safetensors.torch.load_file(folder / "base.safetensors")
-    state = {name: tensor.clone() for name, tensor in loaded.items()}
-    store = Store.open(folder / "store")
-    (base,) = store.bases()
-
-    def save(step: int, *, blind: bool = False) -> float:
-        with mock.patch.object(BaseReader, "holds", return_value=True) if blind else nullcontext():
-            return seconds(lambda: store.save(state, parent=base, step=step))
-
-    save(0, blind=True)  # what is imported or allocated at the first call
-    found: dict[str, list[float]] = {"first": [], "later": [], "blind": []}
-    for step in range(1, 3 * LOOKS, 3):
-        # Whoever touches the file makes the store read it again, as a new process does.
-        os.utime(folder / "base.safetensors")
-        time.sleep(0.2)
-        found["first"].append(save(step))
-        found["later"].append(save(step + 1))
-        found["blind"].append(save(step + 2, blind=True))
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def codec_speed(regime: str, gigabytes: float) -> dict[str, float]:
@@ -345,11 +303,9 @@ def codec_table(rows: list[Row], speeds: Mapping[str, Mapping[str, float]]) -> s
 def report(document: Mapping[str, Any], rows: list[Row]) -> str:
     """Return all results as Markdown."""
     about, blocked, run = document["machine"], document["background"], document["long_run"]
-    listed, base = document["many"], document["base"]
+    listed = document["many"]
     lines = "".join(f"| {name} | {listed[name]:.2f} |\n" for name in listed)
     durable = f"durable after {blocked['first, durable']:.2f} s"
-    first, later = (f"{base[name] / base['blind']:.2f}" for name in ("first", "later"))
-    seen = f"{base['machine']['date']}, commit {base['machine']['commit']}"
     where = f"{document['cores']} cores of {about['cpu']}"
     when = f"{about['date']}, commit {about['commit']}"
     ratios = ", ".join(f"{run[name] / run['2']:.2f} x ({name})" for name in run if name != "2")
@@ -364,10 +320,6 @@ save (which encodes and decodes) and a load take.
 {codec_table(rows, document["codec"])}
 A background save (bf16-1e-5) blocks its caller for {blocked["first"]:.2f} s the first time and
 {blocked["again"]:.2f} s from then on; the first was {durable}.
-
-A save of an unchanged model of {base["gigabytes"]:.2f} GB in bf16 takes {base["blind"]:.2f} s if
-it believes the record of the base. The first one of a process also reads and hashes the base and
-takes {first} times as long. Later ones take {later} times as long ({seen}).
 
 Loading commits of a run with a roll-back every {BRANCH} commits, against the second: {ratios}; the
 second took {1e3 * run["2"]:.1f} ms. The second needs the base alone, those after a roll-back need
@@ -385,19 +337,8 @@ def main() -> None:
     """Measure everything and write ``bench/results/store.{md,json}``."""
     parser = argparse.ArgumentParser(description="Measure saving and loading beside peers.")
     parser.add_argument("--gigabytes", type=float, default=0.3, help="size of a state")
-    parser.add_argument(
-        "--base-only",
-        action="store_true",
-        help="measure only what looking at the base costs, beside the other results of before",
-    )
     options = parser.parse_args()
     document: dict[str, Any]
-    if options.base_only:
-        document = json.loads((RESULTS / "store.json").read_text(encoding="utf-8"))
-        with tempfile.TemporaryDirectory(dir=DATA, prefix="store-") as name:
-            document["base"] = looks_at_base(1, Path(name))
-        write(document, [Row(**row) for row in document["rows"]])
-        return
     rows: list[Row] = []
     document = {"machine": machine(), "cores": len(os.sched_getaffinity(0))}
     with tempfile.TemporaryDirectory(dir=DATA, prefix="store-") as name:
@@ -421,8 +362,6 @@ def main() -> None:
             document["long_run"] = alone(long_run, run)
         with emptied(folder / "run") as run:
             document["many"] = many(run)
-        with emptied(folder / "run") as run:
-            document["base"] = looks_at_base(1, run)
     write(document, rows)
 
 

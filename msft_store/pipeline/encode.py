@@ -2,7 +2,7 @@
 
 Invariants: chunks are encoded by threads but written in a fixed order, so the output does not
 depend on the number of threads. At most a few chunks per thread are in memory, for any size,
-device and layout of the tensors. Every encoded chunk is decoded and compared before it is written.
+device and layout of the tensors. Every payload is proven to restore its chunk before it is written.
 
 Example::
 
