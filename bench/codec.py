@@ -1,13 +1,12 @@
 """Speed of the store's codec and its distance from entropy bounds, on one core in one run.
 
 With a reference, numbers are of the last snapshot of a trajectory against its first; without one,
-of the last snapshot alone, beside zstd-3 and ZipNN. Rivals that have a reference, too, are measured
-by ``bench.arena``. There are two kinds of empirical bounds. The first is the entropy of a weight's
-change given its chunk and the exponent of the reference, counted over whole changes. The second is,
-for each of our levels, the entropy of its symbols (tokens and low bits, gaps, runs) given its own
-classes, which shows the loss by its coder and its tables. An adaptive coder has no tables and more
-contexts than classes, so it can be below its bound. Entropies counted over few weights are too low,
-because they know every change beforehand.
+of the last snapshot alone, beside zstd-3 and ZipNN. All rivals that have a reference, too, are
+measured by ``bench.arena``. There are two kinds of empirical bounds. The first is the entropy of a
+weight's change given its chunk and the exponent of the reference, counted over whole changes. The
+second is the entropy of our symbols (tokens and low bits, gaps, runs) given their classes, which
+shows the loss by coders and tables. Entropies counted over few weights are too low, because they
+know every change beforehand.
 
 ZipNN is measured if it is installed (``pip install zipnn``, which compiles it).
 
@@ -38,7 +37,7 @@ import torch
 
 from bench.arena import rivals
 from bench.trajectories import DATA, ROOT
-from msft_store.codec import adaptive_codec, changes, codecs, exponent_codec
+from msft_store.codec import changes, codecs, compact_codec, exponent_codec
 from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.codec.kernels import Bytes, encode_lane_changes, view_lanes
 from msft_store.format.dtypes import DType, dtype_by_torch
@@ -87,11 +86,11 @@ def unzipnn(data: bytes, old: Bytes, dtype: DType) -> Bytes:
     return np.frombuffer(rivals.zipnn(dtype.name).decompress(data), np.uint8)
 
 
-def ours(level: codecs.Level, *, reference: bool = True) -> tuple[Encode, Decode]:
+def ours(*, reference: bool = True) -> tuple[Encode, Decode]:
     """Return the store's choice of codec, its number in front."""
 
     def encode(new: Bytes, old: Bytes, dtype: DType) -> bytes:
-        codec, payload = codecs.encode(new, old if reference else None, dtype, level=level)
+        codec, payload = codecs.encode(new, old if reference else None, dtype)
         return bytes([codec.code]) + payload
 
     def decode(data: bytes, old: Bytes, dtype: DType) -> Bytes:
@@ -102,9 +101,9 @@ def ours(level: codecs.Level, *, reference: bool = True) -> tuple[Encode, Decode
     return encode, decode
 
 
-def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
+def interpreted() -> tuple[Encode, Decode]:
     """Return ours without compiled loops."""
-    encode, decode = ours(level)
+    encode, decode = ours()
 
     def without(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
@@ -116,21 +115,21 @@ def interpreted(level: codecs.Level) -> tuple[Encode, Decode]:
     return without(encode), without(decode)
 
 
-FAST, SMALL = "ours, fast", "ours, small"
+_PEER = rivals.TensorX(DATA)
+OURS, TENSORX = "ours", "XOR + planes + zstd-1 (TensorX)"
 GIVEN: dict[str, tuple[Encode, Decode]] = {
-    FAST: ours("fast"),
-    SMALL: ours("small"),
-    "ours, fast, without Numba": interpreted("fast"),
+    OURS: ours(),
+    TENSORX: (_PEER.pack, _PEER.unpack),
+    "ours, without Numba": interpreted(),
 }
 """What codes a chunk given its reference."""
 ALONE: dict[str, tuple[Encode, Decode]] = {
     "zstd-3": (zstd, unzstd),
     "ZipNN": (zipnn, unzipnn),
-    FAST: ours("fast", reference=False),
-    SMALL: ours("small", reference=False),
+    OURS: ours(reference=False),
 }
 """What codes a chunk alone."""
-SLOW = {"ours, fast, without Numba"}
+SLOW = {"ours, without Numba"}
 """Measured once, and only on part of the chunks."""
 BOUND = "entropy given the exponent"
 
@@ -161,32 +160,20 @@ def entropy_bytes(chunks: list[Chunk]) -> float:
     return bits / 8
 
 
-def own_entropy_bytes(chunks: list[Chunk], level: codecs.Level) -> float:
-    """Return the empirical entropy of what a level codes, given its chunk and its classes."""
-    bits = 0.0
+def own_entropy_bytes(chunks: list[Chunk]) -> float:
+    """Return the empirical entropy of what we code, given its chunk and its classes."""
+    total = 0.0
     for new, old, dtype in chunks:
         layout = changes.float_layout(dtype)
         if layout is None or np.array_equal(new, old):
             continue
         lane_pair = view_lanes(new, dtype.lane), view_lanes(old, dtype.lane)
         found = exponent_codec.find_changes(*lane_pair, layout, codecs.compiled_kernels())
-        runs = np.zeros(0, np.int64) if found.runs is None else found.runs
-        for values in (runs, found.gaps):
-            symbols = exponent_codec.compute_plain_symbols(0, values.astype(np.uint32)).astype(
-                np.int64
-            )
-            tokens = symbols >> 2 & changes.TOKENS - 1
-            bits += conditional_entropy(np.zeros_like(tokens), tokens)
-            bits += float(changes.EXTRA_BITS[tokens].sum(dtype=np.int64))
-        contexts = found.symbols.astype(np.int64) >> 8
-        if level == "fast":
-            coded = found.symbols.astype(np.int64) & 0xFF
-            low = changes.EXTRA_BITS[coded >> 2]
-        else:
-            coded = adaptive_codec.append_halves(found.symbols, found.distances).astype(np.int64)
-            low = adaptive_codec.FINE_BITS[coded >> 2]
-        bits += conditional_entropy(contexts, coded) + float(low.sum(dtype=np.int64))
-    return bits / 8
+        for symbols, _, bits in compact_codec.list_symbols(found, layout)[0]:
+            wide = symbols.astype(np.int64)
+            total += conditional_entropy(wide >> 8, wide & 0xFF)
+            total += float(bits[wide >> 2 & changes.TOKENS - 1].sum(dtype=np.int64))
+    return total / 8
 
 
 def conditional_entropy(given: Any, values: Any) -> float:
@@ -218,7 +205,7 @@ def measure(
             encoding = min(encoding, middle - began)
         for data, (new, _, _) in zip(back, part, strict=True):
             assert np.array_equal(data, new), f"{codec} is not lossless on {name}"
-        size = sum(map(len, payloads)) if part is chunks else rows[FAST][0]
+        size = sum(map(len, payloads)) if part is chunks else rows[OURS][0]
         share = sum(new.size for new, _, _ in part) / 1e9
         rows[codec] = (size, share / encoding, share / decoding)
     for codec, (size, encoding, decoding) in rows.items():
@@ -233,8 +220,7 @@ def measure(
         return
     bounds = {
         BOUND: entropy_bytes(chunks),
-        f"entropy of what {FAST} codes": own_entropy_bytes(chunks, "fast"),
-        f"entropy of what {SMALL} codes": own_entropy_bytes(chunks, "small"),
+        "entropy of what we code": own_entropy_bytes(chunks),
     }
     for label, bound in bounds.items():
         yield Row(trajectory=name, codec=label, percent=100 * bound / total)

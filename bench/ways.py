@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from bench.trajectories import DATA
 from msft_store import Store
-from msft_store.codec import codecs
 
 State = dict[str, torch.Tensor]
 MODEL = DATA / "encoder-22.7M"
@@ -89,12 +88,10 @@ class Distributed(Way):
 
 
 class Ours(Way):
-    """:class:`msft_store.Store`, at a level."""
-
-    level: codecs.Level = "fast"
+    """:class:`msft_store.Store`."""
 
     def prepare(self) -> None:
-        self._store = Store.create(self.folder / "store", level=self.level)
+        self._store = Store.create(self.folder / "store")
         self._base = self._store.add_base(self.base)
 
     def save(self, state: State) -> None:
@@ -104,18 +101,11 @@ class Ours(Way):
         self._store.load_into(state, self._ckpt)
 
 
-class OursSmall(Ours):
-    """The same, with ``level="small"``."""
-
-    level: codecs.Level = "small"
-
-
 WAYS: dict[str, type[Way]] = {
     SAFETENSORS: Safetensors,
     "torch.save": Torch,
     "distributed.checkpoint": Distributed,
     OURS: Ours,
-    "ours, small": OursSmall,
 }
 
 

@@ -41,10 +41,8 @@ from typing import Any, TypeVar
 import torch
 
 from msft_store._util import format_bytes
-from msft_store.codec.codecs import Level
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.objects.bases import Base
-from msft_store.objects.catalog import check_level
 from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.store import Store
 from msft_store.tensors.bytes import check_tensors, memory_key
@@ -184,7 +182,6 @@ class AsyncSaver:
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
-        level: Level | None = None,
         compared: Compared | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Future[Checkpoint]:
@@ -205,13 +202,10 @@ class AsyncSaver:
         if self._closed:
             raise InvalidInputError("this AsyncSaver is closed; make another one for the store")
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
-        if level is not None:
-            check_level(level)
         save = partial(
             self._store.save,
             parent=parent,
             references=None if references is None else list(references),
-            level=level,
             compared=compared,
             files=check_files(files),
             **vars(facts),

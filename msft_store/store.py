@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 
 from msft_store._util import PathLike, check_path
-from msft_store.codec.codecs import Level
 from msft_store.errors import (
     CorruptedError,
     InvalidInputError,
@@ -53,7 +52,6 @@ from msft_store.objects.catalog import (
     CONFIG,
     Catalog,
     Config,
-    check_level,
     encode_config,
     read_consistently,
     refuse_inside_store,
@@ -144,21 +142,20 @@ class Store:
         self._local = _Local()
 
     @classmethod
-    def create(cls, path: PathLike, *, level: Level = "fast", version: int = NEWEST) -> Store:
+    def create(cls, path: PathLike, *, version: int = NEWEST) -> Store:
         """Create a store in a new or empty directory and open it.
 
         Args:
             path: Directory of the store.
-            level: Default effort of the store's saves, ``"fast"`` or ``"small"``.
             version: Version of the byte format. Version 1 is for older releases of this package;
                 it takes more space.
 
         Raises:
             NotAStoreError: The directory holds a store or other files.
-            InvalidInputError: There is no such level or version, or the directory is inside a
+            InvalidInputError: There is no such version, or the directory is inside a
                 store.
         """
-        config = encode_config(Config(level=level, version=version))
+        config = encode_config(Config(version=version))
         root = check_path(path)
         refuse_inside_store(root, "choose")
         backend = LocalBackend(root)
@@ -192,11 +189,6 @@ class Store:
         return self._backend.describe("").rstrip("/")
 
     @property
-    def level(self) -> Level:
-        """Default effort of saves, ``"fast"`` or ``"small"``."""
-        return self._catalog.config.level
-
-    @property
     def version(self) -> int:
         """Version of the byte format in which the store is written."""
         return self._catalog.config.version
@@ -211,7 +203,7 @@ class Store:
             BusyError: Another process holds the lock for too long.
         """
         with self.session("upgrade", exclusive=True):
-            config = Config(level=self.level)
+            config = Config()
             if self._catalog.config != config:
                 write_atomic(self._backend, CONFIG, encode_config(config))
                 self._catalog.config = config
@@ -293,7 +285,6 @@ class Store:
         metrics: Mapping[str, float] | None = None,
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
-        level: Level | None = None,
         compared: Compared | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
@@ -313,7 +304,6 @@ class Store:
             metrics: Numbers by metric name, in their natural units.
             tags: Labels of the checkpoint.
             metadata: JSON object to keep with the checkpoint.
-            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
             compared: Result of :meth:`Resident.compare` for these tensors.
             files: The model's configuration and tokenizer, as
                 :func:`~msft_store.integrations.model_files.model_files` returns them. An export
@@ -330,7 +320,6 @@ class Store:
             BusyError: Another process holds the lock for too long.
         """
         state = tensors if isinstance(tensors, Parts) else check_tensors(tensors)
-        level = self.level if level is None else check_level(level)
         compared = check_compared(compared)
         facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
         kept = file_tensors(check_files(files))
@@ -340,10 +329,10 @@ class Store:
                 state = {**state, **kept}
             elif kept:
                 boxes = [whole_box(name, tensor) for name, tensor in kept.items()]
-                part = self._writer.encode(boxes, parent=parent, references=near, level=level)
+                part = self._writer.encode(boxes, parent=parent, references=near)
                 state = Parts([*state, part])
             return self._writer.save(
-                state, facts, parent=parent, references=near, level=level, compared=compared
+                state, facts, parent=parent, references=near, compared=compared
             )
 
     def encode(
@@ -352,7 +341,6 @@ class Store:
         *,
         parent: Base | Checkpoint | str | None = None,
         references: Iterable[Checkpoint | str] | None = None,
-        level: Level | None = None,
     ) -> Part:
         """Write this process's share of a checkpoint that several processes save together.
 
@@ -364,7 +352,6 @@ class Store:
             boxes: Parts of tensors that this process holds.
             parent: Base or checkpoint that these tensors descend from; the same in all processes.
             references: As for :meth:`save`.
-            level: Effort of encoding, ``"fast"`` or ``"small"``; by default the store's.
 
         Returns:
             The part, which can be pickled and sent to the process that saves.
@@ -376,11 +363,8 @@ class Store:
         plain = {name: new for new, name in plain_names({b.name: b.name for b in checked}).items()}
         checked = [replace(box, name=plain[box.name]) for box in checked]
         check_plain({box.name: box.tensor for box in checked})
-        level = self.level if level is None else check_level(level)
         with self.session("encode"):
-            return self._writer.encode(
-                checked, parent=parent, references=self._resolve(references), level=level
-            )
+            return self._writer.encode(checked, parent=parent, references=self._resolve(references))
 
     def _resolve(self, names: Iterable[Checkpoint | str] | None) -> list[Checkpoint] | None:
         return None if names is None else [self._catalog.resolve(name) for name in names]

@@ -52,7 +52,6 @@ def _inspect_store(store: Store, plot: str | None) -> tuple[dict[str, Any], str]
     checkpoints, refs, bases, held = store.log(), store.refs(), store.bases(), store.held_bytes()
     manifests = store.manifest_bytes()
     document: dict[str, Any] = {
-        "level": store.level,
         "bases": [_summary_of_base(base) for base in bases],
         "checkpoints": [summary(checkpoint) for checkpoint in checkpoints],
         "refs": refs,
@@ -60,7 +59,7 @@ def _inspect_store(store: Store, plot: str | None) -> tuple[dict[str, Any], str]
         "manifest_bytes": manifests,
     }
     text = lineage(checkpoints, bases, refs, store.notes()) or "the store is empty"
-    text += f"\nlevel {store.level}{format_missing_bases(bases)}"
+    text += format_missing_bases(bases)
     if manifests:
         text += f"\nplus {format_bytes(manifests)} of manifests"
     if held:

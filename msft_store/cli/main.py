@@ -49,7 +49,6 @@ from msft_store.cli.tensors import (
     export_files,
     import_files,
 )
-from msft_store.codec.codecs import LEVELS
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Report
@@ -103,9 +102,8 @@ def _run(options: argparse.Namespace) -> Output:
 
 
 def _init(options: argparse.Namespace) -> Output:
-    store = Store.create(options.path or store_path(options), level=options.level)
-    document = {"store": store.path, "level": store.level}
-    return document, f"created a store at {store.path}"
+    store = Store.create(options.path or store_path(options))
+    return {"store": store.path}, f"created a store at {store.path}"
 
 
 def _upgrade(options: argparse.Namespace) -> Output:
@@ -235,12 +233,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("init", _init, "create a store", "init run/store")
     command.add_argument("path", nargs="?", help="directory of the new store; the same as --store")
-    command.add_argument(
-        "--level",
-        choices=LEVELS,
-        default=LEVELS[0],
-        help="whether saves take little time (fast, the default) or little space (small)",
-    )
 
     command = add(
         "upgrade",

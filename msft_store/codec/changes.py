@@ -1,11 +1,11 @@
 """Find the changes between two chunks with PyTorch, on any device: the reference implementation.
 
-The codecs 6 and 7 code a change given the exponent of its reference, which a decoder knows. That
+The codecs 6, 7 and 9 code a change given the exponent of its reference, which a decoder knows. That
 exponent says most about the change, because a small update vanishes in a large weight. Elements of
 small exponents, of which many change, are *busy*: all of them are listed. Of the other, *quiet*
 elements only the changed ones are listed, by the gaps between them. A change is a *token* (its
-distance if below 4, then half octaves), low bits, a direction, and a bit that is 1 if the sign
-flipped. ``docs/FORMAT.md``, section 5, defines the terms.
+distance if below 4, then half or quarter octaves), low bits, a direction, and a bit that is 1 if
+the sign flipped. ``docs/FORMAT.md``, section 5, defines the terms.
 
 Example::
 
@@ -34,16 +34,22 @@ DIRECT_TOKENS = 4
 """Distances below this are their own tokens."""
 _MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "complex32": 10, "complex64": 23}
 TOKENS = 64
-EXTRA_BITS = np.array(
-    [0] * DIRECT_TOKENS + [(t - DIRECT_TOKENS) // 2 + 1 for t in range(DIRECT_TOKENS, TOKENS)], "u1"
-)
-"""Number of low bits that follow each token."""
-SMALLEST = np.array(
-    [*range(DIRECT_TOKENS)]
-    + [(2 | t & 1) << (t - DIRECT_TOKENS) // 2 + 1 for t in range(DIRECT_TOKENS, TOKENS)],
-    "u8",
-).astype(np.uint32)
-"""The smallest distance of each token; tokens from 62 up are unused."""
+
+
+def build_tokens(fine: int) -> tuple[Array, Array]:
+    """Return the number of low bits that follow each token, and its smallest distance.
+
+    ``fine`` is the number of bits of a distance below its highest one that a token holds, 1 or 2.
+    """
+    tokens = np.arange(TOKENS)
+    bits = np.where(tokens < DIRECT_TOKENS, 0, (tokens >> fine) - 1)
+    smallest = np.where(tokens < DIRECT_TOKENS, tokens, (1 << fine | tokens % (1 << fine)) << bits)
+    # Half octaves from token 62 up are unused.
+    return bits.astype(np.uint8), smallest.astype(np.uint64).astype(np.uint32)
+
+
+EXTRA_BITS, SMALLEST = build_tokens(1)
+"""The tokens of half octaves, which runs and gaps have, and all changes of older codecs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,8 @@ class FloatLayout:
     """Number of bits of the mantissa."""
     mask: int
     """Mask of all bits but the sign."""
+    fine: int
+    """See :func:`build_tokens`; quarter octaves suffice for 15 bits, half octaves for 31."""
 
     @property
     def sign(self) -> int:
@@ -99,10 +107,18 @@ class ChunkChanges(Listing):
     """The listed elements; ``None`` if they were not brought to the host."""
 
 
+def zero_context(listing: Listing) -> int:
+    """Return the context of references of zero, which follows those of the exponents."""
+    return FIRST_CLASS + listing.high - listing.low + 1
+
+
 def float_layout(dtype: DType) -> FloatLayout | None:
     """Return the layout of a type's lanes; ``None`` unless they are floats of 2 or 4 bytes."""
     shift = _MANTISSA.get(dtype.name)
-    return None if shift is None else FloatLayout(shift=shift, mask=(1 << 8 * dtype.lane - 1) - 1)
+    if shift is None:
+        return None
+    mask = (1 << 8 * dtype.lane - 1) - 1
+    return FloatLayout(shift=shift, mask=mask, fine=2 if dtype.lane == 2 else 1)
 
 
 def find_changes(new: torch.Tensor, old: torch.Tensor, layout: FloatLayout) -> ChunkChanges:
@@ -172,18 +188,27 @@ def compute_symbols(
     was, now = old.long(), new.long()
     change = (now & layout.mask) - (was & layout.mask)
     contexts = (((was & layout.mask) >> layout.shift).clamp(low, high) - low) + FIRST_CLASS
+    contexts[(was & layout.mask) == 0] = FIRST_CLASS + high - low + 1
     distances = change.abs()
     flipped = ((was ^ now) & layout.sign) != 0
     symbols = (
-        contexts << 8 | compute_tokens(distances) << 2 | (change < 0).long() << 1 | flipped.long()
+        contexts << 8
+        | compute_tokens(distances, layout.fine) << 2
+        | (change < 0).long() << 1
+        | flipped.long()
     )
     return symbols, distances
 
 
-def compute_tokens(distances: torch.Tensor) -> torch.Tensor:
-    """Return the tokens of distances, int64, read off the exponent and top bit of a float64."""
-    halves = (distances.double().view(torch.int64) >> 51) - 2046
-    return torch.where(distances < DIRECT_TOKENS, distances, halves)
+def compute_tokens(distances: torch.Tensor, fine: int) -> torch.Tensor:
+    """Return the tokens of distances, int64, read off the exponent and top bits of a float64."""
+    parts = (distances.double().view(torch.int64) >> 52 - fine) - first_part(fine)
+    return torch.where(distances < DIRECT_TOKENS, distances, parts)
+
+
+def first_part(fine: int) -> int:
+    """Return what the token of a float64 lacks to its exponent and its ``fine`` highest bits."""
+    return (1025 << fine) - DIRECT_TOKENS
 
 
 def locate_listed(

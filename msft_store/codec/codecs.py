@@ -17,12 +17,12 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import zstandard
 
-from msft_store.codec import adaptive_codec, changes, exponent_codec, kernels
+from msft_store.codec import adaptive_codec, changes, compact_codec, exponent_codec, kernels
 from msft_store.codec.changes import ChunkChanges, FloatLayout
 from msft_store.codec.compilation import compiled_kernels
 from msft_store.codec.kernels import (
@@ -45,8 +45,10 @@ _PLAIN_LEVEL = 3
 _SPARSE_BELOW = 0.4
 """From this share of changed elements on, gaps cost more than the zeros that they replace."""
 _DENSE_FROM = 0.1
-_TABLES_FROM = 8192
+_TABLES_FROM = 512
 """Chunks of fewer bytes are coded without tables, which would not be worth their time."""
+_SMALL_BELOW = 8192
+"""Chunks of fewer bytes may be smaller without tables, however many elements change."""
 _TABLES_PAY_FROM = 1024
 """Payloads of fewer bytes may be smaller without tables."""
 _SEARCH_FROM = 0.9
@@ -57,10 +59,6 @@ _PLAIN_FROM = 0.6
 
 _COMPILED_LANES = (2, 4)
 """Widths of the lanes that the compiled kernels can rotate, bytes."""
-
-Level = Literal["fast", "small"]
-"""The aim of an encoder: speed or size."""
-LEVELS: tuple[Level, ...] = ("fast", "small")
 
 
 @dataclass(frozen=True)
@@ -188,56 +186,55 @@ class Sparse(Codec):
         lanes[positions] = decode_lane_changes(codes, lanes[positions], floating=dtype.floating)
 
 
-class ExponentClasses(Codec):
+class Compact(Codec):
     """Changes range-coded by the exponent of the reference, for floats of 2 or 4 bytes."""
-
-    _coder: ClassVar[Any] = exponent_codec
-    """The module that decodes payloads."""
 
     def encode(
         self, chunk: Bytes, reference: Bytes | None, dtype: DType, found: ChunkChanges | None = None
     ) -> bytes:
         new, old = _view_pair(chunk, reference, dtype)
-        compiled, layout = self._kernels(dtype), _require_layout(dtype)
+        compiled, layout = compiled_kernels(dtype.lane), _require_layout(dtype)
         found = found or exponent_codec.find_changes(new, old, layout, compiled)
-        return self._encode_changes(old, layout, found, compiled)
-
-    def _encode_changes(
-        self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
-    ) -> bytes:
-        return exponent_codec.encode(found, compiled)
+        return compact_codec.encode(found, layout, compiled)
 
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
-        self._coder.decode_in_place(payload, lanes, layout, self._kernels(dtype))
+        compact_codec.decode_in_place(payload, lanes, layout, compiled_kernels(dtype.lane))
 
     def restores(
         self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
     ) -> bool:
-        compiled = self._kernels(dtype)
+        compiled = compiled_kernels(dtype.lane)
         if found is None or found.listed is None or compiled is None:
             return super().restores(payload, chunk, out, dtype, found)
         size, layout = chunk.size // dtype.lane, _require_layout(dtype)
-        proven: bool = self._coder.restores(payload, size, found, layout, compiled)
-        return proven
-
-    def _kernels(self, dtype: DType) -> Any:
-        return compiled_kernels(dtype.lane)
+        return compact_codec.restores(payload, size, found, layout, compiled)
 
 
-class Adaptive(ExponentClasses):
-    """The changes of codec 6, coded with adaptive probabilities: smaller and slower."""
+class _ReadOnly(Codec):
+    """A codec of older stores, which is read for ever and not written."""
 
-    _coder: ClassVar[Any] = adaptive_codec
+    def encode(self, chunk: Bytes, reference: Bytes | None, dtype: DType) -> bytes:
+        raise NotImplementedError(f"the codec {self.name} is only read; {COMPACT.name} replaces it")
 
-    def _encode_changes(
-        self, old: Lanes, layout: FloatLayout, found: ChunkChanges, compiled: Any
-    ) -> bytes:
-        return adaptive_codec.encode(old, layout, found, compiled)
 
-    def _kernels(self, dtype: DType) -> Any:
+class ExponentClasses(_ReadOnly):
+    """The changes of codec 9 with larger tables, and without values for references of zero."""
+
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
+        exponent_codec.decode_in_place(payload, lanes, layout, compiled_kernels(dtype.lane))
+
+
+class Adaptive(_ReadOnly):
+    """The changes of codec 6, coded with adaptive probabilities: slow."""
+
+    def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
         # To wait until the loops are compiled takes less time than to work without them.
-        return compiled_kernels(wait=True)
+        adaptive_codec.decode_in_place(
+            payload, lanes, layout, compiled_kernels(dtype.lane, wait=True)
+        )
 
 
 class Turned(Codec):
@@ -273,9 +270,21 @@ SPARSE = Sparse(5, "sparse", needs_reference=True)
 EXPONENT_CLASSES = ExponentClasses(6, "classes", needs_reference=True)
 ADAPTIVE = Adaptive(7, "adaptive", needs_reference=True)
 TURNED = Turned(8, "turned")
+COMPACT = Compact(9, "compact", needs_reference=True)
 _BY_CODE: dict[int, Codec] = {
     codec.code: codec
-    for codec in (RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED)
+    for codec in [
+        RAW,
+        ZSTD,
+        PLANES,
+        SAME,
+        DELTA,
+        SPARSE,
+        EXPONENT_CLASSES,
+        ADAPTIVE,
+        TURNED,
+        COMPACT,
+    ]
 }
 
 
@@ -301,7 +310,6 @@ def encode(
     reference: Bytes | None,
     dtype: DType,
     *,
-    level: Level = "fast",
     found: ChunkChanges | None = None,
 ) -> tuple[Codec, bytes]:
     """Return the smallest representation of a chunk; the codec tried first wins a tie.
@@ -312,20 +320,18 @@ def encode(
     if reference is not None:
         if found is None and _are_equal(chunk, reference):
             return SAME, b""
-        tried.append(_encode_against(chunk, reference, dtype, level, found))
+        tried.append(_encode_against(chunk, reference, dtype, found))
         if len(tried[0][1]) < _PLAIN_FROM * chunk.size:
             return tried[0]
-    best = _smallest(*tried, _encode_alone(chunk, dtype, level))
+    best = _smallest(*tried, _encode_alone(chunk, dtype))
     return best if len(best[1]) < chunk.size else (RAW, RAW.encode(chunk, None, dtype))
 
 
-def _encode_alone(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, bytes]:
+def _encode_alone(chunk: Bytes, dtype: DType) -> tuple[Codec, bytes]:
     if dtype.lane == 1:
         return ZSTD, ZSTD.encode(chunk, None, dtype)
     if not dtype.floating:
         return _encode_smallest((PLANES, ZSTD), chunk, None, dtype)
-    if level == "small":
-        return _encode_smallest((TURNED, PLANES, ZSTD), chunk, None, dtype)
     turned = TURNED.encode(chunk, None, dtype)
     if len(turned) < _SEARCH_FROM * chunk.size:
         return TURNED, turned
@@ -333,18 +339,17 @@ def _encode_alone(chunk: Bytes, dtype: DType, level: Level) -> tuple[Codec, byte
 
 
 def _encode_against(
-    chunk: Bytes, reference: Bytes, dtype: DType, level: Level, found: ChunkChanges | None
+    chunk: Bytes, reference: Bytes, dtype: DType, found: ChunkChanges | None
 ) -> tuple[Codec, bytes]:
-    is_small = chunk.size < _TABLES_FROM
-    if changes.float_layout(dtype) is not None and (level == "small" or not is_small):
-        codec = EXPONENT_CLASSES if level == "fast" else ADAPTIVE
-        payload = codec.encode(chunk, reference, dtype, found)
+    is_small = chunk.size < _SMALL_BELOW
+    if changes.float_layout(dtype) is not None and chunk.size >= _TABLES_FROM:
+        payload = COMPACT.encode(chunk, reference, dtype, found)
         if not is_small and len(payload) >= _TABLES_PAY_FROM:
-            return codec, payload
+            return COMPACT, payload
         tried: list[tuple[Codec, bytes]] = [(SPARSE, SPARSE.encode(chunk, reference, dtype, found))]
         if is_small:
             tried.append((DELTA, DELTA.encode(chunk, reference, dtype)))
-        return _smallest(*tried, (codec, payload))
+        return _smallest(*tried, (COMPACT, payload))
     new, old = _view_pair(chunk, reference, dtype)
     changed = np.count_nonzero(new != old) / new.size
     sparse = (SPARSE,) if changed < _SPARSE_BELOW else ()

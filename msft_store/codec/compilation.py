@@ -47,7 +47,7 @@ def compiled_kernels(lane: int | None = None, *, wait: bool = False) -> Any:
 
     It is ``None`` without Numba, and while another process compiles the loops. With ``wait``, the
     call returns when that process has ended. ``lane`` is the number of bytes of the lanes that the
-    loops are called with: those of level ``fast`` are ready before all others.
+    loops are called with: those of two are ready before all others.
     """
     chosen = os.environ.get(NUMBA_VARIABLE)
     kernels = None if chosen == NEVER else _import_kernels()
@@ -58,7 +58,7 @@ def compiled_kernels(lane: int | None = None, *, wait: bool = False) -> Any:
 
 
 def mark_compiled(lane: int | None) -> None:
-    """Record that the cache has the loops of level ``fast`` for these lanes, or all loops."""
+    """Record that the cache has the loops for these lanes, or all loops."""
     compilation = _compilation()
     if compilation is not None:
         compilation.marker(lane).touch()
@@ -123,8 +123,8 @@ def _import_kernels() -> Any:
         return importlib.import_module("msft_store.codec.numba_kernels")
     except Exception as error:  # Numba raises many kinds of errors on unsupported machines
         warnings.warn(
-            f"Numba cannot be used ({error}): saves and loads are slower, above all at level "
-            "small; install a Numba that supports this machine, or set MSFT_STORE_NUMBA=0",
+            f"Numba cannot be used ({error}): saves and loads are slower; install a Numba "
+            "that supports this machine, or set MSFT_STORE_NUMBA=0",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,22 +1,21 @@
-"""Codec 6: changes coded by the reference's exponent, with static range-coder tables.
+"""Find, list and apply changes by the reference's exponent; and codec 6, which is only read.
 
-The format is in ``docs/FORMAT.md``, section 5. Invariants: the payload is the same with and without
-compiled kernels and on every device, and a damaged payload is a :class:`ValueError`, never an
-access out of bounds. :mod:`msft_store.codec.adaptive_codec` finds, lists and applies changes with
-the functions of this module too.
+Codecs 6, 7 and 9 list the same elements and code the same symbols; ``docs/FORMAT.md``, section 5,
+has the formats. Invariants: the result is the same with and without compiled kernels and on every
+device, and a damaged payload is a :class:`ValueError`, never an access out of bounds.
 
 Example::
 
     compiled = compiled_kernels()                     # or None without Numba
-    payload = encode(find_changes(new, old, layout, compiled), compiled)
+    changes = find_changes(new, old, layout, compiled)
+    positions = locate_listed(old, layout, changes, changes.gaps, compiled, count=...)
     decode_in_place(payload, old, layout, compiled)   # old is now equal to new
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +37,7 @@ from msft_store.codec.changes import (
 )
 from msft_store.codec.kernels import Lanes
 from msft_store.codec.rans import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
-from msft_store.format.layout import decompress, get_compressor
+from msft_store.format.layout import decompress
 
 Array = NDArray[Any]
 
@@ -47,7 +46,6 @@ _HEADER = struct.Struct("<IIIIIBBH")
 busy."""
 ALL_BLOCKS_CODED = 1 << 15
 """The bit of ``busy`` that is set if all blocks are coded."""
-_TABLE_LEVEL = 3
 Tokens = tuple[Array, Array]
 """The number of low bits of each token, and the smallest value that it stands for."""
 
@@ -76,7 +74,7 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
     step = rans.sampling_step(-(-new.size // BLOCK))
     words = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
     busy, low, high, skip, (runs, gaps, symbols, distances), listed = compiled.find_changes(
-        now, was, *words, layout.shift, layout.mask, step
+        now, was, *words, layout.shift, layout.mask, layout.fine, step
     )
     positions, references, values = listed
     return ChunkChanges(
@@ -99,37 +97,15 @@ def list_runs_and_gaps(found: ChunkChanges) -> tuple[Array, Array]:
 
 
 def write_low_bits(
-    parts: Sequence[tuple[Array, Array]], bits: Array, histogram: Array, compiled: Any
-) -> Array:
-    """Return the low bits of symbols and their values as words; count the symbols."""
+    parts: Sequence[tuple[Array, Array, Array]], histogram: Array, compiled: Any
+) -> bytes:
+    """Return the low bits of symbols with their values and bits a token; count the symbols."""
     # One word for each number suffices, because no distance has more than 31 low bits.
-    words, at = np.zeros(sum(values.size for _, values in parts) + 2, np.uint32), 0
-    for symbols, values in parts:
+    words, at = np.zeros(sum(values.size for _, values, _ in parts) + 2, "<u4"), 0
+    for symbols, values, bits in parts:
         write = (kernels if compiled is None else compiled).write_low_bits
         at = write(symbols, values, bits, histogram, words, at)
-    return words[: -(-at // 32)]
-
-
-def join_payload(found: ChunkChanges, first: bytes, words: Array, rest: bytes) -> bytes:
-    """Return a payload: its header, a first part, the words of low bits, and the rest."""
-    runs = 0 if found.runs is None else found.runs.size
-    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
-    sizes = (found.symbols.size, found.gaps.size, runs, len(first), words.size)
-    header = _HEADER.pack(*sizes, found.low, found.high, busy)
-    return b"".join([header, first, words.tobytes(), rest])
-
-
-def encode(found: ChunkChanges, compiled: Any) -> bytes:
-    """Return the payload of the changes."""
-    histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
-    parts = [list_runs_and_gaps(found), (found.symbols, found.distances)]
-    words = write_low_bits(parts, EXTRA_BITS, histogram, compiled)
-    coder = rans if compiled is None else compiled
-    levels = rans.compute_levels(histogram)
-    packed = coder.compute_frequencies(levels)
-    coded = [coder.encode(part, packed, rans.count_coders(part.size)) for part, _ in parts]
-    rest = b"".join(part.tobytes() for part in coded)
-    return join_payload(found, _encode_tables(levels), words, rest)
+    return words[: -(-at // 32)].tobytes()[: -(-at // 8)]
 
 
 def decode_in_place(
@@ -143,110 +119,54 @@ def decode_in_place(
 
     ``reader`` is that of codec 6 by default.
     """
-    streams = _open_streams(payload, old.size, compiled, reader or _RangeReader)
-    listing, count = streams.listing, streams.listed
-    positions = locate_listed(old, layout, listing, streams.gaps, compiled, count=count)
-    coded = streams.symbols.read_changes(compute_exponents(old, positions, layout, compiled))
-    lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
-    low_bits = (streams.words, streams.start, streams.end, layout.sign, *streams.symbols.tokens)
-    bits = loops.apply_changes(lanes, positions, coded, *low_bits)
-    if not 0 <= streams.end - bits < 32:
-        raise ValueError("an exponent-coded chunk has the wrong number of low bits")
-
-
-def restores(
-    payload: bytes,
-    size: int,
-    found: ChunkChanges,
-    layout: FloatLayout,
-    compiled: Any,
-    *,
-    reader: type[SymbolReader] | None = None,
-) -> bool:
-    """Return True if a payload decodes to the ``size`` lanes in which changes were found.
-
-    The search has compared all lanes, so a payload is proven by the elements that it lists and by
-    their values. ``found`` must hold those.
-    """
-    listed = found.listed
-    try:
-        streams = _open_streams(payload, size, compiled, reader or _RangeReader)
-        if listed is None or streams.listed != listed.positions.size:
-            return False
-        exponents = (listed.references & layout.mask) >> layout.shift
-        coded = streams.symbols.read_changes(exponents.astype(np.uint8))
-        blocks = _coded_blocks(streams.listing, size)
-    except ValueError:
-        return False
-    low_bits = (streams.words, streams.start, streams.end, layout.sign, *streams.symbols.tokens)
-    bounds = _busy_bounds(streams.listing, layout, listed.references.dtype.type)
-    elements = listed.values, listed.references, listed.positions
-    proven: bool = compiled.restores(*elements, blocks, *bounds, streams.gaps, coded, *low_bits)
-    return proven
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Streams:
-    """The opened streams of a payload."""
-
-    listing: Listing
-    listed: int
-    """Number of listed elements."""
-    gaps: Array
-    symbols: SymbolReader
-    words: Array
-    """Words of low bits, and two more."""
-    start: int
-    """First low bit of the changes."""
-    end: int
-
-
-def _open_streams(payload: bytes, size: int, compiled: Any, reader: type[SymbolReader]) -> _Streams:
-    """Read a payload for ``size`` lanes up to the symbols of changes; or :class:`ValueError`."""
     if len(payload) < _HEADER.size:
         raise ValueError("an exponent-coded chunk has no header")
     listed, gaps, runs, first_bytes, word_count, low, high, busy = _HEADER.unpack_from(payload)
     all_coded, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
     at = _HEADER.size + first_bytes
     rest = at + 4 * word_count
-    blocks = 0 if all_coded else -(-size // BLOCK)
-    if max(listed, gaps) > size or runs > blocks or rest > len(payload):
+    blocks = 0 if all_coded else -(-old.size // BLOCK)
+    if max(listed, gaps) > old.size or runs > blocks or rest > len(payload):
         raise ValueError("an exponent-coded chunk has the wrong length")
     if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS:
         raise ValueError("an exponent-coded chunk has impossible exponents")
     # The loops read two words beyond the last one.
     words = np.frombuffer(payload[at:rest] + bytes(8), "<u4")
     end, loops = 32 * word_count, kernels if compiled is None else compiled
-    symbols = reader(payload[_HEADER.size : at], payload[rest:], low, high, compiled)
+    symbols = (reader or _RangeReader)(
+        payload[_HEADER.size : at], payload[rest:], low, high, compiled
+    )
     contexts = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
     read = symbols.read_runs_and_gaps(contexts)
-    values, start = loops.read_distances(read, words, 0, end, *symbols.tokens)
-    if start > end:
+    values, bits = loops.read_distances(read, words, 0, end, *symbols.tokens)
+    if bits > end:
         raise ValueError("an exponent-coded chunk ends too early")
-    return _Streams(
-        listing=Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs]),
-        listed=listed,
-        gaps=values[runs:],
-        symbols=symbols,
-        words=words,
-        start=start,
-        end=end,
-    )
+    listing = Listing(low=low, high=high, busy=busy, runs=None if all_coded else values[:runs])
+    positions = locate_listed(old, layout, listing, values[runs:], compiled, count=listed)
+    coded = symbols.read_changes(compute_exponents(old, positions, layout, compiled))
+    lanes = old.view(f"<u{old.itemsize}")
+    low_bits = (words, bits, end, layout.sign, *symbols.tokens)
+    bits = loops.apply_changes(lanes, positions, coded, *low_bits)
+    if not 0 <= end - bits < 32:
+        raise ValueError("an exponent-coded chunk has the wrong number of low bits")
 
 
-class _RangeReader:
-    tokens = (EXTRA_BITS, SMALLEST)
+class WordReader:
+    """Reads sequences of symbols from words, with the tables of a chunk."""
 
-    def __init__(self, first: bytes, rest: bytes, low: int, high: int, compiled: Any) -> None:
-        self._low, self._high = low, high
+    def __init__(
+        self, levels: Array, words: bytes, count_coders: Callable[[int], int], compiled: Any
+    ) -> None:
+        if len(words) % 2:
+            raise ValueError("a chunk ends within a word")
+        self._words, self._count_coders = np.frombuffer(words, "<u2"), count_coders
         self._coder = rans if compiled is None else compiled
-        levels = _decode_tables(first, FIRST_CLASS + high - low + 1)
         self._packed = self._coder.compute_frequencies(levels)
         self._slots = self._coder.build_slots(self._packed)
-        self._words = np.frombuffer(rest, "<u2")
 
-    def read_runs_and_gaps(self, contexts: Array) -> Array:
-        coders = rans.count_coders(contexts.size)
+    def read(self, contexts: Array) -> Array:
+        """Return the symbols of one sequence; :class:`ValueError` if there are too few words."""
+        coders = self._count_coders(contexts.size)
         # Decoding takes at most this many words, even from a damaged payload.
         longest = 2 * coders + contexts.size + 1
         words = self._words[:longest]
@@ -258,15 +178,31 @@ class _RangeReader:
             _as_read_only(words), contexts, self._packed, self._slots, coders
         )
         if used > self._words.size:
-            raise ValueError("an exponent-coded chunk ends too early")
+            raise ValueError("a chunk ends too early")
         self._words = self._words[used:]
         return symbols
 
+    def finish(self) -> None:
+        """Raise :class:`ValueError` if there are words left."""
+        if self._words.size:
+            raise ValueError("a chunk has bytes after its end")
+
+
+class _RangeReader:
+    tokens = (EXTRA_BITS, SMALLEST)
+
+    def __init__(self, first: bytes, rest: bytes, low: int, high: int, compiled: Any) -> None:
+        self._low, self._high = low, high
+        levels = _decode_tables(first, FIRST_CLASS + high - low + 1)
+        self._reader = WordReader(levels, rest, rans.count_coders, compiled)
+
+    def read_runs_and_gaps(self, contexts: Array) -> Array:
+        return self._reader.read(contexts)
+
     def read_changes(self, exponents: Array) -> Array:
         classes = exponents.clip(self._low, self._high) - self._low + FIRST_CLASS
-        symbols = self.read_runs_and_gaps(classes)
-        if self._words.size:
-            raise ValueError("an exponent-coded chunk has bytes after its end")
+        symbols = self._reader.read(classes)
+        self._reader.finish()
         return symbols
 
 
@@ -288,6 +224,25 @@ def locate_listed(
     if positions.size != count:
         raise ValueError("a chunk lists another number of elements than it has")
     return positions
+
+
+def lists(
+    listed: Listed,
+    listing: Listing,
+    gaps: Array,
+    layout: FloatLayout,
+    *,
+    size: int,
+    compiled: Any,
+) -> bool:
+    """Return True if :func:`locate_listed` returns the positions of ``listed`` in ``size`` lanes.
+
+    :class:`ValueError` if runs lead beyond the end.
+    """
+    bounds = _busy_bounds(listing, layout, listed.references.dtype.type)
+    blocks = _coded_blocks(listing, size)
+    same: bool = compiled.lists(listed.references, listed.positions, blocks, *bounds, gaps)
+    return same
 
 
 def _coded_blocks(listing: Listing, size: int) -> Array:
@@ -317,6 +272,23 @@ def compute_exponents(old: Lanes, positions: Array, layout: FloatLayout, compile
     return exponents
 
 
+def compute_contexts(
+    old: Lanes, positions: Array, layout: FloatLayout, listing: Listing, compiled: Any
+) -> Array:
+    """Return the contexts of the lanes at some positions, uint8; zeros have one of their own."""
+    was = _as_read_only(old.view(f"<u{old.itemsize}"))
+    low, high = listing.low, listing.high
+    contexts: Array
+    if compiled is None:
+        magnitudes = was[positions] & was.dtype.type(layout.mask)
+        classes = (magnitudes >> layout.shift).clip(low, high) - low
+        contexts = (classes + FIRST_CLASS).astype(np.uint8)
+        contexts[magnitudes == 0] = changes.zero_context(listing)
+    else:
+        contexts = compiled.compute_contexts(was, positions, layout.shift, layout.mask, low, high)
+    return contexts
+
+
 def _as_tensor(lanes: Array) -> torch.Tensor:
     return torch.from_numpy(lanes if lanes.flags.writeable else lanes.copy())
 
@@ -336,15 +308,6 @@ def compute_plain_symbols(runs: int, values: Array) -> Array:
     tokens[runs:] |= changes.GAP_CONTEXT << 8
     symbols: Array = tokens.astype(np.uint16)
     return symbols
-
-
-def _encode_tables(levels: Array) -> bytes:
-    table = levels.reshape(-1, SYMBOLS)
-    columns = np.flatnonzero(table.any(axis=0))
-    used = int(columns[-1]) + 1 if columns.size else 1
-    rows = table[:, :used]
-    steps = np.diff(rows, axis=0, prepend=np.zeros((1, used), np.uint8))
-    return get_compressor(_TABLE_LEVEL).compress(steps.tobytes())
 
 
 def _decode_tables(data: bytes, contexts: int) -> Array:

@@ -1,4 +1,4 @@
-"""The kernels of codecs 6 and 7, compiled by Numba; importing this module takes half a second.
+"""The kernels of codecs 6, 7 and 9, compiled by Numba; importing this module takes half a second.
 
 They return what :mod:`msft_store.codec.changes`, :mod:`msft_store.codec.kernels` and
 :mod:`msft_store.codec.rans` return, many times as fast. They release the GIL, and are compiled once
@@ -23,7 +23,7 @@ import numba
 import numpy as np
 from numba import int64, njit, uint16, uint32, uint64
 
-from msft_store.codec import arithmetic_coder, rans
+from msft_store.codec import arithmetic_coder, rans, table_coder
 from msft_store.codec.bit_masks import WORD, count_ones, count_trailing_zeros, mask_most
 from msft_store.codec.changes import DIRECT_TOKENS, FIRST_CLASS
 from msft_store.codec.rans import BLOCK, MIN_STATE, PROBABILITY_BITS
@@ -78,6 +78,7 @@ build_slots = _compile(rans.build_slots)
 
 code_decision = njit(inline="always", error_model="numpy")(arithmetic_coder.code_decision)
 code_symbols = _compile(_rebind_globals(arithmetic_coder.code_symbols, code_decision=code_decision))
+code_levels = _compile(_rebind_globals(table_coder.code_levels, code_decision=code_decision))
 
 
 @_compile
@@ -278,20 +279,22 @@ def locate_listed(
 
 @_compile
 def compute_symbols(
-    values: Any, references: Any, shift: Any, mask: Any, low: Any, high: Any
+    values: Any, references: Any, shift: Any, mask: Any, fine: Any, low: Any, high: Any
 ) -> Any:
     """See :func:`msft_store.codec.changes.compute_symbols`."""
     symbols = np.empty(values.size, np.uint16)
     distances = np.empty(values.size, np.uint32)
+    least = (1025 << fine) - DIRECT_TOKENS
     for k in range(values.size):
         before, after = int64(references[k]), int64(values[k])
         was, now = before & mask, after & mask
         change = now - was
         negative = change >> 63
         distance = (change ^ negative) - negative
-        halves = int64(np.float64(distance).view(np.int64) >> 51) - 2046
-        token = distance if distance < DIRECT_TOKENS else halves
+        part = int64(np.float64(distance).view(np.int64) >> (52 - fine)) - least
+        token = distance if distance < DIRECT_TOKENS else part
         context = min(max(was >> shift, low), high) - low + FIRST_CLASS
+        context = context if was != 0 else high - low + 1 + FIRST_CLASS
         flipped = int64((before ^ after) & (mask + 1) != 0)
         symbols[k] = uint16(context << 8 | token << 2 | (negative & 2) | flipped)
         distances[k] = uint32(distance)
@@ -300,7 +303,7 @@ def compute_symbols(
 
 @_compile
 def find_changes(
-    new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, step: Any
+    new: Any, old: Any, new_words: Any, old_words: Any, shift: Any, mask: Any, fine: Any, step: Any
 ) -> Any:
     """See :func:`msft_store.codec.changes.find_changes`; words view the full blocks as uint64.
 
@@ -320,7 +323,7 @@ def find_changes(
         new, old, searched, busy > 0, bounds[0], bounds[1]
     )
     gaps = compute_gaps(references, positions, blocks, limit, mask)
-    symbols, distances = compute_symbols(values, references, shift, mask, low, high)
+    symbols, distances = compute_symbols(values, references, shift, mask, fine, low, high)
     changes = (lengths, gaps, symbols, distances)
     return busy, low, high, skip, changes, (positions, references, values)
 
@@ -458,6 +461,18 @@ def compute_exponents(old: Any, positions: Any, shift: Any, mask: Any) -> Any:
 
 
 @_compile
+def compute_contexts(old: Any, positions: Any, shift: Any, mask: Any, low: Any, high: Any) -> Any:
+    """See :func:`msft_store.codec.exponent_codec.compute_contexts`."""
+    contexts = np.empty(positions.size, np.uint8)
+    zero = high - low + 1 + FIRST_CLASS
+    for k in range(positions.size):
+        was = int64(old[positions[k]]) & mask
+        context = min(max(was >> shift, low), high) - low + FIRST_CLASS
+        contexts[k] = context if was != 0 else zero
+    return contexts
+
+
+@_compile
 def read_distances(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
     """See :func:`msft_store.codec.kernels.read_distances`."""
     distances = np.zeros(symbols.size, np.uint32)
@@ -508,28 +523,10 @@ def apply_changes(
 
 
 @_compile
-def restores(
-    values: Any,
-    references: Any,
-    positions: Any,
-    blocks: Any,
-    busy: Any,
-    most: Any,
-    mask: Any,
-    gaps: Any,
-    symbols: Any,
-    words: Any,
-    start: Any,
-    end: Any,
-    sign: Any,
-    bits: Any,
-    least: Any,
+def lists(
+    references: Any, positions: Any, blocks: Any, busy: Any, most: Any, mask: Any, gaps: Any
 ) -> Any:
-    """Return True if decoded streams list the elements at ``positions`` and give them ``values``.
-
-    It tells what :func:`locate_listed` and :func:`apply_changes` would do.
-    """
-    at, one, all_bits = uint64(start), uint64(1), uint64(2 * sign - 1)
+    """Return True if :func:`locate_listed` would return these positions of these references."""
     quiet, block, skipped, before = 0, 0, 0, -1
     for k in range(positions.size):
         was, position = references[k], int64(positions[k])
@@ -543,21 +540,7 @@ def restores(
             if quiet >= gaps.size or int64(gaps[quiet]) != place - before - 1:
                 return False
             quiet, before = quiet + 1, place
-        symbol = uint64(symbols[k])
-        token = symbol >> uint64(2)
-        count = uint64(bits[token])
-        word = at >> uint64(5)
-        pair = uint64(words[word]) | uint64(words[word + one]) << uint64(32)
-        low = (pair >> (at & uint64(31))) & ((one << count) - one)
-        distance = uint64(least[token]) + low
-        negative = uint64(0) - ((symbol >> one) & one)
-        change = (distance ^ negative) - negative
-        value = (uint64(was) ^ ((symbol & one) * uint64(sign))) + change
-        at += count
-        if at > uint64(end) or (value ^ uint64(values[k])) & all_bits != uint64(0):
-            return False
-    spare = int64(end) - int64(at)
-    return quiet == gaps.size and 0 <= spare < 32
+    return quiet == gaps.size
 
 
 @_compile

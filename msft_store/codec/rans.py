@@ -67,7 +67,7 @@ def plan_listing(counts: Array, runs: int, step: int) -> tuple[bool, int, int, i
     listed = 0
     for e in range(EXPONENTS):
         seen = counts[1, e] if blocks else counts[0, e] + counts[1, e]
-        if counts[2, e] >= 4 and 8 * counts[2, e] >= seen:
+        if counts[2, e] >= 4 and 16 * counts[2, e] >= seen:
             busy = e + 1
     low, high = -1, 0
     for e in range(EXPONENTS):
@@ -141,11 +141,9 @@ _SYMBOLS_PER_CODER = 1024
 _MAX_CODERS = 1024
 
 
-def count_coders(count: int) -> int:
+def count_coders(count: int, *, each: int = _SYMBOLS_PER_CODER, most: int = _MAX_CODERS) -> int:
     """Return the number of coders that share ``count`` symbols: a power of two, or 0."""
-    if count == 0:
-        return 0
-    return 1 << min(max(count // _SYMBOLS_PER_CODER, 1), _MAX_CODERS).bit_length() - 1
+    return 1 << min(max(count // each, 1), most).bit_length() - 1 if count else 0
 
 
 def encode(symbols: Array, packed: Array, coders: int) -> Array:

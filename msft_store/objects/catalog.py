@@ -22,11 +22,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import (
     REPAIR_HINT,
     BusyError,
@@ -107,7 +106,6 @@ _REPAIR_ALONE = "msft-store repair rewrites it (--dry-run shows what it would do
 class Config:
     """The content of ``store.json``."""
 
-    level: Level = LEVELS[0]
     version: int = NEWEST
     """The latest version of the files that the store's writers write."""
 
@@ -118,7 +116,7 @@ def encode_config(config: Config) -> bytes:
         known = ", ".join(map(str, VERSIONS))
         raise InvalidInputError(f"version is one of {known}, not {config.version!r}")
     fields = {"format": "msft-store", "version": config.version, "chunk_bytes": CHUNK_BYTES}
-    return seal({**fields, "level": check_level(config.level)})
+    return seal(fields)
 
 
 def refuse_inside_store(folder: Path, action: str, *, itself: bool = False) -> None:
@@ -135,16 +133,8 @@ def refuse_inside_store(folder: Path, action: str, *, itself: bool = False) -> N
                 )
 
 
-def check_level(level: Any) -> Level:
-    """Return ``level``; :class:`InvalidInputError` if there is no such level."""
-    if level not in LEVELS:
-        raise InvalidInputError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
-    found: Level = level
-    return found
-
-
 def read_config(backend: Backend) -> Config:
-    """Return the content of ``store.json``; the level is ``"fast"`` if it states none."""
+    """Return the content of ``store.json``."""
     what = backend.describe(CONFIG)
     try:
         config = unseal(read_small_file(backend, CONFIG), what, "msft-store", VERSIONS)
@@ -153,11 +143,7 @@ def read_config(backend: Backend) -> Config:
         raise CorruptedError(f"{strip_hint(error)}; {_REPAIR_ALONE}", file=what) from None
     if config.get("chunk_bytes") != CHUNK_BYTES:
         raise VersionError(f"{what} states another chunk_bytes than {CHUNK_BYTES}")
-    try:
-        level = check_level(config.get("level", LEVELS[0]))
-    except InvalidInputError as error:
-        raise VersionError(f"{what}: {error}; a newer msft-store may know it") from None
-    return Config(level=level, version=config["version"])
+    return Config(version=config["version"])
 
 
 def _hint(backend: Backend) -> str:

@@ -6,7 +6,7 @@ device and layout of the tensors. Every payload is proven to restore its chunk b
 
 Example::
 
-    options = EncodeOptions(base=base.id, level="fast", max_depth=16)
+    options = EncodeOptions(base=base.id, max_depth=16)
     table, totals = encode_state(objects, tensors, begin_pack, options=options, tables=[parent])
 """
 
@@ -111,7 +111,6 @@ class EncodeOptions:
 
     base: str | None
     """Id of the base that the checkpoint belongs to."""
-    level: codecs.Level
     max_depth: int
     """Largest depth of a record."""
     mapping: BaseMapping = NOTHING
@@ -136,7 +135,6 @@ class Encoder:
         """Set ``alone`` to encode again the stored chunks that refer to another chunk."""
         self._objects = objects
         self._base = options.base
-        self._level = options.level
         self._alone = alone
         self._compared = options.compared or {}
 
@@ -179,7 +177,7 @@ class Encoder:
         found = change.found if change else None
         if old is not None and found is None and key != ref_key:
             found = codecs.find_changes(data, old, dtype)
-        codec, payload = codecs.encode(data, old, dtype, level=self._level, found=found)
+        codec, payload = codecs.encode(data, old, dtype, found=found)
         if not codec.needs_reference:
             reference, ref_key = None, bytes(KEY_BYTES)
         # The reference is no longer needed, so its memory is reused.

@@ -9,7 +9,7 @@ Example::
     writer = CheckpointWriter(catalog, backend)
     facts = CheckpointFacts.of(step=10, metrics={"arith": 0.41})
     ckpt = writer.save(
-        state, facts, parent=base, references=None, level="fast", compared=None
+        state, facts, parent=base, references=None, compared=None
     )
 """
 
@@ -27,7 +27,6 @@ from functools import partial
 import torch
 
 from msft_store._util import format_bytes
-from msft_store.codec.codecs import Level
 from msft_store.errors import (
     BaseError,
     CorruptedError,
@@ -109,7 +108,6 @@ class CheckpointWriter:
         *,
         parent: Base | Checkpoint | str | None,
         references: Sequence[Checkpoint] | None,
-        level: Level,
         compared: Compared | None,
     ) -> Checkpoint:
         """Write tensors as a checkpoint; return the existing one if its content is equal."""
@@ -123,7 +121,6 @@ class CheckpointWriter:
             mapping = self._map(boxes, base, parent_id)
             options = EncodeOptions(
                 base=base,
-                level=level,
                 max_depth=lineage.max_depth,
                 mapping=mapping,
                 compared=compared,
@@ -170,14 +167,11 @@ class CheckpointWriter:
         *,
         parent: Base | Checkpoint | str | None,
         references: Sequence[Checkpoint] | None,
-        level: Level,
     ) -> Part:
         """Write the chunks of boxes; ``save`` makes a checkpoint of all processes' parts."""
         lineage = self._lineage(parent, references)
         base, mapping = lineage.base, self._map(boxes, lineage.base, lineage.parent)
-        options = EncodeOptions(
-            base=base, level=level, max_depth=lineage.max_depth, mapping=mapping
-        )
+        options = EncodeOptions(base=base, max_depth=lineage.max_depth, mapping=mapping)
         planner = make_planner(self._catalog.objects, options, lineage.tables)
         # Tied tensors are encoded once, under a name that has a reference if there is one.
         order = sorted(boxes, key=lambda box: not planner.knows(box.name, box.shape))
@@ -427,7 +421,6 @@ class CheckpointWriter:
             self._catalog.tensors(checkpoint),
             options=EncodeOptions(
                 base=checkpoint.base,
-                level=self._catalog.config.level,
                 max_depth=MAX_DEPTH[self._catalog.config.version],
                 mapping=self._recorded(checkpoint.id),
             ),

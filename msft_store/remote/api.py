@@ -221,7 +221,7 @@ def clone(
     else:
         _log.info("resuming the clone of %s in %s", remote.describe(""), root)
     if not backend.exists(CONFIG):
-        Store.create(root, level=config.level, version=config.version)
+        Store.create(root, version=config.version)
     transfer = pull(
         root,
         remote,

@@ -17,9 +17,11 @@ import numpy as np
 import zstandard
 
 from msft_store import StoreError
+from msft_store.codec import compact_codec
 from msft_store.codec.changes import float_layout
 from msft_store.codec.codecs import (
     ADAPTIVE,
+    COMPACT,
     DELTA,
     EXPONENT_CLASSES,
     PLANES,
@@ -31,9 +33,11 @@ from msft_store.codec.codecs import (
     Codec,
 )
 from msft_store.format.dtypes import DTYPES, DType
-from tests.support.pairs import restore
+from tests.support.pairs import encode_with, restore
 
-CODECS: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, EXPONENT_CLASSES, ADAPTIVE, TURNED]
+PLAIN: list[Codec] = [RAW, ZSTD, PLANES, SAME, DELTA, SPARSE, TURNED]
+BY_CLASS: list[Codec] = [EXPONENT_CLASSES, ADAPTIVE, COMPACT]
+CODECS = PLAIN + BY_CLASS
 _HEADER = struct.Struct("<5IBBH")
 _ODD = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1]
 
@@ -41,11 +45,11 @@ _ODD = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1]
 def attack(rng: np.random.Generator) -> None:
     """Decode one hostile payload; anything but bytes of the right size or a refusal is raised."""
     codec = CODECS[rng.integers(len(CODECS))]
-    by_class = codec in (EXPONENT_CLASSES, ADAPTIVE)
+    by_class = codec in BY_CLASS
     known = [d for d in DTYPES if not by_class or float_layout(d) is not None]
     dtype = known[rng.integers(len(known))]
     chunk, reference = _pair(dtype, int(rng.integers(1, 1500)), rng)
-    payload = spoiled(codec, codec.encode(chunk, reference, dtype), rng)
+    payload = spoiled(codec, encode_with(codec, chunk, reference, dtype), rng)
     size = chunk.size
     if rng.random() < 0.1:
         size = max(1, size + int(rng.integers(-9, 9)))
@@ -74,7 +78,9 @@ def spoiled(codec: Codec, payload: bytes, rng: np.random.Generator) -> bytes:
     """Return a payload with a hostile change."""
     if rng.random() < 0.1 or codec in (RAW, SAME):
         return _bytes(payload, rng)
-    if codec in (EXPONENT_CLASSES, ADAPTIVE):
+    if codec is COMPACT:
+        return _compact(payload, rng)
+    if codec in BY_CLASS:
         return _by_class(codec, payload, rng)
     if codec is SPARSE:
         (count,) = struct.unpack_from("<I", payload)
@@ -98,6 +104,24 @@ def _by_class(codec: Codec, payload: bytes, rng: np.random.Generator) -> bytes:
         most = (2**32, 2**32, 2**32, 2**32, 2**32, 2**8, 2**8, 2**16)[at]
         header[at] = _number(header[at], rng) % most
     return _HEADER.pack(*header) + first + rest
+
+
+def _compact(payload: bytes, rng: np.random.Generator) -> bytes:
+    numbers, at = compact_codec._decode_numbers(payload, 4)
+    head, parts = bytearray(payload[:4]), []
+    for length in (numbers[3], numbers[4], len(payload)):
+        parts.append(payload[at : at + length])
+        at += length
+    kind = rng.integers(5)
+    if kind < 3:
+        parts[kind] = _bytes(parts[kind], rng)
+        numbers[3], numbers[4] = len(parts[0]), len(parts[1])
+    elif kind == 3:
+        head[rng.integers(4)] = rng.integers(256)
+    if kind > 3 or rng.random() < 0.3:
+        at = int(rng.integers(6))
+        numbers[at] = _number(numbers[at], rng)
+    return b"".join([head, *map(compact_codec.encode_number, numbers), *parts])
 
 
 def _number(value: int, rng: np.random.Generator) -> int:

@@ -1,4 +1,4 @@
-"""Pairs of chunks and references for codecs 6 and 7, from training-like to hostile.
+"""Pairs of chunks and references for codecs 6, 7 and 9, from training-like to hostile.
 
 Example::
 
@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from hypothesis import settings
 
-from msft_store.codec import adaptive_codec, codecs, exponent_codec
+from msft_store.codec import adaptive_codec, codecs, compact_codec, exponent_codec
 from msft_store.codec.changes import FloatLayout, float_layout
-from msft_store.codec.kernels import Bytes, Lanes
+from msft_store.codec.kernels import Bytes, Lanes, view_lanes
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
+from tests.support.older_encoders import encode_adaptive, encode_classes, find_older_changes
 
 DTYPES = [dtype for dtype in dtypes.DTYPES if float_layout(dtype) is not None]
 BF16 = dtypes.dtype_by_name("bfloat16")
 COMPILED = codecs.compiled_kernels()
 PATHS = (COMPILED, None)
-KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart")
+KINDS = ("hostile", "trained", "all", "one", "flipped", "one class", "far apart", "zeros")
 SEEDED = settings(deadline=None, derandomize=True)
 
 Pair = tuple[Lanes, Lanes]
@@ -58,6 +59,10 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
         old = weights.to(kept_as).view(torch.int16).numpy().view(unsigned)
     if kind == "one class":
         old = np.full(count, 3 << layout(dtype).shift, unsigned)
+    if kind == "zeros":
+        kept = rng.random(count) < 0.3
+        new, old = np.where(rng.random(count) < 0.2, old >> (8 * dtype.lane - 4), old), old * kept
+        return np.where(rng.random(count) < 0.3, old, new).view(signed), old.view(signed)
     new = old.copy()
     steps = (rng.normal(0, 3, count).astype(np.int64) | 1).astype(unsigned)
     if kind == "trained":
@@ -74,16 +79,19 @@ def pair_of(dtype: DType, count: int, kind: str, seed: int) -> Pair:
 
 
 def packed(
-    dtype: DType, new: Lanes, old: Lanes, compiled: Any, codec: ModuleType = exponent_codec
+    dtype: DType, new: Lanes, old: Lanes, compiled: Any, codec: ModuleType = compact_codec
 ) -> bytes:
     """Return the payload of a codec, with compiled kernels or without."""
-    found = exponent_codec.find_changes(new, old, layout(dtype), compiled)
+    if codec is compact_codec:
+        found = exponent_codec.find_changes(new, old, layout(dtype), compiled)
+        return compact_codec.encode(found, layout(dtype), compiled)
+    found = find_older_changes(new, old, layout(dtype), compiled)
     if codec is adaptive_codec:
-        return adaptive_codec.encode(old, layout(dtype), found, compiled)
-    return exponent_codec.encode(found, compiled)
+        return encode_adaptive(old, layout(dtype), found, compiled)
+    return encode_classes(found, compiled)
 
 
-def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_codec) -> bytes:
+def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = compact_codec) -> bytes:
     """Assert that both implementations agree and restore every bit; return the payload."""
     first, second = (packed(dtype, new, old, compiled, codec) for compiled in PATHS)
     assert first == second
@@ -93,12 +101,21 @@ def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = exponent_cod
 
 
 def changed(
-    payload: bytes, old: Lanes, dtype: DType, compiled: Any, codec: ModuleType = exponent_codec
+    payload: bytes, old: Lanes, dtype: DType, compiled: Any, codec: ModuleType = compact_codec
 ) -> Lanes:
     """Return the lanes that a payload decodes to."""
     new: Lanes = old.copy()
     codec.decode_in_place(payload, new, layout(dtype), compiled)
     return new
+
+
+def encode_with(codec: codecs.Codec, chunk: Bytes, reference: Bytes, dtype: DType) -> bytes:
+    """Return the payload of a codec, whether the store still writes it or not."""
+    module = {6: exponent_codec, 7: adaptive_codec}.get(codec.code)
+    if module is None:
+        return codec.encode(chunk, reference, dtype)
+    new, old = view_lanes(chunk, dtype.lane), view_lanes(reference, dtype.lane)
+    return packed(dtype, new, old, COMPILED, module)
 
 
 def restore(
@@ -111,7 +128,7 @@ def restore(
 
 
 def outcomes(
-    payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = exponent_codec
+    payload: bytes, old: Lanes, dtype: DType, codec: ModuleType = compact_codec
 ) -> list[bytes | None]:
     """Return the decoded bytes of each implementation, or ``None`` if it refuses the payload."""
     found: list[bytes | None] = []

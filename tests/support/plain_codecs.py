@@ -1,6 +1,6 @@
 """A reader of all codecs, written from ``docs/FORMAT.md``, section 5, alone.
 
-Slow, codecs 6 to 8 in Python's integers, and without a line of the store's own code.
+Slow, codecs 6 to 9 in Python's integers, and without a line of the store's own code.
 
 Example::
 
@@ -9,6 +9,7 @@ Example::
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -64,8 +65,8 @@ def decode(code: int, payload: bytes, size: int, reference: bytes | None, dtype:
     assert len(reference) == size
     if code == 3:
         return reference
-    if code in (6, 7):
-        read = read_classes if code == 6 else read_adaptive
+    if code in (6, 7, 9):
+        read = {6: read_classes, 7: read_adaptive, 9: read_compact}[code]
         return read(payload, reference, mantissa=MANTISSAS[dtype], width=width)
     old = np.frombuffer(reference, f"<i{width}").copy()
     places: slice | np.ndarray = slice(None)
@@ -122,9 +123,13 @@ class Bits:
             return token
         count = token // 2 - 1
         rest = count if half is None else count - 1
-        low = self._value >> self._at & (1 << rest) - 1
-        self._at += rest
-        return ((2 + token % 2) << count) + ((half or 0) << rest) + low
+        return ((2 + token % 2) << count) + ((half or 0) << rest) + self.take(rest)
+
+    def take(self, count: int) -> int:
+        """Return the next bits."""
+        low = self._value >> self._at & (1 << count) - 1
+        self._at += count
+        return low
 
 
 def read_classes(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
@@ -163,6 +168,56 @@ def read_adaptive(payload: bytes, reference: bytes, *, mantissa: int, width: int
     for i, (token, flipped, smaller, half) in zip(places, body, strict=True):
         old[i] = moved(old[i], bits.number(token, half), smaller, flipped, width)
     return b"".join(lane.to_bytes(width, "little") for lane in old)
+
+
+def read_compact(payload: bytes, reference: bytes, *, mantissa: int, width: int) -> bytes:
+    """Return the chunk of a valid payload of codec 9."""
+    low, high, busy = struct.unpack_from("<BBH", payload)
+    numbers, at = [], 4
+    for _ in range(6):
+        number = place = 0
+        while True:
+            number |= payload[at] % 128 << place
+            at, place = at + 1, place + 7
+            if payload[at - 1] < 128:
+                break
+        numbers.append(number)
+    listed, gaps, runs, size, low_bytes, least = numbers
+    tables = [shares(row) for row in CompactTables(payload[at : at + size]).rows(high - low + 4)]
+    middle = at + size + low_bytes
+    bits = Bits(payload[at + size : middle])
+    coded = iter([word for (word,) in struct.iter_unpack("<H", payload[middle:])])
+
+    old, exponents = lanes_of(reference, mantissa, width)
+    limits = 8192, 64
+    symbols = read_symbols([0] * runs + [1] * gaps, tables, coded, *limits)
+    distances = [bits.number(symbol // 4) for symbol in symbols]
+    places = listed_lanes(exponents, distances[:runs], distances[runs:], busy)
+    assert len(places) == listed
+    others = [i for i in places if old[i] % (1 << 8 * width - 1)]
+    zeros = [i for i in places if i not in set(others)]
+    contexts = [2 + min(max(exponents[i], low), high) - low for i in others]
+    for i, symbol in zip(others, read_symbols(contexts, tables, coded, *limits), strict=True):
+        distance = quarter(bits, symbol // 4) if width == 2 else bits.number(symbol // 4)
+        old[i] = moved(old[i], distance, symbol & 2, symbol & 1, width)
+    contexts = [high - low + 3] * len(zeros)
+    for i, symbol in zip(zeros, read_symbols(contexts, tables, coded, *limits), strict=True):
+        token, value = symbol // 4, 0
+        if token == 1:
+            value = bits.take(8 * width - 1)
+        elif token > 1:
+            value = (least + token - 2 << mantissa - 2) + bits.take(mantissa - 2)
+        old[i] = moved(old[i], value, symbol & 2, symbol & 1, width)
+    assert not list(coded)
+    return b"".join(lane.to_bytes(width, "little") for lane in old)
+
+
+def quarter(bits: Bits, token: int) -> int:
+    """Return the next number of quarter octaves."""
+    if token < 4:
+        return token
+    count = token // 4 - 1
+    return (4 + token % 4 << count) + bits.take(count)
 
 
 def read_turned(payload: bytes, *, width: int) -> bytes:
@@ -222,29 +277,38 @@ def read_tables(frame: bytes, contexts: int) -> list[Table]:
     row, tables = [0] * columns, []
     for start in range(0, len(data), columns):
         row = [(a + b) % 256 for a, b in zip(row, data[start : start + columns], strict=True)]
-        weights = {
-            y: (64, 76, 91, 108)[(v - 1) % 4] << (v - 1) // 4 for y, v in enumerate(row) if v
-        }
-        total = sum(weights.values())
-        share = {y: max(1, 4096 * weight // total) for y, weight in weights.items()}
-        rest = 4096 - sum(share.values())
-        while rest and share:
-            most = max(share, key=lambda y: (share[y], -y))
-            step = max(rest, -(share[most] // 2))
-            share[most] += step
-            rest -= step
-        table, begin = [], 0
-        for y, slots in share.items():
-            table.append((begin, slots, y))
-            begin += slots
-        tables.append(table)
+        tables.append(shares(row))
     return tables
 
 
-def read_symbols(contexts: list[int], tables: list[Table], words: Iterator[int]) -> list[int]:
+def shares(levels: list[int]) -> Table:
+    """Return the slots of one context's symbols."""
+    weights = {y: (64, 76, 91, 108)[(v - 1) % 4] << (v - 1) // 4 for y, v in enumerate(levels) if v}
+    total = sum(weights.values())
+    share = {y: max(1, 4096 * weight // total) for y, weight in weights.items()}
+    rest = 4096 - sum(share.values())
+    while rest and share:
+        most = max(share, key=lambda y: (share[y], -y))
+        step = max(rest, -(share[most] // 2))
+        share[most] += step
+        rest -= step
+    table, begin = [], 0
+    for y, slots in share.items():
+        table.append((begin, slots, y))
+        begin += slots
+    return table
+
+
+def read_symbols(
+    contexts: list[int],
+    tables: list[Table],
+    words: Iterator[int],
+    each: int = 1024,
+    most: int = 1024,
+) -> list[int]:
     """Return one symbol for each context."""
     count = len(contexts)
-    coders = 1 << min(max(count // 1024, 1), 1024).bit_length() - 1 if count else 0
+    coders = 1 << min(max(count // each, 1), most).bit_length() - 1 if count else 0
     states = [next(words) << 16 | next(words) for _ in range(coders)]
     symbols = []
     for i, context in enumerate(contexts):
@@ -261,7 +325,7 @@ class Decisions:
     """A sequence of codec 7."""
 
     def __init__(self, data: bytes, low: int, high: int) -> None:
-        self._data = iter(data)
+        self._data: Iterator[int] = iter(data)
         self._low, self._high = low, high
         self._bottom, self._top, self._value = 0, 2**32 - 1, 0
         self._counters: dict[tuple[int, ...], tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -318,3 +382,50 @@ class Decisions:
             goal = 2**19 - 1 if bit else -(2**19)
             self._counters[key] = a + (goal - a) * (131072 // (2 * n + 3)) // 65536, min(n + 1, 255)
         return bit
+
+
+class CompactTables(Decisions):
+    """The tables of codec 9."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data[1:] + bytes(8), 0, 0)
+        self._columns = data[0] + 1
+        self._value = int.from_bytes([next(self._data) for _ in range(4)], "big")
+        self._data = itertools.chain(self._data, itertools.repeat(0))
+
+    def rows(self, contexts: int) -> list[list[int]]:
+        """Return the levels of each context."""
+        above, rows = [0] * 264, []
+        for _ in range(contexts):
+            above = self._row(above)
+            rows.append(above)
+        return rows
+
+    def _yes(self, one: int, two: int) -> int:
+        return self._decide([(0, one), (1, two)])
+
+    def _row(self, above: list[int]) -> list[int]:
+        row, last = [0] * 264, 24
+        if not self._yes(0, 0):
+            return row
+        for s in range(self._columns):
+            u, f, left = above[s], above[s + 8] if s + 8 < 256 else 0, row[s - 4] if s > 3 else 0
+            w = row[s - 2] if s & 2 else 0
+            near = s % 4 + 4 * (u > 0) + 8 * (left > 0) + 16 * (f > 0) + 32 * (w > 0)
+            if not self._yes(1 + s, 1 + near):
+                continue
+            level, c, i = (w, s - 2, 0) if w else (left, s - 4, 1) if left else (last, s, 2)
+            g = 16
+            if i < 2 and u and above[c]:
+                g = min(max(u - above[c], -8), 7) + 8
+            p, q = 257 + 32 * i, 65 + 32 * g
+            if self._yes(p, q):
+                d, n = self._yes(p + 1, q + 1), 1
+                while n < 50:
+                    x = 1 + min(n, 10) + 10 * d
+                    if not self._yes(p + x, q + x):
+                        break
+                    n += 1
+                level += -min(n, 49) if d else min(n, 49)
+            row[s] = last = level
+        return row

@@ -8,7 +8,6 @@ Example::
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +28,7 @@ def signatures() -> set[str]:
     }
 
 
-def code(dtype: DType, levels: Sequence[codecs.Level]) -> None:
+def code(dtype: DType) -> None:
     """Encode and decode chunks of a type that differ in size, content and access."""
     by_exponent = changes.float_layout(dtype) is not None
     for kind in ("hostile", "trained", "all"):
@@ -41,23 +40,21 @@ def code(dtype: DType, levels: Sequence[codecs.Level]) -> None:
                 old = np.random.default_rng(0).integers(0, 256, count * dtype.size, np.uint8)
                 new, found = old ^ (old < 9), None
             chunk, old = new.view(np.uint8).copy(), old.view(np.uint8)
-            for level in levels:
-                round_trip(chunk, old, dtype, level, found)
-                for writeable in (True, False):
-                    chunk.flags.writeable = writeable
-                    for reference in (old, None):
-                        round_trip(chunk, reference, dtype, level)
+            round_trip(chunk, old, dtype, found)
+            for writeable in (True, False):
+                chunk.flags.writeable = writeable
+                for reference in (old, None):
+                    round_trip(chunk, reference, dtype)
 
 
 def round_trip(
     chunk: Bytes,
     reference: Bytes | None,
     dtype: DType,
-    level: codecs.Level,
     found: ChunkChanges | None = None,
 ) -> None:
     """Encode and decode a chunk."""
-    codec, payload = codecs.encode(chunk, reference, dtype, level=level, found=found)
+    codec, payload = codecs.encode(chunk, reference, dtype, found=found)
     codec.decode_into(payload, chunk.copy() if reference is None else reference.copy(), dtype)
 
 
@@ -69,7 +66,7 @@ def main() -> None:
         before = signatures()
         for dtype in DTYPES:
             if lane in (None, dtype.lane):
-                code(dtype, codecs.LEVELS if lane is None else ("fast",))
+                code(dtype)
         compiled |= signatures() - before
     print("\n".join(sorted(compiled)) or "nothing is compiled")
 

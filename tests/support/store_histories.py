@@ -29,7 +29,6 @@ from tests.support.naive import Parts, policy_of
 from tests.support.states import State, same_bits
 
 NAMES = st.sampled_from(("best", "runs/last", "x"))
-LEVELS = st.sampled_from(("fast", "fast", "small", None))
 
 
 class StoreHistories(Histories):
@@ -43,7 +42,6 @@ class StoreHistories(Histories):
         seed=SEEDS,
         step=st.integers(0, 3) | st.none(),
         metrics=METRICS,
-        level=LEVELS,
         background=st.booleans(),
         near=PICKS | st.none(),
     )
@@ -57,7 +55,6 @@ class StoreHistories(Histories):
         seed: int,
         step: int | None,
         metrics: dict[str, float],
-        level: str | None,
         background: bool,
         near: int | None,
     ) -> None:
@@ -79,7 +76,6 @@ class StoreHistories(Histories):
             "tags": tags,
             "metadata": {"seed": seed % 4},
             "parent": above,
-            "level": level,
             "references": [self._pick(near)] if near is not None and self.model.points else None,
         }
 

@@ -58,7 +58,6 @@ from torch.distributed.checkpoint.planner import LoadPlanner as BaseLoadPlanner
 from torch.distributed.checkpoint.planner import SavePlanner as BaseSavePlanner
 from torch.futures import Future
 
-from msft_store.codec.codecs import Level
 from msft_store.errors import (
     InvalidInputError,
     MismatchError,
@@ -145,7 +144,6 @@ class StorageWriter(dcp.StorageWriter):
         tags: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
-        level: Level | None = None,
     ) -> None:
         self._gc_hold = contextlib.ExitStack()
         self.path = Path(path)
@@ -154,7 +152,6 @@ class StorageWriter(dcp.StorageWriter):
         self._parent = parent
         self._parent_id: str | None = None
         """The parent's id for the current save, in the coordinator. A ref may move meanwhile."""
-        self._level = level
         self._facts: dict[str, Any] = {
             "step": step,
             "metrics": metrics,
@@ -239,7 +236,7 @@ class StorageWriter(dcp.StorageWriter):
             replace(box, name=plain_name(box.name))
             for box in (*boxes, *find_tied_boxes(boxes, planner))
         ]
-        part = store.encode(named, parent=task.parent, level=self._level)
+        part = store.encode(named, parent=task.parent)
         names = [box.name for box in named[: len(boxes)] if box.name in part.tensors]
         own = {name: part.tensors[name] for name in names}
         return _Written(part=replace(part, tensors=own), json=values)
@@ -269,7 +266,7 @@ class StorageWriter(dcp.StorageWriter):
         if values:
             text = torch.frombuffer(bytearray(canonical_json(values)), dtype=torch.uint8)
             boxes = [whole_box(OBJECTS, text)]
-            parts.append(store.encode(boxes, parent=parent, level=self._level))
+            parts.append(store.encode(boxes, parent=parent))
         settings: dict[str, str] = {"without": OBJECTS} if values else {}
         base, facts = parts[0].base if parts else None, dict(self._facts)
         if base is not None:

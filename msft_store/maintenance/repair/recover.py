@@ -1,8 +1,8 @@
 """Recover the content of damaged small files: config, base records, manifests and refs.
 
 Invariants: nothing is written. A digest proves the recovered content, with two exceptions: a ref
-may keep only the checkpoint that it names, and a config only its level, or the default level. Such
-a config states the latest version of the store's files.
+may keep only the checkpoint that it names, and a config is written anew. It then states the latest
+version of the store's files.
 
 Example::
 
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from msft_store.codec.codecs import LEVELS, Level
 from msft_store.errors import BaseError, StoreError, is_damage
 from msft_store.format.layout import VERSIONS
 from msft_store.format.pack_footer import PACK_HEADER, decode_header
@@ -86,17 +85,15 @@ def recover_files(backend: Backend) -> tuple[Overlay, dict[str, str]]:
 
 
 def _files(backend: Backend) -> Iterator[_File]:
-    default = "damaged or missing; its level is not known, so it becomes fast"
     yield _File(
         path=CONFIG,
         check=read_config,
         recoveries=(
             (_EXTRACTED, extract_sealed),
-            *(
-                (f"damaged; its level is {level}", partial(_rebuild_config, backend, level))
-                for level in LEVELS
+            (
+                "damaged or missing; written again",
+                lambda data: encode_config(Config(version=_latest_version(backend))),
             ),
-            (default, lambda data: encode_config(Config(version=_latest_version(backend)))),
         ),
     )
     for identity in list_bases(backend):
@@ -141,12 +138,6 @@ def _read(backend: Backend, path: str) -> bytes:
         if not is_damage(error):
             raise
         return b""
-
-
-def _rebuild_config(backend: Backend, level: Level, data: bytes) -> bytes | None:
-    if f'"level":"{level}"'.encode() not in data:
-        return None
-    return encode_config(Config(level=level, version=_latest_version(backend)))
 
 
 def _latest_version(backend: Backend) -> int:

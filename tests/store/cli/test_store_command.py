@@ -104,14 +104,7 @@ def test_store_is_found_by_environment_and_current_directory(
 
 
 def test_an_empty_store_is_reported(capsys: pytest.CaptureFixture[str], store: Store) -> None:
-    assert run(capsys, "--store", store.path, "inspect")[1] == "the store is empty\nlevel fast\n"
-
-
-def test_init_sets_the_level(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "small"
-    assert document(capsys, "init", path, "--level", "small")["level"] == "small"
-    assert Store.open(path).level == "small"
-    assert run(capsys, "--store", path, "inspect")[1].endswith("level small\n")
+    assert run(capsys, "--store", store.path, "inspect")[1] == "the store is empty\n"
 
 
 def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store: Store) -> None:
@@ -128,7 +121,6 @@ def test_inspect_shows_the_lineage(capsys: pytest.CaptureFixture[str], run_store
     found = document(capsys, "--store", run_store.path, "inspect")
     assert [ckpt["step"] for ckpt in found["checkpoints"]] == [10, 20]
     assert found["checkpoints"][0]["metrics"]["odd"] == "nan"
-    assert found["level"] == "fast"
 
 
 def test_reasons_that_keep_a_checkpoint_are_distinct_and_short(

@@ -5,25 +5,18 @@ The chunks are small because interpreted code is slow.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from msft_store import Store
 from msft_store.codec import adaptive_codec
-from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
+from tests.support.older_encoders import encode_symbols
 from tests.support.pairs import (
     BF16,
     COMPILED,
@@ -39,7 +32,6 @@ from tests.support.pairs import (
     pair_of,
 )
 from tests.support.plain_codecs import Decisions, read_adaptive
-from tests.support.states import State, same_bits, train_step, write_base
 
 CHANGES = [
     (token << 1 | half) << 2 | smaller << 1 | flipped
@@ -93,9 +85,7 @@ def test_every_change_after_every_movement_is_restored(first_exponent: int) -> N
     symbols = rng.permutation(np.array(CHANGES * 4, np.uint16))
     exponents = rng.choice(np.array([0, 1, 100, 101, 254, 255], np.int16), symbols.size)
     ends = first_exponent, min(first_exponent + 63, 255)
-    first, second = (
-        adaptive_codec._encode_symbols(symbols, exponents, *ends, compiled) for compiled in PATHS
-    )
+    first, second = (encode_symbols(symbols, exponents, *ends, compiled) for compiled in PATHS)
     assert first == second
     for compiled in PATHS:
         assert np.array_equal(
@@ -110,9 +100,7 @@ def test_a_change_after_many_equal_symbols_is_restored(surprise: int) -> None:
     symbols = np.zeros(30_000, np.uint16)
     symbols[surprise::5000] = CHANGES[-1]
     exponents = np.full(symbols.size, 120, np.int16)
-    first, second = (
-        adaptive_codec._encode_symbols(symbols, exponents, 120, 120, compiled) for compiled in PATHS
-    )
+    first, second = (encode_symbols(symbols, exponents, 120, 120, compiled) for compiled in PATHS)
     assert first == second
     assert np.array_equal(
         adaptive_codec._decode_symbols(first, exponents, 120, 120, COMPILED), symbols
@@ -148,52 +136,3 @@ def test_threads_change_no_byte() -> None:
     some = slice(None) if COMPILED is not None else slice(1, 4)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(code, pairs[some])) == [code(pair) for pair in pairs[some]]
-
-
-def small_state() -> State:
-    generator = torch.Generator().manual_seed(0)
-    weights = 0.02 * torch.randn(2, 400, generator=generator)
-    return {"half": weights[0].bfloat16(), "single": weights[1], "integers": torch.arange(9)}
-
-
-def test_a_process_without_numba_reads_checkpoints_of_level_small(tmp_path: Path) -> None:
-    state = small_state()
-    after = train_step(state, 0.3, 1)
-    store = Store.create(tmp_path / "store", level="small")
-    store.save(after, parent=store.add_base(write_base(tmp_path / "base.safetensors", state)))
-    code = (
-        "import sys, safetensors.torch\n"
-        "from msft_store import Store\nfrom msft_store.codec import codecs\n"
-        "assert codecs.compiled_kernels() is None\n"
-        "store = Store.open(sys.argv[1])\n"
-        "safetensors.torch.save_file(store.load(store.log()[0]), sys.argv[2])\n"
-    )
-    out = tmp_path / "loaded.safetensors"
-    root = str(Path(__file__).parents[3])
-    done = subprocess.run(
-        [sys.executable, "-c", code, store.path, out],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": root, NUMBA_VARIABLE: "0"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert same_bits(load_file(out), after)
-
-
-def test_packs_of_the_level_small_are_equal_with_and_without_numba(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = small_state()
-    after = train_step(state, 0.3, 1)
-    source = write_base(tmp_path / "base.safetensors", state)
-    packs = []
-    for name, compiled in zip("ab", PATHS, strict=True):
-        monkeypatch.setattr(
-            "msft_store.codec.codecs.compiled_kernels", lambda *_, compiled=compiled, **__: compiled
-        )
-        store = Store.create(tmp_path / name, level="small")
-        store.save(after, parent=store.add_base(source))
-        packs.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("packs/*")})
-    assert packs[0] == packs[1] != {}

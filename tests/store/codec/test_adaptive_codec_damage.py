@@ -15,6 +15,7 @@ from msft_store.codec import adaptive_codec, exponent_codec, kernels
 from msft_store.codec.kernels import Lanes
 from msft_store.format import dtypes
 from msft_store.format.dtypes import DType
+from tests.support.older_encoders import append_halves, encode_symbols
 from tests.support.pairs import BF16, DTYPES, SEEDED, check, outcomes, pair_of
 
 HEADER = "<5IBBH"
@@ -97,9 +98,7 @@ def crafted(
     """
     blocks = [] if runs is None else runs
     plain = np.array([*blocks, *gaps], np.uint32)
-    coded = adaptive_codec.append_halves(
-        exponent_codec.compute_plain_symbols(len(blocks), plain), plain
-    )
+    coded = append_halves(exponent_codec.compute_plain_symbols(len(blocks), plain), plain)
     symbols, distances = np.array(changes, np.uint16), np.array(numbers, np.uint32)
     room, unused = np.zeros(plain.size + symbols.size + 2, np.uint32), np.zeros(512, np.int64)
     end = kernels.write_low_bits(coded, plain, adaptive_codec.FINE_BITS, unused, room, 0)
@@ -107,8 +106,8 @@ def crafted(
     low_bits = room[: -(-end // 32)].tobytes()
     low_bits = low_bits[: len(low_bits) + min(4 * words, 0)] + bytes(max(4 * words, 0))
     kinds = np.repeat(np.array([0, 1]), [len(blocks), len(gaps)])
-    first = adaptive_codec._encode_symbols(coded, kinds, 0, 1, None)
-    second = adaptive_codec._encode_symbols(symbols, np.full(symbols.size, 5), 5, 5, None)
+    first = encode_symbols(coded, kinds, 0, 1, None)
+    second = encode_symbols(symbols, np.full(symbols.size, 5), 5, 5, None)
     busy = 0 if runs is not None else exponent_codec.ALL_BLOCKS_CODED
     head = [len(changes), len(gaps), len(blocks), len(first), len(low_bits) // 4, 5, 5, busy]
     for field, value in (header or {}).items():

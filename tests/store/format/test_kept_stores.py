@@ -107,7 +107,7 @@ def test_they_have_every_feature_of_the_format() -> None:
         for pack in PlainStore(path).packs.values()
         for record in pack.records
     ]
-    assert {record.codec for record in found} == set(range(9))
+    assert {record.codec for record in found} == set(range(10))
     assert {record.depth for record in found} == set(range(17))
     assert {record.generation for record in found} >= {0, 1}
     assert len({record.dtype for record in found}) == 21

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from msft_store import Store
-from msft_store.codec.codecs import LEVELS
 from tests.support.plain_store import PlainStore
 from tests.support.states import State, bits_of, make_state, train_step, write_base
 
@@ -32,12 +31,9 @@ def choose_one(rng: np.random.Generator, things: Sequence[Any]) -> Any:
     return things[rng.integers(len(things))]
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_runs_of_saves_anchors_rebases_and_gcs(
-    tmp_path: Path, level: str, dtype: torch.dtype
-) -> None:
-    store, rng = Store.create(tmp_path / "store", level=level), np.random.default_rng(len(level))
+def test_runs_of_saves_anchors_rebases_and_gcs(tmp_path: Path, dtype: torch.dtype) -> None:
+    store, rng = Store.create(tmp_path / "store"), np.random.default_rng(4)
     names = ("model.layers.0.up.weight", "model.layers.0.norm.weight", "model.scale", "model.empty")
     wide = {name: make_state(dtype=torch.float32)[name] for name in names}
     base = store.add_base(write_base(tmp_path / "base.safetensors", wide))

@@ -149,7 +149,6 @@ def test_a_strangers_store_writes_no_file_outside(tmp_path: Path, store: Store, 
             facts,
             parent=None,
             references=None,
-            level="fast",
             compared=None,
         )
     for act in (lambda: store.export(ckpt, tmp_path / "in" / "x"), lambda: store.files(ckpt)):

@@ -155,16 +155,7 @@ def test_a_config_is_written_anew(
         Store.open(store.path)
     assert main(["--store", store.path, "repair"]) == 0
     assert "store.json" in capsys.readouterr().out
-    assert Store.open(store.path).level == "fast"
     assert Store.open(store.path).check() == []
-
-
-def test_the_level_of_a_damaged_config_is_kept(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "small", level="small")
-    path = tmp_path / "small" / "store.json"
-    path.write_bytes(path.read_bytes().replace(b"4194304", b"9999999"))
-    plan_repair(LocalBackend(tmp_path / "small")).execute()
-    assert Store.open(store.path).level == "small"
 
 
 def test_a_ref_comes_back_without_its_note(store: Store, ckpt: Checkpoint) -> None:

@@ -101,7 +101,6 @@ def test_push_clone_load_is_exact(
     assert come.checkpoints == tuple(checkpoint.id for checkpoint in store.log())
     assert copy.log() == store.log()
     assert (copy.refs(), copy.notes()) == (store.refs(), store.notes())
-    assert copy.level == store.level
     assert copy.locks() == []
     assert copy.plan_gc().leftovers == ()
 

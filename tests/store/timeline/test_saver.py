@@ -170,8 +170,8 @@ def test_a_checkpoint_is_the_same_as_one_saved_in_the_foreground(
     }
     with AsyncSaver(store) as saver:
         for tensors in (train_step(state, 0.1, 1), awkward_state()):
-            here = saver.save(tensors, parent=base, level="small", **facts).result()
-            there = other.save(tensors, parent=other_base, level="small", **facts)
+            here = saver.save(tensors, parent=base, **facts).result()
+            there = other.save(tensors, parent=other_base, **facts)
             assert here.id == there.id
             assert here.stored_bytes == there.stored_bytes
             assert same_bits(store.load(here), other.load(there))

@@ -1,4 +1,4 @@
-"""The exponent codec restores every bit, and both implementations give the same bytes."""
+"""Codecs 6 and 9 restore every bit, and both implementations give the same bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msft_store import Store
-from msft_store.codec import changes, codecs, exponent_codec
+from msft_store.codec import changes, codecs, compact_codec, exponent_codec
 from msft_store.codec.changes import ChunkChanges
 from msft_store.codec.compilation import NUMBA_VARIABLE
 from msft_store.format import dtypes
@@ -32,12 +33,16 @@ from tests.support.pairs import (
     changed,
     check,
     layout,
+    packed,
     pair_of,
 )
-from tests.support.plain_codecs import read_classes
+from tests.support.plain_codecs import read_classes, read_compact
 from tests.support.states import make_state, same_bits, train_step, write_base
 
+CODECS = pytest.mark.parametrize("codec", [compact_codec, exponent_codec])
 
+
+@CODECS
 @given(
     dtype=st.sampled_from(DTYPES),
     count=st.integers(1, 300),
@@ -46,9 +51,9 @@ from tests.support.states import make_state, same_bits, train_step, write_base
 )
 @settings(SEEDED, max_examples=300)
 def test_both_implementations_give_the_same_bytes_and_restore_every_bit(
-    dtype: DType, count: int, kind: str, seed: int
+    *, codec: ModuleType, dtype: DType, count: int, kind: str, seed: int
 ) -> None:
-    check(dtype, *pair_of(dtype, count, kind, seed))
+    check(dtype, *pair_of(dtype, count, kind, seed), codec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,10 +69,11 @@ def test_blocks_and_their_sampling_may_end_anywhere(dtype: DType, kind: str) -> 
 def test_a_reader_written_from_the_format_page_agrees(dtype: DType, kind: str) -> None:
     for count in (1, 200, 5000):
         new, old = pair_of(dtype, count, kind, count)
-        payload = check(dtype, new, old)
-        mantissa = layout(dtype).shift
-        again = read_classes(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
-        assert again == new.tobytes()
+        for codec, read in ((compact_codec, read_compact), (exponent_codec, read_classes)):
+            payload = check(dtype, new, old, codec)
+            mantissa = layout(dtype).shift
+            again = read(payload, old.tobytes(), mantissa=mantissa, width=dtype.lane)
+            assert again == new.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,9 +109,7 @@ def test_unchanged_chunks_and_unaligned_addresses_are_coded(compiled: Any) -> No
         shifted.append(data[1:].view(lanes.dtype))
     assert not shifted[0].flags.aligned
     for now, was in (shifted, (old, old)):
-        payload = exponent_codec.encode(
-            exponent_codec.find_changes(now, was, layout(dtype), compiled), compiled
-        )
+        payload = packed(dtype, now, was, compiled)
         assert changed(payload, was, dtype, compiled).tobytes() == now.tobytes()
 
 
@@ -125,9 +129,7 @@ def test_read_only_arrays_stay_as_they_are_without_a_warning(compiled: Any) -> N
     before = old.tobytes()
     for lanes in (new, old):
         lanes.flags.writeable = False
-    payload = exponent_codec.encode(
-        exponent_codec.find_changes(new, old, layout(BF16), compiled), compiled
-    )
+    payload = packed(BF16, new, old, compiled)
     assert changed(payload, old, BF16, compiled).tobytes() == new.tobytes()
     assert old.tobytes() == before
 
@@ -137,9 +139,7 @@ def test_threads_change_no_byte(compiled: Any) -> None:
     pairs = [pair_of(BF16, 20_000, kind, seed) for seed in range(3) for kind in KINDS]
 
     def code(pair: Pair) -> bytes:
-        payload = exponent_codec.encode(
-            exponent_codec.find_changes(*pair, layout(BF16), compiled), compiled
-        )
+        payload = packed(BF16, *pair, compiled)
         assert (changed(payload, pair[1], BF16, compiled) == pair[0]).all()
         return payload
 
@@ -178,7 +178,7 @@ def test_a_chunk_near_its_reference_costs_less_than_as_gaps_and_changes() -> Non
     new, old = pair_of(BF16, 1 << 16, "trained", 1)
     mine, theirs = (
         codec.encode(new.view(np.uint8), old.view(np.uint8), BF16)
-        for codec in (codecs.EXPONENT_CLASSES, codecs.SPARSE)
+        for codec in (codecs.COMPACT, codecs.SPARSE)
     )
     assert len(mine) < len(theirs)
 
@@ -190,3 +190,38 @@ def test_references_of_zero_leave_the_others_their_classes(compiled: Any) -> Non
     found = exponent_codec.find_changes(new, old, layout(BF16), compiled)
     # The exponents of the other references are about 120.
     assert found.high > 100
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_new_values_of_every_size_are_restored(name: str) -> None:
+    dtype = dtypes.dtype_by_name(name)
+    values = np.append(np.arange(0, layout(dtype).mask, layout(dtype).mask // 999), [0, 1, 2, 3])
+    for spread in (values, values[:9], values[-30:-4], values[-4:]):
+        new = np.concatenate([spread, spread | layout(dtype).sign]).astype(f"<u{dtype.lane}")
+        old = np.zeros_like(new)
+        old[::3] = layout(dtype).sign
+        signed = f"<i{dtype.lane}"
+        check(dtype, new.view(signed), old.view(signed))
+
+
+def test_many_symbols_are_shared_by_several_coders() -> None:
+    check(BF16, *pair_of(BF16, 70_000, "all", 1))
+
+
+def test_one_large_new_value_does_not_spoil_the_others() -> None:
+    rng = np.random.default_rng(1)
+    new = (rng.normal(0, 1e-5, 20_000).astype("<f4").view("<u4") >> 16).astype("<i2")
+    old = np.zeros_like(new)
+    alone = len(packed(BF16, new, old, COMPILED))
+    new[77] = 0x4F00
+    assert len(check(BF16, new, old)) < alone + 20
+
+
+def test_values_from_zero_cost_less_than_as_distances() -> None:
+    rng = np.random.default_rng(1)
+    new = (rng.normal(0, 1e-5, 20_000).astype("<f4").view("<u4") >> 16).astype("<i2")
+    old = np.zeros_like(new)
+    mine, older = (
+        len(packed(BF16, new, old, COMPILED, codec)) for codec in (compact_codec, exponent_codec)
+    )
+    assert mine < 0.85 * older

@@ -1,0 +1,278 @@
+"""Codec 9: the changes of codec 6 with compact tables, and new values where the reference is zero.
+
+Tables take half the bytes of codec 6's, coders and header less than that. A change from zero is a
+whole new number, so its token is the exponent of that number and the two highest bits of its
+mantissa. ``docs/FORMAT.md``, section 5, has the format. As in
+:mod:`msft_store.codec.exponent_codec`, the payload is the same with and without compiled kernels,
+and a damaged payload is a :class:`ValueError`.
+
+Example::
+
+    compiled = compiled_kernels()                     # or None without Numba
+    changes = exponent_codec.find_changes(new, old, layout, compiled)
+    payload = encode(changes, layout, compiled)
+    decode_in_place(payload, old, layout, compiled)   # old is now equal to new
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msft_store.codec import exponent_codec, kernels, rans, table_coder
+from msft_store.codec.changes import (
+    EXTRA_BITS,
+    GAP_CONTEXT,
+    RUN_CONTEXT,
+    SMALLEST,
+    TOKENS,
+    ChunkChanges,
+    FloatLayout,
+    Listing,
+    build_tokens,
+    zero_context,
+)
+from msft_store.codec.exponent_codec import ALL_BLOCKS_CODED
+from msft_store.codec.kernels import Lanes
+from msft_store.codec.rans import BLOCK, EXPONENTS, MAX_CLASSES, SYMBOLS
+
+Array = NDArray[Any]
+
+_HEADER = struct.Struct("<BBH")
+"""low, high, busy; then :data:`_NUMBERS` numbers of variable length."""
+_NUMBERS = 6
+"""Listed lanes, gaps, runs, bytes of tables, bytes of low bits, and the least new value."""
+_MAX_NUMBER_BYTES = 5
+_FINE_BITS = 2
+"""Bits of the mantissa that are part of the token of a new value."""
+_SYMBOLS_PER_CODER = 8192
+"""A coder costs two bytes more than it saves, and a few keep a processor busy."""
+_MAX_CODERS = 64
+
+
+def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
+    """Return the payload of the changes."""
+    runs = 0 if found.runs is None else found.runs.size
+    parts, least = list_symbols(found, layout)
+    histogram = np.zeros((zero_context(found) + 1) * SYMBOLS, np.int64)
+    low_bits = exponent_codec.write_low_bits(parts, histogram, compiled)
+    levels = rans.compute_levels(histogram)
+    tables = table_coder.encode_tables(levels, compiled)
+    coder = rans if compiled is None else compiled
+    packed = coder.compute_frequencies(levels)
+    coded = [coder.encode(part, packed, count_coders(part.size)) for part, _, _ in parts]
+    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
+    numbers = (found.symbols.size, found.gaps.size, runs, len(tables), len(low_bits), least)
+    return b"".join(
+        [
+            _HEADER.pack(found.low, found.high, busy),
+            *map(encode_number, numbers),
+            tables,
+            low_bits,
+            *(part.tobytes() for part in coded),
+        ]
+    )
+
+
+def list_symbols(
+    found: ChunkChanges, layout: FloatLayout
+) -> tuple[list[tuple[Array, Array, Array]], int]:
+    """Return symbols, values and bits a token of each sequence, and the least new value."""
+    changed, zero, least = _split_off_zero(found, layout)
+    parts = [
+        (*exponent_codec.list_runs_and_gaps(found), EXTRA_BITS),
+        (*changed, build_tokens(layout.fine)[0]),
+        (*zero, _value_bits(layout)),
+    ]
+    return parts, least
+
+
+def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
+    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined."""
+    streams = _open_streams(payload, old.size, layout, compiled)
+    positions = exponent_codec.locate_listed(
+        old, layout, streams.listing, streams.gaps, compiled, count=streams.count
+    )
+    contexts = exponent_codec.compute_contexts(old, positions, layout, streams.listing, compiled)
+    _apply(streams, old, positions, contexts, layout=layout, compiled=compiled)
+
+
+def restores(
+    payload: bytes, size: int, found: ChunkChanges, layout: FloatLayout, compiled: Any
+) -> bool:
+    """Return True if a payload decodes to the ``size`` lanes in which changes were found.
+
+    The search has compared all lanes, so a payload is proven by the elements that it lists and by
+    their values. ``found`` must hold those, and there must be compiled kernels.
+    """
+    listed = found.listed
+    if listed is None:
+        return False
+    try:
+        streams = _open_streams(payload, size, layout, compiled)
+        if streams.count != listed.positions.size or not exponent_codec.lists(
+            listed, streams.listing, streams.gaps, layout, size=size, compiled=compiled
+        ):
+            return False
+        lanes = listed.references.copy()
+        places = np.arange(lanes.size, dtype=np.uint32)
+        contexts = exponent_codec.compute_contexts(lanes, places, layout, streams.listing, compiled)
+        _apply(streams, lanes, places, contexts, layout=layout, compiled=compiled)
+    except ValueError:
+        return False
+    return np.array_equal(lanes, listed.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Streams:
+    """The opened streams of a payload."""
+
+    listing: Listing
+    count: int
+    """Number of listed lanes."""
+    gaps: Array
+    symbols: exponent_codec.WordReader
+    words: Array
+    """Words of low bits, and two more."""
+    start: int
+    """First low bit of the changes."""
+    end: int
+    least: int
+
+
+def _open_streams(payload: bytes, size: int, layout: FloatLayout, compiled: Any) -> _Streams:
+    """Read a payload for ``size`` lanes up to the symbols of changes; or :class:`ValueError`."""
+    if len(payload) < _HEADER.size:
+        raise ValueError("a compact chunk has no header")
+    low, high, busy = _HEADER.unpack_from(payload)
+    all_coded, busy = bool(busy & ALL_BLOCKS_CODED), busy & (ALL_BLOCKS_CODED - 1)
+    (count, gaps, runs, table_bytes, low_bytes, least), at = _decode_numbers(payload, _HEADER.size)
+    blocks = 0 if all_coded else -(-size // BLOCK)
+    if max(count, gaps) > size or runs > blocks or at + table_bytes + low_bytes > len(payload):
+        raise ValueError("a compact chunk has the wrong length")
+    if low > high or high - low >= MAX_CLASSES or busy > EXPONENTS or least > layout.mask:
+        raise ValueError("a compact chunk has impossible exponents")
+    listing = Listing(low=low, high=high, busy=busy, runs=None)
+    tables = payload[at : at + table_bytes]
+    levels = table_coder.decode_tables(tables, zero_context(listing) + 1, compiled)
+    at += table_bytes
+    # The loops read two words beyond the last one.
+    low_bits = payload[at : at + low_bytes] + bytes(8 + -low_bytes % 4)
+    words = np.frombuffer(low_bits, "<u4")
+    symbols = exponent_codec.WordReader(levels, payload[at + low_bytes :], count_coders, compiled)
+    loops, end = kernels if compiled is None else compiled, 8 * low_bytes
+    plain = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
+    values, start = loops.read_distances(symbols.read(plain), words, 0, end, EXTRA_BITS, SMALLEST)
+    if start > end:
+        raise ValueError("a compact chunk ends too early")
+    return _Streams(
+        listing=listing if all_coded else replace(listing, runs=values[:runs]),
+        count=count,
+        gaps=values[runs:],
+        symbols=symbols,
+        words=words,
+        start=start,
+        end=end,
+        least=least,
+    )
+
+
+def _apply(
+    streams: _Streams,
+    old: Lanes,
+    positions: Array,
+    contexts: Array,
+    *,
+    layout: FloatLayout,
+    compiled: Any,
+) -> None:
+    """Change the lanes at the positions in place; :class:`ValueError` if the streams do not fit."""
+    is_zero = contexts == zero_context(streams.listing)
+    parts = [(positions, contexts, build_tokens(layout.fine))]
+    if is_zero.any():
+        values = _value_bits(layout), _smallest_values(streams.least, layout)
+        parts = [
+            (positions[listed], contexts[listed], tokens)
+            for listed, tokens in ((~is_zero, parts[0][2]), (is_zero, values))
+        ]
+    lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
+    bits = streams.start
+    for places, given, tokens in parts:
+        low_bits = streams.words, bits, streams.end, layout.sign, *tokens
+        bits = loops.apply_changes(lanes, places, streams.symbols.read(given), *low_bits)
+    streams.symbols.finish()
+    if not 0 <= streams.end - bits < 8:
+        raise ValueError("a compact chunk has the wrong number of low bits")
+
+
+def count_coders(count: int) -> int:
+    """Return the number of coders that share ``count`` symbols."""
+    return rans.count_coders(count, each=_SYMBOLS_PER_CODER, most=_MAX_CODERS)
+
+
+def encode_number(number: int) -> bytes:
+    """Return a number as groups of seven bits, the lowest first; all but the last have bit 7."""
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def _decode_numbers(payload: bytes, at: int) -> tuple[list[int], int]:
+    numbers = []
+    for _ in range(_NUMBERS):
+        number = 0
+        for place in range(_MAX_NUMBER_BYTES):
+            if at >= len(payload):
+                raise ValueError("a compact chunk ends in its header")
+            number |= (payload[at] & 127) << 7 * place
+            at += 1
+            if payload[at - 1] < 128:
+                break
+        else:
+            raise ValueError("a compact chunk has a number of too many bytes")
+        numbers.append(number)
+    return numbers, at
+
+
+def _split_off_zero(
+    found: ChunkChanges, layout: FloatLayout
+) -> tuple[tuple[Array, Array], tuple[Array, Array], int]:
+    """Return symbols and distances of other references and of zeros, and the latter's ``least``."""
+    is_zero = found.symbols >= zero_context(found) << 8
+    if not is_zero.any():
+        none = np.zeros(0, np.uint16), np.zeros(0, np.uint32)
+        return (found.symbols, found.distances), none, 0
+    values = found.distances[is_zero]
+    shares = values >> layout.shift - _FINE_BITS
+    # The window of tokens begins where it holds the most values.
+    counts = np.cumsum(np.bincount(shares[values > 0], minlength=TOKENS))
+    within = counts[TOKENS - 3 :] - np.append(0, counts[: -(TOKENS - 2)])
+    least = int(np.argmax(within))
+    places = shares.astype(np.int64) - least
+    outside = (places < 0) | (places > TOKENS - 3)
+    tokens = np.where(values == 0, 0, np.where(outside, 1, places + 2))
+    symbols = (found.symbols[is_zero] & 0xFF01) | tokens.astype(np.uint16) << 2
+    others = ~is_zero
+    changed = found.symbols[others], found.distances[others]
+    return changed, (symbols.astype(np.uint16), values), least
+
+
+def _value_bits(layout: FloatLayout) -> Array:
+    """Return the number of low bits of each token of a new value."""
+    bits = np.full(TOKENS, layout.shift - _FINE_BITS, np.uint8)
+    bits[0], bits[1] = 0, layout.mask.bit_length()
+    return bits
+
+
+def _smallest_values(least: int, layout: FloatLayout) -> Array:
+    """Return the smallest new value of each token."""
+    shares = np.append([0, 0], np.arange(least, least + TOKENS - 2)).astype(np.uint64)
+    values: Array = (shares << np.uint64(layout.shift - _FINE_BITS)).astype(np.uint32)
+    return values
