@@ -146,7 +146,12 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     """Draw the share against the steps, one line a regime, on a transparent ground."""
     grey = "#808080"
     colours = {"axes.edgecolor": grey, "axes.labelcolor": grey, "text.color": grey}
-    ticks = {"xtick.color": grey, "ytick.color": grey, "svg.hashsalt": "changes"}
+    ticks = {
+        "xtick.color": grey,
+        "ytick.color": grey,
+        "svg.hashsalt": "changes",
+        "svg.fonttype": "none",
+    }
     found = list(rows)
     with rc_context({**colours, **ticks}):
         figure = Figure(figsize=(7, 4), layout="tight")

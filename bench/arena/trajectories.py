@@ -54,11 +54,11 @@ class Regime:
 
 REGIMES = {
     "bf16-1e-5": Regime(lr=1e-5),
+    "bf16-2e-5": Regime(lr=2e-5),
     "masters-1e-6": Regime(lr=1e-6, masters=True),
     "masters-1e-5": Regime(lr=1e-5, masters=True),
-    "lora": Regime(lr=1e-4, adapter=True),
-    "bf16-2e-5": Regime(lr=2e-5),
     "masters-2e-5": Regime(lr=2e-5, masters=True),
+    "lora": Regime(lr=1e-4, adapter=True),
 }
 
 
