@@ -10,8 +10,7 @@ All ways load into the same tensors, which hold zeros before each load. Safetens
 one of the saved tensor, because a load of ours verifies what it restores. The files are in the page
 cache. A round runs each way once; ratios are medians over rounds. "Seconds" are those of the
 processor unless they are said to be those of the clock, because the machine may do other work.
-Memory is the largest growth of the resident set of a fresh process, whose pages of mapped files
-count.
+Memory is the largest growth of the resident set during the first load of ours.
 
 Example::
 
@@ -75,8 +74,8 @@ class Row:
     ratio: dict[str, float]
     """Seconds of the processor in those of plain safetensors."""
     clock_ratio: dict[str, float]
-    adds: dict[str, float]
-    """MB by which the resident set grows, by way."""
+    adds: float
+    """MB by which the resident set grows at most during the first load of ours."""
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -110,6 +109,11 @@ def measure(path: Path, checkpoint: str, file: Path, rounds: int) -> dict[str, A
         ROLLBACK: (lambda: _change(target, state), lambda: store.load_into(target, found)),
         UNCHANGED: (lambda: copy_into(state, target), lambda: store.load_into(target, found)),
     }
+    _clear(target)  # Pages that were never written to are not resident.
+    # One tensor first, for what is imported or compiled at the first call.
+    store.load(found, [sorted(state, key=lambda name: state[name].nbytes)[len(state) // 2]])
+    with peak_memory() as adds:
+        store.load_into(target, found)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(rounds + 1):
@@ -125,26 +129,7 @@ def measure(path: Path, checkpoint: str, file: Path, rounds: int) -> dict[str, A
             # The first round compiles, imports and allocates.
             for name, tensor in state.items():
                 assert _same(target[name], tensor), f"{way} did not restore {name}"
-    return {"seconds": seconds, "clock": clock}
-
-
-def memory(path: Path, checkpoint: str, file: Path, way: str) -> float:
-    """Return by how many MB the resident set grows at most during the first load."""
-    store = Store.open(path)
-    found = store.get(checkpoint)
-    target = {
-        name: torch.zeros_like(tensor) for name, tensor in safetensors.torch.load_file(file).items()
-    }
-    _clear(target)  # Pages that were never written to are not resident.
-    smallest = min(target, key=lambda name: target[name].nbytes)
-    # One tensor first, for what is imported or compiled at the first call.
-    store.load(found, [smallest])
-    with peak_memory() as adds:
-        if way == PLAIN:
-            _load_plain(file, target)
-        else:
-            store.load_into(target, found)
-    return adds[0]
+    return {"seconds": seconds, "clock": clock, "adds": adds[0]}
 
 
 def _clear(target: State) -> None:
@@ -206,7 +191,6 @@ def rows_of(folder: Path, rounds: int) -> Iterator[Row]:
         with tempfile.TemporaryDirectory(dir=DATA, prefix="loading-") as name:
             store, checkpoint = make_store(Path(name) / "store", files, depth)
             place = (Path(store.path), checkpoint.id, files[-1])
-            adds = {way: alone(memory, *place, way) for way in (OURS, PLAIN)}
             for cores in (1, all_cores) if depth == DEPTHS[0] and all_cores > 1 else (1,):
                 with limited(cores):
                     found = alone(measure, *place, rounds)
@@ -220,7 +204,7 @@ def rows_of(folder: Path, rounds: int) -> Iterator[Row]:
                     clock=_medians(found["clock"]),
                     ratio=_ratios(found["seconds"]),
                     clock_ratio=_ratios(found["clock"]),
-                    adds=adds,
+                    adds=found["adds"],
                 )
 
 
@@ -250,7 +234,6 @@ def markdown(rows: Sequence[Row]) -> str:
         "÷ safetensors",
         "nothing differs, GB/s a core",
         "+ MB",
-        "+ MB, safetensors",
     )
     return table(
         header,
@@ -267,8 +250,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"{row.gigabytes / row.seconds[ROLLBACK]:.2f}",
                 f"{row.ratio[ROLLBACK]:.2f}",
                 f"{row.gigabytes / row.seconds[UNCHANGED]:.2f}",
-                f"{row.adds[OURS]:.0f}",
-                f"{row.adds[PLAIN]:.0f}",
+                f"{row.adds:.0f}",
             )
             for row in rows
         ],
@@ -288,15 +270,19 @@ def main() -> None:
         if len(snapshots(folder)) > 1:
             rows += rows_of(folder, options.rounds)
             print(markdown([row for row in rows if row.regime == folder.name]), flush=True)
-    if options.print_only:
-        return
+            if not options.print_only:
+                write(rows, options.data.resolve().name)
+
+
+def write(rows: Sequence[Row], data: str) -> None:
+    """Write the rows so far into ``bench/results``."""
     about, cores = machine(), len(os.sched_getaffinity(0))
     text = (
-        f"{cores} cores of {about['cpu']}, {about['date']}, commit {about['commit']}; "
-        f"{options.data.name}, {rows[0].gigabytes:.2f} GB. GB/s a core are of processor time, and "
-        "so are ratios that are not said to be of the clock.\n\n" + markdown(rows)
+        f"{cores} shared cores of {about['cpu']}, {about['date']}, commit {about['commit']}; "
+        f"{data}, {rows[0].gigabytes:.2f} GB. GB/s a core are of processor time, and so are ratios "
+        "that are not said to be of the clock.\n\n" + markdown(rows)
     )
-    document = {"machine": about, "cores": cores, "data": options.data.name}
+    document = {"machine": about, "cores": cores, "data": data}
     (RESULTS / "loading.md").write_text(text, encoding="utf-8")
     (RESULTS / "loading.json").write_text(
         json.dumps({**document, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
