@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.codec import RESULTS, TENSORX
+from bench.loading import ROLLBACK
 from bench.trajectories import ROOT
 
 PAGE = ROOT / "docs" / "BENCHMARKS.md"
@@ -36,12 +37,12 @@ BUDGETS = (1, 3, 10)
 
 def table(results: Path = RESULTS) -> str:
     """Return the table."""
-    codec, store, disk, arena_msft = (
+    codec, store, disk, arena_msft, loading = (
         json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("codec", "store", "disk", "arena_msft")
+        for name in ("codec", "store", "disk", "arena_msft", "loading")
     )
     lines = ["| | ours | beside it |", "|---|--:|--:|"]
-    rows = (*codecs(codec), *times(store), pretrained_run(arena_msft), *runs(disk))
+    rows = (*codecs(codec), *times(store), *loads(loading), pretrained_run(arena_msft), *runs(disk))
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     about = (
         f"{codec['date']}, {store['cores']} shared cores of {codec['cpu']}: codecs on one of them "
@@ -116,6 +117,33 @@ def pretrained_run(document: dict[str, Any]) -> tuple[str, str, str]:
         f"{run['peak']:.3f} ({run['mean']:.3f})",
         f"{run['paper_peak']} ({run['paper_mean']:.2f}), a full copy per champion",
     )
+
+
+def loads(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of loads into existing tensors."""
+    about = document["machine"]
+    where = f"{document['data']}, {about['date']}, commit {about['commit']}"
+    speeds = {
+        (row["regime"], row["depth"]): {
+            way: row["gigabytes"] / seconds for way, seconds in row["seconds"].items()
+        }
+        for row in document["rows"]
+        if row["cores"] == 1
+    }
+    found = []
+    for regime in dict.fromkeys(regime for regime, _ in speeds):
+        depths = sorted(depth for name, depth in speeds if name == regime)
+        near, far = speeds[regime, depths[0]], speeds[regime, depths[-1]]
+        found.append(
+            (
+                f"a load in place, {regime}, depth {depths[0]} ({depths[-1]}); {where}",
+                f"{near['ours']:.2f} ({far['ours']:.2f}) GB/s of processor time; "
+                f"{near[ROLLBACK]:.2f} ({far[ROLLBACK]:.2f}) where 1 % of the chunks differ",
+                f"{near['safetensors']:.2f} GB/s, safetensors; "
+                f"{near['safetensors, verified']:.2f} with digests",
+            )
+        )
+    return found
 
 
 def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -280,7 +280,9 @@ def write(rows: Sequence[Row], data: str) -> None:
     text = (
         f"{cores} shared cores of {about['cpu']}, {about['date']}, commit {about['commit']}; "
         f"{data}, {rows[0].gigabytes:.2f} GB. GB/s a core are of processor time, and so are ratios "
-        "that are not said to be of the clock.\n\n" + markdown(rows)
+        "that are not said to be of the clock. Two threads of torch wait for each other if other "
+        "work takes a core, so the rows of several cores flatter ours on a busy machine.\n\n"
+        + markdown(rows)
     )
     document = {"machine": about, "cores": cores, "data": data}
     (RESULTS / "loading.md").write_text(text, encoding="utf-8")
