@@ -15,6 +15,7 @@ Example::
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ _MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "complex32": 10, "comp
 TOKENS = 64
 
 
+@functools.cache
 def build_tokens(fine: int) -> tuple[Array, Array]:
     """Return the number of low bits that follow each token, and its smallest distance.
 

@@ -16,6 +16,7 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +50,7 @@ _NUMBERS = 6
 _MAX_NUMBER_BYTES = 5
 _FINE_BITS = 2
 """Bits of the mantissa that are part of the token of a new value."""
-_SYMBOLS_PER_CODER = 8192
+_SYMBOLS_PER_CODER = 2048
 """A coder costs two bytes more than it saves, and a few keep a processor busy."""
 _MAX_CODERS = 64
 
@@ -57,7 +58,7 @@ _MAX_CODERS = 64
 def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
     """Return the payload of the changes."""
     runs = 0 if found.runs is None else found.runs.size
-    parts, least = list_symbols(found, layout)
+    parts, least = list_symbols(found, layout, compiled)
     histogram = np.zeros((zero_context(found) + 1) * SYMBOLS, np.int64)
     low_bits = exponent_codec.write_low_bits(parts, histogram, compiled)
     levels = rans.compute_levels(histogram)
@@ -79,10 +80,10 @@ def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
 
 
 def list_symbols(
-    found: ChunkChanges, layout: FloatLayout
+    found: ChunkChanges, layout: FloatLayout, compiled: Any
 ) -> tuple[list[tuple[Array, Array, Array]], int]:
     """Return symbols, values and bits a token of each sequence, and the least new value."""
-    changed, zero, least = _split_off_zero(found, layout)
+    changed, zero, least = _split_off_zero(found, layout, compiled)
     parts = [
         (*exponent_codec.list_runs_and_gaps(found), EXTRA_BITS),
         (*changed, build_tokens(layout.fine)[0]),
@@ -191,15 +192,13 @@ def _apply(
     compiled: Any,
 ) -> None:
     """Change the lanes at the positions in place; :class:`ValueError` if the streams do not fit."""
-    is_zero = contexts == zero_context(streams.listing)
-    parts = [(positions, contexts, build_tokens(layout.fine))]
-    if is_zero.any():
-        values = _value_bits(layout), _smallest_values(streams.least, layout)
-        parts = [
-            (positions[listed], contexts[listed], tokens)
-            for listed, tokens in ((~is_zero, parts[0][2]), (is_zero, values))
-        ]
     lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
+    zero, tokens = zero_context(streams.listing), build_tokens(layout.fine)
+    parts = [(positions, contexts, tokens)]
+    if contexts.size and contexts.max() == zero:
+        given, places, zeros, others = loops.split_at(contexts, positions, zero)
+        values = _value_bits(layout), _smallest_values(streams.least, layout)
+        parts = [(places, given, tokens), (others, zeros, values)]
     bits = streams.start
     for places, given, tokens in parts:
         low_bits = streams.words, bits, streams.end, layout.sign, *tokens
@@ -242,14 +241,15 @@ def _decode_numbers(payload: bytes, at: int) -> tuple[list[int], int]:
 
 
 def _split_off_zero(
-    found: ChunkChanges, layout: FloatLayout
+    found: ChunkChanges, layout: FloatLayout, compiled: Any
 ) -> tuple[tuple[Array, Array], tuple[Array, Array], int]:
     """Return symbols and distances of other references and of zeros, and the latter's ``least``."""
-    is_zero = found.symbols >= zero_context(found) << 8
-    if not is_zero.any():
+    limit = zero_context(found) << 8
+    if found.symbols.size == 0 or found.symbols.max() < limit:
         none = np.zeros(0, np.uint16), np.zeros(0, np.uint32)
         return (found.symbols, found.distances), none, 0
-    values = found.distances[is_zero]
+    loops = kernels if compiled is None else compiled
+    *changed, zeros, values = loops.split_at(found.symbols, found.distances, limit)
     shares = values >> layout.shift - _FINE_BITS
     # The window of tokens begins where it holds the most values.
     counts = np.cumsum(np.bincount(shares[values > 0], minlength=TOKENS))
@@ -258,12 +258,11 @@ def _split_off_zero(
     places = shares.astype(np.int64) - least
     outside = (places < 0) | (places > TOKENS - 3)
     tokens = np.where(values == 0, 0, np.where(outside, 1, places + 2))
-    symbols = (found.symbols[is_zero] & 0xFF01) | tokens.astype(np.uint16) << 2
-    others = ~is_zero
-    changed = found.symbols[others], found.distances[others]
-    return changed, (symbols.astype(np.uint16), values), least
+    symbols = (zeros & 0xFF01) | tokens.astype(np.uint16) << 2
+    return (changed[0], changed[1]), (symbols.astype(np.uint16), values), least
 
 
+@functools.cache
 def _value_bits(layout: FloatLayout) -> Array:
     """Return the number of low bits of each token of a new value."""
     bits = np.full(TOKENS, layout.shift - _FINE_BITS, np.uint8)

@@ -189,7 +189,7 @@ def read_compact(payload: bytes, reference: bytes, *, mantissa: int, width: int)
     coded = iter([word for (word,) in struct.iter_unpack("<H", payload[middle:])])
 
     old, exponents = lanes_of(reference, mantissa, width)
-    limits = 8192, 64
+    limits = 2048, 64
     symbols = read_symbols([0] * runs + [1] * gaps, tables, coded, *limits)
     distances = [bits.number(symbol // 4) for symbol in symbols]
     places = listed_lanes(exponents, distances[:runs], distances[runs:], busy)
