@@ -169,12 +169,10 @@ def own_entropy_bytes(chunks: list[Chunk]) -> float:
             continue
         lane_pair = view_lanes(new, dtype.lane), view_lanes(old, dtype.lane)
         found = exponent_codec.find_changes(*lane_pair, layout, codecs.compiled_kernels())
-        for symbols, _, bits in compact_codec.list_symbols(
-            found, layout, codecs.compiled_kernels()
-        )[0]:
+        for symbols, _, bits in compact_codec.list_symbols(found, layout)[0]:
             wide = symbols.astype(np.int64)
             total += conditional_entropy(wide >> 8, wide & 0xFF)
-            total += float(bits[wide >> 2 & changes.TOKENS - 1].sum(dtype=np.int64))
+            total += float(bits[wide >> 2 & bits.size - 1].sum(dtype=np.int64))
     return total / 8
 
 

@@ -53,12 +53,14 @@ _FINE_BITS = 2
 _SYMBOLS_PER_CODER = 2048
 """A coder costs two bytes more than it saves, and a few keep a processor busy."""
 _MAX_CODERS = 64
+_ALL_TOKENS = 128 * TOKENS
+"""The tokens of all contexts, of which there are at most 67, as a power of two."""
 
 
 def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
     """Return the payload of the changes."""
     runs = 0 if found.runs is None else found.runs.size
-    parts, least = list_symbols(found, layout, compiled)
+    parts, least = list_symbols(found, layout)
     histogram = np.zeros((zero_context(found) + 1) * SYMBOLS, np.int64)
     low_bits = exponent_codec.write_low_bits(parts, histogram, compiled)
     levels = rans.compute_levels(histogram)
@@ -80,16 +82,24 @@ def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
 
 
 def list_symbols(
-    found: ChunkChanges, layout: FloatLayout, compiled: Any
+    found: ChunkChanges, layout: FloatLayout
 ) -> tuple[list[tuple[Array, Array, Array]], int]:
-    """Return symbols, values and bits a token of each sequence, and the least new value."""
-    changed, zero, least = _split_off_zero(found, layout, compiled)
-    parts = [
-        (*exponent_codec.list_runs_and_gaps(found), EXTRA_BITS),
-        (*changed, build_tokens(layout.fine)[0]),
-        (*zero, _value_bits(layout)),
-    ]
-    return parts, least
+    """Return symbols, values and bits a token of each sequence, and the least new value.
+
+    The bits of the second sequence are those of each context's tokens.
+    """
+    zero = zero_context(found)
+    symbols, least = found.symbols, 0
+    places = np.flatnonzero(symbols >= zero << 8)
+    if places.size:
+        tokens, least = _choose_tokens(found.distances[places], layout)
+        symbols = symbols.copy()
+        symbols[places] = (symbols[places] & 0xFF01) | tokens << 2
+    bits = np.zeros(_ALL_TOKENS, np.uint8)
+    bits[: zero * TOKENS] = np.tile(build_tokens(layout.fine)[0], zero)
+    bits[zero * TOKENS : (zero + 1) * TOKENS] = _value_bits(layout)
+    plain = exponent_codec.list_runs_and_gaps(found)
+    return [(*plain, EXTRA_BITS), (symbols, found.distances, bits)], least
 
 
 def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
@@ -193,18 +203,17 @@ def _apply(
 ) -> None:
     """Change the lanes at the positions in place; :class:`ValueError` if the streams do not fit."""
     lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
-    zero, tokens = zero_context(streams.listing), build_tokens(layout.fine)
-    parts = [(positions, contexts, tokens)]
-    if contexts.size and contexts.max() == zero:
-        given, places, zeros, others = loops.split_at(contexts, positions, zero)
-        values = _value_bits(layout), _smallest_values(streams.least, layout)
-        parts = [(places, given, tokens), (others, zeros, values)]
-    bits = streams.start
-    for places, given, tokens in parts:
-        low_bits = streams.words, bits, streams.end, layout.sign, *tokens
-        bits = loops.apply_changes(lanes, places, streams.symbols.read(given), *low_bits)
+    symbols, zero = streams.symbols.read(contexts), zero_context(streams.listing)
     streams.symbols.finish()
-    if not 0 <= streams.end - bits < 8:
+    bits, smallest = build_tokens(layout.fine)
+    if contexts.size and contexts.max() == zero:
+        values = _value_bits(layout), _smallest_values(streams.least, layout)
+        bits = np.concatenate([np.tile(bits, zero), values[0]])
+        smallest = np.concatenate([np.tile(smallest, zero), values[1]])
+        symbols = contexts.astype(np.uint16) << np.uint16(8) | symbols
+    low_bits = streams.words, streams.start, streams.end, layout.sign, bits, smallest
+    end = loops.apply_changes(lanes, positions, symbols, *low_bits)
+    if not 0 <= streams.end - end < 8:
         raise ValueError("a compact chunk has the wrong number of low bits")
 
 
@@ -240,16 +249,8 @@ def _decode_numbers(payload: bytes, at: int) -> tuple[list[int], int]:
     return numbers, at
 
 
-def _split_off_zero(
-    found: ChunkChanges, layout: FloatLayout, compiled: Any
-) -> tuple[tuple[Array, Array], tuple[Array, Array], int]:
-    """Return symbols and distances of other references and of zeros, and the latter's ``least``."""
-    limit = zero_context(found) << 8
-    if found.symbols.size == 0 or found.symbols.max() < limit:
-        none = np.zeros(0, np.uint16), np.zeros(0, np.uint32)
-        return (found.symbols, found.distances), none, 0
-    loops = kernels if compiled is None else compiled
-    *changed, zeros, values = loops.split_at(found.symbols, found.distances, limit)
+def _choose_tokens(values: Array, layout: FloatLayout) -> tuple[Array, int]:
+    """Return the tokens of new values, uint16, and the least value that has one of its own."""
     shares = values >> layout.shift - _FINE_BITS
     # The window of tokens begins where it holds the most values.
     counts = np.cumsum(np.bincount(shares[values > 0], minlength=TOKENS))
@@ -258,8 +259,7 @@ def _split_off_zero(
     places = shares.astype(np.int64) - least
     outside = (places < 0) | (places > TOKENS - 3)
     tokens = np.where(values == 0, 0, np.where(outside, 1, places + 2))
-    symbols = (zeros & 0xFF01) | tokens.astype(np.uint16) << 2
-    return (changed[0], changed[1]), (symbols.astype(np.uint16), values), least
+    return tokens.astype(np.uint16), least
 
 
 @functools.cache

@@ -169,9 +169,3 @@ def apply_changes(
     was = new[positions] ^ (symbols & 1).astype(new.dtype) * new.dtype.type(sign)
     new[positions] = np.where(symbols & 2, was - steps, was + steps)
     return at
-
-
-def split_at(keys: Array, values: Array, limit: int) -> tuple[Array, Array, Array, Array]:
-    """Return the keys below ``limit`` and their values, then the other keys and theirs."""
-    below = keys < limit
-    return keys[below], values[below], keys[~below], values[~below]

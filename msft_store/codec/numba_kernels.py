@@ -473,21 +473,6 @@ def compute_contexts(old: Any, positions: Any, shift: Any, mask: Any, low: Any, 
 
 
 @_compile
-def split_at(keys: Any, values: Any, limit: Any) -> Any:
-    """See :func:`msft_store.codec.kernels.split_at`."""
-    some, theirs = np.empty(keys.size + 1, keys.dtype), np.empty(keys.size + 1, values.dtype)
-    others, rest = np.empty(keys.size + 1, keys.dtype), np.empty(keys.size + 1, values.dtype)
-    i, j, one = uint64(0), uint64(0), uint64(1)
-    for k in range(keys.size):
-        key, value = keys[k], values[k]
-        below = uint64(key < limit)
-        some[i], theirs[i], others[j], rest[j] = key, value, key, value
-        i += below
-        j += one - below
-    return some[:i], theirs[:i], others[:j], rest[:j]
-
-
-@_compile
 def read_distances(symbols: Any, words: Any, start: Any, end: Any, bits: Any, least: Any) -> Any:
     """See :func:`msft_store.codec.kernels.read_distances`."""
     distances = np.zeros(symbols.size, np.uint32)

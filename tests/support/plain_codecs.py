@@ -194,20 +194,22 @@ def read_compact(payload: bytes, reference: bytes, *, mantissa: int, width: int)
     distances = [bits.number(symbol // 4) for symbol in symbols]
     places = listed_lanes(exponents, distances[:runs], distances[runs:], busy)
     assert len(places) == listed
-    others = [i for i in places if old[i] % (1 << 8 * width - 1)]
-    zeros = [i for i in places if i not in set(others)]
-    contexts = [2 + min(max(exponents[i], low), high) - low for i in others]
-    for i, symbol in zip(others, read_symbols(contexts, tables, coded, *limits), strict=True):
-        distance = quarter(bits, symbol // 4) if width == 2 else bits.number(symbol // 4)
+    is_zero = {i for i in places if old[i] % (1 << 8 * width - 1) == 0}
+    contexts = [
+        high - low + 3 if i in is_zero else 2 + min(max(exponents[i], low), high) - low
+        for i in places
+    ]
+    for i, symbol in zip(places, read_symbols(contexts, tables, coded, *limits), strict=True):
+        token = symbol // 4
+        if i in is_zero:
+            distance = 0
+            if token == 1:
+                distance = bits.take(8 * width - 1)
+            elif token > 1:
+                distance = (least + token - 2 << mantissa - 2) + bits.take(mantissa - 2)
+        else:
+            distance = quarter(bits, token) if width == 2 else bits.number(token)
         old[i] = moved(old[i], distance, symbol & 2, symbol & 1, width)
-    contexts = [high - low + 3] * len(zeros)
-    for i, symbol in zip(zeros, read_symbols(contexts, tables, coded, *limits), strict=True):
-        token, value = symbol // 4, 0
-        if token == 1:
-            value = bits.take(8 * width - 1)
-        elif token > 1:
-            value = (least + token - 2 << mantissa - 2) + bits.take(mantissa - 2)
-        old[i] = moved(old[i], value, symbol & 2, symbol & 1, width)
     assert not list(coded)
     return b"".join(lane.to_bytes(width, "little") for lane in old)
 
