@@ -115,11 +115,9 @@ def interpreted() -> tuple[Encode, Decode]:
     return without(encode), without(decode)
 
 
-_PEER = rivals.TensorX(DATA)
-OURS, TENSORX = "ours", "XOR + planes + zstd-1 (TensorX)"
+OURS = "ours"
 GIVEN: dict[str, tuple[Encode, Decode]] = {
     OURS: ours(),
-    TENSORX: (_PEER.pack, _PEER.unpack),
     "ours, without Numba": interpreted(),
 }
 """What codes a chunk given its reference."""

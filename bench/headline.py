@@ -16,107 +16,111 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.codec import RESULTS, TENSORX
+from bench.arena.rivals import ARC, CODEC, STORE
+from bench.arena.table import MODEL, best_peer, pairs, percent, regimes, seconds, words
+from bench.codec import RESULTS
 from bench.loading import ROLLBACK
 from bench.trajectories import ROOT
 
 PAGE = ROOT / "docs" / "BENCHMARKS.md"
 BEGIN, END = "<!-- figures: python -m bench.headline --write -->", "<!-- end of figures -->"
 ENCODER = "encoder-22.7M"
-FAST, SMALL = "ours, fast", "ours, small"
-"""The names that the codec has in its results, which were measured while it had two levels."""
-REGIMES = {
-    "bf16-1e-5": "bf16, lr 1e-5",
-    "bf16-5e-5": "bf16, lr 5e-5",
-    "masters-2e-5": "bf16 snapshots of fp32 masters, lr 2e-5",
-    "fp32-2e-5": "fp32, lr 2e-5",
+CHECKPOINTS = {
+    MODEL: ("bf16-1e-5", "bf16-2e-5", "masters-1e-6", "masters-1e-5", "masters-2e-5", "lora"),
+    ENCODER: ("bf16-5e-5", "fp32-2e-5"),
 }
+"""The regimes of the arena in the table; of each, the last checkpoint."""
+SAVES = ("bf16-1e-5", "bf16-5e-5", "masters-2e-5", "fp32-2e-5")
+"""The regimes of the saves in the table."""
 WINDOW = 4
 BUDGETS = (1, 3, 10)
 
 
 def table(results: Path = RESULTS) -> str:
     """Return the table."""
-    codec, store, disk, arena_msft, loading = (
+    arena, codec, store, disk, arena_msft, loading = (
         json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("codec", "store", "disk", "arena_msft", "loading")
+        for name in ("arena", "codec", "store", "disk", "arena_msft", "loading")
     )
     lines = ["| | ours | beside it |", "|---|--:|--:|"]
-    rows = (*codecs(codec), *times(store), *loads(loading), pretrained_run(arena_msft), *runs(disk))
+    rows = (
+        *checkpoints(arena),
+        *alone(codec),
+        *times(store),
+        *loads(loading),
+        pretrained_run(arena_msft),
+        *runs(disk),
+    )
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     about = (
-        f"{codec['date']}, {store['cores']} shared cores of {codec['cpu']}: codecs on one of them "
-        f"(commit {codec['commit']}), saves on a disk that writes {store['disk']:.2f} GB/s "
-        f"(commit {store['machine']['commit']}), whole runs at commit {disk['commit']}, that of "
-        f"SmolLM2-135M on {arena_msft['date']} at commit {arena_msft['commit']}. Sizes and speeds "
-        "are of an encoder of 22.7 M parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. "
-        "`bench/results` and [the log](LOG.md) have more figures, and those that miss their target."
+        f"Checkpoints: {arena['date']}, one of {arena['cores']} shared cores of {arena['cpu']}, "
+        f"commit {arena['commit']}; the run of SmolLM2-135M: {arena_msft['date']}, commit "
+        f"{arena_msft['commit']}. The others: {codec['date']}, {store['cores']} shared cores of "
+        f"{codec['cpu']}; weights without a base on one of them, commit {codec['commit']}; saves "
+        f"on a disk of {store['disk']:.2f} GB/s, commit {store['machine']['commit']}; whole runs "
+        f"at commit {disk['commit']}. Saves and weights without a base are of an encoder of 22.7 M "
+        "parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. `bench/results` and "
+        "[the log](LOG.md) have more figures, and those that miss their target."
     )
     return "\n".join([*lines, "", about])
 
 
-def codecs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the rows of sizes and speeds, of the encoder's checkpoints."""
-    rows = {(row["trajectory"], row["codec"]): row for row in document["rows"]}
+def checkpoints(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of checkpoints against their base, with all files of the store."""
     found = []
-    for regime, words in REGIMES.items():
-        fast, small, peer = (rows[f"{ENCODER} {regime}", name] for name in (FAST, SMALL, TENSORX))
+    for model, regime, rows in regimes(document["rows"]):
+        if regime not in CHECKPOINTS.get(model, ()):
+            continue
+        pair = pairs(rows)[-1]
+        ours, peer = rows[STORE, pair], best_peer(rows, pair)
         found.append(
             (
-                f"a checkpoint against its base, {words}; `fast` (`small`)",
-                f"{fast['percent']:.3g} % ({small['percent']:.3g} %) of full",
-                f"{peer['percent']:.3g} %, XOR + planes + zstd-1",
+                f"a checkpoint of {model}, {words(regime)}, after {pair.partition('→')[2]} steps",
+                f"{percent(ours):.3g} % of full",
+                f"{percent(peer):.3g} %, {peer['rival']}",
             )
         )
-    fast, small = (rows[f"{ENCODER} bf16-1e-5", name] for name in (FAST, SMALL))
-    peer = rows[f"{ENCODER} bf16-1e-5", TENSORX]
-    found.append(
-        (
-            "encoding, decoding at lr 1e-5; `fast` (`small`)",
-            f"{fast['encode']:.1f}, {fast['decode']:.1f} ({small['encode']:.1f}, "
-            f"{small['decode']:.1f}) GB/s",
-            f"{peer['encode']:.1f}, {peer['decode']:.1f} GB/s, XOR + planes + zstd-1",
-        )
-    )
-    alone = {(row["trajectory"], row["codec"]): row for row in document["alone"]}
-    ours = alone[f"{ENCODER} bf16", FAST]
-    peer = alone.get((f"{ENCODER} bf16", "ZipNN")) or alone[f"{ENCODER} bf16", "zstd-3"]
-    found.append(
-        (
-            "bf16 weights without any base",
-            f"{ours['percent']:.3g} % of full; {ours['encode']:.1f}, {ours['decode']:.1f} GB/s",
-            f"{peer['percent']:.3g} %; {peer['encode']:.1f}, {peer['decode']:.1f} GB/s, "
-            f"{peer['codec']}",
-        )
-    )
+        if len(found) == 1:
+            codec, arc = rows[CODEC, pair], rows[ARC, pair]
+            found.append(
+                (
+                    "processor time to write it and to read it; the codec alone",
+                    f"{seconds(ours):.2g} s; {seconds(codec):.2g} s",
+                    f"{seconds(arc):.2g} s, ARC v3",
+                )
+            )
     return found
+
+
+def alone(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the row of the encoder's weights without any base."""
+    trajectory = f"{ENCODER} bf16"
+    rows = {row["codec"]: row for row in document["alone"] if row["trajectory"] == trajectory}
+    ours = next(row for name, row in rows.items() if name.startswith("ours"))
+    peer = rows.get("ZipNN") or rows["zstd-3"]
+    cells = (
+        f"{row['percent']:.3g} %{of}; {row['encode']:.1f}, {row['decode']:.1f} GB/s"
+        for row, of in ((ours, " of full"), (peer, ""))
+    )
+    what = "bf16 weights without any base; encoding, decoding"
+    mine, theirs = cells
+    return [(what, mine, f"{theirs}, {peer['codec']}")]
 
 
 def times(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of saves."""
     rows = {(row["regime"], row["way"]): row for row in document["rows"]}
     found = []
-    for regime, words in REGIMES.items():
+    for regime in SAVES:
         ours, peer = rows[regime, "ours"], rows[regime, "safetensors"]
         found.append(
             (
-                f"a durable save, {words}",
+                f"a durable save, {words(regime)}",
                 f"{ours['save'] / peer['save']:.2f} of the time",
                 "safetensors and fsync",
             )
         )
     return found
-
-
-def pretrained_run(document: dict[str, Any]) -> tuple[str, str, str]:
-    """Return the row of the MSFT run of the pretrained language model."""
-    run = document["run"]
-    return (
-        f"disk of a whole MSFT run of SmolLM2-135M on {run['sub_datasets']} sub-datasets of real "
-        "text, bf16, lr 1e-5, C = 1, no peak window; peak (mean), in full checkpoints",
-        f"{run['peak']:.3f} ({run['mean']:.3f})",
-        f"{run['paper_peak']} ({run['paper_mean']:.2f}), a full copy per champion",
-    )
 
 
 def loads(document: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -146,6 +150,17 @@ def loads(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
+def pretrained_run(document: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the row of the MSFT run of the pretrained language model."""
+    run = document["run"]
+    return (
+        f"disk of a whole MSFT run of SmolLM2-135M on {run['sub_datasets']} sub-datasets of real "
+        "text, bf16, lr 1e-5, C = 1, no peak window; peak (mean), in full checkpoints",
+        f"{run['peak']:.3f} ({run['mean']:.3f})",
+        f"{run['paper_peak']} ({run['paper_mean']:.2f}), a full copy per champion",
+    )
+
+
 def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of whole MSFT runs."""
     rows = {(row["regime"], row["budget"], row["window"]): row for row in document["rows"]}
@@ -156,7 +171,7 @@ def runs(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         what = "no peak window" if window is None else f"peak window {window}"
         found.append(
             (
-                f"disk of a whole MSFT run of 10 sub-datasets, {REGIMES[regime]}, C = "
+                f"disk of a whole MSFT run of 10 sub-datasets, {words(regime)}, C = "
                 f"{', '.join(map(str, budgets))}, {what}; peak (mean), in full checkpoints",
                 ", ".join(f"{row['peak']:.2f} ({row['mean']:.2f})" for row in chosen),
                 ", ".join(f"{row['paper_peak']} ({row['paper_mean']:.2f})" for row in chosen)

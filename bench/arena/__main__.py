@@ -34,7 +34,8 @@ from bench.arena.rivals import RIVALS, Rival, State, lanes
 from bench.codec import RESULTS, machine
 from bench.trajectories import DATA
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MOONCLIP_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MOONCLIP_THREADS": "1", "MSFT_STORE_NUMBA": "1"}
+"""One thread, and our loops compiled before the first of them runs."""
 LONG = 0.5
 """Seconds of processor from which on one run has to do."""
 WARM = 1 << 20
@@ -204,24 +205,29 @@ def main() -> None:
     names = {(pair.model, pair.regime, pair.name) for pair in measured}
     rows = {key: row for key, row in rows.items() if key[:3] in names}
     for pair in measured:
-        states, old, new = digest(pair.old, pair.new), load(pair.old), load(pair.new)
-        for name, version in versions.items():
-            key = (pair.model, pair.regime, pair.name, name)
-            found = rows.get(key)
-            same = found and (found.states, found.version) == (states, version)
-            if options.only in name and (options.again or not same):
-                row = Row(
-                    model=pair.model,
-                    regime=pair.regime,
-                    pair=pair.name,
-                    states=states,
-                    rival=name,
-                    version=version,
-                    full=sum(tensor.nbytes for tensor in new.values()),
-                )
-                rows[key] = fill(row, pair.old, old, new)
-                print(line_of(rows[key]), flush=True)
-                table.write({**machine(), "cores": cores}, [asdict(row) for row in rows.values()])
+        states = digest(pair.old, pair.new)
+        chosen = {name: version for name, version in versions.items() if options.only in name}
+        for name, version in list(chosen.items()):
+            row = rows.get((pair.model, pair.regime, pair.name, name))
+            if row and (row.states, row.version) == (states, version) and not options.again:
+                del chosen[name]
+        if not chosen:
+            continue
+        old, new = load(pair.old), load(pair.new)
+        for name, version in chosen.items():
+            row = Row(
+                model=pair.model,
+                regime=pair.regime,
+                pair=pair.name,
+                states=states,
+                rival=name,
+                version=version,
+                full=sum(tensor.nbytes for tensor in new.values()),
+            )
+            row = fill(row, pair.old, old, new)
+            print(line_of(row), flush=True)
+            rows[row.model, row.regime, row.pair, row.rival] = row
+            table.write({**machine(), "cores": cores}, [asdict(row) for row in rows.values()])
     table.render()
 
 

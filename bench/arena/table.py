@@ -60,15 +60,17 @@ def seconds(row: Row) -> float:
 
 def regimes(rows: list[Row]) -> Iterator[tuple[str, str, dict[tuple[str, str], Row]]]:
     """Yield models and regimes, the language model first, with their rows by rival and pair."""
-    names = [(model, row["regime"]) for model in (MODEL, *SMALL_MODELS) for row in rows]
-    for model, regime in dict.fromkeys(names):
-        found = {
-            (row["rival"], row["pair"]): row
-            for row in rows
-            if (row["model"], row["regime"]) == (model, regime)
-        }
-        if found:
-            yield model, regime, found
+    for model in (MODEL, *SMALL_MODELS):
+        for regime in sorted({row["regime"] for row in rows if row["model"] == model}):
+            yield (
+                model,
+                regime,
+                {
+                    (row["rival"], row["pair"]): row
+                    for row in rows
+                    if (row["model"], row["regime"]) == (model, regime)
+                },
+            )
 
 
 def pairs(found: dict[tuple[str, str], Row]) -> list[str]:
