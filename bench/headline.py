@@ -32,21 +32,28 @@ CHECKPOINTS = {
 """The regimes of the arena in the table; of each, the last checkpoint."""
 SAVES = ("bf16-1e-5", "bf16-5e-5", "masters-2e-5", "fp32-2e-5")
 """The regimes of the saves in the table."""
+PRETRAINED = {
+    "bf16-1e-5": "bf16, lr 1e-5",
+    "masters-1e-6": "bf16 snapshots of fp32 masters, lr 1e-6",
+    "masters-1e-5": "bf16 snapshots of fp32 masters, lr 1e-5",
+}
+ON_BASE = "against the base"
 WINDOW = 4
 BUDGETS = (1, 3, 10)
 
 
 def table(results: Path = RESULTS) -> str:
     """Return the table."""
-    arena, codec, store, disk, arena_msft, loading = (
+    arena, codec, store, saving, disk, arena_msft, loading = (
         json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("arena", "codec", "store", "disk", "arena_msft", "loading")
+        for name in ("arena", "codec", "store", "saving", "disk", "arena_msft", "loading")
     )
     lines = ["| | ours | beside it |", "|---|--:|--:|"]
     rows = (
         *checkpoints(arena),
         *alone(codec),
         *times(store),
+        *pretrained_saves(saving),
         *loads(loading),
         pretrained_run(arena_msft),
         *runs(disk),
@@ -58,8 +65,9 @@ def table(results: Path = RESULTS) -> str:
         f"{arena_msft['commit']}. The others: {codec['date']}, {store['cores']} shared cores of "
         f"{codec['cpu']}; weights without a base on one of them, commit {codec['commit']}; saves "
         f"on a disk of {store['disk']:.2f} GB/s, commit {store['machine']['commit']}; whole runs "
-        f"at commit {disk['commit']}. Saves and weights without a base are of an encoder of 22.7 M "
-        "parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. `bench/results` and "
+        f"at commit {disk['commit']}; saves of SmolLM2-135M: {saving['machine']['date']}, "
+        f"{saving['cores']} busy cores, commit {saving['machine']['commit']}. Other saves "
+        "and weights without a base are of an encoder of 22.7 M parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. `bench/results` and "
         "[the log](LOG.md) have more figures, and those that miss their target."
     )
     return "\n".join([*lines, "", about])
@@ -120,6 +128,30 @@ def times(document: dict[str, Any]) -> list[tuple[str, str, str]]:
                 "safetensors and fsync",
             )
         )
+    return found
+
+
+def pretrained_saves(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of saves of the pretrained language model, on two threads."""
+    found = []
+    for regime, name in PRETRAINED.items():
+        rows = [
+            row
+            for row in document["rows"]
+            if (row["trajectory"], row["threads"], row["way"]) == (regime, 2, ON_BASE)
+        ]
+        if rows:
+            steps = " and ".join(str(row["step"]) for row in rows)
+            times, cpu = (
+                ", ".join(f"{row[key]:.2f}" for row in rows) for key in ("ratio", "cpu_ratio")
+            )
+            found.append(
+                (
+                    f"a durable save of SmolLM2-135M, {name}, after steps {steps}",
+                    f"{times} of the time; {cpu} of the processor's time",
+                    "safetensors and fsync",
+                )
+            )
     return found
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from msft_store import Base, CorruptedError, Store
-from msft_store.codec import codecs, exponent_codec
+from msft_store.codec import codecs, compact_codec
 from msft_store.codec.changes import ChunkChanges
 from msft_store.codec.kernels import Bytes
-from msft_store.format.dtypes import DType
+from msft_store.format.dtypes import DType, dtype_by_name
 from msft_store.objects import base_reader
+from msft_store.tensors.bytes import to_bytes
 from tests.support.states import State, same_bits, train_step, write_base
 
 
@@ -47,9 +48,11 @@ def test_a_payload_with_a_wrong_change_is_not_written(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[[ChunkChanges], ChunkChanges],
 ) -> None:
-    encode = exponent_codec.encode
+    encode = compact_codec.encode
     monkeypatch.setattr(
-        exponent_codec, "encode", lambda found, compiled: encode(fault(found), compiled)
+        compact_codec,
+        "encode",
+        lambda found, layout, compiled: encode(fault(found), layout, compiled),
     )
     # Small payloads would otherwise be compared with those of another codec.
     monkeypatch.setattr(codecs, "_TABLES_PAY_FROM", 0)
@@ -72,6 +75,18 @@ def test_a_codec_without_a_reference_is_proven_too(
     with pytest.raises(CorruptedError, match="did not restore"):
         store.save(state)
     assert store.log() == []
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3])
+def test_changes_that_are_known_give_the_same_payload(state: State, share: float) -> None:
+    dtype = dtype_by_name("bfloat16")
+    name = max(state, key=lambda name: state[name].nbytes)
+    old, new = (to_bytes(s[name]) for s in (state, train_step(state, share, 1)))
+    found = codecs.find_changes(new, old, dtype)
+    assert found is not None
+    for codec in (codecs.SPARSE, codecs.COMPACT):
+        assert codec.encode(new, old, dtype, found) == codec.encode(new, old, dtype)
+    assert codecs.encode(new, old, dtype, found=found) == codecs.encode(new, old, dtype)
 
 
 class Files:
