@@ -67,7 +67,8 @@ def table(results: Path = RESULTS) -> str:
         f"on a disk of {store['disk']:.2f} GB/s, commit {store['machine']['commit']}; whole runs "
         f"at commit {disk['commit']}; saves of SmolLM2-135M: {saving['machine']['date']}, "
         f"{saving['cores']} busy cores, commit {saving['machine']['commit']}. Other saves "
-        "and weights without a base are of an encoder of 22.7 M parameters, runs of 10 sub-datasets of a causal LM of 2.5 M. `bench/results` and "
+        "and weights without a base are of an encoder of 22.7 M parameters, runs of 10 "
+        "sub-datasets of a causal LM of 2.5 M. `bench/results` and "
         "[the log](LOG.md) have more figures, and those that miss their target."
     )
     return "\n".join([*lines, "", about])
