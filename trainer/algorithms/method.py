@@ -88,7 +88,7 @@ class Method(ABC):
         if self.best is not None and self._ties_with_base:
             # The store ranks by the metric, which does not tell these checkpoints apart.
             tied = (*needs.checkpoints, self.best.checkpoint)
-            needs = replace(needs, newest=not self.is_over, checkpoints=tied)
+            needs = replace(needs, best=(), newest=not self.is_over, checkpoints=tied)
         # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self.max_skips and self.evaluations and not self.is_over
         return replace(needs, newest=True) if may_skip else needs

@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from msft_store import Base, Checkpoint, KeepBest, NotAStoreError, Store, Timeline
+from msft_store import Base, Checkpoint, KeepBest, KeepThese, NotAStoreError, Store, Timeline
 from msft_store.integrations.hf import KeptModel
 from msft_store.integrations.model_files import model_files
 from trainer.algorithms import make_strategy
@@ -231,7 +231,7 @@ class RunSession:
         timeline, kept = self._timeline, self._attached()
         if timeline is not None:
             self._store.pin(stop.checkpoint, RESULT)
-            timeline.retention = self._decisions.make_policy()
+            timeline.retention = KeepThese(frozenset({stop.checkpoint}))
             self._roll_back(timeline, stop.checkpoint, kept)
             self._drop_start()
             timeline.close()

@@ -167,7 +167,7 @@ def keep_only_result(work: Workspace, checkpoint: str) -> None:
     if work.timeline is not None and work.store is not None:
         if work.config.restores_optimizer:
             checkpoint = save_weights_only(work.store, checkpoint, name=RESULT)
-            work.timeline.retention = work.limit_policy(KeepLast(1))
+        work.timeline.retention = work.limit_policy(KeepThese(frozenset({checkpoint})))
         work.store.pin(checkpoint, RESULT)
         _roll_back(work, work.timeline, checkpoint, with_state=False)
     _share(work, {}, checkpoint, with_state=False)

@@ -67,6 +67,7 @@ def test_a_run_without_a_right_answer_says_so_and_does_not_end_with_the_base(cap
     result = json.loads((directory / "run/result.json").read_text(encoding="utf-8"))["result"]
     assert result["checkpoint"] == min(losses, key=losses.__getitem__)
     assert result["checkpoint"] != evaluated[0]["checkpoint"]
+    assert [c.id for c in Store.open(directory / "run/store").log()] == [result["checkpoint"]]
 
 
 def test_compare_sets_methods_side_by_side_and_repeats_nothing(capsys, directory):
