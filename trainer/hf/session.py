@@ -306,6 +306,12 @@ class RunSession:
 
     def _check_same(self, started: Record) -> None:
         """Raise :class:`RunError` if a run has other settings than this one."""
+        if "metrics" not in started:
+            directory = self._config.output_dir
+            raise RunError(
+                f"the run in {directory} was begun by msft-train: continue it with `msft-train "
+                f"resume {directory}`, or choose another output_dir"
+            )
         before, now = started["config"], to_dict(self._config)
         pairs = [(key, before.get(key), now.get(key)) for key in _FIXED]
         pairs.append(("metric", started["metrics"], dict(self._metrics.reader.keys)))

@@ -60,6 +60,11 @@ def start(config: Config, *, progress: bool = False) -> Summary:
 def resume(directory: str | os.PathLike[str], *, progress: bool = False) -> Summary:
     """Continue the run in a directory to its end; a finished run only gets a new report."""
     directory = Path(directory).absolute()
+    if not (directory / CONFIG).is_file() and (directory / JOURNAL).is_file():
+        raise RunError(
+            f"the run in {directory} has no {CONFIG}: if it was begun around a Trainer, by "
+            "MsftRun, run that program again; otherwise restore the file"
+        )
     if not (directory / CONFIG).is_file():
         raise RunError(f"there is no run in {directory}: it has no {CONFIG}")
     if is_finished(directory):

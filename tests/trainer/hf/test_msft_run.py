@@ -25,7 +25,7 @@ from trainer.errors import ConfigError, RunError
 from trainer.hf import MsftRun
 from trainer.hf import run as hf_run
 from trainer.journal import Journal, effective, read
-from trainer.training.run import start
+from trainer.training.run import resume, start
 
 BATCH = 16
 SETTINGS = {"compute_budget": 2.0, "eval_every": 0.5, "max_stages": 3}
@@ -299,6 +299,19 @@ def test_a_mixture_that_cannot_be_divided_is_refused(config, mixture, tmp_path):
         run_in(tmp_path, config, {"sum": (iter(rows), rows)})
     with pytest.raises(ConfigError, match="is empty"):
         run_in(tmp_path, config, {"sum": (rows, [])})
+
+
+def test_msft_run_and_msft_train_do_not_continue_each_others_runs(
+    config, mixture, reference, tmp_path
+):
+    start(replace(config, output_dir=str(tmp_path / "ours")))
+    journal = tmp_path / "ours" / "journal.jsonl"
+    before = journal.read_bytes()
+    with pytest.raises(RunError, match="was begun by msft-train"):
+        run_in(tmp_path / "ours", config, mixture)
+    assert journal.read_bytes() == before
+    with pytest.raises(RunError, match="begun around a Trainer"):
+        resume(reference[1])
 
 
 def test_a_run_with_other_settings_is_not_continued(config, mixture, reference, tmp_path):
