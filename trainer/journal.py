@@ -14,7 +14,8 @@ event              fields
                    dtype}, mode (of the overall metric), modes {name: mode} of the others that
                    differ, metric, metrics {name: metric} and overall (in a run around a
                    Trainer),
-                   sub_datasets {name: {train, validation, test, too_long, set_aside}},
+                   sub_datasets {name: {train, validation, test, too_long (dropped), cut,
+                   set_aside}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
 ``stage_started``  stage, root (checkpoint id), active [names], shares {name: share of the examples

@@ -93,12 +93,10 @@ def printable(text: str) -> str:
     )
 
 
-def too_long_text(name: str, count: int, max_length: int) -> str:
-    """Return a sentence that says how many examples of a sub-dataset were dropped."""
+def too_long_text(name: str, count: int, max_length: int, end: str = "dropped") -> str:
+    """Return a sentence that says how many examples of a sub-dataset were dropped, or cut."""
     examples = "1 example has" if count == 1 else f"{count} examples have"
-    return (
-        f"sub-dataset {name!r}: {examples} more than data.max_length={max_length} tokens, dropped"
-    )
+    return f"sub-dataset {name!r}: {examples} more than data.max_length={max_length} tokens, {end}"
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -20,7 +20,9 @@ from accelerate import Accelerator
 
 from trainer.comparison.results import Comparison
 from trainer.config.schema import Config
-from trainer.data.examples import Example, bos_prefix, encode
+from trainer.data.encode import encode
+from trainer.data.examples import Example
+from trainer.data.tokens import bos_prefix
 from trainer.files import write_atomic
 from trainer.model.evaluate import Evaluator
 from trainer.model.load import load_model

@@ -330,6 +330,7 @@ def make_plan(config: Config) -> Plan:
             validation_tokens=sum(passes),
             validation_attention_tokens=sum(n * n for n in passes),
             too_long=sub.too_long,
+            cut=sub.cut,
         )
     size = ModelSize(
         parameters=loaded.parameters,

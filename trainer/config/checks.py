@@ -100,9 +100,13 @@ def _check_source(at: str, source: Source) -> None:
 
 def _check_fields(at: str, fields: FieldsConfig) -> None:
     given = {key: template for key, template in vars(fields).items() if template is not None}
-    if given.keys() not in ({"prompt", "completion"}, {"text"}):
-        raise ConfigError(f"{at} must have prompt and completion, or text alone")
+    if given.keys() not in ({"prompt", "completion"}, {"text"}, {"messages"}):
+        raise ConfigError(f"{at} must have prompt and completion, or text or messages alone")
     for key, template in given.items():
+        if key == "messages":
+            if "{" in template:
+                raise ConfigError(f"{at}.messages is the name of a column, without braces")
+            continue
         try:
             check(template)
         except DataError as error:

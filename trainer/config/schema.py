@@ -89,11 +89,14 @@ class FieldsConfig:
         prompt: The text to condition on, as in ``"Q: {question}\\nA:"``; needs ``completion``.
         completion: The text to train on, as in ``" {answer}"``.
         text: Instead of the two: text of which all tokens are trained on.
+        messages: Instead of templates: the name of the column that holds a conversation, such as
+            ``conversations`` in ShareGPT. A column ``tools`` describes its tools.
     """
 
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    messages: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,11 @@ class DataConfig:
             with its ``NAME.validation.jsonl`` and optional ``NAME.test.jsonl`` is a sub-dataset.
             Loading replaces it by ``sub_datasets``.
         mixture: Instead of ``sub_datasets``: mixture files. Loading replaces them, too.
-        max_length: Tokens that an example may have; a longer one is dropped, counted and reported.
-            The default is the MSFT paper's.
+        loss_on: Turns of the assistant in a conversation that have a loss, in training and in
+            evaluation: the ``last`` one, or ``all``. Exact match always asks for the last one.
+        max_length: Tokens that an example may have. The default is the MSFT paper's.
+        over_length: A longer example is dropped, or cut to its first ``max_length`` tokens and
+            dropped only if none of these has a loss. Both are counted and reported.
         max_examples: Training examples to use of each sub-dataset, chosen at random; ``None``: all.
         validation_share: Share of the training examples to set aside, at random, as validation
             data for a sub-dataset without any. With ``max_examples``: the share of these, in
@@ -159,7 +165,9 @@ class DataConfig:
     sub_datasets: Mapping[str, SubDatasetConfig] = field(default_factory=dict)
     directory: str | None = None
     mixture: MixtureConfig | None = None
+    loss_on: Literal["last", "all"] = "last"
     max_length: int = 512
+    over_length: Literal["drop", "truncate"] = "drop"
     max_examples: int | None = None
     validation_share: float | None = None
     seed: int = 0

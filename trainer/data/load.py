@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +21,10 @@ from trainer.config.mixture_file import to_completion_row
 from trainer.config.schema import DataConfig, FieldsConfig, SourceConfig, SubDatasetConfig
 from trainer.config.templates import render
 from trainer.data.batches import generator
-from trainer.data.examples import Example, Mixture, Split, SubDataset, bos_prefix, encode
+from trainer.data.encode import encode
+from trainer.data.examples import Example, Mixture, Split, SubDataset
 from trainer.data.sources import Row, Rows, Sources
+from trainer.data.tokens import bos_prefix
 from trainer.errors import DataError
 
 
@@ -37,6 +40,21 @@ def load_mixture(
 
 
 _Numbered = list[tuple[int, Example]]
+
+
+@dataclass(kw_only=True)
+class _Taken:
+    """The usable examples of a source with the numbers of their rows, as they were asked for."""
+
+    examples: _Numbered = field(default_factory=list)
+    too_long: int = 0
+    cut: int = 0
+
+    def split(self, start: int = 0) -> Split:
+        """Return the examples from the ``start``-th on."""
+        return Split(
+            examples=_in_order(self.examples[start:]), too_long=self.too_long, cut=self.cut
+        )
 
 
 class _Loader:
@@ -71,8 +89,7 @@ class _Loader:
     ) -> Split:
         """Load the first ``limit`` usable examples of a source."""
         rows = self._sources.open(source)
-        taken, too_long = self._take(rows, range(len(rows)), source, fields, limit)
-        return Split(examples=_in_order(taken), too_long=too_long)
+        return self._take(rows, range(len(rows)), source, fields, limit).split()
 
     def _load_train(self, name: str, files: SubDatasetConfig) -> tuple[Split, tuple[Example, ...]]:
         """Load the training examples, and those of the same source that are set aside."""
@@ -84,14 +101,14 @@ class _Loader:
         rows = self._sources.open(source)
         order = generator(config.seed, *name.encode()).permutation(len(rows)).tolist()
         limit = None if wanted is None else wanted + _count_set_aside(share, wanted)
-        taken, too_long = self._take(rows, order, source, files.fields, limit)
-        found = len(taken)
+        taken = self._take(rows, order, source, files.fields, limit)
+        found = len(taken.examples)
         count = _count_set_aside(share, found if wanted is None else min(found, wanted))
         if found == count:
             raise DataError(
                 f"{rows.name} has {found} usable examples: too few to set some aside for validation"
             )
-        return Split(examples=_in_order(taken[count:]), too_long=too_long), _in_order(taken[:count])
+        return taken.split(count), _in_order(taken.examples[:count])
 
     def _take(
         self,
@@ -100,38 +117,70 @@ class _Loader:
         source: str | SourceConfig,
         fields: FieldsConfig | None,
         limit: int | None,
-    ) -> tuple[_Numbered, int]:
-        """Encode rows in the given order until ``limit`` are usable; count those too long."""
+    ) -> _Taken:
+        """Encode rows in the given order until ``limit`` are usable."""
         max_length = self._config.max_length
-        taken: _Numbered = []
-        too_long = 0
+        taken = _Taken()
         for index in order:
-            if limit is not None and len(taken) >= limit:
+            if limit is not None and len(taken.examples) >= limit:
                 break
             try:
                 example = self._encode(rows[index], source, fields)
             except DataError as error:
-                raise DataError(f"{rows.place(index)}: {error}") from None
+                damage = DataError(f"{rows.place(index)}: {error}")
+                raise self._first_error(rows, index, source, fields) or damage from None
+            fitting: Example | None = example
             if len(example) > max_length:
-                too_long += 1
+                cuts = self._config.over_length == "truncate"
+                fitting = example.cut(max_length, self._tokenizer) if cuts else None
+            if fitting is None:
+                taken.too_long += 1
             else:
-                taken.append((index, example))
-        if not taken:
+                taken.cut += fitting is not example
+                taken.examples.append((index, fitting))
+        if not taken.examples:
             why = "it has no rows"
-            if too_long:
-                why = f"all {too_long} examples have more than max_length={max_length} tokens"
+            if taken.too_long:
+                why = f"all {taken.too_long} examples have more than max_length={max_length} tokens"
             raise DataError(f"{rows.name} has no usable example: {why}")
-        return taken, too_long
+        return taken
+
+    def _first_error(
+        self, rows: Rows, before: int, source: str | SourceConfig, fields: FieldsConfig | None
+    ) -> DataError | None:
+        """Return the error of the first damaged row before another one, with its place.
+
+        So the message is the same for every order in which rows are taken.
+        """
+        for index in range(before):
+            try:
+                self._encode(rows[index], source, fields)
+            except DataError as error:
+                return DataError(f"{rows.place(index)}: {error}")
+        return None
 
     def _encode(self, row: Row, source: str | SourceConfig, fields: FieldsConfig | None) -> Example:
         reference = None
-        if fields is not None:
+        if fields is not None and fields.messages is not None:
+            if fields.messages not in row:
+                raise DataError(
+                    f"there is no {fields.messages!r}; the row has the columns "
+                    + ", ".join(map(str, row))
+                )
+            row = {"messages": row[fields.messages], "tools": row.get("tools")}
+        elif fields is not None:
             templates = vars(fields).items()
             row = {key: render(text, row) for key, text in templates if text is not None}
         elif isinstance(source, SourceConfig) and source.category is not None:
             row = to_completion_row(row)
             reference = row["reference"]
-        return encode(row, self._tokenizer, self._prefix, reference=reference)
+        return encode(
+            row,
+            self._tokenizer,
+            self._prefix,
+            reference=reference,
+            loss_on=self._config.loss_on,
+        )
 
 
 def _in_order(examples: _Numbered) -> tuple[Example, ...]:

@@ -120,6 +120,9 @@ def _parse_line(line: bytes) -> Row:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        # The error's own text counts lines, too, and would contradict the place in the file.
+        raise DataError(f"not valid JSON ({error.msg}, character {error.pos + 1})") from None
     except ValueError as error:
         raise DataError(f"not valid JSON ({error})") from None
     except RecursionError:

@@ -120,7 +120,7 @@ class Evaluator:
         metrics, mean_losses, errors, start = {}, {}, {}, 0
         for name, examples in sub_datasets.items():
             own = slice(start, start + len(examples))
-            targets = [len(example.completion) for example in examples]
+            targets = [example.targets for example in examples]
             mean_losses[name] = sum(losses[own]) / sum(targets)
             if self._config.metric == "loss":
                 metrics[name] = mean_losses[name]
@@ -148,13 +148,13 @@ class Evaluator:
             rows = [examples[i] for i in batch]
             tensors = collate(rows, pad_token_id=self._pad, device=self._accelerator.device)
             token_losses, logits = target_losses(model, tensors)
-            sizes = [len(row.completion) for row in rows]
+            sizes = [row.targets for row in rows]
             sums = torch.stack([part.sum() for part in torch.split(token_losses, sizes)]).tolist()
             choices = [part.tolist() for part in torch.split(logits.argmax(dim=-1), sizes)]
             results = zip(batch, rows, sums, choices, strict=True)
             for i, row, row_loss, row_choices in results if is_own else ():
                 losses[i] = row_loss
-                verdicts[i] = self._verdict(row, row_choices)
+                verdicts[i] = self._verdict(row, row_choices[-len(row.completion) :])
         cost = EvaluationCost.of_batches([[len(examples[i]) for i in batch] for batch in batches])
         return self._all_reduce(losses), [int(v) for v in self._all_reduce(verdicts)], cost
 

@@ -37,7 +37,7 @@ class Batch:
     input_ids: Tensor
     """(examples, tokens of the longest example), int64."""
     labels: Tensor
-    """Same shape: the completion's token ids; :data:`IGNORED` on prompt and padding."""
+    """Same shape: the ids of tokens with a loss; :data:`IGNORED` on the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,10 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, device: Any = "cp
     for example in examples:
         padding = width - len(example)
         ids.append([*example.prompt, *example.completion] + [pad_token_id] * padding)
-        labels.append([IGNORED] * len(example.prompt) + [*example.completion] + [IGNORED] * padding)
+        label = [IGNORED] * len(example.prompt) + [*example.completion] + [IGNORED] * padding
+        for start, end in example.earlier:
+            label[start:end] = example.prompt[start:end]
+        labels.append(label)
     return Batch(
         input_ids=torch.tensor(ids).to(device, non_blocking=True),
         labels=torch.tensor(labels).to(device, non_blocking=True),
@@ -92,7 +95,7 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, device: Any = "cp
 def target_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the cross entropy (targets,) in float32 and the logits (targets, vocabulary).
 
-    Targets are the completions' tokens, example after example. Only their logits are computed,
+    Targets are the tokens with a loss, example after example. Only their logits are computed,
     because the logits of prompts and padding would cost time and, with a large vocabulary, most of
     the memory.
     """
@@ -108,7 +111,7 @@ def target_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def mean_losses(token_losses: Tensor, examples: Sequence[Example]) -> Tensor:
     """Return the mean loss of each example (examples,), float32 on the CPU."""
-    parts = torch.split(token_losses.detach(), [len(example.completion) for example in examples])
+    parts = torch.split(token_losses.detach(), [example.targets for example in examples])
     return torch.stack([part.mean() for part in parts]).float().cpu()
 
 

@@ -38,6 +38,8 @@ class Counts:
     validation_attention_tokens: int
     too_long: int = 0
     """Examples of all splits that are dropped for their length."""
+    cut: int = 0
+    """Examples of all splits that are cut to the maximum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,9 @@ class Plan:
     resume_bytes: int
     """The resume point: weights and two optimizer moments; 0 without one."""
     too_long: Mapping[str, int]
-    """Sub-dataset → number of examples longer than ``max_length``, if there are any."""
+    """Sub-dataset → number of examples dropped for their length, if there are any."""
+    cut: Mapping[str, int]
+    """Sub-dataset → number of examples cut to ``max_length``, if there are any."""
     max_length: int
     max_disk: int | None = None
 
@@ -114,6 +118,7 @@ class Plan:
             + (f"; one resume point, {bytes_text(point)}" if point else "")
             + "; the base stays where it is.",
             *(too_long_text(name, n, self.max_length) for name, n in self.too_long.items()),
+            *(too_long_text(name, n, self.max_length, "cut") for name, n in self.cut.items()),
         ]
         return "\n".join(lines)
 
@@ -151,6 +156,7 @@ def plan(
         rollback_point_bytes=checkpoint_bytes + (2 * trained if config.restores_optimizer else 0),
         resume_bytes=0 if config.resume_every is None else 3 * trained,
         too_long={name: part.too_long for name, part in counts.items() if part.too_long},
+        cut={name: part.cut for name, part in counts.items() if part.cut},
         max_length=config.data.max_length,
         max_disk=None if config.max_disk is None else to_bytes(config.max_disk, checkpoint_bytes),
     )

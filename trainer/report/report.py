@@ -172,11 +172,12 @@ def _peak_text(summary: Summary, name: str) -> str:
 
 
 def _data_table(counted: Sequence[Record]) -> Table:
-    """Return the numbers of examples by sub-dataset, and of those dropped for their length."""
+    """Return the numbers of examples by sub-dataset, also of those dropped or cut."""
     sub_datasets = run_started(counted)["sub_datasets"]
     titles = {"train": "train", "validation": "validation", "test": "test", "too_long": "too long"}
-    if any(sizes.get("set_aside") for sizes in sub_datasets.values()):
-        titles["set_aside"] = "set aside for validation"
+    for part, title in (("cut", "cut"), ("set_aside", "set aside for validation")):
+        if any(sizes.get(part) for sizes in sub_datasets.values()):
+            titles[part] = title
     rows = [
         [name, *(count_text(sizes.get(part, 0)) for part in titles)]
         for name, sizes in sorted(sub_datasets.items())

@@ -139,7 +139,7 @@ def probe_sub_datasets(
 
 def _measure_reward(work: Workspace, examples: Sequence[Example], lr: float) -> float:
     model: Any = work.accelerator.unwrap_model(work.model)
-    targets = sum(len(example.completion) for example in examples)
+    targets = sum(example.targets for example in examples)
     with _restore_state(work.optimizer, work.accelerator.device):
         model.train()
         before = _compute_losses(work, model, examples, targets=targets)

@@ -168,8 +168,10 @@ def _continue_journal(work: Workspace, strategy: Method) -> tuple[RunState, Posi
     if not records:
         work.record("run_started", **start_record(work))
         for name, sub in work.mixture.items():
-            if sub.too_long:
-                _log.info("%s", too_long_text(name, sub.too_long, work.config.data.max_length))
+            for count, end in ((sub.too_long, "dropped"), (sub.cut, "cut")):
+                if count:
+                    length = work.config.data.max_length
+                    _log.info("%s", too_long_text(name, count, length, end))
         return replay([], strategy), None
     base_id = records[0]["base_id"]
     if work.base is not None and work.base.id != base_id:

@@ -84,7 +84,7 @@ class StageSteps:
         config, model, optimizer = self._work.config.train, self._work.model, self._work.optimizer
         references = self._order.step(step)
         batch, mastered = self._split_batch(references)
-        targets = sum(len(self._examples[i].completion) for micro in batch for i in micro)
+        targets = sum(self._examples[i].targets for micro in batch for i in micro)
         model.train()
         losses = torch.zeros(len(self._examples) if self._collects_losses else 0)
         loss = self._backward(batch, targets, losses)

@@ -220,6 +220,7 @@ def start_record(work: Workspace) -> Record:
                 "validation": len(sub.validation.examples),
                 "test": len(sub.test.examples) if sub.test else 0,
                 "too_long": sub.too_long,
+                "cut": sub.cut,
                 "set_aside": sub.set_aside,
             }
             for name, sub in work.mixture.items()

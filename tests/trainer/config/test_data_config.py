@@ -147,11 +147,11 @@ def files_with(**changes: object) -> dict[str, object]:
         (files_with(test=3), "data.sub_datasets.a.test must be a string, got 3"),
         (
             files_with(fields={"prompt": "{a}"}),
-            "data.sub_datasets.a.fields must have prompt and completion, or text alone",
+            "data.sub_datasets.a.fields must have prompt and completion, or text or messages alone",
         ),
         (
             files_with(fields={"text": "{a}", "prompt": "a", "completion": "b"}),
-            "data.sub_datasets.a.fields must have prompt and completion, or text alone",
+            "data.sub_datasets.a.fields must have prompt and completion, or text or messages alone",
         ),
         (
             files_with(fields={"text": "{a|letters}"}),

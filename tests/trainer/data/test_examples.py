@@ -6,8 +6,9 @@ import pytest
 
 from tests.support.tiny_runs import load_split, make_tokenizer, write_lines
 from trainer.config.schema import DataConfig, SubDatasetConfig
-from trainer.data.examples import bos_prefix, encode
+from trainer.data.encode import encode
 from trainer.data.load import load_mixture
+from trainer.data.tokens import bos_prefix
 from trainer.errors import DataError
 from trainer.model.forward import IGNORED, collate
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tiny_runs import make_tokenizer
 from trainer.config.schema import DataConfig, FieldsConfig, SourceConfig, SubDatasetConfig
-from trainer.data.examples import encode
+from trainer.data.encode import encode
 from trainer.data.load import load_mixture
 from trainer.data.sources import Sources
 from trainer.errors import DataError

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from msft_store import Store
 from tests.support.tiny_runs import make_tokenizer, write_model
 from trainer.config.schema import EvalConfig, ModelConfig
-from trainer.data.examples import encode
+from trainer.data.encode import encode
 from trainer.model.answers import AnswerRule
 from trainer.model.evaluate import Evaluator
 from trainer.model.forward import collate, target_losses
