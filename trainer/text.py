@@ -76,6 +76,18 @@ def flops_text(value: int) -> str:
     return _with_unit(value, units, digits=2)
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration in its two largest units, such as ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
 def _with_unit(value: float, units: Sequence[str], *, digits: int) -> str:
     """Return a value in the first unit that makes it less than 1000, or in the last one."""
     power = 0

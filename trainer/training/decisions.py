@@ -24,6 +24,7 @@ from trainer.algorithms.divergence import non_finite_metrics
 from trainer.algorithms.method import Method
 from trainer.config.schema import OVERALL
 from trainer.journal import JournalQueue, Line
+from trainer.training.progress import describe_values
 from trainer.training.replay import KnownEvaluation, RunState, describe_decision
 from trainer.training.rollback_points import PendingSave, make_policy
 
@@ -83,6 +84,8 @@ class Decisions:
             errors=known.errors,
             losses=known.losses or {},
         )
+        # A decision to roll back begins the next stage in the strategy.
+        seen, active = [*self._strategy.evaluations, evaluation], self._strategy.stage.active
         decision = self._strategy.on_evaluation(evaluation)
 
         def make_lines() -> list[Line]:
@@ -110,7 +113,8 @@ class Decisions:
         self._queue.add_later(save.future if save else None, make_lines)
         if not isinstance(decision, Continue):
             self._queue.flush()
-        _log_decision(place, known.metrics, decision)
+        values = describe_values(seen, active, self._strategy.mode, self._strategy.modes)
+        _log_decision(place, known.metrics, values, decision)
         return self.names.resolve(decision)
 
     def on_divergence(self, divergence: Divergence, *, index: int) -> Skip | Stop:
@@ -130,8 +134,12 @@ class Decisions:
         return answer
 
 
-def _log_decision(place: Place, metrics: Mapping[str, float], decision: Decision) -> None:
+def _log_decision(
+    place: Place, metrics: Mapping[str, float], values: str, decision: Decision
+) -> None:
     text = f"stage {place.stage}, epoch {place.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
     if not_finite := non_finite_metrics(metrics):
         text += f"; not finite: {', '.join(not_finite)}"
-    _log.info("%s", text if isinstance(decision, Continue) else f"{text}; {decision.reason}")
+    if not isinstance(decision, Continue):
+        text += f"; {decision.reason}"
+    _log.info("%s\n%s", text, values)

@@ -25,7 +25,6 @@ from typing import cast
 
 import numpy as np
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
 from trainer.algorithms.base import (
     Decision,
@@ -46,6 +45,7 @@ from trainer.signals import Interrupted, Interrupts
 from trainer.training import resume_point
 from trainer.training.decisions import Decisions, Place
 from trainer.training.observe import StageObserver
+from trainer.training.progress import Heartbeat, StageProgress
 from trainer.training.replay import (
     KnownEvaluation,
     ObservationLog,
@@ -87,12 +87,10 @@ class Loop:
         """Create it at the state of a run; ``progress`` shows a bar if stderr is a terminal."""
         self._work = work
         self._interrupts = interrupts
-        self._progress = progress and work.accelerator.is_main_process and sys.stderr.isatty()
-        # With several processes an evaluation cannot end early, because the other processes would
-        # wait forever for the share of a process that ended.
-        check = interrupts.check if work.accelerator.num_processes == 1 else None
+        self._has_bar = progress and work.accelerator.is_main_process and sys.stderr.isatty()
+        self._beat = Heartbeat(is_silent=not work.accelerator.is_main_process)
         self._evaluator = Evaluator(
-            work.config.evaluation, work.loaded, work.accelerator, check=check
+            work.config.evaluation, work.loaded, work.accelerator, check=self._check
         )
         self._decisions = Decisions(strategy, work.journal_queue, state)
         self._starts = dict(state.starts)
@@ -152,17 +150,17 @@ class Loop:
             )
         self._position, first_step = position, position.step
         every = self._work.config.resume_every
-        with tqdm(
-            desc=f"stage {stage.number}",
-            initial=first_step,
-            total=schedule.steps,
-            unit="step",
-            leave=False,
-            disable=not self._progress,
-        ) as bar:
+        with StageProgress(
+            self._beat,
+            stage=stage.number,
+            first_step=first_step,
+            steps=schedule.steps,
+            has_bar=self._has_bar,
+        ) as progress:
             while True:
                 if schedule.evaluations[position.evaluations - 1] == position.step:
                     self._record_totals(steps, position)
+                    progress.show(steps.mean_loss())
                     decision = self._evaluate(steps, position)
                     if isinstance(decision, RollBack | Stop):
                         return decision
@@ -177,7 +175,7 @@ class Loop:
                 self._global_step += 1
                 position = replace(position, step=position.step + 1, global_step=self._global_step)
                 self._position = position
-                bar.update()
+                progress.advance(position.step, loss=steps.mean_loss)
                 if finding is None and self._observer.is_due(step=position.step):
                     self._record_totals(steps, position)
                     self._observer.observe(position)
@@ -186,6 +184,14 @@ class Loop:
                     decision = self._handle_divergence(finding, steps, position)
                     if isinstance(decision, Stop):
                         return decision
+
+    def _check(self) -> None:
+        """Show that an evaluation goes on, and end it on a signal."""
+        self._beat.tick("evaluating")
+        # With several processes an evaluation cannot end early, because the other processes would
+        # wait forever for the share of a process that ended.
+        if self._work.accelerator.num_processes == 1:
+            self._interrupts.check()
 
     def _begin_stage(self, steps: StageSteps, root: str | None) -> Decision:
         """Start a stage and decide on its root.
@@ -197,7 +203,10 @@ class Loop:
         work, stage = self._work, steps.stage
         if root is None or not work.config.restores_optimizer:
             self._reset_optimizer(stage.number)
-        result = self._run_evaluation() if root is None else None
+        result = None
+        if root is None:
+            self._beat.say("evaluating the model before training")
+            result = self._run_evaluation()
         finding = all_non_finite(result.losses) if result else None
         if finding is not None:
             raise RunError(

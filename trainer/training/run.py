@@ -45,6 +45,7 @@ from trainer.text import too_long_text
 from trainer.training import resume_point
 from trainer.training.directory import CONFIG, JOURNAL, MODEL, new_directory
 from trainer.training.loop import Loop
+from trainer.training.progress import Heartbeat
 from trainer.training.replay import Position, RunState, replay, where_to_resume
 from trainer.training.rollback_points import begin_stage, keep_only_result, make_policy
 from trainer.training.workspace import RESULT, Workspace, open_workspace, start_record
@@ -193,7 +194,13 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts) -> None:
     keep_only_result(work, stop.checkpoint)
     # Free the optimizer's memory for the second copy of the weights, when the base is loaded.
     reset_optimizer(work.optimizer)
-    check = interrupts.check if work.accelerator.num_processes == 1 else None
+    beat = Heartbeat(is_silent=not work.accelerator.is_main_process)
+
+    def check() -> None:
+        beat.tick("testing the result and the base")
+        if work.accelerator.num_processes == 1:
+            interrupts.check()
+
     evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
     _test(work, evaluator, "result", stop.checkpoint)
     model_dir = work.directory / MODEL

@@ -72,6 +72,7 @@ class StageSteps:
         self._mastered: frozenset[int] = frozenset()
         self._collects_losses = isinstance(stage.observe, ExampleLosses)
         self._collected: list[tuple[Reference, float]] = []
+        self._last_loss: float | None = None
         self._reset_totals()
 
     def train(self, step: int) -> NonFiniteNumber | None:
@@ -139,12 +140,18 @@ class StageSteps:
         self._collected = []
         return places, values
 
+    def mean_loss(self) -> float | None:
+        """Return the mean loss of the steps since the last totals, or of the last totals."""
+        return float(self._losses) / self._targets if self._targets else self._last_loss
+
     def take_totals(self) -> dict[str, Any] | None:
         """Return the fields of a ``trained`` record since the last call; ``None`` for no step."""
         if not self._cost.tokens + self._forward_cost.tokens:
             return None
+        loss = float(self._losses) / self._targets if self._targets else None
+        self._last_loss = self._last_loss if loss is None else loss
         totals = {
-            "loss": float(self._losses) / self._targets if self._targets else None,
+            "loss": loss,
             "lr": self._lr,
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
             "target_tokens": self._targets,
