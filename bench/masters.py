@@ -86,7 +86,7 @@ def train(config: Config, dtype: torch.dtype) -> Summary:
             t.nbytes for t in rounded(drop_tied(weights_of(work.loaded.model)), dtype).values()
         )
         work.loaded = replace(work.loaded, full_bytes=size)
-        strategy = make_strategy(config, work.proportions)
+        strategy = make_strategy(config, work.proportions, mode=work.metrics.mixture.mode)
         policy = make_policy(strategy.needs(), strategy.mode)
         work.timeline = RoundingTimeline(
             work.store, work.base, retention=policy, name=config.method, dtype=dtype

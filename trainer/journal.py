@@ -12,8 +12,8 @@ event              fields
 ================== ==============================================================================
 ``run_started``    version, method, config, model {path, parameters, trainable, layers, hidden,
                    dtype}, mode (of the overall metric), modes {name: mode} of the others that
-                   differ, metric, metrics {name: metric} and overall (in a run around a
-                   Trainer),
+                   differ, metric (the overall one), metrics {name: metric}, overall (how that
+                   is computed),
                    sub_datasets {name: {train, validation, test, too_long (dropped), cut,
                    set_aside}},
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,

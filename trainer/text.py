@@ -54,10 +54,18 @@ def metric_text(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
+def metric_title(metric: str) -> str:
+    """Return a metric's name in words; of a function in a file, without the file's folder."""
+    module, colon, function = metric.rpartition(":")
+    if not colon:
+        return metric.replace("_", " ")
+    return f"{module.rpartition('/')[2].removesuffix('.py')}:{function}"
+
+
 def metric_name_text(metric: str, mode: str) -> str:
     """Return a metric's name and its direction, such as ``loss (lower is better)``."""
     direction = "higher" if mode == "max" else "lower"
-    return f"{metric.replace('_', ' ')} ({direction} is better)"
+    return f"{metric_title(metric)} ({direction} is better)"
 
 
 def count_text(value: int) -> str:

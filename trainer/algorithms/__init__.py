@@ -2,7 +2,7 @@
 
 Example::
 
-    strategy = make_strategy(config, {"arith": 900, "dates": 80})
+    strategy = make_strategy(config, {"arith": 900, "dates": 80}, mode="max")
 """
 
 from __future__ import annotations
@@ -21,28 +21,23 @@ from trainer.algorithms.single_rollout import SingleRollout
 from trainer.config.schema import Config
 
 
-def metric_mode(config: Config) -> Mode:
-    """Return the direction in which the configured metric improves."""
-    return "min" if config.evaluation.metric == "loss" else "max"
-
-
 def make_strategy(
     config: Config,
     sizes: Mapping[str, float],
     *,
-    mode: Mode | None = None,
+    mode: Mode,
     modes: Mapping[str, Mode] | None = None,
 ) -> Method:
     """Create the strategy for ``config.method``, which has seen no evaluation.
 
     ``sizes`` maps sub-datasets to their numbers of training examples, in any unit common to all.
-    ``mode`` is the direction in which the overall metric improves, by default that of
-    ``evaluation.metric``; ``modes`` are those of sub-datasets' metrics that differ from it.
+    ``mode`` is the direction in which the overall metric improves; ``modes`` are those of
+    sub-datasets' metrics that differ from it.
     """
     train = config.train
     common: dict[str, Any] = {
         "sub_datasets": tuple(config.data.sub_datasets),
-        "mode": mode or metric_mode(config),
+        "mode": mode,
         "modes": modes or {},
         "compute_budget": config.msft.compute_budget,
         "max_skips": train.max_skips if train.on_divergence == "rollback" else 0,

@@ -32,6 +32,7 @@ from trainer.distributed import is_peer_failure, this_process
 from trainer.errors import PausedError, TrainerError, first_line
 from trainer.journal import read
 from trainer.model.lora import load_for_training
+from trainer.model.metrics import load_metrics
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, Plan, plan
 from trainer.report.report import DIVERGED, NEVER_RIGHT, compare_table, write_report
@@ -315,12 +316,12 @@ def make_plan(config: Config) -> Plan:
     mixture = load_mixture(
         config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
     )
-    check_compatibility(config, loaded, mixture)
-    generates = config.evaluation.metric == "exact_match"
+    metrics = load_metrics(config, mixture).metrics
+    check_compatibility(config, loaded, mixture, metrics)
     counts = {}
     for name, sub in mixture.items():
         passes = _lengths(sub.validation.examples)
-        if generates:
+        if metrics[name].generates:
             passes += [len(example.prompt) for example in sub.validation.examples]
         counts[name] = Counts(
             train=len(sub.train.examples),
@@ -329,6 +330,7 @@ def make_plan(config: Config) -> Plan:
             validation=len(sub.validation.examples),
             validation_tokens=sum(passes),
             validation_attention_tokens=sum(n * n for n in passes),
+            generates=metrics[name].generates,
             too_long=sub.too_long,
             cut=sub.cut,
         )

@@ -23,6 +23,7 @@ from trainer.comparison.results import Comparison, Estimate, Group, Row
 from trainer.config.schema import OVERALL
 from trainer.journal import Record, select
 from trainer.report.flops import seqs_on_path
+from trainer.text import metric_title
 
 _TEXT = "#010203"
 """A placeholder for the colour of the surrounding text."""
@@ -107,7 +108,7 @@ def draw_budgets(comparison: Comparison) -> str:
                 efficiency_axis.plot(_flops(row), score.mean, "o", mec=color, mfc="none", ms=6)
         handles.append(Line2D([], [], label=label, **style))
     first = comparison.first
-    metric = "metric" if first is None else first.metric.replace("_", " ")
+    metric = "metric" if first is None else metric_title(first.metric)
     for axis, title, x in (
         (metric_axis, f"overall {metric}", "C, epochs"),
         (flops_axis, "FLOPs of a run", "C, epochs"),

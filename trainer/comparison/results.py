@@ -116,7 +116,12 @@ class Row:
         return estimate(self.values(name).values())
 
     def spread(self) -> Estimate | None:
-        """Return the standard deviation across sub-datasets, over seeds."""
+        """Return the standard deviation across sub-datasets, over seeds.
+
+        ``None`` if these have different metrics.
+        """
+        if not all(summary.has_one_metric for summary in self.runs.values()):
+            return None
         by_name = [self.values(name) for name in self.names]
         shared = [seed for seed in self.runs if by_name and all(seed in v for v in by_name)]
         return estimate(standard_deviation([values[seed] for values in by_name]) for seed in shared)

@@ -54,7 +54,7 @@ def describe_comparison(comparison: Comparison) -> str:
     split = comparison.groups[0].rows[0].split
     return (
         f"{split.capitalize()} {metric_name_text(first.metric, first.mode)}, {which}; "
-        f"lr {first.lr:g}, {first.dtype}."
+        f"lr {first.lr:g}, {first.dtype}. {first.overall_text()}".rstrip()
     )
 
 

@@ -42,8 +42,9 @@ def check_data(config: Config) -> None:
             "data.temperature belongs to data.sampling=temperature: give both or neither"
         )
     evaluation = config.evaluation
-    exact = evaluation.metric == "exact_match" and evaluation.answer_pattern is None
     for name, files in data.sub_datasets.items():
+        metric = files.metric or evaluation.metric
+        exact = metric == "exact_match" and evaluation.answer_pattern is None
         _check_sub_dataset(f"data.sub_datasets.{name}", name, files, data)
         sources = (files.train, files.validation, files.test)
         has_mixture = any(isinstance(one, SourceConfig) and one.category for one in sources)

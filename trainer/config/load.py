@@ -25,7 +25,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from trainer.config.checks import HUB_ID, check_settings
 from trainer.config.data_paths import RELATIVE, resolve_data
-from trainer.config.schema import Config
+from trainer.config.metric_keys import resolve_metric
+from trainer.config.schema import Config, DataConfig
 from trainer.config.yaml import override, read_yaml, write_yaml
 from trainer.errors import ConfigError
 from trainer.text import did_you_mean
@@ -173,7 +174,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             config,
             output_dir=str(Path(config.output_dir).absolute()),
             model=replace(config.model, path=_resolve_model(config.model.path, folder)),
-            data=resolve_data(config.data, folder),
+            data=_resolve_metrics(resolve_data(config.data, folder), folder),
+            evaluation=replace(
+                config.evaluation,
+                metric=resolve_metric(config.evaluation.metric, folder, at="evaluation.metric"),
+            ),
         )
         check_settings(config)
     except ConfigError as error:
@@ -201,6 +206,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def dump(config: Config) -> str:
     """Return the configuration as YAML that :func:`load_config` reads to the same again."""
     return write_yaml(to_dict(config))
+
+
+def _resolve_metrics(data: DataConfig, folder: Path) -> DataConfig:
+    """Return ``data`` with the names of metrics resolved (:mod:`trainer.config.metric_keys`)."""
+    sub_datasets = {
+        name: files
+        if files.metric is None
+        else replace(
+            files,
+            metric=resolve_metric(files.metric, folder, at=f"data.sub_datasets.{name}.metric"),
+        )
+        for name, files in data.sub_datasets.items()
+    }
+    return replace(data, sub_datasets=sub_datasets)
 
 
 def _resolve_model(path: str, folder: Path) -> str:

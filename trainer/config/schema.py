@@ -110,12 +110,15 @@ class SubDatasetConfig:
         test: Examples that are evaluated once, at the end.
         fields: Templates for the rows; ``None``: rows have ``prompt`` and ``completion``,
             ``messages``, or ``text``.
+        metric: The metric of the sub-dataset, as in ``evaluation.metric``; ``None``: that one, or
+            ``loss`` where ``exact_match`` finds no references, in rows of ``text``.
     """
 
     train: str | SourceConfig
     validation: str | SourceConfig | None = None
     test: str | SourceConfig | None = None
     fields: FieldsConfig | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +226,11 @@ class EvalConfig:
     """Evaluation (``evaluation:``).
 
     Attributes:
-        metric: ``exact_match``: share of greedy generations with the right answer (``max``);
-            ``loss``: mean token loss of the completion (``min``).
+        metric: The metric of every sub-dataset that names none. ``exact_match``: share of greedy
+            generations with the right answer (``max``); ``loss``: mean token loss of the
+            completion (``min``); ``token_accuracy``: share of the completion's tokens that are the
+            most probable ones, each after the true ones before it (``max``);
+            ``module:function``: your own, see :mod:`trainer.model.metrics`.
         eval_every: Epochs of the active mixture between evaluations; the default is the MSFT
             paper's.
         answer_pattern: Regular expression whose first group is the answer, in generations and in
@@ -235,10 +241,14 @@ class EvalConfig:
         max_new_tokens: Tokens after which a generation ends.
         batch_size: Examples per forward pass in evaluation.
         max_examples: Validation examples to use of each sub-dataset, the first ones; ``None``: all.
-        overall: Mean over examples (the MSFT paper's code) or over sub-datasets.
+        overall: The metric of the mixture. ``examples``: mean over examples (the MSFT paper's
+            code); ``sub_datasets``: mean over sub-datasets; ``relative``: mean relative change
+            against the base, each in its metric's direction (``max``). If sub-datasets have
+            different metrics, the two means are those of ``evaluation.metric`` alone. ``None``:
+            ``examples`` for one metric, else ``relative``.
     """
 
-    metric: Literal["exact_match", "loss"] = "exact_match"
+    metric: str = "exact_match"
     eval_every: float = 0.25
     answer_pattern: str | None = None
     answer_match: Literal["first", "last"] = "last"
@@ -246,7 +256,7 @@ class EvalConfig:
     max_new_tokens: int = 64
     batch_size: int = 64
     max_examples: int | None = None
-    overall: Literal["examples", "sub_datasets"] = "examples"
+    overall: Literal["examples", "sub_datasets", "relative"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,8 @@ class Example:
     """True if the example has a reference; ``text`` has none."""
     earlier: tuple[tuple[int, int], ...] = ()
     """Spans of the prompt that have a loss, too; none begins at its first token."""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The row of the file, of an example of validation or test data, for metrics of the user."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -40,6 +43,12 @@ class Example:
     def targets(self) -> int:
         """The number of tokens with a loss."""
         return len(self.completion) + sum(end - start for start, end in self.earlier)
+
+    @property
+    def target_tokens(self) -> tuple[int, ...]:
+        """The tokens with a loss, in their order."""
+        earlier = (token for start, end in self.earlier for token in self.prompt[start:end])
+        return (*earlier, *self.completion)
 
     def cut(self, length: int, tokenizer: PreTrainedTokenizerBase) -> Example | None:
         """Return the first ``length`` tokens, or ``None`` if none of them has a loss.

@@ -13,7 +13,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,10 +50,10 @@ class _Taken:
     too_long: int = 0
     cut: int = 0
 
-    def split(self, start: int = 0) -> Split:
-        """Return the examples from the ``start``-th on."""
+    def split(self, start: int = 0, *, rows: Rows | None = None) -> Split:
+        """Return the examples from the ``start``-th on, if wanted with their rows."""
         return Split(
-            examples=_in_order(self.examples[start:]), too_long=self.too_long, cut=self.cut
+            examples=_in_order(self.examples[start:], rows), too_long=self.too_long, cut=self.cut
         )
 
 
@@ -76,20 +76,29 @@ class _Loader:
             train, set_aside = self._load_train(name, files)
             split = "validation"
             validation = Split(examples=set_aside[: self._max_validation])
+            limit = self._max_validation
             if files.validation is not None:
-                validation = self._load_split(files.validation, files.fields, self._max_validation)
+                validation = self._load_split(files.validation, files.fields, limit, rows=True)
             split = "test"
-            test = None if files.test is None else self._load_split(files.test, files.fields, None)
+            test = None
+            if files.test is not None:
+                test = self._load_split(files.test, files.fields, None, rows=True)
         except DataError as error:
             raise DataError(f"sub-dataset {name!r}, {split}: {error}") from None
         return SubDataset(train=train, validation=validation, test=test, set_aside=len(set_aside))
 
     def _load_split(
-        self, source: str | SourceConfig, fields: FieldsConfig | None, limit: int | None
+        self,
+        source: str | SourceConfig,
+        fields: FieldsConfig | None,
+        limit: int | None,
+        *,
+        rows: bool = False,
     ) -> Split:
-        """Load the first ``limit`` usable examples of a source."""
-        rows = self._sources.open(source)
-        return self._take(rows, range(len(rows)), source, fields, limit).split()
+        """Load the first ``limit`` usable examples of a source, if wanted with their rows."""
+        found = self._sources.open(source)
+        taken = self._take(found, range(len(found)), source, fields, limit)
+        return taken.split(rows=found if rows else None)
 
     def _load_train(self, name: str, files: SubDatasetConfig) -> tuple[Split, tuple[Example, ...]]:
         """Load the training examples, and those of the same source that are set aside."""
@@ -108,7 +117,7 @@ class _Loader:
             raise DataError(
                 f"{rows.name} has {found} usable examples: too few to set some aside for validation"
             )
-        return taken.split(count), _in_order(taken.examples[:count])
+        return taken.split(count), _in_order(taken.examples[:count], rows)
 
     def _take(
         self,
@@ -183,9 +192,12 @@ class _Loader:
         )
 
 
-def _in_order(examples: _Numbered) -> tuple[Example, ...]:
-    """Return examples in the order of their rows."""
-    return tuple(example for _, example in sorted(examples, key=lambda pair: pair[0]))
+def _in_order(examples: _Numbered, rows: Rows | None = None) -> tuple[Example, ...]:
+    """Return examples in the order of their rows, and with them if these are given."""
+    ordered = sorted(examples, key=lambda pair: pair[0])
+    if rows is None:
+        return tuple(example for _, example in ordered)
+    return tuple(replace(example, row=rows[index]) for index, example in ordered)
 
 
 def _count_set_aside(share: float | None, count: int) -> int:

@@ -16,10 +16,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 from trainer.algorithms.base import Mode
-from trainer.algorithms.overall import mean_improvement, mean_metric
+from trainer.algorithms.overall import MixtureMetrics, Overall, mixture_metrics
 from trainer.errors import ConfigError
 from trainer.text import did_you_mean
 
@@ -77,46 +77,12 @@ class MetricReader:
         )
 
 
-Overall = Literal["examples", "sub_datasets", "relative"]
-"""How the metric of the mixture is computed; ``relative``: the mean improvement over the base."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunMetrics:
-    """The metrics that decide in a run."""
-
-    reader: MetricReader
-    name: str
-    """The metric's name, or ``several``."""
-    overall: Overall
-    overall_mode: Mode
-    """The direction of the metric of the mixture."""
-    modes: Mapping[str, Mode]
-    """Sub-dataset → direction of its metric."""
-
-    @property
-    def other_modes(self) -> dict[str, Mode]:
-        """The directions that differ from that of the mixture's metric."""
-        return {name: mode for name, mode in self.modes.items() if mode != self.overall_mode}
-
-    def compute_overall(
-        self,
-        metrics: Mapping[str, float],
-        sizes: Mapping[str, int],
-        base: Mapping[str, float] | None,
-    ) -> float:
-        """Return the metric of the mixture; ``base`` are the metrics of the base, if known."""
-        if self.overall == "relative":
-            return mean_improvement(metrics, metrics if base is None else base, self.modes)
-        return mean_metric(metrics, sizes, self.overall)
-
-
 def check_metrics(
     names: Iterable[str],
     metric: str | Mapping[str, str],
     mode: Mode | Mapping[str, Mode] | None,
     overall: Overall | None,
-) -> RunMetrics:
+) -> MixtureMetrics:
     """Return the metrics of a run; raise :class:`ConfigError` if they do not fit together."""
     names = tuple(names)
     keys = _by_name("metric", names, metric)
@@ -127,21 +93,7 @@ def check_metrics(
         if found not in ("max", "min"):
             raise ConfigError(f"the direction of {key!r} is unknown: give mode='max' or 'min'")
         modes[name] = found
-    is_one_unit = len(set(keys.values())) == 1 and len(set(modes.values())) == 1
-    if overall is None:
-        overall = "examples" if is_one_unit else "relative"
-    if overall != "relative" and not is_one_unit:
-        raise ConfigError(
-            f"overall={overall!r} would add up different metrics: use overall='relative'"
-        )
-    kinds = sorted(set(keys.values()))
-    return RunMetrics(
-        reader=MetricReader(keys=keys),
-        name=kinds[0] if len(kinds) == 1 else "several",
-        overall=overall,
-        overall_mode="max" if overall == "relative" else next(iter(modes.values())),
-        modes=modes,
-    )
+    return mixture_metrics(keys, modes, overall=overall)
 
 
 def _by_name(what: str, names: tuple[str, ...], value: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ import numpy as np
 from msft_store import Checkpoint
 from msft_store.integrations.hf import KeptModel, find_local_model
 from trainer.algorithms.base import Mode, Stage
+from trainer.algorithms.overall import Overall
 from trainer.config.load import build
 from trainer.config.schema import (
     Config,
@@ -45,7 +46,7 @@ from trainer.config.schema import (
 )
 from trainer.distributed import this_process
 from trainer.errors import ConfigError, RunError
-from trainer.hf.metrics import Overall, check_metrics
+from trainer.hf.metrics import MetricReader, check_metrics
 from trainer.hf.mixture import check_mixture
 from trainer.hf.plan import LimitedOrder, PlacesSampler
 from trainer.hf.session import RunSession, open_session
@@ -195,7 +196,7 @@ class MsftRun:
         order = LimitedOrder.of(stage, sizes, seed=self._config.seed) if stage.limits else None
         callback = StageCallback(
             session,
-            self._metrics.reader,
+            MetricReader(keys=self._metrics.names),
             eval_every=self._config.evaluation.eval_every,
             seed=seed,
             order=order,

@@ -32,17 +32,19 @@ from msft_store.integrations.model_files import model_files
 from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Decision, Divergence, RollBack, Stop
 from trainer.algorithms.divergence import all_non_finite
+from trainer.algorithms.overall import MixtureMetrics
 from trainer.config.load import to_dict
 from trainer.config.schema import OVERALL, Config
 from trainer.data.schedule import Schedule
 from trainer.distributed import this_process
 from trainer.errors import RunError
 from trainer.files import make_directory
-from trainer.hf.metrics import Measured, RunMetrics
+from trainer.hf.metrics import Measured
 from trainer.hf.mixture import Mixture
 from trainer.journal import Journal, JournalQueue, Record, effective, mode_of, read, run_started
+from trainer.text import metric_title
 from trainer.training.decisions import Decisions, Place
-from trainer.training.directory import JOURNAL, STORE, hold_lock
+from trainer.training.directory import CONFIG, JOURNAL, STORE, hold_lock
 from trainer.training.replay import KnownEvaluation, StageStart, replay, where_to_resume
 from trainer.training.rollback_points import PendingSave
 
@@ -57,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def open_session(
-    config: Config, base_path: Path | None, metrics: RunMetrics
+    config: Config, base_path: Path | None, metrics: MixtureMetrics
 ) -> Iterator[RunSession]:
     """Open or begin the run of a configuration, and lock its directory; in all processes.
 
@@ -94,7 +96,7 @@ class RunSession:
     """A run that is open, in one process."""
 
     def __init__(
-        self, config: Config, metrics: RunMetrics, journal: Journal | None, store: Store
+        self, config: Config, metrics: MixtureMetrics, journal: Journal | None, store: Store
     ) -> None:
         """Use :func:`open_session`."""
         self._config = config
@@ -120,9 +122,7 @@ class RunSession:
             if not self.is_finished:
                 self._queue.add("resumed", after=after, **{"from": origin})
         sizes = dict.fromkeys(config.data.sub_datasets, 1.0)
-        strategy = make_strategy(
-            config, sizes, mode=metrics.overall_mode, modes=metrics.other_modes
-        )
+        strategy = make_strategy(config, sizes, mode=metrics.mode, modes=metrics.other_modes)
         state = replay(counted, strategy)
         self._decisions = Decisions(strategy, self._queue, state)
         first = next(iter(state.known.values()), None)
@@ -140,7 +140,7 @@ class RunSession:
         if self._journal is None or self.is_finished:
             return
         self._base = None if base_path is None else self._store.add_base(base_path)
-        policy = KeepBest(OVERALL, mode=self._metrics.overall_mode)
+        policy = KeepBest(OVERALL, mode=self._metrics.mode)
         name = self._config.method
         self._timeline = Timeline(self._store, self._base, retention=policy, name=name)
 
@@ -278,7 +278,7 @@ class RunSession:
             self._store.evict([start])
 
     def _on_divergence(self, place: Place, value: str) -> Decision:
-        what = f"{self._metrics.name} of every sub-dataset"
+        what = f"{metric_title(self._metrics.name)} of every sub-dataset"
         if place.index == 0:
             raise RunError(f"the {what} is {value} before any training: is the model sound?")
         divergence = Divergence(
@@ -306,15 +306,15 @@ class RunSession:
 
     def _check_same(self, started: Record) -> None:
         """Raise :class:`RunError` if a run has other settings than this one."""
-        if "metrics" not in started:
-            directory = self._config.output_dir
+        directory = Path(self._config.output_dir)
+        if (directory / CONFIG).exists():
             raise RunError(
                 f"the run in {directory} was begun by msft-train: continue it with `msft-train "
                 f"resume {directory}`, or choose another output_dir"
             )
         before, now = started["config"], to_dict(self._config)
         pairs = [(key, before.get(key), now.get(key)) for key in _FIXED]
-        pairs.append(("metric", started["metrics"], dict(self._metrics.reader.keys)))
+        pairs.append(("metric", started["metrics"], dict(self._metrics.names)))
         modes = {name: mode_of(started, name) for name in started["sub_datasets"]}
         pairs.append(("mode", modes, dict(self._metrics.modes)))
         pairs.append(("overall", started["overall"], self._metrics.overall))
@@ -349,10 +349,10 @@ class RunSession:
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 **_width(model),
             },
-            "mode": self._metrics.overall_mode,
+            "mode": self._metrics.mode,
             "modes": self._metrics.other_modes,
             "metric": self._metrics.name,
-            "metrics": dict(self._metrics.reader.keys),
+            "metrics": dict(self._metrics.names),
             "overall": self._metrics.overall,
             "sub_datasets": {
                 name: {

@@ -1,21 +1,21 @@
-"""Compute metrics on every sub-dataset: mean token loss, and exact match of greedy generation.
+"""Compute the metric of every sub-dataset, and its mean token loss.
 
 The answer of a text is the last match of ``answer_pattern``, or the whole text if nothing matches.
-The loss is recorded for both metrics. If it is not finite, the exact match is NaN.
+The loss is recorded with every metric. If it is not finite, any other metric is NaN.
 
 Most examples are decided without generation. A forward pass over prompt and reference gives the
 token that greedy decoding would take after each prefix of the reference, and so the generated text
 up to its first token that differs from the reference. The example is decided if this text is
 complete, or if there is no pattern and the text can no longer become the reference. Only the other
 examples are generated, in batches with a key-value cache. The verdicts are the same as those of
-generation alone.
+generation alone. A function of the user gets whole generations.
 
 Batches are made by sorting, so the result depends on weights and examples alone. With several
 processes each evaluates its share of the same batches, and the numbers are those of one process.
 
 Example::
 
-    evaluator = Evaluator(config.evaluation, loaded, accelerator)
+    evaluator = Evaluator(config.evaluation, loaded, accelerator, load_metrics(config, mixture))
     result = evaluator(model, {"arith": examples})
     result.metrics["arith"], result.metrics["overall"], result.losses["arith"]
 """
@@ -23,27 +23,28 @@ Example::
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import GenerationConfig
 
-from trainer.algorithms.overall import mean_metric
 from trainer.config.schema import OVERALL, EvalConfig
 from trainer.data.examples import Example
-from trainer.distributed import split_among_processes
+from trainer.distributed import share, split_among_processes
 from trainer.model.answers import AnswerRule
 from trainer.model.forward import TokenCost, collate, target_losses
 from trainer.model.load import LoadedModel
+from trainer.model.metrics import Metric, RunMetrics
 from trainer.model.sharding import is_sharded
 
-_WRONG, _RIGHT, _OPEN = 0, 1, 2
-"""Verdicts on an example: wrong, right, or undecided until its text is generated."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,19 @@ class EvaluationCost(TokenCost):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A greedy generation."""
+
+    text: str
+    is_complete: bool = True
+    """False if the text ends at the first token that rules the reference out."""
+    is_right: bool | None = None
+    """Whether the answer is that of the reference; ``None`` if the metric is not exact match."""
+    score: float | None = None
+    """The value of a function of the user that returns one for each example."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
     """The metrics of all sub-datasets, and the cost of computing them."""
 
@@ -62,13 +76,55 @@ class EvaluationResult:
     """Sub-dataset → metric, and the overall one."""
     losses: dict[str, float]
     errors: dict[str, float]
-    """Sub-dataset → standard error of its metric; NaN for a single example."""
+    """Sub-dataset → standard error of its metric; NaN for one example, or if it is unknown."""
     cost: EvaluationCost
+    """Without the tokens of functions that take the model."""
     seconds: float
+    generations: Mapping[str, Sequence[Generation]] = field(default_factory=dict)
+    """Sub-dataset whose metric needs generations → those of its examples."""
 
     def cost_fields(self) -> dict[str, float]:
         """Return the fields of a journal record that state the cost."""
         return {**vars(self.cost), "seconds": self.seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Findings:
+    """Facts on each example, in the order of the examples."""
+
+    examples: Sequence[Example]
+    losses: list[float]
+    hits: list[float]
+    """Tokens of the completion that are the most probable ones."""
+    generations: list[Generation | None]
+    """``None``: not wanted, or not known."""
+    cost: EvaluationCost
+
+    def split(
+        self, sub_datasets: Mapping[str, Sequence[Example]]
+    ) -> Iterator[tuple[str, _Findings]]:
+        """Yield the facts of each sub-dataset; their examples are these, in the same order."""
+        start = 0
+        for name, examples in sub_datasets.items():
+            own = slice(start, start + len(examples))
+            start = own.stop
+            part = replace(
+                self,
+                examples=examples,
+                losses=self.losses[own],
+                hits=self.hits[own],
+                generations=self.generations[own],
+            )
+            yield name, part
+
+
+class _Value(NamedTuple):
+    """The mean loss of a sub-dataset, its metric, and the standard error of that."""
+
+    loss: float
+    metric: float
+    error: float
+    generations: tuple[Generation, ...] = ()
 
 
 class Evaluator:
@@ -79,10 +135,20 @@ class Evaluator:
         config: EvalConfig,
         loaded: LoadedModel,
         accelerator: Accelerator,
+        metrics: RunMetrics | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Create it; ``check`` is called before each batch and may raise to end the evaluation."""
+        """Create it.
+
+        Args:
+            config: The settings.
+            loaded: The model's tokenizer.
+            accelerator: The processes and the device.
+            metrics: The metrics of the sub-datasets; ``None``: ``config.metric`` for all.
+            check: Called before each batch; it may raise to end the evaluation.
+        """
         self._config = config
+        self._metrics = metrics
         self._tokenizer = loaded.tokenizer
         self._pad = loaded.pad_token_id
         self._accelerator = accelerator
@@ -90,17 +156,42 @@ class Evaluator:
         self._rule = AnswerRule.of(config)
 
     def __call__(
-        self, model: Any, sub_datasets: Mapping[str, Sequence[Example]]
+        self,
+        model: Any,
+        sub_datasets: Mapping[str, Sequence[Example]],
+        base: Mapping[str, float] | None = None,
     ) -> EvaluationResult:
-        """Evaluate a model, and restore its training mode afterwards."""
+        """Evaluate a model, and restore its training mode afterwards.
+
+        Args:
+            model: The model.
+            sub_datasets: Sub-dataset → examples.
+            base: The metrics of the base on them; ``None``: the model is the base.
+        """
         began = time.monotonic()
         model = self._accelerator.unwrap_model(model)
         examples = [example for name in sub_datasets for example in sub_datasets[name]]
+        every = self._metrics or RunMetrics.load(
+            self._config, dict.fromkeys(sub_datasets, self._config.metric)
+        )
+        metrics = [every.metrics[name] for name, rows in sub_datasets.items() for _ in rows]
         with _evaluation_mode(model):
-            losses, verdicts, cost = self._forward(model, examples)
-            if self._config.metric == "exact_match":
-                cost += self._decide_open(model, examples, verdicts)
-        return self._summarize(sub_datasets, losses, verdicts, cost, time.monotonic() - began)
+            found = self._forward(model, examples, metrics)
+            cost = found.cost + self._generate_open(model, examples, metrics, found)
+            values = {
+                name: self._measure(model, every.metrics[name], part)
+                for name, part in found.split(sub_datasets)
+            }
+        own = {name: value.metric for name, value in values.items()}
+        sizes = {name: len(rows) for name, rows in sub_datasets.items()}
+        return EvaluationResult(
+            metrics={**own, OVERALL: every.mixture.compute_overall(own, sizes, base)},
+            losses={name: value.loss for name, value in values.items()},
+            errors={name: value.error for name, value in values.items()},
+            generations={n: value.generations for n, value in values.items() if value.generations},
+            cost=cost,
+            seconds=time.monotonic() - began,
+        )
 
     def generate(self, model: Any, example: Example) -> str:
         """Return the greedy generation for one example."""
@@ -109,41 +200,62 @@ class Evaluator:
             (tokens,) = self._greedy(model, [example], [0])
         return self._decode(tokens)
 
-    def _summarize(
+    def _measure(self, model: Any, metric: Metric, found: _Findings) -> _Value:
+        """Return the metric of one sub-dataset."""
+        targets = [example.targets for example in found.examples]
+        loss, generations = sum(found.losses) / sum(targets), found.generations
+        if metric.name == "loss":
+            return _Value(loss, loss, ratio_error(found.losses, targets))
+        made = tuple(one for one in generations if one is not None)
+        if not math.isfinite(loss):
+            # NaN chose the tokens, which match only by chance.
+            return _Value(loss, math.nan, math.nan, made)
+        if metric.name == "token_accuracy":
+            accuracy = sum(found.hits) / sum(targets)
+            return _Value(loss, accuracy, ratio_error(found.hits, targets))
+        if metric.name == "exact_match":
+            verdicts = [float(one.is_right or False) for one in made]
+            return _Value(loss, sum(verdicts) / len(verdicts), _error(verdicts), made)
+        mean, scores = self._call(metric, model, found.examples, made)
+        if scores is not None and made:
+            pairs = zip(made, scores, strict=True)
+            made = tuple(replace(one, score=score) for one, score in pairs)
+        return _Value(loss, mean, _error(scores or ()), made)
+
+    def _call(
         self,
-        sub_datasets: Mapping[str, Sequence[Example]],
-        losses: Sequence[float],
-        verdicts: Sequence[int],
-        cost: EvaluationCost,
-        seconds: float,
-    ) -> EvaluationResult:
-        metrics, mean_losses, errors, start = {}, {}, {}, 0
-        for name, examples in sub_datasets.items():
-            own = slice(start, start + len(examples))
-            targets = [example.targets for example in examples]
-            mean_losses[name] = sum(losses[own]) / sum(targets)
-            if self._config.metric == "loss":
-                metrics[name] = mean_losses[name]
-                errors[name] = ratio_error(losses[own], targets)
-            else:
-                # If the loss is not finite, NaN chose the tokens, which match only by chance.
-                is_finite = math.isfinite(mean_losses[name])
-                metrics[name] = sum(verdicts[own]) / len(examples) if is_finite else math.nan
-                errors[name] = ratio_error(verdicts[own], [1] * len(examples))
-            start += len(examples)
-        sizes = {name: len(examples) for name, examples in sub_datasets.items()}
-        metrics[OVERALL] = mean_metric(metrics, sizes, self._config.overall)
-        return EvaluationResult(
-            metrics=metrics, losses=mean_losses, errors=errors, cost=cost, seconds=seconds
-        )
+        metric: Metric,
+        model: Any,
+        examples: Sequence[Example],
+        generations: Sequence[Generation],
+    ) -> tuple[float, tuple[float, ...] | None]:
+        """Return what the main process's call of a function gives.
+
+        All processes call a function of the model, because a sharded one needs them all.
+        """
+        rows = [dict(example.row) for example in examples]
+        answer = None
+        if metric.takes_model:
+            model.eval()
+            answer = metric.call(len(examples), model=model, tokenizer=self._tokenizer, rows=rows)
+        elif self._accelerator.is_main_process:
+            answer = metric.call(
+                len(examples),
+                generations=[made.text for made in generations],
+                references=[example.reference for example in examples],
+                rows=rows,
+            )
+        shared: tuple[float, tuple[float, ...] | None] = share(answer)
+        return shared
 
     def _forward(
-        self, model: Any, examples: Sequence[Example]
-    ) -> tuple[list[float], list[int], EvaluationCost]:
-        """Return each example's summed loss, its verdict as far as it is known, and the cost."""
+        self, model: Any, examples: Sequence[Example], metrics: Sequence[Metric]
+    ) -> _Findings:
+        """Return what one forward pass says of each example, and its cost."""
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
         batches = self._batches(order)
-        losses, verdicts = [0.0] * len(examples), [0] * len(examples)
+        losses, hits = [0.0] * len(examples), [0.0] * len(examples)
+        generations: dict[int, Generation] = {}
         for batch, is_own in self._own_batches(model, batches):
             rows = [examples[i] for i in batch]
             tensors = collate(rows, pad_token_id=self._pad, device=self._accelerator.device)
@@ -154,46 +266,72 @@ class Evaluator:
             results = zip(batch, rows, sums, choices, strict=True)
             for i, row, row_loss, row_choices in results if is_own else ():
                 losses[i] = row_loss
-                verdicts[i] = self._verdict(row, row_choices[-len(row.completion) :])
+                hits[i] = sum(map(operator.eq, row_choices, row.target_tokens))
+                if metrics[i].generates:
+                    made = self._follow(row, row_choices[-len(row.completion) :], metrics[i])
+                    generations |= {} if made is None else {i: made}
         cost = EvaluationCost.of_batches([[len(examples[i]) for i in batch] for batch in batches])
-        return self._all_reduce(losses), [int(v) for v in self._all_reduce(verdicts)], cost
+        every = _gather(generations)
+        return _Findings(
+            examples=examples,
+            losses=self._all_reduce(losses),
+            hits=self._all_reduce(hits),
+            generations=[every.get(i) for i in range(len(examples))],
+            cost=cost,
+        )
 
-    def _verdict(self, example: Example, choices: Sequence[int]) -> int:
-        """Judge by the token that greedy decoding takes after each prefix of the reference."""
-        if self._config.metric != "exact_match":
-            return _WRONG
+    def _follow(
+        self, example: Example, choices: Sequence[int], metric: Metric
+    ) -> Generation | None:
+        """Return the generation by the token that greedy decoding takes after each prefix.
+
+        ``None``: the text must be generated.
+        """
         pairs = zip(choices, example.completion, strict=True)
         same = next((i for i, (choice, token) in enumerate(pairs) if choice != token), len(choices))
         taken = [*choices[: same + 1]]
         ended = taken[-1] == self._tokenizer.eos_token_id
         if len(taken) - ended > self._config.max_new_tokens:
-            return _OPEN
+            return None
         text = self._decode(taken)
         if ended:
-            return int(self._rule.is_right(text, example.reference))
-        if self._rule.is_exact and not _can_become(text, example.reference):
-            return _WRONG
-        return _OPEN
+            return self._grade(text, example, metric)
+        is_exact = metric.name == "exact_match" and self._rule.is_exact
+        if is_exact and not _can_become(text, example.reference):
+            return Generation(text=text, is_complete=False, is_right=False)
+        return None
 
-    def _decide_open(
-        self, model: Any, examples: Sequence[Example], verdicts: list[int]
+    def _grade(self, text: str, example: Example, metric: Metric) -> Generation:
+        """Return a whole generation, and whether it is right if the metric is exact match."""
+        if metric.name != "exact_match":
+            return Generation(text=text)
+        return Generation(text=text, is_right=self._rule.is_right(text, example.reference))
+
+    def _generate_open(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        metrics: Sequence[Metric],
+        found: _Findings,
     ) -> EvaluationCost:
-        """Replace the open verdicts by those of generation, and return the cost."""
-        still_open = [i for i, verdict in enumerate(verdicts) if verdict == _OPEN]
+        """Add the generations that the forward pass has not given, and return the cost."""
+        still_open = [
+            i for i, made in enumerate(found.generations) if made is None and metrics[i].generates
+        ]
         batches = self._batches(sorted(still_open, key=lambda i: -len(examples[i].prompt)))
-        found, lengths = [0.0] * len(examples), [0.0] * len(examples)
+        own: dict[int, tuple[Generation, int]] = {}
         for batch, is_own in self._own_batches(model, batches):
             generated = zip(batch, self._greedy(model, examples, batch), strict=True)
             for i, tokens in generated if is_own else ():
-                found[i] = self._rule.is_right(self._decode(tokens), examples[i].reference)
-                lengths[i] = len(tokens)
-        found, lengths = self._all_reduce(found), self._all_reduce(lengths)
+                made = self._grade(self._decode(tokens), examples[i], metrics[i])
+                own[i] = (made, len(tokens))
+        every = _gather(own)
         prompts = [[len(examples[i].prompt) for i in batch] for batch in batches]
         cost = EvaluationCost.of_batches(prompts)
         for batch, prompt_lengths in zip(batches, prompts, strict=True):
-            cost += _generation_cost(prompt_lengths, [int(lengths[i]) for i in batch])
+            cost += _generation_cost(prompt_lengths, [every[i][1] for i in batch])
         for i in still_open:
-            verdicts[i] = int(found[i])
+            found.generations[i] = every[i][0]
         return cost
 
     def _greedy(
@@ -261,6 +399,16 @@ def ratio_error(parts: Sequence[float], counts: Sequence[int]) -> float:
     ratio = sum(parts) / total
     squares = math.fsum((a - ratio * b) ** 2 for a, b in zip(parts, counts, strict=True))
     return math.sqrt(n / (n - 1) * squares) / total
+
+
+def _error(scores: Sequence[float]) -> float:
+    """Return the standard error of a mean; NaN if there are fewer than two scores."""
+    return ratio_error(scores, [1] * len(scores))
+
+
+def _gather(own: Mapping[int, _T]) -> dict[int, _T]:
+    """Return the items of all processes, in every process."""
+    return {i: item for items in gather_object([own]) for i, item in items.items()}
 
 
 def _can_become(text: str, reference: str) -> bool:

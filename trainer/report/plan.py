@@ -36,6 +36,8 @@ class Counts:
     validation_tokens: int
     """Tokens in the forward passes of an evaluation: examples, and prompts of generations."""
     validation_attention_tokens: int
+    generates: bool = False
+    """True if the metric needs generations."""
     too_long: int = 0
     """Examples of all splits that are dropped for their length."""
     cut: int = 0
@@ -217,11 +219,11 @@ def _evaluation_tokens(config: Config, counts: Mapping[str, Counts]) -> tuple[in
     """Return tokens and attention tokens of one evaluation with the longest generations."""
     tokens = sum(part.validation_tokens for part in counts.values())
     attention_tokens = sum(part.validation_attention_tokens for part in counts.values())
-    if config.evaluation.metric == "loss":
-        return tokens, attention_tokens
+    generated = [part for part in counts.values() if part.generates]
     new = config.evaluation.max_new_tokens
-    examples = sum(part.validation for part in counts.values())
-    attention_tokens += new * tokens + examples * new * (new + 1) // 2
+    examples = sum(part.validation for part in generated)
+    contexts = sum(part.validation_tokens for part in generated)
+    attention_tokens += new * contexts + examples * new * (new + 1) // 2
     return tokens + examples * new, attention_tokens
 
 

@@ -21,7 +21,15 @@ from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
 from trainer.report.plots import draw_curves, draw_disk, draw_loss
 from trainer.report.summary import Summary, summarize
-from trainer.text import Table, bytes_text, count_text, flops_text, metric_name_text, metric_text
+from trainer.text import (
+    Table,
+    bytes_text,
+    count_text,
+    flops_text,
+    metric_name_text,
+    metric_text,
+    metric_title,
+)
 
 _OPTIONAL_WORK = ("selection of examples", "repeated after a resume")
 """Kinds of work that are left out of a table if there was none."""
@@ -103,6 +111,8 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
     rules = ", ".join(f"{label}: {summary.rule}" for label, summary in summaries.items())
     metric = metric_name_text(first.metric, first.mode)
     head = f"{metric}, peaks found on validation data; {rules}"
+    if text := first.overall_text():
+        head += f"\n{text}"
     if markdown:
         disks = [_markdown_lines(text) for text in disks]
     return "\n\n".join([head, scores, *disks, work])
@@ -132,13 +142,13 @@ def _markdown_lines(text: str) -> str:
 
 def _facts(summary: Summary) -> str:
     return (
-        f"{summary.rule.capitalize()}; {summary.metric.replace('_', ' ')} ({summary.mode}), peaks "
+        f"{summary.rule.capitalize()}; {metric_title(summary.metric)} ({summary.mode}), peaks "
         "found on validation data, test data used once, at the end; "
         f"lr {summary.lr:g}, {summary.dtype}, seed {summary.seed}. "
         f"{summary.stages} stage{'s' * (summary.stages != 1)}, "
         f"{summary.roll_backs} roll-backs, {count_text(summary.steps)} steps, "
-        f"{summary.evaluations} evaluations, {summary.seconds:.0f} s."
-    )
+        f"{summary.evaluations} evaluations, {summary.seconds:.0f} s. {summary.overall_text()}"
+    ).rstrip()
 
 
 def _result_text(summary: Summary) -> str:

@@ -28,6 +28,7 @@ from trainer.config.schema import OVERALL
 from trainer.journal import Record, effective, mode_of, replace_non_finite, run_started, select
 from trainer.report.flops import Account, find_stop
 from trainer.report.plan import rule_text
+from trainer.text import metric_name_text, metric_title
 
 _TIMED = ("trained", "evaluated", "committed", "tested")
 """The events whose ``seconds`` do not overlap."""
@@ -99,7 +100,15 @@ class Summary:
     rule: str
     """The stages of the method, or the rule that ends a roll-out."""
     metric: str
+    """The metric of the mixture."""
     mode: Mode
+    """The direction of the mixture's metric."""
+    metrics: Mapping[str, str]
+    """Sub-dataset → metric; empty in the journal of an earlier version."""
+    modes: Mapping[str, Mode]
+    """Sub-dataset → direction of its metric."""
+    overall_rule: str | None
+    """How the metric of the mixture is computed: ``evaluation.overall``."""
     lr: float
     dtype: str
     seed: int
@@ -125,6 +134,27 @@ class Summary:
     """``None`` before the first commit."""
     account: Account
 
+    @property
+    def has_one_metric(self) -> bool:
+        """True if all sub-datasets, and the mixture, have the same metric."""
+        return all(metric == self.metric for metric in self.metrics.values())
+
+    def overall_text(self) -> str:
+        """Return a sentence on the metrics; empty if all are the same."""
+        if self.has_one_metric:
+            return ""
+        parts = [
+            f"{metric_name_text(metric, self.modes[name])} for {name}"
+            for name, metric in self.metrics.items()
+        ]
+        means = {
+            "relative": "the mean relative change against the base, in each metric's direction",
+            "examples": f"the mean over the examples measured by {metric_title(self.metric)}",
+            "sub_datasets": f"the mean over those measured by {metric_title(self.metric)}",
+        }
+        rule = means[self.overall_rule or "relative"]
+        return f"The metrics are {', '.join(parts)}; overall is {rule}."
+
     def scores_of(self, name: str) -> Scores:
         """Return the scores of a sub-dataset, or of the mixture (``OVERALL``)."""
         return self.overall if name == OVERALL else self.scores[name]
@@ -145,6 +175,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     counted = effective(records)
     start = run_started(counted)
     config = start["config"]
+    metrics = dict(sorted((start.get("metrics") or {}).items()))
     evaluated = select(counted, "evaluated")
     found = find_result_evaluation(counted)
     base = evaluated[0]["metrics"] if evaluated else {}
@@ -164,6 +195,9 @@ def summarize(records: Sequence[Record]) -> Summary:
         rule=rule_text(start["method"], config["msft"]["peak_window"]),
         metric=start["metric"],
         mode=start["mode"],
+        metrics=metrics,
+        modes={name: mode_of(start, name) for name in metrics},
+        overall_rule=start.get("overall"),
         lr=config["train"]["lr"],
         dtype=start["model"]["dtype"],
         seed=config["seed"],
@@ -178,6 +212,7 @@ def summarize(records: Sequence[Record]) -> Summary:
         divergences=len(select(counted, "diverged")),
         diverged=_has_diverged(counted),
         never_right=start["metric"] == "exact_match"
+        and set(metrics.values()) <= {"exact_match"}
         and bool(evaluated)
         and all(not value > 0 for r in evaluated for value in r["metrics"].values()),
         peaks=find_sub_dataset_peaks(counted),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -90,7 +91,11 @@ class Loop:
         self._has_bar = progress and work.accelerator.is_main_process and sys.stderr.isatty()
         self._beat = Heartbeat(is_silent=not work.accelerator.is_main_process)
         self._evaluator = Evaluator(
-            work.config.evaluation, work.loaded, work.accelerator, check=self._check
+            work.config.evaluation,
+            work.loaded,
+            work.accelerator,
+            work.metrics,
+            check=self._check,
         )
         self._decisions = Decisions(strategy, work.journal_queue, state)
         self._starts = dict(state.starts)
@@ -100,9 +105,12 @@ class Loop:
         self._global_step = state.global_step
         self._position: Position | None = None
         self._evaluations = len(state.known)
-        self._has_right_answer = work.config.evaluation.metric != "exact_match" or any(
-            value > 0 for known in state.known.values() for value in known.metrics.values()
-        )
+        self._exact = [
+            name for name, one in work.metrics.metrics.items() if one.name == "exact_match"
+        ]
+        known = [known.metrics for known in state.known.values()]
+        self._base_metrics = known[0] if known else None
+        self._has_right_answer = not self._exact or any(map(self._has_right, known))
 
     def run(self, position: Position | None = None) -> Stop:
         """Train the current stage, from a position in it or from its root, and those after it.
@@ -280,17 +288,23 @@ class Loop:
 
     def _run_evaluation(self) -> EvaluationResult:
         with self._work.snapshots.as_committed():
-            result = self._evaluator(self._work.model, self._work.split("validation"))
+            validation = self._work.split("validation")
+            result = self._evaluator(self._work.model, validation, self._base_metrics)
+            self._base_metrics = self._base_metrics or result.metrics
             self._evaluations += 1
-            self._has_right_answer |= any(value > 0 for value in result.metrics.values())
+            self._has_right_answer |= self._has_right(result.metrics)
             if self._evaluations == _TELLING and not self._has_right_answer:
                 self._warn_of_answers()
         return result
 
+    def _has_right(self, metrics: Mapping[str, float]) -> bool:
+        return any(metrics[name] > 0 for name in self._exact)
+
     def _warn_of_answers(self) -> None:
         """Show a generation beside its reference, because no answer was right so far."""
         settings = self._work.config.evaluation
-        name, examples = next(iter(self._work.split("validation").items()))
+        name = self._exact[0]
+        examples = self._work.split("validation")[name]
         text = self._evaluator.generate(self._work.model, examples[0])
         rule, reference = AnswerRule.of(settings), examples[0].reference
         if self._work.accelerator.is_main_process:

@@ -2,10 +2,13 @@
 
 Example::
 
-    check_compatibility(config, loaded, mixture)    # ConfigError says what to change
+    metrics = load_metrics(config, mixture)
+    check_compatibility(config, loaded, mixture, metrics.metrics)    # ConfigError says what to do
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -14,20 +17,31 @@ from trainer.data.examples import Mixture
 from trainer.errors import ConfigError
 from trainer.model.answers import AnswerRule
 from trainer.model.load import LoadedModel, max_positions
+from trainer.model.metrics import Metric
 from trainer.model.training_state import is_weight
 from trainer.model.weights import memory_key, weights_of
 
 
-def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -> None:
+def check_compatibility(
+    config: Config, loaded: LoadedModel, mixture: Mixture, metrics: Mapping[str, Metric]
+) -> None:
     """Raise :class:`ConfigError` if configuration, model and data do not fit together."""
-    splits = [split for sub in mixture.values() for split in (sub.validation, sub.test) if split]
-    if config.evaluation.metric == "exact_match":
-        if any(not example.graded for split in splits for example in split.examples):
+    evaluated = {
+        name: [
+            example for split in (sub.validation, sub.test) if split for example in split.examples
+        ]
+        for name, sub in mixture.items()
+    }
+    exact = [name for name in mixture if metrics[name].name == "exact_match"]
+    for name in exact:
+        if any(not example.graded for example in evaluated[name]):
             raise ConfigError(
-                "evaluation.metric is exact_match, but rows of 'text' have no answer to match: set "
-                "it to loss, or give prompt and completion"
+                f"the metric of sub-dataset {name!r} is exact_match, but rows of 'text' have no "
+                f"answer to match: set evaluation.metric, or data.sub_datasets.{name}.metric, to "
+                "loss, or give prompt and completion"
             )
-        references = {name: sub.validation.examples for name, sub in mixture.items()}
+    if exact:
+        references = {name: mixture[name].validation.examples for name in exact}
         AnswerRule.of(config.evaluation).check(references)
     kept = _find_copies(loaded.model)
     if kept:
@@ -56,9 +70,13 @@ def check_compatibility(config: Config, loaded: LoadedModel, mixture: Mixture) -
             f"data.max_length is {config.data.max_length}, but the model has {positions} "
             f"positions: set data.max_length={positions} or less"
         )
-    prompt = max(len(example.prompt) for split in splits for example in split.examples)
-    needed = prompt + config.evaluation.max_new_tokens
-    if config.evaluation.metric == "exact_match" and needed > positions:
+    prompts = [
+        len(example.prompt)
+        for name, examples in evaluated.items()
+        for example in (examples if metrics[name].generates else ())
+    ]
+    prompt = max(prompts, default=0)
+    if prompts and prompt + config.evaluation.max_new_tokens > positions:
         raise ConfigError(
             f"evaluation.max_new_tokens is {config.evaluation.max_new_tokens} and the longest "
             f"prompt has {prompt} tokens, but the model has {positions} positions: lower "

@@ -29,12 +29,12 @@ from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Stop
 from trainer.algorithms.method import Method
 from trainer.config.load import load_config
-from trainer.config.schema import Config
+from trainer.config.schema import OVERALL, Config
 from trainer.distributed import share, this_process, watch_failures
 from trainer.errors import PausedError, RunError
 from trainer.files import is_full
 from trainer.journal import effective, read
-from trainer.model.evaluate import Evaluator
+from trainer.model.evaluate import EvaluationResult, Evaluator
 from trainer.model.load import load_model
 from trainer.model.lora import zero_adapter
 from trainer.model.optim import reset_optimizer
@@ -91,7 +91,10 @@ def _run(config: Config, *, is_new: bool, progress: bool) -> Summary:
             stack.enter_context(new_directory(config))
         stack.enter_context(_pause_if_full(directory))
         with open_workspace(config) as work, Interrupts() as interrupts, _record_end(work):
-            strategy = make_strategy(config, work.proportions)
+            mixture = work.metrics.mixture
+            strategy = make_strategy(
+                config, work.proportions, mode=mixture.mode, modes=mixture.other_modes
+            )
             state, position = _restore_state(work, strategy)
             stop = state.stop
             if stop is None:
@@ -173,6 +176,9 @@ def _continue_journal(work: Workspace, strategy: Method) -> tuple[RunState, Posi
                 if count:
                     length = work.config.data.max_length
                     _log.info("%s", too_long_text(name, count, length, end))
+            own, metric = work.config.data.sub_datasets[name].metric, work.metrics.metrics[name]
+            if own is None and metric.name != work.config.evaluation.metric:
+                _log.info("sub-dataset %r has no references: its metric is %s", name, metric.name)
         return replay([], strategy), None
     base_id = records[0]["base_id"]
     if work.base is not None and work.base.id != base_id:
@@ -201,14 +207,24 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts) -> None:
         if work.accelerator.num_processes == 1:
             interrupts.check()
 
-    evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator, check=check)
-    _test(work, evaluator, "result", stop.checkpoint)
+    evaluator = Evaluator(
+        work.config.evaluation, work.loaded, work.accelerator, work.metrics, check=check
+    )
+    examples = work.split("test")
+    tested = evaluator(work.model, examples) if examples else None
     model_dir = work.directory / MODEL
     if work.store is not None:
         shutil.rmtree(model_dir, ignore_errors=True)  # of a process that was killed after this
         work.store.export(RESULT, model_dir)
     _load_base(work)
-    _test(work, evaluator, "base", work.base.id if work.base else None)
+    if tested is not None:
+        base = evaluator(work.model, examples)
+        sizes = {name: len(rows) for name, rows in examples.items()}
+        # A change against the base is known once the base is tested, too.
+        overall = work.metrics.mixture.compute_overall(tested.metrics, sizes, base.metrics)
+        tested = replace(tested, metrics={**tested.metrics, OVERALL: overall})
+        _record_test(work, tested, "result", stop.checkpoint)
+        _record_test(work, base, "base", work.base.id if work.base else None)
     if work.timeline is not None:
         _log.info("the result is in %s", model_dir)
         work.timeline.close()
@@ -223,11 +239,9 @@ def _finish(work: Workspace, stop: Stop, interrupts: Interrupts) -> None:
         )
 
 
-def _test(work: Workspace, evaluator: Evaluator, what: str, checkpoint: str | None) -> None:
-    examples = work.split("test")
-    if not examples:
-        return
-    result = evaluator(work.model, examples)
+def _record_test(
+    work: Workspace, result: EvaluationResult, what: str, checkpoint: str | None
+) -> None:
     work.record(
         "tested",
         checkpoint=checkpoint,

@@ -37,7 +37,6 @@ from msft_store import (
     Timeline,
 )
 from msft_store.integrations.model_files import model_files
-from trainer.algorithms import metric_mode
 from trainer.config.checks import to_bytes
 from trainer.config.load import to_dict
 from trainer.config.schema import OVERALL, Config
@@ -49,6 +48,7 @@ from trainer.journal import Journal, JournalQueue, Record, read
 from trainer.model.forward import compute_in
 from trainer.model.load import LoadedModel
 from trainer.model.lora import adapter_files, load_for_training
+from trainer.model.metrics import RunMetrics, load_metrics
 from trainer.model.optim import make_optimizer
 from trainer.model.sharding import Shards, prepare_sharding, shard_model
 from trainer.model.weights import Snapshots
@@ -74,6 +74,7 @@ class Workspace:
     """The model's weights in the form that checkpoints hold."""
     optimizer: Any
     mixture: Mixture
+    metrics: RunMetrics
     shards: Shards | None
     """The parts of the model that processes hold; ``None`` if each process has the whole model."""
     journal: Journal | None = None
@@ -137,7 +138,8 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
         mixture = load_mixture(
             config.data, loaded.tokenizer, max_validation=config.evaluation.max_examples
         )
-        check_compatibility(config, loaded, mixture)
+        metrics = load_metrics(config, mixture)
+        check_compatibility(config, loaded, mixture, metrics.metrics)
         if config.model.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.train.compute_dtype is not None:
@@ -157,6 +159,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
             snapshots=Snapshots(loaded.model, config.snapshot_dtype),
             optimizer=getattr(optimizer, "optimizer", optimizer),
             mixture=mixture,
+            metrics=metrics,
             shards=shards,
         )
         if not accelerator.is_main_process:
@@ -193,7 +196,7 @@ def _finish_commits(work: Workspace) -> Iterator[None]:
 
 def start_record(work: Workspace) -> Record:
     """Return the fields of the ``run_started`` record."""
-    config, loaded = work.config, work.loaded
+    config, loaded, metrics = work.config, work.loaded, work.metrics.mixture
     schedule = stage_schedule(
         examples=sum(max(1, round(examples)) for examples in work.proportions.values()),
         batch_size=config.train.batch_size,
@@ -212,8 +215,11 @@ def start_record(work: Workspace) -> Record:
             "hidden": loaded.hidden,
             "dtype": config.model.dtype,
         },
-        "mode": metric_mode(config),
-        "metric": config.evaluation.metric,
+        "mode": metrics.mode,
+        "modes": metrics.other_modes,
+        "metric": metrics.name,
+        "metrics": dict(metrics.names),
+        "overall": metrics.overall,
         "sub_datasets": {
             name: {
                 "train": len(sub.train.examples),
@@ -241,7 +247,7 @@ def _open_store(work: Workspace) -> None:
         work.store = Store.open(path)
     work.base = work.store.add_base(work.loaded.directory)
     # The loop sets the policy of the strategy before the first commit, so this one evicts nothing.
-    policy = work.limit_policy(KeepBest(OVERALL, mode=metric_mode(work.config)))
+    policy = work.limit_policy(KeepBest(OVERALL, mode=work.metrics.mixture.mode))
     work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
     # After a resume within a stage, commits differ much from this copy until a roll-back renews it.
     work.timeline.resident = work.make_resident()

@@ -19,7 +19,7 @@ from trainer.algorithms.divergence import all_non_finite, first_non_finite, non_
 from trainer.cli.main import main
 from trainer.errors import RunError
 from trainer.journal import Journal, effective, read
-from trainer.model.evaluate import Evaluator
+from trainer.model.evaluate import Evaluator, Generation
 from trainer.training import run
 from trainer.training.run import resume, start
 from trainer.training.steps import StageSteps
@@ -180,10 +180,10 @@ def test_a_run_that_diverges_again_and_again_stops(config, ruin):
 def test_a_sub_dataset_that_is_not_finite_is_reported_and_decides_nothing(
     config, monkeypatch, caplog, always
 ):
-    summarize = Evaluator._summarize
+    evaluate = Evaluator.__call__
 
-    def summarizing(self, *arguments):
-        result = summarize(self, *arguments)
+    def evaluating(self, *arguments):
+        result = evaluate(self, *arguments)
         calls.append(result)
         if always or len(calls) == 3:
             for numbers in (result.metrics, result.losses):
@@ -192,7 +192,7 @@ def test_a_sub_dataset_that_is_not_finite_is_reported_and_decides_nothing(
         return result
 
     calls = []
-    monkeypatch.setattr(Evaluator, "_summarize", summarizing)
+    monkeypatch.setattr(Evaluator, "__call__", evaluating)
     at = f"{config.output_dir}-one-{always}"
     train = replace(config.train, on_divergence="stop")
     with caplog.at_level("INFO", logger="trainer"):
@@ -215,9 +215,9 @@ def test_a_base_that_is_of_no_use_is_an_error(tmp_path, monkeypatch):
     config = make_config(tmp_path)
     call = Evaluator._forward
 
-    def forward(self, model, examples):
+    def forward(self, model, *arguments):
         next(model.parameters()).data.fill_(math.nan)
-        return call(self, model, examples)
+        return call(self, model, *arguments)
 
     monkeypatch.setattr(Evaluator, "_forward", forward)
     with pytest.raises(RunError, match=r"is nan before any training: is model\.path"):
@@ -228,9 +228,10 @@ def test_exact_match_counts_only_where_the_loss_is_finite(tmp_path, monkeypatch)
     config = make_config(tmp_path, evaluation__metric="exact_match", msft__max_stages=1)
     forward = Evaluator._forward
 
-    def infinite(self, model, examples):
-        losses, verdicts, cost = forward(self, model, examples)
-        return [math.inf, *losses[1:]], [1] * len(verdicts), cost
+    def infinite(self, *arguments):
+        found = forward(self, *arguments)
+        right = [Generation(text="", is_right=True)] * len(found.generations)
+        return replace(found, losses=[math.inf, *found.losses[1:]], generations=right)
 
     monkeypatch.setattr(Evaluator, "_forward", infinite)
     start(config)

@@ -78,9 +78,9 @@ def test_the_base_is_as_it_was_until_the_end(config, monkeypatch):
     frozen = [name for name in before if ".lora_" not in name]
     seen, call = [], Evaluator.__call__
 
-    def watching(self, model, examples):
+    def watching(self, model, *arguments):
         seen.append({name: model.state_dict()[name].clone() for name in frozen})
-        return call(self, model, examples)
+        return call(self, model, *arguments)
 
     monkeypatch.setattr(Evaluator, "__call__", watching)
     start(replace(config, output_dir=f"{config.output_dir}-watched"))

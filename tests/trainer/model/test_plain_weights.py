@@ -35,7 +35,7 @@ def check(model: torch.nn.Module) -> None:
     )
     text = SimpleNamespace(max_position_embeddings=None)
     model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
-    check_compatibility(config, SimpleNamespace(model=model), {})  # type: ignore[arg-type]
+    check_compatibility(config, SimpleNamespace(model=model), {}, {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Extra, "_extra_state"), (Packed, "weight")])

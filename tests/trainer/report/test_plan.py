@@ -37,7 +37,6 @@ COUNTS = {
 
 def config(
     method: Literal["msft", "sft"] = "msft",
-    metric: Literal["exact_match", "loss"] = "loss",
     peak_window: int | None = None,
     max_stages: int | None = None,
     resume_every: int | None = None,
@@ -49,7 +48,7 @@ def config(
         model=ModelConfig(path="m"),
         data=DataConfig(),
         train=TrainConfig(batch_size=10, micro_batch_size=10),
-        evaluation=EvalConfig(metric=metric, eval_every=0.5, max_new_tokens=2),
+        evaluation=EvalConfig(metric="loss", eval_every=0.5, max_new_tokens=2),
         msft=MsftConfig(compute_budget=1.0, peak_window=peak_window, max_stages=max_stages),
     )
 
@@ -86,7 +85,8 @@ def test_sft_is_one_stage_that_excludes_nothing() -> None:
 
 
 def test_generations_count_at_their_longest() -> None:
-    bound = plan(config(method="sft", metric="exact_match"), COUNTS, SIZE, 1000).at_most
+    counts = {name: replace(count, generates=True) for name, count in COUNTS.items()}
+    bound = plan(config(method="sft"), counts, SIZE, 1000).at_most
     looked_back = 2 * 36 + 12 * (1 + 2)
     assert bound.evaluated_tokens == 3 * (36 + 12 * 2)
     assert bound.evaluated_flops == 3 * (200 * 60 + 40 * (108 + looked_back))

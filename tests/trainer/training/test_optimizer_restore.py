@@ -101,7 +101,7 @@ def test_going_on_without_excluding_anything_repeats_every_step_to_the_bit(confi
 
     lrs = {}
     monkeypatch.setattr(StageSteps, "train", training)
-    monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
+    monkeypatch.setattr(run, "make_strategy", lambda *_, **__: GoesBack())
     monkeypatch.setattr(decisions, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-again"
     start(replace(config, output_dir=at))
@@ -132,7 +132,7 @@ def test_without_it_the_optimizer_begins_anew(config, monkeypatch):
         return train(self, step)
 
     monkeypatch.setattr(StageSteps, "train", training)
-    monkeypatch.setattr(run, "make_strategy", lambda config, sizes: GoesBack())
+    monkeypatch.setattr(run, "make_strategy", lambda *_, **__: GoesBack())
     monkeypatch.setattr(decisions, "make_policy", lambda *_: KeepLast(99))
     at = f"{config.output_dir}-fresh"
     msft = replace(config.msft, optimizer_on_rollback="reset")
