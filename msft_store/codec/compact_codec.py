@@ -48,28 +48,35 @@ _HEADER = struct.Struct("<BBH")
 _NUMBERS = 6
 """Listed lanes, gaps, runs, bytes of tables, bytes of low bits, and the least new value."""
 _MAX_NUMBER_BYTES = 5
-_FINE_BITS = 2
+FINE_BITS = 2
 """Bits of the mantissa that are part of the token of a new value."""
-_SYMBOLS_PER_CODER = 2048
+SYMBOLS_PER_CODER = 2048
 """A coder costs two bytes more than it saves, and a few keep a processor busy."""
-_MAX_CODERS = 64
+MAX_CODERS = 64
 _ALL_TOKENS = 128 * TOKENS
 """The tokens of all contexts, of which there are at most 67, as a power of two."""
 
 
 def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
     """Return the payload of the changes."""
-    runs = 0 if found.runs is None else found.runs.size
+    runs = np.zeros(0, np.int64) if found.runs is None else found.runs
+    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
+    if compiled is not None:
+        payload: Array = compiled.encode_payload(
+            (found.low, found.high, busy),
+            (_as_input(runs, np.int64), _as_input(found.gaps, np.uint32)),
+            (_as_input(found.symbols, np.uint16), _as_input(found.distances, np.uint32)),
+            _compiled_layout(layout),
+        )
+        return payload.tobytes()
     parts, least = list_symbols(found, layout)
     histogram = np.zeros((zero_context(found) + 1) * SYMBOLS, np.int64)
-    low_bits = exponent_codec.write_low_bits(parts, histogram, compiled)
+    low_bits = exponent_codec.write_low_bits(parts, histogram)
     levels = rans.compute_levels(histogram)
-    tables = table_coder.encode_tables(levels, compiled)
-    coder = rans if compiled is None else compiled
-    packed = coder.compute_frequencies(levels)
-    coded = [coder.encode(part, packed, count_coders(part.size)) for part, _, _ in parts]
-    busy = found.busy | (ALL_BLOCKS_CODED if found.runs is None else 0)
-    numbers = (found.symbols.size, found.gaps.size, runs, len(tables), len(low_bits), least)
+    tables = table_coder.encode_tables(levels, None)
+    packed = rans.compute_frequencies(levels)
+    coded = [rans.encode(part, packed, count_coders(part.size)) for part, _, _ in parts]
+    numbers = (found.symbols.size, found.gaps.size, runs.size, len(tables), len(low_bits), least)
     return b"".join(
         [
             _HEADER.pack(found.low, found.high, busy),
@@ -79,6 +86,18 @@ def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
             *(part.tobytes() for part in coded),
         ]
     )
+
+
+def _compiled_layout(layout: FloatLayout) -> tuple[int, int, int]:
+    """Return the layout as compiled loops take it."""
+    return layout.shift, layout.mask.bit_length(), layout.fine
+
+
+def _as_input(values: Array, dtype: Any) -> Array:
+    # Numba compiles a loop for each kind of array, so the loops get only one.
+    given: Array = np.ascontiguousarray(values, dtype).view()
+    given.flags.writeable = False
+    return given
 
 
 def list_symbols(
@@ -104,12 +123,16 @@ def list_symbols(
 
 def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
     """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined."""
-    streams = _open_streams(payload, old.size, layout, compiled)
+    if compiled is not None:
+        data, lanes = np.frombuffer(payload, np.uint8), old.view(f"<u{old.itemsize}")
+        compiled.decode_payload(data, lanes, _compiled_layout(layout))
+        return
+    streams = _open_streams(payload, old.size, layout)
     positions = exponent_codec.locate_listed(
-        old, layout, streams.listing, streams.gaps, compiled, count=streams.count
+        old, layout, streams.listing, streams.gaps, None, count=streams.count
     )
-    contexts = exponent_codec.compute_contexts(old, positions, layout, streams.listing, compiled)
-    _apply(streams, old, positions, contexts, layout=layout, compiled=compiled)
+    contexts = exponent_codec.compute_contexts(old, positions, layout, streams.listing)
+    _apply(streams, old, positions, contexts, layout=layout)
 
 
 def restores(
@@ -123,19 +146,14 @@ def restores(
     listed = found.listed
     if listed is None:
         return False
+    data = np.frombuffer(payload, np.uint8)
+    given = listed.positions, listed.references, listed.values
+    changes = _as_input(found.symbols, np.uint16), _as_input(found.distances, np.uint32)
     try:
-        streams = _open_streams(payload, size, layout, compiled)
-        if streams.count != listed.positions.size or not exponent_codec.lists(
-            listed, streams.listing, streams.gaps, layout, size=size, compiled=compiled
-        ):
-            return False
-        lanes = listed.references.copy()
-        places = np.arange(lanes.size, dtype=np.uint32)
-        contexts = exponent_codec.compute_contexts(lanes, places, layout, streams.listing, compiled)
-        _apply(streams, lanes, places, contexts, layout=layout, compiled=compiled)
+        proven: bool = compiled.proves(data, size, given, changes, _compiled_layout(layout))
     except ValueError:
         return False
-    return np.array_equal(lanes, listed.values)
+    return proven
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +173,7 @@ class _Streams:
     least: int
 
 
-def _open_streams(payload: bytes, size: int, layout: FloatLayout, compiled: Any) -> _Streams:
+def _open_streams(payload: bytes, size: int, layout: FloatLayout) -> _Streams:
     """Read a payload for ``size`` lanes up to the symbols of changes; or :class:`ValueError`."""
     if len(payload) < _HEADER.size:
         raise ValueError("a compact chunk has no header")
@@ -169,15 +187,15 @@ def _open_streams(payload: bytes, size: int, layout: FloatLayout, compiled: Any)
         raise ValueError("a compact chunk has impossible exponents")
     listing = Listing(low=low, high=high, busy=busy, runs=None)
     tables = payload[at : at + table_bytes]
-    levels = table_coder.decode_tables(tables, zero_context(listing) + 1, compiled)
+    levels = table_coder.decode_tables(tables, zero_context(listing) + 1, None)
     at += table_bytes
     # The loops read two words beyond the last one.
     low_bits = payload[at : at + low_bytes] + bytes(8 + -low_bytes % 4)
     words = np.frombuffer(low_bits, "<u4")
-    symbols = exponent_codec.WordReader(levels, payload[at + low_bytes :], count_coders, compiled)
-    loops, end = kernels if compiled is None else compiled, 8 * low_bytes
+    symbols = exponent_codec.WordReader(levels, payload[at + low_bytes :], count_coders, None)
+    end = 8 * low_bytes
     plain = np.repeat(np.array([RUN_CONTEXT, GAP_CONTEXT], np.uint8), [runs, gaps])
-    values, start = loops.read_distances(symbols.read(plain), words, 0, end, EXTRA_BITS, SMALLEST)
+    values, start = kernels.read_distances(symbols.read(plain), words, 0, end, EXTRA_BITS, SMALLEST)
     if start > end:
         raise ValueError("a compact chunk ends too early")
     return _Streams(
@@ -199,10 +217,9 @@ def _apply(
     contexts: Array,
     *,
     layout: FloatLayout,
-    compiled: Any,
 ) -> None:
     """Change the lanes at the positions in place; :class:`ValueError` if the streams do not fit."""
-    lanes, loops = old.view(f"<u{old.itemsize}"), kernels if compiled is None else compiled
+    lanes = old.view(f"<u{old.itemsize}")
     symbols, zero = streams.symbols.read(contexts), zero_context(streams.listing)
     streams.symbols.finish()
     bits, smallest = build_tokens(layout.fine)
@@ -212,14 +229,14 @@ def _apply(
         smallest = np.concatenate([np.tile(smallest, zero), values[1]])
         symbols = contexts.astype(np.uint16) << np.uint16(8) | symbols
     low_bits = streams.words, streams.start, streams.end, layout.sign, bits, smallest
-    end = loops.apply_changes(lanes, positions, symbols, *low_bits)
+    end = kernels.apply_changes(lanes, positions, symbols, *low_bits)
     if not 0 <= streams.end - end < 8:
         raise ValueError("a compact chunk has the wrong number of low bits")
 
 
 def count_coders(count: int) -> int:
     """Return the number of coders that share ``count`` symbols."""
-    return rans.count_coders(count, each=_SYMBOLS_PER_CODER, most=_MAX_CODERS)
+    return rans.count_coders(count, each=SYMBOLS_PER_CODER, most=MAX_CODERS)
 
 
 def encode_number(number: int) -> bytes:
@@ -251,7 +268,7 @@ def _decode_numbers(payload: bytes, at: int) -> tuple[list[int], int]:
 
 def _choose_tokens(values: Array, layout: FloatLayout) -> tuple[Array, int]:
     """Return the tokens of new values, uint16, and the least value that has one of its own."""
-    shares = values >> layout.shift - _FINE_BITS
+    shares = values >> layout.shift - FINE_BITS
     # The window of tokens begins where it holds the most values.
     counts = np.cumsum(np.bincount(shares[values > 0], minlength=TOKENS))
     within = counts[TOKENS - 3 :] - np.append(0, counts[: -(TOKENS - 2)])
@@ -265,7 +282,7 @@ def _choose_tokens(values: Array, layout: FloatLayout) -> tuple[Array, int]:
 @functools.cache
 def _value_bits(layout: FloatLayout) -> Array:
     """Return the number of low bits of each token of a new value."""
-    bits = np.full(TOKENS, layout.shift - _FINE_BITS, np.uint8)
+    bits = np.full(TOKENS, layout.shift - FINE_BITS, np.uint8)
     bits[0], bits[1] = 0, layout.mask.bit_length()
     return bits
 
@@ -273,5 +290,5 @@ def _value_bits(layout: FloatLayout) -> Array:
 def _smallest_values(least: int, layout: FloatLayout) -> Array:
     """Return the smallest new value of each token."""
     shares = np.append([0, 0], np.arange(least, least + TOKENS - 2)).astype(np.uint64)
-    values: Array = (shares << np.uint64(layout.shift - _FINE_BITS)).astype(np.uint32)
+    values: Array = (shares << np.uint64(layout.shift - FINE_BITS)).astype(np.uint32)
     return values

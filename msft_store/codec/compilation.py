@@ -57,6 +57,15 @@ def compiled_kernels(lane: int | None = None, *, wait: bool = False) -> Any:
     return kernels if compilation is None or compilation.is_over(lane, wait=wait) else None
 
 
+@functools.cache
+def digest_sources() -> str:
+    """Return a digest of the sources of all codecs."""
+    digest = xxhash.xxh3_128()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
 def mark_compiled(lane: int | None) -> None:
     """Record that the cache has the loops for these lanes, or all loops."""
     compilation = _compilation()
@@ -142,10 +151,7 @@ def _compilation() -> _Compilation | None:
 def _digest(kernels: Any) -> str:
     """Return a digest of all that Numba's cache depends on."""
     target = f"{sys.implementation.cache_tag} {kernels.describe_target()}"
-    digest = xxhash.xxh3_128(target.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    return xxhash.xxh3_128_hexdigest(f"{target} {digest_sources()}".encode())
 
 
 def _start_compiling(lock: int) -> None:

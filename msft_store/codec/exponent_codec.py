@@ -70,11 +70,9 @@ def find_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: Any) -> 
         return changes.find_changes(_as_tensor(new), _as_tensor(old), layout)
     unsigned = f"<u{new.itemsize}"
     now, was = _as_read_only(new.view(unsigned)), _as_read_only(old.view(unsigned))
-    whole = new.size // BLOCK * BLOCK
     step = rans.sampling_step(-(-new.size // BLOCK))
-    words = now[:whole].view(np.uint64), was[:whole].view(np.uint64)
     busy, low, high, skip, (runs, gaps, symbols, distances), listed = compiled.find_changes(
-        now, was, *words, layout.shift, layout.mask, layout.fine, step
+        now, was, layout.shift, layout.mask, layout.fine, step
     )
     positions, references, values = listed
     return ChunkChanges(
@@ -96,15 +94,12 @@ def list_runs_and_gaps(found: ChunkChanges) -> tuple[Array, Array]:
     return compute_plain_symbols(runs.size, values), values
 
 
-def write_low_bits(
-    parts: Sequence[tuple[Array, Array, Array]], histogram: Array, compiled: Any
-) -> bytes:
+def write_low_bits(parts: Sequence[tuple[Array, Array, Array]], histogram: Array) -> bytes:
     """Return the low bits of symbols with their values and bits a token; count the symbols."""
     # One word for each number suffices, because no distance has more than 31 low bits.
     words, at = np.zeros(sum(values.size for _, values, _ in parts) + 2, "<u4"), 0
     for symbols, values, bits in parts:
-        write = (kernels if compiled is None else compiled).write_low_bits
-        at = write(symbols, values, bits, histogram, words, at)
+        at = kernels.write_low_bits(symbols, values, bits, histogram, words, at)
     return words[: -(-at // 32)].tobytes()[: -(-at // 8)]
 
 
@@ -226,25 +221,6 @@ def locate_listed(
     return positions
 
 
-def lists(
-    listed: Listed,
-    listing: Listing,
-    gaps: Array,
-    layout: FloatLayout,
-    *,
-    size: int,
-    compiled: Any,
-) -> bool:
-    """Return True if :func:`locate_listed` returns the positions of ``listed`` in ``size`` lanes.
-
-    :class:`ValueError` if runs lead beyond the end.
-    """
-    bounds = _busy_bounds(listing, layout, listed.references.dtype.type)
-    blocks = _coded_blocks(listing, size)
-    same: bool = compiled.lists(listed.references, listed.positions, blocks, *bounds, gaps)
-    return same
-
-
 def _coded_blocks(listing: Listing, size: int) -> Array:
     """Return a mask of the blocks of ``size`` lanes in which elements are listed."""
     blocks = -(-size // BLOCK)
@@ -272,20 +248,14 @@ def compute_exponents(old: Lanes, positions: Array, layout: FloatLayout, compile
     return exponents
 
 
-def compute_contexts(
-    old: Lanes, positions: Array, layout: FloatLayout, listing: Listing, compiled: Any
-) -> Array:
+def compute_contexts(old: Lanes, positions: Array, layout: FloatLayout, listing: Listing) -> Array:
     """Return the contexts of the lanes at some positions, uint8; zeros have one of their own."""
-    was = _as_read_only(old.view(f"<u{old.itemsize}"))
+    was = old.view(f"<u{old.itemsize}")
     low, high = listing.low, listing.high
-    contexts: Array
-    if compiled is None:
-        magnitudes = was[positions] & was.dtype.type(layout.mask)
-        classes = (magnitudes >> layout.shift).clip(low, high) - low
-        contexts = (classes + FIRST_CLASS).astype(np.uint8)
-        contexts[magnitudes == 0] = changes.zero_context(listing)
-    else:
-        contexts = compiled.compute_contexts(was, positions, layout.shift, layout.mask, low, high)
+    magnitudes = was[positions] & was.dtype.type(layout.mask)
+    classes = (magnitudes >> layout.shift).clip(low, high) - low
+    contexts: Array = (classes + FIRST_CLASS).astype(np.uint8)
+    contexts[magnitudes == 0] = changes.zero_context(listing)
     return contexts
 
 

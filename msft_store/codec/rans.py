@@ -33,7 +33,7 @@ MAX_CLASSES = 64
 PROBABILITY_BITS = 12
 LEVELS = np.array([(64, 76, 91, 108)[j % 4] << j // 4 for j in range(49)], np.int64)
 """Weights a quarter of an octave apart; tables store a symbol's frequency as one of them."""
-_BOUNDS = LEVELS[:-1] + LEVELS[1:]
+BOUNDS = LEVELS[:-1] + LEVELS[1:]
 """A share of 2^19 gets the first level whose bound is above it, or else the last level."""
 WEIGHTS = np.append(0, LEVELS)
 """The weight of each level plus 1; 0 means that a symbol does not occur."""
@@ -99,7 +99,7 @@ def compute_levels(histogram: Array) -> Array:
     totals = histogram.reshape(-1, SYMBOLS).sum(axis=1)
     used = np.flatnonzero(histogram)
     shares = (histogram[used] << 19) // totals[used >> 8]
-    levels[used] = (np.searchsorted(_BOUNDS, shares, side="right") + 1).astype(np.uint8)
+    levels[used] = (np.searchsorted(BOUNDS, shares, side="right") + 1).astype(np.uint8)
     return levels
 
 

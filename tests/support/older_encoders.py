@@ -47,7 +47,7 @@ def encode_classes(found: ChunkChanges, compiled: Any) -> bytes:
     histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
     plain = exponent_codec.list_runs_and_gaps(found)
     parts = [(*plain, EXTRA_BITS), (found.symbols, found.distances, EXTRA_BITS)]
-    low_bits = exponent_codec.write_low_bits(parts, histogram, compiled)
+    low_bits = exponent_codec.write_low_bits(parts, histogram)
     coder = rans if compiled is None else compiled
     levels = rans.compute_levels(histogram)
     packed = coder.compute_frequencies(levels)
@@ -63,7 +63,7 @@ def encode_adaptive(old: Lanes, layout: FloatLayout, found: ChunkChanges, compil
     bits = adaptive_codec.FINE_BITS
     parts = [(plain_symbols, plain, bits), (symbols, found.distances, bits)]
     unused = np.zeros(arithmetic_coder.PLACES, np.int64)
-    low_bits = exponent_codec.write_low_bits(parts, unused, compiled)
+    low_bits = exponent_codec.write_low_bits(parts, unused)
     positions = exponent_codec.locate_listed(
         old, layout, found, found.gaps, compiled, count=found.symbols.size
     )
