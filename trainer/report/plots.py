@@ -4,7 +4,7 @@ Roll-backs are dashed vertical lines. The step counter never goes back, so each 
 
 Example::
 
-    png = draw_curves(effective(read(run / "journal.jsonl")))
+    png = to_png(draw_curves(effective(read(run / "journal.jsonl"))))
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.schema import OVERALL
-from trainer.journal import Record, run_started, select
+from trainer.journal import Record, mode_of, run_started, select
+from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
 from trainer.report.flops import seqs_on_path
 from trainer.report.summary import (
     find_result_evaluation,
@@ -33,17 +34,18 @@ from trainer.text import metric_name_text
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
 
 
-def draw_curves(counted: Sequence[Record]) -> bytes:
-    """Return a PNG of each sub-dataset's validation metric, and the overall one, over steps.
+def draw_curves(counted: Sequence[Record]) -> Figure:
+    """Return a plot of each sub-dataset's validation metric, and the overall one, over steps.
 
     A sub-dataset's curve is pale in the stages that do not train on it. A dot marks the peak for
-    which it was excluded, and a star marks the result.
+    which it was excluded, and a star marks the result. The upper axis has the epochs of each stage.
+    An axis may end before the worst values, for the best ones to be told apart.
     """
     start = run_started(counted)
     names = [*sorted(start["sub_datasets"]), OVERALL]
     columns = min(len(names), min((3, 4), key=lambda columns: -len(names) % columns))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.3 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.3 * rows + 1.1), layout="constrained")
     axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         _draw_curve(axis, name, counted)
@@ -52,41 +54,36 @@ def draw_curves(counted: Sequence[Record]) -> bytes:
     for axis in axes[max(0, len(names) - columns) : len(names)]:
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("optimizer step")
+    for axis in axes[:columns]:
+        _draw_epochs(axis, counted)
     figure.suptitle(f"Validation {metric_name_text(start['metric'], start['mode'])}")
-    _draw_legend(
-        figure,
-        Line2D([], [], color=_BLUE, marker=".", label="trained on"),
-        Line2D([], [], color=_PALE, marker=".", label="excluded"),
-        Line2D([], [], color=_RED, marker="o", linestyle="none", label="peak, then excluded"),
-        Line2D([], [], color=_RED, marker="*", linestyle="none", markersize=9, label="result"),
-    )
-    return _png(figure)
+    _draw_legend(figure, columns=6)
+    return figure
 
 
-def draw_loss(counted: Sequence[Record]) -> bytes:
-    """Return a PNG of the training loss over steps, pale off the path to the result."""
+def draw_loss(counted: Sequence[Record]) -> Figure:
+    """Return a plot of the training loss over steps, pale off the path to the result."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     on_path = seqs_on_path(counted)
     for stage in [record["stage"] for record in select(counted, "stage_started")]:
         points = [r for r in select(counted, "trained") if r["stage"] == stage]
         steps = [r["step"] for r in points]
-        axis.plot(steps, [r["loss"] for r in points], color=_PALE)
-        kept = [r["loss"] if r["seq"] in on_path else math.nan for r in points]
-        axis.plot(steps, kept, color=_BLUE)
+        if any(r["seq"] not in on_path for r in points):
+            label = "not on it: rolled back, or after the result"
+            axis.plot(steps, [r["loss"] for r in points], color=_PALE, label=label)
+        if any(r["seq"] in on_path for r in points):
+            kept = [r["loss"] if r["seq"] in on_path else math.nan for r in points]
+            axis.plot(steps, kept, color=_BLUE, label="on the path to the result")
     _draw_roll_backs(axis, counted)
     _frame(axis, title="Training loss", y="mean token loss", x="optimizer step")
-    handles = [
-        Line2D([], [], color=_BLUE, label="on the path to the result"),
-        Line2D([], [], color=_PALE, label="not on it: rolled back, or after the result"),
-        _roll_back_handle(),
-    ]
-    axis.legend(handles=handles, frameon=False, fontsize="small")
-    return _png(figure)
+    _draw_epochs(axis, counted)
+    _draw_legend(figure, columns=3)
+    return figure
 
 
-def draw_disk(counted: Sequence[Record]) -> bytes:
-    """Return a PNG of the disk of the rollback points over steps, in full checkpoints."""
+def draw_disk(counted: Sequence[Record]) -> Figure:
+    """Return a plot of the disk of the rollback points over steps, in full checkpoints."""
     start = run_started(counted)
     unit = start["full_checkpoint_bytes"]
     usages = measure_disk_usage(counted)
@@ -110,46 +107,115 @@ def draw_disk(counted: Sequence[Record]) -> bytes:
         y="full checkpoints",
         x="optimizer step",
     )
-    handles, _ = axis.get_legend_handles_labels()
-    _draw_legend(figure, *handles, columns=3)
-    return _png(figure)
+    _draw_legend(figure, columns=3)
+    return figure
 
 
 def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
     evaluated = select(counted, "evaluated")
     for start in select(counted, "stage_started"):
         points = [r for r in evaluated if r["stage"] == start["stage"]]
-        color = _BLUE if name == OVERALL or name in start["active"] else _PALE
-        values = [r["metrics"][name] for r in points]
-        axis.plot([r["step"] for r in points], values, color=color, marker=".", markersize=4)
+        is_active = name == OVERALL or name in start["active"]
+        axis.plot(
+            [r["step"] for r in points],
+            [r["metrics"][name] for r in points],
+            color=_BLUE if is_active else _PALE,
+            marker=".",
+            markersize=4,
+            label="trained on" if is_active else "excluded",
+        )
+    _limit(axis, name, counted)
     _draw_roll_backs(axis, counted)
     peak = find_sub_dataset_peaks(counted).get(name)
     if peak is not None and peak.excluded:
         at = next(r for r in evaluated if (r["stage"], r["epoch"]) == (peak.stage, peak.epoch))
-        axis.plot(at["step"], at["metrics"][name], marker="o", color=_RED, markersize=6)
+        _mark(axis, at, name, marker="o", markersize=6, label="peak, then excluded")
     result = find_result_evaluation(counted)
     if name == OVERALL and result is not None:
-        axis.plot(result["step"], result["metrics"][name], marker="*", color=_RED, markersize=11)
+        _mark(axis, result, name, marker="*", markersize=11, label="result")
     _frame(axis, title=name)
+
+
+def _mark(axis: Axes, record: Record, name: str, **style: Any) -> None:
+    """Draw a mark at an evaluation, whole even at the edge of the axes."""
+    axis.plot(
+        record["step"],
+        record["metrics"][name],
+        color=_RED,
+        linestyle="none",
+        clip_on=False,
+        zorder=3,
+        **style,
+    )
+
+
+def _limit(axis: Axes, name: str, counted: Sequence[Record]) -> None:
+    """End the axis before the worst values if they would hide the best, and say how far they go."""
+    mode = mode_of(run_started(counted), name)
+    evaluated = select(counted, "evaluated")
+    points = [(r["step"], r["metrics"][name]) for r in evaluated]
+    stages = {
+        start["stage"]
+        for start in select(counted, "stage_started")
+        if name == OVERALL or name in start["active"]
+    }
+    trained = [r["metrics"][name] for r in evaluated if r["index"] and r["stage"] in stages]
+    limits = limits_of([value for _, value in points], trained, mode)
+    if limits is None:
+        return
+    axis.set_ylim(*limits)
+    edge, marker, worst = (limits[1], "^", max) if mode == "min" else (limits[0], "v", min)
+    beyond = [(s, v) for s, v in points if v is not None and is_beyond(v, limits)]
+    axis.plot(
+        [step for step, _ in beyond],
+        [edge] * len(beyond),
+        color=_GREY,
+        marker=marker,
+        linestyle="none",
+        markersize=5,
+        clip_on=False,
+        label="beyond the axis",
+    )
+    reach = worst(value for _, value in beyond)
+    axis.set_title(f"to {reach:.3g}", loc="right", fontsize="x-small", color=_GREY)
+
+
+def _draw_epochs(axis: Axes, counted: Sequence[Record]) -> None:
+    """Draw an upper axis with the epochs of each stage."""
+    evaluated = select(counted, "evaluated")
+    stages = []
+    for start in select(counted, "stage_started"):
+        points = [r for r in evaluated if r["stage"] == start["stage"]]
+        steps, epochs = [r["step"] for r in points], [r["epoch"] for r in points]
+        stages.append(StageSteps(steps=steps, epochs=epochs))
+    ticks = epoch_ticks(stages)
+    upper = axis.secondary_xaxis("top")
+    upper.set_xticks([step for step, _ in ticks], [label for _, label in ticks])
+    upper.tick_params(labelsize="x-small", length=2)
+    upper.set_xlabel("epoch of the stage", fontsize="x-small")
 
 
 def _draw_roll_backs(axis: Axes, counted: Sequence[Record]) -> None:
     for decided in find_roll_backs(counted):
-        axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9)
+        axis.axvline(decided["step"], color=_GREY, linestyle="--", linewidth=0.9, label="roll-back")
 
 
-def _draw_legend(figure: Figure, *handles: Artist, columns: int = 5) -> None:
+def _draw_legend(figure: Figure, *, columns: int) -> None:
+    """Draw one legend below all axes, with each label that occurs in them."""
+    handles: dict[Any, Artist] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if not handles:
+        return
     figure.legend(
-        handles=[*handles, _roll_back_handle()],
+        handles=list(handles.values()),
+        labels=list(handles),
         loc="outside lower center",
         ncols=columns,
         frameon=False,
         fontsize="small",
     )
-
-
-def _roll_back_handle() -> Line2D:
-    return Line2D([], [], color=_GREY, linestyle="--", linewidth=0.9, label="roll-back")
 
 
 def _frame(axis: Axes, *, title: str, y: str = "", x: str = "") -> None:
@@ -161,7 +227,8 @@ def _frame(axis: Axes, *, title: str, y: str = "", x: str = "") -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """Return a plot as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()

@@ -19,7 +19,7 @@ from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
-from trainer.report.plots import draw_curves, draw_disk, draw_loss
+from trainer.report.plots import draw_curves, draw_disk, draw_loss, to_png
 from trainer.report.summary import Summary, summarize
 from trainer.text import (
     Table,
@@ -61,7 +61,7 @@ def write_report(run: str | os.PathLike[str]) -> Summary:
     plots = run / "plots"
     plots.mkdir(exist_ok=True)
     for name, _, draw in _DRAWINGS:
-        write_atomic(plots / f"{name}.png", draw(counted))
+        write_atomic(plots / f"{name}.png", to_png(draw(counted)))
     write_atomic(run / "report.md", report_markdown(summary, counted).encode())
     write_json(run / "result.json", summary.to_dict())
     return summary

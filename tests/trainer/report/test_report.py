@@ -13,9 +13,12 @@ import pytest
 
 from tests.support.recorded import load_curve
 from tests.support.synthetic import FULL, write_run
+from trainer.algorithms.base import Mode
 from trainer.errors import RunError
 from trainer.journal import Journal, effective, read
+from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
 from trainer.report.flops import Work
+from trainer.report.plots import draw_curves
 from trainer.report.report import compare_table, disk_text, write_report
 from trainer.report.summary import Peak, Result, Scores, Summary, measure_disk_usage, summarize
 
@@ -122,6 +125,53 @@ def test_nan_is_a_dash_in_tables_and_null_in_json(tmp_path: Path) -> None:
         line for line in compare_table({"MSFT": summary}).splitlines() if line.startswith("overall")
     )
     assert row.split() == ["overall", "-", "0.125", "-", "0.500"]
+
+
+def labels(directory: Path) -> list[str]:
+    (legend,) = draw_curves(effective(read(directory / "journal.jsonl"))).legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_legend_has_what_occurs_alone(run: Path, tmp_path: Path) -> None:
+    found = {"trained on", "excluded", "roll-back", "peak, then excluded", "result"}
+    assert set(labels(run)) == found
+    assert len(labels(run)) == len(found)
+    assert labels(make_run(tmp_path / "sft", "ties", method="sft")) == ["trained on", "result"]
+
+
+def test_the_upper_axis_has_the_epochs_of_each_stage(run: Path) -> None:
+    figure = draw_curves(effective(read(run / "journal.jsonl")))
+    (upper,) = figure.axes[0].child_axes
+    started = [r for r in read(run / "journal.jsonl") if r["event"] == "stage_started"]
+    texts = [tick.get_text() for tick in upper.get_xticklabels()]
+    assert texts[0] == "0"
+    assert texts.count("1") == len(started)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_an_axis_leaves_out_a_base_that_would_hide_the_best_values(mode: Mode) -> None:
+    sign = 1 if mode == "min" else -1
+    values = [sign * value for value in (8.8, 1.2, 1.0, 0.9, 0.95, math.nan)]
+    limits = limits_of([*values, None], values[1:], mode)
+    assert limits is not None
+    assert limits[0] < min(values[1:5]) < max(values[1:5]) < limits[1]
+    assert [is_beyond(value, limits) for value in values] == [True] + [False] * 5
+    assert limits[1] - limits[0] < 1
+    assert limits_of(values[1:], values[1:], mode) is None
+    assert limits_of([1.0, 0.0, 0.0], [0.0, 0.0], mode) is None
+    assert limits_of([1.0], [], mode) is None
+
+
+def test_epochs_are_thinned_where_there_are_many() -> None:
+    long = StageSteps(steps=range(0, 410, 10), epochs=[i / 2 for i in range(41)])
+    assert [label for _, label in epoch_ticks([long])] == ["0", "5", "10", "15", "20"]
+    short = [StageSteps(steps=(10 * i, 10 * i + 10), epochs=(0.0, 1.0)) for i in range(30)]
+    ticks = epoch_ticks(short)
+    assert len(ticks) <= 9
+    assert {label for _, label in ticks[1:]} == {"1"}
+    half = StageSteps(steps=(0, 4, 8, 12), epochs=(0, 0.5, 1.0, 1.5))
+    assert epoch_ticks([half]) == [(0, "0"), (8, "1"), (12, "1.5")]
+    assert epoch_ticks([]) == []
 
 
 def test_the_report_is_written_with_plots_that_are_pictures(run: Path) -> None:
