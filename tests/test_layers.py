@@ -74,7 +74,7 @@ DOORS = {
 }
 """The modules of the store that the trainer may import from."""
 
-OPTIONAL = {"datasets", "fsspec", "obstore", "peft", "pyarrow"}
+OPTIONAL = {"datasets", "fsspec", "obstore", "peft", "pyarrow", "torchao"}
 """Dependencies that may be missing, and may therefore be imported inside a function."""
 
 

@@ -158,6 +158,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora.alpha", lambda n: n >= 1, "at least 1"),
     ("lora.dropout", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("lora.target_modules", lambda names: names and all(names), "names, or null for all layers"),
+    ("lora.modules_to_save", lambda names: names and all(names), "names, or null for none"),
     ("train.lr", lambda x: x > 0, "above 0"),
     ("train.betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
     ("train.eps", lambda x: x > 0, "above 0"),
@@ -204,6 +205,7 @@ def check_settings(config: Config) -> None:
     check_ranges(config)
     check_data(config)
     _check_trackers(config.log_with)
+    _check_model(config)
     _check_precision(config)
     train, evaluation, budget = config.train, config.evaluation, config.msft.compute_budget
     if train.batch_size > train.micro_batch_size and train.batch_size % train.micro_batch_size:
@@ -229,6 +231,29 @@ def check_settings(config: Config) -> None:
         )
     if evaluation.answer_pattern is not None:
         _check_pattern(evaluation.answer_pattern)
+
+
+def _check_model(config: Config) -> None:
+    """Raise :class:`ConfigError` for a setting of the model that has no effect or cannot work."""
+    model = config.model
+    if model.revision is not None and Path(model.path).is_dir():
+        raise ConfigError(
+            f"model.revision goes with an id on the hub, but model.path {model.path} is a "
+            "directory: remove one of the two"
+        )
+    if model.quantization is None:
+        return
+    if config.lora is None:
+        raise ConfigError(
+            f"model.quantization {model.quantization} is for frozen weights: set lora, whose "
+            "adapter is trained on top of them, or remove it"
+        )
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}[model.quantization]
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"model.quantization {model.quantization} needs {package}, which is not installed: "
+            f"`pip install {package}`, or remove it"
+        )
 
 
 def _check_precision(config: Config) -> None:

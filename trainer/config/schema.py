@@ -26,12 +26,20 @@ class ModelConfig:
         gradient_checkpointing: Recompute activations in the backward pass. This takes less memory
             and about a third more compute.
         attn_implementation: Passed to transformers; ``None`` leaves the choice to it.
+        revision: Branch, tag or commit of a model on the hub; ``None``: the newest.
+        trust_remote_code: Run the Python code that comes with the model, with all that you may do.
+        quantization: Hold the frozen weights of linear layers in fewer bits, for ``lora`` only.
+            ``nf4``: 4 bits by bitsandbytes, as in QLoRA; ``int8``: 8 bits by torchao. ``None``: in
+            ``dtype``, which is the dtype of the computation otherwise.
     """
 
     path: str
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization: Literal["nf4", "int8"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,8 @@ class LoraConfig:
         dropout: Dropout probability of the adapter's input in training.
         target_modules: Names of the layers that get an adapter, as in ``[q_proj, v_proj]``;
             ``None``: all linear layers except the output layer.
+        modules_to_save: Names of modules that are trained as a whole besides, as in ``[lm_head]``,
+            in the model's dtype; checkpoints and the result hold them.
         rslora: Scale by alpha / √r instead.
         dtype: Dtype of the adapter in training; the model's is ``model.dtype``.
     """
@@ -52,6 +62,7 @@ class LoraConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
     rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config.schema import Config, LoraConfig
 from trainer.errors import ConfigError
 from trainer.model.load import LoadedModel, load_model
-from trainer.model.weights import ADAPTER, Snapshots, drop_tied, weights_of
+from trainer.model.weights import ADAPTER, Snapshots, drop_tied, in_adapter
 from trainer.text import did_you_mean
 
 
@@ -39,11 +39,14 @@ def load_for_training(config: Config) -> LoadedModel:
 
 
 def zero_adapter(model: torch.nn.Module) -> None:
-    """Zero the adapter's ``B``, so that the model computes what its base does."""
+    """Let the model compute what its base does: zero ``B``, restore modules trained as a whole."""
+    state = model.state_dict()
     with torch.no_grad():
-        for name, tensor in weights_of(model).items():
+        for name, tensor in state.items():
             if ".lora_B" in name or ".lora_embedding_B" in name:
                 tensor.zero_()
+            elif in_adapter(name) and ".lora_" not in name:
+                tensor.copy_(state[name.replace(f"modules_to_save.{ADAPTER}", "original_module")])
 
 
 def adapter_files(loaded: LoadedModel) -> dict[str, bytes]:
@@ -70,6 +73,7 @@ def _add_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str)
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=targets,
+        modules_to_save=None if lora.modules_to_save is None else list(lora.modules_to_save),
     )
     # PEFT initialises layers one after the other on the CPU, so the result follows from the seed.
     with torch.random.fork_rng(devices=[]):
@@ -78,14 +82,15 @@ def _add_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int, path: str)
             model = peft.inject_adapter_in_model(settings, loaded.model, adapter_name=ADAPTER)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"lora does not fit the model: {error}") from error
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, lora.dtype))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.to(getattr(torch, lora.dtype))
     return replace(
         loaded,
         model=model,
         adapter=settings,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=loaded.parameters + sum(parameter.numel() for parameter in trained),
         trainable=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
     )
@@ -100,24 +105,31 @@ def _find_targets(model: Any, lora: LoraConfig) -> list[str]:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     known = sorted({name.rpartition(".")[2] for name in layers})
-    for target in lora.target_modules or ():
-        if not any(_matches(name, target) for name, _ in model.named_modules()):
-            raise ConfigError(
-                f"lora.target_modules: the model has no module {target!r}"
-                f"{did_you_mean(target, known)} "
-                f"(its linear layers are {', '.join(known) or 'none'})"
-            )
+    for key in ("target_modules", "modules_to_save"):
+        for target in getattr(lora, key) or ():
+            if not any(_matches(name, target) for name, _ in model.named_modules()):
+                raise ConfigError(
+                    f"lora.{key}: the model has no module {target!r}{did_you_mean(target, known)} "
+                    f"(its linear layers are {', '.join(known) or 'none'})"
+                )
     targets = list(known if lora.target_modules is None else lora.target_modules)
     found = [m for n, m in layers.items() if any(_matches(n, target) for target in targets)]
     if not targets:
         raise ConfigError("lora: the model has no linear layer to adapt; set lora: null")
-    widest = max((min(module.weight.shape) for module in found), default=lora.r)
+    widest = max(map(_rank, found), default=lora.r)
     if lora.r > widest:
         raise ConfigError(
             f"lora.r is {lora.r}, but no target layer has a rank above {widest}: lower it, or "
             "train all weights (lora: null)"
         )
     return targets
+
+
+def _rank(layer: Any) -> int:
+    """Return the largest rank of a layer's weight, which may be packed."""
+    if isinstance(layer, Conv1D):
+        return int(min(layer.weight.shape))
+    return int(min(layer.in_features, layer.out_features))
 
 
 def _matches(name: str, target: str) -> bool:

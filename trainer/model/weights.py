@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 
 ADAPTER = "default"
 """The adapter's name inside the model; PEFT's files omit it."""
+_WHOLE = f".modules_to_save.{ADAPTER}."
+"""Part of the names of modules that are trained as a whole beside an adapter."""
 _IN_FILES = "base_model.model."
 """The prefix of the names in PEFT's files."""
 
@@ -47,11 +49,16 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
     }
     adapter = {
-        _IN_FILES + name.replace(f".{ADAPTER}", ""): tensor
+        _IN_FILES + name.replace(_WHOLE, ".").replace(f".{ADAPTER}", ""): tensor
         for name, tensor in state.items()
-        if ".lora_" in name
+        if in_adapter(name)
     }
     return adapter or state
+
+
+def in_adapter(name: str) -> bool:
+    """Return whether a name in the state of a model with an adapter is the adapter's."""
+    return ".lora_" in name or _WHOLE in name
 
 
 def drop_tied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

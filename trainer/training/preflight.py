@@ -19,7 +19,7 @@ from trainer.model.answers import AnswerRule
 from trainer.model.load import LoadedModel, max_positions
 from trainer.model.metrics import Metric
 from trainer.model.training_state import is_weight
-from trainer.model.weights import memory_key, weights_of
+from trainer.model.weights import in_adapter, memory_key, weights_of
 
 
 def check_compatibility(
@@ -89,7 +89,7 @@ def _find_copies(model: torch.nn.Module) -> list[str]:
     parameters = model.named_parameters(remove_duplicate=False)
     own = dict([*parameters, *model.named_buffers(remove_duplicate=False)])
     state = model.state_dict()
-    adapter = {name: value for name, value in state.items() if ".lora_" in name}
+    adapter = {name: value for name, value in state.items() if in_adapter(name)}
     return [
         name
         for name, value in (adapter or state).items()

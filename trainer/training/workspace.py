@@ -248,7 +248,10 @@ def _open_store(work: Workspace) -> None:
     work.base = work.store.add_base(work.loaded.directory)
     # The loop sets the policy of the strategy before the first commit, so this one evicts nothing.
     policy = work.limit_policy(KeepBest(OVERALL, mode=work.metrics.mixture.mode))
-    work.timeline = Timeline(work.store, work.base, retention=policy, name=work.config.method)
+    # An adapter alone has no counterpart in the files of the model.
+    is_new = work.config.lora is not None and work.config.lora.modules_to_save is None
+    start = None if is_new else work.base
+    work.timeline = Timeline(work.store, start, retention=policy, name=work.config.method)
     # After a resume within a stage, commits differ much from this copy until a roll-back renews it.
     work.timeline.resident = work.make_resident()
 

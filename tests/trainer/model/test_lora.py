@@ -88,14 +88,35 @@ def test_the_base_is_as_it_was_until_the_end(config, monkeypatch):
     assert all(torch.equal(one[name], before[name]) for one in seen for name in frozen)
 
 
-def test_peft_loads_the_result_as_it_was_tested(config, finished):
+@pytest.fixture(scope="module")
+def with_head(config):
+    """Return the run directory of an adapter whose model also trains its output layer."""
+    lora = replace(config.lora, modules_to_save=("lm_head",))
+    at = Path(f"{config.output_dir}-head")
+    start(replace(config, output_dir=str(at), lora=lora))
+    return at
+
+
+def test_modules_to_save_are_trained_stored_and_written_whole(config, with_head):
+    head = "base_model.model.lm_head.weight"
+    before = load_for_training(config).model.state_dict()["lm_head.weight"]
+    stored = Store.open(with_head / "store").load("result")
+    assert stored[head].shape == before.shape
+    assert not torch.equal(stored[head], before)
+    assert not any("modules_to_save" in name or "original_module" in name for name in stored)
+
+
+@pytest.mark.parametrize("directory", ["finished", "with_head"])
+def test_peft_loads_the_result_as_it_was_tested(directory, request):
+    finished = request.getfixturevalue(directory)
+    config = load_config(finished / "config.yaml")
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="auto")
     model = PeftModel.from_pretrained(base, finished / "model")
     written = load_file(finished / "model" / "adapter_model.safetensors")
     stored = Store.open(finished / "store").load("result")
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], stored[name]) for name in stored)
-    with open_workspace(replace(config, output_dir=str(finished))) as work:
+    with open_workspace(config) as work:
         evaluator = Evaluator(work.config.evaluation, work.loaded, work.accelerator)
         examples = work.split("test")
         as_the_base = evaluator(work.loaded.model, examples).metrics
@@ -209,6 +230,7 @@ def test_a_section_that_cannot_work_is_refused(tmp_path, lora, words):
     ("lora", "words"),
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "no module 'v_prj'; did you mean 'v_proj'"),
+        ({"modules_to_save": ["lm_hed"]}, "lora.modules_to_save: the model has no module 'lm_hed'"),
         ({"target_modules": ["norm"]}, "lora does not fit the model: .*not supported"),
         ({"r": 64}, "lora.r is 64, but no target layer has a rank above 32"),
     ],
