@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from msft_store import StoreError
 from trainer.cli.logs import show_log
+from trainer.cli.predictions import select_predictions, to_text
 from trainer.comparison.compare import compare
 from trainer.comparison.report import summaries_by_method
 from trainer.comparison.tables import describe_failures, render_text
@@ -39,7 +40,8 @@ from trainer.report.report import DIVERGED, NEVER_RIGHT, compare_table, write_re
 from trainer.report.summary import Summary
 from trainer.signals import Interrupted
 from trainer.simulate.policies import OPTIONS, expand_sweeps
-from trainer.simulate.report import simulate_own_policy, simulate_policy, to_text
+from trainer.simulate.report import simulate_own_policy, simulate_policy
+from trainer.simulate.report import to_text as simulation_text
 from trainer.text import printable
 from trainer.training.directory import JOURNAL
 from trainer.training.preflight import check_compatibility
@@ -179,6 +181,24 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def _add_predictions(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--at",
+        metavar="STAGE-EPOCH",
+        help="the evaluation (default: that of the result, or the newest)",
+    )
+    parser.add_argument("--sub-dataset", metavar="NAME", help="only those of one sub-dataset")
+    parser.add_argument("--all", action="store_true", help="show the right ones, too")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=10,
+        metavar="N",
+        help="N of each sub-dataset as text; JSON has all (default: %(default)s)",
+    )
+
+
 def _add_simulation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("journal", metavar="JOURNAL", help="the directory of a run, or its journal")
     for key, text in OPTIONS.items():
@@ -228,6 +248,13 @@ def _report(options: argparse.Namespace) -> None:
     _print_summary(options, write_report(options.run))
 
 
+def _predictions(options: argparse.Namespace) -> None:
+    found = select_predictions(
+        options.run, at=options.at, sub_dataset=options.sub_dataset, every=options.all
+    )
+    _print(found.to_dict() if options.json else to_text(found, limit=options.limit))
+
+
 def _compare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     try:
@@ -266,7 +293,7 @@ def _simulate(options: argparse.Namespace) -> None:
         for policy in expand_sweeps(given, options.sweep)
     ]
     tree = {"run": run.to_dict(), "policies": [one.to_dict() for one in outcomes]}
-    _print(tree if options.json else to_text(run, outcomes))
+    _print(tree if options.json else simulation_text(run, outcomes))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -294,6 +321,12 @@ _COMMANDS: dict[str, _Command] = {
         _add_run,
         "write report, plots and result.json of a run again",
         "runs/demo",
+    ),
+    "predictions": (
+        _predictions,
+        _add_predictions,
+        "show the generations of an evaluation that are not right",
+        "runs/demo --sub-dataset arith",
     ),
     "compare": (
         _compare,

@@ -172,6 +172,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("evaluation.max_new_tokens", lambda n: n >= 1, "at least 1"),
     ("evaluation.batch_size", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_examples", lambda n: n >= 1, "at least 1, or null for all"),
+    ("evaluation.predictions", lambda n: n >= 0, "at least 0"),
     ("msft.compute_budget", lambda x: x > 0, "above 0"),
     ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
     ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),

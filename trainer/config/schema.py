@@ -252,6 +252,9 @@ class EvalConfig:
         max_new_tokens: Tokens after which a generation ends.
         batch_size: Examples per forward pass in evaluation.
         max_examples: Validation examples to use of each sub-dataset, the first ones; ``None``: all.
+        predictions: Examples of each sub-dataset whose generations are written to
+            ``predictions/`` in the run's directory at each evaluation, the wrong ones first;
+            0: none.
         overall: The metric of the mixture. ``examples``: mean over examples (the MSFT paper's
             code); ``sub_datasets``: mean over sub-datasets; ``relative``: mean relative change
             against the base, each in its metric's direction (``max``). If sub-datasets have
@@ -267,6 +270,7 @@ class EvalConfig:
     max_new_tokens: int = 64
     batch_size: int = 64
     max_examples: int | None = None
+    predictions: int = 100
     overall: Literal["examples", "sub_datasets", "relative"] | None = None
 
 

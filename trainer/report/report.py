@@ -47,8 +47,9 @@ DIVERGED = (
 
 NEVER_RIGHT = (
     "No answer was right in any evaluation, so exact match says nothing about this run, and its "
-    "peaks mean nothing: the result is the checkpoint with the lowest loss. Look at "
-    "evaluation.answer_pattern, answer and max_new_tokens, or use evaluation.metric=loss."
+    "peaks mean nothing: the result is the checkpoint with the lowest loss. See what was generated "
+    "with `msft-train predictions RUN`, then change evaluation.answer_pattern, answer or "
+    "max_new_tokens, or use evaluation.metric=loss."
 )
 
 

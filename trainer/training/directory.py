@@ -21,13 +21,14 @@ from trainer.distributed import this_process
 from trainer.errors import ConfigError, DataError, PausedError, RunError
 from trainer.files import make_directory, write_atomic
 
-CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, LOCK = (
+CONFIG, JOURNAL, STORE, RESUME, RESUME_STORE, MODEL, PREDICTIONS, LOCK = (
     "config.yaml",
     "journal.jsonl",
     "store",
     "resume.safetensors",
     "resume",
     "model",
+    "predictions",
     "lock",
 )
 

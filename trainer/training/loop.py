@@ -46,6 +46,7 @@ from trainer.signals import Interrupted, Interrupts
 from trainer.training import resume_point
 from trainer.training.decisions import Decisions, Place
 from trainer.training.observe import StageObserver
+from trainer.training.predictions import write_predictions
 from trainer.training.progress import Heartbeat, StageProgress
 from trainer.training.replay import (
     KnownEvaluation,
@@ -325,8 +326,9 @@ class Loop:
     def _save_rollback_point(
         self, steps: StageSteps, index: int, result: EvaluationResult
     ) -> PendingSave | None:
-        """Commit the weights with their metrics, in the main process."""
+        """Write the generations and commit the weights with their metrics, in the main process."""
         work = self._work
+        write_predictions(work, result, stage=steps.stage.number, epoch=steps.epoch_at(index))
         if work.timeline is not None:
             work.timeline.retention = work.limit_policy(self._decisions.make_policy())
         return save_rollback_point(
