@@ -52,10 +52,13 @@ def describe_comparison(comparison: Comparison) -> str:
     seeds = comparison.seeds
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]}"
     split = comparison.groups[0].rows[0].split
-    return (
+    sentences = [
         f"{split.capitalize()} {metric_name_text(first.metric, first.mode)}, {which}; "
-        f"lr {first.lr:g}, {first.dtype}. {first.overall_text()}".rstrip()
-    )
+        f"lr {first.lr:g}, {first.dtype}.",
+        first.overall_text(),
+        first.untested_text() if split == "test" else "",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def describe_failures(comparison: Comparison) -> list[str]:

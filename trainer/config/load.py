@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from trainer.config.checks import HUB_ID, check_settings
 from trainer.config.data_paths import RELATIVE, resolve_data
 from trainer.config.metric_keys import resolve_metric
+from trainer.config.other_names import find_absent, find_other_name
 from trainer.config.schema import Config, DataConfig
 from trainer.config.yaml import override, read_yaml, write_yaml
 from trainer.errors import ConfigError
@@ -116,12 +117,15 @@ def _convert_list(hints: tuple[Any, ...], value: Any, at: str) -> tuple[Any, ...
 def _describe_unknown(key: str, siblings: list[str], at: str) -> str:
     """Return the message for an unknown key, with the nearest valid one."""
     message = f"unknown key {_join(at, key)!r}"
-    elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed([*_list_keys(Config)])}
-    # Other trainers write "learning_rate" for "lr".
-    initials = "".join(word[:1] for word in key.split("_"))
-    for same in (key, initials * (len(initials) > 1)):
-        if same in elsewhere:
-            return f"{message}; did you mean {elsewhere[same]!r}?"
+    elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in reversed([*list_keys(Config)])}
+    if key in elsewhere:
+        return f"{message}; did you mean {elsewhere[key]!r}?"
+    name = key.lower().replace("-", "_")
+    if found := find_other_name(name):
+        same, remark = found
+        return f"{message}; did you mean {same!r}{f' ({remark})' * bool(remark)}?"
+    if absent := find_absent(name):
+        return f"{message}; {absent}"
     if near := difflib.get_close_matches(key, siblings, n=1):
         return f"{message}; did you mean {_join(at, near[0])!r}?"
     if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
@@ -129,13 +133,13 @@ def _describe_unknown(key: str, siblings: list[str], at: str) -> str:
     return f"{message}; the keys here are {', '.join(sorted(siblings))}"
 
 
-def _list_keys(cls: Any, at: str = "") -> Iterator[str]:
+def list_keys(cls: Any, at: str = "") -> Iterator[str]:
     """Yield the dotted keys of a dataclass and of those in it."""
     for name, hint in get_type_hints(cls).items():
         # An optional dataclass, as in ``LoraConfig | None``, has keys, too.
         kind = get_args(hint)[0] if type(None) in get_args(hint) else hint
         if dataclasses.is_dataclass(kind):
-            yield from _list_keys(kind, _join(at, name))
+            yield from list_keys(kind, _join(at, name))
         yield _join(at, name)
 
 

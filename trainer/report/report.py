@@ -78,6 +78,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         "## Result",
         _result_text(summary),
         _score_table({label: summary}).to_markdown(),
+        *filter(None, [summary.untested_text()]),
         "## Data",
         _data_table(counted).to_markdown(),
         "## Decisions",
@@ -116,6 +117,8 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
         head += f"\n{text}"
     if markdown:
         disks = [_markdown_lines(text) for text in disks]
+    if text := first.untested_text():
+        scores += f"\n\n{text}"
     return "\n\n".join([head, scores, *disks, work])
 
 

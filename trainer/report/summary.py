@@ -155,6 +155,14 @@ class Summary:
         rule = means[self.overall_rule or "relative"]
         return f"The metrics are {', '.join(parts)}; overall is {rule}."
 
+    def untested_text(self) -> str:
+        """Return a sentence on the sub-datasets without test data; empty if all or none have it."""
+        names = [name for name, scores in self.scores.items() if scores.test is None]
+        if not names or self.overall.test is None:
+            return ""
+        verb = "has" if len(names) == 1 else "have"
+        return f"The overall test figures leave out {', '.join(names)}, which {verb} no test data."
+
     def scores_of(self, name: str) -> Scores:
         """Return the scores of a sub-dataset, or of the mixture (``OVERALL``)."""
         return self.overall if name == OVERALL else self.scores[name]

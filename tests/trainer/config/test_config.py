@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from trainer.config.checks import to_bytes
-from trainer.config.load import dump, load_config, to_dict
+from trainer.config.load import dump, list_keys, load_config, to_dict
+from trainer.config.other_names import ABSENT, OTHER_NAMES, find_other_name
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
@@ -179,6 +180,11 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
         ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
         ("train.learning_rate=1", "unknown key 'train.learning_rate'; did you mean 'train.lr'?"),
         ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'train.lr'?"),
+        (
+            "train.epochs=3",
+            "unknown key 'train.epochs'; did you mean 'msft.compute_budget' (the epochs of one "
+            "roll-out, 1 being the active mixture once)?",
+        ),
         ("sede=1", "unknown key 'sede'; did you mean 'seed'?"),
         ("eval_every=1", "unknown key 'eval_every'; did you mean 'evaluation.eval_every'?"),
         (
@@ -352,3 +358,30 @@ data:
     config = load(folder, text, "data.sub_datasets.dates.train=dates.train.jsonl")
     assert config.data.sub_datasets["dates"].train == str(folder / "dates.train.jsonl")
     assert config.data.sub_datasets["arith"].train == str(folder / "arith.train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("per_device_train_batch_size=8", "did you mean 'train.micro_batch_size' (examples per"),
+        ("train.gradient-accumulation-steps=8", "did you mean 'train.batch_size' (examples per"),
+        ("sequence_len=8", "did you mean 'data.max_length' (in tokens)?"),
+        ("lora.lora_rank=8", "unknown key 'lora.lora_rank'; did you mean 'lora.r'?"),
+        ("model_name_or_path=x", "did you mean 'model.path'?"),
+        ("packing=true", "unknown key 'packing'; it needs none: a batch has examples of similar"),
+        ("train.deepspeed=x", "it is not a key: start the run with `accelerate launch -m trainer"),
+    ],
+)
+def test_a_name_of_another_trainer_is_answered(folder: Path, assignment: str, message: str) -> None:
+    assert message in refusal(folder, MINIMAL, assignment)
+
+
+def test_names_of_other_trainers_stand_for_keys_that_exist_and_are_no_keys_themselves() -> None:
+    keys = set(list_keys(Config))
+    names = [name for _, others in OTHER_NAMES.values() for name in others]
+    names += [name for others in ABSENT.values() for name in others]
+    assert set(OTHER_NAMES) <= keys
+    assert sorted(names) == sorted(set(names))
+    assert not {key.rpartition(".")[2] for key in keys} & set(names)
+    for name in ("learning_rate", "num_train_epochs", "optim", "cutoff_len", "base_model"):
+        assert find_other_name(name)

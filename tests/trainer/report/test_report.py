@@ -127,6 +127,21 @@ def test_nan_is_a_dash_in_tables_and_null_in_json(tmp_path: Path) -> None:
     assert row.split() == ["overall", "-", "0.125", "-", "0.500"]
 
 
+def test_a_sub_dataset_without_test_data_is_named_beside_the_overall_that_it_is_not_in(
+    run: Path,
+) -> None:
+    sentence = "The overall test figures leave out b, which has no test data."
+    assert sentence not in compare_table({"MSFT": write_report(run)})
+    journal = run / "journal.jsonl"
+    records = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["event"] == "tested":
+            del record["metrics"]["b"]
+    journal.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    assert sentence in compare_table({"MSFT": write_report(run)})
+    assert sentence in (run / "report.md").read_text(encoding="utf-8")
+
+
 def labels(directory: Path) -> list[str]:
     (legend,) = draw_curves(effective(read(directory / "journal.jsonl"))).legends
     return [text.get_text() for text in legend.get_texts()]
