@@ -210,6 +210,9 @@ class TrainConfig:
         warmup_ratio: Share of a stage's steps in which the learning rate rises from 0.
         batch_size: Examples per optimizer step, over all processes.
         micro_batch_size: Examples per forward pass and process.
+        loss_average: The loss of an optimizer step is the mean over the ``tokens`` with a loss in
+            its batch, the mean over its ``examples`` of their means, or over its ``micro_batches``
+            (the MSFT paper's code); the latter depends on ``micro_batch_size``.
         max_grad_norm: Gradient norm above which gradients are scaled down; ``None``: no clipping.
         on_divergence: Reaction to a loss or gradient norm that is not finite. ``stop``: the run
             ends with the best overall so far. ``rollback``: the weights of the last evaluation are
@@ -227,6 +230,7 @@ class TrainConfig:
     warmup_ratio: float = 0.0
     batch_size: int = 64
     micro_batch_size: int = 16
+    loss_average: Literal["tokens", "examples", "micro_batches"] = "tokens"
     max_grad_norm: float | None = None
     on_divergence: Literal["stop", "rollback"] = "stop"
     max_skips: int = 3

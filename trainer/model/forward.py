@@ -109,6 +109,26 @@ def target_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return losses, logits
 
 
+def summed_loss(token_losses: Tensor, examples: Sequence[Example], average: str) -> Tensor:
+    """Return a micro-batch's summand of the loss of a step, for ``train.loss_average``.
+
+    The sum over the micro-batches divided by :func:`loss_count` is the loss.
+    """
+    if average == "tokens":
+        return token_losses.sum()
+    if average == "micro_batches":
+        return token_losses.mean()
+    parts = torch.split(token_losses, [example.targets for example in examples])
+    return torch.stack([part.mean() for part in parts]).sum()
+
+
+def loss_count(batch: Sequence[Sequence[Example]], average: str) -> int:
+    """Return the number of units that the loss of a step is the mean of."""
+    if average == "tokens":
+        return sum(example.targets for micro in batch for example in micro)
+    return len(batch) if average == "micro_batches" else sum(map(len, batch))
+
+
 def mean_losses(token_losses: Tensor, examples: Sequence[Example]) -> Tensor:
     """Return the mean loss of each example (examples,), float32 on the CPU."""
     parts = torch.split(token_losses.detach(), [example.targets for example in examples])

@@ -31,7 +31,7 @@ from trainer.algorithms.method import Method
 from trainer.data.batches import generator, micro_batches
 from trainer.data.examples import Example
 from trainer.distributed import share_decision
-from trainer.model.forward import TokenCost, mean_losses
+from trainer.model.forward import TokenCost, loss_count, mean_losses, summed_loss
 from trainer.model.optim import set_learning_rate
 from trainer.training.replay import ObservationLog, Position, describe_adjustment
 from trainer.training.steps import StageSteps, compute_token_losses
@@ -139,10 +139,9 @@ def probe_sub_datasets(
 
 def _measure_reward(work: Workspace, examples: Sequence[Example], lr: float) -> float:
     model: Any = work.accelerator.unwrap_model(work.model)
-    targets = sum(example.targets for example in examples)
     with _restore_state(work.optimizer, work.accelerator.device):
         model.train()
-        before = _compute_losses(work, model, examples, targets=targets)
+        before = _compute_losses(work, model, examples, trains=True)
         if work.config.train.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), work.config.train.max_grad_norm)
         set_learning_rate(work.optimizer, lr)
@@ -154,15 +153,18 @@ def _measure_reward(work: Workspace, examples: Sequence[Example], lr: float) -> 
 
 
 def _compute_losses(
-    work: Workspace, model: Any, examples: Sequence[Example], *, targets: int | None = None
+    work: Workspace, model: Any, examples: Sequence[Example], *, trains: bool = False
 ) -> torch.Tensor:
-    """Return each example's mean loss; with ``targets``, add the gradients of the total mean."""
-    losses = torch.zeros(len(examples))
-    for micro in _split_examples(work, examples):
-        rows = [examples[i] for i in micro]
+    """Return each example's mean loss; with ``trains``, add the gradients of the step's loss."""
+    losses, average = torch.zeros(len(examples)), work.config.train.loss_average
+    micros = _split_examples(work, examples)
+    batch = [[examples[i] for i in micro] for micro in micros]
+    count = loss_count(batch, average)
+    for micro, rows in zip(micros, batch, strict=True):
         token_losses = compute_token_losses(work, model, rows)
-        if targets is not None:
-            (token_losses.sum() / targets).backward()  # type: ignore[no-untyped-call]
+        if trains:
+            loss = summed_loss(token_losses, rows, average) / count
+            loss.backward()  # type: ignore[no-untyped-call]
         losses[list(micro)] = mean_losses(token_losses, rows)
     return losses
 

@@ -1,7 +1,8 @@
 """Train the optimizer steps of a stage, and count the totals that the journal records of them.
 
-The loss of a step is the mean over all target tokens of its batch. So neither the number of
-micro-batches nor the number of processes changes the result. Processes take turns at the
+The loss of a step is the mean over all target tokens of its batch, or as ``train.loss_average``
+says; what is recorded is the mean over tokens. The number of processes does not change the result,
+and the number of micro-batches only if they are averaged. Processes take turns at the
 micro-batches; a process without one in the last turn adds a loss of zero. Mastered examples get a
 forward pass only, for their loss. A step with mastered examples only leaves the weights unchanged.
 
@@ -29,7 +30,14 @@ from trainer.data.batches import DataOrder, MicroBatch, Reference, SampledOrder,
 from trainer.data.examples import Example
 from trainer.data.schedule import Schedule
 from trainer.distributed import split_among_processes
-from trainer.model.forward import TokenCost, collate, mean_losses, target_losses
+from trainer.model.forward import (
+    TokenCost,
+    collate,
+    loss_count,
+    mean_losses,
+    summed_loss,
+    target_losses,
+)
 from trainer.model.optim import learning_rate, set_learning_rate
 from trainer.model.sharding import is_sharded
 from trainer.training.workspace import Workspace
@@ -88,7 +96,7 @@ class StageSteps:
         targets = sum(self._examples[i].targets for micro in batch for i in micro)
         model.train()
         losses = torch.zeros(len(self._examples) if self._collects_losses else 0)
-        loss = self._backward(batch, targets, losses)
+        loss = self._backward(batch, losses)
         self._forward(mastered, losses)
         self._collect_losses(references, losses)
         self._losses += loss
@@ -162,11 +170,14 @@ class StageSteps:
         self._reset_totals()
         return totals
 
-    def _backward(self, batch: Step, targets: int, losses: torch.Tensor) -> torch.Tensor:
-        """Add the batch's gradients; return its summed loss over all processes, float32."""
+    def _backward(self, batch: Step, losses: torch.Tensor) -> torch.Tensor:
+        """Add the batch's gradients; return the sum of its token losses over all processes."""
         accelerator, model = self._work.accelerator, self._work.model
         processes, rank = accelerator.num_processes, accelerator.process_index
         total = torch.zeros((), device=accelerator.device)
+        average = self._work.config.train.loss_average
+        rows = [[self._examples[i] for i in micro] for micro in batch]
+        count = loss_count(rows, average)
         turns = -(-len(batch) // processes)
         for turn in range(turns):
             mine = turn * processes + rank
@@ -177,12 +188,12 @@ class StageSteps:
             reduces = turn == turns - 1 or is_sharded(model)
             with nullcontext() if reduces else accelerator.no_sync(model):
                 token_losses = self._token_losses(model, micro)
-                loss = token_losses.sum() * weight
-                # DDP averages gradients over processes, but the loss is a mean over all targets.
-                accelerator.backward(loss * (processes / targets))
+                loss = summed_loss(token_losses, rows[mine if weight else 0], average) * weight
+                # DDP averages gradients over processes, but the loss is a mean over the batch.
+                accelerator.backward(loss * (processes / count))
             if weight:
                 self._store_means(micro, token_losses, losses)
-            total += loss.detach()
+            total += token_losses.detach().sum() * weight
         if processes > 1:
             total = accelerator.reduce(total, reduction="sum")
         return total

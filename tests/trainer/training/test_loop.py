@@ -82,6 +82,22 @@ def test_accumulated_micro_batches_train_like_the_big_batch(tmp_path, max_grad_n
     assert small_totals["padded_tokens"] < big_totals["padded_tokens"]
 
 
+def test_the_loss_is_averaged_over_tokens_examples_or_micro_batches(tmp_path):
+    config = make_config(tmp_path, train__lr=1e-3)
+    found = {}
+    for average, size in [("tokens", 16), ("examples", 16), ("examples", 4), ("micro_batches", 1)]:
+        at = str(tmp_path / f"{average}{size}")
+        train = replace(config.train, loss_average=average, micro_batch_size=size)
+        found[average, size] = train_steps(replace(config, train=train, output_dir=at), 2)[0]
+    by_examples = found.pop(("examples", 16))
+    tokens = found.pop(("tokens", 16))
+    for weights in found.values():
+        for name, tensor in by_examples.items():
+            torch.testing.assert_close(weights[name], tensor, atol=2e-5, rtol=1e-4)
+    norm = "model.norm.weight"
+    assert not torch.allclose(tokens[norm], by_examples[norm], atol=1e-4)
+
+
 def test_a_step_is_that_of_a_plain_pytorch_loop(tmp_path):
     config = make_config(tmp_path, train__lr=1e-3, train__batch_size=64, train__micro_batch_size=64)
     found, totals = train_steps(config, 1)
