@@ -95,9 +95,8 @@ def _compiled_layout(layout: FloatLayout) -> tuple[int, int, int]:
 
 def _as_input(values: Array, dtype: Any) -> Array:
     # Numba compiles a loop for each kind of array, so the loops get only one.
-    given: Array = np.ascontiguousarray(values, dtype).view()
-    given.flags.writeable = False
-    return given
+    given: Array = np.ascontiguousarray(values, dtype)
+    return given if given.flags.writeable else given.copy()
 
 
 def list_symbols(

@@ -492,53 +492,94 @@ def lists(listed: Any, coded: Any, limit: Any, mask: Any, gaps: Any) -> Any:
 
 
 @compile_loop
-def gives(listed: Any, changes: Any, listing: Any, tables: Any, streams: Any, layout: Any) -> Any:
-    """Return True if :func:`apply_symbols` would change the references to the values.
+def explains(listed: Any, coded: Any, distances: Any, listing: Any, layout: Any) -> Any:
+    """Return True if symbols have the contexts of references, and change these to the values.
+
+    The loop has neither branches nor tables, so that the compiler vectorises it.
+    """
+    references, values = listed
+    low, high, _, _ = listing
+    shift, magnitude, _ = layout
+    mask, sign = (1 << magnitude) - 1, uint64(1) << uint64(magnitude)
+    zero, wrong = FIRST_CLASS + high - low + 1, uint64(0)
+    for k in range(references.size):
+        before, symbol = int64(references[k]), int64(coded[k])
+        was = before & mask
+        context = min(max(was >> shift, low), high) - low + FIRST_CLASS
+        context = context if was != 0 else zero
+        negative = uint64(0) - uint64((symbol >> 1) & 1)
+        change = (uint64(distances[k]) ^ negative) - negative
+        after = (uint64(before) ^ (uint64(symbol & 1) * sign)) + change
+        wrong |= uint64(symbol >> 8) ^ uint64(context)
+        wrong |= (after ^ uint64(values[k])) & (sign | uint64(mask))
+    return wrong == uint64(0)
+
+
+@compile_loop
+def holds_symbols(coded: Any, packed: Any, streams: Any) -> Any:
+    """Return True if words decode to these symbols and end with the last.
 
     A decoder finds a symbol by its share of the coder's range. To know the symbol, and to see that
     the share is its own, needs fewer steps.
     """
-    references, values = listed
+    words, used, given = streams[:3]
+    coders, one = uint64(count_coders(coded.size)), uint64(1)
+    state = np.empty(coders, np.uint32)
+    at, wrong = uint64(start_coders(words, used, state)), False
+    for k in range(uint64(coded.size)):
+        entry, now = packed[coded[k]], state[k & (coders - one)]
+        share = entry >> uint32(16)
+        within = uint32((now & uint32((1 << PROBABILITY_BITS) - 1)) - (entry & uint32(0xFFFF)))
+        wrong |= within >= share
+        now = uint32(share * (now >> uint32(PROBABILITY_BITS)) + within)
+        refilled = uint32(now << uint32(16) | uint32(words[at]))
+        low = now < uint32(rans.MIN_STATE)
+        at += uint64(low)
+        state[k & (coders - one)] = refilled if low else now
+    return not wrong and at == given
+
+
+@compile_loop
+def holds_distances(coded: Any, distances: Any, zero: Any, tokens: Any, streams: Any) -> Any:
+    """Return True if symbols and low bits stand for these distances, and no bits are left."""
+    bits, smallest = tokens
+    low_bits, start, end = streams[3:]
+    at, wrong, one, five = uint64(start), uint64(0), uint64(1), uint64(5)
+    first_new = uint64(zero << 8)
+    for k in range(uint64(coded.size)):
+        symbol = uint64(coded[k])
+        token = (symbol >> uint64(2)) & uint64(TOKENS - 1)
+        token += uint64(TOKENS) * uint64(symbol >= first_new)
+        wide, word = uint64(bits[token]), at >> five
+        pair = uint64(low_bits[word]) | uint64(low_bits[word + one]) << uint64(32)
+        low = (pair >> (at & uint64(31))) & ((one << wide) - one)
+        wrong |= (smallest[token] + low) ^ uint64(distances[k])
+        at += wide
+        if at > end:
+            return False
+    return wrong == uint64(0) and end - at < uint64(8)
+
+
+@compile_loop
+def gives(listed: Any, changes: Any, listing: Any, tables: Any, streams: Any, layout: Any) -> Any:
+    """Return True if :func:`apply_symbols` would change the references to the values."""
     symbols, distances = changes
     low, high, _, least = listing
-    packed = tables[0]
-    words, used, given, low_bits, at, end = streams
-    shift, magnitude, _ = layout
-    bits, smallest = list_tokens(least, layout)
-    mask, by, one = (1 << magnitude) - 1, uint64(shift - FINE_BITS), uint64(1)
-    zero = FIRST_CLASS + high - low + 1
-    coders = count_coders(references.size)
-    state = np.empty(coders, np.uint32)
-    used, wrong = start_coders(words, used, state), False
-    for k in range(uint64(references.size)):
-        before, symbol, value = int64(references[k]), uint64(symbols[k]), uint64(distances[k])
-        was = before & mask
-        context = min(max(was >> shift, low), high) - low + FIRST_CLASS
-        context = context if was != 0 else zero
-        wrong |= uint64(context) != symbol >> uint64(8)
-        symbol = replace_token(symbol, value, least, by) if was == 0 else symbol
-        token = uint64(TOKENS) * uint64(was == 0) + ((symbol >> uint64(2)) & uint64(TOKENS - 1))
-        wide, start = uint64(bits[token]), smallest[token]
-        now, entry = state[k & uint64(coders - 1)], packed[symbol]
-        within = (now & uint32((1 << PROBABILITY_BITS) - 1)) - (entry & uint32(0xFFFF))
-        wrong |= uint32(within) >= entry >> uint32(16)
-        now = uint32((entry >> uint32(16)) * (now >> uint32(PROBABILITY_BITS)) + within)
-        refill = now < uint32(rans.MIN_STATE)
-        refilled = uint32(now << uint32(16) | uint32(words[used]))
-        used += uint64(refill)
-        state[k & uint64(coders - 1)] = refilled if refill else now
-        word = at >> uint64(5)
-        pair = uint64(low_bits[word]) | uint64(low_bits[word + one]) << uint64(32)
-        distance = start + ((pair >> (at & uint64(31))) & ((one << wide) - one))
-        negative = uint64(0) - ((symbol >> one) & one)
-        change = (distance ^ negative) - negative
-        wrong |= values[k] != references.dtype.type(
-            (uint64(before) ^ ((symbol & one) << uint64(magnitude))) + change
-        )
-        at += wide
-        if wrong or at > end:
-            return False
-    return used == given and end - at < uint64(8)
+    zero, by = FIRST_CLASS + high - low + 1, uint64(layout[0] - FINE_BITS)
+    first_new, coded = uint64(zero << 8), symbols
+    if least > 0 or (symbols >= uint16(zero << 8)).any():
+        coded = np.empty(symbols.size, np.uint16)
+        for k in range(uint64(symbols.size)):
+            symbol = uint64(symbols[k])
+            new = replace_token(symbol, uint64(distances[k]), least, by)
+            coded[k] = new if symbol >= first_new else symbol
+    if symbols.size > 0 and int64(coded.max()) >= tables[0].size:
+        return False
+    return (
+        explains(listed, coded, distances, listing, layout)
+        and holds_symbols(coded, tables[0], streams)
+        and holds_distances(coded, distances, zero, list_tokens(least, layout), streams)
+    )
 
 
 @compile_loop

@@ -86,6 +86,12 @@ def file_stamp(path: str | Path) -> Stamp | None:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def last_seen(path: str) -> tuple[Stamp | None, Mapping[tuple[int, bytes], bool]]:
+    """Return a file's stamp when this process last compared a chunk, and the chunks seen then."""
+    seen = _SEEN.get(path)
+    return (None, {}) if seen is None else (seen.stamp, seen.chunks)
+
+
 def seen_chunks(path: str, stamp: Stamp) -> dict[tuple[int, bytes], bool]:
     """Return which chunks a file has, as far as this process read them under this stamp."""
     seen = _SEEN.get(path)

@@ -100,6 +100,8 @@ class CheckpointWriter:
         self._backend = backend
         self._durable_bases: set[str] = set()
         self._mappings: dict[str, tuple[set[_Place], BaseMapping]] = {}
+        self._complete: BaseMapping | None = None
+        """The mapping of the last save, if it was found to lack nothing that matters."""
 
     def save(
         self,
@@ -153,7 +155,7 @@ class CheckpointWriter:
         )
         self._catalog.add(checkpoint)
         self._catalog.objects.refresh()
-        if base is not None and base not in _WARNED:
+        if base is not None and base not in _WARNED and mapping is not self._complete:
             record = self._catalog.objects.base(base).base
             missing = find_missing(record, mapping, table)
             if missing.share > MOST_MISSING:
@@ -220,6 +222,7 @@ class CheckpointWriter:
             mapping = BaseMapping(names=names, views=views)
             # A search while the base was out of reach found less than there is.
             if find_missing(reader.base, mapping, table).share <= MOST_MISSING:
+                self._complete = mapping
                 return mapping
         found = map_to_base(reader, boxes)
         if self._catalog.config.version == 1:

@@ -214,17 +214,30 @@ def disk_bytes(backend: Backend) -> int:
     return sum(found.size for found in backend.scan("").values())
 
 
-@contextlib.contextmanager
-def translate_os_errors(action: str, path: object) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`StoreError` that names the action and the path."""
-    try:
-        yield
-    except OSError as error:
+class translate_os_errors:  # noqa: N801  (it is used as a function)
+    """Turn an ``OSError`` in a ``with`` block into a :class:`StoreError`.
+
+    The error names the action and the path.
+    """
+
+    __slots__ = ("_action", "_path")
+
+    def __init__(self, action: str, path: object) -> None:
+        self._action, self._path = action, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, OSError):
+            return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpaceError(
-                f"no space left to {action} {path}: make room on that disk, or run msft-store gc"
+                f"no space left to {self._action} {self._path}: make room on that disk, or run "
+                "msft-store gc"
             ) from error
-        raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise StorageError(f"cannot {self._action} {self._path}: {reason}") from error
 
 
 def _open_regular(path: str | Path, *, follow: bool) -> int:
