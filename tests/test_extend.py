@@ -42,6 +42,12 @@ def test_the_policy_keeps_every_fourth_step_and_the_last(
     ]
 
 
+def test_a_metric_of_lm_eval_finds_the_right_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    run("lm_eval_metric")
+    assert capsys.readouterr().out.splitlines()[-1] == "[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]"
+
+
 def test_the_strategy_stops_early_with_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     kind = run("strategy")["EarlyStopping"]
     last = capsys.readouterr().out.splitlines()[-1]
