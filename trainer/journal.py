@@ -198,6 +198,14 @@ def mode_of(start: Record, name: str) -> Any:
     return (start.get("modes") or {}).get(name, start["mode"])
 
 
+def metric_of(start: Record, name: str) -> str:
+    """Return the name of a sub-dataset's metric, or of the overall one.
+
+    ``start`` is the run's ``run_started`` record.
+    """
+    return str((start.get("metrics") or {}).get(name, start["metric"]))
+
+
 def replace_non_finite(value: Any) -> Any:
     """Return JSON values with ``None`` for every float that is not finite."""
     if isinstance(value, float):

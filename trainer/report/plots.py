@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.schema import OVERALL
-from trainer.journal import Record, mode_of, run_started, select
+from trainer.journal import Record, metric_of, mode_of, run_started, select
 from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
 from trainer.report.flops import seqs_on_path
 from trainer.report.summary import (
@@ -29,7 +29,7 @@ from trainer.report.summary import (
     find_sub_dataset_peaks,
     measure_disk_usage,
 )
-from trainer.text import metric_name_text
+from trainer.text import metric_name_text, metric_title
 
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"
 
@@ -57,6 +57,11 @@ def draw_curves(counted: Sequence[Record]) -> Figure:
     for axis in axes[:columns]:
         _draw_epochs(axis, counted)
     figure.suptitle(f"Validation {metric_name_text(start['metric'], start['mode'])}")
+    if any(metric_of(start, name) != start["metric"] for name in names):
+        figure.suptitle("Validation metrics; an arrow points to better values")
+        for axis, name in zip(axes, names, strict=False):
+            arrow = "↑" if mode_of(start, name) == "max" else "↓"
+            axis.set_ylabel(f"{metric_title(metric_of(start, name))} {arrow}", fontsize="small")
     _draw_legend(figure, columns=6)
     return figure
 

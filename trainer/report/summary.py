@@ -219,8 +219,7 @@ def summarize(records: Sequence[Record]) -> Summary:
         else Result(checkpoint=found["checkpoint"], stage=found["stage"], epoch=found["epoch"]),
         divergences=len(select(counted, "diverged")),
         diverged=_has_diverged(counted),
-        never_right=start["metric"] == "exact_match"
-        and set(metrics.values()) <= {"exact_match"}
+        never_right=(set(metrics.values()) or {start["metric"]}) == {"exact_match"}
         and bool(evaluated)
         and all(not value > 0 for r in evaluated for value in r["metrics"].values()),
         peaks=find_sub_dataset_peaks(counted),

@@ -16,9 +16,11 @@ from tests.support.tiny_runs import make_config, write_lines
 from tests.support.together import together
 from trainer.algorithms.overall import mixture_metrics
 from trainer.cli.main import main
+from trainer.config.load import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.journal import effective, read
 from trainer.model.evaluate import Evaluator
+from trainer.report.plots import draw_curves
 from trainer.report.report import write_report
 from trainer.training.run import resume, start
 
@@ -143,6 +145,9 @@ def test_a_report_names_the_metrics_and_the_rule(tmp_path):
         "mine:weight (lower is better) for sum; overall is the mean relative change against the "
         "base, in each metric's direction." in text
     )
+    figure = draw_curves(effective(read(Path(config.output_dir) / "journal.jsonl")))
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[:4] == ["loss ↓", "loss ↓", "mine:weight ↓", "relative change ↑"]
     found = evaluated(config.output_dir)
     assert found[0]["metrics"]["sum"] > 6
     assert math.isnan(found[0]["errors"]["sum"]), "one number has no standard error"
@@ -268,6 +273,27 @@ def test_a_mistake_is_a_sentence(tmp_path, metric):
     make(tmp_path, {"copy": None})
     with pytest.raises((ConfigError, RunError), match=MISTAKES[metric]):
         start(make(tmp_path, {"copy": None}, evaluation__metric=metric))
+
+
+def test_a_run_whose_function_failed_continues_once_it_is_corrected(tmp_path):
+    config = make(tmp_path, {"copy": "mine:broken"}, msft__max_stages=1)
+    with pytest.raises(RunError, match="msft-train resume RUN"):
+        start(config)
+    (tmp_path / "mine.py").write_text(MODULE.replace("1 / 0", "1.0"), encoding="utf-8")
+    resume(config.output_dir)
+    assert evaluated(config.output_dir)[0]["metrics"]["copy"] == 1.0
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(
+        ConfigError, match=r"there is no file .*mine\.py with the function 'broken'"
+    ):
+        load_config(Path(config.output_dir) / "config.yaml")
+
+
+def test_a_run_by_relative_change_says_that_no_answer_is_right(tmp_path):
+    changes = {"evaluation__overall": "relative", "train__lr": 1e-4, "msft__max_stages": 1}
+    summary = start(make(tmp_path, {"copy": None}, evaluation__metric="exact_match", **changes))
+    assert summary.never_right
+    assert summary.metric == "relative_change"
 
 
 def test_a_mean_of_different_metrics_is_refused():
