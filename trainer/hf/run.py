@@ -59,6 +59,8 @@ from trainer.training.replay import StageStart
 METHODS = ("msft", "sft", "continual", "single_rollout")
 """The methods that need nothing of a Trainer but evaluations."""
 
+_NO_LOSSES = "gives no losses of single examples"
+
 MakeTrainer = Callable[..., Any]
 """``make_trainer(model, train_dataset, eval_dataset, callbacks, **overrides)`` → a Trainer."""
 
@@ -130,9 +132,10 @@ class MsftRun:
     ) -> None:
         """Check the settings; nothing is written before :meth:`train`."""
         if method not in METHODS:
+            lacks = "takes back no trial steps" if method == "dynamix" else _NO_LOSSES
             raise ConfigError(
-                f"method {method!r} does not work around a Trainer, which gives no losses of "
-                f"single examples: choose one of {', '.join(METHODS)}, or use msft-train"
+                f"method {method!r} does not work around a Trainer, which {lacks}: choose one of "
+                f"{', '.join(METHODS)}, or use msft-train"
             )
         self._make_trainer = make_trainer
         self._given = self.model = model

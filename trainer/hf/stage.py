@@ -115,7 +115,7 @@ class StageCallback(TrainerCallback):
     ) -> None:
         """Request an evaluation if one is due."""
         self._session.global_step = self._first_step + state.global_step
-        self._lr = kwargs["optimizer"].param_groups[0]["lr"]
+        self._lr = float(kwargs["optimizer"].param_groups[0]["lr"])
         if self.decision is not None or self._schedule is None:
             control.should_training_stop = True
             return

@@ -242,6 +242,21 @@ def test_an_adapter_is_rolled_back_and_resumed(config, mixture, tmp_path):
     assert resumed.checkpoint.logical_bytes < full / 10
 
 
+def with_a_tensor_as_rate(model, **arguments):
+    """The optimizers of torchao hold the learning rate as a tensor."""
+    rate = torch.tensor(0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    trainer = make_trainer(model, **arguments)
+    trainer.optimizer = optimizer
+    return trainer
+
+
+def test_a_learning_rate_that_is_a_tensor_is_recorded(config, mixture, tmp_path):
+    run_in(tmp_path, config, mixture, make=with_a_tensor_as_rate)
+    trained = [r for r in read(tmp_path / "journal.jsonl") if r["event"] == "trained"]
+    assert {round(record["lr"], 6) for record in trained} == {0.02}
+
+
 class Stopper(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
@@ -281,6 +296,7 @@ def test_a_trainer_that_cannot_be_a_stage_is_refused(config, mixture, tmp_path, 
     ("changes", "message"),
     [
         ({"method": "ies"}, "no losses of single examples"),
+        ({"method": "dynamix"}, "'dynamix' does not work around a Trainer, which takes back no"),
         ({"metric": "rouge"}, "give mode="),
         ({"msft_window": 2}, "msft_window"),
         ({"mode": "max", "metric": "blue"}, "reports no metric 'blue'"),
