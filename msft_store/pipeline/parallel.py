@@ -14,8 +14,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -30,19 +30,52 @@ Encoding a chunk of 4 MiB takes up to 40 MB of memory, and eight threads keep up
 def in_order(
     function: Callable[[_T], _R], items: Iterator[_T], workers: int = WORKERS
 ) -> Generator[_R, None, None]:
-    """Map in threads and yield the results in order; compute at most ``2 * workers`` ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[_R]] = deque()
+    """Map in threads and yield the results in order; compute at most ``2 * workers`` ahead.
+
+    The calling thread is one of the workers while it waits for a result, because more threads than
+    cores would wait for each other.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers - 1) as pool:
+        pending: deque[_Task[_T, _R]] = deque()
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                pending.append(_Task(function, item, pool))
                 if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
+                    yield _first_result(pending)
             while pending:
-                yield pending.popleft().result()
+                yield _first_result(pending)
         finally:
-            for future in pending:
-                future.cancel()
+            for task in pending:
+                task.future.cancel()
+
+
+class _Task(Generic[_T, _R]):
+    """A call that a thread of a pool makes, unless another thread makes it before."""
+
+    def __init__(self, function: Callable[[_T], _R], item: _T, pool: Executor) -> None:
+        self._function, self._item = function, item
+        self.future = pool.submit(function, item)
+
+    def run_here(self) -> bool:
+        """Make the call in this thread unless it was begun already; return True if it was not."""
+        if not self.future.cancel():
+            return False
+        self.future = Future()
+        try:
+            self.future.set_result(self._function(self._item))
+        except BaseException as error:
+            self.future.set_exception(error)
+        return True
+
+
+def _first_result(pending: deque[_Task[_T, _R]]) -> _R:
+    """Remove the first task and return its result; meanwhile make calls that nobody has begun."""
+    while not pending[0].future.done() and any(task.run_here() for task in pending):
+        pass
+    return pending.popleft().future.result()
 
 
 def for_each(function: Callable[[_T], object], items: Iterator[_T], workers: int = WORKERS) -> None:

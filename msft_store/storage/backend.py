@@ -288,6 +288,10 @@ def read_file_into(path: str | Path, offset: int, target: memoryview) -> int:
     return filled
 
 
+_WRITE_BUFFER = 1 << 20
+"""Bytes that are collected before they are written, so that threads seldom wait for a write."""
+
+
 class _LocalWriter:
     def __init__(self, root: Path, folders: _Folders, confirm: Callable[[], None]) -> None:
         self.position = 0
@@ -297,7 +301,7 @@ class _LocalWriter:
         self._path = root / TEMPORARY / f"{os.getpid()}-{uuid.uuid4().hex}"
         with translate_os_errors("create", self._path):
             make_unlinked_folder(self._path.parent)
-            self._file = self._path.open("xb")
+            self._file = self._path.open("xb", buffering=_WRITE_BUFFER)
 
     def write(self, data: bytes | memoryview) -> None:
         with translate_os_errors(f"write {len(data)} more bytes to", self._path):

@@ -1,4 +1,4 @@
-"""``for_each`` calls a function once for each item, and stops at an error."""
+"""``for_each`` calls a function once for each item, ``in_order`` yields the results in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from msft_store.pipeline.parallel import for_each
+from msft_store.pipeline.parallel import for_each, in_order
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -51,3 +51,51 @@ def test_an_error_of_the_items_is_raised(workers: int) -> None:
 
     with pytest.raises(KeyError, match="items"):
         for_each(lambda _: None, items(), workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_results_come_in_the_order_of_the_items(workers: int) -> None:
+    assert list(in_order(lambda item: item * item, iter(range(50)), workers)) == [
+        item * item for item in range(50)
+    ]
+
+
+def test_the_caller_works_while_the_first_result_is_not_ready() -> None:
+    caller, begun = threading.get_ident(), threading.Event()
+
+    def work(item: int) -> int:
+        if threading.get_ident() == caller:
+            begun.set()
+        else:
+            # Nothing but the caller can end this wait.
+            assert begun.wait(timeout=60)
+        return item
+
+    assert list(in_order(work, iter(range(9)), 2)) == list(range(9))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_an_error_is_raised_where_its_result_would_come(workers: int) -> None:
+    def work(item: int) -> int:
+        if item >= 3:
+            raise ValueError(item)
+        return item
+
+    results = in_order(work, iter(range(20)), workers)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="3"):
+        next(results)
+
+
+def test_only_a_few_results_are_computed_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = in_order(lambda item: item, items(), 2)
+    assert next(results) == 0
+    assert len(taken) <= 6
+    results.close()
