@@ -271,6 +271,16 @@ def _check_precision(config: Config) -> None:
         raise ConfigError(
             "train.compute_dtype is for weights in float32: remove it, or set model.dtype float32"
         )
+    if config.train.stochastic_rounding and trained != "bfloat16":
+        raise ConfigError(
+            f"train.stochastic_rounding is for weights in bfloat16, but {key} is {trained}: remove "
+            "it"
+        )
+    if config.train.optimizer.endswith("bit") and find_spec("torchao") is None:
+        raise ConfigError(
+            f"train.optimizer {config.train.optimizer} needs torchao, which is not installed: `pip "
+            "install torchao`, or take adam"
+        )
     if config.snapshot_dtype is not None and trained != "float32":
         raise ConfigError(
             f"snapshot_dtype {config.snapshot_dtype} rounds nothing, because {key} is {trained}: "

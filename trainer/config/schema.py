@@ -200,7 +200,10 @@ class TrainConfig:
         compute_dtype: Dtype of the computation with float32 weights, by autocast. This is faster
             if the device supports it, and small updates of the weights are not lost. ``None``: the
             dtype of the weights.
-        optimizer: Adam or AdamW, with moments in the dtype of the weights.
+        optimizer: Adam or AdamW, with moments in the dtype of the weights; or one of these with
+            moments of 8 or 4 bits by torchao, which compiles its step for each shape of weights.
+        stochastic_rounding: Round bf16 weights up or down at random after each step, so that small
+            updates are not lost on average. More weights change, and rollback points take more.
         lr: Peak learning rate.
         betas: Decay of the running means of gradient and squared gradient.
         eps: Added to the denominator of an update.
@@ -221,7 +224,8 @@ class TrainConfig:
     """
 
     compute_dtype: Literal["bfloat16"] | None = None
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "adam8bit", "adamw8bit", "adam4bit", "adamw4bit"] = "adam"
+    stochastic_rounding: bool = False
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -127,6 +127,8 @@ def prepare_sharding(config: Config, accelerator: Accelerator) -> None:
         "max_disk": config.max_disk is not None,
         "msft.optimizer_on_rollback=restore": config.restores_optimizer,
         "lora": config.lora is not None,
+        f"train.optimizer={config.train.optimizer}": config.train.optimizer.endswith("bit"),
+        "train.stochastic_rounding": config.train.stochastic_rounding,
         "method=dynamix": config.method == "dynamix",
     }
     unsupported = [name for name, is_set in settings.items() if is_set]

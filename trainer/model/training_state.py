@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch.distributed.tensor import DTensor
 
 from msft_store import Store
 from msft_store.integrations.training_state import (
@@ -31,19 +32,28 @@ from trainer.errors import RunError
 
 PREFIX = "trainer."
 """Prefix of all tensors that are not weights; no weight's name may begin with it."""
+_PACKED = "packed"
 _OPTIMIZER, _RNG = f"{PREFIX}optimizer.", f"{PREFIX}rng"
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
-    """Return an optimizer's state, named ``{parameter number}.{key}``; empty if it is fresh."""
+    """Return an optimizer's state, named ``{parameter number}.{key}``; empty if it is fresh.
+
+    Moments in few bits are several tensors each, under names that begin with ``packed``.
+    """
     states = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+    named = {f"{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+    packed = {n: value for n, value in named.items() if type(value) not in (torch.Tensor, DTensor)}
+    plain = {name: value for name, value in named.items() if name not in packed}
+    return {**plain, **(to_tensors(packed, _PACKED) if packed else {})}
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Load the state that :func:`optimizer_tensors` returned into an optimizer."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    plain = {n: tensor for n, tensor in tensors.items() if not n.startswith(_PACKED)}
+    packed = from_tensors(tensors, _PACKED) if len(plain) < len(tensors) else {}
+    for name, tensor in {**plain, **packed}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]

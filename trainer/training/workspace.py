@@ -147,7 +147,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
         model = loaded.model
         compute_dtype = config.train.compute_dtype
         shards = shard_model(accelerator, model, directory / STORE, compute_dtype=compute_dtype)
-        optimizer: Any = make_optimizer(config.train, model)
+        optimizer: Any = make_optimizer(config.train, model, seed=config.seed)
         if shards is None:
             model, optimizer = accelerator.prepare(model, optimizer)
         work = Workspace(
