@@ -43,6 +43,7 @@ class GoesBack:
 
     def __init__(self):
         self._middle = None
+        self.stage, self.evaluations, self.modes = self.first_stage(), [], {}
 
     def first_stage(self):
         return Stage(number=1, active=NAMES, epochs=3.0)
