@@ -71,6 +71,7 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.disk
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.bookkeeping
+	$(BIN)/python -m bench.driver
 	$(BIN)/python -m bench.huggingface
 	$(BIN)/python -m bench.imports
 	$(BIN)/python -m bench.first_save

@@ -46,6 +46,11 @@ OTHER_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "model.dtype": (_MODEL_DTYPE, ("torch_dtype", "bf16", "fp16", "fp32", "float16", "bfloat16")),
+    "model.revision": ("", ("model_revision",)),
+    "model.quantization": (
+        "nf4 or int8, with lora",
+        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_config", "quantize"),
+    ),
     "model.gradient_checkpointing": (
         "",
         ("activation_checkpointing", "use_gradient_checkpointing"),
@@ -65,6 +70,7 @@ OTHER_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "all linear layers by default",
         ("lora_target_modules", "lora_target", "lora_target_linear"),
     ),
+    "lora.modules_to_save": ("", ("lora_modules_to_save", "additional_target")),
     "lora.rslora": ("", ("use_rslora", "lora_use_rslora", "peft_use_rslora")),
     "data.sub_datasets": (
         "a name for each, with its files",
@@ -95,6 +101,11 @@ OTHER_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "block_size",
             "model_max_length",
         ),
+    ),
+    "train.stochastic_rounding": ("", ("bf16_stochastic_round", "stochastic_round")),
+    "train.loss_average": (
+        "over tokens, examples or micro_batches",
+        ("average_tokens_across_devices", "loss_reduction", "num_items_in_batch"),
     ),
     "data.over_length": ("", ("excess_length_strategy", "truncation", "truncation_mode")),
     "data.loss_on": (
