@@ -6,7 +6,8 @@ evaluation to the end of the step before the next one, with logging. What MsftRu
 count of tokens, the journal, and the commit of the evaluation before, which goes on in the
 background. Evaluations themselves are not in it. The time is that of the processor, because the
 machine may do other work: of the thread that trains, and of all threads. The ratios are those of
-one round.
+one round, and differ by more than what is measured. So MsftRun's own calls are timed, too, and what
+other threads take, which is the commit.
 
 Example::
 
@@ -21,9 +22,11 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -45,15 +48,18 @@ from trainer.data.examples import Example
 from trainer.data.load import load_mixture
 from trainer.data.schedule import stage_schedule
 from trainer.hf import MsftRun
+from trainer.hf.stage import StageCallback
+from trainer.hf.token_counter import TokenCounter
 from trainer.model.forward import IGNORED
 from trainer.model.load import load_model
 from trainer.text import Table
 from trainer.training.workspace import quiet_libraries
 
 OUTPUT = DATA / "driver"
-ROUNDS = 5
+ROUNDS = 4
 EVAL_EVERY = 0.5
 COMMON = ("method=sft", "msft.compute_budget=1", "train.batch_size=16", "train.micro_batch_size=16")
+OWN = "own calls"
 MODES = {"thread": time.thread_time, "process": time.process_time}
 
 
@@ -62,7 +68,7 @@ class Windows(TrainerCallback):
     """Times the windows between evaluations that are due after the given steps."""
 
     evaluations: Sequence[int]
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*MODES, OWN), 0.0))
     _began: dict[str, float] = field(default_factory=dict)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,6 +81,35 @@ class Windows(TrainerCallback):
         if state.global_step in self.evaluations:
             for mode, clock in MODES.items():
                 self.seconds[mode] += clock() - self._began[mode]
+
+    def timed(self, function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        """Return a function whose time is added to that of the own calls, or taken from it."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds[OWN] += sign * (time.thread_time() - began)
+
+        return call
+
+    @contextmanager
+    def own_calls(self) -> Iterator[None]:
+        """Time the calls of MsftRun at each step: around the Trainer's own step, and after it."""
+        attach = TokenCounter.attach
+
+        def timed_attach(counter: TokenCounter, trainer: Any) -> None:
+            trainer.training_step = self.timed(trainer.training_step, -1)
+            attach(counter, trainer)
+            trainer.training_step = self.timed(trainer.training_step)
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(TokenCounter, "attach", timed_attach))
+            for name in ("on_step_end", "on_log"):
+                method = self.timed(getattr(StageCallback, name))
+                stack.enter_context(patch.object(StageCallback, name, method))
+            yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +173,7 @@ def driven(task: Task) -> Mapping[str, float]:
         )
 
     names = sorted(task.training_sets)
-    MsftRun(
+    run = MsftRun(
         make_trainer,
         load_model(task.config.model).model,
         {name: (task.training_sets[name], task.validation_sets[name]) for name in names},
@@ -147,7 +182,9 @@ def driven(task: Task) -> Mapping[str, float]:
         method="sft",
         compute_budget=task.config.msft.compute_budget,
         eval_every=EVAL_EVERY,
-    ).train()
+    )
+    with windows.own_calls():
+        run.train()
     return windows.seconds
 
 
@@ -163,22 +200,29 @@ def measure(task: Task, rounds: int) -> dict[str, list[dict[str, float]]]:
 
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Return a Markdown table of the medians, and of the ratios of the rounds."""
+    alone_all, driven_all = found["alone"], found["driven"]
+    own = [round_["thread"] for round_ in alone_all]
+    others = [round_["process"] - round_["thread"] for round_ in driven_all]
     rows = []
     for mode, words in (("thread", "the thread that trains"), ("process", "all threads")):
-        own, ours = ([one[mode] for one in found[name]] for name in ("alone", "driven"))
-        shares = [b / a - 1 for a, b in zip(own, ours, strict=True)]
-        rows.append(
-            (
-                words,
-                f"{statistics.median(own):.2f}",
-                f"{statistics.median(ours):.2f}",
-                f"{statistics.median(shares):.2%}",
-                f"{min(shares):.2%}",
-                f"{max(shares):.2%}",
-            )
-        )
-    header = ("processor seconds of", "Trainer", "driven", "overhead, median", "least", "most")
+        more = [d[mode] - a[mode] for a, d in zip(alone_all, driven_all, strict=True)]
+        rows.append(_row(f"{words}: driven less alone", own, more))
+    rows.append(_row("MsftRun's own calls", own, [round_[OWN] for round_ in driven_all]))
+    rows.append(_row("other threads", own, others))
+    header = ("processor seconds", "Trainer alone", "more", "share, median", "least", "most")
     return Table(header=header, rows=rows).to_markdown()
+
+
+def _row(words: str, alone: Sequence[float], more: Sequence[float]) -> tuple[str, ...]:
+    shares = [seconds / base for seconds, base in zip(more, alone, strict=True)]
+    return (
+        words,
+        f"{statistics.median(alone):.2f}",
+        f"{statistics.median(more):.2f}",
+        f"{statistics.median(shares):.2%}",
+        f"{min(shares):.2%}",
+        f"{max(shares):.2%}",
+    )
 
 
 def make_task(config: Config) -> Task:
