@@ -137,8 +137,9 @@ def select_content(
     if config is not None and not is_adapter and (mended := mend_dtype(config, chosen.tensors)):
         config = mended
         written[CONFIG] = f"{json.dumps(mended, indent=2, sort_keys=True)}\n".encode()
+    adapter = written.get(ADAPTER_CONFIG) or read_place(copied.get(ADAPTER_CONFIG))
     doubts = (
-        find_adapter_doubts(chosen.adapter or {}, chosen.tensors)
+        find_adapter_doubts(parse_config(adapter) or {}, chosen.tensors)
         if is_adapter
         else find_doubts(
             config, chosen.tensors, base, names, is_recorded, counterparts=chosen.counterparts

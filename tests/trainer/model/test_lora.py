@@ -58,6 +58,8 @@ def records(at, event):
 
 def test_the_adapter_alone_is_trained_and_stored(config, finished):
     store = Store.open(finished / "store")
+    # Nothing of an adapter is in the base, so that its absence would only be warned of.
+    assert store.get("result").base is None
     names = set(store.tensors(store.get("result")))
     assert names == set(weights_of(load_for_training(config).model))
     assert all(".lora_" in name for name in names)
@@ -104,6 +106,15 @@ def test_modules_to_save_are_trained_stored_and_written_whole(config, with_head)
     assert stored[head].shape == before.shape
     assert not torch.equal(stored[head], before)
     assert not any("modules_to_save" in name or "original_module" in name for name in stored)
+
+
+def test_an_export_warns_of_what_peft_would_round_besides_the_adapter(
+    finished, with_head, tmp_path, caplog
+):
+    Store.open(finished / "store").export("result", tmp_path / "adapter")
+    assert caplog.text == ""
+    Store.open(with_head / "store").export("result", tmp_path / "with_head")
+    assert "1 tensor besides the adapter (base_model.model.lm_head.weight)" in caplog.text
 
 
 @pytest.mark.parametrize("directory", ["finished", "with_head"])
