@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file
 
 from msft_store import Store
-from msft_store.codec import rehearsal
+from msft_store.codec import compilation, rehearsal
 from msft_store.codec.compilation import NUMBA_VARIABLE
 from tests.support.children import LONG, ended
 from tests.support.pairs import COMPILED
@@ -158,6 +158,12 @@ def test_after_a_rehearsal_no_chunk_makes_numba_compile_anything() -> None:
     program = [sys.executable, "-m", "tests.support.rehearsed"]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=LONG)
     assert done.stdout.splitlines() == ["nothing is compiled"], done.stderr
+
+
+def test_a_cached_loop_belongs_to_the_sources_of_all_loops() -> None:
+    caches = [getattr(loop, "_cache", None) for loop in vars(COMPILED).values()]
+    stamps = {cache._cache_file._source_stamp for cache in caches if hasattr(cache, "_cache_file")}
+    assert stamps == {compilation.digest_sources()}
 
 
 def fill_cache(machine: Machine) -> None:
