@@ -73,7 +73,7 @@ def encode(found: ChunkChanges, layout: FloatLayout, compiled: Any) -> bytes:
     histogram = np.zeros((zero_context(found) + 1) * SYMBOLS, np.int64)
     low_bits = exponent_codec.write_low_bits(parts, histogram)
     levels = rans.compute_levels(histogram)
-    tables = table_coder.encode_tables(levels, None)
+    tables = table_coder.encode_tables(levels)
     packed = rans.compute_frequencies(levels)
     coded = [rans.encode(part, packed, count_coders(part.size)) for part, _, _ in parts]
     numbers = (found.symbols.size, found.gaps.size, runs.size, len(tables), len(low_bits), least)
@@ -186,7 +186,7 @@ def _open_streams(payload: bytes, size: int, layout: FloatLayout) -> _Streams:
         raise ValueError("a compact chunk has impossible exponents")
     listing = Listing(low=low, high=high, busy=busy, runs=None)
     tables = payload[at : at + table_bytes]
-    levels = table_coder.decode_tables(tables, zero_context(listing) + 1, None)
+    levels = table_coder.decode_tables(tables, zero_context(listing) + 1)
     at += table_bytes
     # The loops read two words beyond the last one.
     low_bits = payload[at : at + low_bytes] + bytes(8 + -low_bytes % 4)

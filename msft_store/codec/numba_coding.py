@@ -3,7 +3,7 @@
 Example::
 
     packed = compute_frequencies(levels)
-    words = encode(symbols, packed, coders)
+    words = encode_words(symbols, packed, invert_shares(packed), coders)
     decoded, used = decode(words, contexts, packed, build_slots(packed), coders)
 """
 
@@ -106,12 +106,6 @@ def encode_words(symbols: Any, packed: Any, inverse: Any, coders: Any) -> Any:
         words[at - one] = uint16(state[coder] >> uint32(16))
         at -= uint64(2)
     return words[at + one :]
-
-
-@compile_loop
-def encode(symbols: Any, packed: Any, coders: Any) -> Any:
-    """See :func:`msft_store.codec.rans.encode`."""
-    return encode_words(symbols, packed, invert_shares(packed), coders)
 
 
 @compile_loop

@@ -139,17 +139,15 @@ def replace_levels(histogram: Any) -> Any:
 @compile_loop
 def write_tables(levels: Any, columns: Any) -> Any:
     """Return the tables as :func:`msft_store.codec.table_coder.encode_tables` does."""
-    used = 0
+    used, contexts = 0, levels.size // SYMBOLS
     for i in range(levels.size):
         used += levels[i] > 0
-    data = np.zeros(
-        1 + table_coder.MAX_LEVEL_BYTES * (used + levels.size // SYMBOLS // 64 + 1), np.uint8
-    )
+    # A decision takes at most eleven bits, and an empty row or cell takes one decision.
+    longest = table_coder.MAX_LEVEL_BYTES * used + 2 * contexts * (columns + 1)
+    data = np.empty(longest + 8, np.uint8)
     data[0] = columns - 1
     one, other = np.zeros(table_coder.COUNTERS, np.int32), np.zeros(table_coder.COUNTERS, np.int32)
-    size = 1 + code_levels(
-        True, data[1:], levels, levels.size // SYMBOLS, columns, one, other, RATES
-    )
+    size = 1 + code_levels(True, data[1:], levels, contexts, columns, one, other, RATES)
     while size > 1 and data[size - 1] == 0:
         size -= 1
     return data[:size]

@@ -15,15 +15,21 @@ from __future__ import annotations
 from msft_store.codec.numba_coding import (
     apply_changes,
     build_slots,
-    code_levels,
     code_symbols,
     compute_exponents,
     compute_frequencies,
     decode,
-    encode,
+    encode_words,
+    invert_shares,
     read_distances,
 )
-from msft_store.codec.numba_compact import decode_payload, encode_payload, proves
+from msft_store.codec.numba_compact import (
+    decode_payload,
+    encode_payload,
+    proves,
+    read_tables,
+    write_tables,
+)
 from msft_store.codec.numba_planes import join_rotated_planes, split_rotated_planes
 from msft_store.codec.numba_search import find_changes, locate_listed, plan_listing
 from msft_store.codec.numba_setup import describe_target
@@ -32,22 +38,24 @@ __all__ = [
     "apply_changes",
     "build_slots",
     "cache_folder",
-    "code_levels",
     "code_symbols",
     "compute_exponents",
     "compute_frequencies",
     "decode",
     "decode_payload",
     "describe_target",
-    "encode",
     "encode_payload",
+    "encode_words",
     "find_changes",
+    "invert_shares",
     "join_rotated_planes",
     "locate_listed",
     "plan_listing",
     "proves",
     "read_distances",
+    "read_tables",
     "split_rotated_planes",
+    "write_tables",
 ]
 
 

@@ -4,13 +4,13 @@ A table holds a level for each symbol that its context has. Neighbouring context
 same symbols, a symbol is about as frequent as that of the opposite direction, and the frequencies
 fall slowly with the distance. So each decision has two counters: one by the place of the decision,
 and one by the levels around it. ``docs/FORMAT.md``, section 5, defines the terms. As in
-:mod:`msft_store.codec.arithmetic_coder`, the same source runs compiled on arrays and interpreted on
-lists, with the same bytes.
+:mod:`msft_store.codec.arithmetic_coder`, the same source runs compiled on arrays
+(:mod:`msft_store.codec.numba_compact`) and interpreted on lists, with the same bytes.
 
 Example::
 
-    data = encode_tables(levels, compiled)            # levels: uint8, a row of 256 for each context
-    assert (decode_tables(data, contexts, compiled) == levels).all()
+    data = encode_tables(levels)                      # levels: uint8, a row of 256 for each context
+    assert (decode_tables(data, contexts) == levels).all()
 """
 
 from __future__ import annotations
@@ -32,39 +32,34 @@ _FIRST_LEVEL = 24
 _HIGHEST_LEVEL = LEVELS.size
 
 
-def encode_tables(levels: Array, compiled: Any) -> bytes:
+def encode_tables(levels: Array) -> bytes:
     """Return the bytes of the tables: the number of columns less 1, then the decisions."""
     table = levels.reshape(-1, SYMBOLS)
     columns = np.flatnonzero(table.any(axis=0))
     used = int(columns[-1]) + 1 if columns.size else 1
     data = np.zeros(MAX_LEVEL_BYTES * (np.count_nonzero(table) + table.size // 64 + 1), np.uint8)
-    size = _code(True, data, levels.astype(np.int64), (len(table), used), compiled)
+    size = _code(True, data, levels.astype(np.int64), (len(table), used))
     # A reader reads zeros beyond the end.
     return bytes([used - 1]) + data[:size].tobytes().rstrip(b"\0")
 
 
-def decode_tables(data: bytes, contexts: int, compiled: Any) -> Array:
+def decode_tables(data: bytes, contexts: int) -> Array:
     """Return the levels of all contexts, uint8; :class:`ValueError` if the tables are damaged."""
     if not data:
         raise ValueError("a compact chunk has no tables")
     levels = np.zeros(contexts * SYMBOLS, np.int64)
     coded = np.frombuffer(bytearray(data[1:]), np.uint8)
-    read = _code(False, coded, levels, (contexts, data[0] + 1), compiled)
+    read = _code(False, coded, levels, (contexts, data[0] + 1))
     if read < coded.size:
         raise ValueError("a compact chunk has impossible tables")
     return levels.astype(np.uint8)
 
 
-def _code(encoding: bool, data: Array, levels: Array, shape: tuple[int, int], compiled: Any) -> int:
-    used: int
-    if compiled is not None:
-        counters = np.zeros(COUNTERS, np.int32), np.zeros(COUNTERS, np.int32)
-        used = compiled.code_levels(encoding, data, levels, *shape, *counters, RATES)
-        return used
+def _code(encoding: bool, data: Array, levels: Array, shape: tuple[int, int]) -> int:
     # Interpreted code is much faster on lists than on arrays, and their integers never overflow.
     listed = levels.tolist()
     one, other = [0] * COUNTERS, [0] * COUNTERS
-    used = code_levels(encoding, data.data, listed, *shape, one, other, RATES.tolist())
+    used: int = code_levels(encoding, data.data, listed, *shape, one, other, RATES.tolist())
     levels[:] = listed
     return used
 

@@ -3,7 +3,7 @@
 Example::
 
     changes = find_older_changes(new, old, layout, compiled)
-    payload = encode_classes(changes, compiled)               # or
+    payload = encode_classes(changes)                         # or
     payload = encode_adaptive(old, layout, changes, compiled)
 """
 
@@ -42,16 +42,15 @@ def find_older_changes(new: Lanes, old: Lanes, layout: FloatLayout, compiled: An
     return replace(found, symbols=symbols.astype(np.uint16))
 
 
-def encode_classes(found: ChunkChanges, compiled: Any) -> bytes:
+def encode_classes(found: ChunkChanges) -> bytes:
     """Return the payload of codec 6."""
     histogram = np.zeros((FIRST_CLASS + found.high - found.low + 1) * SYMBOLS, np.int64)
     plain = exponent_codec.list_runs_and_gaps(found)
     parts = [(*plain, EXTRA_BITS), (found.symbols, found.distances, EXTRA_BITS)]
     low_bits = exponent_codec.write_low_bits(parts, histogram)
-    coder = rans if compiled is None else compiled
     levels = rans.compute_levels(histogram)
-    packed = coder.compute_frequencies(levels)
-    coded = [coder.encode(part, packed, rans.count_coders(part.size)) for part, _, _ in parts]
+    packed = rans.compute_frequencies(levels)
+    coded = [rans.encode(part, packed, rans.count_coders(part.size)) for part, _, _ in parts]
     return _join(found, _encode_tables(levels), low_bits, b"".join(c.tobytes() for c in coded))
 
 

@@ -88,7 +88,7 @@ def packed(
     found = find_older_changes(new, old, layout(dtype), compiled)
     if codec is adaptive_codec:
         return encode_adaptive(old, layout(dtype), found, compiled)
-    return encode_classes(found, compiled)
+    return encode_classes(found)
 
 
 def check(dtype: DType, new: Lanes, old: Lanes, codec: ModuleType = compact_codec) -> bytes:

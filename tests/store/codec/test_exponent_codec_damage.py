@@ -80,7 +80,7 @@ def test_a_header_that_lies_costs_no_memory(field: int) -> None:
 
 def crafted(old: Lanes, found: ChunkChanges, **changed: Any) -> list[bytes | None]:
     """Return the outcomes of a payload with crafted changes."""
-    return outcomes(encode_classes(replace(found, **changed), None), old, BF16)
+    return outcomes(encode_classes(replace(found, **changed)), old, BF16)
 
 
 def with_tables(payload: bytes, rows: bytes) -> bytes:
@@ -185,7 +185,7 @@ def test_every_limit_of_busy_exponents_fits_every_type(dtype: DType, busy: int) 
         symbols=np.full(count, 2 << 8 | 1 << 2, np.uint16),
         distances=np.ones(count, np.uint32),
     )
-    one, other = outcomes(encode_classes(found, None), old, dtype)
+    one, other = outcomes(encode_classes(found), old, dtype)
     assert one == other
     assert one is not None
     assert np.count_nonzero(np.frombuffer(one, old.dtype) != old) == count
@@ -209,14 +209,14 @@ def test_a_context_without_a_table_is_refused(old: Lanes, found: ChunkChanges) -
 
 
 def test_runs_beside_the_mark_of_all_blocks_are_refused(old: Lanes, found: ChunkChanges) -> None:
-    payload = bytearray(encode_classes(found, None))
+    payload = bytearray(encode_classes(found))
     payload[23] |= 0x80
     assert outcomes(bytes(payload), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("extra", [-4, -1, 1, 2, 4])
 def test_low_bits_and_words_fit_exactly(old: Lanes, found: ChunkChanges, extra: int) -> None:
-    payload = encode_classes(found, None)
+    payload = encode_classes(found)
     if extra > 0:
         assert outcomes(payload + bytes(extra), old, BF16) == [None, None]
     else:
@@ -235,13 +235,13 @@ def test_low_bits_and_words_fit_exactly(old: Lanes, found: ChunkChanges, extra: 
 def test_tables_of_another_shape_are_refused(
     old: Lanes, found: ChunkChanges, rows: int, columns: int
 ) -> None:
-    payload = encode_classes(replace(found, low=5, high=5), None)
+    payload = encode_classes(replace(found, low=5, high=5))
     assert outcomes(with_tables(payload, bytes(rows * columns)), old, BF16) == [None, None]
 
 
 @pytest.mark.parametrize("level", [50, 255])
 def test_levels_that_do_not_exist_are_refused(old: Lanes, found: ChunkChanges, level: int) -> None:
-    payload = encode_classes(replace(found, low=5, high=5), None)
+    payload = encode_classes(replace(found, low=5, high=5))
     assert outcomes(with_tables(payload, bytes([level, 0, 0])), old, BF16) == [None, None]
 
 
@@ -251,12 +251,12 @@ def test_any_tables_have_the_same_outcome_in_both_implementations(levels: bytes,
     new, old = pair_of(BF16, 300, "one class", seed)
     table = np.frombuffer(levels[: len(levels) // 3 * 3], np.uint8).reshape(3, -1) % 50
     steps = np.diff(table, axis=0, prepend=np.zeros((1, table.shape[1]), np.uint8))
-    payload = encode_classes(find_older_changes(new, old, layout(BF16), None), None)
+    payload = encode_classes(find_older_changes(new, old, layout(BF16), None))
     one, other = outcomes(with_tables(payload, steps.tobytes()), old, BF16)
     assert one == other
 
 
 def test_tables_that_decompress_without_end_are_refused(old: Lanes, found: ChunkChanges) -> None:
-    payload = encode_classes(found, None)
+    payload = encode_classes(found)
     for rows in (bytes(1 << 26), bytes(257 * 3)):
         assert outcomes(with_tables(payload, rows), old, BF16) == [None, None]
