@@ -59,6 +59,7 @@ def check_mixture(sub_datasets: Mapping[str, tuple[Any, Any]]) -> Mixture:
                 )
             if not len(rows):
                 raise ConfigError(f"the {kind} set of {name!r} is empty")
+    _check_columns({name: pair[0] for name, pair in sorted(sub_datasets.items())})
     return Mixture(
         training_sets={name: pair[0] for name, pair in sorted(sub_datasets.items())},
         validation_sets={name: pair[1] for name, pair in sorted(sub_datasets.items())},
@@ -74,7 +75,7 @@ def concatenate(sets: Sequence[Any]) -> Any:
         return [row for rows in sets for row in rows]
     if all(isinstance(rows, Dataset) for rows in sets):
         return ConcatDataset(sets)
-    if type(first).__module__.partition(".")[0] == "datasets":
+    if _is_table(first):
         from datasets import concatenate_datasets  # noqa: PLC0415
 
         return concatenate_datasets(list(sets))
@@ -82,3 +83,23 @@ def concatenate(sets: Sequence[Any]) -> Any:
         f"sets of the kind {type(first).__name__} cannot be joined: give data sets of the package "
         "datasets, of torch, or lists of rows"
     )
+
+
+def _is_table(rows: Any) -> bool:
+    """Return True for a data set of the package datasets, which may not be installed."""
+    return type(rows).__module__.partition(".")[0] == "datasets"
+
+
+def _check_columns(training_sets: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` if joined tables would have rows of different shapes.
+
+    The package datasets fills a column that a set lacks with None, and a Trainer takes the shape
+    of all rows from the columns.
+    """
+    columns = {name: rows.column_names for name, rows in training_sets.items() if _is_table(rows)}
+    if columns and not set.intersection(*map(set, columns.values())):
+        listed = "; ".join(f"{name!r} has {', '.join(has)}" for name, has in columns.items())
+        raise ConfigError(
+            f"the sub-datasets have no column in common: {listed}. A Trainer reads all rows in one "
+            "form: give all sets the same columns, for example with map"
+        )

@@ -308,19 +308,23 @@ class Loop:
         examples = self._work.split("validation")[name]
         text = self._evaluator.generate(self._work.model, examples[0])
         rule, reference = AnswerRule.of(settings), examples[0].reference
+        found = "evaluation.answer_pattern is not set, so these whole texts are the answers"
+        if settings.answer_pattern:
+            found = (
+                f"evaluation.answer_pattern {settings.answer_pattern!r} finds "
+                f"{rule.find(text)[:_SHOWN]!r} in the first and "
+                f"{rule.find(reference)[:_SHOWN]!r} in the second"
+            )
         if self._work.accelerator.is_main_process:
             _log.warning(
                 "warning: no answer was right in %d evaluations. For an example of %s the model "
-                "generates %r; the reference is %r. evaluation.answer_pattern %r finds %r in the "
-                "first and %r in the second. If these should be equal, change answer_pattern, "
-                "answer or max_new_tokens",
+                "generates %r; the reference is %r. %s. If these should be equal, change "
+                "answer_pattern, answer or max_new_tokens",
                 _TELLING,
                 name,
                 text[:_SHOWN],
                 reference[:_SHOWN],
-                settings.answer_pattern,
-                rule.find(text)[:_SHOWN],
-                rule.find(reference)[:_SHOWN],
+                found,
             )
 
     def _save_rollback_point(

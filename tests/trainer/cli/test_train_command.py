@@ -59,6 +59,7 @@ def test_a_run_without_a_right_answer_says_so_and_does_not_end_with_the_base(cap
     assert code == 4
     assert err.count("no answer was right in 2 evaluations") == 1
     assert "the reference is" in err
+    assert "answer_pattern is not set" in err
     assert "No answer was right in any evaluation" in err
     report = (directory / "run" / "report.md").read_text(encoding="utf-8")
     assert report.splitlines()[2].startswith("No answer was right")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -315,6 +316,13 @@ def test_a_mixture_that_cannot_be_divided_is_refused(config, mixture, tmp_path):
         run_in(tmp_path, config, {"sum": (iter(rows), rows)})
     with pytest.raises(ConfigError, match="is empty"):
         run_in(tmp_path, config, {"sum": (rows, [])})
+
+
+def test_tables_without_a_common_column_are_refused(config, tmp_path):
+    pairs = Dataset.from_list([{"prompt": "1+1=", "completion": "2"}])
+    chats = Dataset.from_list([{"messages": [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(ConfigError, match="'chat' has messages; 'sum' has prompt, completion"):
+        run_in(tmp_path, config, {"sum": (pairs, pairs), "chat": (chats, chats)})
 
 
 def test_msft_run_and_msft_train_do_not_continue_each_others_runs(
