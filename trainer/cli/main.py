@@ -31,13 +31,15 @@ from trainer.data.examples import Example
 from trainer.data.load import load_mixture
 from trainer.distributed import is_peer_failure, this_process
 from trainer.errors import PausedError, TrainerError, first_line
-from trainer.journal import read
+from trainer.journal import effective, read
 from trainer.model.lora import load_for_training
 from trainer.model.metrics import load_metrics
 from trainer.report.flops import ModelSize
+from trainer.report.headroom import diagnose
+from trainer.report.headroom_table import headroom_notes, headroom_table
 from trainer.report.plan import Counts, Plan, plan
 from trainer.report.report import DIVERGED, NEVER_RIGHT, compare_table, write_report
-from trainer.report.summary import Summary
+from trainer.report.summary import Summary, summarize
 from trainer.signals import Interrupted
 from trainer.simulate.policies import OPTIONS, expand_sweeps
 from trainer.simulate.report import simulate_own_policy, simulate_policy
@@ -56,6 +58,7 @@ exit codes:
   2    the command line is wrong
   3    training diverged; the run is over, its result is the best before that
   4    no answer was ever right; the run is over, its result has the lowest loss
+  5    diagnose: MSFT would win nothing
   75   paused: the disk or max_disk has no room; one sentence on stderr says what is needed; then
        continue with `msft-train resume RUN`
   130  interrupted by SIGINT (143 by SIGTERM); continue with `msft-train resume RUN`
@@ -237,6 +240,11 @@ def _resume(options: argparse.Namespace) -> int:
 def _show_end(options: argparse.Namespace, summary: Summary) -> int:
     """Print the summary of a run and return the exit code."""
     _print_summary(options, summary)
+    return _complain_of(summary)
+
+
+def _complain_of(summary: Summary) -> int:
+    """Say that the run diverged or had no right answer, and return the exit code of that."""
     if summary.never_right:
         _complain(f"{summary.method}: {NEVER_RIGHT}")
     if summary.diverged:
@@ -246,6 +254,14 @@ def _show_end(options: argparse.Namespace, summary: Summary) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     _print_summary(options, write_report(options.run))
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    records = read(Path(options.run) / JOURNAL)
+    found = diagnose(effective(records))
+    text = "\n\n".join([headroom_table(found).to_text(), "\n".join(headroom_notes(found))])
+    _print(found.to_dict() if options.json else text)
+    return _complain_of(summarize(records)) or (0 if found.may_pay else 5)
 
 
 def _predictions(options: argparse.Namespace) -> None:
@@ -321,6 +337,12 @@ _COMMANDS: dict[str, _Command] = {
         _add_run,
         "write report, plots and result.json of a run again",
         "runs/demo",
+    ),
+    "diagnose": (
+        _diagnose,
+        _add_run,
+        "say whether MSFT would win something over a run of plain SFT",
+        "runs/sft",
     ),
     "predictions": (
         _predictions,

@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.errors import RunError
 from trainer.journal import effective, mode_of, read, run_started
-from trainer.report.summary import find_result_evaluation
+from trainer.report.flops import find_result_evaluation
 from trainer.text import did_you_mean, printable
 from trainer.training.directory import JOURNAL, PREDICTIONS
 from trainer.training.predictions import (

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from trainer.journal import Record, effective, run_started
+from trainer.journal import Record, effective, run_started, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,14 @@ class Account:
 def find_stop(counted: Sequence[Record]) -> Record | None:
     """Return the decision that ended the run, or ``None`` if it has not ended."""
     return next((record for record in counted if record.get("decision") == "stop"), None)
+
+
+def find_result_evaluation(counted: Sequence[Record]) -> Record | None:
+    """Return the first evaluation of the run's result, or ``None`` if the run has not ended."""
+    stop = find_stop(counted)
+    if stop is None:
+        return None
+    return next(r for r in select(counted, "evaluated") if r["checkpoint"] == stop["checkpoint"])
 
 
 def seqs_on_path(counted: Sequence[Record]) -> set[int]:

@@ -22,13 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from trainer.config.schema import OVERALL
 from trainer.journal import Record, metric_of, mode_of, run_started, select
 from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
-from trainer.report.flops import seqs_on_path
-from trainer.report.summary import (
-    find_result_evaluation,
-    find_roll_backs,
-    find_sub_dataset_peaks,
-    measure_disk_usage,
-)
+from trainer.report.flops import find_result_evaluation, seqs_on_path
+from trainer.report.summary import find_roll_backs, find_sub_dataset_peaks, measure_disk_usage
 from trainer.text import metric_name_text, metric_title
 
 _BLUE, _ORANGE, _RED, _PALE, _GREY = "#1f6fb4", "#d9822b", "#c23b22", "#a9c8e6", "#8a8a8a"

@@ -19,6 +19,7 @@ from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
+from trainer.report.headroom_table import UNKNOWN, headroom_notes, headroom_table
 from trainer.report.plots import draw_curves, draw_disk, draw_loss, to_png
 from trainer.report.summary import Summary, summarize
 from trainer.text import (
@@ -85,6 +86,8 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         _decision_table(counted).to_markdown(),
         *_epoch_0_parts(summary),
         *_divergence_parts(counted),
+        "## Headroom and forgetting",
+        *(_headroom_parts(summary, markdown=True) or [UNKNOWN]),
         "## Disk",
         "Not known before the first commit."
         if summary.disk is None
@@ -98,9 +101,10 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
 
 
 def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -> str:
-    """Return metrics, disk and work of runs of one mixture as text, or as Markdown.
+    """Return metrics, disk, work and headroom of runs of one mixture as text, or as Markdown.
 
-    ``summaries`` maps labels to runs. The base's metrics come from the first run.
+    ``summaries`` maps labels to runs. The base's metrics come from the first run. Headroom and
+    forgetting are those of MSFT, whose first stage is SFT, or else of the first run that has them.
     """
     first = next(iter(summaries.values()))
     tables = [_score_table(summaries), _work_table(summaries)]
@@ -119,7 +123,21 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
         disks = [_markdown_lines(text) for text in disks]
     if text := first.untested_text():
         scores += f"\n\n{text}"
-    return "\n\n".join([head, scores, *disks, work])
+    diagnosed = [summary for summary in summaries.values() if summary.diagnosis is not None]
+    headroom = next(
+        (s for s in diagnosed if s.method == "msft"), diagnosed[0] if diagnosed else None
+    )
+    notes = [] if headroom is None else _headroom_parts(headroom, markdown=markdown)
+    return "\n\n".join([head, scores, *disks, work, *notes])
+
+
+def _headroom_parts(summary: Summary, *, markdown: bool) -> list[str]:
+    """Return headroom and forgetting of a run as a table and sentences; empty if unknown."""
+    if summary.diagnosis is None:
+        return []
+    table = headroom_table(summary.diagnosis)
+    text = table.to_markdown() if markdown else table.to_text()
+    return [text, "\n".join(headroom_notes(summary.diagnosis))]
 
 
 def disk_text(summary: Summary) -> str:

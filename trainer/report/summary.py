@@ -25,8 +25,10 @@ from typing import Any
 from trainer.algorithms.base import Mode
 from trainer.algorithms.peaks import first_best_index, is_better
 from trainer.config.schema import OVERALL
+from trainer.errors import RunError
 from trainer.journal import Record, effective, mode_of, replace_non_finite, run_started, select
-from trainer.report.flops import Account, find_stop
+from trainer.report.flops import Account, find_result_evaluation, find_stop
+from trainer.report.headroom import Diagnosis, diagnose
 from trainer.report.plan import rule_text
 from trainer.text import metric_name_text, metric_title
 
@@ -130,6 +132,8 @@ class Summary:
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
     overall: Scores
+    diagnosis: Diagnosis | None
+    """``None`` where :func:`~trainer.report.headroom.diagnose` raises an error."""
     disk: Disk | None
     """``None`` before the first commit."""
     account: Account
@@ -172,6 +176,7 @@ class Summary:
         tree: dict[str, Any] = replace_non_finite(asdict(self))
         if self.disk is not None:
             tree["disk"] |= {"peak": self.disk.peak, "mean": self.disk.mean}
+        tree["diagnosis"] = self.diagnosis and self.diagnosis.to_dict()
         return tree
 
 
@@ -225,9 +230,17 @@ def summarize(records: Sequence[Record]) -> Summary:
         peaks=find_sub_dataset_peaks(counted),
         scores={name: score for name, score in scores.items() if name != OVERALL},
         overall=scores[OVERALL],
+        diagnosis=_diagnose(counted),
         disk=_summarize_disk(counted, start),
         account=Account.from_journal(records),
     )
+
+
+def _diagnose(counted: Sequence[Record]) -> Diagnosis | None:
+    try:
+        return diagnose(counted)
+    except RunError:
+        return None
 
 
 def find_roll_backs(counted: Sequence[Record]) -> list[Record]:
@@ -239,14 +252,6 @@ def find_roll_backs(counted: Sequence[Record]) -> list[Record]:
         if record["decision"] == "roll_back"
         and record["checkpoint"] != newest[record["stage"], record["index"]]
     ]
-
-
-def find_result_evaluation(counted: Sequence[Record]) -> Record | None:
-    """Return the first evaluation of the run's result, or ``None`` if the run has not ended."""
-    stop = find_stop(counted)
-    if stop is None:
-        return None
-    return next(r for r in select(counted, "evaluated") if r["checkpoint"] == stop["checkpoint"])
 
 
 def find_sub_dataset_peaks(counted: Sequence[Record]) -> dict[str, Peak]:
