@@ -37,6 +37,7 @@ from msft_store.maintenance.check import Finding, Report, examine
 from msft_store.maintenance.diff import TensorDiff, diff
 from msft_store.maintenance.export import export
 from msft_store.maintenance.export_files import read_files
+from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.maintenance.gc import GcPlan, GcResult, evict_locked, plan_gc
 from msft_store.maintenance.repack import RepackPlan, plan_repack
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
@@ -86,6 +87,7 @@ from msft_store.storage.claims import Claim
 from msft_store.storage.lock_files import Lock
 from msft_store.storage.locks import YIELDING
 from msft_store.storage.quota import QuotaBackend
+from msft_store.tensors.averages import check_alike, normalise_weights
 from msft_store.tensors.boxes import Box, Part, Parts, check_boxes, whole_box
 from msft_store.tensors.bytes import (
     check_plain,
@@ -334,6 +336,60 @@ class Store:
             return self._writer.save(
                 state, facts, parent=parent, references=near, compared=compared
             )
+
+    def average(
+        self,
+        checkpoints: Iterable[Checkpoint | str],
+        weights: Sequence[float] | None = None,
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Save the weighted mean of checkpoints of one model, in bounded memory.
+
+        Floats of 8 and 16 bits are summed in float32, those of 32 and 64 bits in float64, and the
+        sum is rounded once. Elements that are equal in all checkpoints keep their bits. Integers,
+        booleans, files and settings of an export are those of the last checkpoint, which is also
+        the parent of the result. A checkpoint of weight 0 has no influence.
+
+        Args:
+            checkpoints: Checkpoints with tensors of the same names, shapes and dtypes.
+            weights: A finite number for each checkpoint. They are divided by their sum, which must
+                be positive. By default all are equal.
+            step: Training step, as the others for :meth:`save`.
+            metrics: Numbers by metric name.
+            tags: Labels of the checkpoint.
+            metadata: JSON object. Its ``"average"`` becomes the list of the checkpoints, each with
+                its id as ``"checkpoint"`` and the ``"weight"`` after the division.
+
+        Returns:
+            The checkpoint of the mean.
+
+        Raises:
+            MismatchError: The checkpoints have other tensors, shapes or dtypes.
+            InvalidInputError: There is no checkpoint, or the weights are not valid, or a checkpoint
+                cannot hold one of the values.
+            OverBudgetError: The save would exceed the limit of :meth:`within`.
+            OutOfSpaceError: The disk is full.
+            BusyError: Another process holds the lock for too long.
+        """
+        if isinstance(checkpoints, Checkpoint | str):
+            raise InvalidInputError("average takes a list of checkpoints")
+        given = list(checkpoints)
+        shares = normalise_weights(weights, len(given))
+        facts = CheckpointFacts.of(step=step, metrics=metrics, tags=tags, metadata=metadata)
+        with self.session("average"):
+            found = [self._catalog.resolve(one) for one in given]
+            pairs = list(zip(found, shares, strict=True))
+            sources = [{"checkpoint": one.id, "weight": share} for one, share in pairs]
+            check_alike([(one, split_files(self._catalog.tensors(one))[0]) for one in found])
+            used = [(one, share) for one, share in pairs if share]
+            last = used[-1][0].metadata
+            export = {EXPORT: last[EXPORT]} if EXPORT in last else {}
+            facts = replace(facts, metadata={**export, **facts.metadata, "average": sources})
+            return self._writer.average([c for c, _ in used], [share for _, share in used], facts)
 
     def encode(
         self,

@@ -5,7 +5,8 @@ the last one. Greedy soup (Wortsman et al., arXiv 2203.05482, section 2): take c
 best to the worst, and keep each in the mean only if the validation metric gets no worse.
 
 Checkpoints are read in parts of at most 4 MiB, side by side: memory is that of the model and of a
-few parts per checkpoint, whatever the size and the number of them.
+few parts per checkpoint, whatever the size and the number of them. No mean is saved, because a soup
+tries many; ``Store.average`` saves one.
 
 Run it: ``python examples/rollback/averaging.py``
 """

@@ -42,9 +42,11 @@ from msft_store.cli.remote import (
     store_path,
 )
 from msft_store.cli.tensors import (
+    add_average_options,
     add_diff_options,
     add_export_options,
     add_import_options,
+    average,
     diff,
     export_files,
     import_files,
@@ -269,6 +271,15 @@ def _parser() -> argparse.ArgumentParser:
         "diff", diff, "show the differences between two checkpoints, bit by bit", "diff 3fa9 best"
     )
     add_diff_options(command)
+
+    add_average_options(
+        add(
+            "average",
+            average,
+            "save the weighted mean of checkpoints as a checkpoint",
+            "average 3fa9 best --weights 0.3,0.7 --ref mean",
+        )
+    )
 
     command = add(
         "gc",

@@ -1,4 +1,4 @@
-"""``msft-store diff``, ``import`` and ``export``.
+"""``msft-store diff``, ``average``, ``import`` and ``export``.
 
 Example::
 
@@ -17,6 +17,7 @@ from msft_store.cli.plots import check_picture, draw_changes, heat_text
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.export_files import is_configured
 from msft_store.maintenance.export_names import exported
+from msft_store.objects.manifest import Checkpoint
 from msft_store.objects.refs import check_ref_name
 from msft_store.store import Store
 from msft_store.tensors.matching import format_names
@@ -77,6 +78,37 @@ def add_diff_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_average_options(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``average``."""
+    command.add_argument("checkpoints", nargs="+", help="ids, unique prefixes of them, or refs")
+    command.add_argument(
+        "--weights",
+        metavar="W,W,…",
+        help="a number for each checkpoint; they are divided by their sum (default: all equal)",
+    )
+    command.add_argument("--ref", help="name of a ref that will point to it")
+
+
+def average(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
+    """Save the weighted mean of checkpoints."""
+    if options.ref is not None:
+        check_ref_name(options.ref)
+    saved = store.average(options.checkpoints, _weights(options.weights))
+    if options.ref is not None:
+        store.pin(saved, options.ref)
+    text = _saved(saved)
+    for source in saved.metadata["average"]:
+        text += f"\n  {source['checkpoint'][:12]}  {source['weight']:.3g}"
+    document = {
+        "id": saved.id,
+        "logical_bytes": saved.logical_bytes,
+        "stored_bytes": saved.stored_bytes,
+        "average": saved.metadata["average"],
+        "ref": options.ref,
+    }
+    return document, text
+
+
 def add_import_options(command: argparse.ArgumentParser) -> None:
     """Add the options that :func:`import_files` reads."""
     command.add_argument("path", help="a safetensors file, or a directory of them")
@@ -113,7 +145,6 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
     )
     if options.ref is not None:
         store.pin(saved, options.ref)
-    size = f"{format_bytes(saved.stored_bytes)} for {format_bytes(saved.logical_bytes)}"
     document = {
         "id": saved.id,
         "logical_bytes": saved.logical_bytes,
@@ -121,7 +152,7 @@ def import_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
         "parent": saved.parent,
         "ref": options.ref,
     }
-    text = f"checkpoint {saved.id[:12]}: {size}"
+    text = _saved(saved)
     if options.parent is None and saved.parent is not None:
         text += f"\nit is stored as a difference from base {saved.parent[:12]}, which has the same "
         text += f"tensors; --parent {NO_PARENT} stores it whole"
@@ -170,6 +201,18 @@ def export_files(store: Store, options: argparse.Namespace) -> tuple[Any, str]:
         "left_out": list(chosen.left_out),
     }
     return document, text
+
+
+def _saved(checkpoint: Checkpoint) -> str:
+    size = f"{format_bytes(checkpoint.stored_bytes)} for {format_bytes(checkpoint.logical_bytes)}"
+    return f"checkpoint {checkpoint.id[:12]}: {size}"
+
+
+def _weights(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInputError(f"--weights are numbers such as 0.7,0.3, not {text!r}") from None
 
 
 def _metric(text: str) -> tuple[str, float]:

@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from msft_store.format.layout import (
 )
 from msft_store.format.mapping import NOTHING, BaseMapping
 from msft_store.objects.chunks import ChunkStore
-from msft_store.objects.manifest import TensorEntry, chunks_of
+from msft_store.objects.manifest import Piece, TensorEntry, chunks_of
 from msft_store.objects.packs import PackWriter, StoredChunk
 from msft_store.objects.reference_planner import Reference, ReferencePlanner, Table
 from msft_store.pipeline.parallel import in_order
@@ -55,6 +56,22 @@ _FEWEST, _MOST = 3, 8
 """Numbers of chunks in a sample, for small and for large checkpoints."""
 _SAMPLE_BYTES = 256 << 10
 """Bytes in the middle of a chunk that stand for the chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """A tensor, or a box of it, to encode."""
+
+    name: str
+    entry: TensorEntry
+    """The whole tensor, with the box as its only piece, without keys."""
+    read: Callable[[int, int], Bytes]
+    """Returns the bytes of a range of the piece's elements."""
+
+    @property
+    def piece(self) -> Piece:
+        """The box."""
+        return self.entry.pieces[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,29 +334,45 @@ def encode_boxes(
     options: EncodeOptions,
     planner: ReferencePlanner,
 ) -> tuple[list[TensorEntry], Totals]:
-    """Store the chunks of boxes; return their entries, of one piece each, and the sizes.
+    """Store the chunks of boxes as :func:`encode_contents` does."""
+    contents = [
+        Content(name=box.name, entry=box.entry(), read=_reader(box.tensor)) for box in boxes
+    ]
+    return encode_contents(objects, contents, begin, options=options, planner=planner)
+
+
+def encode_contents(
+    objects: ChunkStore,
+    contents: Sequence[Content],
+    begin: Callable[[], PackWriter],
+    *,
+    options: EncodeOptions,
+    planner: ReferencePlanner,
+) -> tuple[list[TensorEntry], Totals]:
+    """Store the chunks of contents; return their entries, of one piece each, and the sizes.
 
     ``begin`` creates a pack; it is called only if there is a chunk to write. The planner comes to
     prefer the table that a sample of the chunks is smallest against.
     """
     places = [
         Place(
-            name=box.name,
-            entry=entry,
+            name=content.name,
+            entry=content.entry,
             piece=0,
             number=number,
-            size=(end - start) * entry.dtype.size,
-            read=partial(read, start, end),
+            size=(end - start) * content.entry.dtype.size,
+            read=partial(content.read, start, end),
         )
-        for box, entry, read in ((box, box.entry(), _reader(box.tensor)) for box in boxes)
-        for number, start, end in _cut(box.tensor.numel(), entry.dtype)
+        for content in contents
+        for number, start, end in _cut(math.prod(content.piece.shape), content.entry.dtype)
     ]
     writer, results = ChunkWriter(begin), _encode(Encoder(objects, options), places, planner)
     found = []
     with closing(results):
-        for box in boxes:
-            count = -(-box.tensor.nbytes // CHUNK_BYTES)
-            found.append(box.entry(tuple(writer.put(next(results)) for _ in range(count))))
+        for content in contents:
+            count = -(-math.prod(content.piece.shape) * content.entry.dtype.size // CHUNK_BYTES)
+            keys = tuple(writer.put(next(results)) for _ in range(count))
+            found.append(replace(content.entry, pieces=(replace(content.piece, keys=keys),)))
     return found, writer.totals
 
 

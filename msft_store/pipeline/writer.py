@@ -55,12 +55,14 @@ from msft_store.objects.manifest import (
 from msft_store.objects.packs import PACKS, PackWriter
 from msft_store.objects.reachability import Dependents, find_dependents, own_bytes
 from msft_store.objects.reference_planner import Table
+from msft_store.pipeline.average import Term, encode_average
 from msft_store.pipeline.counterparts import (
     MOST_MISSING,
     find_missing,
     map_by_names,
     map_to_base,
 )
+from msft_store.pipeline.decode import Source
 from msft_store.pipeline.encode import (
     EncodeOptions,
     Reencoding,
@@ -132,10 +134,46 @@ class CheckpointWriter:
                 table, totals = encode_state(
                     self._catalog.objects, state, begin, options=options, tables=lineage.tables
                 )
+        return self._write(table, totals, facts, lineage, mapping)
+
+    def average(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        weights: Sequence[float],
+        facts: CheckpointFacts,
+    ) -> Checkpoint:
+        """Write the average of checkpoints with the same tensors, as a child of the last one."""
+        last = checkpoints[-1]
+        lineage, mapping = self._lineage(last, None), self._recorded(last.id)
+        terms = [
+            Term(
+                source=Source.of(self._catalog, checkpoint),
+                tensors=self._catalog.tensors(checkpoint),
+                weight=weight,
+            )
+            for checkpoint, weight in zip(checkpoints, weights, strict=True)
+        ]
+        options = EncodeOptions(base=lineage.base, max_depth=lineage.max_depth, mapping=mapping)
+        with self._encoding(last.logical_bytes) as begin:
+            table, totals = encode_average(
+                self._catalog.objects, terms, begin, options=options, tables=lineage.tables
+            )
+        return self._write(table, totals, facts, lineage, mapping)
+
+    def _write(
+        self,
+        table: Mapping[str, TensorEntry],
+        totals: Totals,
+        facts: CheckpointFacts,
+        lineage: _Lineage,
+        mapping: BaseMapping,
+    ) -> Checkpoint:
+        """Write the manifest; return the existing checkpoint if its content is equal."""
+        base = lineage.base
         line = tensor_table(table)
         content = checkpoint_content(
             facts,
-            parent=parent_id,
+            parent=lineage.parent,
             base=base,
             tensors=line,
             logical_bytes=sum(entry.nbytes for entry in table.values()),

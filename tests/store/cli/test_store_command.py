@@ -39,7 +39,7 @@ from msft_store.retention import Candidate, Reason
 COMMANDS = (
     *("init", "upgrade", "add-base", "relocate", "log", "inspect", "gc"),
     *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
-    *("diff", "repack", "import", "completion"),
+    *("diff", "average", "repack", "import", "completion"),
     *("push", "pull", "clone"),
 )
 
@@ -748,6 +748,26 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
             main([name, "--help"])
         assert stop.value.code == 0
         assert f"example: msft-store {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_average_saves_a_mean_of_checkpoints(
+    capsys: pytest.CaptureFixture[str], run_store: Store
+) -> None:
+    first, second = run_store.log()
+    at = ("--store", run_store.path)
+
+    code, out, _ = run(capsys, *at, "average", first.id[:8], second.id, "--weights", "3,1")
+    found = document(
+        capsys, *at, "average", first.id, second.id, "--weights", "3,1", "--ref", "mean"
+    )
+
+    mean = run_store.get("mean")
+    assert (code, found["id"]) == (0, mean.id)
+    assert f"{first.id[:12]}  0.75" in out
+    assert found["average"][1] == {"checkpoint": second.id, "weight": 0.25}
+    code, _, error = run(capsys, *at, "average", first.id, "--weights", "one")
+    assert code == 1
+    assert "--weights are numbers such as 0.7,0.3, not 'one'" in error
 
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\u202eb\nc\ud800"
