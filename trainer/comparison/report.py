@@ -24,7 +24,13 @@ from trainer.comparison.plots import (
     to_svg_file,
 )
 from trainer.comparison.results import Comparison, estimate
-from trainer.comparison.tables import NOTES, build_sections, describe_comparison, describe_failures
+from trainer.comparison.tables import (
+    NOTES,
+    build_headroom_parts,
+    build_sections,
+    describe_comparison,
+    describe_failures,
+)
 from trainer.files import make_directory, write_atomic, write_json
 from trainer.journal import Record, effective, read
 from trainer.report.report import compare_table
@@ -65,6 +71,11 @@ def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
     parts = ["# Comparison", describe_comparison(comparison), *remarks]
     for section in build_sections(comparison):
         parts += [f"## {section.title}", section.table.to_markdown()]
+    for part in build_headroom_parts(comparison):
+        if isinstance(part, str):
+            parts.append(part)
+        else:
+            parts += [f"## {part.title}", part.table.to_markdown()]
     parts += ["## How to read this", *NOTES, "## Plots"]
     for plot in drawn:
         parts += [f"### {plot.title}", f"![{plot.title}](plots/{plot.name}.svg)", plot.caption]
@@ -74,7 +85,8 @@ def to_markdown(comparison: Comparison, drawn: Sequence[Plot]) -> str:
 def to_html(comparison: Comparison, drawn: Sequence[Plot]) -> str:
     """Return ``compare.html``, which needs no other file."""
     text = [describe_comparison(comparison), *describe_failures(comparison)]
-    return render_page("Comparison", [*text, *build_sections(comparison), *NOTES, *drawn])
+    parts = [*text, *build_sections(comparison), *build_headroom_parts(comparison), *NOTES]
+    return render_page("Comparison", [*parts, *drawn])
 
 
 def draw_plots(directory: Path, comparison: Comparison) -> list[Plot]:

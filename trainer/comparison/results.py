@@ -235,6 +235,9 @@ class Comparison:
                     "compute_budget": outcome.budget,
                     "failure": outcome.failure or None,
                     "diverged": case in self.diverged,
+                    "diagnosis": outcome.summary.diagnosis.to_dict()
+                    if outcome.summary and outcome.summary.diagnosis
+                    else None,
                     "flops": outcome.summary.account.total.flops if outcome.summary else None,
                 }
                 for case, outcome in self.outcomes.items()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from trainer.comparison.html import Section
 from trainer.comparison.results import Comparison, Estimate, Group, Row
 from trainer.config.schema import OVERALL
+from trainer.report.headroom_table import headroom_notes, headroom_table
 from trainer.text import Table, flops_text, metric_name_text, metric_text
 
 _WORK = {
@@ -42,6 +43,24 @@ def build_sections(comparison: Comparison) -> list[Section]:
         for group in comparison.groups
         for what, table in (("scores", build_score_table(group)), ("work", build_work_table(group)))
     ]
+
+
+def build_headroom_parts(comparison: Comparison) -> list[Section | str]:
+    """Return headroom and forgetting of each run of MSFT, or of SFT if there is none of MSFT."""
+    found = {
+        case: outcome.summary.diagnosis
+        for case, outcome in comparison.outcomes.items()
+        if outcome.summary is not None and outcome.summary.diagnosis is not None
+    }
+    methods = {case.method for case in found}
+    method = next((one for one in ("msft", "sft") if one in methods), None)
+    parts: list[Section | str] = []
+    for case, diagnosis in found.items():
+        if case.method == method:
+            title = f"{case.name}: headroom and forgetting"
+            parts.append(Section(title=title, table=headroom_table(diagnosis)))
+            parts += headroom_notes(diagnosis)
+    return parts
 
 
 def describe_comparison(comparison: Comparison) -> str:
@@ -75,6 +94,8 @@ def render_text(comparison: Comparison) -> str:
     parts = [describe_comparison(comparison)]
     for section in build_sections(comparison):
         parts += [section.title, section.table.to_text()]
+    for part in build_headroom_parts(comparison):
+        parts += [part] if isinstance(part, str) else [part.title, part.table.to_text()]
     return "\n\n".join([*parts, *describe_failures(comparison)])
 
 

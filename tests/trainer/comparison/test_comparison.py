@@ -273,6 +273,9 @@ def test_the_files_of_a_comparison_are_self_contained(
     markdown = (tmp_path / "compare.md").read_text(encoding="utf-8")
     assert re.search(r"^\| runs +\| +\| +3 \| +2 of 3 \|$", markdown, re.MULTILINE)
     assert "the disk &lt;b&gt;is&lt;/b&gt; gone" in markdown
+    for text in (html, markdown, render_text(comparison)):
+        assert len(re.findall(r"MSFT, C = 1, seed \d: headroom and forgetting", text)) == 2
+        assert text.count("this mixture is not one for MSFT") == 2
     for name in ("peaks", "shifts", "budgets", "losses"):
         assert f"(plots/{name}.svg)" in markdown
         picture = ElementTree.parse(tmp_path / "plots" / f"{name}.svg")  # noqa: S314
