@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from msft_store import Checkpoint
-from msft_store.integrations.hf import KeptModel, find_local_model
+from msft_store.integrations.hf import find_local_model
 from trainer.algorithms.base import Mode, Stage
 from trainer.algorithms.overall import Overall
 from trainer.config.load import build
@@ -51,6 +51,7 @@ from trainer.hf.mixture import check_mixture
 from trainer.hf.plan import LimitedOrder, PlacesSampler
 from trainer.hf.session import RunSession, open_session
 from trainer.hf.stage import StageCallback
+from trainer.hf.weights import prepare_sharding
 from trainer.journal import Record, effective, read, select
 from trainer.report.report import write_report
 from trainer.training.directory import JOURNAL
@@ -208,6 +209,7 @@ class MsftRun:
         if order is not None:
             _set_order(trainer, order, rows=sum(sizes.values()))
         callback.attach(trainer)
+        prepare_sharding(trainer)
         session.restore_root()
         trainer.train()
         # Accelerate wraps the forward method for mixed precision, once for every stage.
@@ -233,7 +235,7 @@ class MsftRun:
                 "this model, which may be wrapped in an adapter"
             )
         self.model = trainer.model
-        session.attach(trainer, KeptModel(trainer.model), self._mixture)
+        session.attach(trainer, self._mixture)
         return trainer
 
     def _seed_of(self, stage: Stage) -> int:

@@ -1,6 +1,7 @@
 """The open directory of a Trainer's run: its journal, store, timeline and decisions.
 
-Only the main process has a journal and a timeline; the others read restored weights from the store.
+Only the main process has a journal and a timeline; the others read restored weights from the store,
+and encode their parts of a sharded model into it.
 Records, policies and the result are those of ``msft-train``, so that its commands read the run.
 
 Invariants: a decision is journaled before it is acted on. The weights that a run began from are
@@ -9,7 +10,7 @@ kept until it ends, because an adapter's cannot be made again.
 Example::
 
     with open_session(config, base_path, metrics) as session:
-        session.attach(trainer, KeptModel(trainer.model), mixture)
+        session.attach(trainer, mixture)
         session.restore_root()
 """
 
@@ -27,7 +28,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 from msft_store import Base, Checkpoint, KeepBest, KeepThese, NotAStoreError, Store, Timeline
-from msft_store.integrations.hf import KeptModel
 from msft_store.integrations.model_files import model_files
 from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Decision, Divergence, RollBack, Stop
@@ -36,11 +36,12 @@ from trainer.algorithms.overall import MixtureMetrics
 from trainer.config.load import to_dict
 from trainer.config.schema import OVERALL, Config
 from trainer.data.schedule import Schedule
-from trainer.distributed import this_process
+from trainer.distributed import share, this_process
 from trainer.errors import RunError
 from trainer.files import make_directory
 from trainer.hf.metrics import Measured
 from trainer.hf.mixture import Mixture
+from trainer.hf.weights import RunWeights
 from trainer.journal import Journal, JournalQueue, Record, effective, mode_of, read, run_started
 from trainer.text import metric_title
 from trainer.training.decisions import Decisions, Place
@@ -107,7 +108,7 @@ class RunSession:
         self._base: Base | None = None
         self._timeline: Timeline | None = None
         self._trainer: Any = None
-        self._kept: KeptModel | None = None
+        self._weights: RunWeights | None = None
         self._mixture: Mixture | None = None
         self._schedule: Schedule | None = None
         path = Path(config.output_dir) / JOURNAL
@@ -144,27 +145,29 @@ class RunSession:
         name = self._config.method
         self._timeline = Timeline(self._store, self._base, retention=policy, name=name)
 
-    def attach(self, trainer: Any, kept: KeptModel, mixture: Mixture) -> None:
+    def attach(self, trainer: Any, mixture: Mixture) -> None:
         """Take the Trainer of the current stage, and record a run that begins."""
-        self._trainer, self._kept, self._mixture = trainer, kept, mixture
+        self._trainer, self._mixture = trainer, mixture
+        self._weights = RunWeights(trainer, Path(self._config.output_dir) / STORE)
         if not self._has_begun:
             self._queue.add("run_started", **self._start_record(trainer.args))
             self._has_begun = True
 
     def restore_root(self) -> None:
         """Give the model the weights of the stage's root, and the timeline its branch."""
-        root, timeline, kept = self.start.root, self._timeline, self._attached()
+        root, timeline, weights = self.start.root, self._timeline, self._attached()
         if timeline is not None:
             timeline.retention = self._decisions.make_policy()
             if root is None:
                 timeline.rewind(0)
-                self._keep_start(kept)
             elif timeline.branch < self.start.stage.number - 1:
-                self._roll_back(timeline, root, kept)
+                self._roll_back(timeline, root, weights)
             else:
                 timeline.rewind(1)
+        if root is None:
+            self._keep_start(weights)
         self._trainer.accelerator.wait_for_everyone()
-        kept.restore(self._store, root or START)
+        weights.restore(self._store, root or START)
 
     def begin_stage(self, schedule: Schedule) -> None:
         """Take the plan of a stage; it is recorded once the stage's root is durable."""
@@ -186,22 +189,28 @@ class RunSession:
 
     def decide(self, place: Place, values: Measured, cost: Mapping[str, Any]) -> Decision | None:
         """Commit the weights with their metrics and decide; ``None`` but in the main process."""
-        timeline, kept, mixture = self._timeline, self._attached(), self._mixture
-        if timeline is None or mixture is None:
-            return None
-        finding = all_non_finite(values.metrics)
+        finding = share(all_non_finite(values.metrics))
         if finding is not None:
             return self._on_divergence(place, finding.value)
+        began = time.monotonic()
+        with self._attached().encode(self._timeline) as tensors:
+            return self._commit(place, values, cost, tensors, began)
+
+    def _commit(
+        self, place: Place, values: Measured, cost: Mapping[str, Any], tensors: Any, began: float
+    ) -> Decision | None:
+        timeline, mixture = self._timeline, self._mixture
+        if timeline is None or mixture is None:
+            return None
         metrics = dict(values.metrics)
         sizes = mixture.validation_sizes
         metrics[OVERALL] = self._metrics.compute_overall(values.metrics, sizes, self._base_metrics)
         self._base_metrics = self._base_metrics or metrics
         self._queue.flush()
         timeline.retention = self._decisions.make_policy()
-        began = time.monotonic()
-        tensors, files = kept.tensors(), self._model_files()
         metadata = {"stage": place.stage, "epoch": place.epoch}
-        future = timeline.commit_async(tensors, place.step, metrics, metadata, files)
+        facts = (place.step, metrics, metadata, self._model_files())
+        future = self._attached().commit(timeline, tensors, *facts)
         save = PendingSave(
             future=future,
             timeline=timeline,
@@ -228,15 +237,15 @@ class RunSession:
 
     def finish(self, stop: Stop) -> Checkpoint:
         """Give the model the result's weights, keep nothing else in the store, and end the run."""
-        timeline, kept = self._timeline, self._attached()
+        timeline, weights = self._timeline, self._attached()
         if timeline is not None:
             self._store.pin(stop.checkpoint, RESULT)
             timeline.retention = KeepThese(frozenset({stop.checkpoint}))
-            self._roll_back(timeline, stop.checkpoint, kept)
+            self._roll_back(timeline, stop.checkpoint, weights)
             self._drop_start()
             timeline.close()
         self._trainer.accelerator.wait_for_everyone()
-        kept.restore(self._store, stop.checkpoint)
+        weights.restore(self._store, stop.checkpoint)
         if self._journal is not None and not self.is_finished:
             seconds = time.time() - read(self._journal.path)[0]["time"]
             self._queue.add("finished", checkpoint=stop.checkpoint, model_dir=None, seconds=seconds)
@@ -250,26 +259,29 @@ class RunSession:
             if self._timeline is not None and self.stop is None:
                 self._timeline.wait()
 
-    def _attached(self) -> KeptModel:
-        if self._kept is None:
+    def _attached(self) -> RunWeights:
+        if self._weights is None:
             raise RunError("a stage has no model before its Trainer is made")
-        return self._kept
+        return self._weights
 
     def _model_files(self) -> dict[str, bytes]:
         trainer = self._trainer
         return model_files(trainer.model, getattr(trainer, "processing_class", None))
 
-    def _roll_back(self, timeline: Timeline, checkpoint: str, kept: KeptModel) -> None:
-        timeline.rollback(checkpoint, into=kept.tensors())
+    def _roll_back(self, timeline: Timeline, checkpoint: str, weights: RunWeights) -> None:
+        weights.roll_back(timeline, checkpoint)
         report = timeline.last_commit
         if report is not None:
             sizes = {"disk_peak_bytes": report.peak_bytes, "disk_bytes": report.bytes}
             self._queue.add("rolled_back", checkpoint=checkpoint, **sizes)
 
-    def _keep_start(self, kept: KeptModel) -> None:
-        """Save the weights that the run begins from, once."""
-        if START not in self._store.refs():
-            self._store.pin(self._store.save(kept.tensors(), parent=self._base), START)
+    def _keep_start(self, weights: RunWeights) -> None:
+        """Save the weights that the run begins from, once; all processes must call this."""
+        if share(START in self._store.refs()):
+            return
+        with weights.encode(self._timeline) as tensors:
+            if self._timeline is not None:
+                self._store.pin(self._store.save(tensors, parent=self._base), START)
 
     def _drop_start(self) -> None:
         if START in self._store.refs():
@@ -277,7 +289,9 @@ class RunSession:
             self._store.unpin(START)
             self._store.evict([start])
 
-    def _on_divergence(self, place: Place, value: str) -> Decision:
+    def _on_divergence(self, place: Place, value: str) -> Decision | None:
+        if self._timeline is None:
+            return None
         what = f"{metric_title(self._metrics.name)} of every sub-dataset"
         if place.index == 0:
             raise RunError(f"the {what} is {value} before any training: is the model sound?")
@@ -330,7 +344,7 @@ class RunSession:
 
     def _start_record(self, args: TrainingArguments) -> Record:
         """Return the fields of the ``run_started`` record."""
-        model, mixture, kept = self._trainer.model, self._mixture, self._attached()
+        model, mixture = self._trainer.model, self._mixture
         if mixture is None:
             raise RunError("a run has a mixture")
         config = to_dict(self._config)
@@ -365,7 +379,7 @@ class RunSession:
                 for name in mixture.training_sets
             },
             "steps_per_epoch": None,
-            "full_checkpoint_bytes": sum(tensor.nbytes for tensor in kept.tensors().values()),
+            "full_checkpoint_bytes": self._attached().full_bytes,
             "base_bytes": sum(os.path.getsize(path) for path in files),
             "base_id": None if self._base is None else self._base.id,
         }

@@ -181,10 +181,6 @@ class StageCallback(TrainerCallback):
             raise ConfigError(
                 "MsftRun does not work with DeepSpeed, whose weights are not in the model: use DDP"
             )
-        if self._trainer.is_fsdp_enabled:
-            raise ConfigError(
-                "MsftRun does not work with FSDP: use DDP, or msft-train, which shards the model"
-            )
 
     def _place(self, *, index: int) -> Place:
         """Return the place of an evaluation of the stage."""

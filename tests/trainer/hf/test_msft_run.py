@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from msft_store import Store, Timeline
@@ -112,8 +114,8 @@ def make_adapted(model, **arguments):
 def run_in(directory, config, mixture, *, make=make_trainer, base=True, **settings):
     model = load_model(config)
     path = config.model.path if base else None
-    run = MsftRun(make, model, mixture, output_dir=directory, base=path, **SETTINGS, **settings)
-    return run.train()
+    settings = {**SETTINGS, **settings}
+    return MsftRun(make, model, mixture, output_dir=directory, base=path, **settings).train()
 
 
 def decided(directory):
@@ -279,6 +281,25 @@ def with_a_copy(model, **arguments):
     return make_trainer(model=type(model)(model.config), **arguments)
 
 
+def with_fsdp(make=make_trainer, version=2, **arguments):
+    trainer = make(**arguments)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return trainer
+
+
+def with_fsdp_of_an_adapter(**arguments):
+    return with_fsdp(make_adapted, **arguments)
+
+
+def with_fsdp_1(**arguments):
+    return with_fsdp(version=1, **arguments)
+
+
+def with_fsdp_and_compilation(**arguments):
+    return with_fsdp(torch_compile=True, **arguments)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -286,6 +307,9 @@ def with_a_copy(model, **arguments):
         (deaf, "must give the callbacks"),
         (with_own_steps, "pass its overrides on"),
         (with_a_copy, "another model"),
+        (with_fsdp_1, "version 2 of FSDP alone"),
+        (with_fsdp_of_an_adapter, "an adapter under FSDP"),
+        (with_fsdp_and_compilation, "torch_compile under FSDP"),
     ],
 )
 def test_a_trainer_that_cannot_be_a_stage_is_refused(config, mixture, tmp_path, make, message):
@@ -419,7 +443,28 @@ def test_metrics_in_several_units_have_no_mean(config, mixture, tmp_path):
         run_in(tmp_path, config, mixture, metric={"copy": "loss"})
 
 
-def test_two_processes_end_with_the_same_weights_and_resume(config, mixture, tmp_path):
+class ShardedTrainer(Trainer):
+    """A Trainer that shards on a CPU, which Accelerate requests of accelerators alone.
+
+    It states what Accelerate states there; all that follows from it is Accelerate's own.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+def make_sharded(**arguments):
+    sharded = {"cls": ShardedTrainer, "fsdp": True, "fsdp_config": {"version": 2}}
+    return make_trainer(**{**sharded, **arguments})
+
+
+@pytest.mark.parametrize("make_one", [make_trainer, make_sharded])
+def test_two_processes_end_with_the_same_weights_and_resume(config, mixture, tmp_path, make_one):
     def train(rank, name):
         os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
@@ -427,21 +472,39 @@ def test_two_processes_end_with_the_same_weights_and_resume(config, mixture, tmp
 
         def make(**arguments):
             half = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo"}
-            return make_trainer(**{**half, **arguments})
+            return make_one(**{**half, **arguments})
 
-        result = run_in(tmp_path / name, config, mixture, make=make)
-        found = [{n: t.clone() for n, t in result.model.state_dict().items()}]
-        torch.distributed.broadcast_object_list(found)
-        assert_equal_weights(result.model.state_dict(), found[0])
+        short = {"eval_every": 1.0, "max_stages": 2}
+        result = run_in(tmp_path / name, config, mixture, make=make, **short)
+        state = result.model.state_dict()
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+        saved = Store.open(tmp_path / name / "store").load(result.checkpoint.id)
+        assert_equal_weights({n: whole[n] for n in saved}, saved)
 
     def broken(rank):
         if rank == 0:
-            die_after(Timeline, "commit_async", call=7)
+            die_after(*KILLED[make_one], call=4)
         train(rank, "broken")
 
     assert in_ranks(2, lambda rank: train(rank, "whole"), tmp_path) == [0, 0]
     assert in_ranks(2, broken, tmp_path)[0] == 9
     assert in_ranks(2, lambda rank: train(rank, "broken"), tmp_path) == [0, 0]
-    assert decided(tmp_path / "broken") == decided(tmp_path / "whole")
-    ids = [Store.open(tmp_path / name / "store").log()[0].id for name in ("whole", "broken")]
-    assert ids[0] == ids[1]
+    assert decided(tmp_path / "broken") == decided(tmp_path / "whole") == SHORT
+    stores = [Store.open(tmp_path / name / "store") for name in ("whole", "broken")]
+    (result,), (resumed,) = (store.log() for store in stores)
+    assert result.id == resumed.id
+    pieces = {len(entry.pieces) for entry in stores[0].tensors(result).values()}
+    assert max(pieces) == (2 if make_one is make_sharded else 1)
+
+
+SHORT = [
+    ("1", "0", "0", "continue", "[]"),
+    ("1", "1", "4", "continue", "[]"),
+    ("1", "2", "8", "roll_back", "['copy']"),
+    ("2", "0", "8", "continue", "[]"),
+    ("2", "1", "11", "continue", "[]"),
+    ("2", "2", "14", "stop", "[]"),
+]
+"""The decisions, which are the same whether every process has the whole model or its part."""
+KILLED = {make_trainer: (Timeline, "commit_async"), make_sharded: (Timeline, "commit")}
+"""What a process is killed after: a sharded model is committed at once."""
