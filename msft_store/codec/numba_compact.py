@@ -70,7 +70,10 @@ def choose_least(symbols: Any, distances: Any, zero: Any, by: Any) -> Any:
         share = uint64(distances[k]) >> by if distances[k] > 0 else width - uint64(1)
         if symbols[k] >= first:
             parts[(k & uint64(3)) * width + share] += uint32(1)
-    counts = parts.reshape(4, width).astype(np.int64).sum(axis=0)
+    counts = np.zeros(width, np.int64)
+    for i in range(width):
+        for table in range(uint64(4)):
+            counts[i] += parts[table * width + i]
     within = 0
     for share in range(TOKENS - 2):
         within += counts[share]

@@ -93,7 +93,10 @@ def survey_blocks(new: Any, old: Any, words: Any, shift: Any, mask: Any, step: A
                     exponent = uint64((old[i] & uint64(mask)) >> uint64(shift))
                     counts[uint64(2 * rans.EXPONENTS) + exponent] += uint32(1)
                     bits &= bits - uint64(1)
-    sums = counts.reshape(4, 3, rans.EXPONENTS).astype(np.int64).sum(axis=0)
+    # Numba takes seconds to compile a sum along an axis.
+    sums = np.zeros((3, rans.EXPONENTS), np.int64)
+    for i in range(counts.size):
+        sums[(i // rans.EXPONENTS) % 3, i % rans.EXPONENTS] += counts[i]
     return changed, sums, runs
 
 
