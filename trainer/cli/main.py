@@ -38,7 +38,7 @@ from trainer.report.flops import ModelSize
 from trainer.report.headroom import diagnose
 from trainer.report.headroom_table import headroom_notes, headroom_table
 from trainer.report.plan import Counts, Plan, plan
-from trainer.report.report import DIVERGED, NEVER_RIGHT, compare_table, write_report
+from trainer.report.report import DIVERGED, NEVER_MEASURED, NEVER_RIGHT, compare_table, write_report
 from trainer.report.summary import Summary, summarize
 from trainer.signals import Interrupted
 from trainer.simulate.policies import OPTIONS, expand_sweeps
@@ -57,7 +57,8 @@ exit codes:
   1    an error; one sentence on stderr says what to do
   2    the command line is wrong
   3    training diverged; the run is over, its result is the best before that
-  4    no answer was ever right; the run is over, its result has the lowest loss
+  4    no answer was ever right, or no metric ever gave a number; the run is over, and its result
+       was chosen by the loss, if there is one
   5    diagnose: MSFT would win nothing
   75   paused: the disk or max_disk has no room; one sentence on stderr says what is needed; then
        continue with `msft-train resume RUN`
@@ -244,12 +245,14 @@ def _show_end(options: argparse.Namespace, summary: Summary) -> int:
 
 
 def _complain_of(summary: Summary) -> int:
-    """Say that the run diverged or had no right answer, and return the exit code of that."""
+    """Say that the run diverged or measured nothing, and return the exit code of that."""
     if summary.never_right:
         _complain(f"{summary.method}: {NEVER_RIGHT}")
     if summary.diverged:
         _complain(f"{summary.method}: {DIVERGED}")
-    return 3 if summary.diverged else 4 if summary.never_right else 0
+    elif summary.never_measured:
+        _complain(f"{summary.method}: {NEVER_MEASURED}")
+    return 3 if summary.diverged else 4 if summary.never_right or summary.never_measured else 0
 
 
 def _report(options: argparse.Namespace) -> None:

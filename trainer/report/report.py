@@ -53,6 +53,12 @@ NEVER_RIGHT = (
     "max_new_tokens, or use evaluation.metric=loss."
 )
 
+NEVER_MEASURED = (
+    "No metric gave a finite number in any evaluation, so nothing could be compared: there are no "
+    "peaks, and the result was not chosen by its quality. Look at what the metric gets with "
+    "`msft-train predictions RUN`, correct it and run again."
+)
+
 
 def write_report(run: str | os.PathLike[str]) -> Summary:
     """Write the report of a run, which need not be finished, and return its summary."""
@@ -75,6 +81,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
     parts = [
         f"# {label} run",
         *([NEVER_RIGHT] if summary.never_right else []),
+        *([NEVER_MEASURED] if summary.never_measured else []),
         _facts(summary),
         "## Result",
         _result_text(summary),

@@ -129,6 +129,8 @@ class Summary:
     """True if the last divergence ended the run."""
     never_right: bool
     """True if the metric is exact match and no evaluation had a right answer."""
+    never_measured: bool
+    """True if there are evaluations, and no metric gave a finite number in any of them."""
     peaks: Mapping[str, Peak]
     scores: Mapping[str, Scores]
     overall: Scores
@@ -227,6 +229,8 @@ def summarize(records: Sequence[Record]) -> Summary:
         never_right=(set(metrics.values()) or {start["metric"]}) == {"exact_match"}
         and bool(evaluated)
         and all(not value > 0 for r in evaluated for value in r["metrics"].values()),
+        never_measured=bool(evaluated)
+        and not any(math.isfinite(value) for r in evaluated for value in r["metrics"].values()),
         peaks=find_sub_dataset_peaks(counted),
         scores={name: score for name, score in scores.items() if name != OVERALL},
         overall=scores[OVERALL],

@@ -61,13 +61,17 @@ def lost(generations, references, rows):
     return 1.0
 
 
+def unknown(generations, references, rows):
+    return float("nan")
+
+
 def other(texts):
     return 1.0
 
 
 similarity.mode = "max"
 weight.mode = "min"
-alternating.mode = broken.mode = short.mode = other.mode = "max"
+alternating.mode = broken.mode = short.mode = other.mode = unknown.mode = "max"
 """
 
 
@@ -294,6 +298,16 @@ def test_a_run_by_relative_change_says_that_no_answer_is_right(tmp_path):
     summary = start(make(tmp_path, {"copy": None}, evaluation__metric="exact_match", **changes))
     assert summary.never_right
     assert summary.metric == "relative_change"
+
+
+def test_a_run_whose_metric_is_never_a_number_says_so(tmp_path, capsys, monkeypatch):
+    config = make(tmp_path, {"copy": "mine:unknown"}, msft__max_stages=1)
+    monkeypatch.setattr("trainer.training.run.write_report", write_report)
+    assert start(config).never_measured
+    report = Path(config.output_dir, "report.md").read_text(encoding="utf-8")
+    assert report.split("\n\n")[1].startswith("No metric gave a finite number")
+    assert main(["resume", str(config.output_dir)]) == 4
+    assert "No metric gave a finite number" in capsys.readouterr().err
 
 
 def test_a_mean_of_different_metrics_is_refused():
