@@ -66,7 +66,8 @@ class _Task(Generic[_T, _R]):
         self.future = Future()
         try:
             self.future.set_result(self._function(self._item))
-        except BaseException as error:
+        except Exception as error:
+            # An interrupt, which is no Exception, does not wait for its turn.
             self.future.set_exception(error)
         return True
 

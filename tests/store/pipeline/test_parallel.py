@@ -99,3 +99,16 @@ def test_only_a_few_results_are_computed_ahead() -> None:
     assert next(results) == 0
     assert len(taken) <= 6
     results.close()
+
+
+def test_an_interrupt_of_the_caller_does_not_wait_for_results_before_it() -> None:
+    caller, interrupted = threading.get_ident(), threading.Event()
+
+    def work(item: int) -> None:
+        if threading.get_ident() == caller:
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(timeout=60)
+
+    with pytest.raises(KeyboardInterrupt):
+        next(in_order(work, iter(range(20)), 2))
