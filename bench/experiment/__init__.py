@@ -1,0 +1,1 @@
+"""Methods compared at equal compute, on mixtures whose sub-datasets peak at different epochs."""

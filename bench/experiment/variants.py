@@ -1,0 +1,171 @@
+"""The variants of the experiment: the recipe with other settings, at a compute budget.
+
+A variant that *matches* another one gets the budget with which its run of a seed takes as many
+FLOPs as the other's run of that seed. The budget is computed from two finished runs: that of the
+variant without the match, and the other's.
+
+Example::
+
+    find_variant("sft-linear").overrides            # ("method=sft", "train.schedule=linear")
+    find_variant("sft@msft-3-total").match.kind     # total
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+REFERENCE = "sft"
+"""The variant with which all are compared."""
+Kind = Literal["training", "total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A budget that makes the FLOPs of two variants equal.
+
+    Attributes:
+        own: The variant with the same settings at a fixed budget.
+        reference: The variant that sets the FLOPs.
+        kind: The FLOPs of training alone, or of the whole run without its final tests.
+    """
+
+    own: str
+    reference: str
+    kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A training method with its settings.
+
+    Attributes:
+        name: The name in records and on the command line.
+        label: The name in tables.
+        overrides: Changes to the recipe, ``dotted.key=value``.
+        match: The rule for its budget; ``None``: ``overrides`` or the recipe set the budget.
+    """
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+    match: Match | None = None
+
+
+def matched(variant: Variant, reference: str, kind: Kind) -> Variant:
+    """Return a variant at the FLOPs of another one."""
+    return replace(
+        variant,
+        name=f"{variant.name}@{reference}-{kind}",
+        label=f"{variant.label}, {kind} FLOPs of {reference}",
+        match=Match(own=variant.name, reference=reference, kind=kind),
+    )
+
+
+def matching_budget(own: Mapping[str, Any], reference: Mapping[str, Any], kind: Kind) -> float:
+    """Return the budget, in epochs, at which a variant takes the FLOPs of another one.
+
+    Args:
+        own: The record of the variant at a fixed budget.
+        reference: The record of the other variant, of the same seed.
+        kind: The FLOPs that shall be equal.
+
+    Returns:
+        A positive multiple of the epochs between two evaluations.
+    """
+    eval_every = own["eval_every"]
+    ratio = _flops(reference, kind) / max(_flops(own, kind), 1)
+    return float(round(max(1, round(own["budget"] * ratio / eval_every)) * eval_every, 10))
+
+
+def _flops(record: Mapping[str, Any], kind: Kind) -> int:
+    found = record["flops"]
+    return int(found["training"] if kind == "training" else found["total"] - found["tests"])
+
+
+OPPONENTS = (
+    Variant(name="sft", label="SFT", overrides=("method=sft",)),
+    Variant(
+        name="sft-linear",
+        label="SFT, linear decay",
+        overrides=("method=sft", "train.schedule=linear"),
+    ),
+    Variant(name="dynamix", label="DynamixSFT", overrides=("method=dynamix",)),
+    Variant(name="ies", label="IES", overrides=("method=ies", "ies.delta=0.1")),
+    Variant(name="sro", label="SRO", overrides=("method=single_rollout",)),
+)
+"""The other methods, at the recipe's budget."""
+
+_WINDOW = ("method=msft", "msft.peak_window=2")
+CANDIDATES = (
+    Variant(name="msft-3", label="MSFT, C = 3", overrides=("method=msft", "msft.compute_budget=3")),
+    Variant(name="msft-window", label="MSFT, window 2", overrides=_WINDOW),
+    Variant(
+        name="msft-robust",
+        label="MSFT, window 2, robust peaks",
+        overrides=(*_WINDOW, "msft.peaks=robust", "msft.smoothing=1", "msft.margin=0.5"),
+    ),
+    Variant(
+        name="msft-soft",
+        label="MSFT, window 2, soft exclusion",
+        overrides=(*_WINDOW, "msft.exclusion=soft"),
+    ),
+)
+"""MSFT's variants, of which validation data of the choosing seeds selects one."""
+CHOSEN = "msft-window"
+"""The candidate in the final rows. It is set by hand after the choosing phase."""
+
+KINDS: tuple[Kind, ...] = ("training", "total")
+_FIXED = {variant.name: variant for variant in (*OPPONENTS, *CANDIDATES)}
+
+
+def find_variant(name: str) -> Variant:
+    """Return a variant by its name, ``NAME`` or ``NAME@REFERENCE-KIND``.
+
+    Raises :class:`KeyError` for an unknown name.
+    """
+    own, at, target = name.partition("@")
+    if not at:
+        return _FIXED[name]
+    reference, _, kind = target.rpartition("-")
+    kinds = {str(one): one for one in KINDS}
+    return matched(_FIXED[own], _FIXED[reference].name, kinds[kind])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """The runs of one part of the experiment.
+
+    Attributes:
+        mixtures: The mixtures.
+        variants: The variants, each after those that it matches.
+        seeds: The seeds.
+        split: The examples that its scores are of.
+    """
+
+    mixtures: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    split: Literal["validation", "test"]
+
+
+PHASES: Mapping[str, Phase] = {
+    "choose": Phase(
+        mixtures=("heterogeneous", "mixture10"),
+        variants=(*OPPONENTS, *CANDIDATES),
+        seeds=(0, 1),
+        split="validation",
+    ),
+    "final": Phase(
+        mixtures=("heterogeneous", "heterogeneous2", "mixture10"),
+        variants=(
+            *OPPONENTS,
+            _FIXED[CHOSEN],
+            *(matched(opponent, CHOSEN, kind) for kind in KINDS for opponent in OPPONENTS),
+        ),
+        seeds=(2, 3, 4, 5, 6),
+        split="test",
+    ),
+}
+"""The settings are chosen on two seeds and validation data, and judged on five others and test."""
