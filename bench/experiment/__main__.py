@@ -23,10 +23,11 @@ from bench.experiment.records import RECORDS, load
 from bench.experiment.results import render, write_results
 from bench.experiment.runs import Experiment, list_cases
 from bench.experiment.variants import PHASES, find_variant
+from trainer.signals import Interrupted
 
 
 def main() -> int:
-    """Run the command; the exit code is 1 if runs are missing."""
+    """Run the command; the exit code is 1 if runs are missing, 128 and more after a signal."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.experiment", description=__doc__.splitlines()[0]
     )
@@ -60,7 +61,13 @@ def main() -> int:
         overrides=options.overrides,
         keep=options.keep,
     )
-    is_complete = experiment.complete(list_cases(phase), jobs=options.jobs, minutes=options.minutes)
+    try:
+        is_complete = experiment.complete(
+            list_cases(phase), jobs=options.jobs, minutes=options.minutes
+        )
+    except Interrupted as interrupted:
+        logging.warning("%s: give the same command again to continue", interrupted)
+        return 128 + interrupted.number
     for case, why in experiment.failures.items():
         logging.warning("%s, %s, seed %d: %s", case.mixture, case.variant, case.seed, why)
     records = load(options.records)

@@ -144,7 +144,7 @@ MIXTURES: Mapping[str, Mapping[str, SubDataset]] = {
         "mime": _sub("mime", 96, shares_facts=True),
         "reversal": _sub("reversal", 1500),
         "roman": _sub("roman", 1400),
-        "weekday": _sub("weekday", 360, facts=90),
+        "weekday": _sub("weekday", 360, facts=12),
     },
     "heterogeneous2": {
         "arithmetic": _sub("arithmetic", 320, facts=16),

@@ -58,6 +58,7 @@ def draw_peaks(grouped: Mapping[str, Mapping[str, Runs]]) -> bytes:
                 place = at + 0.1 * (number - (len(runs) - 1) / 2)
                 axis.plot(epoch, place, "o", mec=_BLUE, mfc=_BLUE if has_passed else "none", ms=4)
         axis.set_yticks(range(len(names)), names)
+        axis.set_xlim(left=0)
         axis.set_xlabel("epoch of the first best")
     return _svg(figure)
 

@@ -28,6 +28,8 @@ from trainer.text import Table
 
 PAGE = ROOT / "docs" / "RESULTS.md"
 SUMMARY = RESULTS / "experiment.json"
+_LEAD, _LAG = 2, 1
+"""Standard errors by which the candidate must lead to be better, and lag to be worse."""
 BEGIN = "<!-- experiment: written by python -m bench.experiment -->"
 END = "<!-- end of experiment -->"
 
@@ -47,6 +49,7 @@ def render(records: Sequence[Record], phase: Phase) -> str:
     for mixture, variants in grouped.items():
         own = [row for row in rows if row.mixture == mixture]
         parts += [f"#### {mixture}: {phase.split} loss and work", score_table(own).to_markdown()]
+        parts += filter(None, [verdict(own)])
         if REFERENCE in variants:
             peaks = peak_table(variants[REFERENCE])
             parts += [f"#### {mixture}: peaks of SFT by seed", peaks.to_markdown()]
@@ -55,6 +58,28 @@ def render(records: Sequence[Record], phase: Phase) -> str:
                 title = f"#### {mixture}: headroom and forgetting of {name}"
                 parts += [title, headroom_table(variants[name]).to_markdown()]
     return "\n\n".join(parts) + "\n" if parts else "No run has a record.\n"
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Return a sentence that compares the chosen candidate with all other rows of a mixture.
+
+    It is empty without a record of the candidate, or with a single seed.
+    """
+    kinds: dict[str, list[str]] = {"better than": [], "worse than": [], "as good as": []}
+    for row in rows:
+        found = row.to_chosen
+        if found is None or found.error is None:
+            continue
+        lead, error = found.mean, found.error
+        kind = "better than" if lead > _LEAD * error else "as good as"
+        kinds["worse than" if lead < -_LAG * error else kind].append(row.label)
+    parts = [f"{kind} {'; '.join(labels)}" for kind, labels in kinds.items() if labels]
+    if not parts:
+        return ""
+    return (
+        f"By paired differences, {CHOSEN} is {', and '.join(parts)}. Better: by more than {_LEAD} "
+        f"standard errors; worse: by more than {_LAG}."
+    )
 
 
 def score_table(rows: Sequence[Row]) -> Table:

@@ -18,7 +18,7 @@ from bench.experiment.false_exclusions import (
     simulate,
 )
 from bench.experiment.records import Case, append, condense_journal, hash_config, load
-from bench.experiment.results import BEGIN, END, render, write_results
+from bench.experiment.results import BEGIN, END, render, verdict, write_results
 from bench.experiment.rows import build_rows
 from bench.experiment.runs import Experiment
 from bench.experiment.variants import CHOSEN, PHASES, find_variant, matching_budget
@@ -244,6 +244,19 @@ def test_rows_pair_the_differences_by_seed() -> None:
     assert sft.right.mean == 0.4
     assert sft.spread is not None
     assert sft.spread.mean == pytest.approx(0.1)
+
+
+def test_the_verdict_asks_for_two_standard_errors_to_lead_and_one_to_lag() -> None:
+    records = [make_record(CHOSEN, seed, 1.0) for seed in (2, 3)]
+    for name, gains in {"sft": (0.4, 0.5), "ies": (0.1, 0.9), "sro": (-0.3, -0.1)}.items():
+        records += [
+            make_record(name, seed, 1.0 + gain) for seed, gain in zip((2, 3), gains, strict=True)
+        ]
+
+    found = verdict(build_rows(records, PHASES["final"]))
+
+    assert "is better than SFT, and worse than SRO, and as good as IES." in found
+    assert verdict(build_rows(records[2:], PHASES["final"])) == ""
 
 
 def test_the_tables_are_written_between_the_comments(tmp_path: Path) -> None:
