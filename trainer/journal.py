@@ -35,8 +35,9 @@ event              fields
                    {name: [places]}, reason; applies from the next step on
 ``evaluated``      step, stage, epoch, index, split, checkpoint, metrics {name…, overall}, errors
                    {name: standard error}, losses {name…} or null, last, reused (known from an
-                   earlier evaluation), tokens, attention_tokens, padded_tokens, generated_tokens,
-                   generated_attention_tokens, seconds
+                   earlier evaluation), carried [names] (not measured: the values are those of the
+                   evaluation before, overall is computed from both), tokens, attention_tokens,
+                   padded_tokens, generated_tokens, generated_attention_tokens, seconds
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
                    (that training waited for the commit); written once the checkpoint is durable

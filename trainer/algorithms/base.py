@@ -13,7 +13,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -93,6 +93,15 @@ class Evaluation:
     """Sub-dataset → standard error of its metric over its examples, if known."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Sub-dataset → mean token loss, if known. It decides between equal metrics only."""
+    carried: Sequence[str] = ()
+    """Sub-datasets that were not measured here: their values are those of the evaluation before.
+    They are not active, and such an evaluation is never the best overall."""
+
+
+def measured(metrics: Mapping[str, float], carried: Collection[str]) -> dict[str, float]:
+    """Return the metrics that were measured; the overall one was not if any value is carried."""
+    left_out = {*carried, OVERALL} if carried else ()
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,10 @@ class Method(ABC):
     """A training method; a derived class decides at each evaluation.
 
     The result of the run is the first best overall checkpoint. Of those that are equal to the base,
-    it is the one with the lowest mean loss. The state of a method follows from
-    the calls alone: a new instance that gets the same calls again returns the same decisions.
+    it is the one with the lowest mean loss. An evaluation with carried values does not count for
+    it. If a stage begins from such a checkpoint, it is measured in full there, and counts.
+    The state of a method follows from the calls alone: a new instance that gets the same calls
+    again returns the same decisions.
 
     Attributes:
         sub_datasets: The sub-datasets; there must be one.
@@ -72,6 +74,8 @@ class Method(ABC):
     is_over: bool = field(init=False, default=False)
     _skips: int = field(init=False, default=0)
     _base: Evaluation | None = field(init=False, default=None)
+    _unranked: set[str] = field(init=False, default_factory=set)
+    """The checkpoints whose first evaluation had carried values; the store does not rank them."""
 
     def __post_init__(self) -> None:
         if not self.sub_datasets:
@@ -85,10 +89,12 @@ class Method(ABC):
     def needs(self) -> Needs:
         """Return the checkpoints to keep now; they may change with every decision."""
         needs = self.own_needs()
-        if self.best is not None and self._ties_with_base:
-            # The store ranks by the metric, which does not tell these checkpoints apart.
-            tied = (*needs.checkpoints, self.best.checkpoint)
-            needs = replace(needs, best=(), newest=not self.is_over, checkpoints=tied)
+        best = self.best
+        if best is not None and (self._ties_with_base or best.checkpoint in self._unranked):
+            # The store ranks by the metric, which does not tell these checkpoints apart, or which
+            # it has not got.
+            named = (*needs.checkpoints, best.checkpoint)
+            needs = replace(needs, best=(), newest=not self.is_over, checkpoints=named)
         # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self.max_skips and self.evaluations and not self.is_over
         return replace(needs, newest=True) if may_skip else needs
@@ -122,6 +128,9 @@ class Method(ABC):
             )
         self.evaluations.append(evaluation)
         self._base = self._base or evaluation
+        if evaluation.carried:
+            self._unranked.add(evaluation.checkpoint)
+            return self.decide(evaluation)
         best = None if self.best is None else self.best.metrics[OVERALL]
         if is_better(evaluation.metrics[OVERALL], best, self.mode) or self._is_lower(evaluation):
             self.best = evaluation

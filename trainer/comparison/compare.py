@@ -29,7 +29,7 @@ from trainer.config.schema import Config
 from trainer.distributed import this_process
 from trainer.errors import ConfigError, PausedError, RunError, TrainerError, first_line
 from trainer.files import make_directory
-from trainer.journal import read, select
+from trainer.journal import read, run_started, select
 from trainer.report.flops import Account
 from trainer.report.summary import summarize
 from trainer.training.directory import CONFIG, JOURNAL, MODEL
@@ -214,13 +214,21 @@ def _plan_equal_compute(
             case,
             flops=own.summary.account.total.flops - fixed,
             reference_flops=reference.summary.account.total.flops - fixed,
-            eval_every=config.evaluation.eval_every,
+            eval_every=_epochs_between_evaluations(Path(config.output_dir) / own_case.path),
         )
         if budget == case.budget:
             outcomes[case] = own
         else:
             tasks[case] = _configure(config, case, budget)
     return tasks, outcomes
+
+
+def _epochs_between_evaluations(directory: Path) -> float:
+    """Return the epochs of the whole mixture between two evaluations of a run."""
+    start = run_started(read(directory / JOURNAL))
+    evaluation = start["config"]["evaluation"]
+    every = float(evaluation["eval_every"])
+    return every / start["steps_per_epoch"] if evaluation.get("cadence") == "steps" else every
 
 
 def _count_test_flops(directory: Path) -> int:

@@ -19,6 +19,7 @@ from trainer.config.schema import (
     OVERALL,
     Config,
     DataConfig,
+    EvalConfig,
     FieldsConfig,
     SourceConfig,
     SubDatasetConfig,
@@ -169,6 +170,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.max_grad_norm", lambda x: x > 0, "above 0, or null for no clipping"),
     ("train.max_skips", lambda n: n >= 1, "at least 1"),
     ("evaluation.eval_every", lambda x: x > 0, "above 0"),
+    ("evaluation.excluded_every", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_new_tokens", lambda n: n >= 1, "at least 1"),
     ("evaluation.batch_size", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_examples", lambda n: n >= 1, "at least 1, or null for all"),
@@ -214,17 +216,7 @@ def check_settings(config: Config) -> None:
             f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "
             f"({train.micro_batch_size}), or not larger"
         )
-    if budget < evaluation.eval_every:
-        raise ConfigError(
-            f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
-            f"or lower evaluation.eval_every ({evaluation.eval_every:g} epochs)"
-        )
-    if budget > _MAX_EVALUATIONS * evaluation.eval_every:
-        raise ConfigError(
-            f"msft.compute_budget ({budget:g} epochs) would be more than {_MAX_EVALUATIONS:,} "
-            f"evaluations a roll-out: lower it, or raise evaluation.eval_every "
-            f"({evaluation.eval_every:g} epochs)"
-        )
+    _check_evaluations(evaluation, budget)
     if config.restores_optimizer and config.msft.exclusion == "soft":
         raise ConfigError(
             "msft.optimizer_on_rollback: restore goes on with the examples that an epoch had left, "
@@ -232,6 +224,28 @@ def check_settings(config: Config) -> None:
         )
     if evaluation.answer_pattern is not None:
         _check_pattern(evaluation.answer_pattern)
+
+
+def _check_evaluations(evaluation: EvalConfig, budget: float) -> None:
+    """Raise :class:`ConfigError` for a roll-out, of ``budget`` epochs, without evaluations."""
+    every = evaluation.eval_every
+    if evaluation.cadence == "steps":
+        if not every.is_integer():
+            raise ConfigError(
+                f"evaluation.eval_every must be a whole number of steps with evaluation.cadence "
+                f"steps, got {every:g}"
+            )
+        return
+    if budget < every:
+        raise ConfigError(
+            f"msft.compute_budget ({budget:g} epochs) must hold at least one evaluation: raise it, "
+            f"or lower evaluation.eval_every ({every:g} epochs)"
+        )
+    if budget > _MAX_EVALUATIONS * every:
+        raise ConfigError(
+            f"msft.compute_budget ({budget:g} epochs) would be more than {_MAX_EVALUATIONS:,} "
+            f"evaluations a roll-out: lower it, or raise evaluation.eval_every ({every:g} epochs)"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 _COMPUTE_BUDGET = "the epochs of one roll-out, 1 being the active mixture once"
 _BATCH_SIZE = "examples per optimizer step, over all processes"
-_EVAL_EVERY = "in epochs of the active mixture"
+_EVAL_EVERY = "in epochs of the active mixture, or in the unit of evaluation.cadence"
 _MODEL_DTYPE = "the dtype of the weights; train.compute_dtype is that of the computation"
 
 OTHER_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -250,8 +250,15 @@ class EvalConfig:
             completion (``min``); ``token_accuracy``: share of the completion's tokens that are the
             most probable ones, each after the true ones before it (``max``);
             ``module:function``: your own, see :mod:`trainer.model.metrics`.
-        eval_every: Epochs of the active mixture between evaluations; the default is the MSFT
+        eval_every: Distance of two evaluations in the unit of ``cadence``; the default is the MSFT
             paper's.
+        cadence: Unit of ``eval_every``. ``active``: epochs of the active mixture (the paper's), so
+            that a stage has more evaluations per step the fewer sub-datasets it trains on;
+            ``mixture``: epochs of the whole mixture; ``steps``: optimizer steps, a whole number.
+            Evaluations begin anew with each stage, and its end has one with any cadence.
+        excluded_every: One of so many evaluations of a stage also measures the sub-datasets that
+            are not active, and so do its first and its last one. The others carry the last known
+            values forward and cannot be the best overall. 1: every evaluation measures all.
         answer_pattern: Regular expression whose first group is the answer, in generations and in
             references; ``None``: the whole completion, stripped.
         answer_match: The match of ``answer_pattern`` that counts.
@@ -272,6 +279,8 @@ class EvalConfig:
 
     metric: str = "exact_match"
     eval_every: float = 0.25
+    cadence: Literal["active", "mixture", "steps"] = "active"
+    excluded_every: int = 1
     answer_pattern: str | None = None
     answer_match: Literal["first", "last"] = "last"
     answer: Literal["text", "number", "folded"] = "text"

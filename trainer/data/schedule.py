@@ -16,8 +16,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from trainer.config.schema import EvalConfig
 
 Sampling = Literal["proportional", "equal", "temperature"]
 
@@ -76,6 +78,28 @@ class Schedule:
                 return before + (after - before) * (step - start) / (end - start)
             before, start = after, end
         return before
+
+    def evaluated_every(self, interval: float | None) -> Schedule:
+        """Return the schedule with evaluations after the steps nearest to multiples of an interval.
+
+        ``interval`` is in optimizer steps; ``None`` leaves the schedule as it is.
+        """
+        if interval is None:
+            return self
+        wanted = {_nearest(k * interval) for k in range(1, math.floor(self.steps / interval) + 1)}
+        inside = {step for step in wanted if 1 <= step < self.steps}
+        return replace(self, evaluations=(*sorted(inside), self.steps))
+
+
+def evaluation_interval(evaluation: EvalConfig, *, mixture_steps: int) -> float | None:
+    """Return the optimizer steps between two evaluations of any stage.
+
+    ``mixture_steps`` are those of an epoch of the whole mixture. Returns ``None`` if the interval
+    depends on the stage.
+    """
+    if evaluation.cadence == "steps":
+        return evaluation.eval_every
+    return evaluation.eval_every * mixture_steps if evaluation.cadence == "mixture" else None
 
 
 def stage_schedule(*, examples: int, batch_size: int, eval_every: float, epochs: float) -> Schedule:

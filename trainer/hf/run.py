@@ -144,6 +144,12 @@ class MsftRun:
         self._directory = Path(output_dir).absolute()
         self._base_path = None if base is None else find_local_model(base)
         self._metrics = check_metrics(self._mixture.training_sets, metric, mode, overall)
+        for key in ("cadence", "excluded_every"):
+            if key in msft:
+                raise ConfigError(
+                    f"evaluation.{key}: a Trainer's stage is evaluated on all sub-datasets, every "
+                    "eval_every epochs of the active mixture: remove it, or use msft-train"
+                )
         settings = build(MsftConfig, {**msft, "compute_budget": compute_budget}, at="msft")
         if settings.optimizer_on_rollback != "reset":
             raise ConfigError("msft.optimizer_on_rollback: a Trainer's stage always begins afresh")

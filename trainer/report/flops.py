@@ -85,6 +85,12 @@ class Account:
         return self.kept + self.rolled_back
 
     @property
+    def evaluation_share(self) -> float:
+        """The share of evaluations and final tests, generation included, in the FLOPs."""
+        evaluated = self.evaluation + self.generation
+        return evaluated.flops / self.total.flops if self.total.flops else 0.0
+
+    @property
     def total(self) -> Work:
         """All work except the work that a resume repeated."""
         parts = (self.selection, self.padding, self.evaluation, self.generation)
@@ -115,11 +121,15 @@ def find_stop(counted: Sequence[Record]) -> Record | None:
 
 
 def find_result_evaluation(counted: Sequence[Record]) -> Record | None:
-    """Return the first evaluation of the run's result, or ``None`` if the run has not ended."""
+    """Return the first evaluation of the run's result, or ``None`` if the run has not ended.
+
+    It is the first one without carried values, if there is one.
+    """
     stop = find_stop(counted)
     if stop is None:
         return None
-    return next(r for r in select(counted, "evaluated") if r["checkpoint"] == stop["checkpoint"])
+    found = [r for r in select(counted, "evaluated") if r["checkpoint"] == stop["checkpoint"]]
+    return next((record for record in found if not record.get("carried")), found[0])
 
 
 def seqs_on_path(counted: Sequence[Record]) -> set[int]:

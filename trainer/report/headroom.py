@@ -263,8 +263,10 @@ def _measure_forgetting(
     """Return the forgetting of the sub-datasets that were excluded before the result."""
     values = {r["checkpoint"]: r["metrics"] for r in select(counted, "evaluated")}
     found = {}
+    evaluated = select(counted, "evaluated")
+    end = next(r["seq"] for r in evaluated if r["checkpoint"] == result["checkpoint"])
     for decided in select(counted, "decided"):
-        if decided["seq"] > result["seq"]:
+        if decided["seq"] > end:
             break
         for name in decided["exclude"]:
             peak, now = values[decided["checkpoint"]][name], result["metrics"][name]

@@ -14,12 +14,13 @@ Example::
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.config.checks import to_bytes
 from trainer.config.schema import Config
-from trainer.data.schedule import shares, stage_schedule
+from trainer.data.schedule import Schedule, evaluation_interval, shares, stage_schedule
 from trainer.report.flops import ModelSize
 from trainer.text import Table, bytes_text, count_text, flops_text, too_long_text
 
@@ -188,38 +189,66 @@ def _bound(
     """Return the work of a run from the active sub-datasets of each stage."""
     sizes = {name: part.train for name, part in counts.items()}
     sampled = shares(sizes, config.data.sampling, config.data.temperature)
+    examples = {name: max(1, round(sizes[name] * sampled[name])) for name in counts}
+    interval = evaluation_interval(
+        config.evaluation, mixture_steps=-(-sum(examples.values()) // config.train.batch_size)
+    )
     schedules = [
         stage_schedule(
-            examples=sum(max(1, round(sizes[name] * sampled[name])) for name in active),
+            examples=sum(examples[name] for name in active),
             batch_size=config.train.batch_size,
             eval_every=config.evaluation.eval_every,
             epochs=config.msft.compute_budget,
-        )
+        ).evaluated_every(interval)
         for active in stages
     ]
-    evaluations = 1 + sum(len(schedule.evaluations) for schedule in schedules)
     tokens = attention = 0.0
     for active, schedule in zip(stages, schedules, strict=True):
         epochs = schedule.steps / schedule.steps_per_epoch
         tokens += epochs * sum(sampled[n] * counts[n].train_tokens for n in active)
         attention += epochs * sum(sampled[n] * counts[n].train_attention_tokens for n in active)
-    evaluated_tokens, evaluated_attention = _evaluation_tokens(config, counts)
+    evaluated = _evaluations(config, [*counts], stages, schedules)
+    evaluated_tokens = evaluated_attention = 0
+    for names, count in evaluated.items():
+        real, squared = _evaluation_tokens(config, [counts[name] for name in names])
+        evaluated_tokens += count * real
+        evaluated_attention += count * squared
     return Bound(
         stages=len(stages),
         steps=sum(schedule.steps for schedule in schedules),
-        evaluations=evaluations,
+        evaluations=evaluated.total(),
         trained_tokens=math.ceil(tokens),
         trained_flops=size.training(math.ceil(tokens), math.ceil(attention)),
-        evaluated_tokens=evaluations * evaluated_tokens,
-        evaluated_flops=evaluations * size.forward(evaluated_tokens, evaluated_attention),
+        evaluated_tokens=evaluated_tokens,
+        evaluated_flops=size.forward(evaluated_tokens, evaluated_attention),
     )
 
 
-def _evaluation_tokens(config: Config, counts: Mapping[str, Counts]) -> tuple[int, int]:
+def _evaluations(
+    config: Config,
+    names: Sequence[str],
+    stages: Sequence[Sequence[str]],
+    schedules: Sequence[Schedule],
+) -> Counter[tuple[str, ...]]:
+    """Return the most evaluations of a run, by the sub-datasets that they measure.
+
+    A later stage's root is measured again if its evaluation may have carried values.
+    """
+    evaluated = Counter([tuple(names)])
+    for number, (active, schedule) in enumerate(zip(stages, schedules, strict=True)):
+        count, every = len(schedule.evaluations), config.evaluation.excluded_every
+        full = [index % every == 0 or index == count for index in range(1, count + 1)]
+        if number + 1 < len(stages) and len(active) < len(names) and not all(full):
+            evaluated[tuple(names)] += 1
+        evaluated.update(tuple(names if is_full else active) for is_full in full)
+    return evaluated
+
+
+def _evaluation_tokens(config: Config, counts: Sequence[Counts]) -> tuple[int, int]:
     """Return tokens and attention tokens of one evaluation with the longest generations."""
-    tokens = sum(part.validation_tokens for part in counts.values())
-    attention_tokens = sum(part.validation_attention_tokens for part in counts.values())
-    generated = [part for part in counts.values() if part.generates]
+    tokens = sum(part.validation_tokens for part in counts)
+    attention_tokens = sum(part.validation_attention_tokens for part in counts)
+    generated = [part for part in counts if part.generates]
     new = config.evaluation.max_new_tokens
     examples = sum(part.validation for part in generated)
     contexts = sum(part.validation_tokens for part in generated)

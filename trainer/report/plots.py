@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from trainer.algorithms.base import measured
 from trainer.config.schema import OVERALL
 from trainer.journal import Record, metric_of, mode_of, run_started, select
 from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
@@ -114,7 +115,7 @@ def draw_disk(counted: Sequence[Record]) -> Figure:
 def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
     evaluated = select(counted, "evaluated")
     for start in select(counted, "stage_started"):
-        points = [r for r in evaluated if r["stage"] == start["stage"]]
+        points = [r for r in evaluated if r["stage"] == start["stage"] and name in _measured(r)]
         is_active = name == OVERALL or name in start["active"]
         axis.plot(
             [r["step"] for r in points],
@@ -136,6 +137,10 @@ def _draw_curve(axis: Axes, name: str, counted: Sequence[Record]) -> None:
     _frame(axis, title=name)
 
 
+def _measured(record: Record) -> dict[str, float]:
+    return measured(record["metrics"], record.get("carried") or ())
+
+
 def _mark(axis: Axes, record: Record, name: str, **style: Any) -> None:
     """Draw a mark at an evaluation, whole even at the edge of the axes."""
     axis.plot(
@@ -153,13 +158,17 @@ def _limit(axis: Axes, name: str, counted: Sequence[Record]) -> None:
     """End the axis before the worst values if they would hide the best, and say how far they go."""
     mode = mode_of(run_started(counted), name)
     evaluated = select(counted, "evaluated")
-    points = [(r["step"], r["metrics"][name]) for r in evaluated]
+    points = [(r["step"], r["metrics"][name]) for r in evaluated if name in _measured(r)]
     stages = {
         start["stage"]
         for start in select(counted, "stage_started")
         if name == OVERALL or name in start["active"]
     }
-    trained = [r["metrics"][name] for r in evaluated if r["index"] and r["stage"] in stages]
+    trained = [
+        r["metrics"][name]
+        for r in evaluated
+        if r["index"] and r["stage"] in stages and name in _measured(r)
+    ]
     limits = limits_of([value for _, value in points], trained, mode)
     if limits is None:
         return

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.algorithms.base import measured
 from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic, write_json
@@ -32,6 +33,8 @@ from trainer.text import (
     metric_title,
 )
 
+_MOST_EVALUATION = 0.25
+"""Share of the FLOPs above which evaluation gives a warning."""
 _OPTIONAL_WORK = ("selection of examples", "repeated after a resume")
 """Kinds of work that are left out of a table if there was none."""
 _DRAWINGS = (
@@ -101,6 +104,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         else _markdown_lines(disk_text(summary)),
         "## Work",
         _work_table({label: summary}).to_markdown(),
+        evaluation_text({label: summary}),
         "## Plots",
         *(f"![{title}](plots/{name}.png)" for name, title, _ in _DRAWINGS),
     ]
@@ -135,7 +139,7 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
         (s for s in diagnosed if s.method == "msft"), diagnosed[0] if diagnosed else None
     )
     notes = [] if headroom is None else _headroom_parts(headroom, markdown=markdown)
-    return "\n\n".join([head, scores, *disks, work, *notes])
+    return "\n\n".join([head, scores, *disks, work, evaluation_text(summaries), *notes])
 
 
 def _headroom_parts(summary: Summary, *, markdown: bool) -> list[str]:
@@ -145,6 +149,19 @@ def _headroom_parts(summary: Summary, *, markdown: bool) -> list[str]:
     table = headroom_table(summary.diagnosis)
     text = table.to_markdown() if markdown else table.to_text()
     return [text, "\n".join(headroom_notes(summary.diagnosis))]
+
+
+def evaluation_text(summaries: Mapping[str, Summary]) -> str:
+    """Return a sentence on the share of evaluation in the FLOPs, with advice above a quarter."""
+    shares = {label: one.account.evaluation_share for label, one in summaries.items()}
+    parts = [f"{share:.0%} of the FLOPs of {label}" for label, share in shares.items()]
+    text = f"Evaluations and final tests took {', '.join(parts)}."
+    if max(shares.values()) <= _MOST_EVALUATION:
+        return text
+    return (
+        f"{text} To lower it, raise evaluation.eval_every or evaluation.excluded_every, set "
+        "evaluation.cadence=mixture, or lower evaluation.max_examples."
+    )
 
 
 def disk_text(summary: Summary) -> str:
@@ -265,7 +282,8 @@ def _divergence_parts(counted: Sequence[Record]) -> list[str]:
         for r in select(counted, "diverged")
     ]
     evaluated = [r for r in select(counted, "evaluated") if not r["reused"]]
-    non_finite = Counter(name for r in evaluated for name in non_finite_metrics(r["metrics"]))
+    curves = [measured(r["metrics"], r.get("carried") or ()) for r in evaluated]
+    non_finite = Counter(name for metrics in curves for name in non_finite_metrics(metrics))
     lines += [
         f"- The metric of {name} was not finite in {count} of {len(evaluated)} evaluations, none "
         "of which counted as a best or a peak."

@@ -311,7 +311,8 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
             case "evaluated":
                 curve.append(record)
                 value = record["metrics"][OVERALL]
-                if is_better(value, best_value, start["mode"]):
+                ranks = not record.get("carried")
+                if ranks and is_better(value, best_value, start["mode"]):
                     best, best_value = record["checkpoint"], value
                 if committed is not None and committed["checkpoint"] == record["checkpoint"]:
                     copies = {best, *_champions(curve, active, start)} - {base, None}

@@ -114,6 +114,14 @@ def simulate(records: Sequence[Record], config: Config) -> Simulation:
             f"a run of {start['method']} chooses its examples during training, so its curves say "
             "nothing about another policy; simulate on a run of msft or sft"
         )
+    shortens = config.msft.compute_budget < start["config"]["msft"]["compute_budget"]
+    if shortens and any(record.get("carried") for record in evaluated):
+        raise RunError(
+            "the run measured excluded sub-datasets at every "
+            f"{start['config']['evaluation']['excluded_every']}th evaluation only, so what a "
+            "smaller compute_budget would measure at the end of a stage is not known: record a run "
+            "with evaluation.excluded_every=1"
+        )
     needs_errors = config.method == "msft" and config.msft.peaks == "robust" and config.msft.margin
     if needs_errors and not any(record.get("errors") for record in evaluated):
         raise RunError(
@@ -177,7 +185,7 @@ class _Replay:
                 last = self._is_last(record, group[0])
                 if last is None:
                     return None
-                if not record.get("reused"):
+                if record["index"] or record["stage"] == 1:
                     self._add_change(record, is_roll_back=False)
                 values = {**fields_of(Evaluation, record), "last": last}
                 decision = self._strategy.on_evaluation(Evaluation(**values))
@@ -269,6 +277,6 @@ def _spent(records: Sequence[Record]) -> Spent:
 
 
 def _best(records: Sequence[Record], mode: Mode) -> Record | None:
-    evaluated = select(records, "evaluated")
+    evaluated = [r for r in select(records, "evaluated") if not r.get("carried")]
     index = first_best_index((r["metrics"][OVERALL] for r in evaluated), mode)
     return None if index is None else evaluated[index]

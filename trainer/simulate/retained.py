@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from msft_store import Candidate
+from trainer.algorithms.base import measured
 from trainer.simulate.policies import Retention
 from trainer.simulate.replay import Simulation
 
@@ -64,7 +65,7 @@ def replay_retention(
             root, branch, index = checkpoint, branch + 1, 0
         candidates[checkpoint] = Candidate(
             id=checkpoint,
-            metrics=change.record["metrics"],
+            metrics=measured(change.record["metrics"], change.record.get("carried") or ()),
             stored_bytes=sizes.get(checkpoint, 0),
             branch=branch,
             index=index,

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from msft_store import Policy
-from trainer.algorithms.base import Continue, Decision, Divergence, Evaluation, Skip, Stop
+from trainer.algorithms.base import (
+    Continue,
+    Decision,
+    Divergence,
+    Evaluation,
+    Skip,
+    Stop,
+    measured,
+)
 from trainer.algorithms.divergence import non_finite_metrics
 from trainer.algorithms.method import Method
 from trainer.config.schema import OVERALL
@@ -58,6 +66,11 @@ class Decisions:
         self.known = dict(state.known)
         """Checkpoint id → its evaluation."""
 
+    @property
+    def last(self) -> Evaluation:
+        """The last evaluation of the current stage."""
+        return self._strategy.evaluations[-1]
+
     def make_policy(self) -> Policy:
         """Return the retention policy that keeps all that the strategy may still use."""
         return make_policy(self._strategy.needs(), self._strategy.mode, self.names)
@@ -83,6 +96,7 @@ class Decisions:
             metrics=known.metrics,
             errors=known.errors,
             losses=known.losses or {},
+            carried=known.carried,
         )
         # A decision to roll back begins the next stage in the strategy.
         seen, active = [*self._strategy.evaluations, evaluation], self._strategy.stage.active
@@ -114,7 +128,7 @@ class Decisions:
         if not isinstance(decision, Continue):
             self._queue.flush()
         values = describe_values(seen, active, self._strategy.mode, self._strategy.modes)
-        _log_decision(place, known.metrics, values, decision)
+        _log_decision(evaluation, values, decision)
         return self.names.resolve(decision)
 
     def on_divergence(self, divergence: Divergence, *, index: int) -> Skip | Stop:
@@ -134,11 +148,11 @@ class Decisions:
         return answer
 
 
-def _log_decision(
-    place: Place, metrics: Mapping[str, float], values: str, decision: Decision
-) -> None:
-    text = f"stage {place.stage}, epoch {place.epoch:.2f}: {OVERALL} {metrics[OVERALL]:.4f}"
-    if not_finite := non_finite_metrics(metrics):
+def _log_decision(evaluation: Evaluation, values: str, decision: Decision) -> None:
+    metrics, carried = evaluation.metrics, evaluation.carried
+    text = f"stage {evaluation.stage}, epoch {evaluation.epoch:.2f}: {OVERALL}"
+    text += f" {metrics[OVERALL]:.4f}{' with carried values' if carried else ''}"
+    if not_finite := non_finite_metrics(measured(metrics, carried)):
         text += f"; not finite: {', '.join(not_finite)}"
     if not isinstance(decision, Continue):
         text += f"; {decision.reason}"

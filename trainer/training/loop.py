@@ -1,10 +1,12 @@
 """Train stage after stage and act on the decisions of a strategy.
 
-At the root of a stage, every ``eval_every`` epochs and at its end, the loop evaluates all
-sub-datasets, saves a rollback point and asks the strategy. The decision is journaled before the
-loop acts on it. If it is to continue, training continues while the rollback point is saved.
-Evaluation and decision are journaled once that is durable, at the latest before the next one is
-saved, before a resume point is written, or before the loop acts on another decision.
+At the root of a stage, at the evaluations of its schedule and at its end, the loop evaluates the
+sub-datasets, saves a rollback point and asks the strategy. With ``evaluation.excluded_every`` most
+evaluations measure the active sub-datasets alone and carry the values of the others forward.
+The decision is journaled before the loop acts on it. If it is to continue, training continues while
+the rollback point is saved. Evaluation and decision are journaled once that is durable, at the
+latest before the next one is saved, before a resume point is written, or before the loop acts on
+another decision.
 
 Invariant: everything between two decisions depends only on the seed and the position, so a run that
 is resumed from a position repeats the same steps.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -33,11 +35,13 @@ from trainer.algorithms.base import (
     RollBack,
     Skip,
     Stop,
+    measured,
 )
 from trainer.algorithms.divergence import NonFiniteNumber, all_non_finite
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import margin_warnings
-from trainer.distributed import any_of, share_decision
+from trainer.config.schema import OVERALL
+from trainer.distributed import any_of, share, share_decision
 from trainer.errors import RunError
 from trainer.model.answers import AnswerRule
 from trainer.model.evaluate import EvaluationResult, Evaluator
@@ -62,7 +66,13 @@ from trainer.training.rollback_points import (
     restore_point,
     save_rollback_point,
 )
-from trainer.training.stage import StagePlan, count_examples, make_schedule, plan_stage
+from trainer.training.stage import (
+    StagePlan,
+    count_examples,
+    find_carried,
+    make_schedule,
+    plan_stage,
+)
 from trainer.training.steps import StageSteps
 from trainer.training.workspace import Workspace
 
@@ -206,8 +216,8 @@ class Loop:
         """Start a stage and decide on its root.
 
         Only the base, from which the first stage starts, is evaluated and committed here. The
-        evaluation of any other root is known. The optimizer starts fresh unless its state was
-        restored with the root.
+        evaluation of any other root is known, and is made again if it carried values. The optimizer
+        starts fresh unless its state was restored with the root.
         """
         work, stage = self._work, steps.stage
         if root is None or not work.config.restores_optimizer:
@@ -216,13 +226,16 @@ class Loop:
         if root is None:
             self._beat.say("evaluating the model before training")
             result = self._run_evaluation()
-        finding = all_non_finite(result.losses) if result else None
+        elif share(bool(work.journal and self._decisions.known[root].carried)):
+            result = self._run_evaluation()
+            write_predictions(work, result, stage=stage.number, epoch=0.0)
+        finding = all_non_finite(result.losses) if result and root is None else None
         if finding is not None:
             raise RunError(
                 f"the {finding.what} is {finding.value} before any training: is model.path "
                 f"{work.config.model.path} sound, and is model.dtype wide enough for it?"
             )
-        save = self._save_rollback_point(steps, 0, result) if result else None
+        save = self._save_rollback_point(steps, 0, result) if result and root is None else None
         # The record of the stage names its root, so this commit must be durable first.
         committed = save.wait() if save else {}
         checkpoint = committed.get("checkpoint", root)
@@ -239,7 +252,7 @@ class Loop:
             examples=sum(count_examples(work.config, stage, self._sizes).values()),
         )
         if work.accelerator.is_main_process:
-            if result:
+            if result and root is None:
                 self._warn_of_margins(result)
             _log.info("stage %d trains %s", stage.number, ", ".join(stage.trained))
         if committed:
@@ -252,14 +265,22 @@ class Loop:
             _log.warning("%s", line)
 
     def _evaluate(self, steps: StageSteps, position: Position) -> Decision:
-        """Evaluate all sub-datasets, save a rollback point, and decide."""
-        result = self._run_evaluation()
+        """Evaluate the sub-datasets that are due, save a rollback point, and decide."""
+        index = position.evaluations
+        carried = find_carried(
+            self._work.config,
+            steps.stage,
+            self._sizes,
+            index=index,
+            is_last=index == len(steps.schedule.evaluations),
+        )
+        result = self._run_evaluation(carried)
         finding = all_non_finite(result.losses)
         if finding is not None:
             return self._handle_divergence(finding, steps, position)
         self._work.journal_queue.flush()
-        save = self._save_rollback_point(steps, position.evaluations, result)
-        return self._decide(steps, position.evaluations, result, save)
+        save = self._save_rollback_point(steps, index, result, carried)
+        return self._decide(steps, index, result, save, carried)
 
     def _handle_divergence(
         self, finding: NonFiniteNumber, steps: StageSteps, position: Position
@@ -287,9 +308,11 @@ class Loop:
         set_seed(int(words[0]), device_specific=self._work.accelerator.num_processes > 1)
         reset_optimizer(self._work.optimizer)
 
-    def _run_evaluation(self) -> EvaluationResult:
+    def _run_evaluation(self, carried: Collection[str] = ()) -> EvaluationResult:
+        """Evaluate the model on all sub-datasets but those whose values are ``carried``."""
         with self._work.snapshots.as_committed():
-            validation = self._work.split("validation")
+            every = self._work.split("validation")
+            validation = {name: rows for name, rows in every.items() if name not in carried}
             result = self._evaluator(self._work.model, validation, self._base_metrics)
             self._base_metrics = self._base_metrics or result.metrics
             self._evaluations += 1
@@ -299,7 +322,7 @@ class Loop:
         return result
 
     def _has_right(self, metrics: Mapping[str, float]) -> bool:
-        return any(metrics[name] > 0 for name in self._exact)
+        return any(metrics.get(name, 0) > 0 for name in self._exact)
 
     def _warn_of_answers(self) -> None:
         """Show a generation beside its reference, because no answer was right so far."""
@@ -328,9 +351,16 @@ class Loop:
             )
 
     def _save_rollback_point(
-        self, steps: StageSteps, index: int, result: EvaluationResult
+        self,
+        steps: StageSteps,
+        index: int,
+        result: EvaluationResult,
+        carried: Collection[str] = (),
     ) -> PendingSave | None:
-        """Write the generations and commit the weights with their metrics, in the main process."""
+        """Write the generations and commit the weights, in the main process.
+
+        The store gets the metrics that were measured, so that no carried value is ranked there.
+        """
         work = self._work
         write_predictions(work, result, stage=steps.stage.number, epoch=steps.epoch_at(index))
         if work.timeline is not None:
@@ -340,7 +370,7 @@ class Loop:
             stage=steps.stage.number,
             step=self._global_step,
             epoch=steps.epoch_at(index),
-            metrics=result.metrics,
+            metrics=measured(result.metrics, carried),
         )
 
     def _decide(
@@ -349,11 +379,13 @@ class Loop:
         index: int,
         result: EvaluationResult | None,
         checkpoint: PendingSave | str | None,
+        carried: Collection[str] = (),
     ) -> Decision:
         """Ask the strategy about an evaluation, journal both, and share the answer.
 
         ``checkpoint`` is the pending rollback point, or the id of a durable one. Without a
-        ``result``, the metrics are known from an earlier evaluation.
+        ``result``, the metrics are known from an earlier evaluation. Those of ``carried`` are those
+        of the evaluation before.
         """
         answer: Decision | None = None
         if self._work.accelerator.is_main_process and checkpoint is not None:
@@ -364,20 +396,41 @@ class Loop:
                 step=self._global_step,
                 last=index == len(steps.schedule.evaluations),
             )
-            if result is None:
-                known = self._decisions.known[cast(str, checkpoint)]
-            else:
-                known = KnownEvaluation(
-                    metrics=result.metrics,
-                    losses=result.losses,
-                    errors=result.errors,
-                    stage=place.stage,
-                    step=0 if self._position is None else self._position.step,
-                )
+            known = KnownEvaluation(
+                metrics={},
+                losses={},
+                stage=place.stage,
+                step=0 if self._position is None else self._position.step,
+            )
+            if isinstance(checkpoint, str):
+                known = self._decisions.known.get(checkpoint, known)
+            if result is not None:
+                known = self._add_result(known, result, carried)
             cost = result.cost_fields() if result else None
             answer = self._decisions.decide(place, known, checkpoint=checkpoint, cost=cost)
         decision: Decision = share_decision(answer)
         return decision
+
+    def _add_result(
+        self, known: KnownEvaluation, result: EvaluationResult, carried: Collection[str]
+    ) -> KnownEvaluation:
+        """Return a known evaluation with a result, and with the values that it carries forward."""
+        metrics, losses, errors = result.metrics, result.losses, result.errors
+        if carried:
+            before, mixture = self._decisions.last, self._work.metrics.mixture
+            metrics, losses, errors = (
+                {**old, **new}
+                for old, new in (
+                    (before.metrics, metrics),
+                    (before.losses, losses),
+                    (before.errors, errors),
+                )
+            )
+            sizes = {name: len(rows) for name, rows in self._work.split("validation").items()}
+            metrics[OVERALL] = mixture.compute_overall(metrics, sizes, self._base_metrics)
+        return replace(
+            known, metrics=metrics, losses=losses, errors=errors, carried=sorted(carried)
+        )
 
     def _finish_step(self, steps: StageSteps, position: Position, *, is_last: bool) -> None:
         """Journal the totals that are due; on a signal, raise unless this step ``is_last``."""

@@ -131,6 +131,8 @@ def describe_values(
         curve = [evaluation.metrics[name] for evaluation in evaluations]
         best = first_best_index(curve, modes.get(name, mode))
         notes = [] if name in active else ["excluded"]
+        if name in last.carried:
+            notes.append("not measured")
         if best is None:
             notes.append("none is finite")
         elif best < len(curve) - 1:

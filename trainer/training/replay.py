@@ -16,7 +16,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -68,7 +68,7 @@ class ResumePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownEvaluation:
-    """The results of an evaluation, and the stage and step at which it was made."""
+    """The newest results for a checkpoint, and the stage and step at which it was made."""
 
     metrics: Mapping[str, float]
     losses: Mapping[str, float] | None
@@ -76,6 +76,8 @@ class KnownEvaluation:
     step: int
     """Optimizer steps in that stage."""
     errors: Mapping[str, float] = field(default_factory=dict)
+    carried: Sequence[str] = ()
+    """Sub-datasets that were not measured, as in :class:`~trainer.algorithms.base.Evaluation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +202,10 @@ def replay(counted: Sequence[Record], strategy: Method) -> RunState:
                 errors=record.get("errors") or {},
                 stage=record["stage"],
                 step=global_step - first_step,
+                carried=record.get("carried") or (),
             )
-            known.setdefault(record["checkpoint"], evaluation)
+            made = known.get(record["checkpoint"], evaluation)
+            known[record["checkpoint"]] = replace(evaluation, stage=made.stage, step=made.step)
             decision = _replay_evaluation(record, names, strategy)
         elif record["event"] == "diverged":
             divergence = Divergence(**fields_of(Divergence, record))

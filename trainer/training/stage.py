@@ -11,14 +11,20 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 from trainer.algorithms.base import LookAhead, Stage
 from trainer.config.schema import Config
 from trainer.data.batches import DataOrder, SampledOrder
-from trainer.data.schedule import Schedule, shares, stage_schedule, uneven_schedule
+from trainer.data.schedule import (
+    Schedule,
+    evaluation_interval,
+    shares,
+    stage_schedule,
+    uneven_schedule,
+)
 from trainer.training.replay import KnownEvaluation, StageStart
 
 
@@ -92,15 +98,34 @@ def make_schedule(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Sch
     """Return the steps and evaluations of a stage."""
     batch_size, eval_every = config.train.batch_size, config.evaluation.eval_every
     if stage.limits and isinstance(order := make_order(config, stage, sizes), DataOrder):
-        return uneven_schedule(
+        schedule = uneven_schedule(
             order.epoch_sizes(stage.epochs),
             batch_size=batch_size,
             eval_every=eval_every,
             epochs=stage.epochs,
         )
-    return stage_schedule(
-        examples=sum(count_examples(config, stage, sizes).values()),
-        batch_size=batch_size,
-        eval_every=eval_every,
-        epochs=stage.epochs,
+    else:
+        schedule = stage_schedule(
+            examples=sum(count_examples(config, stage, sizes).values()),
+            batch_size=batch_size,
+            eval_every=eval_every,
+            epochs=stage.epochs,
+        )
+    mixture = replace(stage, active=tuple(sizes), shares={})
+    examples = sum(count_examples(config, mixture, sizes).values())
+    mixture_steps = -(-examples // batch_size)
+    return schedule.evaluated_every(
+        evaluation_interval(config.evaluation, mixture_steps=mixture_steps)
     )
+
+
+def find_carried(
+    config: Config, stage: Stage, sizes: Iterable[str], *, index: int, is_last: bool
+) -> frozenset[str]:
+    """Return the sub-datasets that an evaluation does not measure; ``sizes`` names all of them.
+
+    The evaluation of a stage's root, index 0, and the last one measure all.
+    """
+    if is_last or index % config.evaluation.excluded_every == 0:
+        return frozenset()
+    return frozenset(sizes) - {*stage.active}

@@ -24,6 +24,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from trainer.algorithms.base import measured
 from trainer.config.load import flatten, to_dict
 from trainer.config.schema import Config
 from trainer.journal import Record
@@ -153,8 +154,10 @@ def select_values(
     elif event == "stage_started":
         values = {f"active/{name}": int(name in active) for name in sub_datasets}
     elif event == "evaluated" and not record["reused"]:
-        values = {f"validation/{name}": value for name, value in record["metrics"].items()}
-        losses = record["losses"] or {}
+        carried = record.get("carried") or ()
+        metrics = measured(record["metrics"], carried)
+        values = {f"validation/{name}": value for name, value in metrics.items()}
+        losses = measured(record["losses"] or {}, carried)
         values |= {f"validation_loss/{name}": value for name, value in losses.items()}
     elif event == "committed":
         values = {"disk/bytes": record["disk_bytes"], "disk/peak_bytes": record["disk_peak_bytes"]}

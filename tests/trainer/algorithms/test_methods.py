@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,3 +247,49 @@ def test_a_robust_rule_waits_for_patience_and_names_what_it_needs():
             )
         )
     assert strategy.needs() == Needs(checkpoints=("s1e1", "s1e2"), newest=True)
+
+
+def test_an_evaluation_with_carried_values_is_never_the_best():
+    strategies = [Msft(sub_datasets=["a", "b"], mode="max", compute_budget=1.0) for _ in range(2)]
+    first = flat("ab", 5, a=[0.1, 0.9, 0.5, 0.5, 0.5])
+    later = flat("ab", 5, **{OVERALL: [0.1, 0.9, 0.3, 0.8, 0.7]})
+    for one in play(strategies[0], [first, later, later, later]):
+        index = one.evaluation.index
+        carried = ("a",) if one.evaluation.stage > 1 and index in (1, 3) else ()
+        strategies[1].on_evaluation(replace(one.evaluation, carried=carried))
+    assert (strategies[0].best.index, strategies[0].best.metrics[OVERALL]) == (1, 0.9)
+    assert (strategies[1].best.index, strategies[1].best.metrics[OVERALL]) == (4, 0.7)
+
+
+def test_a_root_that_is_measured_again_can_be_the_best_and_is_kept_by_its_name():
+    strategy = Msft(sub_datasets=["a", "b", "c"], mode="max", compute_budget=0.5)
+    rows = [
+        # stage, index, last, a, b, c, overall, carried
+        (1, 0, False, 0.5, 0.1, 0.1, 0.2, ()),
+        (1, 1, False, 0.4, 0.2, 0.2, 0.3, ()),
+        (1, 2, True, 0.3, 0.3, 0.3, 0.3, ()),
+        (2, 0, False, 0.5, 0.1, 0.1, 0.2, ()),
+        (2, 1, False, 0.5, 0.9, 0.2, 0.6, ("a",)),
+        (2, 2, True, 0.1, 0.8, 0.3, 0.4, ()),
+        (3, 0, False, 0.4, 0.9, 0.2, 0.5, ()),
+    ]
+    for stage, index, last, a, b, c, overall, carried in rows:
+        name = {(2, 0): "1.0", (3, 0): "2.1"}.get((stage, index), f"{stage}.{index}")
+        if (stage, index) == (3, 0):
+            assert strategy.best.checkpoint == "2.2"
+            assert strategy.needs().best == (OVERALL,)
+        strategy.on_evaluation(
+            Evaluation(
+                stage=stage,
+                index=index,
+                epoch=index / 4,
+                step=0,
+                checkpoint=name,
+                metrics={"a": a, "b": b, "c": c, OVERALL: overall},
+                last=last,
+                carried=carried,
+            )
+        )
+    assert (strategy.best.stage, strategy.best.checkpoint) == (3, "2.1")
+    needs = strategy.needs()
+    assert (needs.best, needs.checkpoints, needs.newest) == ((), ("2.1",), True)

@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -32,9 +33,15 @@ def config(tmp_path: Path) -> Config:
     )
 
 
+@pytest.mark.parametrize(("cadence", "eval_every"), [("active", 0.5), ("steps", 2.0)])
 def test_equal_compute_gives_others_msfts_flops_and_nothing_is_repeated(
-    config: Config, caplog: pytest.LogCaptureFixture
+    config: Config,
+    caplog: pytest.LogCaptureFixture,
+    cadence: Literal["active", "steps"],
+    eval_every: float,
 ) -> None:
+    evaluation = replace(config.evaluation, cadence=cadence, eval_every=eval_every)
+    config = replace(config, evaluation=evaluation)
     caplog.set_level("INFO", logger="trainer.comparison")
     directory = Path(config.output_dir)
     comparison = compare(config, ["sft", "msft"], equal_compute=True)

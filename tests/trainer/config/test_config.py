@@ -211,6 +211,12 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
         ("train=3", "train must be a mapping of keys, got 3"),
         ("train.lr=0", "train.lr must be above 0, got 0.0"),
         ("evaluation.eval_every=0", "evaluation.eval_every must be above 0, got 0.0"),
+        ("evaluation.excluded_every=0", "evaluation.excluded_every must be at least 1, got 0"),
+        (
+            "evaluation.cadence=steps",
+            "evaluation.eval_every must be a whole number of steps with evaluation.cadence steps, "
+            "got 0.25",
+        ),
         ("msft.compute_budget=0", "msft.compute_budget must be above 0, got 0.0"),
         (
             "msft.peak_window=0",

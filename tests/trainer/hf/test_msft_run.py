@@ -321,6 +321,7 @@ def test_a_trainer_that_cannot_be_a_stage_is_refused(config, mixture, tmp_path, 
     ("changes", "message"),
     [
         ({"method": "ies"}, "no losses of single examples"),
+        ({"excluded_every": 2}, "evaluation.excluded_every: a Trainer.s stage is evaluated on all"),
         ({"method": "dynamix"}, "'dynamix' does not work around a Trainer, which takes back no"),
         ({"metric": "rouge"}, "give mode="),
         ({"msft_window": 2}, "msft_window"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.algorithms.base import Stage
 from trainer.config.schema import (
     Config,
     DataConfig,
@@ -20,6 +21,7 @@ from trainer.config.schema import (
 from trainer.data.schedule import Schedule, stage_schedule
 from trainer.report.flops import ModelSize
 from trainer.report.plan import Counts, plan
+from trainer.training.stage import make_schedule
 
 SIZE = ModelSize(parameters=100, layers=2, hidden=5)
 COUNTS = {
@@ -157,3 +159,46 @@ def test_evaluations_ascend_to_the_last_step(
 def test_a_stage_without_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one example"):
         stage_schedule(examples=0, batch_size=1, eval_every=1, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("cadence", "eval_every", "expected"),
+    [
+        ("active", 0.5, (3, 6, 9, 12)),  # half an epoch of 60 examples
+        ("mixture", 0.5, (5, 10, 12)),  # half an epoch of 100 examples
+        ("mixture", 2.0, (12,)),
+        ("steps", 7.0, (7, 12)),
+        ("steps", 100.0, (12,)),
+    ],
+)
+def test_a_cadence_of_the_mixture_or_in_steps_does_not_follow_the_active_set(
+    cadence: Literal["active", "mixture", "steps"], eval_every: float, expected: tuple[int, ...]
+) -> None:
+    made = replace(config(), evaluation=EvalConfig(cadence=cadence, eval_every=eval_every))
+    stage = Stage(number=2, active=("a",), epochs=2.0)
+    assert make_schedule(made, stage, {"a": 60, "b": 40}).evaluations == expected
+
+
+@pytest.mark.parametrize(
+    ("cadence", "eval_every", "expected"),
+    [("active", 0.5, (3, 6, 8, 9)), ("mixture", 0.5, (3, 6, 9)), ("steps", 4.0, (4, 8, 9))],
+)
+def test_epochs_of_different_length_have_any_cadence(
+    cadence: Literal["active", "mixture", "steps"], eval_every: float, expected: tuple[int, ...]
+) -> None:
+    made = replace(config(), evaluation=EvalConfig(cadence=cadence, eval_every=eval_every))
+    stage = Stage(number=2, active=("a", "b"), epochs=2.0, limits={"b": 1.0})
+    assert make_schedule(made, stage, {"a": 30, "b": 30}).evaluations == expected
+
+
+def test_the_plan_counts_only_what_excluded_every_measures() -> None:
+    every = replace(config(), evaluation=EvalConfig(metric="loss", eval_every=0.25))
+    seldom = replace(every, evaluation=replace(every.evaluation, excluded_every=4))
+    all_measured = plan(every, COUNTS, SIZE, 1000).one_peak_a_stage
+    made = plan(seldom, COUNTS, SIZE, 1000).one_peak_a_stage
+    assert made is not None
+    assert all_measured is not None
+    # The base and 3 stages of 4 evaluations; the root of the third stage may be measured again.
+    assert (all_measured.evaluations, made.evaluations) == (13, 14)
+    assert all_measured.evaluated_tokens == 13 * 36
+    assert made.evaluated_tokens == 36 + 4 * 36 + (3 * 24 + 36) + 36 + (3 * 12 + 36)

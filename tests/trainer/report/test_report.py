@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -19,7 +20,7 @@ from trainer.journal import Journal, effective, read
 from trainer.report.axes import StageSteps, epoch_ticks, is_beyond, limits_of
 from trainer.report.flops import Work
 from trainer.report.plots import draw_curves
-from trainer.report.report import compare_table, disk_text, write_report
+from trainer.report.report import compare_table, disk_text, evaluation_text, write_report
 from trainer.report.summary import Peak, Result, Scores, Summary, measure_disk_usage, summarize
 
 PLOTS = ("curves", "loss", "disk")
@@ -276,6 +277,18 @@ def test_the_comparison_as_markdown(run: Path) -> None:
     assert "\n- besides: base 1.0 kB, resume point 3.0 kB\n" in text
 
 
+def test_a_quarter_of_the_flops_is_the_most_that_evaluation_takes_without_advice(run: Path) -> None:
+    summary = summary_of(run)
+    account, advice = summary.account, "To lower it, raise evaluation.eval_every"
+    for share, words in ((0.25, "25% of the FLOPs of MSFT."), (0.26, "26% of the FLOPs of MSFT.")):
+        rest = account.trained.flops + account.padding.flops
+        evaluated = Work(flops=round(rest * share / (1 - share)))
+        changed = replace(account, evaluation=evaluated, generation=Work(), selection=Work())
+        text = evaluation_text({"MSFT": replace(summary, account=changed)})
+        assert words in text
+        assert (advice in text) == (share > 0.25)
+
+
 def test_disk_of_a_run_without_a_commit_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="nothing was committed"):
         disk_text(summarize(read(run / "journal.jsonl")[:2]))
@@ -310,6 +323,8 @@ MSFT training, rolled back       8,000   14.40 MFLOPs
 MSFT padding                       600  360.00 kFLOPs
 MSFT evaluation                    750  450.00 kFLOPs
 MSFT generation                    300  300.00 kFLOPs
+
+Evaluations and final tests took 5% of the FLOPs of SFT, 3% of the FLOPs of MSFT.
 
 sub-dataset  SFT's best  own best  epoch  headroom  excluded  forgetting
 ------------------------------------------------------------------------
