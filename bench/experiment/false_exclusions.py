@@ -1,9 +1,10 @@
 """Simulate how often MSFT's first stage excludes a sub-dataset too early because of noise.
 
-The recorded validation curves of plain SFT are smoothed to *true* curves. Noise of the recorded
-standard errors is added to them, many times, and each noisy copy goes through the rule that ends
-MSFT's first stage. An exclusion is *false* if the true peak has not passed at the evaluation that
-decides it. It is *early* if the true peak lies after the checkpoint of the roll-back.
+The recorded validation curves of plain SFT are smoothed to *true* curves, each of which first falls
+and then rises. Noise of the recorded standard errors is added to them, many times, and each noisy
+copy goes through the rule that ends MSFT's first stage. An exclusion is *false* if the true peak
+has not passed at the evaluation that decides it. It is *early* if the true peak lies after the
+checkpoint of the roll-back.
 
 The noise of an evaluation is independent of that of the next one here. In a run all evaluations
 have the same examples, so that their errors are correlated and the rates are upper bounds.
@@ -30,7 +31,6 @@ from trainer.text import Table
 
 DRAWS = 1000
 """Noisy copies for each mixture, over all its recorded runs."""
-_SMOOTHING = 3
 Curves = Mapping[str, Sequence[float]]
 
 
@@ -84,11 +84,25 @@ class Rates:
     early: float
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Return the means of each value with its neighbours."""
-    reach = _SMOOTHING // 2
-    near = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [math.fsum(part) / len(part) for part in near]
+def fit(values: Sequence[float]) -> list[float]:
+    """Return the curve nearest to the values, by least squares, that first falls and then rises."""
+    fits = []
+    for turn in range(len(values)):
+        falling = [-value for value in _rising([-value for value in values[:turn]])]
+        fits.append([*falling, *_rising(values[turn:])])
+    return min(fits, key=lambda found: math.dist(found, values))
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """Return the nearest curve that never falls, by pooling adjacent violators."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] >= mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def first_exclusion(curves: Curves, errors: Curves, setting: Setting) -> Exclusion | None:
@@ -123,7 +137,7 @@ def simulate(
         seed: Seed of the noise.
     """
     rng = random.Random(seed)
-    true = [{name: smooth(values) for name, values in curves.items()} for curves, _ in runs]
+    true = [{name: fit(values) for name, values in curves.items()} for curves, _ in runs]
     counts = {"any": 0, "false": 0, "early": 0}
     for curves, (_, errors) in itertools.islice(
         itertools.cycle(zip(true, runs, strict=True)), draws

@@ -14,6 +14,7 @@ from bench.experiment.false_exclusions import (
     Setting,
     exclusion_table,
     first_exclusion,
+    fit,
     recorded_curves,
     simulate,
 )
@@ -289,6 +290,13 @@ def test_a_page_without_the_comments_is_refused(tmp_path: Path) -> None:
 
 CURVES = {"early": [3.0, 1.0, 2.0, 3.0, 4.0], "late": [5.0, 4.0, 3.0, 2.0, 1.0]}
 FIRST_BEST = Setting(label="first best", rule=PeakRule())
+
+
+def test_the_true_curve_falls_and_then_rises_and_keeps_one_that_does() -> None:
+    assert fit(CURVES["early"]) == CURVES["early"]
+    assert fit(CURVES["late"]) == CURVES["late"]
+    assert fit([4.0, 2.0, 3.0, 1.0, 2.0]) == [4.0, 2.5, 2.5, 1.0, 2.0]
+    assert fit([3.0, 1.0, 3.0, 2.0]) == [3.0, 1.0, 2.5, 2.5]
 
 
 def test_the_first_stage_excludes_the_earliest_peak_that_has_passed() -> None:
