@@ -16,6 +16,7 @@ _COUNTED = (
     "stage_started",
     "committed",
     "evaluated",
+    "averaged",
     "decided",
     "trained",
     "looked_ahead",

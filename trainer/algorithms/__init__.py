@@ -16,6 +16,7 @@ from trainer.algorithms.dynamix import Dynamix
 from trainer.algorithms.ies import Ies
 from trainer.algorithms.method import Method
 from trainer.algorithms.msft import Msft
+from trainer.algorithms.online import Online
 from trainer.algorithms.sft import Sft
 from trainer.algorithms.single_rollout import SingleRollout
 from trainer.config.schema import Config
@@ -41,6 +42,7 @@ def make_strategy(
         "modes": modes or {},
         "compute_budget": config.msft.compute_budget,
         "max_skips": train.max_skips if train.on_divergence == "rollback" else 0,
+        "average": config.average,
     }
     match config.method:
         case "sft":
@@ -55,4 +57,7 @@ def make_strategy(
             common["sub_datasets"] = sizes
             examples = config.dynamix.examples or train.micro_batch_size
             return Dynamix(**common, settings=config.dynamix, examples=examples)
+        case "online":
+            common["sub_datasets"] = sizes
+            return Online(**common, settings=config.msft)
     return Msft(**common, settings=config.msft)

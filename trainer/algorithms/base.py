@@ -74,7 +74,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The metrics of all sub-datasets at one optimizer step."""
+    """The metrics of all sub-datasets at one optimizer step, or of an average of checkpoints.
+
+    An average has the place of the evaluation before it.
+    """
 
     stage: int
     index: int
@@ -150,8 +153,38 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """Continue the stage; ``reason`` is for the journal, as in all decisions."""
+    """Continue the stage; ``reason`` is for the journal, as in all decisions.
 
+    Attributes:
+        reason: For the journal.
+        stage: The same stage with another active set or other shares, from the next step on. Its
+            steps, evaluations and learning rates stay as planned. ``None``: as before.
+        exclude: The sub-datasets that leave the active set.
+        include: The sub-datasets that come back to it.
+    """
+
+    reason: str
+    stage: Stage | None = None
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Commit the weighted mean of checkpoints, evaluate it, and ask the strategy again.
+
+    The strategy gets the evaluation by :meth:`~trainer.algorithms.method.Method.on_average` and
+    returns another ``Average``, ``RollBack`` or ``Stop``, which may name the mean like any
+    checkpoint.
+
+    Attributes:
+        checkpoint: The strategy's name of the mean.
+        weights: Name of a checkpoint → its weight. They are divided by their sum.
+        reason: For the journal.
+    """
+
+    checkpoint: str
+    weights: Mapping[str, float]
     reason: str
 
 
@@ -160,12 +193,14 @@ class RollBack:
     """Restore a checkpoint, exclude sub-datasets and begin the next stage from there.
 
     If no sub-dataset peaked, none is excluded, and the checkpoint is the end of the roll-out.
+    ``include`` names excluded sub-datasets that come back.
     """
 
     checkpoint: str
     exclude: tuple[str, ...]
     stage: Stage
     reason: str
+    include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +220,7 @@ class Stop:
     reason: str
 
 
-Decision = Continue | RollBack | Skip | Stop
+Decision = Continue | Average | RollBack | Skip | Stop
 AnyDecision = TypeVar("AnyDecision", bound=Decision)
 
 
@@ -214,9 +249,15 @@ class Names:
         return frozenset(self._ids[name] for name in names if name in self._ids)
 
     def resolve(self, decision: AnyDecision) -> AnyDecision:
-        """Return the decision with the checkpoint's name replaced by its id."""
+        """Return the decision with the checkpoint's name replaced by its id.
+
+        The name of an average stays, because it does not exist yet; its sources are replaced.
+        """
         if isinstance(decision, Continue):
             return decision
+        if isinstance(decision, Average):
+            weights = {self._ids.get(name, name): w for name, w in decision.weights.items()}
+            return replace(decision, weights=weights)
         name = decision.checkpoint
         return replace(decision, checkpoint=self._ids.get(name, name))
 

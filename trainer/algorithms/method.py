@@ -24,8 +24,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from trainer.algorithms.averages import AveragePool, Weights
 from trainer.algorithms.base import (
     Adjustment,
+    Average,
+    Continue,
     Decision,
     Divergence,
     Evaluation,
@@ -38,18 +41,18 @@ from trainer.algorithms.base import (
     Stop,
 )
 from trainer.algorithms.peaks import is_better
-from trainer.config.schema import OVERALL
+from trainer.config.schema import OVERALL, AverageConfig
 
 
 @dataclass(kw_only=True, eq=False)
 class Method(ABC):
     """A training method; a derived class decides at each evaluation.
 
-    The result of the run is the first best overall checkpoint. Of those that are equal to the base,
-    it is the one with the lowest mean loss. An evaluation with carried values does not count for
-    it. If a stage begins from such a checkpoint, it is measured in full there, and counts.
-    The state of a method follows from the calls alone: a new instance that gets the same calls
-    again returns the same decisions.
+    The result of the run is the first best overall checkpoint, or an average of checkpoints that is
+    better. Of those that are equal to the base, it is the one with the lowest mean loss. An
+    evaluation with carried values does not count for it. If a stage begins from such a checkpoint,
+    it is measured in full there, and counts. The state of a method follows from the calls alone: a
+    new instance that gets the same calls again returns the same decisions.
 
     Attributes:
         sub_datasets: The sub-datasets; there must be one.
@@ -57,6 +60,7 @@ class Method(ABC):
         modes: The directions of sub-datasets' metrics that differ from it.
         compute_budget: C, epochs of the active mixture in one stage.
         max_skips: Times that the whole run may skip batches after a divergence; 0 to stop at once.
+        average: The average of checkpoints that may become the result.
         stage: The current stage.
         evaluations: The evaluations of the current stage so far.
         best: The first evaluation of the run with the best overall metric, if any was finite.
@@ -68,6 +72,7 @@ class Method(ABC):
     modes: Mapping[str, Mode] = field(default_factory=dict)
     compute_budget: float
     max_skips: int = 0
+    average: AverageConfig = field(default_factory=AverageConfig)
     stage: Stage = field(init=False)
     evaluations: list[Evaluation] = field(init=False, default_factory=list)
     best: Evaluation | None = field(init=False, default=None)
@@ -76,10 +81,13 @@ class Method(ABC):
     _base: Evaluation | None = field(init=False, default=None)
     _unranked: set[str] = field(init=False, default_factory=set)
     """The checkpoints whose first evaluation had carried values; the store does not rank them."""
+    _made: list[Weights] = field(init=False, default_factory=list)
+    _stop: Stop | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not self.sub_datasets:
             raise ValueError("no sub-dataset to train on")
+        self._pool = AveragePool(settings=self.average, mode=self.mode, modes=self.modes)
         self.stage = self.first_stage()
 
     def first_stage(self) -> Stage:
@@ -89,12 +97,17 @@ class Method(ABC):
     def needs(self) -> Needs:
         """Return the checkpoints to keep now; they may change with every decision."""
         needs = self.own_needs()
+        if self._pool.is_used and (self._stop is not None or not self.is_over):
+            # The averages of a run that has stopped are still to be made, by evaluated checkpoints.
+            names = (*needs.checkpoints, *self._pool.needed())
+            needs = replace(needs, checkpoints=names, newest=True)
         best = self.best
         if best is not None and (self._ties_with_base or best.checkpoint in self._unranked):
             # The store ranks by the metric, which does not tell these checkpoints apart, or which
             # it has not got.
             named = (*needs.checkpoints, best.checkpoint)
-            needs = replace(needs, best=(), newest=not self.is_over, checkpoints=named)
+            newest = self._stop is not None or not self.is_over
+            needs = replace(needs, best=(), newest=newest, checkpoints=named)
         # After a roll-back its target is the root, which is kept; nothing newer can be needed.
         may_skip = self._skips < self.max_skips and self.evaluations and not self.is_over
         return replace(needs, newest=True) if may_skip else needs
@@ -128,13 +141,52 @@ class Method(ABC):
             )
         self.evaluations.append(evaluation)
         self._base = self._base or evaluation
+        self._pool.add(evaluation)
         if evaluation.carried:
             self._unranked.add(evaluation.checkpoint)
-            return self.decide(evaluation)
+        self._compare(evaluation)
+        decision = self.decide(evaluation)
+        return self._average_first(decision) if isinstance(decision, Stop) else decision
+
+    def on_average(self, evaluation: Evaluation) -> Decision:
+        """Decide after the evaluation of the average that the last decision named."""
+        self._compare(evaluation)
+        if self._stop is not None:
+            self._pool.add_result(self._made[-1], evaluation)
+            return self._average_first(self._stop)
+        decision = self.decide_average(evaluation)
+        return self._average_first(decision) if isinstance(decision, Stop) else decision
+
+    def decide_average(self, evaluation: Evaluation) -> Decision:
+        """Decide after an average that :meth:`decide` requested; by default it requests none."""
+        raise ValueError(f"no average was requested, got {evaluation.checkpoint}")
+
+    def make_average(self, weights: Weights, *, reason: str) -> Average:
+        """Return the decision to average checkpoints, with a name for their mean."""
+        self._made.append(weights)
+        return Average(checkpoint=f"mean.{len(self._made)}", weights=weights, reason=reason)
+
+    def _average_first(self, stop: Stop) -> Average | Stop:
+        """Return the next average that may become the result, or the decision to stop."""
+        weights = self._pool.propose() if self.best is not None else None
+        if weights is not None and (self.average.kind == "greedy" or weights not in self._made):
+            self._stop = stop
+            reason = f"{stop.reason}; first evaluate the average of {len(weights)} checkpoints"
+            return self.make_average(weights, reason=reason)
+        found, self._stop = self.best, None
+        if found is None or found.checkpoint == stop.checkpoint:
+            return stop
+        value = found.metrics[OVERALL]
+        reason = f"{stop.reason}; an average of checkpoints is better, {value:.4g}, and the result"
+        return replace(stop, checkpoint=found.checkpoint, reason=reason)
+
+    def _compare(self, evaluation: Evaluation) -> None:
+        """Make an evaluation the best overall if it is better; carried values do not count."""
         best = None if self.best is None else self.best.metrics[OVERALL]
+        if evaluation.carried:
+            return
         if is_better(evaluation.metrics[OVERALL], best, self.mode) or self._is_lower(evaluation):
             self.best = evaluation
-        return self.decide(evaluation)
 
     @property
     def _ties_with_base(self) -> bool:
@@ -204,6 +256,18 @@ class Method(ABC):
 
     def roll_back(self, target: Evaluation, stage: Stage, *, reason: str) -> RollBack:
         """Begin a stage from an evaluated checkpoint; it excludes what ``stage`` leaves out."""
-        exclude = tuple(name for name in self.stage.active if name not in stage.active)
-        self.stage, self.evaluations = stage, []
-        return RollBack(checkpoint=target.checkpoint, exclude=exclude, stage=stage, reason=reason)
+        changes = self._change_stage(stage)
+        self.evaluations = []
+        return RollBack(checkpoint=target.checkpoint, stage=stage, reason=reason, **changes)
+
+    def change(self, stage: Stage, *, reason: str) -> Continue:
+        """Continue the stage with another active set or other shares."""
+        return Continue(stage=stage, reason=reason, **self._change_stage(stage))
+
+    def _change_stage(self, stage: Stage) -> dict[str, tuple[str, ...]]:
+        """Take the stage as the current one; return the names that leave and that come back."""
+        before, self.stage = self.stage.active, stage
+        return {
+            "exclude": tuple(name for name in before if name not in stage.active),
+            "include": tuple(name for name in stage.active if name not in before),
+        }

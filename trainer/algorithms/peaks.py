@@ -35,7 +35,7 @@ def margin_warnings(
     ``metrics`` and their standard ``errors`` are those of one evaluation, on so many ``examples``.
     """
     margin = config.msft.margin
-    if config.method != "msft" or config.msft.peaks != "robust":
+    if config.method != "online" and (config.method != "msft" or config.msft.peaks != "robust"):
         return []
     return [
         f"warning: with {examples[name]} validation examples of {name}, metrics must differ by "
@@ -109,9 +109,28 @@ class PeakRule:
 
 def peak_rule(config: MsftConfig) -> PeakRule:
     """Return the rule that finds peaks."""
-    if config.peaks == "first_best":
-        return PeakRule()
+    return PeakRule() if config.peaks == "first_best" else robust_rule(config)
+
+
+def robust_rule(config: MsftConfig) -> PeakRule:
+    """Return the robust rule with its settings."""
     return PeakRule(smoothing=config.smoothing, margin=config.margin, patience=config.patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion:
+    """The metric of a sub-dataset at the peak for which it was excluded."""
+
+    value: float
+    error: float
+    """Standard error of the value; NaN if unknown."""
+    mode: Mode
+
+    def is_forgotten(self, value: float, margin: float) -> bool:
+        """Return True if ``value`` is worse by more than ``margin`` standard errors."""
+        slack = margin * self.error if math.isfinite(self.error) else 0.0
+        bound = self.value - slack if self.mode == "max" else self.value + slack
+        return math.isfinite(value) and is_better(bound, value, self.mode)
 
 
 def champions(

@@ -26,6 +26,7 @@ LABELS = {
     "single_rollout": "SRO",
     "ies": "IES",
     "dynamix": "DynamixSFT",
+    "online": "Online",
     "msft": "MSFT",
 }
 

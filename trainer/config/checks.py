@@ -178,11 +178,18 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("msft.compute_budget", lambda x: x > 0, "above 0"),
     ("msft.peak_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
     ("msft.max_stages", lambda n: n >= 1, "at least 1, or null for twice the sub-datasets"),
+    ("msft.overall_window", lambda n: n >= 1, "at least 1, or null for the paper's rule"),
     ("msft.drop_count", lambda n: n >= 1, "at least 1"),
+    ("msft.drop_passed", lambda n: n >= 1, "at least 1"),
     ("msft.floor", lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("msft.return_margin", lambda x: x >= 0, "0 or above, or null for never"),
+    ("msft.rollback_average", lambda n: n >= 1, "at least 1"),
+    ("msft.rollback_margin", lambda x: x >= 0, "0 or above, or null for no roll-backs"),
+    ("msft.restart_warmup", lambda x: x >= 0, "0 or above"),
     ("msft.smoothing", lambda n: n >= 1, "at least 1"),
     ("msft.margin", lambda x: x >= 0, "0 or above"),
     ("msft.patience", lambda n: n >= 1, "at least 1"),
+    ("average.count", lambda n: n >= 2, "at least 2"),
     ("ies.delta", lambda x: x > 0, "above 0"),
     ("ies.average", lambda n: n >= 1, "at least 1"),
     ("dynamix.gamma", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -217,11 +224,14 @@ def check_settings(config: Config) -> None:
             f"({train.micro_batch_size}), or not larger"
         )
     _check_evaluations(evaluation, budget)
-    if config.restores_optimizer and config.msft.exclusion == "soft":
-        raise ConfigError(
-            "msft.optimizer_on_rollback: restore goes on with the examples that an epoch had left, "
-            "which has none of an excluded sub-dataset: use msft.exclusion: hard, or reset"
-        )
+    if config.restores_optimizer:
+        averages = {"average.kind": config.average.kind != "none"}
+        averages["msft.rollback_average"] = config.msft.rollback_average > 1
+        for key in (key for key, is_set in averages.items() if is_set):
+            raise ConfigError(
+                f"{key} averages weights, and msft.optimizer_on_rollback: restore needs the "
+                "optimizer's state of one step: use reset, or remove it"
+            )
     if evaluation.answer_pattern is not None:
         _check_pattern(evaluation.answer_pattern)
 

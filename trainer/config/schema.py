@@ -293,7 +293,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MsftConfig:
-    """The MSFT algorithm (``msft:``); the other methods use ``compute_budget`` only.
+    """The MSFT algorithm (``msft:``); other methods than ``online`` use ``compute_budget`` only.
 
     Attributes:
         compute_budget: C, epochs of the active mixture in one roll-out; with ``continual``, epochs
@@ -301,11 +301,26 @@ class MsftConfig:
         peak_window: W, evaluations without a better value after which the earliest champion ends
             the roll-out; ``None``: no such rule, as in the paper.
         max_stages: Stages at most; ``None``: twice the number of sub-datasets.
-        drop_count: Most sub-datasets that one stage excludes, of those whose peaks have passed.
-            The paper excludes one.
+        overall_window: Evaluations of a stage after which it ends if none of them has a better
+            overall metric than its root; ``None``: no such rule, as in the paper.
+        root_peaks: ``true``: a sub-dataset may peak at the root of a later stage (the paper).
+            ``false``: it has not peaked there, because a restart makes things worse at first.
+        drop_count: Most sub-datasets that one stage excludes of those that peak first at the same
+            evaluation (the paper's code). The paper excludes one.
+        drop_passed: Most sub-datasets that one stage excludes of those whose peaks have passed.
         exclusion: ``hard``: an excluded sub-dataset is no longer trained on (the paper). ``soft``:
             each epoch has the share ``floor`` of its examples, against forgetting.
         floor: Share of an excluded sub-dataset's examples in an epoch, with ``exclusion: soft``.
+        return_margin: Standard errors by which an excluded sub-dataset must be worse than at its
+            peak to be included again; ``None``: never, as in the paper.
+        rollback_average: Evaluations around a peak whose average a stage begins from, if its
+            overall metric is no worse than the peak's; 1: the checkpoint of the peak, as in the
+            paper.
+        rollback_margin: With ``online``: standard errors of the overall metric by which the
+            checkpoint of a peak must be better than the current one for a roll-back; ``None``: no
+            roll-backs.
+        restart_warmup: Epochs in which the learning rate rises from 0 in stages after the first; 0
+            in the paper.
         peaks: ``first_best``: the first best value is the peak, and it has passed if another
             evaluation follows (the paper). ``robust``: the next three keys apply.
         smoothing: Evaluations whose mean replaces a value, with ``peaks: robust``; 1: none.
@@ -322,14 +337,40 @@ class MsftConfig:
     compute_budget: float = 3.0
     peak_window: int | None = None
     max_stages: int | None = None
+    overall_window: int | None = None
+    root_peaks: bool = True
     drop_count: int = 1
+    drop_passed: int = 1
     exclusion: Literal["hard", "soft"] = "hard"
     floor: float = 0.1
+    return_margin: float | None = None
+    rollback_average: int = 1
+    rollback_margin: float | None = None
+    restart_warmup: float = 0.0
     peaks: Literal["first_best", "robust"] = "first_best"
     smoothing: int = 3
     margin: float = 1.0
     patience: int = 2
     optimizer_on_rollback: Literal["reset", "restore"] = "reset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """The average of checkpoints as the result of a run (``average:``), for every method.
+
+    An average is evaluated on validation data, and is the result only if it is better there than
+    the best checkpoint. See :mod:`trainer.algorithms.averages`.
+
+    Attributes:
+        kind: ``none``; ``last``: the last evaluations of the run; ``best``: those around the best
+            overall; ``decay``: the last ones, weighted as a decay of the learning rate;
+            ``champions``: the best checkpoint of every sub-dataset; ``greedy``: the best overall
+            ones, of which each stays if the average is better with it.
+        count: Checkpoints of an average, except with ``champions``.
+    """
+
+    kind: Literal["none", "last", "best", "decay", "champions", "greedy"] = "none"
+    count: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,11 +439,14 @@ class Config:
         train: Optimization.
         evaluation: Evaluation.
         msft: Settings of MSFT, and the compute budget of all methods.
+        average: The average of checkpoints as the result, for every method.
         ies: Settings of IES.
         dynamix: Settings of DynamixSFT.
     """
 
-    method: Literal["msft", "sft", "continual", "single_rollout", "ies", "dynamix"] = "msft"
+    method: Literal["msft", "online", "sft", "continual", "single_rollout", "ies", "dynamix"] = (
+        "msft"
+    )
     output_dir: str
     seed: int = 0
     threads: int | None = None
@@ -420,6 +464,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     msft: MsftConfig = MsftConfig()
+    average: AverageConfig = AverageConfig()
     ies: IesConfig = IesConfig()
     dynamix: DynamixConfig = DynamixConfig()
 

@@ -6,8 +6,9 @@ the stage is the whole data position, and all methods train on the same batches.
 
 If a sub-dataset's share is not 1, an epoch takes its next ``counts`` examples from an endless
 sequence of permutations, so that each example is used equally often. A sub-dataset with a limit is
-left out from that epoch on. A stage may continue an earlier one (``continued``): it takes the
-remaining examples of the epoch that are still active, in the same order, then the next epochs.
+left out from that epoch on. An order may be continued with other counts (``continued``): it takes
+the remaining examples of the epoch, in the same order and as many of each sub-dataset as the new
+count allows, then the next epochs.
 
 Within an optimizer step, examples are sorted by length and cut into micro-batches, which saves
 padding. Across steps they are not, because a step would then have one sub-dataset only.
@@ -21,7 +22,7 @@ Example::
 
     order = DataOrder.fresh(seed=0, stage=1, sizes={"arith": 900, "dates": 80}, batch_size=64)
     order.step(0)                       # (("dates", 17), ("arith", 4), …)
-    later = order.continued(step=10, active=["arith"])
+    later = order.continued(step=10, sizes={"arith": 900}, counts={"arith": 900})
     micro_batches(positions, lengths, 16)
     order = SampledOrder(seed=0, stage=1, sizes={"arith": 900, "dates": 80}, batch_size=64)
     order.reweigh(50, {"arith": 0.7, "dates": 0.3})     # from step 50 on
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -99,16 +101,25 @@ class DataOrder:
         """Return the numbers of examples of the first epochs, including a partial last one."""
         return tuple(len(self._examples(epoch)) for epoch in range(math.ceil(epochs - 1e-9)))
 
-    def continued(self, *, step: int, active: Sequence[str]) -> DataOrder:
-        """Return the order that continues before step ``step`` with the ``active`` sub-datasets."""
+    def continued(
+        self, *, step: int, sizes: Mapping[str, int], counts: Mapping[str, int]
+    ) -> DataOrder:
+        """Return the order that continues before step ``step`` with other sizes and counts.
+
+        A sub-dataset that has fewer examples in an epoch than before gets as large a part of those
+        that the epoch has left. One that was not in it begins with the next epoch.
+        """
         epoch, rest = self._rest(step)
-        return replace(
-            self,
-            sizes={name: self.sizes[name] for name in active},
-            counts={name: self.counts[name] for name in active},
-            epoch=epoch,
-            left=tuple(reference for reference in rest if reference[0] in active),
-        )
+        room = {
+            name: math.ceil(n * min(1.0, counts.get(name, 0) / self.counts[name]))
+            for name, n in Counter(name for name, _ in rest).items()
+        }
+        left = []
+        for name, place in rest:
+            if room[name] > 0:
+                room[name] -= 1
+                left.append((name, place))
+        return replace(self, sizes=sizes, counts=counts, epoch=epoch, left=tuple(left))
 
     def _rest(self, step: int) -> tuple[int, tuple[Reference, ...]]:
         """Return the epoch of a step and its examples from there on."""

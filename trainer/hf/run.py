@@ -60,7 +60,10 @@ from trainer.training.replay import StageStart
 METHODS = ("msft", "sft", "continual", "single_rollout")
 """The methods that need nothing of a Trainer but evaluations."""
 
-_NO_LOSSES = "gives no losses of single examples"
+_LACKS = {
+    "dynamix": "takes back no trial steps",
+    "online": "keeps the data set that its train() began with",
+}
 
 MakeTrainer = Callable[..., Any]
 """``make_trainer(model, train_dataset, eval_dataset, callbacks, **overrides)`` → a Trainer."""
@@ -133,7 +136,7 @@ class MsftRun:
     ) -> None:
         """Check the settings; nothing is written before :meth:`train`."""
         if method not in METHODS:
-            lacks = "takes back no trial steps" if method == "dynamix" else _NO_LOSSES
+            lacks = _LACKS.get(method, "gives no losses of single examples")
             raise ConfigError(
                 f"method {method!r} does not work around a Trainer, which {lacks}: choose one of "
                 f"{', '.join(METHODS)}, or use msft-train"
@@ -155,6 +158,13 @@ class MsftRun:
             raise ConfigError("msft.optimizer_on_rollback: a Trainer's stage always begins afresh")
         if settings.exclusion != "hard":
             raise ConfigError("msft.exclusion: a Trainer's stage has its active sub-datasets alone")
+        if settings.rollback_average > 1:
+            raise ConfigError("msft.rollback_average: a Trainer's stage evaluates no averages")
+        if settings.restart_warmup:
+            raise ConfigError(
+                "msft.restart_warmup: the schedule is the Trainer's; give it warm-up steps in "
+                "make_trainer"
+            )
         self._config = Config(
             method=method,  # type: ignore[arg-type]
             output_dir=str(self._directory),

@@ -27,6 +27,7 @@ Example::
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -128,7 +129,8 @@ def find_result_evaluation(counted: Sequence[Record]) -> Record | None:
     stop = find_stop(counted)
     if stop is None:
         return None
-    found = [r for r in select(counted, "evaluated") if r["checkpoint"] == stop["checkpoint"]]
+    evaluated = select(counted, "evaluated", "averaged")
+    found = [record for record in evaluated if record["checkpoint"] == stop["checkpoint"]]
     return next((record for record in found if not record.get("carried")), found[0])
 
 
@@ -159,6 +161,10 @@ def path_ends(counted: Sequence[Record]) -> dict[int, int]:
                 roots[record["stage"]], end = record["root"], record["step"]
             case "evaluated":
                 first.setdefault(record["checkpoint"], record)
+            case "averaged":
+                # The steps to the latest of its checkpoints led to an average.
+                sources = [first[name] for name in record["weights"] if name in first]
+                first[record["checkpoint"]] = max(sources, key=operator.itemgetter("seq"))
             case "trained":
                 end = record["step"]
     ends: dict[int, int] = {}
@@ -202,7 +208,7 @@ def _work_by_kind(record: Record, size: ModelSize) -> dict[str, Work]:
                 "selection": training + forward(),
                 "padding": padding(trained=padded, forward=padded),
             }
-        case "evaluated" | "tested":
+        case "evaluated" | "averaged" | "tested":
             return {
                 "evaluation": forward(),
                 "generation": forward("generated_"),

@@ -214,7 +214,7 @@ def diagnose(counted: Sequence[Record]) -> Diagnosis:
     best = first_best_index((r["metrics"][OVERALL] for r in curve), start["mode"])
     if best is None:
         raise RunError("no evaluation of the first roll-out has a finite overall metric")
-    sft = result if result is not None and result["stage"] == 1 else curve[best]
+    sft = result if result is not None and result in curve else curve[best]
     base = curve[0]["metrics"]
     metrics = {metric_of(start, name) for name in start["sub_datasets"]}
     found = {
@@ -261,15 +261,22 @@ def _measure_forgetting(
     counted: Sequence[Record], start: Record, base: Mapping[str, float], result: Record
 ) -> dict[str, Forgetting]:
     """Return the forgetting of the sub-datasets that were excluded before the result."""
-    values = {r["checkpoint"]: r["metrics"] for r in select(counted, "evaluated")}
-    found = {}
-    evaluated = select(counted, "evaluated")
+    evaluated = select(counted, "evaluated", "averaged")
+    values = {r["checkpoint"]: r["metrics"] for r in evaluated}
+    places = {
+        (r["stage"], r["index"]): r["metrics"] for r in evaluated if r["event"] == "evaluated"
+    }
+    found: dict[str, Forgetting] = {}
     end = next(r["seq"] for r in evaluated if r["checkpoint"] == result["checkpoint"])
     for decided in select(counted, "decided"):
         if decided["seq"] > end:
             break
+        for name in decided.get("include") or ():
+            found.pop(name, None)
+        # Without a roll-back the sub-dataset left where the run stood.
+        at = values.get(decided["checkpoint"]) or places[decided["stage"], decided["index"]]
         for name in decided["exclude"]:
-            peak, now = values[decided["checkpoint"]][name], result["metrics"][name]
+            peak, now = at[name], result["metrics"][name]
             if math.isfinite(peak) and math.isfinite(now):
                 change, relative = _improvement(peak, now, base[name], mode_of(start, name))
                 found[name] = Forgetting(

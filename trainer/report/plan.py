@@ -171,6 +171,7 @@ _STAGES = {
     "dynamix": "one stage",
     "continual": "a stage for each sub-dataset",
     "single_rollout": "a roll-out and a second run",
+    "online": "one pass",
 }
 
 
@@ -261,11 +262,21 @@ def _max_rollback_points(config: Config, sub_datasets: int) -> int:
 
     These are the newest checkpoint and the best overall, and for MSFT also the champions and the
     root. With a peak window W all champions are among the last W evaluations. If a divergence is
-    rolled back, the second newest checkpoint is kept, too.
+    rolled back, the second newest checkpoint is kept, too. The sources of averages come on top.
     """
     newest = 2 if config.train.on_divergence == "rollback" else 1
+    newest += _max_sources(config, sub_datasets)
+    if config.method == "online" and config.msft.rollback_margin is not None:
+        return newest + 1 + sub_datasets
     if config.method != "msft":
         return newest + 1 + (config.method == "single_rollout")  # which keeps its root
-    window = config.msft.peak_window
+    window, around = config.msft.peak_window, config.msft.rollback_average
     champions = sub_datasets if window is None else min(sub_datasets, window)
-    return champions + newest + 2
+    return champions * around + newest + 2 + (around if around > 1 else 0)
+
+
+def _max_sources(config: Config, sub_datasets: int) -> int:
+    """Return the largest number of checkpoints that are kept for averages alone."""
+    count = config.average.count
+    others = {"best": count, "greedy": count, "champions": sub_datasets, "none": -count}
+    return count + others.get(config.average.kind, 0)

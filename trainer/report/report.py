@@ -242,7 +242,7 @@ def _data_table(counted: Sequence[Record]) -> Table:
 
 
 def _decision_table(counted: Sequence[Record]) -> Table:
-    """Return all decisions except ``continue``."""
+    """Return all decisions except to continue with the same sub-datasets."""
     epochs = {(r["stage"], r["index"]): r["epoch"] for r in select(counted, "evaluated")}
     rows = [
         [
@@ -250,11 +250,12 @@ def _decision_table(counted: Sequence[Record]) -> Table:
             str(r["stage"]),
             f"{epochs[r['stage'], r['index']]:.2f}",
             count_text(r["step"]),
-            ", ".join(r["exclude"]) or "-",
+            ", ".join([*r["exclude"], *(f"includes {name}" for name in r.get("include") or ())])
+            or "-",
             r["reason"],
         ]
         for r in select(counted, "decided")
-        if r["decision"] != "continue"
+        if r["decision"] != "continue" or "active" in r
     ]
     return Table(
         header=("decision", "stage", "epoch", "step", "excludes", "reason"),
@@ -296,6 +297,8 @@ def _decision_text(record: Record) -> str:
     """Return the name of a decision; without a peak nothing is rolled back."""
     if record["decision"] == "roll_back" and not record["exclude"]:
         return "next stage"
+    if record["decision"] == "continue":
+        return "other active set"
     return str(record["decision"]).replace("_", " ")
 
 
@@ -303,7 +306,7 @@ def _work_table(summaries: Mapping[str, Summary]) -> Table:
     rows = []
     for label, summary in summaries.items():
         account = summary.account
-        rolls_back = summary.method in ("msft", "single_rollout")
+        rolls_back = summary.method in ("msft", "online", "single_rollout")
         works = {
             "training, kept": account.kept,
             f"training, {'rolled back' if rolls_back else 'after its result'}": account.rolled_back,

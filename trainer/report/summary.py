@@ -32,7 +32,7 @@ from trainer.report.headroom import Diagnosis, diagnose
 from trainer.report.plan import rule_text
 from trainer.text import metric_name_text, metric_title
 
-_TIMED = ("trained", "evaluated", "committed", "tested")
+_TIMED = ("trained", "evaluated", "averaged", "committed", "tested")
 """The events whose ``seconds`` do not overlap."""
 
 
@@ -219,7 +219,8 @@ def summarize(records: Sequence[Record]) -> Summary:
         stages=len(select(counted, "stage_started")),
         roll_backs=len(find_roll_backs(counted)),
         steps=max((record["step"] for record in select(counted, "trained")), default=0),
-        evaluations=sum(not record["reused"] for record in evaluated),
+        evaluations=sum(not record["reused"] for record in evaluated)
+        + len(select(counted, "averaged")),
         seconds=math.fsum(record.get("seconds") or 0 for record in select(counted, *_TIMED)),
         result=None
         if found is None

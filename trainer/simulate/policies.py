@@ -4,7 +4,7 @@ A policy is a part of the ``msft`` section that does not change the training wit
 
 Example::
 
-    expand_sweeps({"drop_count": "2"}, ["peak-window=1,2,off"])      # 3, each with drop_count 2
+    expand_sweeps({"drop_passed": "2"}, ["peak-window=1,2,off"])     # 3, each with drop_passed 2
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msft_store import KeepBest, KeepLast, Policy
 from trainer.algorithms.base import Mode, Needs
 from trainer.config.checks import check_ranges
 from trainer.config.load import build
-from trainer.config.schema import OVERALL, Config, MsftConfig
+from trainer.config.schema import OVERALL, AverageConfig, Config, MsftConfig
 from trainer.config.yaml import override
 from trainer.errors import ConfigError, RunError
 from trainer.journal import Record, run_started
@@ -31,7 +31,10 @@ OPTIONS = {
     "smoothing": "evaluations whose mean stands for a value",
     "margin": "standard errors by which a value must beat the best one",
     "patience": "evaluations after which a peak has passed",
-    "drop_count": "sub-datasets that are excluded at once, at most",
+    "overall_window": "evaluations without a better overall than the root's that end a stage",
+    "root_peaks": "true (the paper's) or false: no peak at the root of a later stage",
+    "drop_count": "sub-datasets of the same peak that are excluded at once, at most",
+    "drop_passed": "sub-datasets with a peak that has passed that are excluded at once, at most",
     "max_stages": "stages at most",
 }
 """Key of ``msft`` → its help text."""
@@ -62,8 +65,14 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
     Raises :class:`ConfigError` if a value is invalid, or if the run has no curves for it.
     """
     msft = build(MsftConfig, {**asdict(config.msft), **policy})
-    changed = replace(config, method=method, msft=msft)  # type: ignore[arg-type]
+    # An average of the result changes no decision before it.
+    changed = replace(config, method=method, msft=msft, average=AverageConfig())  # type: ignore[arg-type]
     check_ranges(changed)
+    if msft.rollback_average > 1:
+        raise ConfigError(
+            "msft.rollback_average begins stages from averages, of which another policy makes "
+            "others: there are no curves for them"
+        )
     unused = [key for key in _ROBUST_OPTIONS if key in policy and msft.peaks != "robust"]
     if unused:
         raise ConfigError(f"{unused[0]} only applies to peaks robust: add --peaks robust")

@@ -47,7 +47,8 @@ class StageReplay:
 
 def first_evaluations(counted: Sequence[Record]) -> dict[str, Record]:
     """Return the first evaluation of each checkpoint."""
-    return {record["checkpoint"]: record for record in reversed(select(counted, "evaluated"))}
+    found = select(counted, "evaluated", "averaged")
+    return {record["checkpoint"]: record for record in reversed(found)}
 
 
 def find_stage_end(records: Sequence[Record], first: Mapping[str, Record]) -> StageEnd | None:

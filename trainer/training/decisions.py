@@ -20,6 +20,7 @@ from typing import Any
 
 from msft_store import Policy
 from trainer.algorithms.base import (
+    Average,
     Continue,
     Decision,
     Divergence,
@@ -115,13 +116,7 @@ class Decisions:
                 "reused": cost is None,
                 **(cost or {}),
             }
-            decided = {
-                "step": place.step,
-                "stage": place.stage,
-                "index": place.index,
-                **describe_decision(self.names.resolve(decision)),
-            }
-            lines = [("evaluated", evaluated), ("decided", decided)]
+            lines = [("evaluated", evaluated), self._decided(place, self.names.resolve(decision))]
             return [("committed", committed), *lines] if committed else lines
 
         self._queue.add_later(save.future if save else None, make_lines)
@@ -130,6 +125,46 @@ class Decisions:
         values = describe_values(seen, active, self._strategy.mode, self._strategy.modes)
         _log_decision(evaluation, values, decision)
         return self.names.resolve(decision)
+
+    def decide_average(
+        self,
+        place: Place,
+        known: KnownEvaluation,
+        average: Average,
+        *,
+        committed: Mapping[str, Any],
+        cost: Mapping[str, Any],
+    ) -> Decision:
+        """Return the strategy's decision on an average that it requested, and journal both.
+
+        ``committed`` has the fields of the ``committed`` record of the mean, which is durable.
+        """
+        evaluation = Evaluation(
+            **vars(place),
+            checkpoint=average.checkpoint,
+            metrics=known.metrics,
+            errors=known.errors,
+            losses=known.losses or {},
+        )
+        identity = committed["checkpoint"]
+        self.names.add(average.checkpoint, identity)
+        self.known[identity] = known
+        decision = self.names.resolve(self._strategy.on_average(evaluation))
+        self._queue.add("committed", **committed)
+        averaged = {
+            **vars(evaluation),
+            "name": average.checkpoint,
+            "checkpoint": identity,
+            "weights": dict(average.weights),
+            "split": "validation",
+            "losses": known.losses,
+            **cost,
+        }
+        self._queue.add("averaged", **averaged)
+        event, fields = self._decided(place, decision)
+        self._queue.add(event, **fields)
+        _log_decision(evaluation, "", decision)
+        return decision
 
     def on_divergence(self, divergence: Divergence, *, index: int) -> Skip | Stop:
         """Return the strategy's decision after a divergence; ``index`` is the last evaluation's."""
@@ -147,6 +182,10 @@ class Decisions:
         _log.info("stage %d, epoch %.2f: %s", divergence.stage, divergence.epoch, answer.reason)
         return answer
 
+    def _decided(self, place: Place, decision: Decision) -> Line:
+        where = {"step": place.step, "stage": place.stage, "index": place.index}
+        return "decided", {**where, **describe_decision(decision)}
+
 
 def _log_decision(evaluation: Evaluation, values: str, decision: Decision) -> None:
     metrics, carried = evaluation.metrics, evaluation.carried
@@ -154,6 +193,6 @@ def _log_decision(evaluation: Evaluation, values: str, decision: Decision) -> No
     text += f" {metrics[OVERALL]:.4f}{' with carried values' if carried else ''}"
     if not_finite := non_finite_metrics(measured(metrics, carried)):
         text += f"; not finite: {', '.join(not_finite)}"
-    if not isinstance(decision, Continue):
+    if not isinstance(decision, Continue) or decision.stage is not None:
         text += f"; {decision.reason}"
-    _log.info("%s\n%s", text, values)
+    _log.info("%s", f"{text}\n{values}" if values else text)

@@ -30,6 +30,8 @@ import numpy as np
 from accelerate.utils import set_seed
 
 from trainer.algorithms.base import (
+    Average,
+    Continue,
     Decision,
     Divergence,
     RollBack,
@@ -63,6 +65,7 @@ from trainer.training.replay import (
 from trainer.training.rollback_points import (
     PendingSave,
     begin_stage,
+    restore_average,
     restore_point,
     save_rollback_point,
 )
@@ -111,6 +114,7 @@ class Loop:
         self._decisions = Decisions(strategy, work.journal_queue, state)
         self._starts = dict(state.starts)
         self._observations = state.observations
+        self._changes = state.changes
         self._observer = StageObserver(work, strategy)
         self._sizes = work.train_sizes
         self._global_step = state.global_step
@@ -157,9 +161,7 @@ class Loop:
         steps = StageSteps(
             self._work, stage, schedule, order=plan.order, steps_before=plan.steps_before
         )
-        if position is None:
-            self._observations = ObservationLog(self._sizes)
-        self._observer.begin_stage(steps, self._observations)
+        self._begin_observing(steps, is_new=position is None)
         if position is None:
             decision = self._begin_stage(steps, start.root)
             if isinstance(decision, RollBack | Stop):
@@ -203,6 +205,14 @@ class Loop:
                     decision = self._handle_divergence(finding, steps, position)
                     if isinstance(decision, Stop):
                         return decision
+
+    def _begin_observing(self, steps: StageSteps, *, is_new: bool) -> None:
+        """Apply what was observed and changed in the stage before, if it is not new."""
+        if is_new:
+            self._observations, self._changes = ObservationLog(self._sizes), ()
+        for step, changed in self._changes:
+            steps.change(step, changed)
+        self._observer.begin_stage(steps, self._observations)
 
     def _check(self) -> None:
         """Show that an evaluation goes on, and end it on a signal."""
@@ -280,7 +290,10 @@ class Loop:
             return self._handle_divergence(finding, steps, position)
         self._work.journal_queue.flush()
         save = self._save_rollback_point(steps, index, result, carried)
-        return self._decide(steps, index, result, save, carried)
+        decision = self._decide(steps, index, result, save, carried)
+        if isinstance(decision, Continue) and decision.stage is not None:
+            steps.change(position.step, decision.stage)
+        return decision
 
     def _handle_divergence(
         self, finding: NonFiniteNumber, steps: StageSteps, position: Position
@@ -357,12 +370,23 @@ class Loop:
         result: EvaluationResult,
         carried: Collection[str] = (),
     ) -> PendingSave | None:
-        """Write the generations and commit the weights, in the main process.
+        """Write the generations and commit the weights with their metrics, in the main process."""
+        stage, epoch = steps.stage.number, steps.epoch_at(index)
+        write_predictions(self._work, result, stage=stage, epoch=epoch)
+        return self._commit(steps, index, result, carried)
 
-        The store gets the metrics that were measured, so that no carried value is ranked there.
+    def _commit(
+        self,
+        steps: StageSteps,
+        index: int,
+        result: EvaluationResult,
+        carried: Collection[str] = (),
+    ) -> PendingSave | None:
+        """Commit the weights with the metrics that were measured, in the main process.
+
+        So no carried value is ranked in the store.
         """
         work = self._work
-        write_predictions(work, result, stage=steps.stage.number, epoch=steps.epoch_at(index))
         if work.timeline is not None:
             work.timeline.retention = work.limit_policy(self._decisions.make_policy())
         return save_rollback_point(
@@ -389,19 +413,8 @@ class Loop:
         """
         answer: Decision | None = None
         if self._work.accelerator.is_main_process and checkpoint is not None:
-            place = Place(
-                stage=steps.stage.number,
-                index=index,
-                epoch=steps.epoch_at(index),
-                step=self._global_step,
-                last=index == len(steps.schedule.evaluations),
-            )
-            known = KnownEvaluation(
-                metrics={},
-                losses={},
-                stage=place.stage,
-                step=0 if self._position is None else self._position.step,
-            )
+            place = self._place(steps, index)
+            known = self._nothing_known(place)
             if isinstance(checkpoint, str):
                 known = self._decisions.known.get(checkpoint, known)
             if result is not None:
@@ -409,7 +422,45 @@ class Loop:
             cost = result.cost_fields() if result else None
             answer = self._decisions.decide(place, known, checkpoint=checkpoint, cost=cost)
         decision: Decision = share_decision(answer)
+        while isinstance(decision, Average):
+            decision = self._average(steps, index, decision)
         return decision
+
+    def _average(self, steps: StageSteps, index: int, average: Average) -> Decision:
+        """Evaluate and commit an average of checkpoints, and ask the strategy about it.
+
+        Training does not continue after it, so the model may keep the weights of the average.
+        """
+        work = self._work
+        self._beat.say(f"evaluating an average of {len(average.weights)} checkpoints")
+        restore_average(work, average.weights)
+        result = self._run_evaluation()
+        save = self._commit(steps, index, result)
+        answer: Decision | None = None
+        if save is not None:
+            place = self._place(steps, index)
+            answer = self._decisions.decide_average(
+                place,
+                self._add_result(self._nothing_known(place), result, ()),
+                average,
+                committed=save.wait(),
+                cost=result.cost_fields(),
+            )
+        decision: Decision = share_decision(answer)
+        return decision
+
+    def _place(self, steps: StageSteps, index: int) -> Place:
+        return Place(
+            stage=steps.stage.number,
+            index=index,
+            epoch=steps.epoch_at(index),
+            step=self._global_step,
+            last=index == len(steps.schedule.evaluations),
+        )
+
+    def _nothing_known(self, place: Place) -> KnownEvaluation:
+        step = 0 if self._position is None else self._position.step
+        return KnownEvaluation(metrics={}, losses={}, stage=place.stage, step=step)
 
     def _add_result(
         self, known: KnownEvaluation, result: EvaluationResult, carried: Collection[str]

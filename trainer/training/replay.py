@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from trainer.algorithms.base import (
     Adjustment,
+    Average,
     Continue,
     Decision,
     Divergence,
@@ -41,7 +42,13 @@ from trainer.journal import Record
 
 Origin = Literal["resume_point", "stage_root", "end"]
 
-_KINDS = {Continue: "continue", RollBack: "roll_back", Skip: "skip", Stop: "stop"}
+_KINDS = {
+    Continue: "continue",
+    Average: "average",
+    RollBack: "roll_back",
+    Skip: "skip",
+    Stop: "stop",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,8 @@ class RunState:
     """Checkpoint id → its evaluation."""
     names: Names
     observations: ObservationLog
+    changes: tuple[tuple[int, Stage], ...]
+    """Steps of the current stage, and the active set and shares that it has from there on."""
     stop: Stop | None
 
     @property
@@ -183,6 +192,7 @@ def replay(counted: Sequence[Record], strategy: Method) -> RunState:
     names = Names()
     sizes = {name: row["train"] for r in counted[:1] for name, row in r["sub_datasets"].items()}
     observations = ObservationLog(sizes)
+    changes: list[tuple[int, Stage]] = []
     decision: Decision | None = None
     for record in counted:
         observation = observations.apply_record(record)
@@ -190,23 +200,21 @@ def replay(counted: Sequence[Record], strategy: Method) -> RunState:
             global_step = record["step"]
         if record["event"] == "stage_started":
             first_step = global_step
-            observations = ObservationLog(sizes)
+            observations, changes = ObservationLog(sizes), []
         elif observation is not None:
             adjustment = strategy.on_observation(observation)
             observations.adjustments.append((record["stage_step"], adjustment))
             _check_same(record, describe_adjustment(adjustment))
         elif record["event"] == "evaluated":
-            evaluation = KnownEvaluation(
-                metrics=record["metrics"],
-                losses=record["losses"],
-                errors=record.get("errors") or {},
-                stage=record["stage"],
-                step=global_step - first_step,
-                carried=record.get("carried") or (),
-            )
+            evaluation = _read_evaluation(record, step=global_step - first_step)
             made = known.get(record["checkpoint"], evaluation)
             known[record["checkpoint"]] = replace(evaluation, stage=made.stage, step=made.step)
             decision = _replay_evaluation(record, names, strategy)
+        elif record["event"] == "averaged":
+            known[record["checkpoint"]] = _read_evaluation(record, step=global_step - first_step)
+            names.add(record["name"], record["checkpoint"])
+            facts = {**fields_of(Evaluation, record), "checkpoint": record["name"]}
+            decision = names.resolve(strategy.on_average(Evaluation(**facts)))
         elif record["event"] == "diverged":
             divergence = Divergence(**fields_of(Divergence, record))
             decision = names.resolve(strategy.on_divergence(divergence))
@@ -215,6 +223,8 @@ def replay(counted: Sequence[Record], strategy: Method) -> RunState:
             if isinstance(decision, RollBack):
                 start = StageStart(stage=decision.stage, root=decision.checkpoint)
                 starts[start.stage.number] = start
+            if isinstance(decision, Continue) and decision.stage is not None:
+                changes.append((global_step - first_step, decision.stage))
             stop = decision if isinstance(decision, Stop) else None
     return RunState(
         starts=starts,
@@ -222,7 +232,19 @@ def replay(counted: Sequence[Record], strategy: Method) -> RunState:
         known=known,
         names=names,
         observations=observations,
+        changes=tuple(changes),
         stop=stop,
+    )
+
+
+def _read_evaluation(record: Record, *, step: int) -> KnownEvaluation:
+    return KnownEvaluation(
+        metrics=record["metrics"],
+        losses=record["losses"],
+        errors=record.get("errors") or {},
+        stage=record["stage"],
+        step=step,
+        carried=record.get("carried") or (),
     )
 
 
@@ -242,7 +264,7 @@ def fields_of(kind: type[Divergence | Evaluation], record: Record) -> dict[str, 
 def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
     """Raise :class:`RunError` if a decision differs from the recorded one, except in its reason."""
     fields_that_count = decided.keys() - {"reason"}
-    if not decided or any(record[key] != decided[key] for key in fields_that_count):
+    if not decided or any(record.get(key) != decided[key] for key in fields_that_count):
         raise RunError(
             f"journal record {record['seq']} decided {record.get('decision', 'an adjustment')!r}, "
             "but the same evaluations now lead to another decision: the run was made by another "
@@ -252,12 +274,18 @@ def _check_same(record: Record, decided: Mapping[str, Any]) -> None:
 
 def describe_decision(decision: Decision) -> dict[str, Any]:
     """Return the fields of a ``decided`` record that hold the decision."""
-    return {
+    found = {
         "decision": _KINDS[type(decision)],
         "checkpoint": getattr(decision, "checkpoint", None),
         "exclude": list(getattr(decision, "exclude", ())),
-        "reason": decision.reason,
     }
+    if isinstance(decision, Continue) and decision.stage is not None:
+        found |= {"active": list(decision.stage.active), "shares": dict(decision.stage.shares)}
+    if isinstance(decision, Continue | RollBack) and decision.include:
+        found["include"] = list(decision.include)
+    if isinstance(decision, Average):
+        found["weights"] = dict(decision.weights)
+    return {**found, "reason": decision.reason}
 
 
 def describe_adjustment(adjustment: Adjustment) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from msft_store import (
     Timeline,
 )
 from trainer.algorithms.base import Mode, Names, Needs
+from trainer.distributed import share
 from trainer.errors import RunError
 from trainer.model.training_state import (
     gather_training_state,
@@ -48,6 +49,9 @@ from trainer.model.training_state import (
 from trainer.model.weights import weights_of
 from trainer.training.replay import StageStart
 from trainer.training.workspace import RESULT, Workspace
+
+AVERAGE = "average"
+"""The ref of a mean of checkpoints until the model has its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +163,38 @@ def restore_point(work: Workspace, checkpoint: str) -> None:
     _share(work, tensors, checkpoint, with_state=with_state)
 
 
+def restore_average(work: Workspace, weights: Mapping[str, float]) -> None:
+    """Give the model the weighted mean of checkpoints (ids → weights), in all processes.
+
+    The mean is in the store only until it is restored; the caller commits it like other weights.
+    """
+    found = ""
+    if work.store is not None:
+        drop_average(work.store)
+        mean = work.store.average(weights, list(weights.values()))
+        work.store.pin(mean, AVERAGE)
+        found = mean.id
+    found = share(found)
+    restore_point(work, found)
+    if work.store is not None:
+        drop_average(work.store)
+
+
+def drop_average(store: Store) -> None:
+    """Delete the mean of :func:`restore_average`, also that of a process that was killed."""
+    if AVERAGE in store.refs():
+        mean = store.get(AVERAGE).id
+        store.unpin(AVERAGE)
+        store.evict([mean])
+
+
 def keep_only_result(work: Workspace, checkpoint: str) -> None:
     """Restore the result's weights in all processes, and keep nothing else in the store.
 
     The result becomes the timeline's last root, so that restoring it needs nothing but the base.
     """
     if work.timeline is not None and work.store is not None:
+        drop_average(work.store)
         if work.config.restores_optimizer:
             checkpoint = save_weights_only(work.store, checkpoint, name=RESULT)
         work.timeline.retention = work.limit_policy(KeepThese(frozenset({checkpoint})))

@@ -57,7 +57,7 @@ def plan_stage(
     earlier = plan_stage(config, sizes, origin.stage, starts, known)
     order = cast(DataOrder, earlier.order)  # of MSFT, the only method that restores the optimizer
     return StagePlan(
-        order=order.continued(step=origin.step, active=stage.active),
+        order=continue_order(order, config, stage, sizes, step=origin.step),
         steps_before=earlier.steps_before + origin.step,
     )
 
@@ -92,6 +92,14 @@ def make_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOr
         limits=stage.limits,
         batch_size=batch_size,
     )
+
+
+def continue_order(
+    order: DataOrder, config: Config, stage: Stage, sizes: Mapping[str, int], *, step: int
+) -> DataOrder:
+    """Return the order that continues another one, before its step ``step``, as ``stage`` says."""
+    trained = {name: sizes[name] for name in stage.trained}
+    return order.continued(step=step, sizes=trained, counts=count_examples(config, stage, sizes))
 
 
 def make_schedule(config: Config, stage: Stage, sizes: Mapping[str, int]) -> Schedule:

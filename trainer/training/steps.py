@@ -30,6 +30,7 @@ from trainer.data.batches import DataOrder, MicroBatch, Reference, SampledOrder,
 from trainer.data.examples import Example
 from trainer.data.schedule import Schedule
 from trainer.distributed import split_among_processes
+from trainer.errors import RunError
 from trainer.model.forward import (
     TokenCost,
     collate,
@@ -40,6 +41,7 @@ from trainer.model.forward import (
 )
 from trainer.model.optim import learning_rate, set_learning_rate
 from trainer.model.sharding import is_sharded
+from trainer.training.stage import continue_order
 from trainer.training.workspace import Workspace
 
 
@@ -67,11 +69,13 @@ class StageSteps:
         rate, which ends with this stage.
         """
         train = work.split("train")
-        names = stage.trained
+        # Sub-datasets that the stage does not train on may come back within it.
+        names = sorted(train)
         self.stage = stage
         self.schedule = schedule
         self._work = work
         self._order = order
+        self._first_step = 0
         self._steps_before = steps_before
         self._examples = [example for name in names for example in train[name]]
         self._lengths = [len(example) for example in self._examples]
@@ -91,7 +95,7 @@ class StageSteps:
         """
         began = time.monotonic()
         config, model, optimizer = self._work.config.train, self._work.model, self._work.optimizer
-        references = self._order.step(step)
+        references = self._order.step(step - self._first_step)
         batch, mastered = self._split_batch(references)
         targets = sum(self._examples[i].targets for micro in batch for i in micro)
         model.train()
@@ -119,14 +123,26 @@ class StageSteps:
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step of the stage."""
-        before = self._steps_before
-        return learning_rate(
-            self._work.config.train, step=before + step, steps=before + self.schedule.steps
-        )
+        before, config = self._steps_before, self._work.config
+        lr = learning_rate(config.train, step=before + step, steps=before + self.schedule.steps)
+        restart = round(config.msft.restart_warmup * self.schedule.steps_per_epoch)
+        if self.stage.number == 1 or before or step >= restart:
+            return lr
+        return lr * (step + 1) / restart
 
     def epoch_at(self, index: int) -> float:
         """Return the epoch of an evaluation of the stage; index 0 is the evaluation of the root."""
         return self.schedule.epoch(self.schedule.evaluations[index - 1]) if index else 0.0
+
+    def change(self, step: int, stage: Stage) -> None:
+        """Train on the active set and the shares of ``stage`` from a step on."""
+        config, sizes = self._work.config, self._work.train_sizes
+        order, first = self._order, step - self._first_step
+        if not isinstance(order, DataOrder):
+            raise RunError("a stage that draws its examples by weights keeps its active set")
+        self._order = continue_order(order, config, stage, sizes, step=first)
+        self._first_step = step
+        self.stage = stage
 
     def adjust(self, step: int, adjustment: Adjustment) -> None:
         """Apply an adjustment from a step on."""

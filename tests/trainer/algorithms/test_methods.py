@@ -194,7 +194,7 @@ def test_a_strategy_refuses_observations_that_it_did_not_ask_for(kind):
 
 def test_msft_drops_several_at_the_first_of_their_peaks():
     strategy = Msft(
-        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_count=2)
+        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_passed=2)
     )
     curves = flat("abc", 5, a=[0.1, 0.2, 0.9, 0.4, 0.3], b=[0.1, 0.5, 0.4, 0.4, 0.3])
     back = strategy_end(strategy, curves)
@@ -205,7 +205,7 @@ def test_msft_drops_several_at_the_first_of_their_peaks():
 
 def test_msft_drops_only_sub_datasets_that_have_peaked():
     strategy = Msft(
-        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_count=3)
+        sub_datasets=SIZES, mode="max", compute_budget=1.0, settings=MsftConfig(drop_passed=3)
     )
     back = strategy_end(strategy, flat("abc", 5, b=[0.1, 0.5, 0.4, 0.4, 0.3]))
     assert back.exclude == ("b",)

@@ -194,8 +194,8 @@ def test_directory_and_sub_datasets_exclude_each_other(folder: Path) -> None:
         ),
         (
             "method=msff",
-            "method must be one of msft, sft, continual, single_rollout, ies, dynamix, got 'msff'; "
-            "did you mean 'msft'?",
+            "method must be one of msft, online, sft, continual, single_rollout, ies, dynamix, got "
+            "'msff'; did you mean 'msft'?",
         ),
         ("max_disk=500", "max_disk must be a string, got 500; put it into quotes"),
         ("max_disk=0x", "max_disk must be such as 500MB, 2GB or 1.5x, or null, got '0x'"),

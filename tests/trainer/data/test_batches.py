@@ -39,17 +39,22 @@ def test_plans_repeat_and_differ_by_seed_stage_and_epoch():
     assert len(set(others)) == len(others)
 
 
+def continued(step, names, start=None):
+    sizes = {name: SIZES[name] for name in names}
+    return (start or order()).continued(step=step, sizes=sizes, counts=sizes)
+
+
 def test_an_order_that_goes_on_with_everything_is_the_same_order():
     for start in range(16):
-        later = order().continued(step=start, active=list(SIZES))
-        again = later.continued(step=3, active=list(SIZES))
+        later = continued(start, SIZES)
+        again = continued(3, SIZES, later)
         for step in range(12):
             assert later.step(step) == order().step(start + step)
             assert again.step(step) == order().step(start + 3 + step)
 
 
 def test_an_order_that_goes_on_takes_what_is_left_of_the_active_ones_first():
-    later = order().continued(step=2, active=["a", "c"])
+    later = continued(2, "ac")
     left = [r for step in range(2, 7) for r in order().step(step) if r[0] != "b"]
     assert [r for step in range(4) for r in later.step(step)][: len(left)] == left
     begun = -(-len(left) // 32)
@@ -59,9 +64,32 @@ def test_an_order_that_goes_on_takes_what_is_left_of_the_active_ones_first():
 
 
 def test_an_exhausted_order_continues_with_the_next_epoch():
-    later = order().continued(step=7, active=["b"])
-    assert later.step(0) == order().continued(step=7, active=["b"]).step(0)
+    later = continued(7, "b")
+    assert later.step(0) == continued(7, "b").step(0)
     assert {r for step in range(2) for r in later.step(step)} == {("b", i) for i in range(60)}
+
+
+def test_an_order_that_goes_on_with_shares_takes_a_part_of_what_is_left():
+    rest = [r for step in range(2, 7) for r in order().step(step)]
+    b = sum(name == "b" for name, _ in rest)
+    later = order().continued(step=2, sizes=SIZES, counts={**SIZES, "b": SIZES["b"] // 4})
+    first = len(rest) - b + -(-b // 4)
+    found = [r for step in range(8) for r in later.step(step)][:first]
+    assert sum(name == "b" for name, _ in found) == -(-b // 4)
+    assert [r for r in found if r[0] != "b"] == [r for r in rest if r[0] != "b"]
+    begun = -(-first // 32)
+    epoch = later.continued(step=begun, sizes=SIZES, counts={**SIZES, "b": SIZES["b"] // 4})
+    names = [name for name, _ in epoch.left]
+    assert names.count("b") == SIZES["b"] // 4
+
+
+def test_a_sub_dataset_that_comes_back_begins_with_the_next_epoch():
+    later = continued(2, SIZES, continued(1, "ac"))
+    left = {name for name, _ in later.left}
+    assert left == {"a", "c"}
+    begun = -(-len(later.left) // 32)
+    epoch = [r for step in range(begun, begun + 20) for r in later.step(step)]
+    assert {name for name, _ in epoch} == set(SIZES)
 
 
 def test_the_examples_of_a_step_do_not_depend_on_the_micro_batch_size():

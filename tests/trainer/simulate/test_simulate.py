@@ -249,7 +249,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "msft__smoothing": 1,
         "msft__margin": 0.1,
         "msft__patience": 1,
-        "msft__drop_count": 2,
+        "msft__drop_passed": 2,
         "msft__exclusion": "soft",
     },
     "single_rollout": {"method": "single_rollout"},
@@ -294,7 +294,7 @@ def test_a_robust_rule_first_finds_what_a_real_run_under_it_finds(
     runs: dict[str, list[Record]],
 ) -> None:
     robust = recorded_config(runs["robust"]).msft
-    keys = ("peaks", "smoothing", "margin", "patience", "drop_count")
+    keys = ("peaks", "smoothing", "margin", "patience", "drop_passed")
     simulation = under(runs["paper"], **{key: getattr(robust, key) for key in keys})
     mine, its = (
         simulation.stages[0].simulated,

@@ -6,6 +6,7 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,23 @@ from trainer.model.training_state import optimizer_tensors
 from trainer.training import observe, run
 from trainer.training.run import resume, start
 
-METHODS = ("continual", "single_rollout", "ies", "dynamix")
+METHODS = ("continual", "single_rollout", "ies", "dynamix", "online", "averages", "sft_average")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "online": {
+        "method": "online",
+        "msft": {"smoothing": 1, "margin": 0.0, "patience": 1, "exclusion": "soft"}
+        | {"return_margin": 0.2, "rollback_margin": 0.0},
+        "average": {"kind": "greedy", "count": 3},
+    },
+    "averages": {
+        "method": "msft",
+        "msft": {"compute_budget": 2.0, "rollback_average": 3, "return_margin": 0.1}
+        | {"root_peaks": False, "restart_warmup": 0.5, "overall_window": 2, "max_stages": 4},
+        "average": {"kind": "best", "count": 3},
+    },
+    "sft_average": {"method": "sft", "average": {"kind": "decay", "count": 3}},
+}
+"""Settings of the runs that are not a method with its defaults."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +57,20 @@ def shared(tmp_path_factory):
     )
 
 
+def configure(config, name, directory):
+    options = {"method": name} | OPTIONS.get(name, {})
+    merged = {
+        key: replace(getattr(config, key), **value) if isinstance(value, dict) else value
+        for key, value in options.items()
+    }
+    return replace(config, **merged, output_dir=directory)
+
+
 @pytest.fixture(scope="module", params=METHODS)
 def method(shared, request):
     """A method's configuration, and the outcome of an undisturbed run."""
     directory = f"{shared.output_dir}-{request.param}"
-    config = replace(shared, method=request.param, output_dir=directory)
+    config = configure(shared, request.param, directory)
     start(config)
     return config, outcome(Path(directory))
 
@@ -71,7 +97,32 @@ def test_a_kill_changes_nothing(method, place, resume_every):
     event, number, fields = PLACES[place]
     kill(lambda: start(config), Journal, "append", call=number, like={"event": event, **fields})
     resume(config.output_dir)
-    assert outcome(Path(config.output_dir)) == expected
+    (story, weights), (wanted, result) = outcome(Path(config.output_dir)), expected
+    # Steps that are repeated were followed by evictions, also of what only they would have kept.
+    for found, record in zip(story, wanted, strict=True):
+        kept, was_kept = found.pop("kept", {}), {**record}.pop("kept", {})
+        assert kept.items() <= was_kept.items()
+        assert found == {key: value for key, value in record.items() if key != "kept"}
+    assert weights == result
+
+
+@pytest.mark.parametrize("method", ["averages", "sft_average", "online"], indirect=True)
+def test_averages_are_journaled_with_their_sources(method):
+    config, _ = method
+    averaged = events(config.output_dir, "averaged")
+    known = {one["checkpoint"] for one in events(config.output_dir, "evaluated")}
+    known |= {one["checkpoint"] for one in averaged}
+    assert averaged
+    assert all(one["weights"].keys() <= known for one in averaged)
+
+
+@pytest.mark.parametrize("method", ["online"], indirect=True)
+def test_one_pass_takes_no_more_steps_than_its_budget(method):
+    config, _ = method
+    (steps, *_) = (one["steps"] for one in events(config.output_dir, "stage_started"))
+    changed = [one for one in events(config.output_dir, "decided") if "active" in one]
+    assert changed
+    assert max(one["step"] for one in events(config.output_dir, "trained")) <= steps
 
 
 @pytest.mark.parametrize("method", ["ies"], indirect=True)
