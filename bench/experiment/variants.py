@@ -84,6 +84,16 @@ def _flops(record: Mapping[str, Any], kind: Kind) -> int:
     return int(found["training"] if kind == "training" else found["total"] - found["tests"])
 
 
+def averaged(variant: Variant, kind: str) -> Variant:
+    """Return a variant whose result may be an average of checkpoints."""
+    return replace(
+        variant,
+        name=f"{variant.name}+{kind}",
+        label=f"{variant.label}, {kind} averaged",
+        overrides=(*variant.overrides, f"average.kind={kind}"),
+    )
+
+
 OPPONENTS = (
     Variant(name="sft", label="SFT", overrides=("method=sft",)),
     Variant(
@@ -96,9 +106,46 @@ OPPONENTS = (
     Variant(name="sro", label="SRO", overrides=("method=single_rollout",)),
 )
 """The other methods, at the recipe's budget."""
+AVERAGES = ("last", "best", "decay", "champions", "greedy")
+"""Kinds of averages, each of four checkpoints."""
+AVERAGED = tuple(averaged(one, "greedy") for one in OPPONENTS)
 
+_ONLINE = ("method=online", "msft.smoothing=1", "msft.margin=0.5")
 _WINDOW = ("method=msft", "msft.peak_window=2")
+_STAGES = ("msft.root_peaks=false", "msft.overall_window=2", "msft.restart_warmup=0.5")
 CANDIDATES = (
+    Variant(name="online", label="One pass", overrides=_ONLINE),
+    Variant(
+        name="online-soft",
+        label="One pass, soft exclusion",
+        overrides=(*_ONLINE, "msft.exclusion=soft"),
+    ),
+    Variant(
+        name="online-return",
+        label="One pass, forgotten come back",
+        overrides=(*_ONLINE, "msft.return_margin=2"),
+    ),
+    Variant(
+        name="online-both",
+        label="One pass, soft, forgotten come back",
+        overrides=(*_ONLINE, "msft.exclusion=soft", "msft.return_margin=2"),
+    ),
+    Variant(
+        name="online-back",
+        label="One pass, soft, with roll-backs",
+        overrides=(*_ONLINE, "msft.exclusion=soft", "msft.rollback_margin=1"),
+    ),
+    Variant(
+        name="msft-mended",
+        label="MSFT, window 2, robust peaks, soft, reversible",
+        overrides=(
+            *_WINDOW,
+            *_STAGES,
+            *("msft.peaks=robust", "msft.smoothing=1", "msft.margin=0.5"),
+            *("msft.exclusion=soft", "msft.return_margin=2"),
+        ),
+    ),
+    Variant(name="msft-1", label="MSFT, C = 1", overrides=("method=msft", "msft.compute_budget=1")),
     Variant(name="msft-3", label="MSFT, C = 3", overrides=("method=msft", "msft.compute_budget=3")),
     Variant(name="msft-window", label="MSFT, window 2", overrides=_WINDOW),
     Variant(
@@ -118,10 +165,15 @@ CHOSEN = "msft-window"
 
 KINDS: tuple[Kind, ...] = ("training", "total")
 _FIXED = {variant.name: variant for variant in (*OPPONENTS, *CANDIDATES)}
+_FIXED |= {
+    one.name: one
+    for variant in (*OPPONENTS, *CANDIDATES)
+    for one in (averaged(variant, kind) for kind in AVERAGES)
+}
 
 
 def find_variant(name: str) -> Variant:
-    """Return a variant by its name, ``NAME`` or ``NAME@REFERENCE-KIND``.
+    """Return a variant by its name: ``NAME``, ``NAME+AVERAGE`` or either ``@REFERENCE-KIND``.
 
     Raises :class:`KeyError` for an unknown name.
     """
@@ -153,7 +205,7 @@ class Phase:
 PHASES: Mapping[str, Phase] = {
     "choose": Phase(
         mixtures=("heterogeneous", "mixture10"),
-        variants=(*OPPONENTS, *CANDIDATES),
+        variants=(*OPPONENTS, *AVERAGED, *CANDIDATES),
         seeds=(0, 1),
         split="validation",
     ),
@@ -161,6 +213,7 @@ PHASES: Mapping[str, Phase] = {
         mixtures=("heterogeneous", "heterogeneous2", "mixture10"),
         variants=(
             *OPPONENTS,
+            *AVERAGED,
             _FIXED[CHOSEN],
             *(matched(opponent, CHOSEN, kind) for kind in KINDS for opponent in OPPONENTS),
         ),
