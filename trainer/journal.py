@@ -38,14 +38,20 @@ event              fields
                    earlier evaluation), carried [names] (not measured: the values are those of the
                    evaluation before, overall is computed from both), tokens, attention_tokens,
                    padded_tokens, generated_tokens, generated_attention_tokens, seconds
+``averaged``       step, stage, index and epoch of the evaluation before it, name (in decisions),
+                   checkpoint, weights {id: weight} of the average, and what ``evaluated`` says of
+                   the results
 ``committed``      step, stage, checkpoint, logical_bytes, stored_bytes, disk_peak_bytes (before
                    eviction), disk_bytes (after it), kept {id: [reasons]}, dropped [ids], seconds
                    (that training waited for the commit); written once the checkpoint is durable
 ``diverged``       stage, epoch, step, what (``training loss``, …), value (``nan``, ``inf``,
                    ``-inf``); a ``decided`` follows, with the index of the evaluation before it
-``decided``        step, stage, index, decision (``continue``, ``roll_back``, ``skip``, ``stop``),
-                   checkpoint (null with ``continue``), exclude [names], reason; written before the
-                   loop acts on it, except that training continues during a commit
+``decided``        step, stage, index, decision (``continue``, ``average``, ``roll_back``, ``skip``,
+                   ``stop``), checkpoint (null with ``continue``; a name with ``average``), exclude
+                   [names], reason; written before the loop acts on it, except that training
+                   continues during a commit. If the active set changes within a stage: active
+                   [names], shares {name: share}; if sub-datasets come back: include [names]; with
+                   ``average``: weights {id: weight}
 ``rolled_back``    checkpoint, disk_peak_bytes, disk_bytes; also at the end of a run, when
                    the result becomes the last root
 ``resume_point``   step, stage, bytes
