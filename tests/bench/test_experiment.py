@@ -133,7 +133,7 @@ def test_a_finished_run_without_a_record_is_condensed_and_not_trained_again(
 def test_a_variant_waits_for_those_that_it_matches_and_an_equal_run_is_shared(
     experiment: Callable[..., Any],
 ) -> None:
-    names = ("sft@sro-training", "sft@sft-total", "sro", "sft")
+    names = ("sft@msft-window-training", "sft@sft-total", "msft-window", "sft")
     made = experiment()
 
     cases = [Case(mixture="heterogeneous", variant=name, seed=1) for name in names]
@@ -143,8 +143,8 @@ def test_a_variant_waits_for_those_that_it_matches_and_an_equal_run_is_shared(
     assert set(found) == set(names)
     assert found["sft@sft-total"]["budget"] == 2
     assert not any("sft@sft-total" in name for name in made.trained)
-    assert found["sft@sro-training"]["budget"] == matching_budget(
-        found["sft"], found["sro"], "training"
+    assert found["sft@msft-window-training"]["budget"] == matching_budget(
+        found["sft"], found["msft-window"], "training"
     )
 
 
