@@ -19,8 +19,8 @@ event              fields
                    steps_per_epoch (of the whole mixture), full_checkpoint_bytes, base_bytes,
                    base_id
 ``stage_started``  stage, root (checkpoint id), active [names], shares {name: share of the examples
-                   in an epoch}, limits {name: epochs}, epochs, steps (planned), examples (of an
-                   epoch)
+                   in an epoch}, limits {name: epochs}, floor (share of the examples behind a
+                   limit), epochs, steps (planned), examples (of an epoch)
 ``trained``        step, stage, epoch, loss (mean token loss), lr, grad_norm or null, tokens,
                    attention_tokens, target_tokens, padded_tokens, forward_tokens,
                    forward_attention_tokens, forward_padded_tokens (mastered examples, which are

@@ -50,7 +50,8 @@ def make_strategy(
         case "continual":
             return Continual(**common)
         case "single_rollout":
-            return SingleRollout(**common)
+            soft = config.msft.exclusion == "soft"
+            return SingleRollout(**common, floor=config.msft.floor if soft else 0.0)
         case "ies":
             return Ies(**common, settings=config.ies)
         case "dynamix":

@@ -56,6 +56,7 @@ class Stage:
         epochs: The compute budget C (arXiv 2603.21606, section 3), in epochs of the active mixture.
         shares: Excluded sub-dataset → share of its examples that each epoch still contains.
         limits: Active sub-dataset → epoch from which the stage leaves it out.
+        floor: Share of its examples that a sub-dataset keeps in each epoch behind its limit.
         observe: The observations that the strategy requests besides evaluations.
     """
 
@@ -64,6 +65,7 @@ class Stage:
     epochs: float
     shares: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
+    floor: float = 0.0
     observe: ExampleLosses | LookAhead | None = None
 
     @property

@@ -6,6 +6,9 @@ begins at the base with another order of the examples and leaves each sub-datase
 on; the batches stay full. A sub-dataset that was best at the end of the roll-out, or had no finite
 metric, stays to the end. The result is the first best overall checkpoint of both stages.
 
+With a ``floor`` (Soft SRO) the second stage keeps that share of a sub-dataset's examples in each
+epoch from its peak on, instead of leaving it out.
+
 Example::
 
     strategy = SingleRollout(sub_datasets=["arith", "dates"], mode="max", compute_budget=3.0)
@@ -13,13 +16,19 @@ Example::
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import first_best_index
 
 
+@dataclass(kw_only=True, eq=False)
 class SingleRollout(Method):
     """Find all peaks in one roll-out, then train from the base with them."""
+
+    floor: float = 0.0
+    """Share of its examples that a sub-dataset keeps after its peak; 0: none, as in the paper."""
 
     def own_needs(self) -> Needs:
         """Return the best overall, and the base until the second stage has begun."""
@@ -43,9 +52,14 @@ class SingleRollout(Method):
             number=2,
             active=active,
             epochs=max(limits.get(name, evaluation.epoch) for name in active),
+            shares={name: self.floor for name in sorted(limits) if name not in active}
+            if self.floor
+            else {},
             limits={name: limits[name] for name in active if name in limits},
+            floor=self.floor,
         )
-        reason = f"peaks: {peaks}; the second run leaves each out from there on"
+        kept = f"keeps {self.floor:.3g} of each" if self.floor else "leaves each out"
+        reason = f"peaks: {peaks}; the second run {kept} from there on"
         return self.roll_back(self.evaluations[0], stage, reason=reason)
 
     def _limits(self) -> dict[str, float]:

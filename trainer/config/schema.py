@@ -293,7 +293,9 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MsftConfig:
-    """The MSFT algorithm (``msft:``); other methods than ``online`` use ``compute_budget`` only.
+    """The MSFT algorithm (``msft:``), of which ``online`` uses most keys, too.
+
+    The other methods use ``compute_budget`` only, and ``single_rollout`` the exclusion, too.
 
     Attributes:
         compute_budget: C, epochs of the active mixture in one roll-out; with ``continual``, epochs
@@ -309,7 +311,8 @@ class MsftConfig:
             evaluation (the paper's code). The paper excludes one.
         drop_passed: Most sub-datasets that one stage excludes of those whose peaks have passed.
         exclusion: ``hard``: an excluded sub-dataset is no longer trained on (the paper). ``soft``:
-            each epoch has the share ``floor`` of its examples, against forgetting.
+            each epoch has the share ``floor`` of its examples, against forgetting. The same holds
+            for ``single_rollout`` after a sub-dataset's peak (Soft SRO).
         floor: Share of an excluded sub-dataset's examples in an epoch, with ``exclusion: soft``.
         return_margin: Standard errors by which an excluded sub-dataset must be worse than at its
             peak to be included again; ``None``: never, as in the paper.

@@ -6,9 +6,9 @@ the stage is the whole data position, and all methods train on the same batches.
 
 If a sub-dataset's share is not 1, an epoch takes its next ``counts`` examples from an endless
 sequence of permutations, so that each example is used equally often. A sub-dataset with a limit is
-left out from that epoch on. An order may be continued with other counts (``continued``): it takes
-the remaining examples of the epoch, in the same order and as many of each sub-dataset as the new
-count allows, then the next epochs.
+left out from that epoch on, or keeps the share ``floor`` of its examples. An order may be continued
+with other counts (``continued``): it takes the remaining examples of the epoch, in the same order
+and as many of each sub-dataset as the new count allows, then the next epochs.
 
 Within an optimizer step, examples are sorted by length and cut into micro-batches, which saves
 padding. Across steps they are not, because a step would then have one sub-dataset only.
@@ -63,6 +63,8 @@ class DataOrder:
     counts: Mapping[str, int]
     limits: Mapping[str, float]
     """Sub-dataset → epoch from which it is left out; without an entry it is never left out."""
+    floor: float
+    """Share of its examples in an epoch that a sub-dataset keeps behind its limit."""
     batch_size: int
     epoch: int
     """The epoch that the order begins in, from 0."""
@@ -79,6 +81,7 @@ class DataOrder:
         batch_size: int,
         counts: Mapping[str, int] | None = None,
         limits: Mapping[str, float] | None = None,
+        floor: float = 0.0,
     ) -> DataOrder:
         """Return the order of a new stage; ``counts`` are the sizes by default."""
         begun = cls(
@@ -87,6 +90,7 @@ class DataOrder:
             sizes=sizes,
             counts=sizes if counts is None else counts,
             limits=limits or {},
+            floor=floor,
             batch_size=batch_size,
             epoch=0,
             left=(),
@@ -145,7 +149,17 @@ class DataOrder:
             name: (self.limits.get(name, math.inf) - epoch) * len(examples) - 1e-6
             for name in self.sizes
         }
-        return tuple(one for place, one in enumerate(examples) if place < ends[one[0]])
+        behind = dict.fromkeys(self.sizes, 0)
+
+        def stays(place: int, name: str) -> bool:
+            if place < ends[name]:
+                return True
+            # Of n examples behind the limit, ceil(n floor) stay, the first one among them.
+            before = math.ceil(behind[name] * self.floor - 1e-9)
+            behind[name] += 1
+            return math.ceil(behind[name] * self.floor - 1e-9) > before
+
+        return tuple(one for place, one in enumerate(examples) if stays(place, one[0]))
 
 
 @lru_cache(maxsize=4)

@@ -312,6 +312,7 @@ class RunSession:
             active=list(stage.active),
             shares=dict(stage.shares),
             limits=dict(stage.limits),
+            floor=stage.floor,
             epochs=stage.epochs,
             steps=schedule.steps,
             examples=sum(mixture.train_sizes[name] for name in stage.active),

@@ -22,7 +22,7 @@ from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
 from trainer.report.headroom_table import UNKNOWN, headroom_notes, headroom_table
 from trainer.report.plots import draw_curves, draw_disk, draw_loss, to_png
-from trainer.report.summary import Summary, summarize
+from trainer.report.summary import Disk, Summary, summarize
 from trainer.text import (
     Table,
     bytes_text,
@@ -101,7 +101,7 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         "## Disk",
         "Not known before the first commit."
         if summary.disk is None
-        else _markdown_lines(disk_text(summary)),
+        else _markdown_lines(f"{disk_text(summary)}\n{_released_text(summary.disk)}"),
         "## Work",
         _work_table({label: summary}).to_markdown(),
         evaluation_text({label: summary}),
@@ -179,6 +179,14 @@ def disk_text(summary: Summary) -> str:
         f"the paper's disk-managed policy on the same run: peak {disk.paper_peak_copies:.2f}, "
         f"mean {disk.paper_mean_copies:.2f} (a full copy per distinct champion and best overall)\n"
         f"besides: base {bytes_text(disk.base_bytes)}, resume point {point}"
+    )
+
+
+def _released_text(disk: Disk) -> str:
+    return (
+        f"the policy of the paper's released code on the same run: peak "
+        f"{disk.released_peak_copies:.2f}, mean {disk.released_mean_copies:.2f} (these copies, and "
+        "one of the root of each stage but the first, which are never deleted)"
     )
 
 

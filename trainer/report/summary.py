@@ -3,8 +3,9 @@
 A run that is not finished can be summarized, too; unknown values are ``None``.
 
 The disk of the rollback points is compared with the paper's disk-managed variant, which keeps a
-full copy of each distinct champion of the active sub-datasets, and of the best overall. The base,
-which is on disk anyway, counts on neither side.
+full copy of each distinct champion of the active sub-datasets, and of the best overall. The paper's
+released code also never deletes the roots of earlier stages. The base, which is on disk anyway,
+counts on no side.
 
 Example::
 
@@ -76,6 +77,9 @@ class Disk:
     paper_peak_copies: int
     """The maximum of full copies under the paper's disk-managed policy."""
     paper_mean_copies: float
+    released_peak_copies: int
+    """The maximum of full copies under the policy of the paper's released code."""
+    released_mean_copies: float
     with_optimizer: bool
     """True if rollback points include the state of the optimizer; a full checkpoint never does."""
     max_disk: str | None
@@ -290,6 +294,8 @@ class DiskUsage:
     bytes: int
     paper_copies: int
     """Full copies under the paper's policy; for plain SFT only the best overall."""
+    released_copies: int
+    """The same with the roots of all stages so far."""
 
 
 def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
@@ -299,6 +305,7 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
     base: str | None = None
     best: str | None = None
     best_value: float | None = None
+    roots: set[str] = set()
     active: Sequence[str] = ()
     curve: list[Record] = []
     committed: Record | None = None
@@ -307,6 +314,7 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
             case "stage_started":
                 active, curve = (() if start["method"] == "sft" else record["active"]), []
                 base = base or record["root"]
+                roots.add(record["root"])
             case "committed":
                 committed = record
             case "evaluated":
@@ -323,6 +331,7 @@ def measure_disk_usage(counted: Sequence[Record]) -> list[DiskUsage]:
                             peak_bytes=committed["disk_peak_bytes"],
                             bytes=committed["disk_bytes"],
                             paper_copies=len(copies),
+                            released_copies=len(copies | roots - {base}),
                         )
                     )
                 committed = None
@@ -348,6 +357,8 @@ def _summarize_disk(counted: Sequence[Record], start: Record) -> Disk | None:
         mean_bytes=statistics.fmean(usage.bytes for usage in usages),
         paper_peak_copies=max(usage.paper_copies for usage in usages),
         paper_mean_copies=statistics.fmean(usage.paper_copies for usage in usages),
+        released_peak_copies=max(usage.released_copies for usage in usages),
+        released_mean_copies=statistics.fmean(usage.released_copies for usage in usages),
         with_optimizer=start["config"]["msft"].get("optimizer_on_rollback") == "restore",
         max_disk=start["config"].get("max_disk"),
         resume_bytes=max((r["bytes"] for r in select(counted, "resume_point")), default=0),

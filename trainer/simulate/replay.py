@@ -261,6 +261,7 @@ def _is_same(stage: Stage, root: str | None, start: Record) -> bool:
         and tuple(start["active"]) == stage.active
         and shares == stage.shares
         and (start.get("limits") or {}) == stage.limits
+        and (start.get("floor") or 0.0) == stage.floor
     )
 
 

@@ -30,7 +30,7 @@ from trainer.text import Table, bytes_text, count_text, flops_text, metric_text
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """Full copies of distinct champions and the best overall, as in the paper's policy."""
+    """Full copies of checkpoints under a policy: the most at once, and the mean."""
 
     peak: int
     mean: float
@@ -48,6 +48,9 @@ class PolicyOutcome:
     retained: RetentionSummary | None
     """The rollback points over the simulated evaluations; ``None`` without a commit."""
     copies: Copies | None
+    """Under the paper's policy: distinct champions and the best overall."""
+    released: Copies | None
+    """Under the policy of its released code, which never deletes the roots of stages."""
     measured: tuple[int, float] | None
     """Peak and mean bytes of the run's own rollback points in its store; ``None`` for any other
     policy."""
@@ -72,6 +75,7 @@ class PolicyOutcome:
             "rollback_points": None if self.retained is None else asdict(self.retained),
             "measured_bytes": self.measured,
             "full_copies": None if self.copies is None else asdict(self.copies),
+            "released_copies": None if self.released is None else asdict(self.released),
             "checkpoint_bytes": self.checkpoint_bytes,
         }
 
@@ -115,17 +119,22 @@ def _outcome(
     counted = effective(records)
     sizes = {r["checkpoint"]: r["stored_bytes"] for r in select(counted, "committed")}
     usages, gone = replay_retention(simulation, retention_named(retention), sizes)
-    copies = [usage.paper_copies for usage in measure_disk_usage(simulation.records)]
+    usage_by_time = measure_disk_usage(simulation.records)
     return PolicyOutcome(
         label=name,
         policy=policy,
         method=config.method,
         simulation=simulation,
         retained=summarize_retention(usages, gone, sizes),
-        copies=Copies(peak=max(copies), mean=statistics.fmean(copies)) if copies else None,
+        copies=_count_copies([usage.paper_copies for usage in usage_by_time]),
+        released=_count_copies([usage.released_copies for usage in usage_by_time]),
         measured=None,
         checkpoint_bytes=run_started(counted)["full_checkpoint_bytes"],
     )
+
+
+def _count_copies(copies: Sequence[int]) -> Copies | None:
+    return Copies(peak=max(copies), mean=statistics.fmean(copies)) if copies else None
 
 
 def to_text(run: PolicyOutcome, outcomes: Sequence[PolicyOutcome]) -> str:
@@ -193,8 +202,8 @@ def _end_text(end: StageEnd | None) -> str:
 
 def _disk_text(one: PolicyOutcome) -> str:
     """Return rollback points, bytes and full copies of a policy, each with its mean."""
-    retained, copies, full = one.retained, one.copies, one.checkpoint_bytes
-    if retained is None or copies is None:
+    retained, full = one.retained, one.checkpoint_bytes
+    if retained is None or one.copies is None or one.released is None:
         return "no rollback points."
     texts = [f"{retained.peak} rollback points ({retained.mean:.2f} in the mean)"]
     if retained.peak_bytes is not None and retained.mean_bytes is not None:
@@ -203,10 +212,14 @@ def _disk_text(one: PolicyOutcome) -> str:
     if one.measured is not None:
         peak, mean = map(bytes_text, one.measured)
         texts.append(f"{peak} ({mean}) measured, roll-backs included")
-    texts.append(
-        f"{copies.peak} ({copies.mean:.2f}) full copies, {bytes_text(copies.peak * full)} "
-        f"({bytes_text(copies.mean * full)}), by the paper's disk-managed policy"
-    )
+    for copies, whose in (
+        (one.copies, "the paper's disk-managed policy"),
+        (one.released, "its code"),
+    ):
+        texts.append(
+            f"{copies.peak} ({copies.mean:.2f}) full copies, {bytes_text(copies.peak * full)} "
+            f"({bytes_text(copies.mean * full)}), by {whose}"
+        )
     return f"{'; '.join(texts)}."
 
 

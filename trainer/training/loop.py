@@ -257,6 +257,7 @@ class Loop:
             active=list(stage.active),
             shares=dict(stage.shares),
             limits=dict(stage.limits),
+            floor=stage.floor,
             epochs=stage.epochs,
             steps=steps.schedule.steps,
             examples=sum(count_examples(work.config, stage, self._sizes).values()),

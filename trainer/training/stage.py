@@ -90,6 +90,7 @@ def make_order(config: Config, stage: Stage, sizes: Mapping[str, int]) -> DataOr
         sizes=trained,
         counts=counts,
         limits=stage.limits,
+        floor=stage.floor,
         batch_size=batch_size,
     )
 

@@ -66,6 +66,17 @@ def test_a_single_rollout_begins_again_at_the_base_with_each_peak_as_a_limit():
     assert isinstance(stop, Stop)
 
 
+def test_a_soft_single_rollout_keeps_a_share_of_each_from_its_peak_on():
+    strategy = SingleRollout(sub_datasets=SIZES, mode="max", compute_budget=1.0, floor=0.2)
+    rollout = flat("abc", 5, a=[0.1, 0.5, 0.5, 0.4, 0.3], b=[0.9, 0.8, 0.7, 0.6, 0.5])
+    back, _ = decisions(strategy, [rollout, flat("ac", 5) | {"b": [0.9] * 5}])
+    assert back.exclude == ("b",)
+    assert back.stage == Stage(
+        number=2, active=("a", "c"), epochs=1.0, shares={"b": 0.2}, limits={"a": 0.25}, floor=0.2
+    )
+    assert "the second run keeps 0.2 of each from there on" in back.reason
+
+
 def test_a_single_rollout_keeps_the_base_until_it_has_gone_back():
     strategy = SingleRollout(sub_datasets=SIZES, mode="max", compute_budget=1.0)
     rollout = flat("abc", 5, a=[0.1, 0.5, 0.5, 0.4, 0.3])

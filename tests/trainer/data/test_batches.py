@@ -44,6 +44,23 @@ def continued(step, names, start=None):
     return (start or order()).continued(step=step, sizes=sizes, counts=sizes)
 
 
+def test_a_floor_keeps_a_share_of_the_examples_behind_a_limit():
+    limits = {"a": 1.5, "b": 0.5}
+    hard, soft = order(limits=limits), order(limits=limits, floor=0.1)
+    sizes = dict(
+        zip("xyz", zip(hard.epoch_sizes(3), soft.epoch_sizes(3), strict=True), strict=True)
+    )
+    kept = [r for step in range(8) for r in soft.step(step)]
+    first = soft.epoch_sizes(3)[0]
+    assert [r for r in kept[:first] if r[0] != "b"] == [
+        r for r in order().step(0) + sum((order().step(i) for i in range(1, 7)), ()) if r[0] != "b"
+    ]
+    before = [r for r in sum((hard.step(i) for i in range(7)), ()) if r[0] == "b"]
+    assert [r for r in kept[:first] if r[0] == "b"][: len(before)] == before[: len(before)]
+    assert sizes["z"] == (43, 43 + 10 + 6), "a tenth of 100 and of 60"
+    assert sizes["x"][1] - sizes["x"][0] == -(-(60 - sum(r[0] == "b" for r in before)) // 10)
+
+
 def test_an_order_that_goes_on_with_everything_is_the_same_order():
     for start in range(16):
         later = continued(start, SIZES)

@@ -76,6 +76,9 @@ def test_work_is_split_into_kept_and_rolled_back(run: Path) -> None:
 def test_disk_beside_the_papers_policy_at_the_same_evaluations(run: Path) -> None:
     points = measure_disk_usage(effective(read(run / "journal.jsonl")))
     assert [point.paper_copies for point in points] == [0, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2]
+    # The roots of stages 2 and 3 stay beside them in the released code.
+    released = [point.released_copies for point in points]
+    assert released == [0, 1, 1, 2, 2, 3, 2, 2, 2, 3, 3, 3, 3]
     assert [point.bytes for point in points] == [100, 200] + [300] * 11
     disk = summary_of(run).disk
     assert disk is not None
@@ -83,6 +86,10 @@ def test_disk_beside_the_papers_policy_at_the_same_evaluations(run: Path) -> Non
     assert disk.mean == pytest.approx(3600 / 13 / FULL)
     assert disk.paper_peak_copies == 2
     assert disk.paper_mean_copies == pytest.approx(19 / 13)
+    assert (disk.released_peak_copies, disk.released_mean_copies) == (3, pytest.approx(27 / 13))
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "code on the same run: peak 3.00, mean 2.08 (these copies, and one of the root" in text
     assert (disk.resume_bytes, disk.base_bytes) == (3 * FULL, FULL)
 
 

@@ -172,6 +172,8 @@ def test_rollback_points_as_the_policy_keeps_them(tmp_path: Path) -> None:
     assert (own.retained.peak, own.retained.peak_bytes, own.retained.gone) == (4, 400, ())
     assert own.measured == (420, pytest.approx(3600 / 13))
     assert own.copies == Copies(peak=2, mean=pytest.approx(19 / 13))
+    assert own.released == Copies(peak=3, mean=pytest.approx(27 / 13))
+    assert "3 (2.08) full copies, 3.0 kB (2.1 kB), by its code" in to_text(own, [own])
     last = simulate_policy(records, {}, retention="last:1")
     assert last.retained is not None
     assert (last.retained.peak, last.retained.gone) == (3, ("s1e2", "s2e2"))

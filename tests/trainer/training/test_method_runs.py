@@ -14,12 +14,23 @@ import torch
 
 from tests.support.runs import kill, outcome
 from tests.support.tiny_runs import make_config
+from trainer.algorithms.base import Stage
 from trainer.journal import Journal, effective, read
 from trainer.model.training_state import optimizer_tensors
 from trainer.training import observe, run
 from trainer.training.run import resume, start
+from trainer.training.stage import make_schedule
 
-METHODS = ("continual", "single_rollout", "ies", "dynamix", "online", "averages", "sft_average")
+METHODS = (
+    "continual",
+    "single_rollout",
+    "soft_single_rollout",
+    "ies",
+    "dynamix",
+    "online",
+    "averages",
+    "sft_average",
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "online": {
         "method": "online",
@@ -32,6 +43,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "msft": {"compute_budget": 2.0, "rollback_average": 3, "return_margin": 0.1}
         | {"root_peaks": False, "restart_warmup": 0.5, "overall_window": 2, "max_stages": 4},
         "average": {"kind": "best", "count": 3},
+    },
+    "soft_single_rollout": {
+        "method": "single_rollout",
+        "msft": {"exclusion": "soft", "floor": 0.3},
     },
     "sft_average": {"method": "sft", "average": {"kind": "decay", "count": 3}},
 }
@@ -123,6 +138,26 @@ def test_one_pass_takes_no_more_steps_than_its_budget(method):
     changed = [one for one in events(config.output_dir, "decided") if "active" in one]
     assert changed
     assert max(one["step"] for one in events(config.output_dir, "trained")) <= steps
+
+
+@pytest.mark.parametrize("method", ["soft_single_rollout"], indirect=True)
+def test_the_second_run_goes_on_with_a_share_of_what_has_peaked(method):
+    config, _ = method
+    second = events(config.output_dir, "stage_started")[1]
+    assert second["floor"] == 0.3
+    assert second["limits"]
+    sizes = {"copy": 20, "same": 13, "sum": 24}
+    stage = Stage(
+        number=2,
+        active=tuple(second["active"]),
+        epochs=second["epochs"],
+        limits=second["limits"],
+        shares=second["shares"],
+        floor=0.3,
+    )
+    hard = make_schedule(config, replace(stage, floor=0.0, shares={}), sizes)
+    assert second["steps"] == make_schedule(config, stage, sizes).steps >= hard.steps
+    assert {*stage.trained} == {*sizes}
 
 
 @pytest.mark.parametrize("method", ["ies"], indirect=True)
