@@ -32,12 +32,17 @@ class Exclusions:
         del self._champions[name]
 
     def find_forgotten(self, metrics: Mapping[str, float]) -> tuple[str, ...]:
-        """Return the names that must come back: worse than at their peak by ``return_margin``."""
+        """Return the names that must come back: worse than at their peak by ``return_margin``.
+
+        One that was not measured stays excluded.
+        """
         margin = self.settings.return_margin
         if margin is None:
             return ()
         found = self._champions.items()
-        return tuple(sorted(n for n, one in found if one.is_forgotten(metrics[n], margin)))
+        return tuple(
+            sorted(n for n, one in found if n in metrics and one.is_forgotten(metrics[n], margin))
+        )
 
     def shares(self) -> dict[str, float]:
         """Return the share of its examples that each excluded sub-dataset has in an epoch."""

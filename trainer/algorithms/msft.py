@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass, field
 
 from trainer.algorithms.averages import window_around
-from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
+from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage, measured
 from trainer.algorithms.exclusion import Exclusions
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import (
@@ -88,7 +88,7 @@ class Msft(Method):
         window, index = self.settings.peak_window, evaluation.index
         peaks = [one for one in found if self._may_peak(one[0])]
         passed = window is not None and peaks and index - peaks[0][0] >= window
-        if evaluation.last or passed or self._is_stuck(index):
+        if evaluation.last or passed or self._is_stuck():
             return self._end_stage(evaluation, found)
         if not found:
             return Continue(reason="no active sub-dataset has a finite metric yet")
@@ -126,12 +126,13 @@ class Msft(Method):
         """Return False for the root of a later stage, if that is never a peak."""
         return index > 0 or self.stage.number == 1 or self.settings.root_peaks
 
-    def _is_stuck(self, index: int) -> bool:
+    def _is_stuck(self) -> bool:
         """Return True if the overall has not beaten the stage's root for the overall window."""
         window = self.settings.overall_window
-        if window is None or index < window:
+        overall = [one.metrics[OVERALL] for one in self.evaluations if not one.carried]
+        if window is None or len(overall) <= window:
             return False
-        return not first_best_index([one.metrics[OVERALL] for one in self.evaluations], self.mode)
+        return not first_best_index(overall, self.mode)
 
     def _end_stage(self, end: Evaluation, found: list[tuple[int, str]]) -> Decision:
         """Stop if no metric is finite; else roll back to the first peak, or to the end."""
@@ -146,7 +147,7 @@ class Msft(Method):
         ]
         if not peaked:
             why = f"nobody peaked before epoch {end.epoch:.4g}"
-            if self._is_stuck(end.index):
+            if self._is_stuck():
                 why += ", and the overall metric of no evaluation is better than the root's"
                 return self.stop(why=why)
             return self._begin_next_stage(end, exclude=(), why=why)
@@ -186,9 +187,8 @@ class Msft(Method):
     ) -> Decision:
         """Roll back to the target, or stop if no sub-dataset or no stage is left."""
         number = self.stage.number
-        back = [
-            name for name in self._excluded.find_forgotten(target.metrics) if name not in exclude
-        ]
+        forgotten = self._excluded.find_forgotten(measured(target.metrics, target.carried))
+        back = [name for name in forgotten if name not in exclude]
         active = tuple(sorted({*self.stage.active, *back} - {*exclude}))
         if not active:
             why = f"{why}; every sub-dataset is excluded"

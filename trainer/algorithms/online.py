@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage
+from trainer.algorithms.base import Continue, Decision, Evaluation, Needs, Stage, measured
 from trainer.algorithms.exclusion import Exclusions
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import Champion, robust_rule
@@ -62,7 +62,7 @@ class Online(Method):
             for name, place in peaks.items()
             if place is not None and self._has_passed(place, evaluation.index)
         }
-        back = self._excluded.find_forgotten(evaluation.metrics)
+        back = self._excluded.find_forgotten(measured(evaluation.metrics, evaluation.carried))
         if not passed and not back:
             return Continue(reason="within the compute budget; no further peak has passed")
         why = self._exclude(passed)
@@ -111,7 +111,7 @@ class Online(Method):
     def _is_worse(self, now: Evaluation, peak: Evaluation) -> bool:
         """Return True if the overall metric is worse than at a peak by the margin."""
         margin, found = self.settings.rollback_margin, peak.metrics[OVERALL]
-        if margin is None or peak.index == now.index:
+        if margin is None or peak.index == now.index or peak.carried or now.carried:
             return False
         errors = [error for error in peak.errors.values() if math.isfinite(error)]
         # The error of a mean over sub-datasets, of which each is measured by itself.

@@ -9,6 +9,7 @@ import pytest
 
 from trainer.algorithms import Msft, Online
 from trainer.algorithms.base import Continue, Decision, Evaluation, RollBack, Stop
+from trainer.algorithms.exclusion import Exclusions
 from trainer.algorithms.method import Method
 from trainer.algorithms.peaks import Champion
 from trainer.config.schema import OVERALL, MsftConfig
@@ -202,3 +203,10 @@ def test_forgotten_is_worse_by_more_than_the_margin(
 ) -> None:
     champion = Champion(value=1.0, error=0.1, mode=mode)  # type: ignore[arg-type]
     assert champion.is_forgotten(value, 2.01) is forgotten
+
+
+def test_a_sub_dataset_that_was_not_measured_stays_excluded():
+    excluded = Exclusions(settings=MsftConfig(return_margin=1.0))
+    excluded.add("a", Champion(value=0.5, error=0.1, mode="min"))
+    assert excluded.find_forgotten({"a": 0.9}) == ("a",)
+    assert excluded.find_forgotten({"b": 0.9}) == ()
