@@ -176,6 +176,7 @@ def restore_average(work: Workspace, weights: Mapping[str, float]) -> None:
         found = mean.id
     found = share(found)
     restore_point(work, found)
+    work.accelerator.wait_for_everyone()  # each may load its part of the mean by itself
     if work.store is not None:
         drop_average(work.store)
 
