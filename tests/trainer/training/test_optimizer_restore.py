@@ -217,8 +217,23 @@ def test_a_stage_plan_follows_the_roots_back_to_the_first_stage(config):
     points = {"x": known(1, 3), "y": known(2, 2)}
     plan_of_third = plan_stage(config, sizes, 3, starts, points)
     assert plan_of_third.steps_before == 5
-    second = make_order(config, stages[0], sizes).continued(step=3, active=["a", "b"])
-    assert plan_of_third.order == second.continued(step=2, active=["b"])
+    left = {"a": 20, "b": 20}
+    second = make_order(config, stages[0], sizes).continued(step=3, sizes=left, counts=left)
+    assert plan_of_third.order == second.continued(step=2, sizes={"b": 20}, counts={"b": 20})
     fresh = replace(config, msft=replace(config.msft, optimizer_on_rollback="reset"))
     restarted = plan_stage(fresh, sizes, 3, starts, points)
     assert (restarted.order, restarted.steps_before) == (make_order(fresh, stages[2], sizes), 0)
+
+
+def test_a_continued_stage_has_the_shares_of_soft_exclusion(config):
+    sizes = dict.fromkeys("ab", 20)
+    stages = [
+        Stage(number=1, active=("a", "b"), epochs=1.0),
+        Stage(number=2, active=("a",), epochs=1.0, shares={"b": 0.25}),
+    ]
+    starts = {s.number: StageStart(stage=s, root="x" if s.number > 1 else None) for s in stages}
+    known = {"x": KnownEvaluation(metrics={}, losses=None, stage=1, step=0)}
+    order = plan_stage(config, sizes, 2, starts, known).order
+    steps = -(-25 // config.train.batch_size)
+    taken = [name for step in range(steps) for name, _ in order.step(step)]
+    assert (taken.count("a"), taken.count("b")) == (20, 5)
