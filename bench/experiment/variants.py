@@ -108,7 +108,7 @@ OPPONENTS = (
 """The other methods, at the recipe's budget."""
 AVERAGES = ("last", "best", "decay", "champions", "greedy")
 """Kinds of averages, each of four checkpoints."""
-AVERAGED = tuple(averaged(one, "greedy") for one in OPPONENTS)
+AVERAGED = tuple(averaged(one, "best") for one in OPPONENTS)
 
 _ONLINE = ("method=online", "msft.smoothing=1", "msft.margin=0.5")
 _WINDOW = ("method=msft", "msft.peak_window=2")
@@ -129,6 +129,16 @@ CANDIDATES = (
         name="online-both",
         label="One pass, soft, forgotten come back",
         overrides=(*_ONLINE, "msft.exclusion=soft", "msft.return_margin=2"),
+    ),
+    Variant(
+        name="online-eager",
+        label="One pass, soft, forgotten come back, patience 1",
+        overrides=(*_ONLINE, "msft.exclusion=soft", "msft.return_margin=2", "msft.patience=1"),
+    ),
+    Variant(
+        name="online-third",
+        label="One pass, soft (floor 0.3)",
+        overrides=(*_ONLINE, "msft.exclusion=soft", "msft.floor=0.3"),
     ),
     Variant(
         name="online-back",
@@ -205,7 +215,12 @@ class Phase:
 PHASES: Mapping[str, Phase] = {
     "choose": Phase(
         mixtures=("heterogeneous", "mixture10"),
-        variants=(*OPPONENTS, *AVERAGED, *CANDIDATES),
+        variants=(
+            *OPPONENTS,
+            *AVERAGED,
+            *CANDIDATES,
+            *(averaged(one, "best") for one in CANDIDATES),
+        ),
         seeds=(0, 1),
         split="validation",
     ),
