@@ -19,11 +19,13 @@ from .errors import (
 from .maintenance.check import Finding, Report
 from .maintenance.diff import TensorDiff
 from .maintenance.gc import GcPlan, GcResult
+from .maintenance.reader import CheckpointReader, TensorSlice
 from .maintenance.repack import RepackPlan
 from .maintenance.repair.plan import RepairPlan, RepairResult
 from .maintenance.stats import Stats
 from .objects.bases import Base
 from .objects.manifest import Checkpoint
+from .remote.address import open_checkpoint
 from .retention import (
     Candidate,
     Champions,
@@ -54,6 +56,7 @@ __all__ = [
     "Candidate",
     "Champions",
     "Checkpoint",
+    "CheckpointReader",
     "Commit",
     "ConflictError",
     "CorruptedError",
@@ -86,9 +89,11 @@ __all__ = [
     "Store",
     "StoreError",
     "TensorDiff",
+    "TensorSlice",
     "Timeline",
     "UnknownCheckpointError",
     "VersionError",
     "flatten",
+    "open_checkpoint",
     "unflatten",
 ]

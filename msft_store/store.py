@@ -39,6 +39,7 @@ from msft_store.maintenance.export import export
 from msft_store.maintenance.export_files import read_files
 from msft_store.maintenance.export_names import KEY as EXPORT
 from msft_store.maintenance.gc import GcPlan, GcResult, evict_locked, plan_gc
+from msft_store.maintenance.reader import CheckpointReader, open_reader
 from msft_store.maintenance.repack import RepackPlan, plan_repack
 from msft_store.maintenance.repair.plan import RepairPlan, plan_repair
 from msft_store.maintenance.stats import (
@@ -609,6 +610,29 @@ class Store:
         with contextlib.closing(decode_chunks(Source.of(self._catalog, found), tensors)) as parts:
             for name, start, data in parts:
                 yield name, start, torch.from_numpy(data).view(torch_dtype(tensors[name].dtype))
+
+    def open_checkpoint(
+        self,
+        checkpoint: Checkpoint | str,
+        *,
+        layout: Literal["files", "memory"] = "memory",
+        device: str | torch.device = "cpu",
+    ) -> CheckpointReader:
+        """Return a reader with the methods of ``safetensors.safe_open``; read no tensor yet.
+
+        Args:
+            checkpoint: Checkpoint to read.
+            layout: ``"memory"`` gives the tensors as :meth:`load` does, ``"files"`` those that
+                :meth:`export` writes, with their names and shapes there.
+            device: Device of the tensors.
+        """
+        found, place = self.get(checkpoint), device_of(device)
+        if layout not in ("files", "memory"):
+            raise InvalidInputError(f'a layout is "files" or "memory", not {layout!r}')
+        return read_consistently(
+            self._backend,
+            lambda: open_reader(self._catalog, found, layout=layout, device=place),
+        )
 
     def get(self, checkpoint: Checkpoint | str) -> Checkpoint:
         """Return a checkpoint by id, unique prefix of an id, or name of a ref.

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from msft_store._util import format_bytes, format_table
+from msft_store.cli.bisect import add_bisect_options, bisect
+from msft_store.cli.cat import add_cat_options, cat
 from msft_store.cli.check import check, repair
 from msft_store.cli.gc import add_keep_options, forget, gc, policy_of, repack
 from msft_store.cli.inspect import inspect, summary
@@ -60,9 +62,9 @@ from msft_store.store import Store
 
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Shell functions that complete names of files, for shtab."""
-_PATHS = ("store", "path", "plot", "directory", "base_directory", "like", "url")
+_PATHS = ("store", "path", "place", "plot", "directory", "base_directory", "like", "url", "out")
 """Arguments that a shell completes with names of files."""
-_WITHOUT_STORE = ("init", "upgrade", "repair", "completion", *TRANSFERS)
+_WITHOUT_STORE = ("init", "upgrade", "repair", "completion", "cat", "bisect", *TRANSFERS)
 """Commands that do not open the store themselves."""
 _EXIT = "exit codes: 0 done, 1 the store refused, 2 wrong usage, 3 check found damage"
 
@@ -316,12 +318,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(command)
     add_export_options(command)
 
+    add_cat_options(
+        add(
+            "cat",
+            cat,
+            "show one tensor of a checkpoint, or write it to a file or to stdout",
+            "cat run/store@best lm_head.weight",
+        )
+    )
+
+    add_bisect_options(
+        add(
+            "bisect",
+            bisect,
+            "find the first checkpoint for which a command fails",
+            "bisect run/store first last -- python evaluate.py {}",
+        )
+    )
+
     command = add("pin", _pin, "protect a checkpoint by a ref", "pin 3fa9 best")
     _add_checkpoint(command)
     command.add_argument("ref", help="name of the ref")
 
-    command = add("unpin", _unpin, "remove a ref", "unpin best")
-    command.add_argument("ref", help="name of the ref")
+    add("unpin", _unpin, "remove a ref", "unpin best").add_argument("ref", help="name of the ref")
 
     command = add(
         "forget",
@@ -337,8 +356,9 @@ def _parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="remove the locks of living processes too"
     )
 
-    command = add("completion", _completion, "print a shell's completion script", "completion bash")
-    command.add_argument("shell", choices=tuple(_FILES))
+    add(
+        "completion", _completion, "print a shell's completion script", "completion bash"
+    ).add_argument("shell", choices=tuple(_FILES))
 
     add("stats", _stats, "count checkpoints, chunks and bytes", "stats --json")
     add_transfer_commands(add)

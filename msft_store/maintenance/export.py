@@ -41,11 +41,11 @@ from msft_store.format.layout import canonical_json
 from msft_store.maintenance.export_files import read_place, select_content
 from msft_store.maintenance.export_names import Layout
 from msft_store.maintenance.original_layout import Assembled
+from msft_store.maintenance.reader import read_assembled
 from msft_store.objects.catalog import Catalog, refuse_inside_store
 from msft_store.objects.manifest import Checkpoint, TensorEntry
 from msft_store.objects.safetensors_header import INDEX
-from msft_store.pipeline.decode import Source, decode_chunks, empty_like
-from msft_store.pipeline.reshard import decode_boxes
+from msft_store.pipeline.decode import Source, decode_chunks
 from msft_store.storage.backend import (
     LocalBackend,
     make_folder,
@@ -54,7 +54,6 @@ from msft_store.storage.backend import (
     write_atomic,
 )
 from msft_store.storage.quota import QuotaBackend
-from msft_store.tensors.boxes import Box
 from msft_store.tensors.bytes import view_bytes
 from msft_store.tensors.files import split_files
 
@@ -183,22 +182,8 @@ class _Contents:
                 with contextlib.closing(decode_chunks(self.source, part)) as chunks:
                     yield from (data for _, _, data in chunks)
             else:
-                yield from (self._assemble(self.assembled[name]) for name in group)
-
-    def _assemble(self, tensor: Assembled) -> Bytes:
-        out = empty_like(tensor.entry)
-        boxes = []
-        for name, part in tensor.parts:
-            first, size = part.in_base((0,) * len(part.shape), part.shape)
-            place = tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))
-            box = out.view(part.check(tensor.entry.shape))[place]
-            box = box if part.axes is None else box.permute(part.axes)
-            shape = self.stored[name].shape
-            boxes.append(
-                Box(name=name, shape=shape, offset=part.offset, tensor=box.view(part.shape))
-            )
-        decode_boxes(self.source, self.stored, boxes)
-        return view_bytes(out)
+                for name in group:
+                    yield view_bytes(read_assembled(self.source, self.stored, self.assembled[name]))
 
 
 def _write_shards(

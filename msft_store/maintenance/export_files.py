@@ -37,6 +37,7 @@ from msft_store.tensors.nested import json_name
 
 CONFIG, ADAPTER_CONFIG = _CONFIGS = ("config.json", "adapter_config.json")
 """Configuration files of a model and of a LoRA adapter, whose weights are in one other file."""
+GENERATION_CONFIG = "generation_config.json"
 _LARGEST_COPIED_FILE = 1 << 30
 TEMPLATES = "additional_chat_templates"
 """Folder of further chat templates, beside a tokenizer or processor."""
@@ -77,7 +78,7 @@ _PROCESSOR = frozenset(
         "chat_template.json",
     }
 )
-_MODEL = frozenset({CONFIG, "generation_config.json"})
+_MODEL = frozenset({CONFIG, GENERATION_CONFIG})
 _BELONGING = {
     CONFIG: _MODEL,
     ADAPTER_CONFIG: _MODEL,
@@ -312,7 +313,7 @@ def find_doubts(
     with the checkpoint if ``is_recorded``. ``files`` are the names of the export's other files.
     ``counterparts`` has the names in the base of exported tensors of another name or shape.
     """
-    parts = [name for name in tensors if _is_kept_in_parts(name, tensors)]
+    parts = [name for name in tensors if is_kept_in_parts(name, tensors)]
     if parts:
         yield (
             f"{format_count(len(parts), 'value')} in several parts, as of a quantised weight "
@@ -416,7 +417,7 @@ def _code_of(config: Mapping[str, Any]) -> set[str]:
     }
 
 
-def _is_kept_in_parts(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
+def is_kept_in_parts(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
     """Return True for the name of the JSON of a tensor subclass or of another value."""
     whole = name.removesuffix(".json")
     entry = tensors[name]

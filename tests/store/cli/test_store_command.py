@@ -39,7 +39,7 @@ from msft_store.retention import Candidate, Reason
 COMMANDS = (
     *("init", "upgrade", "add-base", "relocate", "log", "inspect", "gc"),
     *("check", "repair", "export", "pin", "unpin", "forget", "unlock", "stats"),
-    *("diff", "average", "repack", "import", "completion"),
+    *("diff", "average", "repack", "import", "completion", "cat", "bisect"),
     *("push", "pull", "clone"),
 )
 
