@@ -1,5 +1,6 @@
 """The public names and their types. :mod:`lazy_loader` imports a name when it is first used."""
 
+from .address import open_checkpoint
 from .errors import (
     BaseError,
     BusyError,
@@ -25,7 +26,8 @@ from .maintenance.repair.plan import RepairPlan, RepairResult
 from .maintenance.stats import Stats
 from .objects.bases import Base
 from .objects.manifest import Checkpoint
-from .remote.address import open_checkpoint
+from .remote.follow import Follower
+from .remote.versions import Version
 from .retention import (
     Candidate,
     Champions,
@@ -62,6 +64,7 @@ __all__ = [
     "CorruptedError",
     "DiskBudget",
     "Finding",
+    "Follower",
     "GcPlan",
     "GcResult",
     "InvalidInputError",
@@ -92,6 +95,7 @@ __all__ = [
     "TensorSlice",
     "Timeline",
     "UnknownCheckpointError",
+    "Version",
     "VersionError",
     "flatten",
     "open_checkpoint",

@@ -28,7 +28,6 @@ from msft_store._util import PathLike, check_path
 from msft_store.errors import (
     CorruptedError,
     InvalidInputError,
-    NotAStoreError,
     PinnedError,
     UnknownCheckpointError,
 )
@@ -54,9 +53,9 @@ from msft_store.objects.catalog import (
     CONFIG,
     Catalog,
     Config,
+    create_store,
     encode_config,
     read_consistently,
-    refuse_inside_store,
 )
 from msft_store.objects.manifest import (
     MANIFESTS,
@@ -75,13 +74,15 @@ from msft_store.pipeline.decode import (
 )
 from msft_store.pipeline.reshard import decode_boxes
 from msft_store.pipeline.writer import CheckpointWriter
+from msft_store.remote.api import remote_files, retry_after_gc
+from msft_store.remote.publish import Publication
+from msft_store.remote.transport.url import connect_remote
+from msft_store.remote.versions import Version, check_version_name
 from msft_store.retention import Policy
 from msft_store.storage.backend import (
-    TEMPORARY,
     Backend,
     LocalBackend,
     file_sizes,
-    translate_os_errors,
     write_atomic,
 )
 from msft_store.storage.claims import Claim
@@ -143,6 +144,8 @@ class Store:
         self._catalog.refresh()
         self._writer = CheckpointWriter(self._catalog, self._backend)
         self._local = _Local()
+        self._published: dict[str, Claim] = {}
+        """The claims of the names that this process publishes."""
 
     @classmethod
     def create(cls, path: PathLike, *, version: int = NEWEST) -> Store:
@@ -158,23 +161,7 @@ class Store:
             InvalidInputError: There is no such version, or the directory is inside a
                 store.
         """
-        config = encode_config(Config(version=version))
-        root = check_path(path)
-        refuse_inside_store(root, "choose")
-        backend = LocalBackend(root)
-        if backend.exists(CONFIG):
-            raise NotAStoreError(
-                f"there is a store at {root} already: open that one, or choose another path"
-            )
-        with translate_os_errors("read", root):
-            # A killed process or a full disk may have left the folder of temporary files behind.
-            if root.exists() and (
-                not root.is_dir() or {p.name for p in root.iterdir()} - {TEMPORARY}
-            ):
-                raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
-        backend.make_root()
-        write_atomic(backend, CONFIG, config)
-        return cls(backend)
+        return cls(create_store(check_path(path), version))
 
     @classmethod
     def open(cls, path: PathLike) -> Store:
@@ -337,6 +324,83 @@ class Store:
             return self._writer.save(
                 state, facts, parent=parent, references=near, compared=compared
             )
+
+    def publish(
+        self,
+        model: Mapping[str, torch.Tensor] | torch.nn.Module | Parts | Checkpoint | str,
+        *,
+        name: str,
+        step: int,
+        to: Any,
+        base: Base | PathLike | None = None,
+        keep: Policy | None = None,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        **options: Any,
+    ) -> Version:
+        """Save weights and send them to a place where a :class:`Follower` gets them.
+
+        Each version is saved as a child of the version before, so only what changed is sent. The
+        versions are pinned here and at the place, as ``versions/NAME/STEP`` and
+        ``versions/NAME/latest``. One process at a time publishes a name.
+
+        Args:
+            model: What to save, as for :meth:`save`, or a checkpoint that is saved already.
+            name: Name of the stream of versions, without ``/``.
+            step: Training step. A step that is published again replaces its version.
+            to: The place: a URL, a path, an obstore store or a remote, as for ``push``.
+            base: Base of the first version, or the path of a model. Its files are sent once.
+                Without it the first version goes whole. Later versions have the same base.
+            keep: Retention policy for the versions of this name. The versions that it drops go from
+                this store and, if the place is a directory, from there. The latest version stays,
+                and so does a version that a follower leases. On an object store nothing is deleted.
+            metrics: Numbers by metric name, as for :meth:`save`.
+            files: The model's configuration and tokenizer, as for :meth:`save`.
+            **options: Passed on to ``obstore.store.from_url`` or to the fsspec file system.
+
+        Returns:
+            The version, which is durable at the place.
+
+        Raises:
+            BusyError: Another process publishes this name from this store.
+            ConflictError: Another store published this name there.
+            InvalidInputError: The name or a value is not valid.
+            BaseError: The base's files are missing or changed.
+            StorageError: The place cannot be reached or refuses a request.
+            StoreError: As for :meth:`save`.
+        """
+        check_version_name(name)
+        saved = isinstance(model, Checkpoint | str)
+        if saved and (metrics is not None or files is not None):
+            raise InvalidInputError("a saved checkpoint has its metrics and files already")
+        self._published[name] = self.claim("publish", name)
+        with self.session("publish"):
+            publication = Publication(self._catalog, connect_remote(to, **options), name)
+            before = publication.find_before(self._refs())
+            if isinstance(model, Checkpoint | str):
+                checkpoint = self.get(model)
+            else:
+                parent: Base | Checkpoint | None = before
+                if before is None and base is not None:
+                    parent = base if isinstance(base, Base) else self.add_base(base)
+                checkpoint = self.save(
+                    model, parent=parent, step=step, metrics=metrics, files=files
+                )
+            version = Version(name=name, step=step, checkpoint=checkpoint.id)
+            note: dict[str, Any] = {}
+            retry_after_gc(
+                lambda: note.update(publication.send(checkpoint, before, step)),
+                publication.directory,
+            )
+            for ref in (version.ref, version.latest_ref):
+                self.pin(checkpoint, ref, note=note)
+                publication.send_ref(self._refs()[ref])
+        if keep is not None:
+            dropped = publication.drop(keep, self._catalog.refs())
+            for ref in dropped:
+                self.unpin(ref)
+            self.evict(dropped.values())
+        return version
 
     def average(
         self,
@@ -831,6 +895,7 @@ class Store:
             reason = self._catalog.list_protected().get(found.id)
             if reason is not None:
                 raise PinnedError(f"checkpoint {found.id[:12]} is {reason}; unpin it first")
+            self._catalog.delete_leases_of({found.id})
             self._backend.sync(REFS)
             self._backend.delete(manifest_path(found.id))
             self._catalog.remove(found.id)
@@ -1040,3 +1105,22 @@ class Store:
             decode_state(Source.of(self._catalog, checkpoint), tensors, outs, fresh=fresh)
 
         read_consistently(self._backend, decode)
+
+
+def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Store:
+    """Open a remote store for reading: ``log``, ``load``, ``chunks``, ``export``, ``check``.
+
+    Its writing methods raise :class:`StorageError`.
+
+    Args:
+        url: A URL, a path, an obstore store or a :class:`~msft_store.remote.transport.base.Remote`.
+        bases: Paths of models on this machine that are bases of the store. They are read once, and
+            only the returned store knows their places.
+        **options: Passed on to ``obstore.store.from_url`` or to the fsspec file system.
+
+    Raises:
+        NotAStoreError: If there is no store at the URL.
+        BaseError: If a model is not one of the store's bases.
+        StorageError: If the remote cannot be reached.
+    """
+    return Store(remote_files(url, bases=bases, **options))

@@ -29,8 +29,9 @@ objects
 tensors
 pipeline
 maintenance
+remote
 store
-saver remote
+saver address
 timeline
 cli integrations testing
 __init__

@@ -27,9 +27,8 @@ from msft_store.cli.lineage import format_metrics
 from msft_store.cli.remote import Output
 from msft_store.errors import InvalidInputError
 from msft_store.objects.manifest import Checkpoint
-from msft_store.remote.api import open_remote
 from msft_store.remote.transport.url import is_url
-from msft_store.store import Store
+from msft_store.store import Store, open_remote
 
 DIRECTORY = "{}"
 """Argument of the command in whose place it gets the directory of an export."""

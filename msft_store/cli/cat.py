@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from msft_store._util import format_bytes, format_shape
+from msft_store.address import open_checkpoint
 from msft_store.cli.remote import Output, store_path
 from msft_store.errors import InvalidInputError, StorageError
 from msft_store.maintenance.reader import CheckpointReader
-from msft_store.remote.address import open_checkpoint
 from msft_store.tensors.bytes import to_bytes
 
 _FIRST = 8

@@ -56,9 +56,9 @@ from msft_store.cli.tensors import (
 from msft_store.errors import InvalidInputError, StoreError
 from msft_store.format.layout import NEWEST
 from msft_store.maintenance.check import Report
-from msft_store.remote.api import open_remote, upgrade
+from msft_store.remote.api import upgrade
 from msft_store.remote.transport.url import is_url
-from msft_store.store import Store
+from msft_store.store import Store, open_remote
 
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Shell functions that complete names of files, for shtab."""

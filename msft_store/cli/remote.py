@@ -17,10 +17,10 @@ from msft_store.cli.progress import progress_bar
 from msft_store.errors import InvalidInputError
 from msft_store.objects.catalog import CONFIG
 from msft_store.objects.manifest import MANIFESTS
-from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.remote.api import clone, pull, push
 from msft_store.remote.transfer import Transfer
 from msft_store.remote.transport.url import is_url
-from msft_store.store import Store
+from msft_store.store import Store, open_remote
 
 TRANSFERS = ("push", "pull", "clone")
 STORE_VARIABLE = "MSFT_STORE"

@@ -232,6 +232,7 @@ def evict_locked(
     keep = [checkpoint for checkpoint in catalog.checkpoints() if checkpoint.id not in dropped]
     delete, rewrite, held = find_waste(catalog, keep, share=rewrite_from)
     if dropped:
+        catalog.delete_leases_of(dropped)
         # After a power loss, a ref whose deletion was not durable would point to no checkpoint.
         backend.sync(REFS)
     for identity in dropped:

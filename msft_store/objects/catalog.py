@@ -19,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,9 +59,16 @@ from msft_store.objects.manifest import (
     read_checkpoint,
 )
 from msft_store.objects.packs import PACKS, list_packs
-from msft_store.objects.refs import REFS, Ref, RefReader, ref_path
+from msft_store.objects.refs import REFS, Ref, RefReader, delete_ref, has_ended, ref_path
 from msft_store.objects.tables import TensorTables
-from msft_store.storage.backend import Backend, read_small_file, translate_os_errors
+from msft_store.storage.backend import (
+    TEMPORARY,
+    Backend,
+    LocalBackend,
+    read_small_file,
+    translate_os_errors,
+    write_atomic,
+)
 
 _T = TypeVar("_T")
 
@@ -117,6 +125,28 @@ def encode_config(config: Config) -> bytes:
         raise InvalidInputError(f"version is one of {known}, not {config.version!r}")
     fields = {"format": "msft-store", "version": config.version, "chunk_bytes": CHUNK_BYTES}
     return seal(fields)
+
+
+def create_store(root: Path, version: int = NEWEST) -> LocalBackend:
+    """Make a new or empty directory a store of a version of the byte format.
+
+    :class:`NotAStoreError` if it holds a store or other files, :class:`InvalidInputError` if there
+    is no such version or the directory is inside a store.
+    """
+    config = encode_config(Config(version=version))
+    refuse_inside_store(root, "choose")
+    backend = LocalBackend(root)
+    if backend.exists(CONFIG):
+        raise NotAStoreError(
+            f"there is a store at {root} already: open that one, or choose another path"
+        )
+    with translate_os_errors("read", root):
+        # A killed process or a full disk may have left the folder of temporary files behind.
+        if root.exists() and (not root.is_dir() or {p.name for p in root.iterdir()} - {TEMPORARY}):
+            raise NotAStoreError(f"{root} is not empty and not a store; choose a new directory")
+    backend.make_root()
+    write_atomic(backend, CONFIG, config)
+    return backend
 
 
 def refuse_inside_store(folder: Path, action: str, *, itself: bool = False) -> None:
@@ -377,15 +407,27 @@ class Catalog:
         return self._refs.read()
 
     def list_protected(self) -> dict[str, str]:
-        """Return the reasons why refs protect checkpoints, by checkpoint id."""
+        """Return the reasons why refs protect checkpoints, by checkpoint id.
+
+        A lease that has ended protects nothing.
+        """
         reasons: dict[str, list[str]] = {}
+        now = time.time_ns()
         for name, ref in sorted(self.refs().items()):
+            if has_ended(ref, now):
+                continue
             notes = ref.note.get("reasons")
             listed = notes if isinstance(notes, list) else []
             texts = dict.fromkeys(" ".join(str(reason).split()) for reason in listed)
             why = f" ({', '.join(texts)})" if texts else ""
             reasons.setdefault(ref.checkpoint, []).append(f"pinned as {name}{why}")
         return {identity: "; ".join(pins) for identity, pins in reasons.items()}
+
+    def delete_leases_of(self, identities: Collection[str]) -> None:
+        """Delete the refs to checkpoints that no ref protects: leases that have ended."""
+        for ref in self.refs().values():
+            if ref.checkpoint in identities:
+                delete_ref(self.backend, ref.name)
 
     def require_exists(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`UnknownCheckpointError` if a checkpoint was forgotten."""

@@ -29,6 +29,10 @@ from msft_store.storage.backend import Backend, list_names, read_small_file, wri
 REFS = "refs"
 TIMELINES = "timelines/"
 """Beginning of the names of the refs of timelines."""
+VERSIONS = "versions/"
+"""Beginning of the names of the refs of published versions."""
+LEASES = "leases/"
+"""Beginning of the names of the refs by which followers lease versions."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 _MAX_NAME = 200
 
@@ -40,6 +44,12 @@ class Ref:
     name: str
     checkpoint: str
     note: Mapping[str, Any] = field(default_factory=dict)
+
+
+def has_ended(ref: Ref, now: int) -> bool:
+    """Return True if a ref is a lease that ended before ``now``, in nanoseconds since 1970."""
+    until = ref.note.get("until")
+    return ref.name.startswith(LEASES) and not (type(until) is int and until > now)
 
 
 def check_ref_name(name: str) -> str:

@@ -140,7 +140,7 @@ def decode_state(
     Raise :class:`StoreError` at the first damaged chunk, and :class:`MismatchError` if some of
     ``outs`` share memory but have different content. In both cases ``outs`` are partly overwritten.
     """
-    plain = _find_unshared({name: outs[name].detach() for name in tensors})
+    plain = find_unshared({name: outs[name].detach() for name in tensors})
     reads = (
         read
         for name, entry in tensors.items()
@@ -217,7 +217,7 @@ def empty_like(entry: TensorEntry, device: str | torch.device = "cpu") -> torch.
         ) from error
 
 
-def _find_unshared(outs: Mapping[str, torch.Tensor]) -> set[str]:
+def find_unshared(outs: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names of tensors that overlap neither another host tensor nor themselves.
 
     Decoding in place uses the memory of a chunk for its reference, so two threads must not share

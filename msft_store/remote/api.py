@@ -1,4 +1,4 @@
-"""Push a store to an object store, pull or clone it from there, or read it in place.
+"""Push a store to an object store, or pull or clone it from there.
 
 A remote has the same files as a store's directory, under a URL: ``s3://bucket/run``, ``gs://…``,
 ``az://…``, ``file:///…`` or any other scheme of fsspec (``pip install 'msft-store[remote]'``). Only
@@ -21,12 +21,11 @@ Invariants (FORMAT.md, section 9):
 
 Example::
 
-    from msft_store.integrations.remote import clone, open_remote, pull, push
+    from msft_store.integrations.remote import clone, pull, push
 
     push("run/store", "s3://bucket/run", with_base=True)
     clone("s3://bucket/run", "elsewhere/store", with_base=True)
     pull("elsewhere/store", "s3://bucket/run")           # later: new checkpoints only
-    open_remote("s3://bucket/run", bases=["models/qwen"]).load("best")
 """
 
 from __future__ import annotations
@@ -35,16 +34,17 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from msft_store._util import PathLike, check_path
-from msft_store.errors import BaseError, ConflictError, InvalidInputError, NotAStoreError
+from msft_store.errors import BaseError, ConflictError, NotAStoreError
 from msft_store.format.layout import NEWEST
 from msft_store.maintenance.gc import evict
 from msft_store.objects.bases import base_path, encode_base, list_bases, scan_base
 from msft_store.objects.catalog import (
     CONFIG,
     Catalog,
+    create_store,
     encode_config,
     read_config,
     read_consistently,
@@ -53,7 +53,7 @@ from msft_store.objects.catalog import (
 from msft_store.remote.backend import RemoteBackend, require_store
 from msft_store.remote.missing_packs import UnsoundTargetError
 from msft_store.remote.pull import pull_store
-from msft_store.remote.push import push_store
+from msft_store.remote.push import push_store, refuse_itself
 from msft_store.remote.transfer import Progress, Transfer, TransferCounter
 from msft_store.remote.transport.url import connect_remote
 from msft_store.storage.backend import (
@@ -65,7 +65,6 @@ from msft_store.storage.backend import (
 )
 from msft_store.storage.overlay import Overlay
 from msft_store.storage.quota import QuotaBackend
-from msft_store.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +74,17 @@ _CLONING = f"{TEMPORARY}/cloning"
 """Marks a clone that is not complete, and holds the address that it is made from."""
 
 
+@runtime_checkable
+class OpenStore(Protocol):
+    """A :class:`~msft_store.Store`, of which a transfer uses the directory."""
+
+    @property
+    def path(self) -> str:
+        """Path of the store's directory."""
+
+
 def push(
-    store: Store | PathLike,
+    store: OpenStore | PathLike,
     url: Any,
     *,
     with_base: bool = False,
@@ -113,16 +121,13 @@ def push(
     backend, remote = LocalBackend(_directory(store)), connect_remote(url, **options)
     counter = TransferCounter(progress)
     target = getattr(remote, "backend", None)
-    if isinstance(target, LocalBackend):
-        refuse_inside_store(target.root, "push to")
-        if target.root.exists() and target.root.samefile(backend.root):
-            raise InvalidInputError(f"{target.root} is the store itself; push to another directory")
+    refuse_itself(target, backend.root)
 
     def push_once() -> None:
         catalog = Catalog(backend)
         push_store(catalog, remote, counter, with_base=with_base, force=force, timelines=timelines)
 
-    _retry_after_gc(
+    retry_after_gc(
         lambda: read_consistently(backend, push_once, times=_ATTEMPTS),
         target,
     )
@@ -130,7 +135,7 @@ def push(
 
 
 def pull(
-    store: Store | PathLike,
+    store: OpenStore | PathLike,
     url: Any,
     *,
     with_base: bool = False,
@@ -173,7 +178,7 @@ def pull(
         with backend.lock(shared=True, purpose="pull"):
             pull_store(remote, backend, counter, bases=bases, force=force, timelines=timelines)
 
-    _retry_after_gc(pull_once, backend)
+    retry_after_gc(pull_once, backend)
     return counter.done
 
 
@@ -221,7 +226,7 @@ def clone(
     else:
         _log.info("resuming the clone of %s in %s", remote.describe(""), root)
     if not backend.exists(CONFIG):
-        Store.create(root, version=config.version)
+        create_store(root, config.version)
     transfer = pull(
         root,
         remote,
@@ -251,10 +256,8 @@ def upgrade(url: Any, **options: Any) -> None:
         raise ConflictError(f"another process changes {remote.describe(CONFIG)}; upgrade again")
 
 
-def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Store:
-    """Open a remote store for reading: ``log``, ``load``, ``chunks``, ``export``, ``check``.
-
-    Its writing methods raise :class:`StorageError`.
+def remote_files(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> Backend:
+    """Return the files of a remote store, for reading; see :func:`~msft_store.store.open_remote`.
 
     Args:
         url: As in :func:`push`.
@@ -276,10 +279,10 @@ def open_remote(url: Any, *, bases: Iterable[PathLike] = (), **options: Any) -> 
                 f"{path} is base {base.id[:12]}, which is none of {backend.describe('')}"
             )
         records[base_path(base.id)] = encode_base(base)
-    return Store(Overlay(backend, records) if records else backend)
+    return Overlay(backend, records) if records else backend
 
 
-def _retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> None:
+def retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> None:
     """Run a transfer; if unreferenced records in the target prevent it, run gc there and retry."""
     try:
         transfer()
@@ -291,5 +294,5 @@ def _retry_after_gc(transfer: Callable[[], None], target: Backend | None) -> Non
         transfer()
 
 
-def _directory(store: Store | PathLike) -> Path:
-    return check_path(store.path if isinstance(store, Store) else store)
+def _directory(store: OpenStore | PathLike) -> Path:
+    return check_path(store.path if isinstance(store, OpenStore) else store)

@@ -7,17 +7,20 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from msft_store.errors import (
     REPAIR_HINT,
     ConflictError,
     CorruptedError,
+    InvalidInputError,
     NotAStoreError,
     strip_frames,
 )
 from msft_store.objects.bases import BASES, base_path, list_bases, read_base
-from msft_store.objects.catalog import CONFIG, Catalog, read_config
+from msft_store.objects.catalog import CONFIG, Catalog, read_config, refuse_inside_store
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import MANIFESTS, Checkpoint, manifest_path
 from msft_store.objects.packs import PACKS
@@ -38,7 +41,12 @@ from msft_store.remote.missing_packs import (
 from msft_store.remote.refs import RefPair, RefRule, split_names
 from msft_store.remote.transfer import TransferCounter
 from msft_store.remote.transport.base import Remote, as_parts
-from msft_store.storage.backend import MAX_SMALL_FILE_BYTES, TEMPORARY, read_small_file
+from msft_store.storage.backend import (
+    MAX_SMALL_FILE_BYTES,
+    TEMPORARY,
+    LocalBackend,
+    read_small_file,
+)
 from msft_store.storage.lock_files import LOCKS
 from msft_store.storage.overlay import Overlay
 
@@ -46,6 +54,14 @@ _IGNORED = (f"{LOCKS}/", f"{TEMPORARY}/")
 """Folders that may exist in a place that is not a store yet."""
 _REF_ATTEMPTS = 5
 """Number of attempts to write a ref that other processes write at the same time."""
+
+
+def refuse_itself(target: object, store: Path) -> None:
+    """Raise :class:`InvalidInputError` if a target is the store in a directory, or inside one."""
+    if isinstance(target, LocalBackend):
+        refuse_inside_store(target.root, "push to")
+        if target.root.exists() and target.root.samefile(store):
+            raise InvalidInputError(f"{target.root} is the store itself; push to another directory")
 
 
 def push_store(
@@ -68,7 +84,7 @@ def push_store(
         target=remote.describe(""),
         advice="Another writer moved it there: pull first, or push --force to move it",
     )
-    push = _Push(catalog, remote, counter, rule)
+    push = Push(catalog, remote, counter, rule)
     push.ensure_store()
     names, left = split_names(list_refs(catalog.backend), timelines=timelines)
     counter.set_left(timelines_left=left)
@@ -78,14 +94,14 @@ def push_store(
         if with_base:
             for base in catalog.objects.bases().values():
                 counter.add(base_bytes=push_base(remote, base, counter))
-        push.send_checkpoints()
+        push.send_checkpoints(catalog.checkpoints())
         counter.set_left(bases_left=push.find_bases_left())
     for ref in refs:
         push.send_ref(ref)
 
 
 @dataclass(frozen=True)
-class _Push:
+class Push:
     """One push of a store to a remote."""
 
     catalog: Catalog
@@ -123,7 +139,7 @@ class _Push:
             self.counter.add(bytes=len(record), bases=1)
         self.remote.sync(BASES)
 
-    def send_checkpoints(self) -> None:
+    def send_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Send the manifests that the remote is missing, and before them the packs they need."""
         catalog, remote, counter = self.catalog, self.remote, self.counter
         existing = remote.sizes(MANIFESTS)
@@ -131,7 +147,7 @@ class _Push:
         objects = ChunkStore(target)
         old: list[Checkpoint] = []
         new: list[Checkpoint] = []
-        for checkpoint in catalog.checkpoints():
+        for checkpoint in checkpoints:
             path = manifest_path(checkpoint.id)
             same = existing.get(path) == catalog.backend.size(path)
             sound = same or (

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from msft_store.errors import ConflictError
-from msft_store.objects.refs import TIMELINES, Ref
+from msft_store.objects.refs import LEASES, TIMELINES, Ref
 
 RefPair = tuple[Ref, Ref | None]
 """A ref of the source, and the ref of the same name in the target."""
@@ -31,9 +31,13 @@ class RefMove:
 
 
 def split_names(names: Iterable[str], *, timelines: bool) -> tuple[list[str], int]:
-    """Return the names of the refs to transfer, and the number of timelines that are left out."""
+    """Return the names of the refs to transfer, and the number of timelines that are left out.
+
+    A lease belongs to the place where its follower reads, so it is never transferred.
+    """
+    names = [name for name in names if not name.startswith(LEASES)]
     if timelines:
-        return list(names), 0
+        return names, 0
     sent = [name for name in names if not name.startswith(TIMELINES)]
     left = set(names) - set(sent)
     return sent, len({name.removeprefix(TIMELINES).partition("/")[0] for name in left})

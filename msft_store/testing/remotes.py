@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from msft_store.errors import StorageError, StoreError
-from msft_store.remote.api import clone, open_remote, push
+from msft_store.remote.api import clone, push
 from msft_store.remote.transport.base import PART_BYTES, Remote, as_parts
-from msft_store.store import Store
+from msft_store.store import Store, open_remote
 from msft_store.testing.backends import FILES, FOLDERS, files_below
 from msft_store.testing.expect import require, require_error, run_in_threads
 

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from msft_store._util import PathLike
+from msft_store.address import open_checkpoint
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.export_files import (
     CONFIG,
@@ -29,7 +30,6 @@ from msft_store.maintenance.export_files import (
     read_place,
 )
 from msft_store.maintenance.reader import CheckpointReader
-from msft_store.remote.address import open_checkpoint
 
 _log = logging.getLogger(__name__)
 _OF_MODEL = ("dtype", "torch_dtype", "quantization_config", "generation_config", "config")

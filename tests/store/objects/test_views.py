@@ -15,8 +15,8 @@ from msft_store import BaseError, Box, KeepLast, Parts, Store
 from msft_store.format.dtypes import dtype_by_name
 from msft_store.format.layout import CHUNK_BYTES, ViewSpan
 from msft_store.format.mapping import View, ViewPart
+from msft_store.integrations.remote import push
 from msft_store.objects.base_reader import BaseReader
-from msft_store.remote.api import push
 from tests.support.states import State, same_bits
 from tests.support.views import shown
 

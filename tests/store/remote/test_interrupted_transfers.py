@@ -15,7 +15,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from msft_store import Base, NotAStoreError, StorageError, Store
-from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.integrations.remote import clone, open_remote, pull, push
 from msft_store.remote.transport.base import ConnectionLostError, RetryingRemote
 from msft_store.remote.transport.url import connect_remote
 from msft_store.testing import SimulatedKill

@@ -24,7 +24,7 @@ from msft_store import (
     StoreError,
     Timeline,
 )
-from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.integrations.remote import clone, open_remote, pull, push
 from msft_store.remote.transport.base import RetryingRemote, as_parts
 from msft_store.remote.transport.url import connect_remote
 from tests.support.remotes import FaultyRemote

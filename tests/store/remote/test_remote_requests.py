@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from msft_store import NotAStoreError, StorageError, Store
-from msft_store.remote.api import clone, open_remote, pull, push
+from msft_store.integrations.remote import clone, open_remote, pull, push
 from msft_store.remote.transport.object_store import ObjectRemote, object_remote
 from tests.support.cutting import CuttingProxy
 from tests.support.s3 import KEYS, serve_s3

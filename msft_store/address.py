@@ -17,9 +17,8 @@ import torch
 from msft_store._util import PathLike
 from msft_store.errors import InvalidInputError
 from msft_store.maintenance.reader import CheckpointReader
-from msft_store.remote.api import open_remote
 from msft_store.remote.transport.url import is_url
-from msft_store.store import Store
+from msft_store.store import Store, open_remote
 
 
 def open_checkpoint(
