@@ -60,9 +60,10 @@ def render(records: Sequence[Record], phase: Phase) -> str:
             peaks = peak_table(variants[REFERENCE])
             parts += [f"#### {mixture}: peaks of SFT by seed", peaks.to_markdown()]
         for name in (REFERENCE, CHOSEN):
-            if name in variants:
+            table = headroom_table(variants.get(name, {}))
+            if table.rows:
                 title = f"#### {mixture}: headroom and forgetting of {name}"
-                parts += [title, headroom_table(variants[name]).to_markdown()]
+                parts += [title, table.to_markdown()]
     return "\n\n".join(parts) + "\n" if parts else "No run has a record.\n"
 
 

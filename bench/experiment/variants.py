@@ -170,7 +170,7 @@ CANDIDATES = (
     ),
 )
 """MSFT's variants, of which validation data of the choosing seeds selects one."""
-CHOSEN = "msft-window"
+CHOSEN = "online-soft+best"
 """The candidate in the final rows. It is set by hand after the choosing phase."""
 
 KINDS: tuple[Kind, ...] = ("training", "total")
@@ -229,8 +229,11 @@ PHASES: Mapping[str, Phase] = {
         variants=(
             *OPPONENTS,
             *AVERAGED,
+            _FIXED["online-soft"],
             _FIXED[CHOSEN],
-            *(matched(opponent, CHOSEN, kind) for kind in KINDS for opponent in OPPONENTS),
+            _FIXED["msft-1"],
+            _FIXED["msft-1+best"],
+            *(matched(_FIXED["sft+best"], "msft-1+best", kind) for kind in KINDS),
         ),
         seeds=(2, 3, 4, 5, 6),
         split="test",
