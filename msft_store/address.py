@@ -41,7 +41,7 @@ def open_checkpoint(
         device: Device of the tensors.
         bases: As for :func:`~msft_store.integrations.remote.open_remote`: paths of models on this
             machine that are bases of the store.
-        **options: Of the URL, as for :func:`~msft_store.integrations.remote.push`.
+        **options: Of the URL, as for :func:`~msft_store.remote.api.push`.
 
     Raises:
         InvalidInputError: The address names no checkpoint.

@@ -71,7 +71,7 @@ from msft_store.remote.versions import (
 from msft_store.storage.backend import MAX_SMALL_FILE_BYTES
 
 _TAIL = 1 << 18
-"""Bytes that are read from the end of a pack first; they hold the footer of most packs."""
+"""Bytes that are read from the end of each pack if nobody knows which are needed."""
 _GAP = 1 << 16
 """Bytes between two ranges that are read with them, because a request takes longer."""
 
@@ -284,15 +284,19 @@ class Follower:
         path, held = held_pack(zip(places, keys, strict=True))
         wrong = [place for place, key in zip(places, keys, strict=True) if place.key != key]
         needed = {checkpoint.base: view_keys(b"".join(place.key for place in places))}
-        tries: list[Callable[[], Sizes]] = [dict, lambda: advice.packs, self._list_packs]
+        tries: list[tuple[Callable[[], Sizes], int]] = [
+            (dict, 0),
+            (lambda: advice.packs, PART_BYTES),
+            (self._list_packs, _TAIL),
+        ]
         if self._held is not None and self._held.checkpoint == advice.before:
-            tries.insert(1, lambda: advice.changes)
+            tries.insert(1, (lambda: advice.changes, PART_BYTES))
         missing = len(places)
-        for list_packs in tries:
+        for list_packs, tail in tries:
             self._files.packs = {path: held}
             sizes = list_packs()
             with self._unless_deleted(sizes):
-                self._add_packs(sizes)
+                self._add_packs(sizes, tail)
                 missing = self._fetch_needed(needed)
             if not missing:
                 return wrong
@@ -319,12 +323,12 @@ class Follower:
         self.fetched_bytes += len(data)
         return data
 
-    def _add_packs(self, sizes: Sizes) -> None:
-        """Fetch the footers of packs."""
+    def _add_packs(self, sizes: Sizes, tail: int) -> None:
+        """Fetch the last ``tail`` bytes of packs: the footers, and small packs whole."""
 
         def fetch(path: str) -> tuple[str, FetchedPack]:
             size = sizes[path]
-            start = max(size - _TAIL, 0)
+            start = max(size - tail, 0)
             ends = {start: self._read(path, start, size - start)}
             if start:
                 ends[0] = self._read(path, 0, PACK_HEADER.size)
