@@ -92,7 +92,7 @@ def test_a_search_finds_the_first_bad_one_or_names_all_suspects(
     suspects = search.suspects()
     assert first_bad in suspects
     assert set(suspects) - {suspects[-1]} <= skipped
-    assert asked <= (count - 1).bit_length() + len(skipped)
+    assert asked <= (count - 1).bit_length() + 2 * len(skipped)
 
 
 @pytest.fixture
