@@ -24,11 +24,15 @@ LONG = 120.0
 
 def begin(action: Callable[[], int]) -> int:
     """Run ``action`` in a new process, which exits with its result; return the process id."""
+    # A signal that comes before the child is inside ``try`` would end the tests themselves in it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return child
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = action()
     except KeyboardInterrupt:
         # The signal may come before the command has installed its handler.
