@@ -115,9 +115,7 @@ def condense_journal(case: Case, config: Config, records: Sequence[Record]) -> d
         "first_stage": _curves(counted),
         "excluded": _exclusions(counted),
         "headroom": {n: one.change for n, one in diagnosis.headroom.items()} if diagnosis else {},
-        "forgetting": {n: one.change for n, one in diagnosis.forgetting.items()}
-        if diagnosis
-        else {},
+        "forgetting": {n: one.change for n, one in summary.forgetting.items()},
         "disk_peak": None if summary.disk is None else summary.disk.peak,
         "seconds": summary.seconds,
     }

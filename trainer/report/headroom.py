@@ -215,7 +215,6 @@ def diagnose(counted: Sequence[Record]) -> Diagnosis:
     if best is None:
         raise RunError("no evaluation of the first roll-out has a finite overall metric")
     sft = result if result is not None and result in curve else curve[best]
-    base = curve[0]["metrics"]
     metrics = {metric_of(start, name) for name in start["sub_datasets"]}
     found = {
         name: _measure_headroom(name, curve, sft, mode_of(start, name))
@@ -231,7 +230,7 @@ def diagnose(counted: Sequence[Record]) -> Diagnosis:
         is_relative=len(metrics) > 1,
         is_sfts=result is sft and ends[0]["decision"] == "roll_back",
         headroom=headroom,
-        forgetting={} if result is None else _measure_forgetting(counted, start, base, result),
+        forgetting=measure_forgetting(counted),
     )
 
 
@@ -257,11 +256,16 @@ def _measure_headroom(
     )
 
 
-def _measure_forgetting(
-    counted: Sequence[Record], start: Record, base: Mapping[str, float], result: Record
-) -> dict[str, Forgetting]:
-    """Return the forgetting of the sub-datasets that were excluded before the result."""
+def measure_forgetting(counted: Sequence[Record]) -> dict[str, Forgetting]:
+    """Return the forgetting of the sub-datasets that were excluded before the result.
+
+    Any method may exclude. A sub-dataset that came back has not been excluded.
+    """
+    start, result = run_started(counted), find_result_evaluation(counted)
+    if result is None:
+        return {}
     evaluated = select(counted, "evaluated", "averaged")
+    base = evaluated[0]["metrics"]
     values = {r["checkpoint"]: r["metrics"] for r in evaluated}
     places = {
         (r["stage"], r["index"]): r["metrics"] for r in evaluated if r["event"] == "evaluated"

@@ -7,7 +7,9 @@ Example::
 
 from __future__ import annotations
 
-from trainer.report.headroom import Diagnosis
+from collections.abc import Mapping
+
+from trainer.report.headroom import Diagnosis, Forgetting
 from trainer.text import Table, metric_text
 
 UNKNOWN = (
@@ -36,6 +38,21 @@ def headroom_table(diagnosis: Diagnosis) -> Table:
     if forgetting:
         means += ["", *blank, diagnosis.value_text(diagnosis.mean_forgetting)]
     return Table(header=header, rows=[*rows, means])
+
+
+def forgetting_table(forgetting: Mapping[str, Forgetting]) -> Table:
+    """Return the forgetting of a run whose headroom is unknown."""
+    header = ["sub-dataset", "excluded", "at exclusion", "at result", "forgetting", "relative"]
+    rows = [
+        [
+            name,
+            f"stage {one.stage}",
+            *map(metric_text, (one.at_exclusion, one.at_result, one.change)),
+            f"{one.relative:.1%}",
+        ]
+        for name, one in sorted(forgetting.items())
+    ]
+    return Table(header=header, rows=rows)
 
 
 def headroom_notes(diagnosis: Diagnosis) -> list[str]:

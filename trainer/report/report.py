@@ -20,7 +20,12 @@ from trainer.algorithms.divergence import non_finite_metrics
 from trainer.config.schema import OVERALL
 from trainer.files import write_atomic, write_json
 from trainer.journal import Record, effective, read, run_started, select
-from trainer.report.headroom_table import UNKNOWN, headroom_notes, headroom_table
+from trainer.report.headroom_table import (
+    UNKNOWN,
+    forgetting_table,
+    headroom_notes,
+    headroom_table,
+)
 from trainer.report.plots import draw_curves, draw_disk, draw_loss, to_png
 from trainer.report.summary import Disk, Summary, summarize
 from trainer.text import (
@@ -97,7 +102,8 @@ def report_markdown(summary: Summary, counted: Sequence[Record]) -> str:
         *_epoch_0_parts(summary),
         *_divergence_parts(counted),
         "## Headroom and forgetting",
-        *(_headroom_parts(summary, markdown=True) or [UNKNOWN]),
+        *_headroom_parts(summary, markdown=True),
+        *([UNKNOWN] if summary.diagnosis is None else []),
         "## Disk",
         "Not known before the first commit."
         if summary.disk is None
@@ -143,12 +149,13 @@ def compare_table(summaries: Mapping[str, Summary], *, markdown: bool = False) -
 
 
 def _headroom_parts(summary: Summary, *, markdown: bool) -> list[str]:
-    """Return headroom and forgetting of a run as a table and sentences; empty if unknown."""
-    if summary.diagnosis is None:
+    """Return what is known of a run's headroom and forgetting as a table and sentences."""
+    found = summary.diagnosis
+    if found is None and not summary.forgetting:
         return []
-    table = headroom_table(summary.diagnosis)
+    table = headroom_table(found) if found else forgetting_table(summary.forgetting)
     text = table.to_markdown() if markdown else table.to_text()
-    return [text, "\n".join(headroom_notes(summary.diagnosis))]
+    return [text, "\n".join(headroom_notes(found))] if found else [text]
 
 
 def evaluation_text(summaries: Mapping[str, Summary]) -> str:

@@ -29,7 +29,7 @@ from trainer.config.schema import OVERALL
 from trainer.errors import RunError
 from trainer.journal import Record, effective, mode_of, replace_non_finite, run_started, select
 from trainer.report.flops import Account, find_result_evaluation, find_stop
-from trainer.report.headroom import Diagnosis, diagnose
+from trainer.report.headroom import Diagnosis, Forgetting, diagnose, measure_forgetting
 from trainer.report.plan import rule_text
 from trainer.text import metric_name_text, metric_title
 
@@ -140,6 +140,8 @@ class Summary:
     overall: Scores
     diagnosis: Diagnosis | None
     """``None`` where :func:`~trainer.report.headroom.diagnose` raises an error."""
+    forgetting: Mapping[str, Forgetting]
+    """By sub-dataset, of those that were excluded before the result."""
     disk: Disk | None
     """``None`` before the first commit."""
     account: Account
@@ -240,6 +242,7 @@ def summarize(records: Sequence[Record]) -> Summary:
         scores={name: score for name, score in scores.items() if name != OVERALL},
         overall=scores[OVERALL],
         diagnosis=_diagnose(counted),
+        forgetting=measure_forgetting(counted),
         disk=_summarize_disk(counted, start),
         account=Account.from_journal(records),
     )

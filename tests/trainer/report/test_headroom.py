@@ -181,6 +181,17 @@ def test_a_run_without_a_whole_roll_out_of_sft_is_refused(
     assert "Headroom is not known: " in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_forgetting_is_reported_without_a_roll_out_of_sft(tmp_path: Path) -> None:
+    records = records_of(tmp_path, FORGOTTEN)
+    records[0]["method"] = "online"
+    summary = write_report(rewrite(tmp_path, records))
+    assert summary.diagnosis is None
+    assert summary.forgetting["a"].change == close(0.05)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    row = "| a           |  stage 1 |        0.500 |     0.450 |      0.050 |    50.0% |"
+    assert row in report.splitlines()
+
+
 def test_a_run_without_a_finite_overall_metric_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="finite overall metric"):
         diagnose(records_of(tmp_path, load_curve("overall_never_finite"), "sft"))
