@@ -39,6 +39,7 @@ from msft_store.maintenance.gc import GcResult
 from msft_store.objects.bases import Base
 from msft_store.objects.manifest import Checkpoint, CheckpointFacts
 from msft_store.objects.refs import check_ref_name
+from msft_store.remote.versions import Version
 from msft_store.retention import Candidate, Policy, check_commit, check_policy
 from msft_store.saver import Background, State
 from msft_store.store import Store
@@ -200,6 +201,29 @@ class Timeline:
         """
         request = self._begin_commit(tensors, step, metrics, metadata, files)
         return self._background.submit(tensors, lambda state: self._commit(state, request))
+
+    def publish(
+        self,
+        model: State | torch.nn.Module | Parts | Checkpoint | str,
+        *,
+        name: str,
+        step: int,
+        to: Any,
+        **options: Any,
+    ) -> Version:
+        """Send weights or a commit to a place where a :class:`Follower` gets them.
+
+        It waits for a commit in the background and is then :meth:`Store.publish`, with the same
+        arguments. The versions are pinned apart from the timeline's checkpoints, so a commit that
+        is published stays as a version after the timeline has dropped it.
+
+        Raises:
+            InvalidInputError: The timeline is closed, or as for :meth:`Store.publish`.
+            StoreError: As for :meth:`Store.publish`.
+        """
+        self._check_open()
+        self.wait()
+        return self._store.publish(model, name=name, step=step, to=to, **options)
 
     def wait(self) -> None:
         """Wait until no commit is running, and raise its error if no caller has received it."""

@@ -29,6 +29,7 @@ from msft_store import (
     PinnedError,
     StorageError,
     Store,
+    Timeline,
     UnknownCheckpointError,
     Version,
 )
@@ -330,6 +331,26 @@ def test_a_saved_checkpoint_is_published_as_it_is(store: Store, tmp_path: Path) 
     assert version.checkpoint == saved.id
     with pytest.raises(InvalidInputError, match="has its metrics"):
         store.publish(saved, name="policy", step=3, to=tmp_path / "place", metrics={"loss": 1.0})
+
+
+def test_a_timeline_publishes_its_commits_and_weights(
+    store: Store, base: Base, tmp_path: Path
+) -> None:
+    place, states = tmp_path / "place", make_versions(4)
+    with Timeline(store, base, retention=KeepLast(1)) as timeline:
+        for step, state in enumerate(states[:3]):
+            commit = timeline.commit_async(state, step=step)
+            version = timeline.publish(commit.result(), name="policy", step=step, to=place)
+            assert version.checkpoint == commit.result().id
+        timeline.publish(states[3], name="policy", step=3, to=place, keep=KeepLast(2))
+        assert [one.step for one in timeline.checkpoints()] == [2]
+    assert [one.step for one in store.log()] == [2, 3], "versions stay when a timeline ends"
+    follower = Follower(place, "policy", base=tmp_path / "base.safetensors")
+    for step in (3, 2):
+        follower.update(f"policy@{step}")
+        assert same_bits(held(follower), states[step])
+    with pytest.raises(InvalidInputError, match="closed"):
+        timeline.publish(states[0], name="policy", step=4, to=place)
 
 
 def test_a_second_publisher_is_refused(store: Store, tmp_path: Path) -> None:
