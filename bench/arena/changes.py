@@ -109,6 +109,15 @@ def measure(home: Path, regime: str) -> list[Row]:
     return rows
 
 
+def products_of(folder: Path) -> set[str]:
+    """Return in words how the snapshots of a regime were computed."""
+    found = set()
+    for path in folder.glob("step*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.add(file.metadata()["products"])
+    return found
+
+
 def percent(value: float | None) -> str:
     """Return a share with three significant digits."""
     return "-" if value is None else f"{value:.3g}"
@@ -181,6 +190,7 @@ def page(document: dict[str, Any]) -> str:
         "share is of its own weights. Changed weights in % of all, against the base after so many "
         "steps; at the last step of the embeddings and of all others, and against the step before "
         "it; mean loss of the second half of the steps. "
+        f"Products were computed {' or '.join(document['products'])}. "
         f"{document['date']}, one shared core of {document['cpu']}, commit {document['commit']}."
     )
     return f"{about}\n\n{table(rows)}\n\n![Changed weights by step and regime]({PLOT.name})"
@@ -189,7 +199,8 @@ def page(document: dict[str, Any]) -> str:
 def write(home: Path) -> None:
     """Measure all regimes that are there; renew the results, the section and the plot."""
     rows = [row for regime in REGIMES for row in measure(home, regime)]
-    document = {**machine(), "rows": [asdict(row) for row in rows]}
+    products = sorted({name for regime in REGIMES for name in products_of(home / regime)})
+    document = {**machine(), "products": products, "rows": [asdict(row) for row in rows]}
     (RESULTS / "changes.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     plot(rows, PLOT)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

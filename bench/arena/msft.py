@@ -2,8 +2,9 @@
 
 The four kinds of text of :mod:`bench.arena.texts` are the sub-datasets, and ``msft-train`` trains
 on them by ``msft.yaml``. Disk is as in :mod:`trainer.report.summary`: everything under the store,
-in full checkpoints, and the paper's policy counted on the same run. A run that is finished is not
-repeated, and one that was killed is continued from its resume point.
+in full checkpoints, and the paper's policy counted on the same run. A run with the present settings
+that is finished is not repeated, and one that was killed is continued from its resume point. On a
+processor that is slow at bf16, products are computed in fp32 (:mod:`bench.arena.precision`).
 
 Example::
 
@@ -14,17 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.arena.model import HOME, ensure
+from bench.arena.precision import describe, fast_products
 from bench.arena.texts import characters, read
 from bench.codec import RESULTS, machine
 from bench.disk import mean
 from bench.trajectories import ROOT
-from trainer.config.load import load_config
+from trainer.config.load import load_config, to_dict
 from trainer.journal import effective
 from trainer.journal import read as read_journal
 from trainer.report.summary import summarize
@@ -37,7 +41,7 @@ SUMMARY = "Run MSFT on the real language model and measure its disk."
 RECIPE = Path(__file__).parent / "msft.yaml"
 OUTPUT = ROOT / "runs" / "arena-msft"
 ABOUT = ROOT / "runs" / "arena-msft.json"
-"""Date, processor and commit at the beginning of the run."""
+"""Date, processor, commit and settings at the beginning of the run."""
 SIZES = {"train": 48, "validation": 16, "test": 16}
 """Examples of each sub-dataset."""
 LONGEST = 240
@@ -127,7 +131,8 @@ def report(run: Run, about: dict[str, str]) -> str:
             f"text with {SIZES['train']} training, {SIZES['validation']} validation and "
             f"{SIZES['test']} test examples each: {run.stages} stages, {run.steps} steps, "
             f"{run.evaluations} evaluations, {run.minutes:.0f} minutes beside other work. The base "
-            "was dequantised from Q4_1, so its weights are large and change rarely.",
+            "was dequantised from Q4_1, so its weights are large and change rarely. Products were "
+            f"computed {about['products']}.",
             "",
             Table(header=header, rows=rows).to_markdown(),
             "",
@@ -150,6 +155,14 @@ def save(run: Run, about: dict[str, str]) -> None:
     (RESULTS / "arena_msft.md").write_text(report(run, about), encoding="utf-8")
 
 
+def is_begun(settings: dict[str, Any]) -> bool:
+    """Return True if there is a run with these settings, finished or not."""
+    if not ((OUTPUT / CONFIG).is_file() and ABOUT.is_file()):
+        return False
+    found = json.loads(ABOUT.read_text(encoding="utf-8")).get("settings")
+    return bool(found == settings)
+
+
 def main() -> None:
     """Complete the run, measure it and write the result."""
     parser = argparse.ArgumentParser(description=SUMMARY)
@@ -157,20 +170,26 @@ def main() -> None:
     home = parser.parse_args().data.absolute()
     torch.set_num_threads(1)
     quiet_libraries()
-    if not (OUTPUT / CONFIG).is_file():
-        mixture = home / "mixture"
-        write(mixture)
-        overrides = [
-            f"output_dir={OUTPUT}",
-            f"model.path={ensure(home)}",
-            f"data.directory={mixture}",
-        ]
-        ABOUT.parent.mkdir(exist_ok=True)
-        ABOUT.write_text(json.dumps(machine()), encoding="utf-8")
-        start(load_config(RECIPE, overrides=overrides))
-    elif not is_finished(OUTPUT):
-        resume(OUTPUT)
+    mixture = home / "mixture"
+    write(mixture)
+    overrides = [
+        f"output_dir={OUTPUT}",
+        f"model.path={ensure(home)}",
+        f"data.directory={mixture}",
+    ]
+    config = load_config(RECIPE, overrides=overrides)
+    settings = {"config": to_dict(config), "sizes": SIZES, "longest": LONGEST}
+    with fast_products():
+        if not is_begun(settings):
+            shutil.rmtree(OUTPUT, ignore_errors=True)
+            about = {**machine(), "products": describe(), "settings": settings}
+            ABOUT.parent.mkdir(exist_ok=True)
+            ABOUT.write_text(json.dumps(about), encoding="utf-8")
+            start(config)
+        elif not is_finished(OUTPUT):
+            resume(OUTPUT)
     run, about = measure(OUTPUT), json.loads(ABOUT.read_text(encoding="utf-8"))
+    del about["settings"]
     save(run, about)
     print(report(run, about))
 

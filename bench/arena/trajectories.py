@@ -9,8 +9,10 @@ updates with a constant learning rate and no weight decay.
 - ``masters-*``: it updates fp32 masters; gradients and snapshots are of their bf16 copies.
 - ``lora``: it updates an fp32 adapter of rank 16 on all linear layers.
 
-A regime whose last snapshot is there is not trained again. :mod:`bench.arena.changes` counts what
-changed.
+On a processor that is slow at bf16, products are computed in fp32 (:mod:`bench.arena.precision`).
+The metadata of a snapshot have the settings and how products were computed. A regime whose last
+snapshot is there, with the present settings, is not trained again. :mod:`bench.arena.changes`
+counts what changed.
 
 Example::
 
@@ -21,18 +23,22 @@ Example::
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, cycle
+from dataclasses import asdict, dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import peft
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.arena.model import HOME, ensure
+from bench.arena.precision import describe, fast_products
 from bench.arena.texts import read, render
 
 SUMMARY = "Train the real language model and keep checkpoints to measure on."
@@ -89,35 +95,16 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
 
 
-def save(model: torch.nn.Module, file: Path, loss: float | None) -> None:
-    """Write a snapshot, all of it or nothing.
-
-    Args:
-        model: The model.
-        file: The snapshot's file.
-        loss: Mean loss of the steps since the snapshot before, kept in the file's metadata.
-    """
-    scratch = file.with_suffix(".tmp")
-    metadata = None if loss is None else {"loss": f"{loss:.4f}"}
-    safetensors.torch.save_file(snapshot(model), scratch, metadata)
-    os.replace(scratch, file)
-
-
-def train(base: Path, folder: Path, regime: Regime, *, steps: int = STEPS) -> None:
-    """Train in a regime and write its snapshots into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def steps(base: Path, regime: Regime) -> Iterator[tuple[torch.nn.Module, float]]:
+    """Train in a regime; yield the model, the same object each time, and the loss of each step."""
     model = load(base, regime)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     held = [weight.detach().float() for weight in trained] if regime.masters else trained
     optimizer = torch.optim.AdamW(held, lr=regime.lr, weight_decay=0.0, fused=True)
-    data = batches(AutoTokenizer.from_pretrained(base))
-    losses: list[float] = []
-    save(model, folder / "step0.safetensors", None)
-    for step in range(1, steps + 1):
-        tokens = next(data)
-        loss = model(input_ids=tokens, labels=tokens).loss
+    for tokens in batches(AutoTokenizer.from_pretrained(base)):
+        with fast_products():
+            loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        losses.append(loss.item())
         if regime.masters:
             for master, weight in zip(held, trained, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
@@ -128,15 +115,57 @@ def train(base: Path, folder: Path, regime: Regime, *, steps: int = STEPS) -> No
             with torch.no_grad():
                 for master, weight in zip(held, trained, strict=True):
                     weight.copy_(master)
-        if step in SNAPSHOTS or step >= steps - 1:
+        yield model, loss.item()
+
+
+def settings_of(regime: Regime) -> str:
+    """Return what decides a trajectory, as JSON; how long it is, is not part of it."""
+    return json.dumps({**asdict(regime), "tokens": TOKENS})
+
+
+def save(model: torch.nn.Module, file: Path, regime: Regime, loss: float | None = None) -> None:
+    """Write a snapshot, all of it or nothing.
+
+    Args:
+        model: The model.
+        file: The snapshot's file.
+        regime: How the model was trained, kept in the file's metadata.
+        loss: Mean loss of the steps since the snapshot before, kept there too.
+    """
+    scratch = file.with_suffix(".tmp")
+    metadata = {"settings": settings_of(regime), "products": describe()}
+    if loss is not None:
+        metadata["loss"] = f"{loss:.4f}"
+    safetensors.torch.save_file(snapshot(model), scratch, metadata)
+    os.replace(scratch, file)
+
+
+def is_complete(folder: Path, regime: Regime, last: int) -> bool:
+    """Return True if a folder has the last snapshot of a regime with the present settings."""
+    file = folder / f"step{last}.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as snapshot:
+        return (snapshot.metadata() or {}).get("settings") == settings_of(regime)
+
+
+def train(base: Path, folder: Path, regime: Regime, last: int) -> None:
+    """Train in a regime and write its snapshots into a folder, in the place of what is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save(load(base, regime), folder / "step0.safetensors", regime)
+    losses: list[float] = []
+    for step, (model, loss) in enumerate(islice(steps(base, regime), last), 1):
+        losses.append(loss)
+        if step in SNAPSHOTS or step >= last - 1:
             mean = sum(losses) / len(losses)
-            save(model, folder / f"step{step}.safetensors", mean)
+            save(model, folder / f"step{step}.safetensors", regime, mean)
             print(f"{folder.name}: step {step}, loss {mean:.3f}", flush=True)
             losses.clear()
 
 
 def main() -> None:
-    """Make the trajectories that are not there."""
+    """Make the trajectories that are not complete."""
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of {', '.join(REGIMES)}")
     parser.add_argument("--data", type=Path, default=HOME, help="default: %(default)s")
@@ -145,9 +174,9 @@ def main() -> None:
     torch.set_num_threads(1)
     base = ensure(options.data)
     for name in options.regimes or REGIMES:
-        folder = options.data / name
-        if not (folder / f"step{options.steps}.safetensors").is_file():
-            train(base, folder, REGIMES[name], steps=options.steps)
+        folder, regime = options.data / name, REGIMES[name]
+        if not is_complete(folder, regime, options.steps):
+            train(base, folder, regime, options.steps)
 
 
 if __name__ == "__main__":
