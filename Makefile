@@ -85,6 +85,7 @@ arena: $(STAMP)  ## measure every rival of the codec on a pretrained language mo
 	$(BIN)/python -m bench.arena.trajectories
 	$(BIN)/python -m bench.arena.changes
 	$(BIN)/python -m bench.arena.msft
+	$(BIN)/python -m bench.arena.stream
 	$(BIN)/python -m bench.trajectories
 	$(BIN)/python -m bench.arena
 	$(BIN)/python -m bench.headline --write
