@@ -395,6 +395,7 @@ class Store:
             for ref in (version.ref, version.latest_ref):
                 self.pin(checkpoint, ref, note=note)
                 publication.send_ref(self._refs()[ref])
+            publication.drop_changes(self._refs())
         if keep is not None:
             dropped = publication.drop(keep, self._catalog.refs())
             for ref in dropped:

@@ -39,7 +39,13 @@ from msft_store.pipeline.decode import Source, empty_like, find_unshared
 from msft_store.pipeline.parallel import for_each
 from msft_store.remote.followed import Place, Reader
 from msft_store.storage.backend import make_folder, read_file, translate_os_errors
-from msft_store.tensors.bytes import memory_key, read_elements, torch_dtype, write_elements
+from msft_store.tensors.bytes import (
+    has_plain_bytes,
+    memory_key,
+    read_elements,
+    torch_dtype,
+    write_elements,
+)
 from msft_store.tensors.files import PREFIX, name_problem, split_files
 from msft_store.tensors.matching import check_match
 from msft_store.tensors.module_state import split_entries
@@ -92,20 +98,27 @@ class _Patch:
 
     def write(self) -> None:
         """Write the values."""
-        data = self.held()
-        data[... if self.at is None else self.at] = self.values
+        data = self.values
+        if self.at is not None:
+            data = self.held()
+            if has_plain_bytes(self.box):
+                # They are the tensor's own memory, so writing a whole chunk back is spared.
+                data[self.at] = self.values
+                return
+            data = data.copy()
+            data[self.at] = self.values
         write_elements(self.box, self.place.start, data.view(np.uint8))
 
     def undo(self) -> _Patch:
         """Return the patch that puts back what is there now."""
-        values: Lanes = self.held()[... if self.at is None else self.at]
-        return replace(self, values=values)
+        held = self.held()
+        return replace(self, values=held.copy() if self.at is None else held[self.at])
 
     def held(self) -> Lanes:
-        """Return a copy of the chunk as it is now."""
+        """Return the chunk as it is now, as a view if possible."""
         stop = self.place.start + self.place.size // self.place.dtype.size
         data = read_elements(self.box, self.place.start, stop)
-        held: Lanes = view_lanes(data, self.place.dtype.lane).copy()
+        held: Lanes = view_lanes(data, self.place.dtype.lane)
         return held
 
 

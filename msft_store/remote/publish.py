@@ -130,6 +130,29 @@ class Publication:
         self._remote.sync(STEPS)
         return [path]
 
+    def drop_changes(self, refs: Mapping[str, Ref]) -> None:
+        """Delete the packs of changes in a directory that no follower needs.
+
+        Needed are those of the latest version, and those from a version that a follower leases. Who
+        holds another version decodes from the packs of the chain.
+        """
+        if self.directory is None:
+            return
+        start, latest = version_ref(self._name, ""), refs[version_ref(self._name, LATEST)]
+        sent = {path for path in self.directory.list(STEPS) if path.endswith(".pack")}
+        if sent <= latest.note["changes"].keys():
+            return
+        leased = _list_leased(Catalog(self.directory).refs())
+        mine: set[str] = set()
+        needed: set[str] = set()
+        for ref in (ref for name, ref in refs.items() if name.startswith(start)):
+            packs = ref.note["changes"].keys()
+            mine |= packs
+            if ref.checkpoint == latest.checkpoint or ref.note["before"] in leased:
+                needed |= packs
+        for path in sent & mine - needed:
+            self.directory.delete(path)
+
     def drop(self, policy: Policy, refs: Mapping[str, Ref]) -> dict[str, str]:
         """Withdraw the versions that a policy drops from a directory.
 
@@ -139,12 +162,8 @@ class Publication:
         check_policy(policy)
         start, latest = version_ref(self._name, ""), version_ref(self._name, LATEST)
         there = None if self.directory is None else Catalog(self.directory)
-        now, others = time.time_ns(), {} if there is None else there.refs()
-        leased = {
-            ref.checkpoint
-            for name, ref in others.items()
-            if name.startswith(LEASES) and not has_ended(ref, now)
-        }
+        others = {} if there is None else there.refs()
+        leased = _list_leased(others)
         versions = {
             ref.checkpoint: ref
             for name, ref in refs.items()
@@ -235,6 +254,16 @@ def encode_changes(
             position += len(payload)
     footer, check = encode_footer(records, position)
     return f"{STEPS}/{check.hex()}.pack", b"".join([*parts, footer])
+
+
+def _list_leased(refs: Mapping[str, Ref]) -> set[str]:
+    """Return the ids of the checkpoints that followers lease now, by the refs of the place."""
+    now = time.time_ns()
+    return {
+        ref.checkpoint
+        for name, ref in refs.items()
+        if name.startswith(LEASES) and not has_ended(ref, now)
+    }
 
 
 def _keys(catalog: Catalog, checkpoint: Checkpoint) -> Iterator[bytes]:

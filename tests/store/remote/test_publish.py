@@ -34,8 +34,10 @@ from msft_store import (
     Version,
 )
 from msft_store.integrations.remote import clone, pull
+from msft_store.objects.refs import read_ref
 from msft_store.remote import holdings, leases
 from msft_store.remote.transport.url import connect_remote
+from msft_store.storage.backend import LocalBackend
 from tests.support.remotes import FaultyRemote
 from tests.support.s3 import environment, serve_s3
 from tests.support.states import State, bits_of, make_state, same_bits, train_step, write_base
@@ -277,16 +279,16 @@ def test_an_error_while_tensors_are_written_puts_the_version_before_back(
     into = target()
     follower = Follower(place, "policy", into=into)
     follower.update("policy@1")
-    write, calls = holdings.write_elements, 0
+    write, calls = holdings._Patch.write, 0
 
-    def interrupt(*arguments: Any) -> None:
+    def interrupt(patch: holdings._Patch) -> None:
         nonlocal calls
         calls += 1
+        write(patch)
         if calls == 4:
             raise KeyboardInterrupt
-        write(*arguments)
 
-    monkeypatch.setattr(holdings, "write_elements", interrupt)
+    monkeypatch.setattr(holdings._Patch, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         follower.update("policy@5")
     assert same_bits(into, states[1])
@@ -430,6 +432,37 @@ def test_a_leased_version_stays_until_its_lease_ends(
     assert [checkpoint.step for checkpoint in there.log()] == [3]
     assert there.check() == []
     assert not [name for name in there.refs() if first.checkpoint == there.refs()[name]]
+
+
+def test_a_directory_keeps_the_changes_that_a_follower_needs(store: Store, tmp_path: Path) -> None:
+    place, states = tmp_path / "place", make_versions()
+    publish_all(store, states[:4], place)
+    follower = Follower(place, "policy")
+    follower.update()
+    for step in (4, 5, 6):
+        store.publish(states[step], name="policy", step=step, to=place)
+    changes = [changes_of(place, str(step)) for step in range(7)]
+    packs = set().union(*changes)
+    assert sent_changes(place) == packs & (changes[4] | changes[6]) < packs
+    # Without the packs of changes, those of the chain lead to each version.
+    for step in (4, 5, 2, 3, 6):
+        follower.update(f"policy@{step}")
+        assert same_bits(held(follower), states[step])
+    follower.close()
+    store.publish(states[0], name="policy", step=7, to=place)
+    assert sent_changes(place) == changes_of(place, "latest")
+
+
+def changes_of(place: Path, step: str) -> set[str]:
+    """Return the packs of nothing but changes that the ref of a version names."""
+    path = f"refs/versions/policy/{step}.json"
+    note = read_ref(LocalBackend(place), path).note
+    return {pack for pack in note["changes"] if pack.startswith("steps/")}
+
+
+def sent_changes(place: Path) -> set[str]:
+    """Return the packs of nothing but changes that are at a place."""
+    return set(LocalBackend(place).list("steps"))
 
 
 def test_leases_end_with_the_follower_and_move_with_its_version(
