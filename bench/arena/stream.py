@@ -281,10 +281,15 @@ def section(name: str, run: dict[str, Any], rows: Sequence[Version]) -> str:
     figures += [
         (f"bytes kept a version / {XOR}", f"{kept / peers[XOR]:.3f}", f"{KEPT:.2f}"),
         (f"{VERSIONS} versions, extrapolated, in models", f"{whole:.2f}", "1"),
-        (f"{VERSIONS} versions without the one-step packs, in models", f"{chain / full:.2f}", "-"),
+        ("the same without the packs of single steps", f"{chain / full:.2f}", "-"),
+        (
+            f"what is fetched for {VERSIONS} single steps, in models",
+            f"{VERSIONS * fetched / full:.2f}",
+            "-",
+        ),
         ("requests of an update", f"{mean(row.requests for row in rows):.2f}", "-"),
         ("requests of a poll", f"{mean(row.poll_requests for row in rows):.2f}", "1"),
-        ("bytes of a poll, without headers", f"{mean(row.poll_bytes for row in rows):.0f}", "-"),
+        ("bytes of the last poll, without headers", f"{rows[-1].poll_bytes}", "-"),
     ]
     for what, key in (("processor", "cpu"), ("clock", "clock")):
         update, apply, publish = (
