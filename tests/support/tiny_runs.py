@@ -123,6 +123,8 @@ def make_config(directory: Path, **changes: Any) -> Config:
     tree: dict[str, Any] = {
         "output_dir": str(directory / "run"),
         "log_every": 2,
+        "method": "msft",
+        "average": {"kind": "none"},
         "model": {"path": "base", "dtype": "float32"},
         "data": {"directory": "data", "max_length": MAX_LENGTH},
         "train": {"lr": 0.01, "batch_size": 16, "micro_batch_size": 8},
@@ -133,7 +135,7 @@ def make_config(directory: Path, **changes: Any) -> Config:
         *parents, name = key.split("__")
         node = tree
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[name] = value
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

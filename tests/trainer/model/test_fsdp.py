@@ -106,6 +106,35 @@ def test_a_sharded_run_makes_the_same_decisions_as_an_unsharded_run(tmp_path, me
     assert measured(directory_of(config, "sharded")) == expected
 
 
+def test_a_sharded_run_of_one_pass_ends_in_the_average_of_an_unsharded_run(tmp_path):
+    config = make_config(
+        tmp_path,
+        method="online",
+        train__lr=0.02,
+        msft__smoothing=1,
+        msft__margin=0.0,
+        msft__patience=1,
+        average__kind="best",
+        average__count=3,
+    )
+    both = {0: 0, 1: 0}
+    assert together(lambda rank: start(config, "whole"), tmp_path) == both
+    assert together(lambda rank: start(config, "sharded"), tmp_path, SHARDED) == both
+    found = {}
+    for name in ("whole", "sharded"):
+        records = effective(read(directory_of(config, name) / "journal.jsonl"))
+        averages = [r["metrics"] for r in records if r["event"] == "averaged"]
+        assert averages
+        found[name] = averages
+        store = Store.open(directory_of(config, name) / "store")
+        assert store.check(read_data=True) == []
+        (result,) = store.log()
+        saved = weights(directory_of(config, name))
+        assert same_bits({key: store.load(result)[key] for key in saved}, saved)
+    assert found["sharded"] == [pytest.approx(each, rel=1e-3) for each in found["whole"]]
+    assert decisions(directory_of(config, "sharded")) == decisions(directory_of(config, "whole"))
+
+
 @pytest.mark.parametrize(("killed", "resume_every"), [(0, None), (1, 2)])
 def test_a_killed_sharded_run_ends_like_an_undisturbed_run(tmp_path, killed, resume_every):
     config = make_config(
