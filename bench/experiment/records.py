@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bench.codec import RESULTS, machine
 from bench.experiment.exact import count_right
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.load import flatten, to_dict
-from trainer.config.schema import OVERALL, Config, DataConfig, ModelConfig
+from trainer.config.schema import OVERALL, AverageConfig, Config, DataConfig, ModelConfig, MsftConfig
 from trainer.journal import Record, effective, read, replace_non_finite, run_started, select
 from trainer.report.flops import Account
 from trainer.report.summary import Summary, summarize
@@ -55,13 +55,24 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return record["mixture"], record["variant"], record["seed"], record["config"]
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """Return the settings that differ from the defaults, without the places of files.
+_USUAL = Config(
+    method="msft",
+    output_dir="",
+    model=ModelConfig(path=""),
+    data=DataConfig(),
+    msft=MsftConfig(exclusion="hard", smoothing=3, margin=1.0),
+    average=AverageConfig(kind="none"),
+)
 
-    A key that a later version adds therefore changes nothing as long as it has its default.
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings that differ from the paper's MSFT, without the places of files.
+
+    A key that a later version adds therefore changes nothing as long as it has its default, nor
+    does another default of a key that the paper's settings hold.
     """
-    default = Config(output_dir="", model=ModelConfig(path=""), data=DataConfig())
-    usual = flatten(to_dict(default))
+    config = replace(config, msft=replace(config.msft, exclusion=config.exclusion))
+    usual = flatten(to_dict(_USUAL))
     return {
         key: value
         for key, value in sorted(flatten(to_dict(config)).items())

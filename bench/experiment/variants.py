@@ -110,7 +110,7 @@ AVERAGES = ("last", "best", "decay", "champions", "greedy")
 """Kinds of averages, each of four checkpoints."""
 AVERAGED = tuple(averaged(one, "best") for one in OPPONENTS)
 
-_ONLINE = ("method=online", "msft.smoothing=1", "msft.margin=0.5")
+_ONLINE = ("method=online", "msft.smoothing=1", "msft.margin=0.5", "msft.exclusion=hard")
 _WINDOW = ("method=msft", "msft.peak_window=2")
 _STAGES = ("msft.root_peaks=false", "msft.overall_window=2", "msft.restart_warmup=0.5")
 CANDIDATES = (

@@ -8,6 +8,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainer.algorithms.base import Mode
@@ -35,7 +36,7 @@ def make_strategy(
     ``mode`` is the direction in which the overall metric improves; ``modes`` are those of
     sub-datasets' metrics that differ from it.
     """
-    train = config.train
+    train, settings = config.train, replace(config.msft, exclusion=config.exclusion)
     common: dict[str, Any] = {
         "sub_datasets": tuple(config.data.sub_datasets),
         "mode": mode,
@@ -50,7 +51,7 @@ def make_strategy(
         case "continual":
             return Continual(**common)
         case "single_rollout":
-            soft = config.msft.exclusion == "soft"
+            soft = config.exclusion == "soft"
             return SingleRollout(**common, floor=config.msft.floor if soft else 0.0)
         case "ies":
             return Ies(**common, settings=config.ies)
@@ -60,5 +61,5 @@ def make_strategy(
             return Dynamix(**common, settings=config.dynamix, examples=examples)
         case "online":
             common["sub_datasets"] = sizes
-            return Online(**common, settings=config.msft)
-    return Msft(**common, settings=config.msft)
+            return Online(**common, settings=settings)
+    return Msft(**common, settings=settings)

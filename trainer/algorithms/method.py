@@ -72,7 +72,7 @@ class Method(ABC):
     modes: Mapping[str, Mode] = field(default_factory=dict)
     compute_budget: float
     max_skips: int = 0
-    average: AverageConfig = field(default_factory=AverageConfig)
+    average: AverageConfig = field(default_factory=lambda: AverageConfig(kind="none"))
     stage: Stage = field(init=False)
     evaluations: list[Evaluation] = field(init=False, default_factory=list)
     best: Evaluation | None = field(init=False, default=None)

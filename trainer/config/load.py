@@ -151,7 +151,17 @@ def _show(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+RECORDED: Mapping[str, Any] = {"average": {"kind": "none"}}
+"""What a run's recorded configuration means by a section that it lacks: it was written by a version
+that had none, so today's defaults are not its own."""
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """Read, complete and check the configuration of a run.
 
     Args:
@@ -159,6 +169,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             which is taken from the working directory.
         overrides: Assignments ``dotted.key=value`` with values in YAML, as on the command line.
             Paths in them are taken from the same folders.
+        defaults: Values of keys that the file lacks, in place of the usual defaults.
 
     Returns:
         The configuration. All of its paths are absolute.
@@ -169,7 +180,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        tree = read_yaml(path)
+        tree = {**(defaults or {}), **read_yaml(path)}
         for assignment in overrides:
             override(tree, assignment)
         config = build(Config, tree)

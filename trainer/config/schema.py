@@ -312,7 +312,8 @@ class MsftConfig:
         drop_passed: Most sub-datasets that one stage excludes of those whose peaks have passed.
         exclusion: ``hard``: an excluded sub-dataset is no longer trained on (the paper). ``soft``:
             each epoch has the share ``floor`` of its examples, against forgetting. The same holds
-            for ``single_rollout`` after a sub-dataset's peak (Soft SRO).
+            for ``single_rollout`` after a sub-dataset's peak (Soft SRO). ``None``: ``soft`` with
+            ``online``, else ``hard``.
         floor: Share of an excluded sub-dataset's examples in an epoch, with ``exclusion: soft``.
         return_margin: Standard errors by which an excluded sub-dataset must be worse than at its
             peak to be included again; ``None``: never, as in the paper.
@@ -344,15 +345,15 @@ class MsftConfig:
     root_peaks: bool = True
     drop_count: int = 1
     drop_passed: int = 1
-    exclusion: Literal["hard", "soft"] = "hard"
+    exclusion: Literal["hard", "soft"] | None = None
     floor: float = 0.1
     return_margin: float | None = None
     rollback_average: int = 1
     rollback_margin: float | None = None
     restart_warmup: float = 0.0
     peaks: Literal["first_best", "robust"] = "first_best"
-    smoothing: int = 3
-    margin: float = 1.0
+    smoothing: int = 1
+    margin: float = 0.5
     patience: int = 2
     optimizer_on_rollback: Literal["reset", "restore"] = "reset"
 
@@ -372,7 +373,7 @@ class AverageConfig:
         count: Checkpoints of an average, except with ``champions``.
     """
 
-    kind: Literal["none", "last", "best", "decay", "champions", "greedy"] = "none"
+    kind: Literal["none", "last", "best", "decay", "champions", "greedy"] = "best"
     count: int = 4
 
 
@@ -448,7 +449,7 @@ class Config:
     """
 
     method: Literal["msft", "online", "sft", "continual", "single_rollout", "ies", "dynamix"] = (
-        "msft"
+        "online"
     )
     output_dir: str
     seed: int = 0
@@ -470,6 +471,11 @@ class Config:
     average: AverageConfig = AverageConfig()
     ies: IesConfig = IesConfig()
     dynamix: DynamixConfig = DynamixConfig()
+
+    @property
+    def exclusion(self) -> Literal["hard", "soft"]:
+        """Return ``msft.exclusion``, or the method's own where it is not set."""
+        return self.msft.exclusion or ("soft" if self.method == "online" else "hard")
 
     @property
     def restores_optimizer(self) -> bool:

@@ -37,6 +37,7 @@ from trainer.algorithms.base import Mode, Stage
 from trainer.algorithms.overall import Overall
 from trainer.config.load import build
 from trainer.config.schema import (
+    AverageConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -156,7 +157,7 @@ class MsftRun:
         settings = build(MsftConfig, {**msft, "compute_budget": compute_budget}, at="msft")
         if settings.optimizer_on_rollback != "reset":
             raise ConfigError("msft.optimizer_on_rollback: a Trainer's stage always begins afresh")
-        if settings.exclusion != "hard":
+        if settings.exclusion == "soft":
             raise ConfigError("msft.exclusion: a Trainer's stage has its active sub-datasets alone")
         if settings.rollback_average > 1:
             raise ConfigError("msft.rollback_average: a Trainer's stage evaluates no averages")
@@ -177,6 +178,7 @@ class MsftRun:
             ),
             evaluation=EvalConfig(eval_every=eval_every),
             msft=settings,
+            average=AverageConfig(kind="none"),
         )
 
     def train(self) -> MsftResult:

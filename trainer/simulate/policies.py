@@ -17,7 +17,7 @@ from typing import Any
 from msft_store import KeepBest, KeepLast, Policy
 from trainer.algorithms.base import Mode, Needs
 from trainer.config.checks import check_ranges
-from trainer.config.load import build
+from trainer.config.load import RECORDED, build
 from trainer.config.schema import OVERALL, AverageConfig, Config, MsftConfig
 from trainer.config.yaml import override
 from trainer.errors import ConfigError, RunError
@@ -52,7 +52,7 @@ def recorded_config(records: Sequence[Record]) -> Config:
     """
     start = run_started(records)
     try:
-        return build(Config, start["config"])
+        return build(Config, {**RECORDED, **start["config"]})
     except (ConfigError, KeyError) as error:
         raise RunError(
             f"the journal's configuration is of another version ({error}): simulate with that one"
@@ -66,7 +66,7 @@ def with_policy(config: Config, policy: Mapping[str, Any], *, method: str = "msf
     """
     msft = build(MsftConfig, {**asdict(config.msft), **policy})
     # An average of the result changes no decision before it.
-    changed = replace(config, method=method, msft=msft, average=AverageConfig())  # type: ignore[arg-type]
+    changed = replace(config, method=method, msft=msft, average=AverageConfig(kind="none"))  # type: ignore[arg-type]
     check_ranges(changed)
     if msft.rollback_average > 1:
         raise ConfigError(

@@ -28,7 +28,7 @@ from msft_store import OutOfSpaceError, OverBudgetError
 from trainer.algorithms import make_strategy
 from trainer.algorithms.base import Stop
 from trainer.algorithms.method import Method
-from trainer.config.load import load_config
+from trainer.config.load import RECORDED, load_config
 from trainer.config.schema import OVERALL, Config
 from trainer.distributed import share, this_process, watch_failures
 from trainer.errors import PausedError, RunError
@@ -71,7 +71,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = False) -> Summ
     if is_finished(directory):
         _log.info("the run in %s is finished, there is nothing to resume", directory)
         return write_report(directory)
-    config = replace(load_config(directory / CONFIG), output_dir=str(directory))
+    config = replace(load_config(directory / CONFIG, defaults=RECORDED), output_dir=str(directory))
     return _run(config, is_new=False, progress=progress)
 
 

@@ -31,6 +31,7 @@ def directory(tmp_path):
 
 def call(capsys, *arguments):
     """Return exit code, stdout and stderr."""
+    capsys.readouterr()  # of fixtures
     try:
         code = main([str(argument) for argument in arguments])
     except SystemExit as error:

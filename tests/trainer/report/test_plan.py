@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trainer.algorithms.base import Stage
 from trainer.config.schema import (
+    AverageConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -52,6 +53,7 @@ def config(
         train=TrainConfig(batch_size=10, micro_batch_size=10),
         evaluation=EvalConfig(metric="loss", eval_every=0.5, max_new_tokens=2),
         msft=MsftConfig(compute_budget=1.0, peak_window=peak_window, max_stages=max_stages),
+        average=AverageConfig(kind="none"),
     )
 
 
