@@ -26,7 +26,14 @@ from bench.codec import RESULTS, machine
 from bench.experiment.exact import count_right
 from trainer.algorithms.peaks import first_best_index
 from trainer.config.load import flatten, to_dict
-from trainer.config.schema import OVERALL, AverageConfig, Config, DataConfig, ModelConfig, MsftConfig
+from trainer.config.schema import (
+    OVERALL,
+    AverageConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MsftConfig,
+)
 from trainer.journal import Record, effective, read, replace_non_finite, run_started, select
 from trainer.report.flops import Account
 from trainer.report.summary import Summary, summarize
