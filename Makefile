@@ -68,6 +68,7 @@ bench: $(STAMP)  ## measure codecs, saves and whole runs beside their peers, an 
 	$(BIN)/python -m bench.store
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.loading
+	$(BIN)/python -m bench.sweep
 	$(BIN)/python -m bench.disk
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.bookkeeping

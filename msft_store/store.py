@@ -73,6 +73,7 @@ from msft_store.pipeline.decode import (
     empty_like,
 )
 from msft_store.pipeline.reshard import decode_boxes
+from msft_store.pipeline.trail import Trail
 from msft_store.pipeline.writer import CheckpointWriter
 from msft_store.remote.api import remote_files, retry_after_gc
 from msft_store.remote.publish import Publication
@@ -570,9 +571,49 @@ class Store:
             raise InvalidInputError(
                 "load_into takes one checkpoint and one target, a module or a mapping of tensors"
             )
-        found, tensors = self._entries(names[0])
+        self._load_into(targets[0], names[0], partial=partial)
+
+    def sweep(
+        self,
+        target: Target,
+        checkpoints: Iterable[Checkpoint | str],
+        *,
+        partial: bool = False,
+    ) -> Iterator[Checkpoint]:
+        """Load one checkpoint after the other into one target, by what differs between them.
+
+        Each switch does what :meth:`load_into` does, and also verifies all chunks, the unchanged
+        ones too. So the target may be changed in between. From one checkpoint to a similar one,
+        only differences are read and decoded; the order of a history is the best. Meanwhile the
+        ways back to earlier checkpoints are in memory; they mostly take a small part of the bytes
+        of the target, and at most twice these.
+
+        Args:
+            target: Module, or tensors by name, as for :meth:`load_into`.
+            checkpoints: Checkpoints to load, in this order.
+            partial: As for :meth:`load_into`.
+
+        Yields:
+            Each checkpoint, when the target holds it.
+
+        Raises:
+            StoreError: As for :meth:`load_into`.
+        """
+        trail = Trail()
+        for checkpoint in checkpoints:
+            yield self._load_into(target, checkpoint, partial=partial, trail=trail)
+
+    def _load_into(
+        self,
+        target: Target,
+        checkpoint: Checkpoint | str,
+        *,
+        partial: bool,
+        trail: Trail | None = None,
+    ) -> Checkpoint:
+        found, tensors = self._entries(checkpoint)
         tensors = plain_names(tensors)
-        memory, copies = split_entries(targets[0])
+        memory, copies = split_entries(target)
         own_names = plain_names({name: name for name in (*memory, *copies)})
         memory = {name: memory[own] for name, own in own_names.items() if own in memory}
         parts = {
@@ -601,9 +642,10 @@ class Store:
             )
         # Restore tied tensors once: check_match has made sure that their contents are equal.
         once = {memory_key(tensor): name for name, tensor in state.items() if name not in kinds}
-        self._decode(found, {name: tensors[name] for name in once.values()}, state)
-        if isinstance(targets[0], torch.nn.Module):
-            load_copies(targets[0], values)
+        self._decode(found, {name: tensors[name] for name in once.values()}, state, trail=trail)
+        if isinstance(target, torch.nn.Module):
+            load_copies(target, values)
+        return found
 
     def _parts(
         self, checkpoint: Checkpoint, tensors: Mapping[str, TensorEntry], name: str
@@ -1100,10 +1142,12 @@ class Store:
         outs: Mapping[str, torch.Tensor],
         *,
         fresh: bool = False,
+        trail: Trail | None = None,
     ) -> None:
         def decode() -> None:
             self._catalog.require_exists(checkpoint)
-            decode_state(Source.of(self._catalog, checkpoint), tensors, outs, fresh=fresh)
+            source = Source.of(self._catalog, checkpoint)
+            decode_state(source, tensors, outs, fresh=fresh, trail=trail)
 
         read_consistently(self._backend, decode)
 

@@ -36,6 +36,7 @@ from msft_store.codec.kernels import (
     split_planes,
     view_lanes,
 )
+from msft_store.codec.undo import Undo, compare, make_undo
 from msft_store.errors import VersionError
 from msft_store.format.dtypes import DType
 from msft_store.format.layout import decompress, get_compressor
@@ -82,6 +83,12 @@ class Codec(ABC):
 
         :class:`ValueError` if the payload is damaged; ``out`` is then undefined.
         """
+
+    def decode_with_undo(self, payload: bytes, out: Bytes, dtype: DType) -> Undo:
+        """Do what :meth:`decode_into` does; return the way back to the reference."""
+        before = out.copy()
+        self.decode_into(payload, out, dtype)
+        return compare(before, out, dtype.lane)
 
     def restores(
         self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None
@@ -200,6 +207,12 @@ class Compact(Codec):
     def decode_into(self, payload: bytes, out: Bytes, dtype: DType) -> None:
         lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
         compact_codec.decode_in_place(payload, lanes, layout, compiled_kernels(dtype.lane))
+
+    def decode_with_undo(self, payload: bytes, out: Bytes, dtype: DType) -> Undo:
+        lanes, layout = view_lanes(out, dtype.lane), _require_layout(dtype)
+        compiled = compiled_kernels(dtype.lane)
+        listed = compact_codec.decode_in_place(payload, lanes, layout, compiled, keep=True)
+        return make_undo(*listed, out)
 
     def restores(
         self, payload: bytes, chunk: Bytes, out: Bytes, dtype: DType, found: ChunkChanges | None

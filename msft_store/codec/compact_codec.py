@@ -120,18 +120,28 @@ def list_symbols(
     return [(*plain, EXTRA_BITS), (symbols, found.distances, bits)], least
 
 
-def decode_in_place(payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any) -> None:
-    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined."""
+def decode_in_place(
+    payload: bytes, old: Lanes, layout: FloatLayout, compiled: Any, *, keep: bool = False
+) -> tuple[Array, Array]:
+    """Replace the reference in ``old`` by the decoded lanes; an error leaves ``old`` undefined.
+
+    Returns the positions of the listed lanes and, with ``keep``, what these lanes were.
+    """
+    lanes = old.view(f"<u{old.itemsize}")
     if compiled is not None:
-        data, lanes = np.frombuffer(payload, np.uint8), old.view(f"<u{old.itemsize}")
-        compiled.decode_payload(data, lanes, _compiled_layout(layout))
-        return
+        data = np.frombuffer(payload, np.uint8)
+        found: tuple[Array, Array] = compiled.decode_payload(
+            data, lanes, _compiled_layout(layout), keep
+        )
+        return found
     streams = _open_streams(payload, old.size, layout)
     positions = exponent_codec.locate_listed(
         old, layout, streams.listing, streams.gaps, None, count=streams.count
     )
+    before = lanes[positions if keep else positions[:0]]
     contexts = exponent_codec.compute_contexts(old, positions, layout, streams.listing)
     _apply(streams, old, positions, contexts, layout=layout)
+    return positions, before
 
 
 def restores(

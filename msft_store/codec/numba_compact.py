@@ -7,7 +7,7 @@ Example::
 
     payload = encode_payload(listing, runs, gaps, symbols, distances, layout)
     assert proves(payload, size, positions, references, values, layout)
-    decode_payload(payload, lanes, layout)            # lanes: unsigned; ValueError on damage
+    decode_payload(payload, lanes, layout, False)     # lanes: unsigned; ValueError on damage
 """
 
 from __future__ import annotations
@@ -450,8 +450,11 @@ def apply_symbols(
 
 
 @compile_loop
-def decode_payload(payload: Any, lanes: Any, layout: Any) -> None:
-    """Replace the reference in ``lanes`` (unsigned) by the decoded lanes; :class:`ValueError`."""
+def decode_payload(payload: Any, lanes: Any, layout: Any, keep: Any) -> Any:
+    """Replace the reference in ``lanes`` (unsigned) by the decoded lanes; :class:`ValueError`.
+
+    Returns the positions of the listed lanes and, with ``keep``, what these lanes were.
+    """
     shift, magnitude, _ = layout
     count, listing, coded, gaps, tables, streams = open_payload(payload, lanes.size, magnitude)
     limit, mask = listing[2] << shift, (1 << magnitude) - 1
@@ -460,7 +463,11 @@ def decode_payload(payload: Any, lanes: Any, layout: Any) -> None:
     positions = locate_listed(lanes, coded, limit > 0, bounds[0], bounds[1], gaps, count)
     if positions.size != count:
         raise ValueError("a chunk lists another number of elements than it has")
+    before = np.empty(count if keep else 0, lanes.dtype)
+    for k in range(before.size):
+        before[k] = lanes[positions[k]]
     apply_symbols(lanes, positions, listing, tables, streams, layout)
+    return positions, before
 
 
 @compile_loop

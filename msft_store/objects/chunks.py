@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msft_store.codec import codecs
 from msft_store.codec.kernels import Bytes
+from msft_store.codec.undo import Undo
 from msft_store.errors import (
     REPAIR_HINT,
     CorruptedError,
@@ -329,6 +330,40 @@ class ChunkStore:
         raise CorruptedError(
             f"chunk {record.key.hex()} in {what} is damaged: {reason}; {REPAIR_HINT}", file=what
         )
+
+    def find_steps(
+        self, key: bytes, base: str | None, known: Container[bytes]
+    ) -> tuple[bytes, list[StoredChunk]]:
+        """Return the differences that lead to a chunk, in order, and the key where they begin.
+
+        They begin at the nearest known key, or else at content that is no difference itself.
+        """
+        steps: list[StoredChunk] = []
+        while key not in known:
+            stored = None if self.find_in_base(key, base) is not None else self.find(key, base)
+            if stored is None or stored.record.ref_key == bytes(KEY_BYTES):
+                break
+            if steps and stored.record.depth >= steps[0].record.depth:
+                break
+            steps.insert(0, stored)
+            key, base = stored.record.ref_key, stored.record.base
+            if stored.record.reference is not None:
+                break
+        return key, steps
+
+    def fill_reference(self, stored: StoredChunk, out: Bytes) -> None:
+        """Fill ``out`` with the reference of a chunk; bytes of a base are not verified."""
+        self._reference(stored.record, out)
+
+    def apply(self, stored: StoredChunk, out: Bytes, dtype: DType) -> Undo:
+        """Replace the reference in ``out`` by the chunk, unverified; return the way back.
+
+        :class:`ValueError` or :class:`StoreError` on some damage.
+        """
+        self._check_fits(stored, out, dtype)
+        record = stored.record
+        payload = self._backend.read(stored.pack, record.offset, record.length)
+        return codecs.codec_by_code(record.codec).decode_with_undo(payload, out, dtype)
 
     def _check_fits(self, stored: StoredChunk, out: Bytes, dtype: DType) -> None:
         record = stored.record

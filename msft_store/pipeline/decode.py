@@ -27,6 +27,7 @@ from msft_store.objects.catalog import Catalog
 from msft_store.objects.chunks import ChunkStore
 from msft_store.objects.manifest import Checkpoint, Piece, TensorEntry, chunks_of
 from msft_store.pipeline.parallel import for_each, in_order
+from msft_store.pipeline.trail import Trail
 from msft_store.tensors.bytes import (
     has_plain_bytes,
     may_overlap_itself,
@@ -84,6 +85,20 @@ class Source:
             with self._naming(read.tensor):
                 self.objects.read_into(read.target, read.key, read.dtype, self.base)
 
+    def follow(self, read: ChunkRead, trail: Trail) -> bool:
+        """Restore a whole chunk from the one that a trail led to; return False if that fails."""
+        place = (read.tensor, read.box.storage_offset(), read.box.shape, read.start, read.size)
+        out = read.target
+        if out is None:
+            stop = read.start + read.size // read.dtype.size
+            out = read_elements(read.box, read.start, stop).copy()
+        reached = trail.reach(
+            place, out, read.key, dtype=read.dtype, objects=self.objects, base=self.base
+        )
+        if reached and read.target is None:
+            write_elements(read.box, read.start, out)
+        return reached
+
     @contextmanager
     def _naming(self, tensor: str) -> Iterator[None]:
         try:
@@ -133,10 +148,12 @@ def decode_state(
     outs: Mapping[str, torch.Tensor],
     *,
     fresh: bool = False,
+    trail: Trail | None = None,
 ) -> None:
     """Decode tensors into existing ones of the same shape and dtype, on any device.
 
     ``fresh`` says that ``outs`` are uninitialised, so that there is no use in looking at them.
+    ``trail`` is of earlier calls for the same ``outs``.
     Raise :class:`StoreError` at the first damaged chunk, and :class:`MismatchError` if some of
     ``outs`` share memory but have different content. In both cases ``outs`` are partly overwritten.
     """
@@ -149,7 +166,11 @@ def decode_state(
     held = _HeldChunks()
 
     def restore(read: ChunkRead) -> None:
-        if fresh or not held.holds(read):
+        if trail is not None and read.tensor in plain:
+            reached = source.follow(read, trail)
+        else:
+            reached = not fresh and held.holds(read)
+        if not reached:
             source.restore(read)
 
     for_each(restore, reads)
