@@ -35,7 +35,7 @@ ABOUT = """\
 {cpu}, {date}, commit {commit}. {count} checkpoints of {gigabytes:.3f} GB in bf16, synthetic;
 {changed:.2f} % of the weights change between two, {stored:.2f} % of a checkpoint is stored. A load
 takes {load:.2f} s of the processor, a switch {switch:.3f} s: {ratio:.2f} times as much in all,
-{median:.2f} times at the median. The switches read {read:.2f} times the bytes of a checkpoint in all.
+{median:.2f} times at the median. The switches read {read:.2f} times a checkpoint's bytes in all.
 """
 
 
